@@ -21,7 +21,7 @@ def main() -> None:
     for number in range(arguments.records):
         code = "".join(draw.choices("0123456789", k=arguments.digits))
         name = f"code-{arguments.seed}-{number}"
-        record = {"id": name, "context": f"The code is {code}.", "code": code}
+        record = {"id": name, "context": f"{code} is the code.", "code": code}
         print(json.dumps(record))
 
 

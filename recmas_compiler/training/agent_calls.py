@@ -1,12 +1,15 @@
 """What a backbone does in training: read a batch of calls, or think on from it.
 
-Shape legend: N rows, S columns, P constant columns, M latent steps, D width.
+Shape legend: N rows, S columns, P shared or constant columns, K key/value heads, M latent
+steps, D width.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from functools import lru_cache
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,16 +26,20 @@ R = TypeVar("R")
 # Keys and values of all layers, one after the other.
 Rows = tuple[Tensor, ...]
 
-ConstantRows = dict[tuple[int, tuple[tuple[int, ...], ...]], Rows]
-"""Cached rows of constant columns, by how many there are and what they hold."""
+ConstantRows = dict[tuple[int, int, tuple[tuple[int, ...], ...]], Rows]
+"""Cached rows of constant columns, by their first and last column and what rows hold up to it."""
+
+# Batches begin with the system text of an agent; by chance some have a few words more in common.
+MOST_SHARED_TEXTS: Final = 32
 
 
 class AgentCalls:
     """The calls of one frozen backbone.
 
     What comes before the first message is constant: it runs without gradients, once per step, and
-    the rounds share its keys and values. Links get the same gradients, because neither the weights
-    nor the inputs of that part depend on them.
+    the rounds share its keys and values. What all rows begin with runs for one row, and not again
+    in later steps. Links get the same gradients, because neither the weights nor the inputs of
+    these parts depend on them.
 
     Args:
         backbone: In eval mode, its weights without gradients.
@@ -48,6 +55,8 @@ class AgentCalls:
         self._always_mask = compile_calls
         self._multiple = COMPILED_COLUMNS if compile_calls else 1
         read, extend = _bodies(backbone)
+        self._eager_extend = extend
+        self._shared_rows = lru_cache(MOST_SHARED_TEXTS)(self._run_shared)
         source = backbone.facts.source
         self._read = Compiled(read, name=f"a call of {source}") if compile_calls else read
         self._extend = Compiled(extend, name=f"a rollout of {source}") if compile_calls else extend
@@ -113,19 +122,39 @@ class AgentCalls:
 
     def _begin(self, rows: Sequence[Row], constants: ConstantRows) -> tuple[Padded, Rows]:
         """Pad rows and run their constant columns, unless an earlier round did."""
-        padded = pad_rows(rows, self._embed, multiple=self._multiple, always_mask=self._always_mask)
-        end = padded.num_constant
-        if not end:
-            return padded, ()
-        key = end, padded.constant_ids
+        padded = pad_rows(
+            rows,
+            self._embed,
+            multiple=self._multiple,
+            always_mask=self._always_mask,
+            share_up_to=self._backbone.facts.sliding_window or sys.maxsize,
+        )
+        begin, end = len(padded.shared_ids), padded.num_constant
+        kept: Rows = ()
+        if begin:
+            kept = tuple(
+                rows_1KPD.expand(len(rows), -1, -1, -1)
+                for rows_1KPD in self._shared_rows(padded.shared_ids)
+            )
+        if begin == end:
+            return padded, kept
+        key = begin, end, padded.constant_ids
         if key not in constants:
             # Detached, nothing of this call has gradients: the same as a call without messages.
             _, constants[key] = self._extend(
-                _columns(padded.embeds_NSD.detach(), 0, end),
+                _columns(padded.embeds_NSD.detach(), begin, end),
                 None if padded.mask_NS is None else _columns(padded.mask_NS, 0, end),
-                _columns(padded.positions_NS, 0, end),
+                _columns(padded.positions_NS, begin, end),
+                *kept,
             )
         return padded, constants[key]
+
+    @torch.no_grad()
+    def _run_shared(self, ids: tuple[int, ...]) -> Rows:
+        # Eager, because it runs too seldom to be worth compiling for one row.
+        embeds_1PD = self._embed(torch.tensor([ids]))
+        positions_1P = torch.arange(len(ids), device=embeds_1PD.device)[None]
+        return self._eager_extend(embeds_1PD, None, positions_1P)[1]
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self._backbone.embed(ids.to(next(self._backbone.embedding.parameters()).device))

@@ -21,8 +21,9 @@ from recmas_compiler.links.modules import make_link, randomize
 from recmas_compiler.training.distributed import World
 from recmas_compiler.training.thoughts import Thoughts
 
-# Records to align from. More hardly help, and all of them at once might not fit into memory.
-NUM_ALIGNED_RECORDS: Final = 256
+# Pairs to align from, and records that run at once. More pairs hardly help.
+NUM_ALIGNED_PAIRS: Final = 16_384
+_ALIGNED_AT_ONCE: Final = 8 * HELD_OUT_EVERY
 # With fewer pairs, text that the backbone makes up itself aligns better.
 FEWEST_ALIGNED_PAIRS: Final = 2048
 # Held-out pairs for the expectation over the vocabulary, whose cost grows with the vocabulary.
@@ -115,11 +116,17 @@ def mean_cosine(
 def calibration_of(backbone: TorchBackbone, thoughts: Thoughts) -> Calibration:
     """Return what a closed-form inner link is fitted to: thoughts of the first records."""
     hidden, following, held_out = [], [], []
-    for place in range(min(len(thoughts), NUM_ALIGNED_RECORDS)):
-        hidden_ND, next_N = thoughts.pairs([place])
-        hidden.append(hidden_ND.cpu())
-        following.append(embeddings(backbone, next_N).cpu())
-        held_out += [place % HELD_OUT_EVERY == 0] * len(next_N)
+    for first in range(0, len(thoughts), _ALIGNED_AT_ONCE):
+        if len(held_out) >= NUM_ALIGNED_PAIRS:
+            break
+        places = list(range(first, min(first + _ALIGNED_AT_ONCE, len(thoughts))))
+        known = [place for place in places if place % HELD_OUT_EVERY]
+        for is_held_out, some in ((True, places[::HELD_OUT_EVERY]), (False, known)):
+            if some:
+                hidden_ND, next_N = thoughts.pairs(some)
+                hidden.append(hidden_ND.cpu())
+                following.append(embeddings(backbone, next_N).cpu())
+                held_out += [is_held_out] * len(next_N)
     next_ND = torch.cat(following)
     return Calibration(
         hidden_ND=torch.cat(hidden),

@@ -1,8 +1,9 @@
 """Ragged calls as one batch: padded on the left, so that they end together.
 
-Padding on the left suits everything that training does. A rollout goes on where every row ends;
-what does not learn (text before the first message) comes first, so one column splits constant
-from variable; and the rows stay contiguous, so that a sliding window counts what it should.
+Padding on the left suits everything that training does. A rollout goes on where every row ends,
+and what does not learn (text before the first message) comes first, so one column splits constant
+from variable. Text that all rows begin with may go before the padding: then it needs to run for
+one row only, but rows are not contiguous any more, so a sliding window would count wrong.
 
 Shape legend: N rows (agents x records), S columns, D width.
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Splitting costs a second call of the backbone, which a few columns are not worth.
+# Splitting costs another call of the backbone, which a few columns are not worth.
 FEWEST_CONSTANT_COLUMNS = 16
 
 
@@ -56,13 +57,16 @@ class Padded:
         embeds_NSD: Zeros where there is padding.
         mask_NS: 0 where there is padding, else 1; None if nothing is to be masked.
         positions_NS: Real positions count from 0 in each row.
-        num_constant: Columns before this one hold no message and are not wanted.
-        constant_ids: Token ids in them, by row; a row has fewer where it begins with padding.
+        shared_ids: What all rows begin with, in columns before any padding.
+        num_constant: Columns before this one hold no message and are not wanted; never fewer than
+            there are shared ones.
+        constant_ids: Token ids in them, by row; a row has fewer where there is padding.
     """
 
     embeds_NSD: Tensor
     mask_NS: Tensor | None
     positions_NS: Tensor
+    shared_ids: tuple[int, ...]
     num_constant: int
     constant_ids: tuple[tuple[int, ...], ...]
 
@@ -73,37 +77,56 @@ class Padded:
 
 
 def pad_rows(
-    rows: Sequence[Row], embed: Callable[[Tensor], Tensor], *, multiple: int, always_mask: bool
+    rows: Sequence[Row],
+    embed: Callable[[Tensor], Tensor],
+    *,
+    multiple: int,
+    always_mask: bool,
+    share_up_to: int = 0,
 ) -> Padded:
     """Embed rows and pad them to one length.
 
     Args:
         rows: At least one.
         embed: Gives the embeddings [T, D] of token ids [T]; its device and type are the result's.
-        multiple: The number of columns, and that of constant columns, are multiples of this.
+        multiple: The number of columns, and those of shared and constant ones, are multiples of
+            this.
         always_mask: Give a mask even where there is no padding.
+        share_up_to: What rows begin with is shared if there are at most this many columns.
     """
     num_columns = _round_up(max(row.length for row in rows), multiple)
-    num_constant = _num_constant(rows, num_columns, multiple)
-    embeds_NSD = torch.stack([_embeds(row, embed, num_columns) for row in rows])
-    lengths_N = torch.tensor([row.length for row in rows], device=embeds_NSD.device)
+    shared_ids = _shared_ids(rows, multiple) if num_columns <= share_up_to else ()
+    num_shared = len(shared_ids)
+    num_constant = max(num_shared, _num_constant(rows, num_columns, num_shared, multiple))
+    embeds_NSD = torch.stack([_embeds(row, embed, num_columns, num_shared) for row in rows])
+    spare_N1 = torch.tensor([[num_columns - row.length] for row in rows], device=embeds_NSD.device)
     columns_S = torch.arange(num_columns, device=embeds_NSD.device)
-    positions_NS = columns_S - (num_columns - lengths_N[:, None])
+    is_shared_S = columns_S < num_shared
+    is_padding_NS = ~is_shared_S & (columns_S < num_shared + spare_N1)
+    positions_NS = torch.where(is_shared_S, columns_S, columns_S - spare_N1)
     # Without padding there is nothing to mask, and attention is faster if it is told so.
     is_padded = any(row.length < num_columns for row in rows)
-    num_ids = [num_constant - (num_columns - row.length) for row in rows]
+    num_ids = [max(num_constant - (num_columns - row.length), num_shared) for row in rows]
     return Padded(
         embeds_NSD=embeds_NSD,
-        mask_NS=(positions_NS >= 0).long() if always_mask or is_padded else None,
+        mask_NS=(~is_padding_NS).long() if always_mask or is_padded else None,
         positions_NS=positions_NS.clamp(min=0),
+        shared_ids=shared_ids,
         num_constant=num_constant,
-        constant_ids=tuple(
-            row.leading_ids[: max(n, 0)] for row, n in zip(rows, num_ids, strict=True)
-        ),
+        constant_ids=tuple(row.leading_ids[:n] for row, n in zip(rows, num_ids, strict=True)),
     )
 
 
-def _num_constant(rows: Sequence[Row], num_columns: int, multiple: int) -> int:
+def _shared_ids(rows: Sequence[Row], multiple: int) -> tuple[int, ...]:
+    """Return the tokens that all rows begin with, as far as no row's wanted positions."""
+    texts = [row.leading_ids[: row.length - row.num_wanted] for row in rows]
+    columns = enumerate(zip(*texts, strict=False))
+    end = next((i for i, ids in columns if len(set(ids)) > 1), min(map(len, texts)))
+    end = end // multiple * multiple
+    return texts[0][:end] if end >= FEWEST_CONSTANT_COLUMNS else ()
+
+
+def _num_constant(rows: Sequence[Row], num_columns: int, num_shared: int, multiple: int) -> int:
     if not any(isinstance(piece, Tensor) for row in rows for piece in row.pieces):
         return 0  # a call without messages runs once, there is nothing to split off
     ends = (
@@ -111,10 +134,12 @@ def _num_constant(rows: Sequence[Row], num_columns: int, multiple: int) -> int:
         for row in rows
     )
     constant = min(ends) // multiple * multiple
-    return constant if constant >= FEWEST_CONSTANT_COLUMNS else 0
+    return constant if constant - num_shared >= FEWEST_CONSTANT_COLUMNS else 0
 
 
-def _embeds(row: Row, embed: Callable[[Tensor], Tensor], num_columns: int) -> Tensor:
+def _embeds(
+    row: Row, embed: Callable[[Tensor], Tensor], num_columns: int, num_shared: int
+) -> Tensor:
     texts = [torch.tensor(piece) for piece in row.pieces if not isinstance(piece, Tensor)]
     # One lookup for all the text of a row.
     embeds_TD = embed(torch.cat(texts))
@@ -122,7 +147,8 @@ def _embeds(row: Row, embed: Callable[[Tensor], Tensor], num_columns: int) -> Te
     pieces_TD = [
         piece.to(embeds_TD) if isinstance(piece, Tensor) else next(text_TD) for piece in row.pieces
     ]
-    return pad(torch.cat(pieces_TD), (0, 0, num_columns - row.length, 0))
+    shared_TD, rest_TD = torch.tensor_split(torch.cat(pieces_TD), (num_shared,))
+    return torch.cat((shared_TD, pad(rest_TD, (0, 0, num_columns - row.length, 0))))
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -34,7 +34,6 @@ from recmas_compiler.training.examples import (
 )
 from recmas_compiler.training.graph import TrainingGraph
 from recmas_compiler.training.inner import (
-    NUM_ALIGNED_RECORDS,
     calibration_of,
     can_align,
 )
@@ -131,7 +130,7 @@ class Session:
 
     def _calibration(self, agent: str) -> Calibration:
         backbone = self.backbone(agent)
-        calls = self.target_calls(agent, self.examples.train[:NUM_ALIGNED_RECORDS])
+        calls = self.target_calls(agent, self.examples.train)
         with self.progress.stage(f"Aligning {agent}"):
             return calibration_of(backbone, ComputedThoughts(backbone, calls))
 

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from relay_specs import SMOL, relay_spec, write_codes
+from relay_specs import SMOL, relay_spec, relay_targets, write_codes
 
 import recmas_compiler as rc
 from recmas_compiler.evaluation.statistics import wilson
@@ -67,6 +67,7 @@ class Plan:
     records: int
     held_out: int
     seed: int
+    backbone_dtype: str
 
 
 def main() -> None:
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=2400)
     parser.add_argument("--held-out", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backbone-dtype", default="float32", choices=("float32", "bfloat16"))
     arguments = parser.parse_args()
     if not set(arguments.relays) <= set(RELAYS):
         parser.error(f"relays are {', '.join(RELAYS)}")
@@ -146,16 +148,17 @@ def train_cell(cell: Cell, plan: Plan, folder: Path) -> dict[str, Any]:
             train={
                 "data": "train.jsonl",
                 "held_out": "held_out.jsonl",
-                "targets": {"speaker": "code"},
+                "targets": relay_targets(agents),
                 "outer": {
                     "mode": "rollout",
                     "steps": plan.steps,
                     "batch_size": plan.batch_size,
                     "lr": plan.lr,
                 },
-                "eval_every": max(1, plan.steps // 6),
-                "checkpoint_every": max(1, plan.steps // 6),
+                "eval_every": max(1, plan.steps // 3),
+                "checkpoint_every": max(1, plan.steps // 3),
                 "seed": plan.seed,
+                "backbone_dtype": plan.backbone_dtype,
             },
         )
     )

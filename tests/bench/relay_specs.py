@@ -12,9 +12,9 @@ from typing import Any
 SMOL = "builtin:smollm2-135m-instruct"
 MAKE_DATA = Path(__file__).parents[2] / "examples" / "relay" / "make_data.py"
 
-READ = "{{ context }} Remember it."
-PASS = "Somebody told you: {{ latent.%s }} Remember it."
-SAY = "Somebody told you: {{ latent.%s }} What is the code? Answer with its digits only."
+READ = "{{ context }} Repeat it."
+PASS = "{{ latent.%s }} Repeat it."
+SAY = "{{ latent.%s }} Repeat the code, its digits only."
 
 
 def relay_spec(
@@ -37,7 +37,7 @@ def relay_spec(
         sources: Backbones that the agents have in turn.
         train: The spec's `train`.
     """
-    names = ["reader", *(f"passer{i}" for i in range(1, agents - 1)), "speaker"]
+    names = agent_names(agents)
     prompts: dict[str, Any] = {"reader": READ}
     if rounds > 1:
         prompts["reader"] = {"first": READ, "then": PASS % "speaker"}
@@ -61,6 +61,16 @@ def relay_spec(
         "train": train,
     }
     return json.dumps(spec, indent=1) + "\n"
+
+
+def agent_names(agents: int) -> list[str]:
+    """Return the names of a row of agents."""
+    return ["reader", *(f"passer{i}" for i in range(1, agents - 1)), "speaker"]
+
+
+def relay_targets(agents: int) -> dict[str, str]:
+    """Return what each agent should think or say; it is what their inner links are aligned to."""
+    return dict.fromkeys(agent_names(agents)[:-1], "context") | {"speaker": "code"}
 
 
 def write_codes(path: Path, *, digits: int, records: int, seed: int) -> None:

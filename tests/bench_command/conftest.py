@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from hand_bundle import write_hand_bundle
 from recmas_compiler.ir.build_topology import build_topology
@@ -15,14 +13,9 @@ from recmas_compiler.spec.spec import parse_spec
 from recmas_export.build import build
 from tiny_models import write_tiny_backbone
 from tiny_specs import SEQUENTIAL
+from torch_fixtures import one_thread
 
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]
 
 
 @pytest.fixture(scope="session")

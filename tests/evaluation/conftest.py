@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from recmas_compiler.evaluation.checks.verdict import Question
 from recmas_compiler.ir.build_topology import build_topology
@@ -17,16 +16,12 @@ from recmas_export.build import build
 from recmas_runtime.answers import Record
 from tiny_models import write_tiny_backbone
 from tiny_specs import SEQUENTIAL
+from torch_fixtures import one_thread
 
 WriteRecords = Callable[[Sequence[Mapping[str, object]]], Path]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]
 
 
 @pytest.fixture(scope="session")

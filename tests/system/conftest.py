@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import recmas_runtime as rt
 from built import BuildTiny, Built
@@ -16,14 +14,9 @@ from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_compiler.spec.spec import parse_spec
 from recmas_export.build import build
 from tiny_models import write_tiny_backbone
+from torch_fixtures import one_thread
 
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]
 
 
 @pytest.fixture(scope="session")

@@ -49,22 +49,55 @@ def test_what_is_wanted_is_not_constant() -> None:
     assert pad_rows([alone], embed, multiple=1, always_mask=False).num_constant == 0
 
 
-def test_rounds_share_the_constant_part(tiny: LoadTiny) -> None:
+def test_what_all_rows_begin_with_stays_before_the_padding() -> None:
+    message = torch.ones(2, 2)
+    one = Row(pieces=((*LEAD, 90, 91), message, (8,)), num_wanted=1)
+    other = Row(pieces=((*LEAD, 92), message, (8, 8, 8, 8, 8, 8)), num_wanted=1)
+    padded = pad_rows([one, other], embed, multiple=1, always_mask=False, share_up_to=99)
+    assert padded.shared_ids == LEAD
+    assert padded.embeds_NSD[0, :, 0].tolist() == [*LEAD, 0, 0, 0, 0, 90, 91, 1, 1, 8]
+    num_columns, lead = padded.embeds_NSD.shape[1], len(LEAD)
+    assert padded.mask_NS is not None
+    assert padded.mask_NS[0].tolist() == [1] * lead + [0] * 4 + [1] * 5
+    assert padded.positions_NS[0, lead + 4 :].tolist() == list(range(lead, lead + 5))
+    # A few columns more are not worth a call of their own.
+    assert padded.num_constant == lead
+    assert pad_rows([one], embed, multiple=8, always_mask=False, share_up_to=99).num_constant == 16
+    sliding = pad_rows(
+        [one, other], embed, multiple=1, always_mask=False, share_up_to=num_columns - 1
+    )
+    assert sliding.shared_ids == ()
+
+
+def test_what_is_wanted_is_not_shared() -> None:
+    row = Row(pieces=(LEAD,), num_wanted=2)
+    padded = pad_rows([row, row], embed, multiple=1, always_mask=False, share_up_to=99)
+    assert padded.shared_ids == LEAD[:-2]
+
+
+def test_nothing_constant_runs_twice(tiny: LoadTiny) -> None:
     backbone = tiny("llama")
     loop = topology(
         "solver", "solver~>solver", rounds=4, steps=STEPS, backbones=[declare("tiny", backbone)]
     )
     graph = training_graph(loop, {"tiny": backbone})
     batch = graph.prepare(examples(loop))
-    widths: list[tuple[int, bool]] = []
+    calls: list[tuple[int, bool]] = []
 
     def note(_module: object, _args: object, kwargs: dict[str, Tensor]) -> None:
         embeds = kwargs["inputs_embeds"]
-        widths.append((embeds.shape[1], embeds.requires_grad))
+        calls.append((len(embeds), embeds.requires_grad))
 
     handle = backbone.body.register_forward_pre_hook(note, with_kwargs=True)
+    graph(batch).mean.backward()
+    first, num = list(calls), len(batch)
+    calls.clear()
     graph(batch).mean.backward()
     handle.remove()
     # Round 1 has no messages. Rounds 2 and 3 share what they begin with; the last one reads whole
     # targets, so its rows are padded otherwise.
-    assert [learns for _, learns in widths] == [False, False, True, True, False, True]
+    own = [(num, learns) for learns in (False, False, True, True, False, True)]
+    assert [call for call in first if call[0] == num] == own
+    # What all records begin with runs for one of them; both prompts have it in common.
+    assert [call for call in first if call[0] == 1] == [(1, False)]
+    assert calls == own
