@@ -115,7 +115,8 @@ def mean_cosine(
 
 def calibration_of(backbone: TorchBackbone, thoughts: Thoughts) -> Calibration:
     """Return what a closed-form inner link is fitted to: thoughts of the first records."""
-    hidden, following, held_out = [], [], []
+    hidden, following = [], []
+    held_out: list[bool] = []
     for first in range(0, len(thoughts), _ALIGNED_AT_ONCE):
         if len(held_out) >= NUM_ALIGNED_PAIRS:
             break
