@@ -13,7 +13,8 @@ first one only: it passes a link, comes back, and passes it again); mixed (one l
 backbones, needs --other).
 
 OUT/cells holds one folder per cell; what is there is not run again, and a cell that was stopped
-goes on from its last checkpoint. Writes OUT/relay.json, relay.md and, with matplotlib, relay.png.
+goes on from its last checkpoint. Writes OUT/relay.json, relay.md and, with matplotlib, relay.png,
+about all cells that are there.
 """
 
 from __future__ import annotations
@@ -92,9 +93,9 @@ def main() -> None:
         parser.error("the relay `mixed` needs --other")
 
     plan = Plan(**{name: getattr(arguments, name) for name in Plan.__annotations__})
-    found: list[dict[str, Any]] = []
     for cell in cells(arguments.relays, arguments.digits, arguments.latent_steps):
-        found.append(measured(cell, plan, arguments.out / "cells" / cell.name))
+        measure(cell, plan, arguments.out / "cells" / cell.name)
+        found = read_cells(arguments.out)
         write_report(found, plan, arguments.out)
     print(table(found))
 
@@ -112,19 +113,32 @@ def cells(
                 yield Cell(relay=relay, digits=number, latent_steps=steps)
 
 
-def measured(cell: Cell, plan: Plan, folder: Path) -> dict[str, Any]:
-    """Return a cell's figures, from its file if it was run before with the same plan."""
+def measure(cell: Cell, plan: Plan, folder: Path) -> None:
+    """Write a cell's figures into a file, unless it was run before with the same plan."""
     path = folder / "cell.json"
     asked = {"cell": asdict(cell), "plan": asdict(plan)}
     if path.exists():
         kept: dict[str, Any] = json.loads(path.read_text())
         if {name: kept[name] for name in asked} != asked:
             raise SystemExit(f"{path} was run with other settings: use another OUT")
-        return kept
+        return
     folder.mkdir(parents=True, exist_ok=True)
     figures = asked | train_cell(cell, plan, folder)
     path.write_text(json.dumps(figures, indent=1) + "\n")
-    return figures
+
+
+def read_cells(out: Path) -> list[dict[str, Any]]:
+    """Return the figures of all cells, also those of earlier runs."""
+    found = [json.loads(path.read_text()) for path in (out / "cells").glob("*/cell.json")]
+    order = list(RELAYS)
+    return sorted(
+        found,
+        key=lambda f: (
+            order.index(f["cell"]["relay"]),
+            f["cell"]["latent_steps"],
+            f["cell"]["digits"],
+        ),
+    )
 
 
 def train_cell(cell: Cell, plan: Plan, folder: Path) -> dict[str, Any]:
