@@ -69,6 +69,7 @@ def make_session(
     threads: int | None = None,
     device: Device = "cpu",
     options: Mapping[str, str] | None = None,
+    profile: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """Open a graph.
 
@@ -77,6 +78,7 @@ def make_session(
         threads: Threads within an operator; None takes the physical cores.
         device: Where to run, from `resolve_device`.
         options: ONNX Runtime session configuration entries.
+        profile: Start of the name of a file that every kernel is recorded in; None for no record.
 
     Raises:
         RecmasError: RM504 if the device cannot be used, RM507 if the graph is refused.
@@ -88,6 +90,9 @@ def make_session(
     settings.log_severity_level = _ERRORS_ONLY
     for name, value in (options or {}).items():
         settings.add_session_config_entry(name, value)
+    if profile is not None:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(profile)
     try:
         session = ort.InferenceSession(str(path), settings, providers=list(PROVIDERS[device]))
     # ONNX Runtime raises a dozen unrelated classes for a graph it will not run.

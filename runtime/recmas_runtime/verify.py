@@ -21,6 +21,7 @@ from recmas_runtime.parity import (
     measure_link_parity,
     measure_probe,
 )
+from recmas_runtime.placement import StrayNode, find_stray_nodes
 from recmas_runtime.progress import Progress, Silent
 from recmas_runtime.safetensors_file import read_tensors
 from recmas_runtime.tolerances import TOLERANCES
@@ -114,6 +115,9 @@ def verify_bundle(
             problems += _out_of_tolerance(entry.file, case.figures)
             if entry.greedy_tokens_equal and not case.greedy_tokens_equal:
                 problems.append(_disagrees(entry.file, "another greedy continuation than built"))
+            decoder = bundle.manifest.backbones[entry.backbone].decoder
+            stray = find_stray_nodes(bundle.file(decoder), threads=threads, device=where)
+            problems += [_misplaced(decoder, node) for node in stray]
             cases.append(case)
             advance()
     return VerifyReport(
@@ -176,6 +180,16 @@ def _disagrees(file: str, message: str) -> Problem:
         code="RM405",
         message=message,
         hint="Upgrade onnxruntime or try --device cpu; do not trust this bundle's answers here.",
+        file=file,
+    )
+
+
+def _misplaced(file: str, node: StrayNode) -> Problem:
+    return Problem(
+        code="RM304",
+        message=f"an operator of a step does not run on the device: {node}",
+        hint="Upgrade onnxruntime; answers are right, but slow.",
+        severity="warning",
         file=file,
     )
 
