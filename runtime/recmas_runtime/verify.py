@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from recmas_runtime.bundle import Bundle, open_bundle, unlisted_files
+from recmas_runtime.devices import choose_device
 from recmas_runtime.engines import BackboneEngine, LinkEngine
 from recmas_runtime.errors import Problem, fail
 from recmas_runtime.links import load_operands
 from recmas_runtime.manifest import LinkEntry, ParityEntry
-from recmas_runtime.onnx_session import Device, resolve_device
+from recmas_runtime.onnx_session import Device
 from recmas_runtime.parity import (
     BACKBONE_CASE,
     case_links,
@@ -103,8 +104,8 @@ def verify_bundle(
     """
     watcher = progress or Silent()
     bundle = open_bundle(path, verify_hashes=True, progress=watcher)
-    where = resolve_device(device)
-    problems = [_unlisted(relative) for relative in unlisted_files(bundle)]
+    where, warnings = choose_device(device, bundle.file(bundle.manifest.probe), threads=threads)
+    problems = [*warnings, *(_unlisted(relative) for relative in unlisted_files(bundle))]
     with watcher.stage("Running known cases", 1 + len(bundle.manifest.parity)) as advance:
         probe = measure_probe(bundle.file(bundle.manifest.probe), threads=threads, device=where)
         problems += _out_of_tolerance(bundle.manifest.probe, {"probe_absolute": probe})
