@@ -27,10 +27,13 @@ from recmas_export.link_graph import write_link_graph
 from recmas_export.parity import link_cases, make_case, refuse_beyond_tolerance
 from recmas_export.plan_builder import live_backbones
 from recmas_export.probe import write_probe
+from recmas_runtime.devices import choose_device
 from recmas_runtime.engines import BackboneEngine, LinkEngine
 from recmas_runtime.links import load_operands
 from recmas_runtime.manifest import BackboneEntry, LinkEntry, ParityEntry
+from recmas_runtime.onnx_session import Device
 from recmas_runtime.parity import measure_backbone_parity, measure_link_parity, measure_probe
+from recmas_runtime.placement import refuse_stray_nodes
 from recmas_runtime.plan import Plan, SendStep
 from recmas_runtime.progress import Progress
 from recmas_runtime.safetensors_file import read_tensors, write_tensors
@@ -95,7 +98,8 @@ def assemble(
 
     Raises:
         RecmasError: RM203 or RM300 where a backbone cannot be exported, RM301 where an engine
-            disagrees with the reference, and what loading and link making raise.
+            disagrees with the reference, RM304 where a step leaves its provider, and what loading
+            and link making raise.
         OSError: A file cannot be written.
     """
     watch = _Watch()
@@ -117,7 +121,10 @@ def assemble(
         write_probe(folder / PROBE)
         refuse_beyond_tolerance({"probe": {"probe_absolute": measure_probe(folder / PROBE)}})
         modules = {link: made[link].module for link in entries}
+        devices: dict[Device, None] = {"cpu": None, choose_device("auto", folder / PROBE)[0]: None}
         for name in names:
+            for device in devices:
+                refuse_stray_nodes(folder / exported[name].decoder, device=device)
             case = _write_case(folder, name, plan, loaded[name], modules)
             cases.append(_measure(folder, case, name, exported[name], entries))
             advance()

@@ -18,6 +18,7 @@ from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_export.link_graph import append_link, constant, operand_inputs
 from recmas_export.narrow_weights import narrow_weights
+from recmas_export.rewrites import clean
 from recmas_export.tidy import check_operators, multiply_as_stored, strip, tidy
 from recmas_export.trace import BATCH, trace_body, trace_embed, trace_head
 from recmas_export.weights_file import externalize_weights
@@ -49,6 +50,7 @@ def export_backbone(backbone: TorchBackbone, folder: Path) -> None:
     graphs = {DECODER: decoder, EMBED: trace_embed(model, facts), HEAD: head}
     for graph in graphs.values():
         tidy(graph)
+    clean(decoder)
     _add_latent_step(decoder.graph, facts)
     folder.mkdir(parents=True, exist_ok=True)
     for name, graph in graphs.items():

@@ -2,79 +2,167 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from recmas_runtime.onnx_session import Device, onnx_runtime
+from recmas_runtime.onnx_session import onnx_runtime
+
+# numpy's types for those of ONNX Runtime. It has none for bfloat16, whose bits it can hold.
+NUMPY_TYPES: Final[dict[str, Any]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(bfloat16)": np.uint16,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
+_BFLOAT16: Final = 16  # its number among ONNX's types
+
+
+class Memory:
+    """Where the buffers of an engine live.
+
+    Args:
+        device: As ONNX Runtime names it.
+        shared: The device's memory is the host's, so numpy reads and writes buffers in place. A
+            device that is the host may still be told that it is not; it then does what others do.
+    """
+
+    def __init__(self, device: str, *, shared: bool) -> None:
+        self.device = device
+        self.shared = shared
+
+    def zeros(self, shape: tuple[int, ...], kind: str = "tensor(float)") -> DeviceArray:
+        """Return a buffer of zeros of one of `NUMPY_TYPES`."""
+        return DeviceArray(np.zeros(shape, NUMPY_TYPES[kind]), kind, self)
+
+    def hold(self, array: NDArray[Any], kind: str = "tensor(float)") -> DeviceArray:
+        """Return a buffer with the contents of an array; where memory is shared, the array."""
+        return DeviceArray(np.ascontiguousarray(array, NUMPY_TYPES[kind]), kind, self)
 
 
 class DeviceArray:
-    """A contiguous array that binds, whole or by leading index, to a graph's input or output.
+    """A contiguous array at a fixed address, which binds to a graph's input or output.
 
-    On the host it shares its memory with numpy; on a device only `write` and `numpy` copy.
+    Where memory is shared it is a numpy array; elsewhere `write` and `numpy` copy over the bus and
+    `copy` stays on the device.
 
     Args:
-        array: Contents; on the host the buffer is this array itself. Must be contiguous.
-        device: Where the buffer lives.
+        array: Contents; with shared memory the buffer is this array itself.
+        kind: One of `NUMPY_TYPES`, the array's own type.
+        memory: Where the buffer lives.
     """
 
-    def __init__(self, array: NDArray[Any], device: Device) -> None:
-        assert array.flags.c_contiguous, "only contiguous arrays can be bound"
+    def __init__(self, array: NDArray[Any], kind: str, memory: Memory) -> None:
         self.shape: tuple[int, ...] = array.shape
-        self._dtype = array.dtype
-        self._device = device
-        self._value = onnx_runtime().OrtValue.ortvalue_from_numpy(array, device, 0)
+        self._kind = kind
+        self._host = array if memory.shared else None
         # On the host the value points into the array, which must outlive it.
-        self._host = array if device == "cpu" else None
+        self._value = _ort_value(array, kind)
+        if not memory.shared:
+            element = _BFLOAT16 if kind == "tensor(bfloat16)" else array.dtype.type
+            self._value = onnx_runtime().OrtValue.ortvalue_from_shape_and_type(
+                array.shape, element, memory.device, 0
+            )
+            self.write(array)
 
-    @classmethod
-    def zeros(cls, shape: tuple[int, ...], dtype: DTypeLike, device: Device) -> DeviceArray:
-        """Return a buffer of zeros."""
-        return cls(np.zeros(shape, dtype), device)
+    @property
+    def num_bytes(self) -> int:
+        """Size of the buffer."""
+        return math.prod(self.shape) * int(np.dtype(NUMPY_TYPES[self._kind]).itemsize)
 
-    def write(self, array: NDArray[Any]) -> None:
-        """Overwrite the whole buffer."""
+    def write(self, array: NDArray[Any] | float) -> None:
+        """Overwrite the buffer."""
         if self._host is not None:
             self._host[...] = array
         else:
-            self._value.update_inplace(np.ascontiguousarray(array, dtype=self._dtype))
+            whole = np.empty(self.shape, NUMPY_TYPES[self._kind])
+            whole[...] = array
+            self._value.update_inplace(_ort_value(whole, self._kind))
 
-    def write_slice(self, index: int, array: NDArray[Any]) -> None:
-        """Overwrite one leading index."""
-        if self._host is not None:
-            self._host[index] = array
+    def copy(self, source: DeviceArray) -> None:
+        """Overwrite the buffer with another one of the same place, shape and type."""
+        if self._host is not None and source._host is not None:
+            self._host[...] = source._host
         else:
-            whole = self._value.numpy()
-            whole[index] = array
-            self._value.update_inplace(whole)
+            self._value.update_inplace(source._value)
+
+    def take(self, array: NDArray[Any]) -> bool:
+        """Overwrite the buffer if that is better than another buffer for this array.
+
+        Returns:
+            False where memory is shared, for an array is a buffer there, or if it does not fit.
+        """
+        if self._host is not None or array.shape != self.shape:
+            return False
+        self.write(array)
+        return True
 
     def copy_leading(self, source: DeviceArray, rows: Sequence[int], positions: int) -> None:
         """Take rows of a buffer [R, H, C, D], the first `positions` of each, in this order."""
         array = self.numpy()
         array[:, :, :positions] = source.numpy()[rows, :, :positions]
         if self._host is None:
-            self._value.update_inplace(array)
+            self.write(array)
 
     def numpy(self) -> NDArray[Any]:
-        """Return the contents: on the host the memory itself, from a device a copy."""
-        return self._host if self._host is not None else np.asarray(self._value.numpy())
+        """Return the contents: with shared memory the buffer itself, else a copy."""
+        if self._host is not None:
+            return self._host
+        array = np.empty(self.shape, NUMPY_TYPES[self._kind])
+        _ort_value(array, self._kind).update_inplace(self._value)
+        return array
 
-    def bind_input(self, binding: Any, name: str, *, index: int | None = None) -> None:
-        """Make the graph's input `name` read from here, or from one leading index."""
-        shape, pointer = self._place(index)
-        binding.bind_input(name, self._device, 0, self._dtype.type, shape, pointer)
+    def bind_input(self, binding: Any, name: str) -> None:
+        """Make the graph's input `name` read from here."""
+        binding.bind_ortvalue_input(name, self._value)
 
-    def bind_output(self, binding: Any, name: str, *, index: int | None = None) -> None:
-        """Make the graph's output `name` write here, or to one leading index."""
-        shape, pointer = self._place(index)
-        binding.bind_output(name, self._device, 0, self._dtype.type, shape, pointer)
+    def bind_output(self, binding: Any, name: str) -> None:
+        """Make the graph's output `name` write here."""
+        binding.bind_ortvalue_output(name, self._value)
 
-    def _place(self, index: int | None) -> tuple[tuple[int, ...], int]:
-        if index is None:
-            return self.shape, self._value.data_ptr()
-        inner = self.shape[1:]
-        stride = int(np.prod(inner)) * self._dtype.itemsize
-        return inner, self._value.data_ptr() + index * stride
+
+class Series:
+    """Arrays of one shape that are stored and loaded one by one, and read together.
+
+    Args:
+        memory: Where they live.
+        initial: [N, ...], their contents.
+        kind: One of `NUMPY_TYPES`.
+    """
+
+    def __init__(self, memory: Memory, initial: NDArray[Any], kind: str = "tensor(float)") -> None:
+        self._whole = initial.astype(NUMPY_TYPES[kind]) if memory.shared else None
+        # Slices of one device buffer have no handle of their own, so each array has its buffer.
+        self._parts = [] if memory.shared else [memory.hold(part, kind) for part in initial]
+
+    def store(self, index: int, source: DeviceArray) -> None:
+        """Copy a buffer into one of the arrays."""
+        if self._whole is not None:
+            self._whole[index] = source.numpy()
+        else:
+            self._parts[index].copy(source)
+
+    def load(self, index: int, target: DeviceArray) -> None:
+        """Copy one of the arrays into a buffer."""
+        if self._whole is not None:
+            target.write(self._whole[index])
+        else:
+            target.copy(self._parts[index])
+
+    def numpy(self) -> NDArray[Any]:
+        """Return all of them, [N, ...]."""
+        return (
+            self._whole if self._whole is not None else np.stack([p.numpy() for p in self._parts])
+        )
+
+
+def _ort_value(array: NDArray[Any], kind: str) -> Any:
+    """Return a value of ONNX Runtime that is the memory of an array."""
+    ort_value = onnx_runtime().OrtValue
+    if kind == "tensor(bfloat16)":
+        return ort_value.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+    return ort_value.ortvalue_from_numpy(array)

@@ -7,69 +7,21 @@ link each, N vectors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recmas_runtime.buffers import DeviceArray
+from recmas_runtime.buffers import Memory, Series
+from recmas_runtime.caches import Cache, CachePool
 from recmas_runtime.manifest import BackboneEntry
 from recmas_runtime.onnx_session import Device, make_session
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
 Operands = Mapping[str, NDArray[Any]]
-
-
-class Cache:
-    """Key/value rows of R sequences and the bindings to them, both made once.
-
-    The cache is written in place: input and output of the graph are the same buffer. Rows at and
-    beyond a sequence's write index are never read, so forgetting is only a smaller write index.
-
-    Args:
-        engine: The engine it belongs to.
-        rows: Sequences, R.
-        capacity: Positions per sequence, C.
-    """
-
-    def __init__(self, engine: BackboneEngine, *, rows: int, capacity: int) -> None:
-        entry = engine.entry
-        shape = (rows, entry.num_kv_heads, capacity, entry.head_dim)
-        self.rows = rows
-        self.capacity = capacity
-        self.binding = engine.decoder.io_binding()
-        self._layers = []
-        for layer in range(entry.num_layers):
-            for name in ("key", "value"):
-                store = DeviceArray.zeros(shape, np.float32, engine.device)
-                store.bind_input(self.binding, f"{name}.{layer}")
-                store.bind_output(self.binding, f"present_{name}.{layer}")
-                self._layers.append(store)
-        self.write_index = DeviceArray.zeros((rows,), np.int64, engine.device)
-        self.last_index = DeviceArray.zeros((rows,), np.int64, engine.device)
-        self.write_index.bind_input(self.binding, "write_index")
-        self.last_index.bind_input(self.binding, "last_index")
-        self._inner: Operands | None = None
-        self._inner_arrays: list[DeviceArray] = []
-
-    def copy_rows(self, source: Cache, rows: Sequence[int], positions: int) -> None:
-        """Take the first `positions` of the given sequences of another cache, in this order."""
-        for store, other in zip(self._layers, source._layers, strict=True):
-            store.copy_leading(other, rows, positions)
-
-    def bind_inner(self, inner: Operands, device: Device) -> None:
-        """Bind the inner links' operands; nothing happens if they are bound already."""
-        if self._inner is inner:
-            return
-        self._inner = inner
-        self._inner_arrays = []
-        for name, array in inner.items():
-            operand = DeviceArray(array, device)
-            operand.bind_input(self.binding, f"inner.{name}")
-            self._inner_arrays.append(operand)
 
 
 class BackboneEngine:
@@ -95,7 +47,11 @@ class BackboneEngine:
     ) -> None:
         self.entry = entry
         self.device = device
-        self.decoder = make_session(root / entry.decoder, threads=threads, device=device)
+        self.decoder = make_session(
+            root / entry.decoder, threads=threads, device=device, cuda_graphs=True
+        )
+        self.memory = Memory(device, shared=device == "cpu")
+        self.caches = CachePool(self.decoder, entry, self.memory)
         # The table is read in place from the mapped weights file: packing would copy all of it.
         unpacked = {"session.disable_prepacking": "1"}
         self._embed = make_session(
@@ -117,7 +73,7 @@ class BackboneEngine:
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
         """Return a cache for `rows` sequences of at most `capacity` positions."""
-        return Cache(self, rows=rows, capacity=capacity)
+        return self.caches.take(rows, capacity)
 
     def forward(
         self,
@@ -143,19 +99,22 @@ class BackboneEngine:
         rows, positions, width = inputs_embeds.shape
         assert rows == cache.rows, f"{rows} rows in a cache of {cache.rows}"
         assert int(write_index.max()) + positions <= cache.capacity, "cache overflow"
-        cache.bind_inner(inner, self.device)
+        cache.bind_inner(inner)
         cache.write_index.write(write_index)
         cache.last_index.write(last_index)
-        embeds = DeviceArray(np.ascontiguousarray(inputs_embeds), self.device)
-        hidden = DeviceArray.zeros((rows, positions, width), np.float32, self.device)
-        thought = DeviceArray.zeros((rows, 1, width), np.float32, self.device)
-        following = DeviceArray.zeros((rows, 1, width), np.float32, self.device)
-        embeds.bind_input(cache.binding, "inputs_embeds")
-        hidden.bind_output(cache.binding, "hidden")
-        thought.bind_output(cache.binding, "thought")
-        following.bind_output(cache.binding, "next_embeds")
-        self.decoder.run_with_iobinding(cache.binding)
-        return hidden.numpy(), thought.numpy(), following.numpy()
+        if positions == 1:
+            cache.embeds.write(inputs_embeds)
+            cache.run_step()
+            hidden = cache.thought
+        else:
+            hidden = self.memory.zeros((rows, positions, width))
+            cache.run_call(self.memory.hold(inputs_embeds), hidden)
+        # The next call overwrites what this one leaves at fixed addresses.
+        return (
+            hidden.numpy().copy() if hidden is cache.thought else hidden.numpy(),
+            cache.thought.numpy().copy(),
+            cache.next_embeds.numpy().copy(),
+        )
 
     def rollout(
         self,
@@ -168,8 +127,9 @@ class BackboneEngine:
     ) -> tuple[Floats, Floats]:
         """Continue latent steps from a prefill's last position, each in one call.
 
-        The first thought is the prefill's own, so `num_steps - 1` calls are made. Thoughts and
-        embeddings stay where the engine wrote them; a step reads the slice the last one wrote.
+        The first thought is the prefill's own, so `num_steps - 1` calls are made. All buffers are
+        there before the first call and keep their addresses; between calls a few rows are copied
+        where they are, on a device on the device.
 
         Args:
             cache: Is extended by `num_steps - 1` positions.
@@ -184,22 +144,21 @@ class BackboneEngine:
         """
         rows, _, width = thought.shape
         assert int(write_index.max()) + num_steps - 1 <= cache.capacity, "cache overflow"
-        cache.bind_inner(inner, self.device)
-        thoughts = DeviceArray.zeros((num_steps, rows, 1, width), np.float32, self.device)
-        embeds = DeviceArray.zeros((num_steps, rows, 1, width), np.float32, self.device)
-        thoughts.write_slice(0, thought)
-        embeds.write_slice(0, next_embeds)
-        cache.last_index.write(np.zeros(rows, np.int64))
-        scratch = DeviceArray.zeros((rows, 1, width), np.float32, self.device)
-        scratch.bind_output(cache.binding, "hidden")
-        position = write_index.copy()
-        for step in range(1, num_steps):
-            cache.write_index.write(position)
-            embeds.bind_input(cache.binding, "inputs_embeds", index=step - 1)
-            embeds.bind_output(cache.binding, "next_embeds", index=step)
-            thoughts.bind_output(cache.binding, "thought", index=step)
-            self.decoder.run_with_iobinding(cache.binding)
-            position += 1
+        cache.bind_inner(inner)
+        empty = np.empty((num_steps, rows, 1, width), np.float32)
+        thoughts, embeds = Series(self.memory, empty), Series(self.memory, empty)
+        later = np.arange(num_steps - 1)[:, None] + write_index
+        positions = Series(self.memory, later, "tensor(int64)")
+        cache.thought.write(thought)
+        cache.next_embeds.write(next_embeds)
+        cache.last_index.write(0)
+        for step in range(num_steps):
+            if step > 0:
+                cache.embeds.copy(cache.next_embeds)
+                positions.load(step - 1, cache.write_index)
+                cache.run_step()
+            thoughts.store(step, cache.thought)
+            embeds.store(step, cache.next_embeds)
         return thoughts.numpy()[:, :, 0], embeds.numpy()[:, :, 0]
 
 

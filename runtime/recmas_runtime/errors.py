@@ -76,6 +76,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM301": (Exit.VERIFICATION, "an engine disagrees with the reference"),
     "RM302": (Exit.USAGE, "the output folder is in the way"),
     "RM303": (Exit.RUN_FAILED, "the disk is full or not writable"),
+    "RM304": (Exit.VERIFICATION, "an operator of a step runs on an unexpected provider"),
     # RM4xx: bundles
     "RM400": (Exit.VERIFICATION, "not a bundle, or an incomplete one"),
     "RM401": (Exit.VERIFICATION, "a bundle file is missing or altered"),

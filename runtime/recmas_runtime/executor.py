@@ -60,6 +60,14 @@ class Engines:
     link: LinkEngine
     operands: Mapping[str, Operands]
     voices: Mapping[str, Voice]
+    _stacked: dict[tuple[str, ...], Operands] = field(default_factory=dict, repr=False)
+
+    def stacked(self, links: Sequence[str]) -> Operands:
+        """Return the operands of several links as one; made once, so that bindings to them last."""
+        key = tuple(links)
+        if key not in self._stacked:
+            self._stacked[key] = stack_operands([self.operands[link] for link in key])
+        return self._stacked[key]
 
 
 @dataclass(kw_only=True)
@@ -256,9 +264,9 @@ class Execution:
         x = np.swapaxes(thoughts_MBD if step.apply_inner else embeds_MBD, 0, 1)
         x = np.ascontiguousarray(x).reshape(1, batch * num_steps, width)
         if step.apply_inner:
-            inner = self.engines.operands[self.plan.agents[step.source].inner]
-            x = self.engines.link.apply(x, stack_operands([inner]))
-        outer = stack_operands([self.engines.operands[link] for link in step.links])
+            inner = self.plan.agents[step.source].inner
+            x = self.engines.link.apply(x, self.engines.stacked([inner]))
+        outer = self.engines.stacked(step.links)
         x = np.ascontiguousarray(np.broadcast_to(x, (len(step.links), *x.shape[1:])))
         y = self.engines.link.apply(x, outer)
         for link, message in zip(step.links, y, strict=True):
@@ -326,10 +334,10 @@ class Execution:
 
     def _new_lane(self, cache_id: str) -> Lane:
         cache = self.plan.caches[cache_id]
-        inner = [self.engines.operands[self.plan.agents[a].inner] for a in cache.agents]
+        inner = [self.plan.agents[agent].inner for agent in cache.agents]
         self._lanes[cache_id] = lane = Lane.empty(
             self.engines.backbones[cache.backbone],
-            stack_operands(inner),
+            self.engines.stacked(inner),
             rows=len(cache.agents) * self.num_records,
             capacity=self._capacity(cache_id),
         )

@@ -5,12 +5,14 @@ Shape legend: R rows, S positions of a call, T positions of a whole prompt, d wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from recmas_runtime.engines import BackboneEngine, Cache, Floats, Indices, Operands
+from recmas_runtime.caches import Cache
+from recmas_runtime.engines import BackboneEngine, Floats, Indices, Operands
 from recmas_runtime.plan import cache_capacity
 
 # Attention pays for every row of capacity, so text gets room as it grows; a step up copies once.
@@ -19,7 +21,7 @@ ROOM_FOR_TEXT = 128
 
 @dataclass(kw_only=True)
 class Lane:
-    """Rows that go through a backbone together.
+    """Rows that go through a backbone together. A lane's cache outlives it, for another lane.
 
     Attributes:
         cache: Key/value rows.
@@ -38,6 +40,10 @@ class Lane:
     lengths: Indices
     thought: Floats
     next_embeds: Floats
+    _give_back: Callable[[], object] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._hold(self.cache)
 
     @classmethod
     def empty(cls, engine: BackboneEngine, inner: Operands, *, rows: int, capacity: int) -> Lane:
@@ -110,7 +116,14 @@ class Lane:
         rows = range(self.cache.rows)
         larger = self.engine.new_cache(len(rows), cache_capacity(positions + ROOM_FOR_TEXT))
         larger.copy_rows(self.cache, rows, int(self.lengths.max()))
-        self.cache = larger
+        self._give_back()
+        self._hold(larger)
+
+    def _hold(self, cache: Cache) -> None:
+        """Use a cache until the lane is gone, or `_give_back` is called."""
+        self.cache = cache
+        self._give_back = release = weakref.finalize(self, self.engine.caches.give_back, cache)
+        release.atexit = False
 
 
 def ragged_window(

@@ -108,11 +108,14 @@ def load_operands(path: Path, entry: LinkEntry) -> Operands:
 def stack_operands(links: Sequence[Mapping[str, NDArray[Any]]]) -> Operands:
     """Give operands the leading G axis, one entry per link.
 
-    Hidden widths may differ: zeros fill up to the widest, and gelu(0) = 0 adds nothing.
+    Hidden widths may differ: zeros fill up to the widest, and gelu(0) = 0 adds nothing. A single
+    link's operands are not copied.
 
     Args:
         links: Operands from `load_operands`; at least one, of equal input and output widths.
     """
+    if len(links) == 1:
+        return {name: operand[None] for name, operand in links[0].items()}
     hidden = max(link["w1"].shape[1] for link in links)
     widened = [_widen_hidden(link, hidden) for link in links]
     return {name: np.stack([link[name] for link in widened]) for name in links[0]}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -20,7 +23,11 @@ PROVIDERS: Final[dict[Device, tuple[str, ...]]] = {
     # What CUDA has no kernel for falls back to the CPU.
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
 }
+# Documented options of the CUDA provider. Products in TF32 would keep 10 bits of what float32 says.
+_CUDA_OPTIONS: Final = {"use_tf32": "0"}
 _ERRORS_ONLY: Final = 3
+# What a run's graph id is if it must be neither captured nor replayed.
+NO_GRAPH: Final = -1
 
 
 def onnx_runtime() -> Any:
@@ -69,6 +76,8 @@ def make_session(
     threads: int | None = None,
     device: Device = "cpu",
     options: Mapping[str, str] | None = None,
+    profile: Path | None = None,
+    cuda_graphs: bool = False,
 ) -> onnxruntime.InferenceSession:
     """Open a graph.
 
@@ -77,19 +86,33 @@ def make_session(
         threads: Threads within an operator; None takes the physical cores.
         device: Where to run, from `resolve_device`.
         options: ONNX Runtime session configuration entries.
+        cuda_graphs: Let runs be captured into CUDA graphs, see `run_options`; only runs with bound
+            buffers are then possible. Devices without them ignore it.
+        profile: Start of the name of a file that every kernel is recorded in; None for no record.
 
     Raises:
         RecmasError: RM504 if the device cannot be used, RM507 if the graph is refused.
     """
     ort = onnx_runtime()
+    if device == "cuda":
+        _load_cuda_libraries()
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads if threads is not None else physical_cores()
     settings.inter_op_num_threads = 1  # plans are sequences: there is nothing to overlap
     settings.log_severity_level = _ERRORS_ONLY
     for name, value in (options or {}).items():
         settings.add_session_config_entry(name, value)
+    if profile is not None:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(profile)
     try:
-        session = ort.InferenceSession(str(path), settings, providers=list(PROVIDERS[device]))
+        session = ort.InferenceSession(
+            str(path),
+            settings,
+            providers=_providers(device, cuda_graphs=cuda_graphs),
+            # It would print, and go on without the provider that was asked for.
+            enable_fallback=0,
+        )
     # ONNX Runtime raises a dozen unrelated classes for a graph it will not run.
     except Exception as error:
         raise fail(
@@ -106,6 +129,33 @@ def make_session(
             hint="Check the CUDA driver and libraries, or use --device cpu.",
         )
     return session
+
+
+def _providers(device: Device, *, cuda_graphs: bool) -> list[str | tuple[str, dict[str, str]]]:
+    first, *others = PROVIDERS[device]
+    if device == "cpu":
+        return [first]
+    return [(first, {**_CUDA_OPTIONS, "enable_cuda_graph": str(int(cuda_graphs))}), *others]
+
+
+@functools.cache
+def _load_cuda_libraries() -> None:
+    """Load CUDA from NVIDIA's wheels, where they are what is installed; once, for it takes time."""
+    # It prints what it does not find, and stdout is for data.
+    with contextlib.redirect_stdout(sys.stderr):
+        onnx_runtime().preload_dlls()
+
+
+def run_options(graph_id: int) -> Any:
+    """Return options of a run: the CUDA graph that it is captured in and replayed from.
+
+    Args:
+        graph_id: Any positive number, one per set of buffers; `NO_GRAPH` for none. Providers
+            without graphs ignore it.
+    """
+    options = onnx_runtime().RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph_id))
+    return options
 
 
 def physical_cores() -> int:

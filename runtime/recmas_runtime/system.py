@@ -13,12 +13,12 @@ from recmas_runtime.answers import Answer, Record
 from recmas_runtime.baselines import apply_baseline
 from recmas_runtime.batch import AnswerStream, Batch
 from recmas_runtime.bundle import Bundle, open_bundle
+from recmas_runtime.devices import choose_device
 from recmas_runtime.engines import BackboneEngine, LinkEngine
-from recmas_runtime.errors import RecmasError, fail
+from recmas_runtime.errors import Problem, RecmasError, fail
 from recmas_runtime.executor import Engines, Execution
 from recmas_runtime.links import load_operands
 from recmas_runtime.manifest import Manifest
-from recmas_runtime.onnx_session import resolve_device
 from recmas_runtime.plan import Plan, SamplingPlan, Variant
 from recmas_runtime.progress import Progress, Silent
 from recmas_runtime.prompt import ChatTemplate, Prompt
@@ -45,7 +45,8 @@ def load(
 
     Args:
         path: The bundle's folder.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu` or `cuda`. `auto` takes CUDA where it can be used; where it is there
+            but cannot, the system's `problems` say why and the CPU runs.
         threads: Threads within an operator; None takes the physical cores.
         functions: Tools of the caller, by the names that the spec declares; each maps the text of
             a call to the text of its result.
@@ -70,10 +71,15 @@ def load(
 
 @dataclass(frozen=True, kw_only=True)
 class Machinery:
-    """What a bundle loads once and every system on it shares."""
+    """What a bundle loads once and every system on it shares.
+
+    Attributes:
+        problems: Warnings: why it is not the device that was hoped for.
+    """
 
     manifest: Manifest
     device: str
+    problems: tuple[Problem, ...]
     engines: Engines
     chats: Mapping[str, Chat]
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -100,6 +106,7 @@ class System:
         self.plan = plan
         self.manifest = machinery.manifest
         self.device = machinery.device
+        self.problems = machinery.problems
         self._machinery = machinery
         self._toolbox = toolbox
         self._exchange = exchange
@@ -304,8 +311,8 @@ def as_record(question: Question, index: int) -> Record:
 
 
 def _load_machinery(bundle: Bundle, *, device: str, threads: int | None) -> Machinery:
-    where = resolve_device(device)
     manifest = bundle.manifest
+    where, problems = choose_device(device, bundle.file(manifest.probe), threads=threads)
     chats, voices = {}, {}
     for name, entry in manifest.backbones.items():
         template = bundle.file(entry.chat_template).read_text(encoding="utf-8")
@@ -330,4 +337,6 @@ def _load_machinery(bundle: Bundle, *, device: str, threads: int | None) -> Mach
         },
         voices=voices,
     )
-    return Machinery(manifest=manifest, device=where, engines=engines, chats=chats)
+    return Machinery(
+        manifest=manifest, device=where, problems=problems, engines=engines, chats=chats
+    )

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from recmas_runtime.bundle import Bundle, open_bundle, unlisted_files
+from recmas_runtime.devices import choose_device
 from recmas_runtime.engines import BackboneEngine, LinkEngine
 from recmas_runtime.errors import Problem, fail
 from recmas_runtime.links import load_operands
 from recmas_runtime.manifest import LinkEntry, ParityEntry
-from recmas_runtime.onnx_session import Device, resolve_device
+from recmas_runtime.onnx_session import Device
 from recmas_runtime.parity import (
     BACKBONE_CASE,
     case_links,
@@ -21,6 +22,7 @@ from recmas_runtime.parity import (
     measure_link_parity,
     measure_probe,
 )
+from recmas_runtime.placement import StrayNode, find_stray_nodes
 from recmas_runtime.progress import Progress, Silent
 from recmas_runtime.safetensors_file import read_tensors
 from recmas_runtime.tolerances import TOLERANCES
@@ -102,8 +104,8 @@ def verify_bundle(
     """
     watcher = progress or Silent()
     bundle = open_bundle(path, verify_hashes=True, progress=watcher)
-    where = resolve_device(device)
-    problems = [_unlisted(relative) for relative in unlisted_files(bundle)]
+    where, warnings = choose_device(device, bundle.file(bundle.manifest.probe), threads=threads)
+    problems = [*warnings, *(_unlisted(relative) for relative in unlisted_files(bundle))]
     with watcher.stage("Running known cases", 1 + len(bundle.manifest.parity)) as advance:
         probe = measure_probe(bundle.file(bundle.manifest.probe), threads=threads, device=where)
         problems += _out_of_tolerance(bundle.manifest.probe, {"probe_absolute": probe})
@@ -114,6 +116,9 @@ def verify_bundle(
             problems += _out_of_tolerance(entry.file, case.figures)
             if entry.greedy_tokens_equal and not case.greedy_tokens_equal:
                 problems.append(_disagrees(entry.file, "another greedy continuation than built"))
+            decoder = bundle.manifest.backbones[entry.backbone].decoder
+            stray = find_stray_nodes(bundle.file(decoder), threads=threads, device=where)
+            problems += [_misplaced(decoder, node) for node in stray]
             cases.append(case)
             advance()
     return VerifyReport(
@@ -176,6 +181,16 @@ def _disagrees(file: str, message: str) -> Problem:
         code="RM405",
         message=message,
         hint="Upgrade onnxruntime or try --device cpu; do not trust this bundle's answers here.",
+        file=file,
+    )
+
+
+def _misplaced(file: str, node: StrayNode) -> Problem:
+    return Problem(
+        code="RM304",
+        message=f"an operator of a step does not run on the device: {node}",
+        hint="Upgrade onnxruntime; answers are right, but slow.",
+        severity="warning",
         file=file,
     )
 

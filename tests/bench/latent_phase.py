@@ -74,15 +74,17 @@ def main() -> None:
 def measure_step(system: rt.System, bundle: Path, repeats: int) -> dict[str, Any]:
     """Time latent steps and weight reads in turn, so that both see the same machine."""
     agent = system.plan.agents[system.plan.answer_agent]
-    engine = system._engines.backbones[agent.backbone]
-    inner = {name: array[None] for name, array in system._engines.operands[agent.inner].items()}
+    engine = system._machinery.engines.backbones[agent.backbone]
+    inner = {
+        name: array[None] for name, array in system._machinery.engines.operands[agent.inner].items()
+    }
     num_bytes = weight_bytes(bundle / engine.entry.decoder) + sum(a.nbytes for a in inner.values())
     block = np.ones(num_bytes // 4, np.float32)
     timed = TimedSession(engine.decoder)
-    engine.decoder = timed
     start, num_steps = 200, 33
     thought = np.random.default_rng(0).standard_normal((1, 1, engine.entry.width), np.float32)
     cache = engine.new_cache(1, 320)
+    cache.session = timed
     steps, reads, overheads = [], [], []
     for repeat in range(repeats + 1):
         reads += [timed_call(lambda: read(block, physical_cores())) for _ in range(3)]
@@ -93,7 +95,6 @@ def measure_step(system: rt.System, bundle: Path, repeats: int) -> dict[str, Any
         if repeat > 0:  # the first one warms up
             steps.append(wall / (num_steps - 1))
             overheads.append(1 - timed.seconds / wall)
-    engine.decoder = timed.session
     # The floor is the fastest read seen, the step the median: noise counts against the engine.
     read_s, step_s = min(reads), statistics.median(steps)
     return {
@@ -174,9 +175,9 @@ class TimedSession:
         self.session = session
         self.seconds = 0.0
 
-    def run_with_iobinding(self, binding: Any) -> None:
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
         start = time.perf_counter()
-        self.session.run_with_iobinding(binding)
+        self.session.run_with_iobinding(binding, options)
         self.seconds += time.perf_counter() - start
 
     def __getattr__(self, name: str) -> Any:

@@ -320,5 +320,5 @@ def test_graphs_keep_the_shapes_that_make_loading_fast(exported: Get) -> None:
     known = {value.name for value in (*graph.value_info, *graph.output)}
     heavy = [node for node in graph.node if node.op_type in ("Attention", "MatMul")]
     unknown = [node for node in heavy if node.output[0] not in known]
-    assert len(heavy) == 2 * (1 + 7) + 3
+    assert len(heavy) == 2 * (1 + 4) + 3
     assert len(unknown) == 3, "those of the inner link, whose sizes only its weights know"

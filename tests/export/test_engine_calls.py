@@ -1,0 +1,210 @@
+"""Engines over their buffers: steps at fixed addresses, caches that are used again.
+
+A device is stood in for by the CPU with memory that numpy does not see, so everything goes through
+the copies that a device needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from export_cases import Exported, random_ids, random_link
+from recmas_export.backbone_graph import DECODER, EMBED, HEAD
+from recmas_runtime.buffers import Memory, Series
+from recmas_runtime.caches import CachePool
+from recmas_runtime.engines import BackboneEngine, Operands
+from recmas_runtime.lane import Lane
+from recmas_runtime.links import stack_operands
+from recmas_runtime.manifest import BackboneEntry
+from recmas_runtime.tolerances import TOLERANCES
+
+Get = Callable[[str], Exported]
+STEPS = 5
+
+
+def make_engine(case: Exported, *, shared: bool = True) -> BackboneEngine:
+    facts = case.backbone.facts
+    entry = BackboneEntry(
+        source="tiny",
+        digest="",
+        model_type=facts.model_type,
+        width=facts.width,
+        num_layers=facts.num_layers,
+        num_kv_heads=facts.num_kv_heads,
+        head_dim=facts.head_dim,
+        vocab_size=facts.vocab_size,
+        max_positions=facts.max_positions,
+        dtype="float32",
+        bos_token=None,
+        eos_token_ids=(),
+        decoder=DECODER,
+        embed=EMBED,
+        head=HEAD,
+        weights="",
+        tokenizer="",
+        chat_template="",
+    )
+    engine = BackboneEngine(entry, case.folder, threads=1)
+    if not shared:
+        engine.memory = Memory("cpu", shared=False)
+        engine.caches = CachePool(engine.decoder, entry, engine.memory)
+    return engine
+
+
+@pytest.fixture
+def inner(exported: Get, tmp_path: Any) -> Operands:
+    width = exported("llama").width
+    return stack_operands([random_link(tmp_path, "projected", "inner", width, width)[1]])
+
+
+def prompt_of(case: Exported, rows: int = 2, positions: int = 7) -> NDArray[np.float32]:
+    return case.embed(random_ids(case.backbone, rows, positions))
+
+
+def roll_out(
+    engine: BackboneEngine, embeds: NDArray[np.float32], inner: Operands, *, capacity: int = 64
+) -> tuple[Any, ...]:
+    rows, positions, _ = embeds.shape
+    cache = engine.new_cache(rows, capacity)
+    index = np.full(rows, positions)
+    _, thought, following = engine.forward(cache, embeds, index * 0, index - 1, inner)
+    return cache, *engine.rollout(cache, thought, following, index, inner, STEPS)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_steps_are_what_one_call_computes(exported: Get, inner: Operands, shared: bool) -> None:
+    """All thoughts but the first come from calls of one position, here all from a single call."""
+    case = exported("llama")
+    engine, embeds = make_engine(case, shared=shared), prompt_of(case)
+    _, thoughts, following = roll_out(engine, embeds, inner)
+    whole = np.concatenate([embeds, following[:-1].swapaxes(0, 1)], axis=1)
+    last = np.full(2, whole.shape[1] - 1)
+    hidden, _, _ = engine.forward(engine.new_cache(2, 64), whole, last * 0, last, inner)
+    wanted = hidden[:, -STEPS:].swapaxes(0, 1)
+    assert np.abs(thoughts - wanted).max() < TOLERANCES["hidden_relative"] * np.abs(wanted).max()
+
+
+def test_memory_apart_gives_the_same_numbers(exported: Get, inner: Operands) -> None:
+    case = exported("llama")
+    embeds = prompt_of(case)
+    (_, *near), (_, *far) = (
+        roll_out(make_engine(case, shared=shared), embeds, inner) for shared in (True, False)
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(near, far, strict=True))
+
+
+def test_a_call_leaves_earlier_results_alone(exported: Get, inner: Operands) -> None:
+    case = exported("llama")
+    engine = make_engine(case)
+    cache = engine.new_cache(2, 64)
+    index, token = np.zeros(2, np.int64), prompt_of(case, positions=1)
+    first = engine.forward(cache, token, index, index, inner)
+    kept = [array.copy() for array in first]
+    engine.forward(cache, -token, index + 1, index, inner)
+    assert all(np.array_equal(a, b) for a, b in zip(first, kept, strict=True))
+
+
+class Recorder:
+    """Notes the CUDA graph of every run."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+        self.graphs: list[int] = []
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        self.graphs.append(int(options.get_run_config_entry("gpu_graph_id")))
+        self.session.run_with_iobinding(binding, options)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_graph_belongs_to_addresses(exported: Get, inner: Operands, shared: bool) -> None:
+    """A replayed CUDA graph reads where it was captured, whatever is bound by then."""
+    case = exported("llama")
+    engine, index = make_engine(case, shared=shared), np.zeros(1, np.int64)
+    prompt, token = prompt_of(case, rows=1), prompt_of(case, rows=1, positions=1)
+    other = {name: array.copy() for name, array in inner.items()}
+    graphs = []
+    for _ in range(2):
+        cache = engine.new_cache(1, 64)
+        cache.session = recorder = Recorder(engine.decoder)
+        for embeds, link in ((prompt, inner), (token, inner), (token, inner), (token, other)):
+            engine.forward(cache, embeds, index, index, link)
+        graphs.append(recorder.graphs)
+    (call, step, again, moved), (_, of_other_cache, *_) = graphs
+    assert call == -1, "prompts have all lengths: each would be a graph of its own"
+    assert 0 < step == again != of_other_cache
+    assert (moved == step) is not shared, "operands were copied to where the graph reads them"
+
+
+def test_caches_are_used_again(exported: Get, inner: Operands) -> None:
+    case = exported("llama")
+    engine, embeds = make_engine(case), prompt_of(case)
+    expected = roll_out(engine, embeds, inner)[1]
+    lane = Lane.empty(engine, inner, rows=2, capacity=64)
+    spoilt = lane.cache
+    engine.forward(
+        spoilt, np.full_like(embeds, np.nan), np.zeros(2, np.int64), np.full(2, 6), inner
+    )
+    del lane
+    cache, thoughts, _ = roll_out(engine, embeds, inner)
+    assert cache is spoilt
+    assert np.array_equal(thoughts, expected), "not a number must not reach the next user"
+
+
+def test_idle_caches_never_add_to_the_most_that_was_used(exported: Get, inner: Operands) -> None:
+    engine = make_engine(exported("llama"))
+    pool = engine.caches
+
+    def lanes(*capacities: int) -> list[Lane]:
+        return [Lane.empty(engine, inner, rows=1, capacity=c) for c in capacities]
+
+    used = lanes(64, 64, 128)
+    most = pool.num_bytes
+    del used
+    assert pool.num_bytes == most, "all are kept"
+    used = lanes(192)
+    assert pool.num_bytes <= most
+    used += lanes(64)
+    assert pool.num_bytes <= most
+    del used
+    used = lanes(256, 256)
+    assert pool.num_bytes == 2 * most, "two of 256 rows are twice as much as 64 + 64 + 128"
+    assert [lane.cache.capacity for lane in used] == [256, 256]
+
+
+def test_a_lane_that_grows_returns_its_cache(exported: Get, inner: Operands) -> None:
+    case = exported("llama")
+    engine = make_engine(case)
+    lane = Lane.empty(engine, inner, rows=2, capacity=64)
+    small = lane.cache
+    prompt = prompt_of(case, positions=60)
+    lane.prefill(list(prompt), [0, 0])
+    lane.feed([[1, 2, 3, 4, 5]] * 2)
+    assert lane.cache is not small
+    assert lane.cache.capacity > 64
+    assert engine.new_cache(2, 64) is small
+    whole = np.concatenate([prompt, engine.embed(np.array([[1, 2, 3, 4, 5]] * 2))], axis=1)
+    last = np.full(2, 64)
+    _, thought, _ = engine.forward(engine.new_cache(2, 128), whole, last * 0, last, inner)
+    scale = np.abs(thought).max()
+    assert np.abs(lane.thought - thought).max() < TOLERANCES["hidden_relative"] * scale
+
+
+@pytest.mark.parametrize("kind", ["tensor(float16)", "tensor(bfloat16)", "tensor(bool)"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_elements_of_other_types(kind: str, shared: bool) -> None:
+    memory = Memory("cpu", shared=shared)
+    first, second = memory.zeros((2, 3), kind), memory.zeros((2, 3), kind)
+    first.write(1)
+    second.copy(first)
+    assert second.numpy().tolist() == [[1, 1, 1], [1, 1, 1]]
+    series = Series(memory, np.zeros((2, 2, 3)), kind)
+    series.store(1, second)
+    series.load(0, second)
+    assert series.numpy().sum() == 6
+    assert second.numpy().sum() == 0
