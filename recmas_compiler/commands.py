@@ -30,8 +30,9 @@ from recmas_compiler.spec.trained_links import TrainedLinks, has_trained_links
 from recmas_runtime.bundle import open_bundle
 from recmas_runtime.codec import to_json
 from recmas_runtime.errors import Exit, RecmasError, fail
-from recmas_runtime.manifest import MANIFEST_NAME, SPEC_NAME
+from recmas_runtime.manifest import MANIFEST_NAME, SPEC_NAME, ParityEntry
 from recmas_runtime.progress import Progress, Silent
+from recmas_runtime.reports import loss_text
 
 Stage = Literal["inner", "outer", "all"]
 
@@ -153,7 +154,8 @@ def build(
     result = export(program.graph, spec=spec, out=folder, progress=progress, reuse=not force)
     how = "is current" if result.reused else "written"
     return Outcome(
-        text=f"Bundle {folder} {how}.\n{_links_note(program, trained)}"
+        text=f"Bundle {folder} {how}.\n{_losses_note(result.parity, program)}"
+        f"{_links_note(program, trained)}"
         f'Next: recmas run {folder} "..."',
         data={
             "path": str(folder),
@@ -246,6 +248,16 @@ def write_text(path: Path, text: str) -> None:
         raise fail(
             "RM303", f"cannot write {path}: {error.strerror}", hint="Choose another --out."
         ) from error
+
+
+def _losses_note(parity: Sequence[ParityEntry], program: api.Program) -> str:
+    """Say what the precision of each backbone that is not float32 costs, a line each."""
+    backbones = program.graph.system.backbones
+    return "".join(
+        f"{case.backbone}: {loss_text(case.loss, backbones[case.backbone].precision)}.\n"
+        for case in parity
+        if case.loss is not None
+    )
 
 
 def _links_note(program: api.Program, trained: TrainedLinks | None) -> str:

@@ -10,7 +10,7 @@ from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.instruments import Record
 from recmas_compiler.ir.ops import Agent, Link, Prefill, Send, System, Think
 from recmas_compiler.ir.printer import prompt_text
-from recmas_compiler.ir.sizes import dtype_bytes, human_bytes
+from recmas_compiler.ir.sizes import human_bytes, weights_bytes
 from recmas_compiler.ir.step_names import prefill_id, send_id
 from recmas_compiler.ir.text_table import counted, listed
 from recmas_runtime.plan import PromptPart, Variant
@@ -55,7 +55,7 @@ def _share_backbones(record: Record, count_tokens: CountTokens) -> Iterator[str]
     for name, backbone in system.backbones.items():
         users = [agent for agent in system.agents if system.backbone_of(agent).name == name]
         if len(users) > 1:
-            size = backbone.facts.num_parameters * dtype_bytes(backbone.dtype)
+            size = weights_bytes(backbone.facts, precision=backbone.precision, dtype=backbone.dtype)
             saved = human_bytes((len(users) - 1) * size)
             yield (
                 f"One copy of {name} ({human_bytes(size)}) serves {listed(users)}: "

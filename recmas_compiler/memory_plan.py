@@ -8,7 +8,13 @@ from typing import Any
 
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Level, Send, System, Think
-from recmas_compiler.ir.sizes import ENGINE_DTYPE, dtype_bytes, human_bytes, link_num_parameters
+from recmas_compiler.ir.sizes import (
+    ENGINE_DTYPE,
+    dtype_bytes,
+    human_bytes,
+    link_num_parameters,
+    weights_bytes,
+)
 from recmas_compiler.ir.text_table import aligned
 
 
@@ -19,7 +25,8 @@ class BackboneMemory:
     Attributes:
         name: The backbone; those that use its weights are not listed apart.
         source: As the spec names it.
-        dtype: Element type that its weights are stored in; in memory they are float32.
+        dtype: Element type that float32 engines store weights in; in memory they are float32.
+        precision: How its engines hold weights.
         agents: Agents that the program runs on it.
         weights_bytes: Its weights, held once.
         cache_bytes: Key/value caches of its agents for one record, at the limits of the build.
@@ -28,6 +35,7 @@ class BackboneMemory:
     name: str
     source: str
     dtype: str
+    precision: str
     agents: tuple[str, ...]
     weights_bytes: int
     cache_bytes: int
@@ -120,8 +128,9 @@ def _backbones(system: System) -> Iterator[BackboneMemory]:
                 name=name,
                 source=backbone.facts.source,
                 dtype=backbone.dtype,
+                precision=backbone.precision,
                 agents=tuple(agent for cache in caches for agent in cache.agents),
-                weights_bytes=backbone.facts.num_parameters * dtype_bytes(ENGINE_DTYPE),
+                weights_bytes=weights_bytes(backbone.facts, precision=backbone.precision),
                 cache_bytes=sum(cache.bytes_per_sample for cache in caches),
             )
 

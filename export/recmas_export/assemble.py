@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
 from torch import nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.ir.graph import Graph
+from recmas_compiler.ir.sizes import QUANTIZED
 from recmas_compiler.links.materialize import MaterializedLink, materialize_links
 from recmas_export.backbone_graph import (
     CHAT_TEMPLATE,
@@ -22,15 +23,24 @@ from recmas_export.backbone_graph import (
     WEIGHTS,
     export_backbone,
 )
+from recmas_export.compensated_rounding import rounded_layers
 from recmas_export.fingerprint import sha256_file
 from recmas_export.link_graph import write_link_graph
-from recmas_export.parity import link_cases, make_case, refuse_beyond_tolerance
+from recmas_export.parity import (
+    beyond_limits,
+    beyond_tolerance,
+    link_cases,
+    make_case,
+    refuse,
+)
 from recmas_export.plan_builder import live_backbones
+from recmas_export.precision_loss import OWN_TEXT, measure_loss, passages_of
 from recmas_export.probe import write_probe
 from recmas_runtime.devices import choose_device
 from recmas_runtime.engines import BackboneEngine, LinkEngine
+from recmas_runtime.errors import Problem
 from recmas_runtime.links import load_operands
-from recmas_runtime.manifest import BackboneEntry, LinkEntry, ParityEntry
+from recmas_runtime.manifest import BackboneEntry, LinkEntry, LossEntry, ParityEntry
 from recmas_runtime.onnx_session import Device
 from recmas_runtime.parity import measure_backbone_parity, measure_link_parity, measure_probe
 from recmas_runtime.placement import refuse_stray_nodes
@@ -98,8 +108,8 @@ def assemble(
 
     Raises:
         RecmasError: RM203 or RM300 where a backbone cannot be exported, RM301 where an engine
-            disagrees with the reference, RM304 where a step leaves its provider, and what loading
-            and link making raise.
+            disagrees with the reference or loses too much, RM304 where a step leaves its provider,
+            and what loading, link making and reading the text to measure losses over raise.
         OSError: A file cannot be written.
     """
     watch = _Watch()
@@ -112,14 +122,17 @@ def assemble(
     with watch("export"), progress.stage("Exporting engines", len(names)) as advance:
         exported = {}
         for name in names:
-            exported[name] = _export(loaded[name], folder, name)
+            precision = program.system.backbones[name].precision
+            with rounded_layers(loaded[name], precision=precision, progress=progress):
+                exported[name] = _export(loaded[name], folder, name, precision)
             advance()
         write_link_graph(folder / LINK_ENGINE)
     with watch("parity"), progress.stage("Comparing with the reference", len(names)) as advance:
         cases = []
         (folder / PROBE).parent.mkdir()
         write_probe(folder / PROBE)
-        refuse_beyond_tolerance({"probe": {"probe_absolute": measure_probe(folder / PROBE)}})
+        probe = {"probe_absolute": measure_probe(folder / PROBE)}
+        refuse(beyond_tolerance("probe", probe, precision="float32"))
         modules = {link: made[link].module for link in entries}
         devices: dict[Device, None] = {"cpu": None, choose_device("auto", folder / PROBE)[0]: None}
         for name in names:
@@ -128,7 +141,18 @@ def assemble(
             case = _write_case(folder, name, plan, loaded[name], modules)
             cases.append(_measure(folder, case, name, exported[name], entries))
             advance()
-        refuse_beyond_tolerance({f"backbone {case.backbone!r}": case.figures for case in cases})
+        refuse(
+            problem
+            for case in cases
+            for problem in beyond_tolerance(
+                f"backbone {case.backbone!r}",
+                case.figures,
+                precision=exported[case.backbone].precision,
+            )
+        )
+    with watch("parity"):
+        text = program.system.loss_text
+        cases = _with_losses(folder, cases, exported, loaded, entries, text, progress)
     return Parts(
         backbones=exported, links=entries, parity=tuple(cases), seconds=dict(watch.seconds)
     )
@@ -181,9 +205,9 @@ def _write_links(folder: Path, links: Mapping[str, MaterializedLink]) -> dict[st
     return entries
 
 
-def _export(backbone: TorchBackbone, root: Path, name: str) -> BackboneEntry:
+def _export(backbone: TorchBackbone, root: Path, name: str, precision: str) -> BackboneEntry:
     folder = f"backbones/{name}"
-    export_backbone(backbone, root / folder)
+    export_backbone(backbone, root / folder, precision=precision)
     facts = backbone.facts
     return BackboneEntry(
         source=facts.source,
@@ -205,6 +229,7 @@ def _export(backbone: TorchBackbone, root: Path, name: str) -> BackboneEntry:
         tokenizer=f"{folder}/{TOKENIZER}",
         chat_template=f"{folder}/{CHAT_TEMPLATE}",
         special_tokens=backbone.special_tokens,
+        precision=precision,
     )
 
 
@@ -247,3 +272,50 @@ def _measure(
         },
         greedy_tokens_equal=parity.greedy_tokens_equal,
     )
+
+
+def _with_losses(
+    folder: Path,
+    cases: Sequence[ParityEntry],
+    exported: Mapping[str, BackboneEntry],
+    loaded: Mapping[str, TorchBackbone],
+    links: Mapping[str, LinkEntry],
+    text: str | None,
+    progress: Progress,
+) -> list[ParityEntry]:
+    """Return the cases, those of quantized backbones with what their precision costs."""
+    num_quantized = sum(exported[case.backbone].precision in QUANTIZED for case in cases)
+    if num_quantized == 0:
+        return list(cases)
+    measured: list[ParityEntry] = []
+    problems: list[Problem] = []
+    with progress.stage("Measuring losses", num_quantized) as advance:
+        for case in cases:
+            entry = exported[case.backbone]
+            if entry.precision not in QUANTIZED:
+                measured.append(case)
+                continue
+            loss = _loss(folder, case, entry, loaded[case.backbone], links, text)
+            what = f"backbone {case.backbone!r}"
+            problems.extend(beyond_limits(what, loss, precision=entry.precision))
+            measured.append(replace(case, loss=loss))
+            advance()
+    refuse(problems)
+    return measured
+
+
+def _loss(
+    folder: Path,
+    case: ParityEntry,
+    entry: BackboneEntry,
+    backbone: TorchBackbone,
+    links: Mapping[str, LinkEntry],
+    text: str | None,
+) -> LossEntry:
+    """Measure what a backbone's precision costs over a text, its own or the spec's."""
+    passages = passages_of(backbone, OWN_TEXT if text is None else Path(text))
+    name = "recmas's text" if text is None else PurePath(text).name
+    _, metadata = read_tensors(folder / case.file)
+    link = links[metadata["inner"]]
+    inner = load_operands(folder / link.file, link)
+    return measure_loss(backbone, BackboneEngine(entry, folder), inner, passages, text=name)

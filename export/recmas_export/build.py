@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from recmas_compiler.backbones.sources import resolve_source
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import SEARCH_CORPUS, LinkWeights
-from recmas_compiler.ir.sizes import ENGINE_DTYPE, dtype_bytes
+from recmas_compiler.ir.sizes import ENGINE_DTYPE, QUANTIZED, dtype_bytes, weights_bytes
 from recmas_compiler.spec.spec import Spec
 from recmas_export.bundle_writer import check_target, staged_bundle
 from recmas_export.fingerprint import fingerprint, sha256_file, source_digest, tool_versions
@@ -73,9 +73,10 @@ def build(
         reuse: Return at once if `out` holds the bundle of this very program and these weights.
 
     Raises:
-        RecmasError: RM123 where a search corpus holds what is no passage, RM203 or RM300 where a
-            backbone cannot be exported, RM301 where an engine disagrees with the reference, RM302
-            if something else is at `out`, RM303 if the disk is full or not writable.
+        RecmasError: RM123 where a search corpus holds what is no passage, RM126 where nothing can
+            be predicted in the text to measure losses over, RM203 or RM300 where a backbone cannot
+            be exported, RM301 where an engine disagrees with the reference or a precision loses too
+            much, RM302 if something else is at `out`, RM303 if the disk is full or not writable.
     """
     watcher = progress or Silent()
     check_target(out)
@@ -148,8 +149,17 @@ def _fingerprint(
         backbones=sources,
         links=digests,
         corpus=_corpus_digest(program.system.search_corpus),
+        loss_text=_loss_text_digest(program),
         receipts=[sha256_file(receipt) for receipt in receipts_of(_link_files(program).values())],
     )
+
+
+def _loss_text_digest(program: Graph) -> str | None:
+    """Return the sha256 of the text that losses are measured over, where there are any."""
+    text = program.system.loss_text
+    backbones = (program.system.backbones[name] for name in live_backbones(program))
+    is_read = text is not None and any(b.precision in QUANTIZED for b in backbones)
+    return sha256_file(Path(text)) if text is not None and is_read else None
 
 
 def _corpus_digest(corpus: str | None) -> str | None:
@@ -195,7 +205,7 @@ def _link_files(program: Graph) -> dict[str, str]:
 def _estimated_bytes(program: Graph) -> int:
     """Return about how many bytes the bundle takes: weights, most of all."""
     backbones = [program.system.backbones[name] for name in live_backbones(program)]
-    weights = sum(b.facts.num_parameters * dtype_bytes(b.dtype) for b in backbones)
+    weights = sum(weights_bytes(b.facts, precision=b.precision, dtype=b.dtype) for b in backbones)
     parameters = 0
     for link in _links(program).values():
         hidden = 2 * link.out_dim  # the widest kind's

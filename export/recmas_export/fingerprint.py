@@ -45,6 +45,7 @@ def fingerprint(
     backbones: Mapping[str, str],
     links: Mapping[str, str],
     corpus: str | None = None,
+    loss_text: str | None = None,
     receipts: Sequence[str] = (),
 ) -> str:
     """Return the sha256 that identifies a build.
@@ -55,6 +56,7 @@ def fingerprint(
         backbones: Digest of the weights by backbone name, see `source_digest`.
         links: Digest of the weights by link id, where there are weights before the build.
         corpus: Digest of the passages to search, if there are any.
+        loss_text: Digest of the text that losses are measured over, if one is.
         receipts: Digests of the training receipts that the bundle carries.
     """
     inputs: dict[str, Any] = {
@@ -64,6 +66,7 @@ def fingerprint(
         "backbones": dict(backbones),
         "links": dict(links),
         "corpus": corpus,
+        "loss_text": loss_text,
         "receipts": list(receipts),
         "tools": tool_versions(),
         "formats": [MANIFEST_VERSION, PLAN_VERSION],

@@ -9,7 +9,7 @@ d width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -20,9 +20,15 @@ from transformers import DynamicCache
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_runtime.errors import Problem, RecmasError
-from recmas_runtime.tolerances import TOLERANCES
+from recmas_runtime.manifest import LossEntry
+from recmas_runtime.tolerances import LOSS_LIMITS, loss_figures, tolerances
 
 Case = dict[str, NDArray[Any]]
+
+_HINT: Final = (
+    "No bundle was written. Try another precision or another version of onnxruntime, and report "
+    "the model."
+)
 
 _TEXT: Final = (
     "Three friends plan a garden with 7 rows of 8 plants. Each plant needs 2 litres of water a "
@@ -97,27 +103,50 @@ def link_cases(
     return case
 
 
-def refuse_beyond_tolerance(measured: Mapping[str, Mapping[str, float]]) -> None:
-    """Raise unless every figure is within its tolerance.
+def beyond_tolerance(
+    what: str, figures: Mapping[str, float], *, precision: str
+) -> Iterator[Problem]:
+    """Yield a problem for each figure that is not within its tolerance.
 
     Args:
-        measured: Figures by the names of `TOLERANCES`, by what was measured.
+        what: What was measured, for messages.
+        figures: By the names of `TOLERANCES`; one that is not a number is beyond.
+        precision: Whose tolerances count.
+    """
+    allowed = tolerances(precision)
+    for name, value in figures.items():
+        if not value <= allowed[name]:
+            message = f"{what}: {name} is {value:.2e}, allowed is {allowed[name]:.0e}."
+            yield Problem(code="RM301", message=message, hint=_HINT)
+
+
+def beyond_limits(what: str, loss: LossEntry, *, precision: str) -> Iterator[Problem]:
+    """Yield a problem for each figure of a loss that a precision must not reach.
+
+    Args:
+        what: What was measured, for messages.
+        loss: What it costs.
+        precision: Whose limits count.
+    """
+    figures = loss_figures(loss)
+    for name, limit in LOSS_LIMITS[precision].items():
+        if not figures[name] <= limit:
+            message = (
+                f"{what}: {name} of {precision} is {figures[name]:.3g} over {loss.text}, "
+                f"allowed is {limit:g}."
+            )
+            yield Problem(code="RM301", message=message, hint=_HINT)
+
+
+def refuse(problems: Iterable[Problem]) -> None:
+    """Raise if there is any problem.
 
     Raises:
-        RecmasError: RM301 with one problem per figure; a figure that is not a number is beyond.
+        RecmasError: With all of them.
     """
-    problems = [
-        Problem(
-            code="RM301",
-            message=f"{what}: {name} is {value:.2e}, allowed is {TOLERANCES[name]:.0e}.",
-            hint="No bundle was written. Try another version of onnxruntime, and report the model.",
-        )
-        for what, figures in measured.items()
-        for name, value in figures.items()
-        if not value <= TOLERANCES[name]
-    ]
-    if problems:
-        raise RecmasError(problems)
+    found = tuple(problems)
+    if found:
+        raise RecmasError(found)
 
 
 def _prompt(backbone: TorchBackbone) -> list[int]:

@@ -9,6 +9,7 @@ have the same dimensions whatever the plan, and the manifest says them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from recmas_compiler.backbones.facts import AttentionKind, BackboneFacts
@@ -88,7 +89,7 @@ class Replanner:
 
     def _compile(self, spec: Spec) -> Plan:
         # Links keep their widths without their files, and only widths are in a plan.
-        known = without_link_files(spec, lambda *_: "projected")
+        known = without_link_files(_without_loss_text(spec), lambda *_: "projected")
         return build_plan(run_pipeline(build_topology(known, known=self._facts(spec))))
 
     def _facts(self, spec: Spec) -> Mapping[str, BackboneFacts]:
@@ -108,6 +109,12 @@ class Replanner:
             name: _facts(shared.get(name, name), entries[shared.get(name, anything)])
             for name in spec.document.backbones
         }
+
+
+def _without_loss_text(spec: Spec) -> Spec:
+    """Return a spec without the text that its build measured losses over: it is in no bundle."""
+    build = spec.document.build.model_copy(update={"loss_text": None})
+    return replace(spec, document=spec.document.model_copy(update={"build": build}))
 
 
 def _facts(identity: str, entry: BackboneEntry) -> BackboneFacts:

@@ -29,6 +29,7 @@ _SAFETENSORS_NAMES: Final = {
     ir.DataType.FLOAT: "F32",
     ir.DataType.FLOAT16: "F16",
     ir.DataType.BFLOAT16: "BF16",
+    ir.DataType.UINT8: "U8",
 }
 
 
@@ -54,7 +55,10 @@ class _Weight:
         return self.value.name
 
     @property
-    def memory(self) -> Memory:
+    def memory(self) -> object:
+        """What tells whether two weights are the same bytes, in whatever shape."""
+        if self.array.flags.c_contiguous:
+            return self.array.ctypes.data, self.array.nbytes
         return memory_of(self.array)
 
 

@@ -138,6 +138,7 @@ class _Reader:
             )
         attention = self._attention(values, num_layers)
         is_sliding = "sliding" in attention
+        is_tied = bool(values.get("tie_word_embeddings", False))
         return BackboneFacts(
             source=self.source,
             identity=identity,
@@ -158,8 +159,9 @@ class _Reader:
                 kv_width=num_kv_heads * head_dim,
                 mlp_width=self._dimension(values, "intermediate_size", default=4 * width),
                 vocab_size=vocab_size,
-                is_tied=bool(values.get("tie_word_embeddings", False)),
+                is_tied=is_tied,
             ),
+            num_tables=1 if is_tied else 2,
         )
 
     def load(self, path: Path) -> dict[str, Any]:

@@ -27,6 +27,8 @@ class BackboneFacts:
         attention: Kind of each layer, in order; `len(attention) == num_layers`.
         sliding_window: Window of the sliding layers in positions; None if there are none.
         num_parameters: Parameters, embedding table included once.
+        num_tables: Tables of the vocabulary among them: 1 where head and embedding are tied, else
+            2.
     """
 
     source: str
@@ -42,3 +44,4 @@ class BackboneFacts:
     attention: tuple[AttentionKind, ...]
     sliding_window: int | None
     num_parameters: int
+    num_tables: int = 1

@@ -46,7 +46,7 @@ def build_topology(
     Raises:
         RecmasError: All that only the backbones' files tell: missing or unsuitable backbones
             (RM2xx), link files that do not fit (RM120), limits beyond a backbone (RM105), a search
-            corpus that is not there (RM123).
+            corpus that is not there (RM123), a text to measure losses over that is not (RM126).
     """
     problems: list[Problem] = []
     facts = known or _describe_backbones(spec, problems, download=download)
@@ -54,7 +54,7 @@ def build_topology(
     links = [_link(spec, *ends, facts, problems) for ends in spec.declared.links]
     for name, fact in facts.items():
         problems += _beyond_backbone(spec, name, fact)
-    problems += _missing_corpus(spec)
+    problems += (*_missing_corpus(spec), *_missing_loss_text(spec))
     if problems:
         raise RecmasError(in_reading_order(problems))
     known_agents = {name: agent for name, agent in agents.items() if agent is not None}
@@ -231,6 +231,20 @@ def _missing_corpus(spec: Spec) -> Iterator[Problem]:
         yield problem_at(place, "RM123", message, hint=hint)
 
 
+def _loss_text(spec: Spec) -> Path | None:
+    """Return the absolute path of the text to measure losses over, if there is one."""
+    name = spec.document.build.loss_text
+    return None if name is None else path_of(name, spec.base_dir)
+
+
+def _missing_loss_text(spec: Spec) -> Iterator[Problem]:
+    text = _loss_text(spec)
+    if text is not None and not is_file(text):
+        message = f"the text `{text}` is not there."
+        hint = "Give a text file, relative to the spec, or leave `loss_text` out."
+        yield problem_at(spec.position("build", "loss_text"), "RM126", message, hint=hint)
+
+
 def _tools(section: ToolsSection | None) -> ToolsPlan | None:
     if section is None:
         return None
@@ -256,18 +270,20 @@ def _system(
     links: dict[str, Link],
 ) -> System:
     document = spec.document
-    answer, build, corpus = document.answer, document.build, _search_corpus(spec)
+    answer, build = document.answer, document.build
+    corpus, loss_text = _search_corpus(spec), _loss_text(spec)
     return System(
         name=document.name,
         rounds=document.rounds,
         answer_agent=answer.agent,
         sampling=SamplingPlan(**answer.model_dump(exclude={"agent", "stop_when", "tools"})),
-        build=BuildOptions(**build.model_dump()),
+        build=BuildOptions(**build.model_dump(exclude={"loss_text"})),
         backbones={
             name: Backbone(
                 name=name,
                 facts=facts[name],
                 dtype=section.dtype,
+                precision=section.precision or build.precision,
                 shared_as=name,
                 where=spec.position("backbones", name),
             )
@@ -278,4 +294,5 @@ def _system(
         stop_when=None if answer.stop_when is None else StopPlan(cosine=answer.stop_when.cosine),
         tools=_tools(answer.tools),
         search_corpus=None if corpus is None else str(corpus),
+        loss_text=None if loss_text is None else str(loss_text),
     )

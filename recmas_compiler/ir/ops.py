@@ -39,6 +39,8 @@ class Backbone:
         name: Its name in the spec.
         shared_as: The name of the backbone whose weights and engine it uses; `name` itself until
             ShareBackbones finds an equal one.
+        dtype: Element type that its weights are rounded to.
+        precision: How its engines hold them: `float32`, `int8` or `int4`.
     """
 
     name: str
@@ -46,6 +48,12 @@ class Backbone:
     dtype: str
     shared_as: str
     where: SourcePosition
+    precision: str = "float32"
+
+    @property
+    def engine_identity(self) -> tuple[str, str, str]:
+        """What backbones have in common that can share weights and engine."""
+        return self.facts.identity, self.dtype, self.precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +254,7 @@ class System:
         stop_when: Early end of the rounds; None runs all of them.
         tools: Tools of the answer agent; None for none.
         search_corpus: Absolute path of the file or folder that is copied to `SEARCH_CORPUS`.
+        loss_text: Absolute path of the text that losses of a precision are measured over.
     """
 
     name: str
@@ -260,6 +269,7 @@ class System:
     stop_when: StopPlan | None = None
     tools: ToolsPlan | None = None
     search_corpus: str | None = None
+    loss_text: str | None = None
 
     def backbone_of(self, agent: str) -> Backbone:
         """Return the backbone whose weights and engine `agent` uses, after sharing."""

@@ -108,7 +108,7 @@ def _backbone_row(backbone: Backbone) -> Row:
         backbone.name,
         facts.source,
         facts.model_type,
-        backbone.dtype,
+        _numbers(backbone),
         f"d={facts.width}",
         f"layers={_layers(facts)}",
         f"heads={facts.num_heads}/{facts.num_kv_heads}x{facts.head_dim}",
@@ -117,6 +117,11 @@ def _backbone_row(backbone: Backbone) -> Row:
         f"parameters={facts.num_parameters}",
         "" if backbone.shared_as == backbone.name else f"uses {backbone.shared_as}",
     )
+
+
+def _numbers(backbone: Backbone) -> str:
+    is_wide = backbone.precision == "float32"
+    return backbone.dtype if is_wide else f"{backbone.dtype} as {backbone.precision}"
 
 
 def _layers(facts: BackboneFacts) -> str:

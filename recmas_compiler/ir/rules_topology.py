@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent, Link, LinkWeights
 from recmas_compiler.ir.rule import Rule
-from recmas_compiler.ir.sizes import DTYPE_BYTES
+from recmas_compiler.ir.sizes import DTYPE_BYTES, QUANTIZED
 
 MAX_ROUNDS = 64
 MAX_LATENT_STEPS = 4096
@@ -32,7 +32,7 @@ def _unequal_shares(graph: Graph) -> Iterator[str]:
     backbones = graph.system.backbones
     for name, backbone in backbones.items():
         owner = backbones[backbone.shared_as]
-        equal = (owner.facts.identity, owner.dtype) == (backbone.facts.identity, backbone.dtype)
+        equal = owner.engine_identity == backbone.engine_identity
         if not equal or owner.shared_as != owner.name:
             yield name
 
@@ -53,6 +53,11 @@ def _unbounded(graph: Graph) -> Iterator[str]:
 
 def _unknown_dtypes(graph: Graph) -> Iterator[str]:
     yield from (n for n, b in graph.system.backbones.items() if b.dtype not in DTYPE_BYTES)
+
+
+def _unknown_precisions(graph: Graph) -> Iterator[str]:
+    known = ("float32", *QUANTIZED)
+    yield from (n for n, b in graph.system.backbones.items() if b.precision not in known)
 
 
 def _misfitting_links(graph: Graph) -> Iterator[str]:
@@ -95,6 +100,7 @@ SYSTEM_RULES: tuple[Rule, ...] = (
     Rule("equal_share", _unequal_shares, "a backbone uses the weights of an equal one"),
     Rule("bounds", _unbounded, "counts and limits are in bounds"),
     Rule("known_dtype", _unknown_dtypes, "a backbone's dtype is one with a known size"),
+    Rule("known_precision", _unknown_precisions, "a backbone's precision can be built"),
     Rule("link_widths", _misfitting_links, "a link is as wide as the backbones at its ends"),
     Rule("slots_have_links", _slots_without_link, "every slot of a prompt has its link"),
     Rule("links_have_slots", _links_without_slot, "every link has its slot in `then`"),

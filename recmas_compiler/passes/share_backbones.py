@@ -13,7 +13,8 @@ from recmas_compiler.passes.pass_base import Pass
 class ShareBackbones(Pass):
     """Let backbones with equal weights use one copy and one engine.
 
-    1. Two backbones are equal if their identity (source and revision) and their dtype are.
+    1. Two backbones are equal if their identity (source and revision), their dtype and their
+       precision are.
     2. Of equal backbones the one declared first keeps its weights; the others name it.
     """
 
@@ -23,11 +24,11 @@ class ShareBackbones(Pass):
     def __call__(self, graph: Graph) -> Graph:
         """Return the topology with `shared_as` set on every backbone."""
         system = graph.system
-        owners: dict[tuple[str, str], str] = {}
+        owners: dict[tuple[str, ...], str] = {}
         for backbone in system.backbones.values():
-            owners.setdefault((backbone.facts.identity, backbone.dtype), backbone.name)  # 1, 2
+            owners.setdefault(backbone.engine_identity, backbone.name)  # 1, 2
         shared = {
-            name: replace(backbone, shared_as=owners[backbone.facts.identity, backbone.dtype])
+            name: replace(backbone, shared_as=owners[backbone.engine_identity])
             for name, backbone in system.backbones.items()
         }
         if shared == system.backbones:

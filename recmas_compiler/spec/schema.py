@@ -82,6 +82,9 @@ class BackboneSection(Section):
     """Element type that its weights are rounded to and stored in. Engines compute in float32
     whatever it is; `bfloat16` and `float16` halve the bundle."""
 
+    precision: Given[Precision] = None
+    """Precision of this backbone's engines instead of `build.precision`."""
+
 
 class WeightsSection(Section):
     """Where a link's weights come from: a file, or a start."""
@@ -171,7 +174,12 @@ class BuildSection(Section):
     """Kind of engine. This version builds `onnx`."""
 
     precision: Precision = "float32"
-    """Element type of the engines. This version builds `float32`."""
+    """How engines hold weights: `float32`, or `int8` or `int4` in blocks of 32, which are smaller
+    and faster and lose a little. This version builds these three."""
+
+    loss_text: Given[FilePath] = None
+    """A text file, relative to the spec, over which a build measures what `int8` or `int4` loses.
+    Without it a text that ships with recmas is taken."""
 
     max_prompt_tokens: int = Field(default=512, ge=1, le=1_048_576)
     """Most positions of one agent's prompt, messages included. Longer prompts are refused."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -165,9 +165,13 @@ def _bad_name(loc: Loc, places: Places) -> Problem:
     )
 
 
+_PATHS: Final = frozenset(
+    {"source", "weights", "corpus", "data", "held_out", "links_dir", "loss_text"}
+)
+
+
 def _text_rule(loc: Loc) -> str:
-    is_path = loc[-1] in {"source", "weights", "corpus", "data", "held_out", "links_dir"}
-    return "a path" if is_path else f"a name ({_SLUG_RULE})"
+    return "a path" if loc[-1] in _PATHS else f"a name ({_SLUG_RULE})"
 
 
 def _path(loc: Iterable[str | int]) -> str:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from recmas_compiler.spec.declared import Declared
 from recmas_compiler.spec.places import Loc
 from recmas_compiler.spec.problems import problem_at
-from recmas_compiler.spec.schema import RESERVED_TEMPLATE_VARIABLES, WeightsSection
+from recmas_compiler.spec.schema import RESERVED_TEMPLATE_VARIABLES, Precision, WeightsSection
 from recmas_runtime.errors import Problem
+
+# (target, precision) -> why its engines cannot have it. Seen in the graphs that ONNX Runtime 1.31
+# itself writes after its optimizations.
+_UNSUPPORTED: Final[dict[tuple[str, Precision], str]] = {
+    ("onnx", "float16"): "on a CPU, ONNX Runtime casts such weights to float32 and computes in it",
+    ("onnx", "bfloat16"): "on a CPU, ONNX Runtime has no product of such matrices",
+}
 
 
 def check_settings(declared: Declared) -> Iterator[Problem]:
@@ -44,18 +52,29 @@ def check_support(declared: Declared) -> Iterator[Problem]:
         message = f"target `{document.build.target}` is not supported by this version of recmas."
         place = places.value(("build", "target"))
         yield problem_at(place, "RM121", message, hint="Use onnx.")
-    if document.build.precision != "float32":
-        message = (
-            f"precision `{document.build.precision}` is not supported by this version of recmas."
-        )
-        place = places.value(("build", "precision"))
-        yield problem_at(place, "RM121", message, hint="Use float32.")
+    for loc, precision in _all_precisions(declared):
+        reason = _UNSUPPORTED.get((document.build.target, precision))
+        if reason is not None:
+            message = (
+                f"precision `{precision}` is not supported for target `{document.build.target}`: "
+                f"{reason}."
+            )
+            hint = "Use float32, int8 or int4. To store float32 in half the bytes, set `dtype`."
+            yield problem_at(places.value(loc), "RM121", message, hint=hint)
     for loc, what, weights in _all_weights(declared):
         if weights.weights is None and weights.init == "random":
             place = places.key((*loc, "init"))
             message = f"{what} starts from random weights: expect no sensible answers."
             hint = "Give `weights`, or use `init: aligned`."
             yield problem_at(place, "RM152", message, hint=hint, severity="warning")
+
+
+def _all_precisions(declared: Declared) -> Iterator[tuple[Loc, Precision]]:
+    """Yield every precision that is written down, and its path."""
+    yield ("build", "precision"), declared.document.build.precision
+    for name, backbone in declared.document.backbones.items():
+        if backbone.precision is not None:
+            yield ("backbones", name, "precision"), backbone.precision
 
 
 def _all_weights(declared: Declared) -> Iterator[tuple[Loc, str, WeightsSection]]:

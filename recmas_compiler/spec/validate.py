@@ -22,6 +22,7 @@ _INDEPENDENT: Final[tuple[tuple[str, ...], ...]] = (
     ("build",),
     ("build", "*"),
     ("backbones", "*", "dtype"),
+    ("backbones", "*", "precision"),
     ("agents", "*", "system"),
     ("agents", "*", "latent_steps"),
     ("agents", "*", "chat_template"),

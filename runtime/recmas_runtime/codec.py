@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from recmas_runtime.errors import RecmasError, fail
-from recmas_runtime.manifest import MANIFEST_VERSION, BackboneEntry, FileEntry, LinkEntry, Manifest
+from recmas_runtime.manifest import (
+    MANIFEST_VERSION,
+    BackboneEntry,
+    FileEntry,
+    LinkEntry,
+    LossEntry,
+    Manifest,
+    ParityEntry,
+)
 from recmas_runtime.plan import (
     PLAN_VERSION,
     AgentPlan,
@@ -57,6 +65,7 @@ BOUNDS: Final[dict[tuple[type, str], tuple[int, int]]] = {
     (BackboneEntry, "vocab_size"): (1, 2**24),
     (BackboneEntry, "max_positions"): (1, 2**31),
     (BackboneEntry, "eos_token_ids"): (0, 2**24),
+    (LossEntry, "num_tokens"): (1, 2**32),
     (LinkEntry, "in_dim"): _DIM,
     (LinkEntry, "out_dim"): _DIM,
     (AgentPlan, "latent_steps"): (0, 4096),
@@ -81,6 +90,12 @@ BOUNDS: Final[dict[tuple[type, str], tuple[int, int]]] = {
     (Plan, "rounds"): _ROUND,
 }
 _ANY_INTEGER: Final = (-(2**53), 2**53)
+
+# Keys that bundles of this version may lack, because they were written before there was a choice;
+# the fields' defaults say what those bundles are.
+_LATER_KEYS: Final[frozenset[tuple[type, str]]] = frozenset(
+    {(BackboneEntry, "precision"), (ParityEntry, "loss")}
+)
 
 
 def to_json(value: object) -> Any:
@@ -216,7 +231,7 @@ class _Reader:
         for key in sorted(table.keys() - hints.keys()):
             raise self._wrong(_join(path, key), "unknown key")
         for key in hints:
-            if key not in table:
+            if key not in table and (cls, key) not in _LATER_KEYS:
                 raise self._wrong(_join(path, key), "missing")
         values = {
             key: self.read(
@@ -226,6 +241,7 @@ class _Reader:
                 bounds=BOUNDS.get((cls, key), _ANY_INTEGER),
             )
             for key, hint in hints.items()
+            if key in table
         }
         return cast("Callable[..., object]", cls)(**values)
 

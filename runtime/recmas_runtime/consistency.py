@@ -24,8 +24,10 @@ from recmas_runtime.plan import (
     Variant,
     WriteStep,
 )
+from recmas_runtime.tolerances import TOLERANCES
 
 DTYPES: Final = ("float32", "float16", "bfloat16")
+PRECISIONS: Final = ("float32", "int8", "int4")
 
 # Yields (where in the file, what is wrong).
 Rule = Callable[[Manifest, Plan], Iterator[tuple[str, str]]]
@@ -61,10 +63,12 @@ def check_consistency(manifest: Manifest, plan: Plan) -> tuple[Problem, ...]:
 
 
 def backbones_are_usable(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
-    """Element types are known and end tokens are in the vocabulary."""
+    """Element types and precisions are known and end tokens are in the vocabulary."""
     for name, backbone in manifest.backbones.items():
         if backbone.dtype not in DTYPES:
             yield f"backbones.{name}.dtype", f"unknown element type {backbone.dtype!r}"
+        if backbone.precision not in PRECISIONS:
+            yield f"backbones.{name}.precision", f"unknown precision {backbone.precision!r}"
         for token_id in backbone.eos_token_ids:
             if token_id >= backbone.vocab_size:
                 yield (
@@ -83,10 +87,24 @@ def links_are_of_known_form(manifest: Manifest, plan: Plan) -> Iterator[tuple[st
 
 
 def parity_cases_have_backbones(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
-    """Every parity case runs a backbone of this bundle."""
+    """Every parity case runs a backbone of this bundle, and there are limits for its figures."""
     for index, case in enumerate(manifest.parity):
         if case.backbone not in manifest.backbones:
             yield f"parity[{index}].backbone", f"unknown backbone {case.backbone!r}"
+        for name in sorted(case.figures.keys() - TOLERANCES.keys()):
+            yield f"parity[{index}].figures", f"unknown figure {name!r}"
+
+
+def losses_are_possible(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
+    """A cosine and a share are what their names say."""
+    for index, case in enumerate(manifest.parity):
+        if case.loss is None:
+            continue
+        for name, lowest in (("hidden_cosine", -1.0), ("greedy_agreement", 0.0)):
+            value = getattr(case.loss, name)
+            if not lowest <= value <= 1.0:
+                where = f"parity[{index}].loss.{name}"
+                yield where, f"{value} is not between {lowest:g} and 1"
 
 
 def agents_have_what_they_name(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
@@ -292,7 +310,12 @@ def prompt_of(agent: AgentPlan, variant: Variant) -> tuple[PromptPart, ...] | No
 STAGES: Final[tuple[tuple[str, tuple[Rule, ...]], ...]] = (
     (
         MANIFEST_NAME,
-        (backbones_are_usable, links_are_of_known_form, parity_cases_have_backbones),
+        (
+            backbones_are_usable,
+            links_are_of_known_form,
+            parity_cases_have_backbones,
+            losses_are_possible,
+        ),
     ),
     (
         PLAN_NAME,

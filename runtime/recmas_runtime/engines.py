@@ -57,8 +57,12 @@ class BackboneEngine:
         self._embed = make_session(
             root / entry.embed, threads=threads, device=device, options=unpacked
         )
+        # Quantized products are fast only on packed weights: unpacked ones are widened each time.
         self._head = make_session(
-            root / entry.head, threads=threads, device=device, options=unpacked
+            root / entry.head,
+            threads=threads,
+            device=device,
+            options=unpacked if entry.precision == "float32" else None,
         )
 
     def embed(self, input_ids: Indices) -> Floats:

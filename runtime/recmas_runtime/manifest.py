@@ -38,6 +38,7 @@ class BackboneEntry:
         vocab_size: Rows of the embedding table.
         max_positions: Longest sequence that the backbone was made for.
         dtype: Element type of activations and caches.
+        precision: `float32`, or `int8` or `int4` for weights in blocks of integers.
         bos_token: Surface form, or None.
         eos_token_ids: Tokens that end an answer.
         decoder: `decoder.onnx`: inputs_embeds, write_index, last_index, caches, inner link ->
@@ -69,6 +70,7 @@ class BackboneEntry:
     tokenizer: str
     chat_template: str
     special_tokens: dict[str, str] = field(default_factory=dict)
+    precision: str = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,20 +97,45 @@ class LinkEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossEntry:
+    """What a backbone's precision costs, measured at build over a text, against float32.
+
+    Every position is teacher-forced; losses are mean -log p of the next token, in nats.
+
+    Attributes:
+        text: Name of the file, or `recmas's text` for the one that ships with recmas.
+        num_tokens: Tokens that were predicted.
+        hidden_cosine: Mean cosine of final hidden states to the reference's.
+        greedy_agreement: Share of positions where the likeliest token is the reference's.
+        reference_loss: The reference's loss.
+        loss: The engine's loss.
+    """
+
+    text: str
+    num_tokens: int
+    hidden_cosine: float
+    greedy_agreement: float
+    reference_loss: float
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParityEntry:
     """A teacher-forced case: the engine's own error against the reference, measured at build.
 
     Attributes:
         file: safetensors file with inputs and expected outputs, relative to the bundle.
         backbone: Which backbone's engines it runs.
-        figures: Measured differences by name, in the units of `tolerances.TOLERANCES`.
+        figures: Measured differences by the names of `tolerances.TOLERANCES`.
         greedy_tokens_equal: Whether the reference's greedy continuation was reproduced.
+        loss: What the precision costs; None in float32.
     """
 
     file: str
     backbone: str
     figures: dict[str, float]
     greedy_tokens_equal: bool
+    loss: LossEntry | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +145,7 @@ class Manifest:
     Attributes:
         fingerprint: sha256 over the printed program, options and weights: equal for equal inputs.
         spec_digest: sha256 of the resolved spec.
+        precision: Of the build; a backbone's own counts.
         tools: Versions of what built it.
         link_engine: `links/link.onnx`, relative to the bundle.
         probe: `parity/probe.onnx`, the known-answer probe.

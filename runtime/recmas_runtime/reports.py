@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 from recmas_runtime.answers import Answer
 from recmas_runtime.bundle import Bundle
 from recmas_runtime.codec import to_json
+from recmas_runtime.manifest import LossEntry
 from recmas_runtime.plan import DecodeStep, PrefillStep, SendStep, Step, ThinkStep, WriteStep
-from recmas_runtime.tolerances import TOLERANCES
+from recmas_runtime.tolerances import tolerances
 
 if TYPE_CHECKING:
     from recmas_runtime.verify import VerifyReport
@@ -41,6 +42,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
                 key: getattr(entry, key)
                 for key in ("source", "model_type", "width", "num_layers", "vocab_size", "dtype")
             },
+            "precision": entry.precision,
             "weights_bytes": manifest.files[entry.weights].size_bytes,
         }
         for name, entry in manifest.backbones.items()
@@ -84,7 +86,7 @@ def bundle_text(bundle: Bundle) -> str:
     lines = [
         f"{plan.name}: {_counted(len(plan.agents), 'agent')}, {_counted(plan.rounds, 'round')}, "
         f"{_counted(len(manifest.files), 'file')}, {_size(facts['size_bytes'])}",
-        f"fingerprint {manifest.fingerprint}, {manifest.precision}",
+        f"fingerprint {manifest.fingerprint}",
         "",
         "backbones",
     ]
@@ -94,6 +96,7 @@ def bundle_text(bundle: Bundle) -> str:
             b["source"],
             b["model_type"],
             f"{b['num_layers']} layers x {b['width']}",
+            b["precision"],
             _size(b["weights_bytes"]),
         )
         for name, b in facts["backbones"].items()
@@ -129,7 +132,10 @@ def bundle_text(bundle: Bundle) -> str:
         f"fields      {', '.join(plan.fields)}",
     ]
     for case in manifest.parity:
-        lines.append(f"parity      {case.backbone}: {_figures_text(case.figures)}")
+        precision = manifest.backbones[case.backbone].precision
+        lines.append(f"parity      {case.backbone}: {_figures_text(case.figures, precision)}")
+        if case.loss is not None:
+            lines.append(f"loss        {case.backbone}: {loss_text(case.loss, precision)}")
     return "\n".join(lines)
 
 
@@ -155,12 +161,13 @@ def verify_text(report: VerifyReport) -> str:
     """Return what `verify` prints."""
     lines = [
         f"files   {report.num_files} hashes are right",
-        f"probe   {_figures_text({'probe_absolute': report.probe_absolute})}",
+        f"probe   {_figures_text({'probe_absolute': report.probe_absolute}, 'float32')}",
     ]
     for case in report.cases:
         greedy = "equal" if case.greedy_tokens_equal else "different"
         lines.append(
-            f"parity  {case.backbone}: {_figures_text(case.figures)}; greedy text {greedy}"
+            f"parity  {case.backbone}: {_figures_text(case.figures, case.precision)}; "
+            f"greedy text {greedy}"
         )
     verdict = "the bundle is whole and right" if report.ok else "the bundle is not right"
     return "\n".join([*lines, f"{verdict} on {report.device}"])
@@ -184,9 +191,20 @@ def machine_text(facts: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<16}{value}" for name, value in rows)
 
 
-def _figures_text(figures: Mapping[str, float]) -> str:
+def loss_text(loss: LossEntry, precision: str) -> str:
+    """Return one line on what a precision costs."""
+    return (
+        f"{precision} over {loss.num_tokens} tokens of {loss.text}: "
+        f"hidden cosine {loss.hidden_cosine:.4f}, "
+        f"same likeliest token {loss.greedy_agreement:.1%}, "
+        f"loss {loss.loss:.3f} instead of {loss.reference_loss:.3f}"
+    )
+
+
+def _figures_text(figures: Mapping[str, float], precision: str) -> str:
+    allowed = tolerances(precision)
     return ", ".join(
-        f"{name} {value:.1e} (allowed {TOLERANCES[name]:.0e})" for name, value in figures.items()
+        f"{name} {value:.1e} (allowed {allowed[name]:.0e})" for name, value in figures.items()
     )
 
 

@@ -236,8 +236,8 @@ def test_wrong_engine_is_refused(
     spec, program = compile_system(system, *ONE_BACKBONE)
     export = assemble.export_backbone
 
-    def wrong(backbone: TorchBackbone, folder: Path) -> None:
-        export(backbone, folder)
+    def wrong(backbone: TorchBackbone, folder: Path, *, precision: str) -> None:
+        export(backbone, folder, precision=precision)
         spoil(folder / "weights.safetensors", weight)
 
     monkeypatch.setattr(assemble, "export_backbone", wrong)

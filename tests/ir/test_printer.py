@@ -40,6 +40,13 @@ VARIATIONS = {
         g,
         build=BuildOptions(target="onnx", precision="float16", max_prompt_tokens=512, max_batch=8),
     ),
+    "precision of a backbone": lambda g: changed(
+        g,
+        backbones={
+            name: replace(backbone, precision="int4")
+            for name, backbone in g.system.backbones.items()
+        },
+    ),
     "system text": lambda g: with_planner(g, system=text("You are a planner.")),
     "trailing space": lambda g: with_planner(g, system=text("You are the planner. ")),
     "trailing line": lambda g: with_planner(g, system=text("You are the planner.\n")),

@@ -141,6 +141,7 @@ SYSTEM_BREAKERS: dict[str, Callable[[], Graph]] = {
     ),
     "bounds": lambda: with_system(sequential(), rounds=65),
     "known_dtype": lambda: with_backbone(sequential(), "smol", dtype="float3"),
+    "known_precision": lambda: with_backbone(sequential(), "smol", precision="int3"),
     "link_widths": lambda: with_backbone(
         sequential(), "smol", facts=replace(backbone("smol").facts, width=64)
     ),

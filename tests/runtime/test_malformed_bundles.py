@@ -94,6 +94,15 @@ DECODER = "backbones/one/decoder.onnx"
 TOKENIZER = "backbones/one/tokenizer.json"
 STEP = {"op": "decode", "round": 2, "agent": "solver", "cache": "solver"}
 
+LOSS = {
+    "text": "held_out.txt",
+    "num_tokens": 5,
+    "hidden_cosine": 0.9,
+    "greedy_agreement": 0.9,
+    "reference_loss": 1.0,
+    "loss": 1.1,
+}
+
 # name -> (what is done to the bundle, code, file named, part of the message)
 CASES: dict[str, tuple[Spoil, str, str, str]] = {
     "no manifest": (remove(MANIFEST_NAME), "RM400", "", "has no manifest.json"),
@@ -116,6 +125,23 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
         manifest("backbones/one/num_layers", "30"), "RM404", MANIFEST_NAME, "an integer"),
     "size beyond all disks": (
         manifest("files/plan.json/size_bytes", 2**60), "RM404", MANIFEST_NAME, "out of bounds"),
+    "unknown precision": (
+        manifest("backbones/one/precision", "int3"), "RM404", MANIFEST_NAME, "'int3'"),
+    "loss without a text": (
+        manifest("parity/0/loss", {"num_tokens": 5}), "RM404", MANIFEST_NAME, "text: missing"),
+    "loss over nothing": (
+        manifest("parity/0/loss", LOSS | {"num_tokens": 0}),
+        "RM404", MANIFEST_NAME, "out of bounds"),
+    "impossible cosine": (
+        manifest("parity/0/loss", LOSS | {"hidden_cosine": 1.5}),
+        "RM404", MANIFEST_NAME, "1.5 is not between -1 and 1"),
+    "impossible share": (
+        manifest("parity/0/loss", LOSS | {"greedy_agreement": -0.5}),
+        "RM404", MANIFEST_NAME, "-0.5 is not between 0 and 1"),
+    "loss a text": (
+        manifest("parity/0/loss", LOSS | {"loss": "low"}), "RM404", MANIFEST_NAME, "a number"),
+    "unknown figure": (
+        manifest("parity/0/figures/mood", 0.5), "RM404", MANIFEST_NAME, "unknown figure 'mood'"),
     "unknown element type": (
         manifest("backbones/one/dtype", "float7"), "RM404", MANIFEST_NAME, "'float7'"),
     "end token outside vocabulary": (

@@ -206,7 +206,12 @@ CASES: dict[str, tuple[str, str, str]] = {
     ),
     # what this version does not support
     "tensorrt": ("RM121", "answer:", "build: {target: @@tensorrt}\nanswer:"),
-    "int8": ("RM121", "answer:", "build: {precision: @@int8}\nanswer:"),
+    "float16": ("RM121", "answer:", "build: {precision: @@float16}\nanswer:"),
+    "bfloat16_backbone": (
+        "RM121",
+        "  small: {source: ./small}",
+        "  small: {source: ./small, precision: @@bfloat16}",
+    ),
     "train_incomplete": ("RM104", "answer:", "@@train: {data: x.jsonl}\nanswer:"),
 }
 # Cases whose place cannot be marked in the piece itself.

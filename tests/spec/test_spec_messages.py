@@ -45,7 +45,11 @@ EDITS: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         ("first: Plan {{ question }}", "first: |\n        Plan {# do it #}\n        {{ question"),
     ),
-    "not_supported": (("answer:", "build: {target: tensorrt, precision: int4}\nanswer:"),),
+    "not_supported": (("answer:", "build: {target: tensorrt}\nanswer:"),),
+    "precision_not_supported": (
+        ("{source: ./small}", "{source: ./small, precision: float16}"),
+        ("answer:", "build: {precision: bfloat16}\nanswer:"),
+    ),
     "newer_version": (("recmas: 1", "recmas: 2\nthoughts: deep"),),
     "unquoted_prompt": (("prompt: Solve {{ question }}", "prompt: {{ question }}"),),
     "logic_as_yaml": (("Solve {{ question }}", "{% if x %}Solve{% endif %}"),),

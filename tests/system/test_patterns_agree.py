@@ -191,14 +191,14 @@ BuildMixed = Callable[[str], Built]
 @pytest.fixture(scope="module", autouse=True)
 def _export_each_backbone_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Exporting takes seconds and depends on the backbone alone: later builds copy its files."""
-    exported: dict[str, Path] = {}
+    exported: dict[tuple[str, str], Path] = {}
 
-    def export_once(backbone: TorchBackbone, folder: Path) -> None:
-        name = backbone.facts.identity
-        if name not in exported:
-            exported[name] = tmp_path_factory.mktemp("exported") / "backbone"
-            export_backbone(backbone, exported[name])
-        shutil.copytree(exported[name], folder)
+    def export_once(backbone: TorchBackbone, folder: Path, *, precision: str) -> None:
+        key = backbone.facts.identity, precision
+        if key not in exported:
+            exported[key] = tmp_path_factory.mktemp("exported") / "backbone"
+            export_backbone(backbone, exported[key], precision=precision)
+        shutil.copytree(exported[key], folder)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assemble, "export_backbone", export_once)
