@@ -40,10 +40,13 @@ def check_settings(declared: Declared) -> Iterator[Problem]:
 def check_support(declared: Declared) -> Iterator[Problem]:
     """Settings of the language that this version of recmas does not run."""
     document, places = declared.document, declared.places
-    if document.build.target != "onnx":
-        message = f"target `{document.build.target}` is not supported by this version of recmas."
+    if document.build.target == "tensorrt" and document.build.precision in ("int8", "int4"):
+        message = (
+            f"target `tensorrt` cannot read precision `{document.build.precision}`, "
+            "whose weights are packed for ONNX Runtime."
+        )
         place = places.value(("build", "target"))
-        yield problem_at(place, "RM121", message, hint="Use onnx.")
+        yield problem_at(place, "RM121", message, hint="Use bfloat16 or float16, or target onnx.")
     if document.build.precision != "float32":
         message = (
             f"precision `{document.build.precision}` is not supported by this version of recmas."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from recmas_runtime.buffers import DeviceArray
 from recmas_runtime.manifest import BackboneEntry
 from recmas_runtime.onnx_session import Device, make_session
+
+if TYPE_CHECKING:
+    from recmas_runtime.engine_interface import KeyValueRows
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -55,10 +58,19 @@ class Cache:
         self._inner: Operands | None = None
         self._inner_arrays: list[DeviceArray] = []
 
-    def copy_rows(self, source: Cache, rows: Sequence[int], positions: int) -> None:
+    def copy_rows(self, source: KeyValueRows, rows: Sequence[int], positions: int) -> None:
         """Take the first `positions` of the given sequences of another cache, in this order."""
-        for store, other in zip(self._layers, source._layers, strict=True):
-            store.copy_leading(other, rows, positions)
+        if isinstance(source, Cache):
+            for store, other in zip(self._layers, source._layers, strict=True):
+                store.copy_leading(other, rows, positions)
+            return
+        for store, array in zip(self._layers, source.read_rows(rows, positions), strict=True):
+            whole = DeviceArray(np.ascontiguousarray(array), "cpu")
+            store.copy_leading(whole, range(len(rows)), positions)
+
+    def read_rows(self, rows: Sequence[int], positions: int) -> list[NDArray[Any]]:
+        """Return copies [n, H, positions, D] on the host: keys, values of each layer in turn."""
+        return [store.numpy()[list(rows), :, :positions] for store in self._layers]
 
     def bind_inner(self, inner: Operands, device: Device) -> None:
         """Bind the inner links' operands; nothing happens if they are bound already."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from recmas_runtime.engines import BackboneEngine, Cache, Floats, Indices, Operands
+from recmas_runtime.engine_interface import Backbone, KeyValueRows
+from recmas_runtime.engines import Floats, Indices, Operands
 from recmas_runtime.plan import cache_capacity
 
 # Attention pays for every row of capacity, so text gets room as it grows; a step up copies once.
@@ -31,8 +33,8 @@ class Lane:
         next_embeds: [R, 1, d], its inner link's output.
     """
 
-    cache: Cache
-    engine: BackboneEngine
+    cache: KeyValueRows
+    engine: Backbone[Any]
     inner: Operands
     prefixes: list[tuple[int, ...]]
     lengths: Indices
@@ -40,7 +42,7 @@ class Lane:
     next_embeds: Floats
 
     @classmethod
-    def empty(cls, engine: BackboneEngine, inner: Operands, *, rows: int, capacity: int) -> Lane:
+    def empty(cls, engine: Backbone[Any], inner: Operands, *, rows: int, capacity: int) -> Lane:
         """Return a lane with nothing in its cache."""
         nothing = np.zeros((rows, 1, engine.entry.width), np.float32)
         return cls(

@@ -13,12 +13,11 @@ from recmas_runtime.answers import Answer, Record
 from recmas_runtime.baselines import apply_baseline
 from recmas_runtime.batch import AnswerStream, Batch
 from recmas_runtime.bundle import Bundle, open_bundle
-from recmas_runtime.engines import BackboneEngine, LinkEngine
-from recmas_runtime.errors import RecmasError, fail
+from recmas_runtime.errors import Problem, RecmasError, fail
 from recmas_runtime.executor import Engines, Execution
 from recmas_runtime.links import load_operands
 from recmas_runtime.manifest import Manifest
-from recmas_runtime.onnx_session import resolve_device
+from recmas_runtime.opening import open_engines
 from recmas_runtime.plan import Plan, SamplingPlan, Variant
 from recmas_runtime.progress import Progress, Silent
 from recmas_runtime.prompt import ChatTemplate, Prompt
@@ -45,7 +44,7 @@ def load(
 
     Args:
         path: The bundle's folder.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda` or `tensorrt`.
         threads: Threads within an operator; None takes the physical cores.
         functions: Tools of the caller, by the names that the spec declares; each maps the text of
             a call to the text of its result.
@@ -74,6 +73,7 @@ class Machinery:
 
     manifest: Manifest
     device: str
+    problems: list[Problem]
     engines: Engines
     chats: Mapping[str, Chat]
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -103,6 +103,11 @@ class System:
         self._machinery = machinery
         self._toolbox = toolbox
         self._exchange = exchange
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Warnings about the engines, so far: which of the bundle's are not used, and why."""
+        return tuple(self._machinery.problems)
 
     def baseline(self, name: str) -> System:
         """Return an alternative to this system on the same engines.
@@ -304,7 +309,7 @@ def as_record(question: Question, index: int) -> Record:
 
 
 def _load_machinery(bundle: Bundle, *, device: str, threads: int | None) -> Machinery:
-    where = resolve_device(device)
+    opened = open_engines(bundle, device=device, threads=threads)
     manifest = bundle.manifest
     chats, voices = {}, {}
     for name, entry in manifest.backbones.items():
@@ -319,15 +324,18 @@ def _load_machinery(bundle: Bundle, *, device: str, threads: int | None) -> Mach
             max_positions=entry.max_positions,
         )
     engines = Engines(
-        backbones={
-            name: BackboneEngine(entry, bundle.root, threads=threads, device=where)
-            for name, entry in manifest.backbones.items()
-        },
-        link=LinkEngine(bundle.file(manifest.link_engine), threads=threads, device=where),
+        backbones=opened.backbones,
+        link=opened.link,
         operands={
             name: load_operands(bundle.file(entry.file), entry)
             for name, entry in manifest.links.items()
         },
         voices=voices,
     )
-    return Machinery(manifest=manifest, device=where, engines=engines, chats=chats)
+    return Machinery(
+        manifest=manifest,
+        device=opened.device,
+        problems=opened.problems,
+        engines=engines,
+        chats=chats,
+    )

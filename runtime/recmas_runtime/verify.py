@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from recmas_runtime.bundle import Bundle, open_bundle, unlisted_files
-from recmas_runtime.engines import BackboneEngine, LinkEngine
+from recmas_runtime.engine_interface import Backbone
+from recmas_runtime.engines import LinkEngine, Operands
 from recmas_runtime.errors import Problem, fail
 from recmas_runtime.links import load_operands
 from recmas_runtime.manifest import LinkEntry, ParityEntry
-from recmas_runtime.onnx_session import Device, resolve_device
+from recmas_runtime.opening import open_engines
 from recmas_runtime.parity import (
     BACKBONE_CASE,
     case_links,
@@ -54,7 +55,7 @@ class VerifyReport:
     """
 
     num_files: int
-    device: Device
+    device: str
     probe_absolute: float
     cases: tuple[CaseReport, ...]
     problems: tuple[Problem, ...]
@@ -92,7 +93,7 @@ def verify_bundle(
 
     Args:
         path: The bundle.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda` or `tensorrt`.
         threads: Threads within an operator; None takes the physical cores.
         progress: Is told how far it has come.
 
@@ -102,50 +103,72 @@ def verify_bundle(
     """
     watcher = progress or Silent()
     bundle = open_bundle(path, verify_hashes=True, progress=watcher)
-    where = resolve_device(device)
-    problems = [_unlisted(relative) for relative in unlisted_files(bundle)]
+    opened = open_engines(bundle, device=device, threads=threads)
+    problems = [_unlisted(relative) for relative in unlisted_files(bundle)] + opened.problems
     with watcher.stage("Running known cases", 1 + len(bundle.manifest.parity)) as advance:
-        probe = measure_probe(bundle.file(bundle.manifest.probe), threads=threads, device=where)
-        problems += _out_of_tolerance(bundle.manifest.probe, {"probe_absolute": probe})
+        probe = measure_probe(
+            bundle.file(bundle.manifest.probe), threads=threads, device=opened.provider
+        )
+        problems += out_of_tolerance(bundle.manifest.probe, {"probe_absolute": probe})
         advance()
         cases = []
         for entry in bundle.manifest.parity:
-            case = _run_case(bundle, entry, threads=threads, device=where)
-            problems += _out_of_tolerance(entry.file, case.figures)
+            case = _run_case(bundle, entry, opened.backbones[entry.backbone], opened.link)
+            problems += out_of_tolerance(entry.file, case.figures)
             if entry.greedy_tokens_equal and not case.greedy_tokens_equal:
                 problems.append(_disagrees(entry.file, "another greedy continuation than built"))
             cases.append(case)
             advance()
     return VerifyReport(
         num_files=len(bundle.manifest.files),
-        device=where,
+        device=opened.device,
         probe_absolute=probe,
         cases=tuple(cases),
         problems=tuple(problems),
     )
 
 
+def measure_case(
+    bundle: Bundle, entry: ParityEntry, backbone: Backbone[Any]
+) -> tuple[dict[str, float], bool]:
+    """Run a backbone over its parity case.
+
+    Returns:
+        Differences by the names of `TOLERANCES`, and whether greedy tokens are the reference's.
+
+    Raises:
+        RecmasError: RM404 for a case that lacks what is measured.
+    """
+    tensors, inner = _read_case(bundle, entry)
+    parity = measure_backbone_parity(backbone, tensors, _operands(bundle)[inner])
+    return parity.figures, parity.greedy_tokens_equal
+
+
 def _run_case(
-    bundle: Bundle, entry: ParityEntry, *, threads: int | None, device: Device
+    bundle: Bundle, entry: ParityEntry, backbone: Backbone[Any], link: LinkEngine
 ) -> CaseReport:
+    figures, greedy_tokens_equal = measure_case(bundle, entry, backbone)
+    tensors, _ = _read_case(bundle, entry)
+    link_relative = measure_link_parity(link, tensors, _operands(bundle))
+    return CaseReport(
+        backbone=entry.backbone,
+        figures={**figures, "link_relative": link_relative},
+        greedy_tokens_equal=greedy_tokens_equal,
+    )
+
+
+def _read_case(bundle: Bundle, entry: ParityEntry) -> tuple[Mapping[str, Any], str]:
+    """Return a case's tensors and the id of its inner link."""
     tensors, metadata = read_tensors(bundle.file(entry.file))
     _check_case(entry.file, tensors, metadata.get("inner"), bundle.manifest.links)
-    links = {
+    return tensors, metadata["inner"]
+
+
+def _operands(bundle: Bundle) -> dict[str, Operands]:
+    return {
         name: load_operands(bundle.file(link.file), link)
         for name, link in bundle.manifest.links.items()
     }
-    backbone = bundle.manifest.backbones[entry.backbone]
-    link_engine = LinkEngine(
-        bundle.file(bundle.manifest.link_engine), threads=threads, device=device
-    )
-    engine = BackboneEngine(backbone, bundle.root, threads=threads, device=device)
-    parity = measure_backbone_parity(engine, tensors, links[metadata["inner"]])
-    link_relative = measure_link_parity(link_engine, tensors, links)
-    return CaseReport(
-        backbone=entry.backbone,
-        figures={**parity.figures, "link_relative": link_relative},
-        greedy_tokens_equal=parity.greedy_tokens_equal,
-    )
 
 
 def _check_case(
@@ -163,7 +186,8 @@ def _check_case(
         )
 
 
-def _out_of_tolerance(file: str, figures: Mapping[str, float]) -> list[Problem]:
+def out_of_tolerance(file: str, figures: Mapping[str, float]) -> list[Problem]:
+    """Return an error for each figure beyond its tolerance."""
     return [
         _disagrees(file, f"{name} is {value:.2e}, allowed is {TOLERANCES[name]:.0e}")
         for name, value in figures.items()
