@@ -205,7 +205,6 @@ CASES: dict[str, tuple[str, str, str]] = {
         "  planner -> solver: {}\n  @@a -> b -> c: {}",
     ),
     # what this version does not support
-    "tensorrt": ("RM121", "answer:", "build: {target: @@tensorrt, precision: int4}\nanswer:"),
     "int8": ("RM121", "answer:", "build: {precision: @@int8}\nanswer:"),
     "train_incomplete": ("RM104", "answer:", "@@train: {data: x.jsonl}\nanswer:"),
 }

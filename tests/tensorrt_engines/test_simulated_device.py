@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from recmas_runtime.tolerances import TOLERANCES
-from simulated_commands import data_of, run_simulated
+from simulated_commands import SIMULATED, data_of, run_python, run_simulated
 
 QUESTIONS = ["What is seven times eight?", "Why?", "Three friends plan a garden."]
 LONG = ("--max-new-tokens", "150")
@@ -142,3 +142,36 @@ def test_a_plan_that_tensorrt_refuses(own_bundle: Path, records: Path) -> None:
     assert warning["message"] == (
         "TensorRT 11.4.0.106 refuses the plan: the plan has no magic tag; ONNX Runtime is used"
     )
+
+
+EXCHANGE = """
+import sys
+import numpy as np
+from recmas_runtime.bundle import open_bundle
+from recmas_runtime.links import load_operands, stack_operands
+from recmas_runtime.opening import open_engines
+
+bundle = open_bundle(sys.argv[1])
+backbone = open_engines(bundle, device="tensorrt", threads=1).backbones["small"]
+link = bundle.manifest.links["one.inner"]
+inner = stack_operands([load_operands(bundle.file(link.file), link)])
+larger = backbone.new_cache(20, 64)  # more rows than the engines take
+embeds = backbone.embed(np.arange(20 * 7).reshape(20, 7) % 50)
+backbone.forward(larger, embeds, np.zeros(20, int), np.full(20, 6), inner)
+cache = backbone.new_cache(2, 64)
+cache.copy_rows(larger, [13, 1], 7)
+other = backbone.new_cache(2, 64)
+other.copy_rows(cache, [1, 0], 5)
+print(type(larger).__name__, type(cache).__name__)
+rows = larger.read_rows([13, 1], 7), cache.read_rows([0, 1], 7), other.read_rows([1, 0], 5)
+for a, b, c in zip(*rows, strict=True):
+    assert a.any()
+    assert np.array_equal(a, b)
+    assert np.array_equal(a[:, :, :5], c)
+"""
+
+
+def test_rows_move_between_engines(engine_bundle: Path) -> None:
+    ran = run_python("-c", EXCHANGE, str(engine_bundle), paths=(str(SIMULATED),))
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["Cache", "TensorrtCache"]
