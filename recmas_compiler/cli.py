@@ -102,6 +102,11 @@ def ir(spec: Path, overrides: tuple[str, ...], after: str | None, dump_ir: Path 
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="The bundle's folder [default: out/NAME]."
 )
+@click.option(
+    "--target",
+    type=click.Choice(["onnx", "tensorrt"]),
+    help="Kind of engine, instead of the spec's build.target.",
+)
 @click.option("--force", is_flag=True, help="Build even if the bundle is there and current.")
 @click.option(
     "--frozen-links",
@@ -122,11 +127,14 @@ def build(
     out: Path | None,
     dump_ir: Path | None,
     *,
+    target: str | None,
     force: bool,
     frozen: bool,
     quiet: bool,
 ) -> Outcome:
     """Export engines, check them against the reference, write a bundle."""
+    if target is not None:
+        overrides = (*overrides, f"build.target={target}")
     return commands.build(
         spec, overrides, out, dump_ir=dump_ir, force=force, quiet=quiet, frozen=frozen
     )

@@ -45,7 +45,7 @@ from recmas_runtime.progress import Silent
     help="Folder for answers and report  [default: out/SYSTEM-PROTOCOL].",
 )
 @click.option("--resume", is_flag=True, help="Go on with the answers that are there.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto")
 @click.option("--threads", type=click.IntRange(1, 4096), metavar="N")
 @QUIET
 @command
@@ -94,7 +94,7 @@ def evaluate(
 @click.option("--max-new-tokens", type=int, metavar="N", help="Most tokens of every text.")
 @click.option("--warmup", type=int, default=1, show_default=True, help="Repeats before it counts.")
 @click.option("--repeats", type=int, default=5, show_default=True, help="Repeats that count.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto")
 @click.option("--threads", type=click.IntRange(1, 4096), metavar="N")
 @click.option(
     "--out",

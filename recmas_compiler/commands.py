@@ -33,6 +33,7 @@ from recmas_runtime.errors import Exit, RecmasError, fail
 from recmas_runtime.manifest import MANIFEST_NAME, SPEC_NAME, ParityEntry
 from recmas_runtime.progress import Progress, Silent
 from recmas_runtime.reports import loss_text
+from recmas_runtime.tensorrt.availability import find_platform
 
 Stage = Literal["inner", "outer", "all"]
 
@@ -143,6 +144,8 @@ def build(
     change = None
     if frozen:
         path, change = _freezing(path)
+    if load_spec(path, overrides=overrides).document.build.target == "tensorrt":
+        find_platform()  # before anything is fetched, loaded or exported
     spec, program = _compile(path, overrides, dump_ir=dump_ir, fetching=progress, change=change)
     trained = None if frozen else api.trained_links(program)
     if trained is not None:
@@ -153,11 +156,13 @@ def build(
     folder = out if out is not None else Path("out") / (f"{name}-frozen" if frozen else name)
     result = export(program.graph, spec=spec, out=folder, progress=progress, reuse=not force)
     how = "is current" if result.reused else "written"
+    engines = "" if result.engines is None else f"{result.engines.text}\n"
     return Outcome(
-        text=f"Bundle {folder} {how}.\n{_losses_note(result.parity, program)}"
+        text=f"Bundle {folder} {how}.\n{engines}{_losses_note(result.parity, program)}"
         f"{_links_note(program, trained)}"
         f'Next: recmas run {folder} "..."',
         data={
+            "engines": None if result.engines is None else result.engines.to_json(),
             "path": str(folder),
             "fingerprint": result.fingerprint,
             "reused": result.reused,

@@ -36,7 +36,7 @@ from recmas_export.parity import (
 from recmas_export.plan_builder import live_backbones
 from recmas_export.precision_loss import OWN_TEXT, measure_loss, passages_of
 from recmas_export.probe import write_probe
-from recmas_runtime.devices import choose_device
+from recmas_runtime.devices import choose_provider
 from recmas_runtime.engines import BackboneEngine, LinkEngine
 from recmas_runtime.errors import Problem
 from recmas_runtime.links import load_operands
@@ -134,7 +134,10 @@ def assemble(
         probe = {"probe_absolute": measure_probe(folder / PROBE)}
         refuse(beyond_tolerance("probe", probe, precision="float32"))
         modules = {link: made[link].module for link in entries}
-        devices: dict[Device, None] = {"cpu": None, choose_device("auto", folder / PROBE)[0]: None}
+        devices: dict[Device, None] = {
+            "cpu": None,
+            choose_provider("auto", folder / PROBE)[0]: None,
+        }
         for name in names:
             for device in devices:
                 refuse_stray_nodes(folder / exported[name].decoder, device=device)

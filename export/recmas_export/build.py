@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,9 @@ from recmas_runtime.bundle import open_bundle
 from recmas_runtime.errors import RecmasError
 from recmas_runtime.manifest import Manifest, ParityEntry
 from recmas_runtime.progress import Progress, Silent
+from recmas_runtime.tensorrt.availability import find_platform
+from recmas_runtime.tensorrt.building import EngineBuild, build_engines
+from recmas_runtime.tensorrt.engine_cache import timing_caches
 
 if TYPE_CHECKING:
     from recmas_compiler.backbones.torch_model import TorchBackbone
@@ -42,6 +45,7 @@ class BuildResult:
         reused: The bundle was there already; nothing was done.
         parity: How far the engines are from the reference, one case per backbone.
         seconds: Wall time by stage: fingerprint, load, links, export, parity, write.
+        engines: The TensorRT engines in it, if the spec's target is TensorRT.
     """
 
     path: Path
@@ -49,6 +53,7 @@ class BuildResult:
     reused: bool
     parity: tuple[ParityEntry, ...]
     seconds: dict[str, float]
+    engines: EngineBuild | None = None
 
 
 def build(
@@ -63,6 +68,8 @@ def build(
 ) -> BuildResult:
     """Export engines, check them against the reference and write a bundle.
 
+    Target `tensorrt` adds engines for this machine's GPU to the portable ones.
+
     Args:
         program: Of level PLANNED.
         spec: What it was compiled from.
@@ -76,10 +83,41 @@ def build(
         RecmasError: RM123 where a search corpus holds what is no passage, RM126 where nothing can
             be predicted in the text to measure losses over, RM203 or RM300 where a backbone cannot
             be exported, RM301 where an engine disagrees with the reference or a precision loses too
-            much, RM302 if something else is at `out`, RM303 if the disk is full or not writable.
+            much, RM302 if something else is at `out`, RM303 if the disk is full or not writable;
+            for target `tensorrt` also RM201, RM504 or RM509, before anything else, if it is not
+            there.
     """
     watcher = progress or Silent()
+    if program.system.build.target == "tensorrt":
+        find_platform()
     check_target(out)
+    kept_timing = timing_caches(out)
+    result = _build_portable(
+        program,
+        spec=spec,
+        out=out,
+        backbones=backbones,
+        links=links,
+        watcher=watcher,
+        reuse=reuse,
+    )
+    if program.system.build.target != "tensorrt":
+        return result
+    engines = build_engines(out, progress=watcher, reuse=reuse, kept_timing=kept_timing)
+    return replace(result, engines=engines)
+
+
+def _build_portable(
+    program: Graph,
+    *,
+    spec: Spec,
+    out: Path,
+    backbones: Mapping[str, TorchBackbone] | None,
+    links: Mapping[str, MaterializedLink] | None,
+    watcher: Progress,
+    reuse: bool,
+) -> BuildResult:
+    """Write the bundle that runs anywhere."""
     started = time.perf_counter()
     with watcher.stage("Hashing weights"):
         identity = _fingerprint(program, spec=spec, links=links)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from recmas_export.fingerprint import sha256_file
+from recmas_runtime.bundle import is_engine_file
 from recmas_runtime.codec import read_json_file, to_json
 from recmas_runtime.errors import RecmasError, fail
 from recmas_runtime.manifest import MANIFEST_NAME, PLAN_NAME, SPEC_NAME, FileEntry, Manifest
@@ -142,7 +143,8 @@ def check_target(target: Path) -> None:
     except RecmasError:
         raise _in_the_way(target, "is a folder with other things in it") from None
     found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
-    others = sorted(found - manifest.files.keys() - {MANIFEST_NAME})
+    known = {*manifest.files, MANIFEST_NAME, *filter(is_engine_file, found)}
+    others = sorted(found - known)
     if others:
         raise _in_the_way(target, f"is a bundle with other files in it, such as {others[0]!r}")
 

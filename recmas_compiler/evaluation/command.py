@@ -23,7 +23,7 @@ from recmas_compiler.evaluation.runner import check_gold, run_systems
 from recmas_runtime.baselines import LATENT, apply_baseline
 from recmas_runtime.bundle import Bundle, open_bundle
 from recmas_runtime.errors import Problem, fail
-from recmas_runtime.onnx_session import resolve_device
+from recmas_runtime.opening import choose_device
 from recmas_runtime.system import System, load
 
 FROZEN: Final = "frozen-links"
@@ -44,7 +44,7 @@ class EvalOptions:
         out: Folder for answers and report; None for one named after bundle and protocol.
         resume: Go on from the answers that are there.
         quiet: No progress.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda` or `tensorrt`.
         threads: None for the physical cores.
     """
 
@@ -74,7 +74,8 @@ def evaluate(options: EvalOptions) -> Outcome:
     _check_names(names, bundle)
     frozen = _frozen_bundle(options, names, bundle)
     batch_size = _batch_size(options, bundle)
-    device = resolve_device(options.device)
+    warnings: list[Problem] = []
+    device = choose_device(bundle, options.device, warnings)
     data = load_data(options.data, protocol, shown=bundle.plan.fields)
     _check_fields(bundle, data)
     folder = options.out or Path("out") / f"{bundle.plan.name}-{protocol.name}"
@@ -113,7 +114,7 @@ def evaluate(options: EvalOptions) -> Outcome:
     return Outcome(
         text=_text(report, written),
         data=report.to_json(),
-        problems=_warnings(protocol, identity),
+        problems=(*_warnings(protocol, identity), *warnings),
         interrupted=evaluation.interrupted,
     )
 

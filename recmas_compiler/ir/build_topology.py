@@ -30,7 +30,10 @@ from recmas_runtime.errors import Problem, RecmasError
 from recmas_runtime.plan import PythonPlan, SamplingPlan, SearchPlan, StopPlan, ToolsPlan
 
 # The layer kinds that a target has operators for.
-TARGET_LAYERS: Final[Mapping[str, frozenset[str]]] = {"onnx": frozenset({"full", "sliding"})}
+TARGET_LAYERS: Final[Mapping[str, frozenset[str]]] = {
+    "onnx": frozenset({"full", "sliding"}),
+    "tensorrt": frozenset({"full", "sliding"}),
+}
 
 
 def build_topology(

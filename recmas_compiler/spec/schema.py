@@ -171,7 +171,8 @@ class BuildSection(Section):
     """What to build, and the limits to build it for."""
 
     target: Target = "onnx"
-    """Kind of engine. This version builds `onnx`."""
+    """Kind of engine: `onnx` runs anywhere; `tensorrt` adds engines for the GPU that it is built
+    on, and needs TensorRT there."""
 
     precision: Precision = "float32"
     """How engines hold weights: `float32`, or `int8` or `int4` in blocks of 32, which are smaller

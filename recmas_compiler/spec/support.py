@@ -16,6 +16,15 @@ from recmas_runtime.errors import Problem
 _UNSUPPORTED: Final[dict[tuple[str, Precision], str]] = {
     ("onnx", "float16"): "on a CPU, ONNX Runtime casts such weights to float32 and computes in it",
     ("onnx", "bfloat16"): "on a CPU, ONNX Runtime has no product of such matrices",
+    ("tensorrt", "float16"): "graphs are written in float32 only",
+    ("tensorrt", "bfloat16"): "graphs are written in float32 only",
+    ("tensorrt", "int8"): "such weights are packed for ONNX Runtime",
+    ("tensorrt", "int4"): "such weights are packed for ONNX Runtime",
+}
+
+_PRECISION_HINTS: Final[dict[str, str]] = {
+    "onnx": "Use float32, int8 or int4. To store float32 in half the bytes, set `dtype`.",
+    "tensorrt": "Use float32, or target `onnx`.",
 }
 
 
@@ -48,10 +57,6 @@ def check_settings(declared: Declared) -> Iterator[Problem]:
 def check_support(declared: Declared) -> Iterator[Problem]:
     """Settings of the language that this version of recmas does not run."""
     document, places = declared.document, declared.places
-    if document.build.target != "onnx":
-        message = f"target `{document.build.target}` is not supported by this version of recmas."
-        place = places.value(("build", "target"))
-        yield problem_at(place, "RM121", message, hint="Use onnx.")
     for loc, precision in _all_precisions(declared):
         reason = _UNSUPPORTED.get((document.build.target, precision))
         if reason is not None:
@@ -59,7 +64,7 @@ def check_support(declared: Declared) -> Iterator[Problem]:
                 f"precision `{precision}` is not supported for target `{document.build.target}`: "
                 f"{reason}."
             )
-            hint = "Use float32, int8 or int4. To store float32 in half the bytes, set `dtype`."
+            hint = _PRECISION_HINTS[document.build.target]
             yield problem_at(places.value(loc), "RM121", message, hint=hint)
     for loc, what, weights in _all_weights(declared):
         if weights.weights is None and weights.init == "random":

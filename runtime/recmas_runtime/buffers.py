@@ -58,7 +58,7 @@ class DeviceArray:
 
     def __init__(self, array: NDArray[Any], kind: str, memory: Memory) -> None:
         self.shape: tuple[int, ...] = array.shape
-        self._kind = kind
+        self.kind = kind
         self._host = array if memory.shared else None
         # On the host the value points into the array, which must outlive it.
         self._value = _ort_value(array, kind)
@@ -72,16 +72,16 @@ class DeviceArray:
     @property
     def num_bytes(self) -> int:
         """Size of the buffer."""
-        return math.prod(self.shape) * int(np.dtype(NUMPY_TYPES[self._kind]).itemsize)
+        return math.prod(self.shape) * int(np.dtype(NUMPY_TYPES[self.kind]).itemsize)
 
     def write(self, array: NDArray[Any] | float) -> None:
         """Overwrite the buffer."""
         if self._host is not None:
             self._host[...] = array
         else:
-            whole = np.empty(self.shape, NUMPY_TYPES[self._kind])
+            whole = np.empty(self.shape, NUMPY_TYPES[self.kind])
             whole[...] = array
-            self._value.update_inplace(_ort_value(whole, self._kind))
+            self._value.update_inplace(_ort_value(whole, self.kind))
 
     def copy(self, source: DeviceArray) -> None:
         """Overwrite the buffer with another one of the same place, shape and type."""
@@ -112,8 +112,8 @@ class DeviceArray:
         """Return the contents: with shared memory the buffer itself, else a copy."""
         if self._host is not None:
             return self._host
-        array = np.empty(self.shape, NUMPY_TYPES[self._kind])
-        _ort_value(array, self._kind).update_inplace(self._value)
+        array = np.empty(self.shape, NUMPY_TYPES[self.kind])
+        _ort_value(array, self.kind).update_inplace(self._value)
         return array
 
     def bind_input(self, binding: Any, name: str) -> None:

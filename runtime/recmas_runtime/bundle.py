@@ -26,6 +26,8 @@ from recmas_runtime.regular_file import open_regular
 # the plan. Weights are hashed by `recmas verify`.
 SMALL_FILE_BYTES: Final = 2**20
 _CHUNK_BYTES: Final = 2**22
+# Engines that were built on some machine are a cache beside what the manifest lists.
+ENGINES_FOLDER: Final = "engines"
 _COPY_AGAIN: Final = "Copy the bundle again, or build it again."
 
 
@@ -101,13 +103,22 @@ def check_bundle(bundle: Bundle) -> None:
 
 
 def unlisted_files(bundle: Bundle) -> tuple[str, ...]:
-    """Return files in the bundle's folder that its manifest does not know."""
+    """Return files in the bundle's folder that its manifest does not know; not built engines."""
     found = sorted(
         path.relative_to(bundle.root).as_posix()
         for path in bundle.root.rglob("*")
         if not path.is_dir()
     )
-    return tuple(f for f in found if f not in bundle.manifest.files and f != MANIFEST_NAME)
+    return tuple(
+        f
+        for f in found
+        if f not in bundle.manifest.files and f != MANIFEST_NAME and not is_engine_file(f)
+    )
+
+
+def is_engine_file(relative: str) -> bool:
+    """Whether a path belongs to the cache of built engines, which no manifest lists."""
+    return relative.startswith(f"{ENGINES_FOLDER}/")
 
 
 def inside(root: Path, relative: str) -> Path:

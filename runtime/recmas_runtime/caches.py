@@ -89,10 +89,21 @@ class Cache:
         for store in self._layers.values():
             store.write(0)
 
-    def copy_rows(self, source: Cache, rows: Sequence[int], positions: int) -> None:
+    def copy_rows(self, source: Any, rows: Sequence[int], positions: int) -> None:
         """Take the first `positions` of the given sequences of another cache, in this order."""
-        for name, store in self._layers.items():
-            store.copy_leading(source._layers[name], rows, positions)
+        if isinstance(source, Cache):
+            for name, store in self._layers.items():
+                store.copy_leading(source._layers[name], rows, positions)
+            return
+        # Rows of another kind of engine come as arrays of the host.
+        host, everything = Memory("cpu", shared=True), range(len(rows))
+        arrays = source.read_rows(rows, positions)
+        for store, array in zip(self._layers.values(), arrays, strict=True):
+            store.copy_leading(host.hold(array, store.kind), everything, positions)
+
+    def read_rows(self, rows: Sequence[int], positions: int) -> list[NDArray[Any]]:
+        """Return copies [n, H, positions, D] on the host: keys, values of each layer in turn."""
+        return [store.numpy()[list(rows), :, :positions] for store in self._layers.values()]
 
     def bind_inner(self, inner: Operands) -> None:
         """Bind the inner links' operands; nothing happens if they are bound already."""

@@ -208,6 +208,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_bundle(verify)
     _add_machine(verify)
 
+    engines = _command(
+        commands, "engines", "Build TensorRT engines for this machine into a bundle.", _engines
+    )
+    _add_bundle(engines)
+    engines.add_argument("--force", action="store_true", help="build even if they are there")
+    engines.add_argument("--quiet", action="store_true", help="no progress")
+
     inspect = _command(commands, "inspect", "Tell what is in a bundle.", _inspect)
     _add_bundle(inspect)
 
@@ -231,7 +238,7 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "tensorrt"))
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: physical cores")
     parser.add_argument("--quiet", action="store_true", help="no progress, no summary")
 
@@ -288,6 +295,19 @@ def _verify(options: argparse.Namespace, outcome: Outcome) -> None:
     outcome.data |= report.to_json()
     outcome.text = verify_text(report)
     outcome.problems += report.problems
+
+
+def _engines(options: argparse.Namespace, outcome: Outcome) -> None:
+    from recmas_runtime.progress import LineProgress, Silent
+    from recmas_runtime.tensorrt.building import build_engines
+
+    built = build_engines(
+        options.bundle,
+        progress=Silent() if options.quiet else LineProgress(),
+        reuse=not options.force,
+    )
+    outcome.data |= built.to_json()
+    outcome.text = built.text
 
 
 def _inspect(options: argparse.Namespace, outcome: Outcome) -> None:

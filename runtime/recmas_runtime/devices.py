@@ -19,7 +19,7 @@ from recmas_runtime.tolerances import TOLERANCES
 _DRIVER: Final = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
-def choose_device(
+def choose_provider(
     device: str, probe: Path, *, threads: int | None = None
 ) -> tuple[Device, tuple[Problem, ...]]:
     """Return the device to run on, and a warning where `auto` could not take CUDA.

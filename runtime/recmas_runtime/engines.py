@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from recmas_runtime.buffers import Memory, Series
 from recmas_runtime.caches import Cache, CachePool
 from recmas_runtime.manifest import BackboneEntry
 from recmas_runtime.onnx_session import Device, make_session
+
+if TYPE_CHECKING:
+    pass
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -78,6 +81,10 @@ class BackboneEngine:
     def new_cache(self, rows: int, capacity: int) -> Cache:
         """Return a cache for `rows` sequences of at most `capacity` positions."""
         return self.caches.take(rows, capacity)
+
+    def give_back(self, cache: Cache) -> None:
+        """Keep a cache that its user needs no more for the next one."""
+        self.caches.give_back(cache)
 
     def forward(
         self,

@@ -95,6 +95,10 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM506": (Exit.USAGE, "unusable command-line arguments"),
     "RM507": (Exit.RUN_FAILED, "the engine failed"),
     "RM508": (Exit.USAGE, "a baseline that does not exist, or that fits no system like this one"),
+    "RM509": (Exit.ENVIRONMENT, "a TensorRT that is too old"),
+    "RM510": (Exit.RUN_FAILED, "TensorRT refuses a graph or an engine"),
+    "RM511": (Exit.ENVIRONMENT, "no TensorRT engine that this machine can use"),
+    "RM550": (Exit.OK, "warning: TensorRT engines of a bundle that are not used"),
     # RM6xx: evaluation
     "RM600": (Exit.USAGE, "a protocol that is not there or malformed"),
     "RM601": (Exit.RUN_FAILED, "data that does not fit the protocol"),

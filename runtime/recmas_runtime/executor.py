@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
-from recmas_runtime.engines import BackboneEngine, Floats, Indices, LinkEngine, Operands
+from recmas_runtime.engine_interface import Backbone
+from recmas_runtime.engines import Floats, Indices, LinkEngine, Operands
 from recmas_runtime.lane import ROOM_FOR_TEXT, Lane
 from recmas_runtime.links import stack_operands
 from recmas_runtime.plan import (
@@ -56,7 +57,7 @@ class Engines:
         voices: By backbone.
     """
 
-    backbones: Mapping[str, BackboneEngine]
+    backbones: Mapping[str, Backbone[Any]]
     link: LinkEngine
     operands: Mapping[str, Operands]
     voices: Mapping[str, Voice]
@@ -189,7 +190,7 @@ class Execution:
         return {"prefilled_tokens": tuple(prefilled), "reused_tokens": tuple(reused)}
 
     def _splice(
-        self, engine: BackboneEngine, agent: str, prompt: Prompt, round_: int, b: int
+        self, engine: Backbone[Any], agent: str, prompt: Prompt, round_: int, b: int
     ) -> Floats:
         """Return one prompt's input embeddings [T, d], messages in their slots."""
         pieces: list[Floats] = []

@@ -8,11 +8,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from recmas_runtime.caches import Cache
-from recmas_runtime.engines import BackboneEngine, Floats, Indices, Operands
+from recmas_runtime.engine_interface import Backbone, KeyValueRows
+from recmas_runtime.engines import Floats, Indices, Operands
 from recmas_runtime.plan import cache_capacity
 
 # Attention pays for every row of capacity, so text gets room as it grows; a step up copies once.
@@ -33,8 +34,8 @@ class Lane:
         next_embeds: [R, 1, d], its inner link's output.
     """
 
-    cache: Cache
-    engine: BackboneEngine
+    cache: KeyValueRows
+    engine: Backbone[Any]
     inner: Operands
     prefixes: list[tuple[int, ...]]
     lengths: Indices
@@ -46,7 +47,7 @@ class Lane:
         self._hold(self.cache)
 
     @classmethod
-    def empty(cls, engine: BackboneEngine, inner: Operands, *, rows: int, capacity: int) -> Lane:
+    def empty(cls, engine: Backbone[Any], inner: Operands, *, rows: int, capacity: int) -> Lane:
         """Return a lane with nothing in its cache."""
         nothing = np.zeros((rows, 1, engine.entry.width), np.float32)
         return cls(
@@ -119,10 +120,10 @@ class Lane:
         self._give_back()
         self._hold(larger)
 
-    def _hold(self, cache: Cache) -> None:
+    def _hold(self, cache: KeyValueRows) -> None:
         """Use a cache until the lane is gone, or `_give_back` is called."""
         self.cache = cache
-        self._give_back = release = weakref.finalize(self, self.engine.caches.give_back, cache)
+        self._give_back = release = weakref.finalize(self, self.engine.give_back, cache)
         release.atexit = False
 
 

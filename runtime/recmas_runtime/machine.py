@@ -17,6 +17,8 @@ PACKAGES: Final = (
     "tokenizers",
     "jinja2",
     "bm25s",
+    "tensorrt",
+    "cuda-bindings",
 )
 
 

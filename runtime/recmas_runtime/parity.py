@@ -13,7 +13,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from recmas_runtime.engines import BackboneEngine, LinkEngine, Operands
+from recmas_runtime.engine_interface import Backbone
+from recmas_runtime.engines import LinkEngine, Operands
 from recmas_runtime.links import stack_operands
 from recmas_runtime.onnx_session import Device, make_session
 from recmas_runtime.plan import cache_capacity
@@ -48,7 +49,7 @@ class Parity(NamedTuple):
     greedy_tokens_equal: bool
 
 
-def measure_backbone_parity(engine: BackboneEngine, case: Case, inner: Operands) -> Parity:
+def measure_backbone_parity(engine: Backbone[Any], case: Case, inner: Operands) -> Parity:
     """Run a backbone's engines over a case.
 
     Args:
@@ -121,7 +122,7 @@ def _largest(array: NDArray[Any]) -> float:
 
 
 def _run_chunks(
-    engine: BackboneEngine, embeds: NDArray[Any], chunks: NDArray[Any], inner: Operands
+    engine: Backbone[Any], embeds: NDArray[Any], chunks: NDArray[Any], inner: Operands
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return hidden states [1, T, d] and, for each call, the inner link's output [N, 1, d]."""
     cache = engine.new_cache(1, cache_capacity(embeds.shape[1]))
@@ -139,7 +140,7 @@ def _run_chunks(
 
 
 def _continue_greedily(
-    engine: BackboneEngine, prompt: NDArray[Any], num_tokens: int, inner: Operands
+    engine: Backbone[Any], prompt: NDArray[Any], num_tokens: int, inner: Operands
 ) -> list[int]:
     cache = engine.new_cache(1, cache_capacity(len(prompt) + num_tokens))
     tokens: list[int] = []

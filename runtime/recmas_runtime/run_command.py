@@ -52,10 +52,13 @@ def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Proble
             f"--batch {options.batch}, the bundle takes 1 to {max_batch}",
             hint="Choose a smaller batch, or build with a larger build.max_batch.",
         )
-    if options.question is not None and not (options.json or options.output or options.trace):
-        _stream(system, options, sampling)
-    else:
-        _answer_all(system, options, sampling, data, problems)
+    try:
+        if options.question is not None and not (options.json or options.output or options.trace):
+            _stream(system, options, sampling)
+        else:
+            _answer_all(system, options, sampling, data, problems)
+    finally:
+        problems += system.problems
 
 
 def _stream(system: System, options: argparse.Namespace, sampling: SamplingPlan) -> None:

@@ -13,12 +13,11 @@ from recmas_runtime.answers import Answer, Record
 from recmas_runtime.baselines import apply_baseline
 from recmas_runtime.batch import AnswerStream, Batch
 from recmas_runtime.bundle import Bundle, open_bundle
-from recmas_runtime.devices import choose_device
-from recmas_runtime.engines import BackboneEngine, LinkEngine
 from recmas_runtime.errors import Problem, RecmasError, fail
 from recmas_runtime.executor import Engines, Execution
 from recmas_runtime.links import load_operands
 from recmas_runtime.manifest import Manifest
+from recmas_runtime.opening import open_engines
 from recmas_runtime.plan import Plan, SamplingPlan, Variant
 from recmas_runtime.progress import Progress, Silent
 from recmas_runtime.prompt import ChatTemplate, Prompt
@@ -45,8 +44,9 @@ def load(
 
     Args:
         path: The bundle's folder.
-        device: `auto`, `cpu` or `cuda`. `auto` takes CUDA where it can be used; where it is there
-            but cannot, the system's `problems` say why and the CPU runs.
+        device: `auto`, `cpu`, `cuda` or `tensorrt`. `auto` takes TensorRT where the bundle has
+            engines for this machine, then CUDA; where they are there but cannot be used, the
+            system's `problems` say why.
         threads: Threads within an operator; None takes the physical cores.
         functions: Tools of the caller, by the names that the spec declares; each maps the text of
             a call to the text of its result.
@@ -79,7 +79,7 @@ class Machinery:
 
     manifest: Manifest
     device: str
-    problems: tuple[Problem, ...]
+    problems: list[Problem]
     engines: Engines
     chats: Mapping[str, Chat]
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -106,10 +106,14 @@ class System:
         self.plan = plan
         self.manifest = machinery.manifest
         self.device = machinery.device
-        self.problems = machinery.problems
         self._machinery = machinery
         self._toolbox = toolbox
         self._exchange = exchange
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Warnings about the engines, so far: which of the bundle's are not used, and why."""
+        return tuple(self._machinery.problems)
 
     def baseline(self, name: str) -> System:
         """Return an alternative to this system on the same engines.
@@ -311,8 +315,8 @@ def as_record(question: Question, index: int) -> Record:
 
 
 def _load_machinery(bundle: Bundle, *, device: str, threads: int | None) -> Machinery:
+    opened = open_engines(bundle, device=device, threads=threads)
     manifest = bundle.manifest
-    where, problems = choose_device(device, bundle.file(manifest.probe), threads=threads)
     chats, voices = {}, {}
     for name, entry in manifest.backbones.items():
         template = bundle.file(entry.chat_template).read_text(encoding="utf-8")
@@ -326,11 +330,8 @@ def _load_machinery(bundle: Bundle, *, device: str, threads: int | None) -> Mach
             max_positions=entry.max_positions,
         )
     engines = Engines(
-        backbones={
-            name: BackboneEngine(entry, bundle.root, threads=threads, device=where)
-            for name, entry in manifest.backbones.items()
-        },
-        link=LinkEngine(bundle.file(manifest.link_engine), threads=threads, device=where),
+        backbones=opened.backbones,
+        link=opened.link,
         operands={
             name: load_operands(bundle.file(entry.file), entry)
             for name, entry in manifest.links.items()
@@ -338,5 +339,9 @@ def _load_machinery(bundle: Bundle, *, device: str, threads: int | None) -> Mach
         voices=voices,
     )
     return Machinery(
-        manifest=manifest, device=where, problems=problems, engines=engines, chats=chats
+        manifest=manifest,
+        device=opened.device,
+        problems=opened.problems,
+        engines=engines,
+        chats=chats,
     )

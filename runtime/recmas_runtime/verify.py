@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from recmas_runtime.bundle import Bundle, open_bundle, unlisted_files
-from recmas_runtime.devices import choose_device
-from recmas_runtime.engines import BackboneEngine, LinkEngine
+from recmas_runtime.engine_interface import Backbone
+from recmas_runtime.engines import LinkEngine, Operands
 from recmas_runtime.errors import Problem, fail
 from recmas_runtime.links import load_operands
 from recmas_runtime.manifest import LinkEntry, ParityEntry
-from recmas_runtime.onnx_session import Device
+from recmas_runtime.opening import open_engines
 from recmas_runtime.parity import (
     BACKBONE_CASE,
     case_links,
@@ -58,7 +58,7 @@ class VerifyReport:
     """
 
     num_files: int
-    device: Device
+    device: str
     probe_absolute: float
     cases: tuple[CaseReport, ...]
     problems: tuple[Problem, ...]
@@ -97,7 +97,7 @@ def verify_bundle(
 
     Args:
         path: The bundle.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda` or `tensorrt`.
         threads: Threads within an operator; None takes the physical cores.
         progress: Is told how far it has come.
 
@@ -107,18 +107,19 @@ def verify_bundle(
     """
     watcher = progress or Silent()
     bundle = open_bundle(path, verify_hashes=True, progress=watcher)
-    where, warnings = choose_device(device, bundle.file(bundle.manifest.probe), threads=threads)
-    problems = [*warnings, *(_unlisted(relative) for relative in unlisted_files(bundle))]
+    opened = open_engines(bundle, device=device, threads=threads)
+    problems = [*opened.problems, *(_unlisted(relative) for relative in unlisted_files(bundle))]
     with watcher.stage("Running known cases", 1 + len(bundle.manifest.parity)) as advance:
+        where = opened.provider
         probe = measure_probe(bundle.file(bundle.manifest.probe), threads=threads, device=where)
         figures = {"probe_absolute": probe}
-        problems += _out_of_tolerance(bundle.manifest.probe, figures, precision="float32")
+        problems += out_of_tolerance(bundle.manifest.probe, figures, precision="float32")
         advance()
         cases = []
         for entry in bundle.manifest.parity:
-            case = _run_case(bundle, entry, threads=threads, device=where)
+            case = _run_case(bundle, entry, opened.backbones[entry.backbone], opened.link)
             precision = bundle.manifest.backbones[entry.backbone].precision
-            problems += _out_of_tolerance(entry.file, case.figures, precision=precision)
+            problems += out_of_tolerance(entry.file, case.figures, precision=precision)
             # Quantized kernels round differently from one processor to another.
             is_exact = precision == "float32" and entry.greedy_tokens_equal
             if is_exact and not case.greedy_tokens_equal:
@@ -130,35 +131,55 @@ def verify_bundle(
             advance()
     return VerifyReport(
         num_files=len(bundle.manifest.files),
-        device=where,
+        device=opened.device,
         probe_absolute=probe,
         cases=tuple(cases),
         problems=tuple(problems),
     )
 
 
+def measure_case(
+    bundle: Bundle, entry: ParityEntry, backbone: Backbone[Any]
+) -> tuple[dict[str, float], bool]:
+    """Run a backbone over its parity case.
+
+    Returns:
+        Differences by the names of `TOLERANCES`, and whether greedy tokens are the reference's.
+
+    Raises:
+        RecmasError: RM404 for a case that lacks what is measured.
+    """
+    tensors, inner = _read_case(bundle, entry)
+    parity = measure_backbone_parity(backbone, tensors, _operands(bundle)[inner])
+    return parity.figures, parity.greedy_tokens_equal
+
+
 def _run_case(
-    bundle: Bundle, entry: ParityEntry, *, threads: int | None, device: Device
+    bundle: Bundle, entry: ParityEntry, backbone: Backbone[Any], link: LinkEngine
 ) -> CaseReport:
+    figures, greedy_tokens_equal = measure_case(bundle, entry, backbone)
+    tensors, _ = _read_case(bundle, entry)
+    link_relative = measure_link_parity(link, tensors, _operands(bundle))
+    return CaseReport(
+        backbone=entry.backbone,
+        precision=bundle.manifest.backbones[entry.backbone].precision,
+        figures={**figures, "link_relative": link_relative},
+        greedy_tokens_equal=greedy_tokens_equal,
+    )
+
+
+def _read_case(bundle: Bundle, entry: ParityEntry) -> tuple[Mapping[str, Any], str]:
+    """Return a case's tensors and the id of its inner link."""
     tensors, metadata = read_tensors(bundle.file(entry.file))
     _check_case(entry.file, tensors, metadata.get("inner"), bundle.manifest.links)
-    links = {
+    return tensors, metadata["inner"]
+
+
+def _operands(bundle: Bundle) -> dict[str, Operands]:
+    return {
         name: load_operands(bundle.file(link.file), link)
         for name, link in bundle.manifest.links.items()
     }
-    backbone = bundle.manifest.backbones[entry.backbone]
-    link_engine = LinkEngine(
-        bundle.file(bundle.manifest.link_engine), threads=threads, device=device
-    )
-    engine = BackboneEngine(backbone, bundle.root, threads=threads, device=device)
-    parity = measure_backbone_parity(engine, tensors, links[metadata["inner"]])
-    link_relative = measure_link_parity(link_engine, tensors, links)
-    return CaseReport(
-        backbone=entry.backbone,
-        precision=backbone.precision,
-        figures={**parity.figures, "link_relative": link_relative},
-        greedy_tokens_equal=parity.greedy_tokens_equal,
-    )
 
 
 def _check_case(
@@ -176,7 +197,8 @@ def _check_case(
         )
 
 
-def _out_of_tolerance(file: str, figures: Mapping[str, float], *, precision: str) -> list[Problem]:
+def out_of_tolerance(file: str, figures: Mapping[str, float], *, precision: str) -> list[Problem]:
+    """Return an error for each figure beyond the tolerance of a precision."""
     allowed = tolerances(precision)
     return [
         _disagrees(file, f"{name} is {value:.2e}, allowed is {allowed[name]:.0e}")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from recmas_runtime import devices
-from recmas_runtime.devices import choose_device, why_no_cuda
+from recmas_runtime.devices import choose_provider, why_no_cuda
 from recmas_runtime.errors import RecmasError
 from recmas_runtime.onnx_session import NO_GRAPH, make_session, onnx_runtime, run_options
 
@@ -17,26 +17,26 @@ HAS_CUDA = "CUDAExecutionProvider" in onnx_runtime().get_available_providers()
 
 
 def test_the_cpu_needs_no_probe(tmp_path: Path) -> None:
-    assert choose_device("cpu", tmp_path / "nothing.onnx") == ("cpu", ())
+    assert choose_provider("cpu", tmp_path / "nothing.onnx") == ("cpu", ())
 
 
 @pytest.mark.skipif(HAS_CUDA, reason="this ONNX Runtime has CUDA")
 def test_a_package_without_cuda(tmp_path: Path) -> None:
-    assert choose_device("auto", tmp_path / "nothing.onnx") == ("cpu", ())
+    assert choose_provider("auto", tmp_path / "nothing.onnx") == ("cpu", ())
     with pytest.raises(RecmasError, match=r"RM504.*needs CUDAExecutionProvider"):
-        choose_device("cuda", tmp_path / "nothing.onnx")
+        choose_provider("cuda", tmp_path / "nothing.onnx")
 
 
 @pytest.mark.skipif(not why_no_cuda("libcuda.so.1", ""), reason="this machine has a driver")
 def test_a_machine_without_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package for CUDA on a machine without a GPU: `auto` runs, and says where and why."""
     monkeypatch.setattr(devices, "resolve_device", lambda device: "cuda")
-    where, (warning,) = choose_device("auto", tmp_path / "nothing.onnx")
+    where, (warning,) = choose_provider("auto", tmp_path / "nothing.onnx")
     assert where == "cpu"
     assert (warning.code, warning.severity) == ("RM504", "warning")
     assert "there is no NVIDIA driver here (libcuda.so.1 cannot be loaded)" in warning.message
     with pytest.raises(RecmasError, match=r"RM504.*there is no NVIDIA driver"):
-        choose_device("cuda", tmp_path / "nothing.onnx")
+        choose_provider("cuda", tmp_path / "nothing.onnx")
 
 
 class Driver:

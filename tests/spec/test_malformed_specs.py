@@ -205,7 +205,11 @@ CASES: dict[str, tuple[str, str, str]] = {
         "  planner -> solver: {}\n  @@a -> b -> c: {}",
     ),
     # what this version does not support
-    "tensorrt": ("RM121", "answer:", "build: {target: @@tensorrt}\nanswer:"),
+    "int8_tensorrt": (
+        "RM121",
+        "answer:",
+        "build: {target: tensorrt, precision: @@int8}\nanswer:",
+    ),
     "float16": ("RM121", "answer:", "build: {precision: @@float16}\nanswer:"),
     "bfloat16_backbone": (
         "RM121",

@@ -45,7 +45,7 @@ EDITS: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         ("first: Plan {{ question }}", "first: |\n        Plan {# do it #}\n        {{ question"),
     ),
-    "not_supported": (("answer:", "build: {target: tensorrt}\nanswer:"),),
+    "not_supported": (("answer:", "build: {target: tensorrt, precision: int4}\nanswer:"),),
     "precision_not_supported": (
         ("{source: ./small}", "{source: ./small, precision: float16}"),
         ("answer:", "build: {precision: bfloat16}\nanswer:"),

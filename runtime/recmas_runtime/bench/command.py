@@ -39,7 +39,7 @@ class BenchOptions:
         max_new_tokens: Instead of the bundle's.
         warmup: Repeats that do not count.
         repeats: Repeats that count.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda` or `tensorrt`.
         threads: Threads within an operator; None takes the physical cores.
         out: Folder of the report; None for none.
     """
@@ -118,7 +118,7 @@ def bench(
         threads=options.threads,
         progress=progress,
     )
-    problems += report.problems
+    problems += (*report.problems, *system.problems)
     _write_report(report, options.out)
     return report
 
