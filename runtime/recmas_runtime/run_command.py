@@ -43,7 +43,6 @@ def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Proble
     system = load(
         options.bundle, device=options.device, threads=options.threads, ask=terminal_ask()
     ).baseline(options.baseline)
-    problems += system.problems
     sampling = replace(system.plan.sampling, **overrides)
     max_batch = system.plan.limits.max_batch
     if options.batch is not None and not 1 <= options.batch <= max_batch:
