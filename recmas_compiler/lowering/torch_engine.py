@@ -1,0 +1,364 @@
+"""A backbone as fast as torch runs it: static caches, compiled steps, rollouts as one CUDA graph.
+
+What the engines of a bundle are measured against. It has the methods of the runtime's
+`BackboneEngine`, so the runtime's executor follows the same plan over either.
+
+Shape legend: R rows (agents of a batch times samples), S positions of a call, C cache rows per
+sample, M latent steps, d model width, V vocabulary, G groups of rows with one link each.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm
+
+from recmas_compiler.backbones.torch_model import TorchBackbone
+from recmas_compiler.links.modules import LAYER_NORM_EPS
+from recmas_compiler.lowering.packed_linear import pack_linear_layers
+from recmas_compiler.lowering.static_cache import static_cache, use_static_attention
+
+Floats = NDArray[np.float32]
+Indices = NDArray[np.int64]
+Operands = Mapping[str, NDArray[Any]]
+Inner = Mapping[str, Tensor]
+
+# Steps are compiled anew for every batch and capacity: fixed shapes are what they gain from.
+MOST_STEP_SHAPES: Final = 64
+
+_OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
+    # What lies between the products is too little to be worth a second thread: waking it costs
+    # more. Packed weights are opaque, their strides cannot be asserted.
+    "cpu": {"cpp.min_chunk_size": 2**16, "size_asserts": False},
+    "cuda": {},
+}
+
+
+@dataclass(kw_only=True, eq=False)
+class _Store:
+    """The memory of a cache, and the rollouts that were captured over it.
+
+    Attributes:
+        keys: One [R, K, C, D] per layer, K key/value heads of width D.
+        values: Likewise.
+        write_index: [R], the row where each sequence goes on.
+        rollouts: By number of steps.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    write_index: Tensor
+    rollouts: dict[int, _CapturedRollout] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, eq=False)
+class TorchCache:
+    """Key/value rows of R sequences.
+
+    Attributes:
+        rows: Sequences, R.
+        capacity: Positions per sequence, C.
+        store: The rows themselves.
+    """
+
+    rows: int
+    capacity: int
+    store: _Store
+
+    def copy_rows(self, source: TorchCache, rows: Sequence[int], positions: int) -> None:
+        """Take the first `positions` of the given sequences of another cache, in this order."""
+        chosen, mine, other = list(rows), self.store, source.store
+        for tensor, from_ in zip(
+            (*mine.keys, *mine.values), (*other.keys, *other.values), strict=True
+        ):
+            tensor[:, :, :positions] = from_[chosen, :, :positions]
+
+
+class TorchEngine:
+    """One backbone in torch, its inner link fused into the step.
+
+    On CUDA all steps of a rollout are one CUDA graph (untried on hardware).
+
+    Args:
+        backbone: A loaded backbone, to be used by nobody else: its model moves to `device` and
+            `dtype`, and attends over static caches from now on.
+        device: `cpu` or `cuda`.
+        dtype: Element type of weights, activations and caches.
+        compiled: Compile the step; otherwise it runs eagerly, which starts at once.
+    """
+
+    def __init__(
+        self,
+        backbone: TorchBackbone,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        compiled: bool = True,
+    ) -> None:
+        self.entry = backbone.facts
+        self._backbone = backbone
+        self._device = torch.device(device)
+        self._dtype = dtype
+        backbone.model.to(device=self._device, dtype=dtype)
+        use_static_attention(backbone.model)
+        if self._device.type == "cpu":
+            pack_linear_layers(backbone.model)
+        self._step: Callable[..., tuple[Tensor, Tensor]] = self._run_step
+        if compiled:
+            self._step = torch.compile(
+                self._run_step,
+                fullgraph=True,
+                dynamic=False,
+                recompile_limit=MOST_STEP_SHAPES,
+                options=dict(_OPTIONS[self._device.type]),
+            )
+        self._idle: dict[tuple[int, int], list[_Store]] = defaultdict(list)
+        self._bound: tuple[Operands, Inner] = ({}, {})
+
+    @torch.no_grad()
+    def embed(self, input_ids: Indices) -> Floats:
+        """Return the input embeddings [R, S, d] of token ids [R, S]."""
+        return _to_numpy(self._backbone.embed(torch.from_numpy(input_ids).to(self._device)))
+
+    @torch.no_grad()
+    def logits(self, hidden: Floats) -> Floats:
+        """Return the logits [R, V] of final hidden states [R, d]."""
+        return _to_numpy(self._backbone.logits(self._tensor(hidden)))
+
+    def new_cache(self, rows: int, capacity: int) -> TorchCache:
+        """Return a cache for `rows` sequences of at most `capacity` positions.
+
+        Memory of a cache that nobody holds any more is used again, with what was captured over it.
+        """
+        idle = self._idle[rows, capacity]
+        store = idle.pop() if idle else self._new_store(rows, capacity)
+        cache = TorchCache(rows=rows, capacity=capacity, store=store)
+        weakref.finalize(cache, idle.append, store)
+        return cache
+
+    @torch.no_grad()
+    def forward(
+        self,
+        cache: TorchCache,
+        inputs_embeds: Floats,
+        write_index: Indices,
+        last_index: Indices,
+        inner: Operands,
+    ) -> tuple[Floats, Floats, Floats]:
+        """Run S positions of every sequence and extend the cache.
+
+        Args:
+            cache: Is written at `write_index .. write_index + S`.
+            inputs_embeds: [R, S, d].
+            write_index: [R], the position of each sequence's first input.
+            last_index: [R], each sequence's last real input, counted within S.
+            inner: Operands of the inner links in the runtime's unified form, G groups.
+
+        Returns:
+            Hidden states [R, S, d], the last real one [R, 1, d], and its inner link's output
+            [R, 1, d].
+        """
+        links, embeds_RSd = self._bind(inner), self._tensor(inputs_embeds)
+        cache.store.write_index.copy_(torch.from_numpy(write_index))
+        if embeds_RSd.shape[1] == 1:
+            thought_R1d, next_R1d = self._step(embeds_RSd, *_state(cache.store), links)
+            hidden_RSd = thought_R1d
+        else:
+            hidden_RSd = self._run_body(embeds_RSd, *_state(cache.store))
+            last_R = torch.from_numpy(last_index).to(self._device)
+            row_R = torch.arange(cache.rows, device=self._device)
+            thought_R1d = hidden_RSd[row_R, last_R][:, None]
+            next_R1d = apply_inner(thought_R1d, links)
+        return _to_numpy(hidden_RSd), _to_numpy(thought_R1d), _to_numpy(next_R1d)
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        cache: TorchCache,
+        thought: Floats,
+        next_embeds: Floats,
+        write_index: Indices,
+        inner: Operands,
+        num_steps: int,
+    ) -> tuple[Floats, Floats]:
+        """Continue latent steps from a prefill's last position.
+
+        Args:
+            cache: Is extended by `num_steps - 1` positions.
+            thought: [R, 1, d], the hidden state at the last prompt position.
+            next_embeds: [R, 1, d], its inner link's output.
+            write_index: [R], the position after the prompt.
+            inner: As in `forward`.
+            num_steps: Latent steps M, at least 1.
+
+        Returns:
+            Thoughts and their inner links' outputs, both [M, R, d].
+        """
+        links, first_R1d = self._bind(inner), self._tensor(next_embeds)
+        cache.store.write_index.copy_(torch.from_numpy(write_index))
+        if self._device.type == "cuda" and num_steps > 1:
+            thoughts, embeds = self._captured(cache.store, links, num_steps)(first_R1d)
+        else:
+            thoughts, embeds = self._roll(first_R1d, cache.store, links, num_steps)
+        return (
+            np.concatenate([thought[None, :, 0], _to_numpy(thoughts[:, :, 0])]),
+            np.concatenate([next_embeds[None, :, 0], _to_numpy(embeds[:, :, 0])]),
+        )
+
+    def _captured(self, store: _Store, links: Inner, num_steps: int) -> _CapturedRollout:
+        captured = store.rollouts.get(num_steps)
+        if captured is None or captured.links is not links:
+            captured = _CapturedRollout(self._roll, store, links, num_steps)
+            store.rollouts[num_steps] = captured
+        return captured
+
+    def _roll(
+        self, embeds_R1d: Tensor, store: _Store, links: Inner, num_steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """Run the steps after the first; their thoughts and embeddings, both [M - 1, R, 1, d]."""
+        shape = (num_steps - 1, *embeds_R1d.shape)
+        thoughts, embeds = embeds_R1d.new_empty(shape), embeds_R1d.new_empty(shape)
+        for step in range(num_steps - 1):
+            thought_R1d, embeds_R1d = self._step(embeds_R1d, *_state(store), links)
+            thoughts[step], embeds[step] = thought_R1d, embeds_R1d
+            # On the device, so that a captured graph moves on too.
+            store.write_index.add_(1)
+        return thoughts, embeds
+
+    def _run_step(
+        self,
+        embeds_R1d: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        write_index: Tensor,
+        links: Inner,
+    ) -> tuple[Tensor, Tensor]:
+        """Run one position; its hidden state and its inner link's output, both [R, 1, d]."""
+        hidden_R1d = self._run_body(embeds_R1d, keys, values, write_index)
+        return hidden_R1d, apply_inner(hidden_R1d, links)
+
+    def _run_body(
+        self,
+        embeds_RSd: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        write_index: Tensor,
+    ) -> Tensor:
+        offset_S = torch.arange(embeds_RSd.shape[1], device=self._device)
+        hidden_RSd: Tensor = self._backbone.body(
+            inputs_embeds=embeds_RSd,
+            position_ids=write_index[:, None] + offset_S,
+            past_key_values=static_cache(keys, values, write_index),
+            use_cache=True,
+        ).last_hidden_state
+        return hidden_RSd
+
+    def _new_store(self, rows: int, capacity: int) -> _Store:
+        facts = self.entry
+        shape = (rows, facts.num_kv_heads, capacity, facts.head_dim)
+        keys, values = (
+            [
+                torch.zeros(shape, dtype=self._dtype, device=self._device)
+                for _ in range(facts.num_layers)
+            ]
+            for _ in range(2)
+        )
+        index = torch.zeros(rows, dtype=torch.long, device=self._device)
+        return _Store(keys=keys, values=values, write_index=index)
+
+    def _bind(self, operands: Operands) -> Inner:
+        """Return the inner links on the device, the same tensors while the links stay the same."""
+        if self._bound[0] is not operands:
+            tensors = {
+                name: torch.from_numpy(array).to(
+                    device=self._device,
+                    dtype=torch.bool if array.dtype == np.bool_ else self._dtype,
+                )
+                for name, array in operands.items()
+            }
+            self._bound = operands, tensors
+        return self._bound[1]
+
+    def _tensor(self, array: Floats) -> Tensor:
+        return torch.from_numpy(array).to(device=self._device, dtype=self._dtype)
+
+
+class _CapturedRollout:
+    """All steps of a rollout as one CUDA graph: one launch, whatever the number of steps.
+
+    Args:
+        roll: Runs the steps; everything it touches keeps its address.
+        store: The cache.
+        links: Inner links.
+        num_steps: Latent steps M.
+    """
+
+    def __init__(
+        self,
+        roll: Callable[[Tensor, _Store, Inner, int], tuple[Tensor, Tensor]],
+        store: _Store,
+        links: Inner,
+        num_steps: int,
+    ) -> None:
+        self.links = links
+        rows = len(store.write_index)
+        weight = links["w1"]
+        self._embeds_R1d = torch.zeros(
+            (rows, 1, weight.shape[1]), dtype=weight.dtype, device=weight.device
+        )
+        start = store.write_index.clone()
+        # Compiling, and what libraries allocate on first use, must not happen while capturing.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            roll(self._embeds_R1d, store, links, 2)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._out = roll(self._embeds_R1d, store, links, num_steps)
+        # Warming up wrote at and moved the write index; the rows are overwritten by the replay.
+        store.write_index.copy_(start)
+
+    def __call__(self, embeds_R1d: Tensor) -> tuple[Tensor, Tensor]:
+        """Run from these embeddings; results are valid until the next call."""
+        self._embeds_R1d.copy_(embeds_R1d)
+        self._graph.replay()
+        return self._out
+
+
+def apply_inner(hidden_R1d: Tensor, links: Inner) -> Tensor:
+    """Return the inner links' outputs [R, 1, d], in the runtime's unified form of a link.
+
+    Args:
+        hidden_R1d: Rows of G groups, group by group.
+        links: Operands with a leading axis G, as `recmas_runtime.links` describes them.
+    """
+    width = hidden_R1d.shape[-1]
+    x = hidden_R1d.reshape(links["w1"].shape[0], -1, width)
+    normed = torch.where(links["pre_norm"], _norm(x, "pre", links), x)
+    y = torch.bmm(gelu(torch.bmm(normed, links["w1"]) + links["b1"]), links["w2"])
+    y = y + torch.bmm(x, links["w3"]) + links["bias"]
+    y = torch.where(links["post_norm"], _norm(y, "post", links), y)
+    return y.reshape(hidden_R1d.shape)
+
+
+def _norm(x: Tensor, name: str, links: Inner) -> Tensor:
+    normed = layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+    return normed * links[f"{name}_scale"] + links[f"{name}_bias"]
+
+
+def _state(store: _Store) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    return store.keys, store.values, store.write_index
+
+
+def _to_numpy(tensor: Tensor) -> Floats:
+    array: Floats = tensor.to("cpu", torch.float32).numpy()
+    return array

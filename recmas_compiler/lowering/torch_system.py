@@ -1,0 +1,70 @@
+"""A bundle's system on torch engines: the same plan and executor, other engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+
+from recmas_compiler.backbones.torch_model import TorchBackbone
+from recmas_compiler.ir.build_topology import build_topology
+from recmas_compiler.lowering.reference import load_backbones
+from recmas_compiler.lowering.torch_engine import TorchEngine
+from recmas_compiler.passes.pipeline import run_pipeline
+from recmas_compiler.spec.frozen_links import without_link_files
+from recmas_compiler.spec.spec import load_spec
+from recmas_runtime.bundle import inside, open_bundle
+from recmas_runtime.manifest import SPEC_NAME, BackboneEntry
+from recmas_runtime.progress import Silent
+from recmas_runtime.system import System, load_machinery
+
+if TYPE_CHECKING:
+    from recmas_runtime.engines import BackboneEngine
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def load_torch_system(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: Dtype = "float32",
+    threads: int | None = None,
+    compiled: bool = True,
+) -> System:
+    """Open a bundle's system with torch engines in the place of its own.
+
+    Weights come from where the bundle's spec says they are. Tools are left out.
+
+    Args:
+        path: The bundle's folder.
+        device: `cpu` or `cuda`.
+        dtype: Element type of weights, activations and caches.
+        threads: Threads within an operator; None takes torch's own number.
+        compiled: As in `TorchEngine`.
+
+    Raises:
+        RecmasError: As `recmas_runtime.load`, and RM2xx for backbones that are not there.
+    """
+    bundle = open_bundle(path)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    backbones = load_bundle_backbones(bundle.root)
+
+    def make_engine(name: str, _: BackboneEntry) -> BackboneEngine:
+        engine = TorchEngine(
+            backbones[name], device=device, dtype=getattr(torch, dtype), compiled=compiled
+        )
+        # The executor asks nothing else of an engine than the methods that both have.
+        return cast("BackboneEngine", engine)
+
+    machinery = load_machinery(bundle, device="cpu", threads=threads, make_engine=make_engine)
+    return System(bundle.plan, machinery)
+
+
+def load_bundle_backbones(root: Path) -> dict[str, TorchBackbone]:
+    """Load the backbones that a bundle was built from, by their names in its manifest."""
+    # Links are the bundle's own; the files they once came from may be gone.
+    spec = without_link_files(load_spec(inside(root, SPEC_NAME)), lambda *_: "projected")
+    return load_backbones(run_pipeline(build_topology(spec)), progress=Silent())
