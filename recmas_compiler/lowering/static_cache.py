@@ -70,9 +70,7 @@ class StaticRows(CacheLayerMixin):  # type: ignore[misc]  # transformers is unty
 
 def static_cache(keys: Sequence[Tensor], values: Sequence[Tensor], write_index: Tensor) -> Any:
     """Return a transformers cache over the given rows, one pair [R, K, C, D] per layer."""
-    return Cache(
-        layers=[StaticRows(k, v, write_index) for k, v in zip(keys, values, strict=True)]
-    )
+    return Cache(layers=[StaticRows(k, v, write_index) for k, v in zip(keys, values, strict=True)])
 
 
 def use_static_attention(model: PreTrainedModel) -> None:

@@ -17,19 +17,20 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.links.modules import LAYER_NORM_EPS
 from recmas_compiler.lowering.packed_linear import pack_linear_layers
 from recmas_compiler.lowering.static_cache import static_cache, use_static_attention
-
-Floats = NDArray[np.float32]
-Indices = NDArray[np.int64]
-Operands = Mapping[str, NDArray[Any]]
-Inner = Mapping[str, Tensor]
+from recmas_compiler.lowering.torch_tables import (
+    Floats,
+    Indices,
+    Inner,
+    Operands,
+    TorchTables,
+    apply_inner,
+    to_numpy,
+)
 
 # Steps are compiled anew for every batch and capacity: fixed shapes are what they gain from.
 MOST_STEP_SHAPES: Final = 64
@@ -82,7 +83,7 @@ class TorchCache:
             tensor[:, :, :positions] = from_[chosen, :, :positions]
 
 
-class TorchEngine:
+class TorchEngine(TorchTables):
     """One backbone in torch, its inner link fused into the step.
 
     On CUDA all steps of a rollout are one CUDA graph (untried on hardware).
@@ -103,13 +104,9 @@ class TorchEngine:
         dtype: torch.dtype = torch.float32,
         compiled: bool = True,
     ) -> None:
-        self.entry = backbone.facts
-        self._backbone = backbone
-        self._device = torch.device(device)
-        self._dtype = dtype
-        backbone.model.to(device=self._device, dtype=dtype)
+        super().__init__(backbone, device=device, dtype=dtype)
         use_static_attention(backbone.model)
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             pack_linear_layers(backbone.model)
         self._step: Callable[..., tuple[Tensor, Tensor]] = self._run_step
         if compiled:
@@ -118,20 +115,9 @@ class TorchEngine:
                 fullgraph=True,
                 dynamic=False,
                 recompile_limit=MOST_STEP_SHAPES,
-                options=dict(_OPTIONS[self._device.type]),
+                options=dict(_OPTIONS[self.device.type]),
             )
         self._idle: dict[tuple[int, int], list[_Store]] = defaultdict(list)
-        self._bound: tuple[Operands, Inner] = ({}, {})
-
-    @torch.no_grad()
-    def embed(self, input_ids: Indices) -> Floats:
-        """Return the input embeddings [R, S, d] of token ids [R, S]."""
-        return _to_numpy(self._backbone.embed(torch.from_numpy(input_ids).to(self._device)))
-
-    @torch.no_grad()
-    def logits(self, hidden: Floats) -> Floats:
-        """Return the logits [R, V] of final hidden states [R, d]."""
-        return _to_numpy(self._backbone.logits(self._tensor(hidden)))
 
     def new_cache(self, rows: int, capacity: int) -> TorchCache:
         """Return a cache for `rows` sequences of at most `capacity` positions.
@@ -166,18 +152,18 @@ class TorchEngine:
             Hidden states [R, S, d], the last real one [R, 1, d], and its inner link's output
             [R, 1, d].
         """
-        links, embeds_RSd = self._bind(inner), self._tensor(inputs_embeds)
+        links, embeds_RSd = self.bind(inner), self.tensor(inputs_embeds)
         cache.store.write_index.copy_(torch.from_numpy(write_index))
         if embeds_RSd.shape[1] == 1:
             thought_R1d, next_R1d = self._step(embeds_RSd, *_state(cache.store), links)
             hidden_RSd = thought_R1d
         else:
             hidden_RSd = self._run_body(embeds_RSd, *_state(cache.store))
-            last_R = torch.from_numpy(last_index).to(self._device)
-            row_R = torch.arange(cache.rows, device=self._device)
+            last_R = torch.from_numpy(last_index).to(self.device)
+            row_R = torch.arange(cache.rows, device=self.device)
             thought_R1d = hidden_RSd[row_R, last_R][:, None]
             next_R1d = apply_inner(thought_R1d, links)
-        return _to_numpy(hidden_RSd), _to_numpy(thought_R1d), _to_numpy(next_R1d)
+        return to_numpy(hidden_RSd), to_numpy(thought_R1d), to_numpy(next_R1d)
 
     @torch.no_grad()
     def rollout(
@@ -202,15 +188,15 @@ class TorchEngine:
         Returns:
             Thoughts and their inner links' outputs, both [M, R, d].
         """
-        links, first_R1d = self._bind(inner), self._tensor(next_embeds)
+        links, first_R1d = self.bind(inner), self.tensor(next_embeds)
         cache.store.write_index.copy_(torch.from_numpy(write_index))
-        if self._device.type == "cuda" and num_steps > 1:
+        if self.device.type == "cuda" and num_steps > 1:
             thoughts, embeds = self._captured(cache.store, links, num_steps)(first_R1d)
         else:
             thoughts, embeds = self._roll(first_R1d, cache.store, links, num_steps)
         return (
-            np.concatenate([thought[None, :, 0], _to_numpy(thoughts[:, :, 0])]),
-            np.concatenate([next_embeds[None, :, 0], _to_numpy(embeds[:, :, 0])]),
+            np.concatenate([thought[None, :, 0], to_numpy(thoughts[:, :, 0])]),
+            np.concatenate([next_embeds[None, :, 0], to_numpy(embeds[:, :, 0])]),
         )
 
     def _captured(self, store: _Store, links: Inner, num_steps: int) -> _CapturedRollout:
@@ -252,7 +238,7 @@ class TorchEngine:
         values: Sequence[Tensor],
         write_index: Tensor,
     ) -> Tensor:
-        offset_S = torch.arange(embeds_RSd.shape[1], device=self._device)
+        offset_S = torch.arange(embeds_RSd.shape[1], device=self.device)
         hidden_RSd: Tensor = self._backbone.body(
             inputs_embeds=embeds_RSd,
             position_ids=write_index[:, None] + offset_S,
@@ -266,29 +252,13 @@ class TorchEngine:
         shape = (rows, facts.num_kv_heads, capacity, facts.head_dim)
         keys, values = (
             [
-                torch.zeros(shape, dtype=self._dtype, device=self._device)
+                torch.zeros(shape, dtype=self.dtype, device=self.device)
                 for _ in range(facts.num_layers)
             ]
             for _ in range(2)
         )
-        index = torch.zeros(rows, dtype=torch.long, device=self._device)
+        index = torch.zeros(rows, dtype=torch.long, device=self.device)
         return _Store(keys=keys, values=values, write_index=index)
-
-    def _bind(self, operands: Operands) -> Inner:
-        """Return the inner links on the device, the same tensors while the links stay the same."""
-        if self._bound[0] is not operands:
-            tensors = {
-                name: torch.from_numpy(array).to(
-                    device=self._device,
-                    dtype=torch.bool if array.dtype == np.bool_ else self._dtype,
-                )
-                for name, array in operands.items()
-            }
-            self._bound = operands, tensors
-        return self._bound[1]
-
-    def _tensor(self, array: Floats) -> Tensor:
-        return torch.from_numpy(array).to(device=self._device, dtype=self._dtype)
 
 
 class _CapturedRollout:
@@ -334,31 +304,5 @@ class _CapturedRollout:
         return self._out
 
 
-def apply_inner(hidden_R1d: Tensor, links: Inner) -> Tensor:
-    """Return the inner links' outputs [R, 1, d], in the runtime's unified form of a link.
-
-    Args:
-        hidden_R1d: Rows of G groups, group by group.
-        links: Operands with a leading axis G, as `recmas_runtime.links` describes them.
-    """
-    width = hidden_R1d.shape[-1]
-    x = hidden_R1d.reshape(links["w1"].shape[0], -1, width)
-    normed = torch.where(links["pre_norm"], _norm(x, "pre", links), x)
-    y = torch.bmm(gelu(torch.bmm(normed, links["w1"]) + links["b1"]), links["w2"])
-    y = y + torch.bmm(x, links["w3"]) + links["bias"]
-    y = torch.where(links["post_norm"], _norm(y, "post", links), y)
-    return y.reshape(hidden_R1d.shape)
-
-
-def _norm(x: Tensor, name: str, links: Inner) -> Tensor:
-    normed = layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
-    return normed * links[f"{name}_scale"] + links[f"{name}_bias"]
-
-
 def _state(store: _Store) -> tuple[list[Tensor], list[Tensor], Tensor]:
     return store.keys, store.values, store.write_index
-
-
-def _to_numpy(tensor: Tensor) -> Floats:
-    array: Floats = tensor.to("cpu", torch.float32).numpy()
-    return array

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Final, Literal, cast
 
 import torch
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.build_topology import build_topology
+from recmas_compiler.lowering.eager_engines import CachedEngine, RecomputingEngine
 from recmas_compiler.lowering.reference import load_backbones
 from recmas_compiler.lowering.torch_engine import TorchEngine
+from recmas_compiler.lowering.torch_tables import TorchTables
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.frozen_links import without_link_files
 from recmas_compiler.spec.spec import load_spec
@@ -23,6 +25,14 @@ if TYPE_CHECKING:
     from recmas_runtime.engines import BackboneEngine
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+KINDS: Final[dict[str, type[TorchTables]]] = {
+    "torch": TorchEngine,
+    "huggingface": CachedEngine,
+    "naive": RecomputingEngine,
+}
+# What each device computes in fastest without a change of the weights' meaning.
+DTYPES: Final[dict[str, Dtype]] = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 def load_torch_system(
@@ -61,6 +71,31 @@ def load_torch_system(
 
     machinery = load_machinery(bundle, device="cpu", threads=threads, make_engine=make_engine)
     return System(bundle.plan, machinery)
+
+
+def open_torch_engine(
+    root: Path, backbone: str, *, kind: str, device: str, threads: int
+) -> tuple[TorchTables, Dtype, int]:
+    """Open one backbone of a bundle in torch.
+
+    Args:
+        root: The bundle's folder.
+        backbone: Its name in the manifest.
+        kind: One of `KINDS`.
+        device: `cpu` or `cuda`.
+        threads: Threads within an operator.
+
+    Returns:
+        The engine, its element type, and the bytes of weights that a step of it reads.
+    """
+    torch.set_num_threads(threads)
+    loaded = load_bundle_backbones(root)[backbone]
+    dtype = DTYPES[device]
+    # Counted before packing, which changes their form but not their size.
+    table = loaded.embedding.weight
+    elements = sum(p.numel() for p in loaded.body.parameters() if p is not table)
+    engine = KINDS[kind](loaded, device=device, dtype=getattr(torch, dtype))
+    return engine, dtype, elements * getattr(torch, dtype).itemsize
 
 
 def load_bundle_backbones(root: Path) -> dict[str, TorchBackbone]:

@@ -83,9 +83,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ragged_rollouts_equal_the_whole_sequence(
-    family: str, tiny: LoadTiny, inner_of
-) -> None:
+def test_ragged_rollouts_equal_the_whole_sequence(family: str, tiny: LoadTiny, inner_of) -> None:
     backbone = tiny(family)
     link, operands = inner_of(backbone.facts.width)
     engine = TorchEngine(own(backbone), compiled=False)
