@@ -135,7 +135,7 @@ def bench_systems(
     return run_bench(asked, rounds=rounds, latent_steps=latent_steps, progress=progress)
 
 
-class _Numbers(click.ParamType):
+class _Numbers(click.ParamType[tuple[int, ...]]):
     """Numbers with commas between them."""
 
     name = "N,N,..."

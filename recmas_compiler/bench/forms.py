@@ -151,7 +151,8 @@ class GenaiForm:
         self._prompt: Floats | Indices = prompt(batch, used, self._entry.vocab_size)
         if self.can_step:
             draw = np.random.default_rng(0)
-            self._prompt = draw.standard_normal((batch, used, self._entry.width), np.float32) / 8
+            shape = (batch, used, self._entry.width)
+            self._prompt = draw.standard_normal(shape, np.float32) / np.float32(8)
 
     def prefill(self) -> None:
         """Run the prompt."""

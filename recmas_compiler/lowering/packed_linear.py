@@ -38,12 +38,13 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
-        return packed_linear(x, self._packed, self._bias)
+        y: Tensor = packed_linear(x, self._packed, self._bias)
+        return y
 
 
 def pack_linear_layers(model: nn.Module) -> None:
     """Replace every linear layer of a model, where this build of torch has oneDNN."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -110,7 +110,8 @@ class TorchEngine(TorchTables):
             pack_linear_layers(backbone.model)
         self._step: Callable[..., tuple[Tensor, Tensor]] = self._run_step
         if compiled:
-            self._step = torch.compile(
+            # Torch's own annotations do not know the limit.
+            self._step = torch.compile(  # type: ignore[call-overload]
                 self._run_step,
                 fullgraph=True,
                 dynamic=False,
@@ -286,7 +287,7 @@ class _CapturedRollout:
         )
         start = store.write_index.clone()
         # Compiling, and what libraries allocate on first use, must not happen while capturing.
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             roll(self._embeds_R1d, store, links, 2)

@@ -5,9 +5,10 @@
 Engines and weights are the bundle's; only plans and questions differ: a ring of agents on one
 backbone, each hearing the one before it, the last one answering. One of the four grows at a time.
 
-The exponent p is that of t = a + b n^p, fitted by least squares on log t with a >= 0. A slope in
-log-log alone would count what does not grow (a) as slower growth and come out too small: with a on
-its own, p tells how the growing part grows, which is what a limit of 1.05 is about.
+The exponent p is that of t = a + b n^p, fitted by least squares of relative errors. The slope of
+log t over log n alone would mix in what does not grow (a > 0 makes it too small) and what is left
+out once (the last agent of the last round writes and does not think: a < 0 makes it too large);
+with a on its own, p tells how the growing part grows, which is what a limit of 1.05 is about.
 """
 
 from __future__ import annotations
@@ -179,16 +180,13 @@ def ring(plan: Plan, size: Size) -> Plan:
 
 
 def fit(counts: Sequence[int], seconds: Sequence[float]) -> tuple[float, float, float]:
-    """Fit t = a + b n^p on log t with a, b >= 0; returns a, b and p, of a grid of p."""
+    """Fit t = a + b n^p; returns a, b and p, the best of a grid."""
     n, t = np.array(counts, float), np.array(seconds)
     best = (np.inf, 0.0, 0.0, 0.0)
-    for exponent in np.arange(0.3, 2.5, 0.005):
-        # Each equation over its t: relative errors count, as they do in log t.
+    for exponent in np.arange(0.5, 2.5, 0.005):
+        # Each equation over its t: relative errors count.
         columns = np.stack([1 / t, n**exponent / t], axis=1)
         fixed, factor = np.linalg.lstsq(columns, np.ones_like(t), rcond=None)[0]
-        if fixed < 0:
-            fixed = 0.0
-            factor = float(columns[:, 1].sum() / (columns[:, 1] ** 2).sum())
         error = float(np.sum((columns @ [fixed, factor] - 1) ** 2))
         best = min(best, (error, float(fixed), float(factor), float(exponent)))
     return best[1:]
