@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -46,7 +47,11 @@ def _visit(form: Form, *, batch: int, capacity: int, used: int, steps: int) -> d
     form.prepare(batch, capacity, used)
     found: dict[str, float] = {"prefill_s": _seconds(form.prefill)}
     if form.can_step:
+        before = form.inside_s()
         found["step_s"] = _seconds(lambda: form.step(steps)) / steps
+        inside_s = form.inside_s() - before
+        if not math.isnan(inside_s):
+            found["outside_share"] = 1 - inside_s / (found["step_s"] * steps)
     if form.can_write:
         found["token_s"] = _seconds(lambda: form.write(steps)) / steps
     return {**found, "memory_bytes": peak_resident_bytes()}

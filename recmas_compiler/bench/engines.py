@@ -73,12 +73,14 @@ class Timings:
     """What the turns of one engine in one cell took; seconds.
 
     Attributes:
+        outside_share: Of the time of the steps, spent outside the engine's own calls.
         memory_bytes: Most resident memory of the engine's process in its first turn.
     """
 
     prefill_s: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
+    outside_share: list[float] = field(default_factory=list)
     memory_bytes: int = 0
 
 
@@ -168,7 +170,7 @@ def _keep(
     # Later turns run in memory that larger cells have left behind.
     timings.memory_bytes = timings.memory_bytes or int(reply["memory_bytes"])
     if counts:
-        for name in ("prefill_s", "step_s", "token_s"):
+        for name in ("prefill_s", "step_s", "token_s", "outside_share"):
             if name in reply:
                 getattr(timings, name).append(reply[name])
 

@@ -12,8 +12,7 @@ from recmas_compiler.bench.workers import Worker
 from recmas_runtime.bench.figures import Spread
 from recmas_runtime.bench.report import machine_facts, markdown_table
 
-# An engine that was never done with a cell in a turn that counts has no row.
-_FIGURES: Final = ("step_ms", "prefill_tokens_per_s", "decode_tokens_per_s")
+_FIGURES: Final = ("step_ms", "outside_share", "prefill_tokens_per_s", "decode_tokens_per_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,7 @@ class EngineRow:
             "batch": self.cell.batch,
             "capacity": self.cell.capacity,
             "used": self.cell.used,
-            **{n: None if s is None else round(s.median, 3) for n, s in medians.items()},
+            **{n: None if s is None else round(s.median, 4) for n, s in medians.items()},
             "floor_ms": round(self.floor_ms, 3),
             "floor_share": None if share is None else round(share, 4),
             "memory_mb": round(self.memory_mb, 1),
@@ -132,6 +131,7 @@ def engine_report(options: EngineOptions, found: Measured) -> EngineReport:
 def _row(worker: Worker, cell: Cell, timings: Timings, floors: Mapping[int, float]) -> EngineRow:
     in_all = {
         "step_ms": [1e3 * seconds for seconds in timings.step_s],
+        "outside_share": timings.outside_share,
         "prefill_tokens_per_s": [cell.batch * cell.used / s for s in timings.prefill_s],
         "decode_tokens_per_s": [cell.batch / seconds for seconds in timings.token_s],
     }
@@ -145,13 +145,13 @@ def _row(worker: Worker, cell: Cell, timings: Timings, floors: Mapping[int, floa
 
 
 _HEAD: Final = (
-    *("engine", "precision", "batch", "capacity", "used", "ms per step", "of the floor"),
+    *("engine", "precision", "batch", "capacity", "used", "ms per step", "of the floor", "outside"),
     *("prompt tokens/s", "text tokens/s", "memory MB"),
 )
 
 
 def _line(row: EngineRow) -> Sequence[str]:
-    share = row.floor_share
+    share, outside = row.floor_share, row.figures.get("outside_share")
     return [
         row.worker.key.engine,
         row.worker.about["precision"],
@@ -160,6 +160,7 @@ def _line(row: EngineRow) -> Sequence[str]:
         str(row.cell.used),
         _spread(row.figures.get("step_ms"), ".2f"),
         "" if share is None else f"{share:.0%}",
+        "" if outside is None else f"{outside.median:.1%}",
         _spread(row.figures.get("prefill_tokens_per_s"), ".0f"),
         _spread(row.figures.get("decode_tokens_per_s"), ".1f"),
         f"{row.memory_mb:.0f}",

@@ -5,6 +5,8 @@ Shape legend: R rows, S positions, d model width.
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -72,6 +74,9 @@ class Form(Protocol):
     def write(self, count: int) -> None:
         """Write tokens behind the prompt, the likeliest each time."""
 
+    def inside_s(self) -> float:
+        """Return the seconds spent in the engine's own calls; NaN where nobody counts them."""
+
 
 class EngineForm:
     """Anything with the methods of the runtime's `BackboneEngine`.
@@ -88,9 +93,12 @@ class EngineForm:
     def __init__(self, engine: Any, *, inner: Operands, precision: str, step_bytes: int) -> None:
         self.precision, self.step_bytes = precision, step_bytes
         self._engine, self._inner = engine, inner
+        self._cache: Any = None
 
     def prepare(self, batch: int, capacity: int, used: int) -> None:
         """Take a new cache and a prompt."""
+        if self._cache is not None:
+            self._engine.give_back(self._cache)
         self._cache = self._engine.new_cache(batch, capacity)
         self._embeds = self._engine.embed(prompt(batch, used, self._engine.entry.vocab_size))
         self._used = np.full(batch, used, np.int64)
@@ -118,6 +126,41 @@ class EngineForm:
             _, thought, _ = self._engine.forward(
                 self._cache, embeds, self._used + position, zero, self._inner
             )
+
+    def inside_s(self) -> float:
+        """Return NaN: nobody counts."""
+        return math.nan
+
+
+class OnnxForm(EngineForm):
+    """A bundle's own engine; tells apart what ONNX Runtime takes and what Python adds."""
+
+    def __init__(self, engine: BackboneEngine, **about: Any) -> None:
+        super().__init__(engine, **about)
+        self._clock = _Clock(engine.decoder)
+
+    def prepare(self, batch: int, capacity: int, used: int) -> None:
+        """Take a new cache and a prompt."""
+        super().prepare(batch, capacity, used)
+        self._cache.session = self._clock
+
+    def inside_s(self) -> float:
+        """Return the seconds spent in ONNX Runtime's calls."""
+        return self._clock.seconds
+
+
+class _Clock:
+    """A session that adds up the time of its runs."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.seconds = 0.0
+
+    def run_with_iobinding(self, *arguments: Any) -> None:
+        """Run the session."""
+        start = time.perf_counter()
+        self._session.run_with_iobinding(*arguments)
+        self.seconds += time.perf_counter() - start
 
 
 class GenaiForm:
@@ -171,6 +214,10 @@ class GenaiForm:
         for position in range(count):
             logits = self._model.run(logits.argmax(-1)[:, None], self._used + position)
 
+    def inside_s(self) -> float:
+        """Return NaN: nobody counts."""
+        return math.nan
+
 
 def prompt(batch: int, positions: int, vocab_size: int) -> Indices:
     """Return tokens [R, S] drawn from a fixed seed."""
@@ -195,10 +242,10 @@ def open_form(key: FormKey) -> Form:
         engine = BackboneEngine(
             entry, bundle.root, threads=key.threads, device=resolve_device(key.device)
         )
-        return EngineForm(
+        return OnnxForm(
             engine,
             inner=inner,
-            precision=entry.dtype,
+            precision=entry.precision,
             step_bytes=weight_bytes(bundle.file(entry.decoder)) + inner_bytes,
         )
     from recmas_compiler.lowering.torch_system import open_torch_engine

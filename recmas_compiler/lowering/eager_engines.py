@@ -48,6 +48,9 @@ class EagerEngine(TorchTables):
         """Return an empty cache; it grows, whatever the capacity."""
         return GrowingCache(rows=rows)
 
+    def give_back(self, cache: GrowingCache) -> None:
+        """Forget a cache."""
+
     @torch.no_grad()
     def forward(
         self,

@@ -9,14 +9,13 @@ sample, M latent steps, d model width, V vocabulary, G groups of rows with one l
 
 from __future__ import annotations
 
-import weakref
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
@@ -44,43 +43,39 @@ _OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
 
 
 @dataclass(kw_only=True, eq=False)
-class _Store:
-    """The memory of a cache, and the rollouts that were captured over it.
+class TorchCache:
+    """Key/value rows of R sequences, and the rollouts that were captured over them.
 
     Attributes:
+        rows: Sequences, R.
+        capacity: Positions per sequence, C.
         keys: One [R, K, C, D] per layer, K key/value heads of width D.
         values: Likewise.
         write_index: [R], the row where each sequence goes on.
         rollouts: By number of steps.
     """
 
+    rows: int
+    capacity: int
     keys: list[Tensor]
     values: list[Tensor]
     write_index: Tensor
     rollouts: dict[int, _CapturedRollout] = field(default_factory=dict)
 
-
-@dataclass(kw_only=True, eq=False)
-class TorchCache:
-    """Key/value rows of R sequences.
-
-    Attributes:
-        rows: Sequences, R.
-        capacity: Positions per sequence, C.
-        store: The rows themselves.
-    """
-
-    rows: int
-    capacity: int
-    store: _Store
-
     def copy_rows(self, source: TorchCache, rows: Sequence[int], positions: int) -> None:
         """Take the first `positions` of the given sequences of another cache, in this order."""
-        chosen, mine, other = list(rows), self.store, source.store
-        for tensor, from_ in zip(
-            (*mine.keys, *mine.values), (*other.keys, *other.values), strict=True
-        ):
-            tensor[:, :, :positions] = from_[chosen, :, :positions]
+        chosen = list(rows)
+        for mine, other in zip(self._layers(), source._layers(), strict=True):
+            mine[:, :, :positions] = other[chosen, :, :positions]
+
+    def read_rows(self, rows: Sequence[int], positions: int) -> list[NDArray[Any]]:
+        """Return copies [n, K, positions, D] on the host: keys, values of each layer in turn."""
+        chosen = list(rows)
+        return [to_numpy(layer[chosen, :, :positions]) for layer in self._layers()]
+
+    def _layers(self) -> Iterator[Tensor]:
+        for pair in zip(self.keys, self.values, strict=True):
+            yield from pair
 
 
 class TorchEngine(TorchTables):
@@ -118,18 +113,32 @@ class TorchEngine(TorchTables):
                 recompile_limit=MOST_STEP_SHAPES,
                 options=dict(_OPTIONS[self.device.type]),
             )
-        self._idle: dict[tuple[int, int], list[_Store]] = defaultdict(list)
+        self._idle: list[TorchCache] = []
 
     def new_cache(self, rows: int, capacity: int) -> TorchCache:
         """Return a cache for `rows` sequences of at most `capacity` positions.
 
-        Memory of a cache that nobody holds any more is used again, with what was captured over it.
+        One that was given back is used again, with what was captured over it.
         """
-        idle = self._idle[rows, capacity]
-        store = idle.pop() if idle else self._new_store(rows, capacity)
-        cache = TorchCache(rows=rows, capacity=capacity, store=store)
-        weakref.finalize(cache, idle.append, store)
-        return cache
+        for cache in self._idle:
+            if (cache.rows, cache.capacity) == (rows, capacity):
+                self._idle.remove(cache)
+                return cache
+        facts = self.entry
+        shape = (rows, facts.num_kv_heads, capacity, facts.head_dim)
+        keys, values = (
+            [
+                torch.zeros(shape, dtype=self.dtype, device=self.device)
+                for _ in range(facts.num_layers)
+            ]
+            for _ in range(2)
+        )
+        index = torch.zeros(rows, dtype=torch.long, device=self.device)
+        return TorchCache(rows=rows, capacity=capacity, keys=keys, values=values, write_index=index)
+
+    def give_back(self, cache: TorchCache) -> None:
+        """Keep a cache that its user needs no more for the next one."""
+        self._idle.append(cache)
 
     @torch.no_grad()
     def forward(
@@ -154,12 +163,12 @@ class TorchEngine(TorchTables):
             [R, 1, d].
         """
         links, embeds_RSd = self.bind(inner), self.tensor(inputs_embeds)
-        cache.store.write_index.copy_(torch.from_numpy(write_index))
+        cache.write_index.copy_(torch.from_numpy(write_index))
         if embeds_RSd.shape[1] == 1:
-            thought_R1d, next_R1d = self._step(embeds_RSd, *_state(cache.store), links)
+            thought_R1d, next_R1d = self._step(embeds_RSd, *_state(cache), links)
             hidden_RSd = thought_R1d
         else:
-            hidden_RSd = self._run_body(embeds_RSd, *_state(cache.store))
+            hidden_RSd = self._run_body(embeds_RSd, *_state(cache))
             last_R = torch.from_numpy(last_index).to(self.device)
             row_R = torch.arange(cache.rows, device=self.device)
             thought_R1d = hidden_RSd[row_R, last_R][:, None]
@@ -190,34 +199,34 @@ class TorchEngine(TorchTables):
             Thoughts and their inner links' outputs, both [M, R, d].
         """
         links, first_R1d = self.bind(inner), self.tensor(next_embeds)
-        cache.store.write_index.copy_(torch.from_numpy(write_index))
+        cache.write_index.copy_(torch.from_numpy(write_index))
         if self.device.type == "cuda" and num_steps > 1:
-            thoughts, embeds = self._captured(cache.store, links, num_steps)(first_R1d)
+            thoughts, embeds = self._captured(cache, links, num_steps)(first_R1d)
         else:
-            thoughts, embeds = self._roll(first_R1d, cache.store, links, num_steps)
+            thoughts, embeds = self._roll(first_R1d, cache, links, num_steps)
         return (
             np.concatenate([thought[None, :, 0], to_numpy(thoughts[:, :, 0])]),
             np.concatenate([next_embeds[None, :, 0], to_numpy(embeds[:, :, 0])]),
         )
 
-    def _captured(self, store: _Store, links: Inner, num_steps: int) -> _CapturedRollout:
-        captured = store.rollouts.get(num_steps)
+    def _captured(self, cache: TorchCache, links: Inner, num_steps: int) -> _CapturedRollout:
+        captured = cache.rollouts.get(num_steps)
         if captured is None or captured.links is not links:
-            captured = _CapturedRollout(self._roll, store, links, num_steps)
-            store.rollouts[num_steps] = captured
+            captured = _CapturedRollout(self._roll, cache, links, num_steps)
+            cache.rollouts[num_steps] = captured
         return captured
 
     def _roll(
-        self, embeds_R1d: Tensor, store: _Store, links: Inner, num_steps: int
+        self, embeds_R1d: Tensor, cache: TorchCache, links: Inner, num_steps: int
     ) -> tuple[Tensor, Tensor]:
         """Run the steps after the first; their thoughts and embeddings, both [M - 1, R, 1, d]."""
         shape = (num_steps - 1, *embeds_R1d.shape)
         thoughts, embeds = embeds_R1d.new_empty(shape), embeds_R1d.new_empty(shape)
         for step in range(num_steps - 1):
-            thought_R1d, embeds_R1d = self._step(embeds_R1d, *_state(store), links)
+            thought_R1d, embeds_R1d = self._step(embeds_R1d, *_state(cache), links)
             thoughts[step], embeds[step] = thought_R1d, embeds_R1d
             # On the device, so that a captured graph moves on too.
-            store.write_index.add_(1)
+            cache.write_index.add_(1)
         return thoughts, embeds
 
     def _run_step(
@@ -248,55 +257,42 @@ class TorchEngine(TorchTables):
         ).last_hidden_state
         return hidden_RSd
 
-    def _new_store(self, rows: int, capacity: int) -> _Store:
-        facts = self.entry
-        shape = (rows, facts.num_kv_heads, capacity, facts.head_dim)
-        keys, values = (
-            [
-                torch.zeros(shape, dtype=self.dtype, device=self.device)
-                for _ in range(facts.num_layers)
-            ]
-            for _ in range(2)
-        )
-        index = torch.zeros(rows, dtype=torch.long, device=self.device)
-        return _Store(keys=keys, values=values, write_index=index)
-
 
 class _CapturedRollout:
     """All steps of a rollout as one CUDA graph: one launch, whatever the number of steps.
 
     Args:
         roll: Runs the steps; everything it touches keeps its address.
-        store: The cache.
+        cache: The cache.
         links: Inner links.
         num_steps: Latent steps M.
     """
 
     def __init__(
         self,
-        roll: Callable[[Tensor, _Store, Inner, int], tuple[Tensor, Tensor]],
-        store: _Store,
+        roll: Callable[[Tensor, TorchCache, Inner, int], tuple[Tensor, Tensor]],
+        cache: TorchCache,
         links: Inner,
         num_steps: int,
     ) -> None:
         self.links = links
-        rows = len(store.write_index)
+        rows = len(cache.write_index)
         weight = links["w1"]
         self._embeds_R1d = torch.zeros(
             (rows, 1, weight.shape[1]), dtype=weight.dtype, device=weight.device
         )
-        start = store.write_index.clone()
+        start = cache.write_index.clone()
         # Compiling, and what libraries allocate on first use, must not happen while capturing.
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            roll(self._embeds_R1d, store, links, 2)
+            roll(self._embeds_R1d, cache, links, 2)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._out = roll(self._embeds_R1d, store, links, num_steps)
+            self._out = roll(self._embeds_R1d, cache, links, num_steps)
         # Warming up wrote at and moved the write index; the rows are overwritten by the replay.
-        store.write_index.copy_(start)
+        cache.write_index.copy_(start)
 
     def __call__(self, embeds_R1d: Tensor) -> tuple[Tensor, Tensor]:
         """Run from these embeddings; results are valid until the next call."""
@@ -305,5 +301,5 @@ class _CapturedRollout:
         return self._out
 
 
-def _state(store: _Store) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    return store.keys, store.values, store.write_index
+def _state(cache: TorchCache) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    return cache.keys, cache.values, cache.write_index

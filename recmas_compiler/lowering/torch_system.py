@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import torch
 
@@ -17,12 +17,12 @@ from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.frozen_links import without_link_files
 from recmas_compiler.spec.spec import load_spec
 from recmas_runtime.bundle import inside, open_bundle
-from recmas_runtime.manifest import SPEC_NAME, BackboneEntry
+from recmas_runtime.engine_interface import Backbone
+from recmas_runtime.engines import LinkEngine
+from recmas_runtime.manifest import SPEC_NAME
+from recmas_runtime.opening import OpenedEngines
 from recmas_runtime.progress import Silent
 from recmas_runtime.system import System, load_machinery
-
-if TYPE_CHECKING:
-    from recmas_runtime.engines import BackboneEngine
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -60,17 +60,19 @@ def load_torch_system(
     bundle = open_bundle(path)
     if threads is not None:
         torch.set_num_threads(threads)
-    backbones = load_bundle_backbones(bundle.root)
-
-    def make_engine(name: str, _: BackboneEntry) -> BackboneEngine:
-        engine = TorchEngine(
-            backbones[name], device=device, dtype=getattr(torch, dtype), compiled=compiled
-        )
-        # The executor asks nothing else of an engine than the methods that both have.
-        return cast("BackboneEngine", engine)
-
-    machinery = load_machinery(bundle, device="cpu", threads=threads, make_engine=make_engine)
-    return System(bundle.plan, machinery)
+    engines = {
+        name: TorchEngine(backbone, device=device, dtype=getattr(torch, dtype), compiled=compiled)
+        for name, backbone in load_bundle_backbones(bundle.root).items()
+    }
+    opened = OpenedEngines(
+        # Of an entry, the executor asks for dimensions only, and the compiler's facts have those.
+        backbones=cast("dict[str, Backbone[Any]]", engines),
+        link=LinkEngine(bundle.file(bundle.manifest.link_engine), threads=threads),
+        device=device,
+        provider="cpu",
+        problems=[],
+    )
+    return System(bundle.plan, load_machinery(bundle, opened))
 
 
 def open_torch_engine(

@@ -67,6 +67,8 @@ def test_every_engine_has_a_row_in_every_cell(
         assert row["precision"] == "float32"
         assert row["memory_mb"] > 10
         assert row["floor_share"] == pytest.approx(row["floor_ms"] / row["step_ms"], rel=0.02)
+        assert (row["outside_share"] is not None) == (row["engine"] == "onnx")
+        assert row["outside_share"] is None or 0 < row["outside_share"] < 1
         for name in FIGURES:
             spread = row["spread"][name]
             assert 0 < spread["min"] <= spread["median"] <= spread["max"]

@@ -156,10 +156,26 @@ def test_rows_move_to_another_cache(tiny: LoadTiny, inner_of) -> None:
         assert_close(thoughts[:, row], rolled_out(backbone, link, sequences[place]))
 
 
-def test_memory_of_a_cache_is_used_again(tiny: LoadTiny) -> None:
+def test_a_cache_that_was_given_back_is_used_again(tiny: LoadTiny) -> None:
     engine = TorchEngine(own(tiny("llama")), compiled=False)
     first = engine.new_cache(2, CAPACITY)
-    store = first.store
-    assert engine.new_cache(2, CAPACITY).store is not store
-    del first
-    assert engine.new_cache(2, CAPACITY).store is store
+    assert engine.new_cache(2, CAPACITY) is not first
+    engine.give_back(first)
+    assert engine.new_cache(2, 2 * CAPACITY) is not first
+    assert engine.new_cache(2, CAPACITY) is first
+
+
+def test_rows_are_read_as_the_runtime_reads_them(tiny: LoadTiny, inner_of) -> None:
+    backbone = tiny("llama")
+    _, operands = inner_of(backbone.facts.width)
+    engine = TorchEngine(own(backbone), compiled=False)
+    sequences = prompts(backbone)
+    cache = engine.new_cache(3, CAPACITY)
+    start = np.zeros(3, np.int64)
+    engine.forward(cache, padded(sequences), start, LENGTHS - 1, stack_operands([operands]))
+    with torch.no_grad():
+        out = backbone.body(inputs_embeds=sequences[2][None], use_cache=True)
+    found = cache.read_rows([2], int(LENGTHS[2]))
+    expected = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_close(mine, theirs.numpy())
