@@ -59,10 +59,16 @@ def explain(spec: Path, overrides: tuple[str, ...]) -> Outcome:
 @group.command()
 @SPEC
 @SET
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Tokens of every prompt, messages included  [default: build.max_prompt_tokens].",
+)
 @command
-def plan(spec: Path, overrides: tuple[str, ...]) -> Outcome:
-    """Print the memory that the system needs: weights, caches, per batch."""
-    return commands.plan(spec, overrides)
+def plan(spec: Path, overrides: tuple[str, ...], prompt_tokens: int | None) -> Outcome:
+    """Print the memory that the system needs: weights, caches, prompts, per batch."""
+    return commands.plan(spec, overrides, prompt_tokens=prompt_tokens)
 
 
 @group.command()

@@ -82,10 +82,10 @@ def explain(path: Path, overrides: Sequence[str]) -> Outcome:
     )
 
 
-def plan(path: Path, overrides: Sequence[str]) -> Outcome:
+def plan(path: Path, overrides: Sequence[str], *, prompt_tokens: int | None) -> Outcome:
     """Predict the system's memory."""
     spec, program = _compile(path, overrides)
-    memory = memory_plan(program.graph)
+    memory = memory_plan(program.graph, prompt_tokens=prompt_tokens)
     return Outcome(text=str(memory), data=memory.to_json(), problems=spec.warnings)
 
 

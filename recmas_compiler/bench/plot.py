@@ -11,7 +11,7 @@ from recmas_runtime.bench.figures import Row, Spread
 from recmas_runtime.bench.report import PAPER, PAPER_SOURCE, BenchReport
 
 # Okabe and Ito's colours, which people with colour blindness tell apart.
-_COLOURS: Final = (
+COLOURS: Final = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999",
 )  # fmt: skip
 _WIDTH_OF_A_GROUP: Final = 0.8
@@ -75,7 +75,7 @@ def _bars(
     rounds = sorted({row.case.rounds for row in rows})
     width = _WIDTH_OF_A_GROUP / len(names)
     papers = dict.fromkeys(rounds, "")
-    for name, colour in zip(names, _COLOURS, strict=False):
+    for name, colour in zip(names, COLOURS, strict=False):
         mine = [row for row in rows if row.case.name == name]
         offset = (names.index(name) - (len(names) - 1) / 2) * width
         places = [rounds.index(row.case.rounds) + offset for row in mine]
@@ -133,12 +133,12 @@ def _sweep(axes: Any, swept: Sequence[Row], rows: Sequence[Row]) -> None:
     spreads = [Spread.of(row.cost.seconds) for row in ordered]
     middles = [spread.median for spread in spreads]
     errors = [[s.median - s.min for s in spreads], [s.max - s.median for s in spreads]]
-    axes.errorbar(steps, middles, yerr=errors, fmt="o-", color=_COLOURS[0], capsize=3, label=LATENT)
+    axes.errorbar(steps, middles, yerr=errors, fmt="o-", color=COLOURS[0], capsize=3, label=LATENT)
     rounds = ordered[0].case.rounds
     text = next((r for r in rows if r.case.writes_handover and r.case.rounds == rounds), None)
     if text is not None:
         seconds = Spread.of(text.cost.seconds).median
-        axes.axhline(seconds, color=_COLOURS[1], linestyle="--", label=text.case.name)
+        axes.axhline(seconds, color=COLOURS[1], linestyle="--", label=text.case.name)
     axes.set_xlabel(f"latent steps, {_counted(rounds, 'round')}")
     axes.set_ylabel("seconds per question")
     axes.set_xticks(steps)

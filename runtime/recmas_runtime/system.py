@@ -17,7 +17,7 @@ from recmas_runtime.errors import Problem, RecmasError, fail
 from recmas_runtime.executor import Engines, Execution
 from recmas_runtime.links import load_operands
 from recmas_runtime.manifest import Manifest
-from recmas_runtime.opening import open_engines
+from recmas_runtime.opening import OpenedEngines, open_engines
 from recmas_runtime.plan import Plan, SamplingPlan, Variant
 from recmas_runtime.progress import Progress, Silent
 from recmas_runtime.prompt import ChatTemplate, Prompt
@@ -66,7 +66,8 @@ def load(
             functions=functions,
             ask=ask,
         )
-    return System(bundle.plan, _load_machinery(bundle, device=device, threads=threads), toolbox)
+    opened = open_engines(bundle, device=device, threads=threads)
+    return System(bundle.plan, load_machinery(bundle, opened), toolbox)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,8 +315,12 @@ def as_record(question: Question, index: int) -> Record:
     return Record(id=str(fields.get("id", index + 1)), fields=fields, index=index)
 
 
-def _load_machinery(bundle: Bundle, *, device: str, threads: int | None) -> Machinery:
-    opened = open_engines(bundle, device=device, threads=threads)
+def load_machinery(bundle: Bundle, opened: OpenedEngines) -> Machinery:
+    """Load what systems of a bundle share, around engines that are open.
+
+    Raises:
+        RecmasError: RM40x for files of the bundle that are not what they should be.
+    """
     manifest = bundle.manifest
     chats, voices = {}, {}
     for name, entry in manifest.backbones.items():

@@ -1,41 +1,39 @@
-"""The latent phase of a built system against the same weights in plain torch, in one process.
+"""The latent phase of built systems, everything before the answer's text, by batch size.
 
-    python tests/bench/latent_phase.py BUNDLE [--question TEXT] [--repeats N] [--json FILE]
+    python tests/bench/latent_phase.py BUNDLE [BUNDLE ...] [--batch 1,2,4,8] [--repeats 3]
+        [--beside naive,cached,torch] [--question TEXT] [--threads N] [--json FILE]
 
-Prints a Markdown table: the read bandwidth of this machine, the time of a latent step against the
-time of reading its weights once, the share of Python in it, the whole latent phase (everything
-before the answer's text) against Hugging Face without a cache (the naive form) and with one (the
-reference), and the prompt tokens that each round prefills.
+BUNDLEs are of one system in different precisions. Prints a Markdown table: seconds, records a
+second against batch 1, and how many times as fast per record as the naive form. `--beside` adds, on
+the same weights and links: the naive form (Hugging Face, no cache, one record), Hugging Face with a
+cache (the reference, one record), and the torch engine, at every batch size.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 
 import recmas_runtime as rt
 from recmas_compiler import api
 from recmas_compiler.links.checkpoint import load_link
 from recmas_compiler.lowering.naive import run_naive
-from recmas_compiler.lowering.reference import TorchSystem, load_backbones
+from recmas_compiler.lowering.reference import TorchSystem
+from recmas_compiler.lowering.torch_system import load_bundle_backbones, load_torch_system
 from recmas_compiler.spec.spec import load_spec
+from recmas_runtime.bundle import open_bundle
+from recmas_runtime.machine import describe_machine
 from recmas_runtime.onnx_session import physical_cores
-from recmas_runtime.progress import Silent
 from recmas_runtime.trace import StepEvent
 
 # 61 tokens: about what a grade-school word problem has.
@@ -48,208 +46,182 @@ QUESTION = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundles", type=Path, nargs="+")
+    parser.add_argument("--batch", type=numbers, default=[1])
+    parser.add_argument("--beside", type=lambda text: text.split(","), default=[])
     parser.add_argument("--question", default=QUESTION)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if not set(arguments.beside) <= {"naive", "cached", "torch"}:
+        parser.error("--beside knows naive, cached and torch")
 
-    threads = physical_cores()
-    torch.set_num_threads(threads)
-    system = rt.load(arguments.bundle)
-    figures: dict[str, Any] = {
+    torch.set_num_threads(arguments.threads)
+    rows: list[dict[str, Any]] = []
+    first = arguments.bundles[0]
+    naive_s, expected = None, {}
+    if "naive" in arguments.beside:
+        naive_s, expected = time_naive(first, arguments.question)
+        rows.append({"form": "naive", "batch": 1, "seconds": naive_s})
+    if "cached" in arguments.beside:
+        rows.append(
+            {"form": "cached", "batch": 1, "seconds": time_cached(first, arguments.question)}
+        )
+    for bundle in arguments.bundles:
+        system = rt.load(bundle, threads=arguments.threads)
+        rows += time_system(str(bundle), system, arguments, expected)
+        if bundle == first:
+            tokens = count_tokens(system, arguments.question)
+        del system
+    if "torch" in arguments.beside:
+        rows += time_system("torch engine", load_torch_system(first), arguments, expected)
+    figures = {
         "date": date.today().isoformat(),
-        "machine": f"{cpu_name()}, {threads} cores, {platform.system()}",
-        "rounds": system.plan.rounds,
-        "agents": len(system.plan.agents),
-        "latent_steps": max(a.latent_steps for a in system.plan.agents.values()),
+        "machine": f"{describe_machine()['cpu']}, {arguments.threads} threads",
+        "prompt_tokens": tokens,
+        "rows": add_ratios(rows, naive_s),
     }
-    figures |= measure_step(system, arguments.bundle, arguments.repeats)
-    figures |= measure_latent_phase(system, arguments)
     print(table(figures))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def measure_step(system: rt.System, bundle: Path, repeats: int) -> dict[str, Any]:
-    """Time latent steps and weight reads in turn, so that both see the same machine."""
-    agent = system.plan.agents[system.plan.answer_agent]
-    engine = system._machinery.engines.backbones[agent.backbone]
-    inner = {
-        name: array[None] for name, array in system._machinery.engines.operands[agent.inner].items()
-    }
-    num_bytes = weight_bytes(bundle / engine.entry.decoder) + sum(a.nbytes for a in inner.values())
-    block = np.ones(num_bytes // 4, np.float32)
-    timed = TimedSession(engine.decoder)
-    start, num_steps = 200, 33
-    thought = np.random.default_rng(0).standard_normal((1, 1, engine.entry.width), np.float32)
-    cache = engine.new_cache(1, 320)
-    cache.session = timed
-    steps, reads, overheads = [], [], []
-    for repeat in range(repeats + 1):
-        reads += [timed_call(lambda: read(block, physical_cores())) for _ in range(3)]
-        timed.seconds = 0.0
-        begin = time.perf_counter()
-        engine.rollout(cache, thought, thought, np.array([start]), inner, num_steps)
-        wall = time.perf_counter() - begin
-        if repeat > 0:  # the first one warms up
-            steps.append(wall / (num_steps - 1))
-            overheads.append(1 - timed.seconds / wall)
-    # The floor is the fastest read seen, the step the median: noise counts against the engine.
-    read_s, step_s = min(reads), statistics.median(steps)
-    return {
-        "step_weights_mb": num_bytes / 1e6,
-        "read_bandwidth_gb_s": num_bytes / read_s / 1e9,
-        "floor_ms": read_s * 1e3,
-        "step_ms": step_s * 1e3,
-        "step_over_floor": step_s / read_s,
-        "overhead_share": statistics.median(overheads),
-    }
+def time_system(
+    form: str, system: rt.System, arguments: argparse.Namespace, expected: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Time every batch size; sizes take turns, so that all see the same machine."""
+    one_token = replace(system.plan.sampling, max_new_tokens=1)
+    seconds: dict[int, list[float]] = {batch: [] for batch in arguments.batch}
+    messages = Messages()
+    for repeat in range(arguments.repeats + 1):
+        for batch, found in seconds.items():
+            asked = records(arguments.question, batch)
+            (answer, *_) = system.run_batch(asked, sampling=one_token, trace=messages)
+            assert isinstance(answer, rt.Answer), answer
+            if repeat > 0:  # the first one warms up
+                found.append((answer.timing_ms.total - answer.timing_ms.decode) / 1e3)
+    differences = [np.abs(messages.found[k][0] - m[0]).max() for k, m in expected.items()]
+    return [
+        {
+            "form": form,
+            "batch": batch,
+            "seconds": statistics.median(found),
+            "least": min(found),
+            "most": max(found),
+            "message_difference": float(max(differences)) if differences else None,
+        }
+        for batch, found in seconds.items()
+    ]
 
 
-def measure_latent_phase(system: rt.System, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time everything before the answer's text, in three forms."""
-    spec = load_spec(arguments.bundle / "spec.yaml")
-    program = api.compile(spec)
-    backbones = load_backbones(program.graph, progress=Silent())
-    links = {
-        name: load_link(arguments.bundle / entry.file)
-        for name, entry in system.manifest.links.items()
-    }
-    record = {"id": "0", "question": arguments.question}
-    sampling = replace(system.plan.sampling, max_new_tokens=1)
-    events: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+def time_naive(bundle: Path, question: str) -> tuple[float, dict[str, Any]]:
+    """Time the naive form once; returns seconds and messages [1, M, e]."""
+    program = api.compile(load_spec(bundle / "spec.yaml"))
+    backbones, links = in_torch(bundle)
+    record = {"id": "0", "question": question}
+    start = time.perf_counter()
+    # One token: the naive form runs the answer's prompt too, as the engines do.
+    found = run_naive(
+        program.topology, [record], backbones=backbones, links=links, max_new_tokens=1
+    )
+    seconds = time.perf_counter() - start
+    return seconds, {name: message.numpy() for name, message in found.messages.items()}
 
-    class Tokens:
-        """Counts prompt tokens per round in the place of a trace."""
 
-        def add_event(self, event: StepEvent, *, batch: int) -> None:
-            events[event.round][0] += sum(event.prefilled_tokens)
-            events[event.round][1] += sum(event.reused_tokens)
-
-        def add_messages(self, messages: Any) -> None:
-            self.messages = messages
-
-    tokens = Tokens()
-    question = rt.Record(id="0", fields=record)
-    system.run_batch([question], sampling=sampling, trace=tokens)
-    runs = []
-    for _ in range(arguments.repeats):
-        timing = system.run(record, sampling=sampling).timing_ms
-        runs.append((timing.total - timing.decode) / 1e3)
-    engine_s = statistics.median(runs)
-
+def time_cached(bundle: Path, question: str) -> float:
+    program = api.compile(load_spec(bundle / "spec.yaml"))
+    backbones, links = in_torch(bundle)
     reference = TorchSystem(program.graph, backbones=backbones, links=links)
+    record = {"id": "0", "question": question}
     with torch.no_grad():
         reference(record)
-        cached_s = statistics.median(timed_call(lambda: reference(record)) for _ in range(3))
-    # One token: the naive form runs the answer's prompt too, as the engines do.
-    naive: list[Any] = []
-    naive_s = timed_call(
-        lambda: naive.append(
-            run_naive(
-                program.topology, [record], backbones=backbones, links=links, max_new_tokens=1
-            )
-        )
-    )
-    differences = [
-        float(np.abs(message - naive[0].messages[name].numpy()).max())
-        for name, message in tokens.messages.items()
-    ]
+        return statistics.median(timed(lambda: reference(record)) for _ in range(3))
+
+
+def in_torch(bundle: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    manifest = open_bundle(bundle).manifest
+    links = {name: load_link(bundle / entry.file) for name, entry in manifest.links.items()}
+    return load_bundle_backbones(bundle), links
+
+
+class Messages:
+    """Keeps the messages of the last run, and the prompt tokens of each round."""
+
+    def __init__(self) -> None:
+        self.found: Mapping[str, Any] = {}
+        self.tokens: dict[int, list[int]] = {}
+
+    def add_event(self, event: StepEvent, *, batch: int) -> None:
+        counts = self.tokens.setdefault(event.round, [0, 0])
+        counts[0] += sum(event.prefilled_tokens)
+        counts[1] += sum(event.reused_tokens)
+
+    def add_messages(self, messages: Mapping[str, Any]) -> None:
+        self.found = messages
+
+
+def count_tokens(system: rt.System, question: str) -> dict[int, dict[str, int]]:
+    """Return by round the prompt tokens that run, and how many would without reuse."""
+    messages = Messages()
+    one_token = replace(system.plan.sampling, max_new_tokens=1)
+    system.run_batch(records(question, 1), sampling=one_token, trace=messages)
     return {
-        "latent_phase_s": {"engines": engine_s, "torch_cached": cached_s, "naive": naive_s},
-        "speedup_over_naive": naive_s / engine_s,
-        "speedup_over_torch_cached": cached_s / engine_s,
-        "largest_message_difference": max(differences),
-        "prompt_tokens": {
-            round_: {"prefilled": prefilled, "without_reuse": prefilled + reused}
-            for round_, (prefilled, reused) in sorted(events.items())
-        },
+        round_: {"prefilled": prefilled, "without_reuse": prefilled + reused}
+        for round_, (prefilled, reused) in sorted(messages.tokens.items())
     }
 
 
-class TimedSession:
-    """Adds up the time spent inside the engine."""
-
-    def __init__(self, session: Any) -> None:
-        self.session = session
-        self.seconds = 0.0
-
-    def run_with_iobinding(self, binding: Any, options: Any) -> None:
-        start = time.perf_counter()
-        self.session.run_with_iobinding(binding, options)
-        self.seconds += time.perf_counter() - start
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.session, name)
+def records(question: str, batch: int) -> list[rt.Record]:
+    return [rt.Record(id=str(i), fields={"question": question}, index=i) for i in range(batch)]
 
 
-def weight_bytes(graph: Path) -> int:
-    """Bytes of the weights that a graph reads, each once."""
-    model = onnx.load(str(graph), load_external_data=False)
-    places = {}
-    for tensor in model.graph.initializer:
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        if place:
-            places[place["offset"]] = int(place["length"])
-    return sum(places.values())
-
-
-def read(block: np.ndarray, threads: int) -> None:
-    """Read an array once, each thread its part."""
-    parts = np.array_split(block, threads)
-    workers = [threading.Thread(target=np.add.reduce, args=(part,)) for part in parts]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-
-
-def timed_call(call: Callable[[], object]) -> float:
+def timed(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or os.uname().machine
+def add_ratios(rows: list[dict[str, Any]], naive_s: float | None) -> list[dict[str, Any]]:
+    """Add throughput against batch 1 of the same form, and against the naive form."""
+    alone = {row["form"]: row["seconds"] for row in rows if row["batch"] == 1}
+    for row in rows:
+        per_record = row["seconds"] / row["batch"]
+        if row["form"] in alone:
+            row["throughput"] = alone[row["form"]] / per_record
+        if naive_s is not None:
+            row["over_naive"] = naive_s / per_record
+    return rows
 
 
-def table(f: dict[str, Any]) -> str:
-    phase, tokens = f["latent_phase_s"], f["prompt_tokens"]
-    rows = [
-        ("read bandwidth", f"{f['read_bandwidth_gb_s']:.1f} GB/s"),
-        ("weights of a latent step", f"{f['step_weights_mb']:.0f} MB"),
-        ("floor: reading them once", f"{f['floor_ms']:.2f} ms"),
-        ("latent step", f"{f['step_ms']:.2f} ms ({f['step_over_floor']:.2f} x floor)"),
-        ("of it outside the engine", f"{f['overhead_share']:.2%}"),
-        ("latent phase, engines", f"{phase['engines']:.2f} s"),
-        (
-            "latent phase, torch with cache",
-            f"{phase['torch_cached']:.2f} s ({f['speedup_over_torch_cached']:.1f} x)",
-        ),
-        (
-            "latent phase, naive (no cache)",
-            f"{phase['naive']:.2f} s ({f['speedup_over_naive']:.1f} x)",
-        ),
-        ("largest message difference to naive", f"{f['largest_message_difference']:.1e}"),
+def table(figures: dict[str, Any]) -> str:
+    lines = [
+        f"**{figures['machine']}; {figures['date']}**",
+        "",
+        "| form | records | seconds | records/s against 1 | against naive | message difference |",
+        "|---|---|---|---|---|---|",
     ]
-    for round_, count in tokens.items():
-        rows.append(
-            (
-                f"prompt tokens prefilled in round {round_}",
-                f"{count['prefilled']} ({count['without_reuse']} without reuse)",
-            )
+    for row in figures["rows"]:
+        spread = f" ({row['least']:.2f} to {row['most']:.2f})" if "least" in row else ""
+        difference = row.get("message_difference")
+        cells = (
+            row["form"],
+            str(row["batch"]),
+            f"{row['seconds']:.2f}{spread}",
+            f"{row['throughput']:.2f} x" if "throughput" in row else "",
+            f"{row['over_naive']:.1f} x" if "over_naive" in row else "",
+            "" if difference is None else f"{difference:.1e}",
         )
-    title = (
-        f"{f['agents']} agents, {f['rounds']} rounds, {f['latent_steps']} latent steps; "
-        f"{f['machine']}; {f['date']}"
+        lines.append("| " + " | ".join(cells) + " |")
+    tokens = ", ".join(
+        f"{count['prefilled']} of {count['without_reuse']} in round {round_}"
+        for round_, count in figures["prompt_tokens"].items()
     )
-    lines = [f"**{title}**", "", "| figure | value |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows])
+    return "\n".join([*lines, "", f"Prompt tokens that ran: {tokens}."])
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from recmas_compiler.ir.sizes import human_bytes, link_num_parameters
 from recmas_compiler.ir.text_table import counted, listed
 from recmas_compiler.memory_plan import memory_plan
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
-from recmas_runtime.plan import PromptPart
+from recmas_runtime.lane import ROOM_FOR_TEXT
+from recmas_runtime.plan import PromptPart, cache_capacity
 
 
 def words(backbone: str, text: str) -> int:
@@ -106,7 +107,23 @@ def test_memory_plan_counts_only_what_runs() -> None:
     memory = memory_plan(run_pipeline(graph))
     assert memory.backbones[0].agents == ("a", "b")
     assert memory.num_links == 2  # a's inner link and a->b; b only answers
-    assert memory.total_bytes(batch=3) == memory.weights_bytes + 3 * memory.cache_bytes(batch=1)
+    per_record = memory.cache_bytes(batch=1) + memory.activation_bytes(batch=1)
+    fixed = memory.runtime_bytes + memory.weights_bytes
+    assert memory.total_bytes(batch=3) == fixed + 3 * per_record
+
+
+def test_shorter_prompts_take_the_caches_that_a_run_takes() -> None:
+    program = run_pipeline(topology("a b c", "a>b b~>c", rounds=1, answer="b"))
+    most, less = memory_plan(program), memory_plan(program, prompt_tokens=100)
+    by_agent = {cache.agents[0]: cache for cache in program.system.caches.values()}
+    row_bytes = by_agent["a"].bytes_per_sample // by_agent["a"].capacity
+    text = min(program.system.sampling.max_new_tokens, ROOM_FOR_TEXT)
+    steps = program.system.agents["a"].latent_steps
+    rows = cache_capacity(100 + steps) + cache_capacity(100 + max(text, steps))
+    assert less.cache_bytes(batch=1) == rows * row_bytes
+    limit = program.system.build.max_prompt_tokens
+    assert less.activation_bytes(batch=1) * limit == most.activation_bytes(batch=1) * 100
+    assert less.runtime_bytes == most.runtime_bytes
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def bench(
             baseline that does not fit, and what loading raises.
     """
     _check_usage(options)
-    _make_folder(options.out)
+    make_folder(options.out)
     system = load(options.bundle, device=options.device, threads=options.threads)
     forms = forms_of(options.bundle, system)
     frozen: tuple[System, ...] = ()
@@ -198,14 +198,18 @@ def _settings(plan: Plan, options: BenchOptions, records: tuple[Record, ...]) ->
     )
 
 
-def _make_folder(out: Path | None) -> None:
-    """Make the folder of the report before anything takes long."""
+def make_folder(out: Path | None) -> None:
+    """Make the folder of a report, before anything takes long.
+
+    Raises:
+        RecmasError: RM503 if that is not possible.
+    """
     if out is None:
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(out, error) from error
+        raise unwritable(out, error) from error
 
 
 def _write_report(report: BenchReport, out: Path | None) -> None:
@@ -215,10 +219,11 @@ def _write_report(report: BenchReport, out: Path | None) -> None:
         write_json_atomic(out / JSON_NAME, report.to_json())
         (out / MARKDOWN_NAME).write_text(report.to_markdown() + "\n", encoding="utf-8")
     except OSError as error:
-        raise _unwritable(out, error) from error
+        raise unwritable(out, error) from error
 
 
-def _unwritable(out: Path, error: OSError) -> RecmasError:
+def unwritable(out: Path, error: OSError) -> RecmasError:
+    """Return what to raise for a report that cannot be written."""
     return fail(
         "RM503",
         f"the report cannot be written: {error.strerror}",

@@ -71,13 +71,18 @@ class BenchReport:
         if not self.figures.rows:
             return "\n".join([*lines, "", "Nothing was measured."])
         rows = self.figures.rows
-        lines += ["", "## Time and tokens of a question", "", *_table(_HEAD, map(_cells, rows))]
+        lines += [
+            "",
+            "## Time and tokens of a question",
+            "",
+            *markdown_table(_HEAD, map(_cells, rows)),
+        ]
         if any(row.case.name == LATENT and row.case.rounds in PAPER for row in rows):
             lines += ["", f"paper: {PAPER_SOURCE}; its own models, data and hardware."]
         phases = [name for name in rows[0].cost.phases_ms if _is_there(name, rows)]
         head = ["system", "rounds", "steps", *(f"{name} ms" for name in phases)]
         cells = ([*_label(row), *(f"{row.cost.phases_ms[n]:.1f}" for n in phases)] for row in rows)
-        lines += ["", "## Where the time goes", "", *_table(head, cells)]
+        lines += ["", "## Where the time goes", "", *markdown_table(head, cells)]
         return "\n".join(lines)
 
     def _circumstances(self) -> list[str]:
@@ -130,7 +135,7 @@ def run_bench(
 
 
 def _about(case: Case, settings: BenchSettings, threads: int | None) -> dict[str, Any]:
-    system, machine = case.system, describe_machine()
+    system = case.system
     sampling = settings.sampling
     return {
         "name": system.plan.name,
@@ -145,10 +150,16 @@ def _about(case: Case, settings: BenchSettings, threads: int | None) -> dict[str
             "temperature": sampling.temperature,
             "seed": sampling.seed,
         },
-        "machine": {
-            **{name: machine[name] for name in _FACTS},
-            "packages": {name: machine["packages"].get(name) for name in _PACKAGES},
-        },
+        "machine": machine_facts(),
+    }
+
+
+def machine_facts() -> dict[str, Any]:
+    """Return what figures of time depend on: processor, memory, versions."""
+    machine = describe_machine()
+    return {
+        **{name: machine[name] for name in _FACTS},
+        "packages": {name: machine["packages"].get(name) for name in _PACKAGES},
     }
 
 
@@ -214,7 +225,7 @@ def _spread(spread: Spread, form: str, *, unit: str = "") -> str:
     return f"{middle} ({spread.min:{form}} to {spread.max:{form}})"
 
 
-def _table(head: Sequence[str], rows: Any) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Any) -> list[str]:
     """Return a Markdown table whose columns stand in line."""
     cells = [list(head), *rows]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]

@@ -1,0 +1,73 @@
+"""A bundle's system on torch engines gives the reference's messages and texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import recmas_runtime as rt
+from built import BuildTiny
+from recmas_compiler.lowering.eager_engines import CachedEngine, EagerEngine, RecomputingEngine
+from recmas_compiler.lowering.torch_system import load_bundle_backbones, load_torch_system
+from recmas_runtime.bundle import open_bundle
+from recmas_runtime.engines import BackboneEngine
+from recmas_runtime.links import load_operands, stack_operands
+from recmas_runtime.tolerances import TOLERANCES
+from recmas_runtime.trace import MESSAGES_NAME, TraceWriter
+from tiny_specs import SPECS
+
+QUESTIONS = ["What is 7 * 8?", "Anna has three plans and an orange. Which is best?", "Hm?"]
+RECORDS = [{"id": str(i), "question": question} for i, question in enumerate(QUESTIONS)]
+
+
+def absolute(name: str, families: Path) -> str:
+    """Return a spec whose backbones are found from anywhere."""
+    text = SPECS[name]
+    for family in ("llama", "qwen3", "gemma3"):
+        text = text.replace(f"source: {family}}}", f"source: {families / family}}}")
+    return text
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_batches_agree_with_the_reference(
+    name: str, families: Path, build_tiny: BuildTiny, tmp_path: Path
+) -> None:
+    built = build_tiny(absolute(name, families))
+    system = load_torch_system(built.bundle, threads=1, compiled=False)
+    trace = TraceWriter(tmp_path)
+    records = [rt.Record(id=r["id"], fields=r, index=i) for i, r in enumerate(RECORDS)]
+    answers = system.run_batch(records, trace=trace)
+    trace.close()
+    reference = built.reference(RECORDS)
+    assert [answer.answer for answer in answers] == reference.texts
+    with np.load(tmp_path / MESSAGES_NAME) as messages:
+        for link, message in messages.items():
+            error = np.abs(message - reference.messages[link].numpy()).max()
+            assert error <= TOLERANCES["message_absolute"], f"{link} is off by {error}"
+
+
+@pytest.mark.parametrize("kind", [CachedEngine, RecomputingEngine])
+def test_eager_forms_agree_with_the_bundles_engine(
+    kind: type[EagerEngine], families: Path, build_tiny: BuildTiny
+) -> None:
+    bundle = open_bundle(build_tiny(absolute("sequential", families)).bundle)
+    (name, entry), *_ = bundle.manifest.backbones.items()
+    link = bundle.manifest.links["solver.inner"]
+    inner = stack_operands([load_operands(bundle.file(link.file), link)])
+    ids = np.random.default_rng(0).integers(3, entry.vocab_size, (2, 9))
+    start, used = np.zeros(2, np.int64), np.full(2, 9)
+    found = []
+    for engine in (
+        kind(load_bundle_backbones(bundle.root)[name]),
+        BackboneEngine(entry, bundle.root, threads=1),
+    ):
+        cache = engine.new_cache(2, 64)
+        for _ in range(2):  # the second time over what the first one left behind
+            _, thought, following = engine.forward(cache, engine.embed(ids), start, used - 1, inner)
+            thoughts, embeds = engine.rollout(cache, thought, following, used, inner, 4)
+        found.append((thoughts, embeds, engine.logits(np.ascontiguousarray(thought[:, 0]))))
+    for ours, expected in zip(*found, strict=True):
+        relative = np.abs(ours - expected).max() / np.abs(expected).max()
+        assert relative <= TOLERANCES["hidden_relative"]
