@@ -14,12 +14,10 @@ from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import parse_spec
 from recmas_export.build import build
 from recmas_runtime.answers import Record
+from record_files import WriteRecords
 from tiny_models import write_tiny_backbone
 from tiny_specs import SEQUENTIAL
 from torch_fixtures import one_thread
-
-WriteRecords = Callable[[Sequence[Mapping[str, object]]], Path]
-
 
 __all__ = ["one_thread"]
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from conftest import WriteRecords
 from recmas_compiler.evaluation.data_file import load_data
 from recmas_compiler.evaluation.protocol_file import load_protocol
 from recmas_runtime.errors import RecmasError
+from record_files import WriteRecords
 
 LIST = {"text": ["bank", "mall"], "label": ["A", "B"]}
 GPQA = {

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 import recmas_runtime as rt
-from conftest import WriteRecords
 from recmas_compiler.evaluation.checks.text_checks import extract_words
 from recmas_compiler.evaluation.command import EvalOptions, evaluate
 from recmas_runtime.errors import Exit, RecmasError
+from record_files import WriteRecords
 
 PROTOCOL = """
 name: words
