@@ -30,8 +30,8 @@ class EngineOptions:
 
     Attributes:
         bundles: Folders; engines that are not a bundle's own measure the first.
-        engines: Names; empty for all but genai, which needs a model.
-        genai: Folders that onnxruntime-genai's builder wrote.
+        engines: Names; empty for all of them.
+        genai: Folders that onnxruntime-genai's builder wrote; what is named is measured.
         batches: Rows that run together.
         capacities: Cache rows of each sequence.
         used: Positions in the cache when a step begins.
@@ -186,7 +186,8 @@ def _cells(options: EngineOptions, engine: str) -> list[Cell]:
 
 def _keys(options: EngineOptions, *, device: str, threads: int) -> Iterator[FormKey]:
     """Yield the engines to open: each bundle's own, then the others over the first bundle."""
-    wanted = options.engines or tuple(name for name in ENGINES if name != "genai" or options.genai)
+    others = [name for name in options.engines or ENGINES if name != "genai"]
+    wanted = (*others, "genai") if options.genai else others
     bundles = [open_bundle(path) for path in options.bundles]
     for engine in wanted:
         for number, bundle in enumerate(bundles if engine == "onnx" else bundles[:1]):
