@@ -10,15 +10,16 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
+from recmas_compiler.lowering.static_cache import StaticRows, ragged_mask
 from recmas_export.tidy import OPSET
 from recmas_runtime.errors import fail
 
@@ -62,56 +63,8 @@ def _attention(
     return out_BHSD.transpose(1, 2), None
 
 
-def _mask(
-    *,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: torch.Tensor,
-    kv_offset: int,
-    mask_function: Callable[..., torch.Tensor],
-    **_others: object,
-) -> torch.Tensor:
-    """Evaluate a model's mask rule per sample: the mask interface.
-
-    The rule (causal, sliding, chunked, ...) is a function of indices. transformers evaluates it for
-    one offset of the whole batch; here every sample has its own, its write index.
-
-    Returns:
-        Boolean [B, 1, S, C], True where a position may look.
-    """
-    sample_B = torch.arange(batch_size)
-    query_BS = q_offset[:, None] + torch.arange(q_length)[None]
-    row_C = torch.arange(kv_length) + kv_offset
-    allowed = mask_function(
-        sample_B[:, None, None, None],
-        torch.zeros(1, 1, 1, 1, dtype=torch.long),
-        query_BS[:, None, :, None],
-        row_C[None, None, None, :],
-    )
-    return allowed.expand(batch_size, 1, q_length, kv_length)
-
-
-class PortableLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
-    """One layer of a static cache: new rows are written at each sample's own index.
-
-    A ragged batch so stays contiguous, and truncating a cache is only a smaller index.
-
-    Args:
-        keys: [B, K, C, D].
-        values: [B, K, C, D].
-        write_index: [B], the row where the first new position goes.
-    """
-
-    is_compileable = True
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, write_index: torch.Tensor) -> None:
-        super().__init__()
-        self.keys, self.values, self.write_index = keys, values, write_index
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Do nothing: the rows are there from the start."""
+class PortableLayer(StaticRows):
+    """One layer of a static cache whose rows are written by ONNX's `TensorScatter`."""
 
     def update(
         self,
@@ -135,18 +88,6 @@ class PortableLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             version=OPSET,
         )
 
-    def get_seq_length(self) -> Any:
-        """Return the rows of each sample, [B]; transformers' own layers have one int for all."""
-        return self.write_index
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the rows that a mask covers and the position of the first one."""
-        return self.keys.shape[2], 0
-
-    def get_max_length(self) -> int:
-        """Return the rows there are."""
-        return int(self.keys.shape[2])
-
 
 def portable_cache(
     keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], write_index: torch.Tensor
@@ -161,7 +102,7 @@ def portable_cache(
 def portable_attention(model: PreTrainedModel) -> Iterator[None]:
     """Make `model` use the portable attention and masks inside the block, and its own after it."""
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _mask)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, ragged_mask)
     configs = {
         id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)
     }.values()

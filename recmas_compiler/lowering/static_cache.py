@@ -76,11 +76,11 @@ def static_cache(keys: Sequence[Tensor], values: Sequence[Tensor], write_index: 
 def use_static_attention(model: PreTrainedModel) -> None:
     """Make a model attend over static caches from now on."""
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _mask)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, ragged_mask)
     model.set_attn_implementation(IMPLEMENTATION)
 
 
-def _mask(
+def ragged_mask(
     *,
     batch_size: int,
     q_length: int,
@@ -90,7 +90,14 @@ def _mask(
     mask_function: Callable[..., Tensor],
     **_others: object,
 ) -> Tensor:
-    """Evaluate a model's mask rule, a function of indices; boolean [R, 1, S, C]."""
+    """Evaluate a model's mask rule per sequence: the mask interface.
+
+    The rule (causal, sliding, chunked, ...) is a function of indices. transformers evaluates it for
+    one offset of the whole batch; here every sequence has its own, its write index.
+
+    Returns:
+        Boolean [R, 1, S, C], True where a position may look.
+    """
     device = q_offset.device
     sample_R = torch.arange(batch_size, device=device)
     query_RS = q_offset[:, None] + torch.arange(q_length, device=device)
