@@ -17,6 +17,7 @@ from recmas_runtime.errors import RecmasError
 from recmas_runtime.progress import Silent
 from recmas_runtime.safetensors_file import read_tensors
 from tiny_models import write_tiny_backbone
+from tiny_specs import on_three_backbones
 
 RECORDS: list[dict[str, object]] = [
     {"id": "1", "question": "What is 7 * 8?"},
@@ -77,37 +78,9 @@ def test_weights_beyond_float16(tmp_path: Path) -> None:
     load_backbone(facts, base_dir=tmp_path, progress=Silent(), dtype="bfloat16")
 
 
-MIXED = """
-recmas: 1
-name: mixed
-rounds: 2
-latent_steps: 3
-backbones:
-  small: {source: llama, dtype: bfloat16}
-  other: {source: qwen3, dtype: float16}
-  third: {source: gemma3}
-agents:
-  reader:
-    backbone: small
-    inner: {init: random}
-    prompt:
-      first: "Read: {{ question }}"
-      then: "Read: {{ question }} {{ latent.solver }}"
-  judge:
-    backbone: other
-    inner: {init: random}
-    prompt: "Judge {{ latent.reader }} of {{ question }}"
-  solver:
-    backbone: third
-    inner: {init: random}
-    prompt: "{{ question }} {{ latent.judge }} Answer."
-links:
-  reader -> judge: {init: random}
-  judge -> solver: {init: random}
-  solver -> reader: {init: random, feedback: true}
-answer: {agent: solver, max_new_tokens: 12}
-build: {max_prompt_tokens: 384, max_batch: 8}
-"""
+MIXED = on_three_backbones(
+    "source: llama, dtype: bfloat16", "source: qwen3, dtype: float16", "source: gemma3"
+)
 
 
 def test_several_element_types_in_one_system(build_tiny: BuildTiny) -> None:

@@ -27,6 +27,7 @@ from recmas_runtime.manifest import ParityEntry
 from recmas_runtime.reports import bundle_text
 from recmas_runtime.tolerances import LOSS_LIMITS, TOLERANCES, loss_figures, tolerances
 from recmas_runtime.verify import verify_bundle
+from tiny_specs import on_three_backbones
 
 RECORDS: list[dict[str, object]] = [
     {"id": "1", "question": "What is 7 * 8?"},
@@ -165,37 +166,12 @@ def test_a_tied_table_is_stored_once_and_norms_stay(build_tiny: BuildTiny) -> No
     assert {t.data_type for t in norms} == {onnx.TensorProto.FLOAT}
 
 
-MIXED = """
-recmas: 1
-name: mixed
-rounds: 2
-latent_steps: 3
-backbones:
-  small: {source: llama}
-  other: {source: llama, precision: int4}
-  third: {source: gemma3, precision: float32}
-agents:
-  reader:
-    backbone: small
-    inner: {init: random}
-    prompt:
-      first: "Read: {{ question }}"
-      then: "Read: {{ question }} {{ latent.solver }}"
-  judge:
-    backbone: other
-    inner: {init: random}
-    prompt: "Judge {{ latent.reader }} of {{ question }}"
-  solver:
-    backbone: third
-    inner: {init: random}
-    prompt: "{{ question }} {{ latent.judge }} Answer."
-links:
-  reader -> judge: {init: random}
-  judge -> solver: {init: random}
-  solver -> reader: {init: random, feedback: true}
-answer: {agent: solver, max_new_tokens: 12}
-build: {precision: int8, max_prompt_tokens: 384, max_batch: 8}
-"""
+MIXED = on_three_backbones(
+    "source: llama",
+    "source: llama, precision: int4",
+    "source: gemma3, precision: float32",
+    build="precision: int8, max_prompt_tokens: 384, max_batch: 8",
+)
 
 
 def test_several_precisions_in_one_system(build_tiny: BuildTiny) -> None:

@@ -178,3 +178,42 @@ SPECS = {
     "heterogeneous": HETEROGENEOUS,
     "interlocked": INTERLOCKED,
 }
+
+_ON_THREE_BACKBONES = """
+recmas: 1
+name: mixed
+rounds: 2
+latent_steps: 3
+backbones:
+  small: {%s}
+  other: {%s}
+  third: {%s}
+agents:
+  reader:
+    backbone: small
+    inner: {init: random}
+    prompt:
+      first: "Read: {{ question }}"
+      then: "Read: {{ question }} {{ latent.solver }}"
+  judge:
+    backbone: other
+    inner: {init: random}
+    prompt: "Judge {{ latent.reader }} of {{ question }}"
+  solver:
+    backbone: third
+    inner: {init: random}
+    prompt: "{{ question }} {{ latent.judge }} Answer."
+links:
+  reader -> judge: {init: random}
+  judge -> solver: {init: random}
+  solver -> reader: {init: random, feedback: true}
+answer: {agent: solver, max_new_tokens: 12}
+build: {%s}
+"""
+
+
+def on_three_backbones(
+    small: str, other: str, third: str, *, build: str = "max_prompt_tokens: 384, max_batch: 8"
+) -> str:
+    """Return a ring of three agents; arguments are what stands between a section's braces."""
+    return _ON_THREE_BACKBONES % (small, other, third, build)
