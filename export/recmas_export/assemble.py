@@ -39,7 +39,7 @@ from recmas_export.probe import write_probe
 from recmas_runtime.devices import choose_provider
 from recmas_runtime.engines import BackboneEngine, LinkEngine
 from recmas_runtime.errors import Problem
-from recmas_runtime.links import load_operands
+from recmas_runtime.links import load_operands, read_operands
 from recmas_runtime.manifest import BackboneEntry, LinkEntry, LossEntry, ParityEntry
 from recmas_runtime.onnx_session import Device
 from recmas_runtime.parity import measure_backbone_parity, measure_link_parity, measure_probe
@@ -261,7 +261,7 @@ def _measure(
 ) -> ParityEntry:
     """Run the written engines over the written case, through the runtime's own code."""
     tensors, metadata = read_tensors(folder / file)
-    operands = {link: load_operands(folder / e.file, e) for link, e in links.items()}
+    operands = read_operands(folder.joinpath, links)
     engine = BackboneEngine(entry, folder)
     parity = measure_backbone_parity(engine, tensors, operands[metadata["inner"]])
     return ParityEntry(

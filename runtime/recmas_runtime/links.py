@@ -8,7 +8,7 @@ all. Shape legend: G links of one call, I input width, H hidden width, O output 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -103,6 +103,21 @@ def load_operands(path: Path, entry: LinkEntry) -> Operands:
         "post_bias": values.get(f"{form.post}.bias", np.zeros(target))[None],
     }
     return {name: _contiguous(operand) for name, operand in operands.items()}
+
+
+def read_operands(
+    path_of: Callable[[str], Path], links: Mapping[str, LinkEntry]
+) -> dict[str, Operands]:
+    """Return the operands of every link of a bundle, by id.
+
+    Args:
+        path_of: Gives the path of a file of the bundle, and refuses what is none.
+        links: Entries of the manifest.
+
+    Raises:
+        RecmasError: As `load_operands` and `path_of`.
+    """
+    return {name: load_operands(path_of(entry.file), entry) for name, entry in links.items()}
 
 
 def stack_operands(links: Sequence[Mapping[str, NDArray[Any]]]) -> Operands:

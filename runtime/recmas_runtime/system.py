@@ -15,7 +15,7 @@ from recmas_runtime.batch import AnswerStream, Batch
 from recmas_runtime.bundle import Bundle, open_bundle
 from recmas_runtime.errors import Problem, RecmasError, fail
 from recmas_runtime.executor import Engines, Execution
-from recmas_runtime.links import load_operands
+from recmas_runtime.links import read_operands
 from recmas_runtime.manifest import Manifest
 from recmas_runtime.opening import OpenedEngines, open_engines
 from recmas_runtime.plan import Plan, SamplingPlan, Variant
@@ -337,10 +337,7 @@ def load_machinery(bundle: Bundle, opened: OpenedEngines) -> Machinery:
     engines = Engines(
         backbones=opened.backbones,
         link=opened.link,
-        operands={
-            name: load_operands(bundle.file(entry.file), entry)
-            for name, entry in manifest.links.items()
-        },
+        operands=read_operands(bundle.file, manifest.links),
         voices=voices,
     )
     return Machinery(

@@ -12,7 +12,7 @@ from recmas_runtime.bundle import Bundle, open_bundle, unlisted_files
 from recmas_runtime.engine_interface import Backbone
 from recmas_runtime.engines import LinkEngine, Operands
 from recmas_runtime.errors import Problem, fail
-from recmas_runtime.links import load_operands
+from recmas_runtime.links import read_operands
 from recmas_runtime.manifest import LinkEntry, ParityEntry
 from recmas_runtime.opening import open_engines
 from recmas_runtime.parity import (
@@ -116,8 +116,10 @@ def verify_bundle(
         problems += out_of_tolerance(bundle.manifest.probe, figures, precision="float32")
         advance()
         cases = []
+        operands = read_operands(bundle.file, bundle.manifest.links)
         for entry in bundle.manifest.parity:
-            case = _run_case(bundle, entry, opened.backbones[entry.backbone], opened.link)
+            backbone = opened.backbones[entry.backbone]
+            case = _run_case(bundle, entry, backbone, opened.link, operands)
             precision = bundle.manifest.backbones[entry.backbone].precision
             problems += out_of_tolerance(entry.file, case.figures, precision=precision)
             # Quantized kernels round differently from one processor to another.
@@ -138,48 +140,33 @@ def verify_bundle(
     )
 
 
-def measure_case(
-    bundle: Bundle, entry: ParityEntry, backbone: Backbone[Any]
-) -> tuple[dict[str, float], bool]:
-    """Run a backbone over its parity case.
+def _run_case(
+    bundle: Bundle,
+    entry: ParityEntry,
+    backbone: Backbone[Any],
+    link: LinkEngine,
+    operands: Mapping[str, Operands],
+) -> CaseReport:
+    tensors, inner = read_case(bundle, entry)
+    parity = measure_backbone_parity(backbone, tensors, operands[inner])
+    link_relative = measure_link_parity(link, tensors, operands)
+    return CaseReport(
+        backbone=entry.backbone,
+        precision=bundle.manifest.backbones[entry.backbone].precision,
+        figures={**parity.figures, "link_relative": link_relative},
+        greedy_tokens_equal=parity.greedy_tokens_equal,
+    )
 
-    Returns:
-        Differences by the names of `TOLERANCES`, and whether greedy tokens are the reference's.
+
+def read_case(bundle: Bundle, entry: ParityEntry) -> tuple[Mapping[str, Any], str]:
+    """Return a parity case's tensors and the id of its inner link.
 
     Raises:
         RecmasError: RM404 for a case that lacks what is measured.
     """
-    tensors, inner = _read_case(bundle, entry)
-    parity = measure_backbone_parity(backbone, tensors, _operands(bundle)[inner])
-    return parity.figures, parity.greedy_tokens_equal
-
-
-def _run_case(
-    bundle: Bundle, entry: ParityEntry, backbone: Backbone[Any], link: LinkEngine
-) -> CaseReport:
-    figures, greedy_tokens_equal = measure_case(bundle, entry, backbone)
-    tensors, _ = _read_case(bundle, entry)
-    link_relative = measure_link_parity(link, tensors, _operands(bundle))
-    return CaseReport(
-        backbone=entry.backbone,
-        precision=bundle.manifest.backbones[entry.backbone].precision,
-        figures={**figures, "link_relative": link_relative},
-        greedy_tokens_equal=greedy_tokens_equal,
-    )
-
-
-def _read_case(bundle: Bundle, entry: ParityEntry) -> tuple[Mapping[str, Any], str]:
-    """Return a case's tensors and the id of its inner link."""
     tensors, metadata = read_tensors(bundle.file(entry.file))
     _check_case(entry.file, tensors, metadata.get("inner"), bundle.manifest.links)
     return tensors, metadata["inner"]
-
-
-def _operands(bundle: Bundle) -> dict[str, Operands]:
-    return {
-        name: load_operands(bundle.file(link.file), link)
-        for name, link in bundle.manifest.links.items()
-    }
 
 
 def _check_case(

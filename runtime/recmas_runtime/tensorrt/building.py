@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from recmas_runtime.bundle import ENGINES_FOLDER, Bundle, open_bundle
 from recmas_runtime.engine_interface import Backbone
 from recmas_runtime.errors import Problem, RecmasError
+from recmas_runtime.links import read_operands
 from recmas_runtime.manifest import BackboneEntry
+from recmas_runtime.parity import measure_backbone_parity
 from recmas_runtime.progress import Progress
 from recmas_runtime.safetensors_file import read_tensors
 from recmas_runtime.tensorrt.availability import Platform, find_platform
@@ -39,7 +41,7 @@ from recmas_runtime.tensorrt.static_graph import (
     read_graph,
     static_decoder,
 )
-from recmas_runtime.verify import measure_case, out_of_tolerance
+from recmas_runtime.verify import out_of_tolerance, read_case
 
 if TYPE_CHECKING:
     import onnx
@@ -238,12 +240,14 @@ def _check(
         raise AssertionError("engines are built large enough for their parity case")
 
     backbones = open_backbones(bundle, engines, no_other_engine, [])
+    operands = read_operands(bundle.file, bundle.manifest.links)
     figures: dict[str, dict[str, float]] = {}
     problems: list[Problem] = []
     with progress.stage("Comparing with the reference", len(bundle.manifest.parity)) as advance:
         for entry in bundle.manifest.parity:
-            found, _ = measure_case(bundle, entry, backbones[entry.backbone])
-            figures[entry.backbone] = found
+            tensors, inner = read_case(bundle, entry)
+            parity = measure_backbone_parity(backbones[entry.backbone], tensors, operands[inner])
+            found = figures[entry.backbone] = dict(parity.figures)
             problems += out_of_tolerance(entry.file, found, precision="float32")
             advance()
     if problems:
