@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from recmas_compiler.cli_options import QUIET
+from recmas_compiler.cli_options import BUNDLE, DEVICE, QUIET, THREADS
 from recmas_compiler.console import Outcome, RichProgress, command
 from recmas_runtime.progress import Silent
 
 
 @click.command("eval")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@BUNDLE
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Records to ask.")
 @click.option("--protocol", required=True, metavar="NAME|FILE", help="How to ask and to check.")
 @click.option(
@@ -45,8 +45,8 @@ from recmas_runtime.progress import Silent
     help="Folder for answers and report  [default: out/SYSTEM-PROTOCOL].",
 )
 @click.option("--resume", is_flag=True, help="Go on with the answers that are there.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto")
-@click.option("--threads", type=click.IntRange(1, 4096), metavar="N")
+@DEVICE
+@THREADS
 @QUIET
 @command
 def evaluate(
@@ -89,7 +89,7 @@ def bench() -> None:
 
 
 @bench.command("systems")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@BUNDLE
 @click.option("--rounds", metavar="N,N,...", help="Rounds to measure  [default: 1,2,3].")
 @click.option("--latent-steps", metavar="N,N,...", help="Latent steps to measure as well.")
 @click.option("--data", metavar="FILE", help="Records to ask, JSON lines.")
@@ -114,8 +114,8 @@ def bench() -> None:
 @click.option("--max-new-tokens", type=int, metavar="N", help="Most tokens of every text.")
 @click.option("--warmup", type=int, default=1, show_default=True, help="Repeats before it counts.")
 @click.option("--repeats", type=int, default=5, show_default=True, help="Repeats that count.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto")
-@click.option("--threads", type=click.IntRange(1, 4096), metavar="N")
+@DEVICE
+@THREADS
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
@@ -151,7 +151,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 
 
 @bench.command("engines")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@BUNDLE
 @click.option(
     "--bundle",
     "others",
@@ -198,7 +198,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 @click.option("--warmup", type=int, default=1, show_default=True, help="Turns before it counts.")
 @click.option("--repeats", type=int, default=5, show_default=True, help="Turns that count.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-@click.option("--threads", type=click.IntRange(1, 4096), metavar="N")
+@THREADS
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),

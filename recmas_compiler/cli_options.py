@@ -20,3 +20,8 @@ DUMP_IR = click.option(
     help="Write the IR after every pass into this folder.",
 )
 QUIET = click.option("--quiet", is_flag=True, help="No progress on stderr.")
+DEVICE = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto"
+)
+THREADS = click.option("--threads", type=click.IntRange(1, 4096), metavar="N")
+BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))

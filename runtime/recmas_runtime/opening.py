@@ -22,7 +22,6 @@ from recmas_runtime.tensorrt.loading import (
 )
 
 TENSORRT: Final = "tensorrt"
-DEVICES: Final = ("auto", "cpu", "cuda", TENSORRT)
 
 
 @dataclass(frozen=True, kw_only=True)
