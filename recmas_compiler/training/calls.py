@@ -128,6 +128,31 @@ class CallWriter:
             raise _named(error, agent, example) from error
         return Call(items=turn.prompt.items, num_target_tokens=turn.num_target_tokens)
 
+    def write_ideal(self, agent: str, example: TrainExample) -> Call:
+        """Return an agent's turn of round 1 with perfect messages in its slots, as text.
+
+        Inner and outer links bring a thought towards the input embedding of the token that follows
+        it. So the perfect message is the sender's target text, as far as its thoughts reach; it is
+        empty where the sender has no target, and in slots of feedback.
+        """
+        declared = self._system.agents[agent]
+        variant: Variant = "then" if declared.first is None else "first"
+        turn = self.write(agent, variant, "turn", example)
+        senders = {
+            link.source
+            for link in self._system.links.values()
+            if link.target == agent and not link.feedback
+        }
+        tokenizer = self._tokenizers[declared.backbone]
+
+        def spoken(sender: str) -> Tokens:
+            text = example.targets.get(sender, "") if sender in senders else ""
+            ids = tokenizer.encode_piece(text, plain=[(0, len(text))])
+            return Tokens(ids[: self._system.agents[sender].latent_steps])
+
+        items = (spoken(i.agent) if isinstance(i, Slot) else i for i in turn.items)
+        return replace(turn, items=tuple(items))
+
     def _target(self, agent: str, example: TrainExample) -> str:
         if agent not in example.targets:
             raise fail(

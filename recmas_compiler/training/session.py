@@ -39,7 +39,6 @@ from recmas_compiler.training.inner import (
 )
 from recmas_compiler.training.settings import TrainSettings
 from recmas_compiler.training.thoughts import ComputedThoughts, TargetCall
-from recmas_runtime.plan import Variant
 from recmas_runtime.progress import Progress
 from recmas_runtime.prompt import Tokens
 
@@ -93,11 +92,13 @@ class Session:
         return self.backbones[self.system.backbone_of(agent).name]
 
     def target_calls(self, agent: str, examples: Sequence[TrainExample]) -> list[TargetCall]:
-        """Return an agent's prompts of round 1 with their targets, slots empty."""
-        variant: Variant = "then" if self.system.agents[agent].first is None else "first"
+        """Return an agent's turns of round 1, perfect messages in their slots.
+
+        Real messages depend on links that are about to learn.
+        """
         found = []
         for example in examples:
-            call = self.calls.write(agent, variant, "turn", example)
+            call = self.calls.write_ideal(agent, example)
             ids = [i for item in call.items if isinstance(item, Tokens) for i in item.ids]
             found.append(TargetCall(ids=tuple(ids), num_target_tokens=call.num_target_tokens))
         return found

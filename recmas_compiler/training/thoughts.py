@@ -1,8 +1,8 @@
 """Hidden states over target texts: computed once, kept on disk, or made anew where they do not fit.
 
 A backbone never changes, so neither do its hidden states: the inner stage reads them from a
-memory-mapped file. Slots are empty here, because what fills them depends on links that are about to
-learn.
+memory-mapped file. What slots hold here is text, because real messages depend on links that are
+about to learn.
 
 Shape legend: B calls, S positions, N target tokens of all calls, D width.
 """
@@ -36,7 +36,7 @@ _WINDOW: Final = 256
 
 @dataclass(frozen=True, kw_only=True)
 class TargetCall:
-    """An agent's prompt without messages, and behind it what it should think or say.
+    """An agent's prompt as tokens alone, and behind it what it should think or say.
 
     Attributes:
         ids: All tokens.

@@ -120,3 +120,32 @@ def test_a_call_is_cut_from_its_end() -> None:
     assert call.cut(1) == Call(items=(Slot("a"), Tokens((1, 2))), num_target_tokens=1)
     assert call.cut(5) is call
     assert call.num_positions({"a": 6}) == 10
+
+
+def test_a_perfect_message_is_what_the_sender_should_think(tiny: LoadTiny) -> None:
+    backbone = tiny("llama")
+    graph = on_one("sequential", backbone)
+    writer = CallWriter(graph.system, {"tiny": backbone})
+    said = "An <|eot_id|> in the text that is longer"
+    example = replace(examples(graph)[0], targets={"planner": said, "critic": "The end."})
+    before, message, after = writer.write_ideal("critic", example).items
+    plain, slot, same = writer.write("critic", "then", "turn", example).items
+    assert (before, after) == (plain, same)
+    assert slot == Slot("planner")
+    assert isinstance(message, Tokens)
+    assert len(message.ids) == graph.system.agents["planner"].latent_steps
+    assert said.startswith(backbone.tokenizer.decode(message.ids))
+    assert (
+        not set(message.ids)
+        & Tokenizer(backbone.tokenizer_json, backbone.chat_template).control_ids
+    )
+
+
+def test_nobody_speaks_in_a_slot_of_feedback_or_without_a_target(tiny: LoadTiny) -> None:
+    backbone = tiny("llama")
+    graph = changed_agents(on_one("sequential", backbone), first=None)
+    writer = CallWriter(graph.system, {"tiny": backbone})
+    example = examples(graph)[0]
+    assert writer.write_ideal("planner", example).items[1] == Tokens(())
+    alone = replace(example, targets={"critic": "A better plan."})
+    assert writer.write_ideal("critic", alone).items[1] == Tokens(())
