@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from recmas_compiler.spec.declared import Declared
+from recmas_compiler.spec.link_names import canonical_link_name
 from recmas_compiler.spec.places import Loc
-from recmas_compiler.spec.problems import did_you_mean, problem_at
+from recmas_compiler.spec.problems import did_you_mean, problem_at, show
 from recmas_compiler.spec.schema import WeightsSection
 from recmas_compiler.spec.train_schema import PRESET_KINDS, TrainSection
 from recmas_runtime.errors import Problem
 
 
 def check_train(declared: Declared) -> Iterator[Problem]:
-    """Targets of agents that do not exist or are missing; a preset for other links than these."""
+    """Agents and links that do not exist, targets that are missing, a preset for other links."""
     train = declared.document.train
     if train is None:
         return
     yield from _check_targets(declared, train)
+    yield from _check_freeze(declared, train)
     yield from _check_preset(declared, train)
     if train.held_out == train.data:
         message = f"`train.held_out` is the training data itself, `{train.data}`."
@@ -52,6 +54,18 @@ def _check_targets(declared: Declared, train: TrainSection) -> Iterator[Problem]
         )
         hint = f"Add `{name}: FIELD` to `train.targets`, or set `train.outer.mode: rollout`."
         yield problem_at(places.key(loc), "RM124", message, hint=hint)
+
+
+def _check_freeze(declared: Declared, train: TrainSection) -> Iterator[Problem]:
+    agents = declared.document.agents
+    links = [" -> ".join(ends) for ends in declared.known_links]
+    for i, name in enumerate(train.outer.freeze):
+        if name in agents or canonical_link_name(name) in links:
+            continue
+        message = f"`train.outer.freeze` names {show(name)}, which is no link and no agent."
+        hint = did_you_mean(name, [*agents, *links])
+        place = declared.places.value(("train", "outer", "freeze", i))
+        yield problem_at(place, "RM111", message, hint=hint)
 
 
 def _check_preset(declared: Declared, train: TrainSection) -> Iterator[Problem]:

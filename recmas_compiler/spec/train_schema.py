@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, Strict, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from recmas_compiler.spec.section import MAX_AGENTS, FilePath, Given, Section, Slug
@@ -103,6 +103,12 @@ class OuterStageSection(Section):
 
     freeze_inner: bool = False
     """Leave the inner links as they are."""
+
+    freeze: Annotated[tuple[str, ...], Strict(False)] = Field(
+        default=(), max_length=MAX_AGENTS**2 + MAX_AGENTS
+    )
+    """Links that stay as they are, by their names in `links`; an agent's name stands for its inner
+    link."""
 
 
 class LoraSection(Section):

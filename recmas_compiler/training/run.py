@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from recmas_compiler.links.materialize import MaterializedLink, inner_link_id
+from recmas_compiler.spec.link_names import canonical_link_name, link_ends
 from recmas_compiler.spec.train_schema import TrainSection
 from recmas_compiler.spec.trained_links import link_file_name
 from recmas_compiler.training.inner import InnerTask, inner_baselines
@@ -135,10 +136,11 @@ def _outer_stage(session: Session, options: RunOptions, report: RunReport) -> No
     links = session.start(trained=inner if inner.is_dir() else None)
     _note_starts(report, links)
     learned = tuple(i for i in links if (inner / link_file_name(i)).is_file())
+    frozen = {_link_id(name) for name in settings.outer.freeze}
     learning = {
         link_id: session.graph.link(link_id)
         for link_id, link in links.items()
-        if not (settings.outer.freeze_inner and link.role == "inner")
+        if link_id not in frozen and not (settings.outer.freeze_inner and link.role == "inner")
     }
     for link_id in links:
         session.graph.link(link_id).requires_grad_(link_id in learning)
@@ -156,6 +158,12 @@ def _outer_stage(session: Session, options: RunOptions, report: RunReport) -> No
     if not result.interrupted:
         report.trained = tuple(dict.fromkeys((*learned, *learning)))
         _keep(session, links, report, folders=(folder / LINKS, session.settings.links_dir))
+
+
+def _link_id(name: str) -> str:
+    """Return the id of what `train.outer.freeze` names: a link, or an agent for its inner link."""
+    link = canonical_link_name(name)
+    return inner_link_id(name) if link is None else "->".join(link_ends(link))
 
 
 def _keep(

@@ -176,6 +176,15 @@ def test_frozen_inner_links_do_not_learn(here: Path, capsys: pytest.CaptureFixtu
     assert not receipt["links"]["planner.inner"]["trained"]
 
 
+def test_links_named_in_the_spec_do_not_learn(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("train", here, "--quiet", "--stage", "outer", "--steps", "2")
+    frozen = "train.outer.freeze=[planner, planner->solver]"
+    data = recmasc(capsys, *arguments, "--set", frozen)["data"]
+    assert data["trained"] == ["solver.inner", "solver->planner"]
+
+
 def test_rollout_without_the_planners_text(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here.write_text(
         changed(
