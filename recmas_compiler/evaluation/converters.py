@@ -121,7 +121,7 @@ def contest(values: Values) -> Values:
     ]
     values["calls"] = [
         {
-            "arguments": [json.loads(line) for line in case["input"].splitlines() if line.strip()],
+            "arguments": [json.loads(line) for line in case["input"].split("\n") if line.strip()],
             "result": json.loads(case["output"]),
         }
         for case in cases
