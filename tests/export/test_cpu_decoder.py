@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from export_cases import CASES, Exported, make_engine, random_ids, random_link
-from recmas_export.backbone_graph import CPU_DECODER
+from recmas_export.backbone_graph import CPU_DECODER, DECODER
+from recmas_export.rewrites.grouped_attention import use_grouped_attention
 from recmas_runtime.engines import BackboneEngine, Operands
 from recmas_runtime.lane import Lane
 from recmas_runtime.links import stack_operands
@@ -36,6 +38,14 @@ def test_backbones_that_have_one(exported: Get, name: str) -> None:
         assert found["GroupQueryAttention"] == SUITED[name]
         assert found["Attention"] == left
         assert found["TensorScatter"] == found["RotaryEmbedding"] == found["Transpose"] == 2 * left
+
+
+def test_tables_are_not_made_for_a_million_positions(exported: Get) -> None:
+    case = exported("llama")
+    model = ir.load(case.folder / DECODER)
+    before = len(model.graph)
+    assert not use_grouped_attention(model, max_positions=2**20)
+    assert len(model.graph) == before
 
 
 def answers(engine: BackboneEngine, case: Exported, inner: Operands) -> list[Any]:

@@ -28,6 +28,9 @@ _HEADS_FIRST: Final = [0, 2, 1, 3]
 # What the operator's kernels take.
 _HEAD_MULTIPLE: Final = 16
 _TABLE_MULTIPLE: Final = 8
+# Tables for more positions would take more memory than the operator is worth: these are 64 MiB for
+# heads of 128.
+_MOST_POSITIONS: Final = 2**17
 # Positions that are computed at a time.
 _CHUNK: Final = 1024
 _ERRORS_ONLY: Final = 3
@@ -44,8 +47,11 @@ def use_grouped_attention(model: ir.Model, *, max_positions: int) -> bool:
         max_positions: Rows of the tables, P.
 
     Returns:
-        Whether a layer had this form. Otherwise the graph stays as it was.
+        Whether a layer had this form. Otherwise the graph stays as it was, as it does where tables
+        would be too large.
     """
+    if max_positions > _MOST_POSITIONS:
+        return False
     rule = GroupedAttention.rule(_Parts(model.graph, max_positions))
     changed = bool(RewriteRuleSet([rule]).apply_to_model(model))
     common.RemoveUnusedNodesPass()(model)
