@@ -1,9 +1,10 @@
-"""A backbone becomes three ONNX graphs over one weights file.
+"""A backbone becomes ONNX graphs over one weights file.
 
-decoder.onnx  inputs_embeds, write_index, last_index, caches, inner link
-              -> hidden, thought, next_embeds, caches
-embed.onnx    input_ids -> inputs_embeds
-head.onnx     hidden -> logits
+decoder.onnx      inputs_embeds, write_index, last_index, caches, inner link
+                  -> hidden, thought, next_embeds, caches
+decoder.cpu.onnx  the same in operators of ONNX Runtime's CPU provider, where there are any for it
+embed.onnx        input_ids -> inputs_embeds
+head.onnx         hidden -> logits
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from recmas_export.link_graph import append_link, constant, operand_inputs
 from recmas_export.narrow_weights import narrow_weights
 from recmas_export.quantize import quantize
 from recmas_export.rewrites import clean
+from recmas_export.rewrites.grouped_attention import use_grouped_attention
 from recmas_export.tidy import check_operators, multiply_as_stored, strip, tidy
 from recmas_export.trace import BATCH, trace_body, trace_embed, trace_head
 from recmas_export.weights_file import externalize_weights
 from recmas_runtime.errors import fail
 
 DECODER, EMBED, HEAD = "decoder.onnx", "embed.onnx", "head.onnx"
+CPU_DECODER = "decoder.cpu.onnx"
 WEIGHTS, TOKENIZER, CHAT_TEMPLATE = "weights.safetensors", "tokenizer.json", "chat_template.jinja"
 INNER_PREFIX: Final = "inner."
 
@@ -59,6 +62,9 @@ def export_backbone(backbone: TorchBackbone, folder: Path, *, precision: str = "
     for name, graph in graphs.items():
         strip(graph, name=name.removesuffix(".onnx"))
         check_operators(graph)
+    for_cpu = decoder.clone()
+    if use_grouped_attention(for_cpu, max_positions=facts.max_positions):
+        graphs[CPU_DECODER] = for_cpu
     quantize(graphs, precision, tables=frozenset({EMBED, HEAD}))
     narrow_weights(list(graphs.values()), backbone.dtype)
     externalize_weights(list(graphs.values()), folder / WEIGHTS)

@@ -59,6 +59,7 @@ class DeviceArray:
     def __init__(self, array: NDArray[Any], kind: str, memory: Memory) -> None:
         self.shape: tuple[int, ...] = array.shape
         self.kind = kind
+        self._memory = memory
         self._host = array if memory.shared else None
         # On the host the value points into the array, which must outlive it.
         self._value = _ort_value(array, kind)
@@ -100,6 +101,11 @@ class DeviceArray:
             return False
         self.write(array)
         return True
+
+    def row(self, index: int) -> DeviceArray:
+        """Return one entry of the first axis as a buffer [1, ...] over the same memory."""
+        assert self._host is not None, "parts of a device's buffer have no handle"
+        return DeviceArray(self._host[index : index + 1], self.kind, self._memory)
 
     def copy_leading(self, source: DeviceArray, rows: Sequence[int], positions: int) -> None:
         """Take rows of a buffer [R, H, C, D], the first `positions` of each, in this order."""

@@ -42,6 +42,7 @@ class Cache:
         memory: Where buffers live.
         rows: Sequences, R.
         capacity: Positions per sequence, C.
+        layers: The rows themselves, by name; None makes them.
     """
 
     def __init__(
@@ -52,19 +53,18 @@ class Cache:
         *,
         rows: int,
         capacity: int,
+        layers: Mapping[str, DeviceArray] | None = None,
     ) -> None:
         self.rows = rows
         self.capacity = capacity
         self.session = session
+        self._entry = entry
         self._memory = memory
+        self._of_row: dict[int, Cache] = {}
         kinds = {value.name: value.type for value in session.get_inputs()}
         shape = (rows, entry.num_kv_heads, capacity, entry.head_dim)
-        self._layers = {
-            name: memory.zeros(shape, kinds[name])
-            for name in (
-                f"{kind}.{i}" for i in range(entry.num_layers) for kind in ("key", "value")
-            )
-        }
+        names = [f"{kind}.{i}" for i in range(entry.num_layers) for kind in ("key", "value")]
+        self._layers = layers or {name: memory.zeros(shape, kinds[name]) for name in names}
         row = (rows, 1, entry.width)
         self.write_index = memory.zeros((rows,), "tensor(int64)")
         self.last_index = memory.zeros((rows,), "tensor(int64)")
@@ -83,6 +83,19 @@ class Cache:
         self._operands: dict[str, DeviceArray] = {}
         self._options = run_options(NO_GRAPH)
         self.num_bytes = sum(store.num_bytes for store in self._layers.values())
+
+    def of_row(self, row: int) -> Cache:
+        """Return one sequence's rows as a cache of its own, over the same memory."""
+        if row not in self._of_row:
+            self._of_row[row] = Cache(
+                self.session,
+                self._entry,
+                self._memory,
+                rows=1,
+                capacity=self.capacity,
+                layers={name: store.row(row) for name, store in self._layers.items()},
+            )
+        return self._of_row[row]
 
     def clear(self) -> None:
         """Forget everything: what an earlier user left behind cannot reach a later one."""

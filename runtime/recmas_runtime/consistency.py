@@ -39,6 +39,7 @@ def referenced_files(manifest: Manifest) -> tuple[str, ...]:
     for backbone in manifest.backbones.values():
         paths += [backbone.decoder, backbone.embed, backbone.head, backbone.weights]
         paths += [backbone.tokenizer, backbone.chat_template]
+        paths += [backbone.cpu_decoder] if backbone.cpu_decoder is not None else []
     paths += [link.file for link in manifest.links.values()]
     paths += [case.file for case in manifest.parity]
     return tuple(dict.fromkeys(paths))

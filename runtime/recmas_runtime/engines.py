@@ -51,8 +51,9 @@ class BackboneEngine:
         self.entry = entry
         self.device = device
         self.decoder = make_session(
-            root / entry.decoder, threads=threads, device=device, cuda_graphs=True
+            root / entry.decoder_on(device), threads=threads, device=device, cuda_graphs=True
         )
+        self._takes_batches = entry.decoder_on(device) == entry.decoder
         self.memory = Memory(device, shared=device == "cpu")
         self.caches = CachePool(self.decoder, entry, self.memory)
         # The table is read in place from the mapped weights file: packing would copy all of it.
@@ -110,6 +111,8 @@ class BackboneEngine:
         rows, positions, width = inputs_embeds.shape
         assert rows == cache.rows, f"{rows} rows in a cache of {cache.rows}"
         assert int(write_index.max()) + positions <= cache.capacity, "cache overflow"
+        if not self._takes_batches and rows > 1 and positions > 1 and write_index.any():
+            return self._forward_by_row(cache, inputs_embeds, write_index, last_index, inner)
         cache.bind_inner(inner)
         cache.write_index.write(write_index)
         cache.last_index.write(last_index)
@@ -126,6 +129,29 @@ class BackboneEngine:
             cache.thought.numpy().copy(),
             cache.next_embeds.numpy().copy(),
         )
+
+    def _forward_by_row(
+        self,
+        cache: Cache,
+        inputs_embeds: Floats,
+        write_index: Indices,
+        last_index: Indices,
+        inner: Operands,
+    ) -> tuple[Floats, Floats, Floats]:
+        """Run each sequence by itself, up to its last real input."""
+        rows_per_group = len(inputs_embeds) // len(inner["w1"])
+        hidden = np.zeros_like(inputs_embeds)
+        last = np.zeros((2, len(inputs_embeds), 1, inputs_embeds.shape[2]), np.float32)
+        for row, end in enumerate((last_index + 1).tolist()):
+            group, one = row // rows_per_group, slice(row, row + 1)
+            hidden[one, :end], last[0, one], last[1, one] = self.forward(
+                cache.of_row(row),
+                np.ascontiguousarray(inputs_embeds[one, :end]),
+                write_index[one],
+                last_index[one],
+                {name: operand[group : group + 1] for name, operand in inner.items()},
+            )
+        return hidden, last[0], last[1]
 
     def rollout(
         self,

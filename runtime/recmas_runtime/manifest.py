@@ -42,7 +42,9 @@ class BackboneEntry:
         bos_token: Surface form, or None.
         eos_token_ids: Tokens that end an answer.
         decoder: `decoder.onnx`: inputs_embeds, write_index, last_index, caches, inner link ->
-            hidden, thought, next_embeds, caches.
+            hidden, thought, next_embeds, caches. Standard operators, but for quantized weights.
+        cpu_decoder: The same in operators of ONNX Runtime's CPU provider; None if there is none.
+            Behind cached rows it takes one sample at a time, or one position of each.
         embed: `embed.onnx`: input_ids -> inputs_embeds.
         head: `head.onnx`: hidden -> logits.
         weights: The one file with the weights all three graphs point into.
@@ -71,6 +73,11 @@ class BackboneEntry:
     chat_template: str
     special_tokens: dict[str, str] = field(default_factory=dict)
     precision: str = "float32"
+    cpu_decoder: str | None = None
+
+    def decoder_on(self, device: str) -> str:
+        """Return the decoder that runs on a device."""
+        return self.cpu_decoder if device == "cpu" and self.cpu_decoder else self.decoder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,7 +126,7 @@ def verify_bundle(
             is_exact = precision == "float32" and entry.greedy_tokens_equal
             if is_exact and not case.greedy_tokens_equal:
                 problems.append(_disagrees(entry.file, "another greedy continuation than built"))
-            decoder = bundle.manifest.backbones[entry.backbone].decoder
+            decoder = bundle.manifest.backbones[entry.backbone].decoder_on(where)
             stray = find_stray_nodes(bundle.file(decoder), threads=threads, device=where)
             problems += [_misplaced(decoder, node) for node in stray]
             cases.append(case)

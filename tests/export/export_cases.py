@@ -17,9 +17,12 @@ from recmas_compiler.backbones.sources import describe_backbone
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone, weights_digest
 from recmas_compiler.links.checkpoint import save_link
 from recmas_compiler.links.modules import make_link, randomize
-from recmas_export.backbone_graph import DECODER, EMBED, HEAD, export_backbone
+from recmas_export.backbone_graph import CPU_DECODER, DECODER, EMBED, HEAD, export_backbone
+from recmas_runtime.buffers import Memory
+from recmas_runtime.caches import CachePool
+from recmas_runtime.engines import BackboneEngine
 from recmas_runtime.links import load_operands, stack_operands
-from recmas_runtime.manifest import LinkEntry
+from recmas_runtime.manifest import BackboneEntry, LinkEntry
 from recmas_runtime.progress import Silent
 from tiny_models import write_tiny_backbone
 
@@ -111,6 +114,37 @@ class Exported:
         """Hugging Face's hidden states of whole sequences, without a cache."""
         hidden = self.backbone.model.get_decoder()(input_ids=ids, use_cache=False)
         return np.asarray(hidden.last_hidden_state.numpy())
+
+
+def make_engine(case: Exported, *, shared: bool = True, for_cpu: bool = False) -> BackboneEngine:
+    """Return a backbone's engines, over the portable decoder or over the one for the CPU."""
+    facts = case.backbone.facts
+    entry = BackboneEntry(
+        source="tiny",
+        digest="",
+        model_type=facts.model_type,
+        width=facts.width,
+        num_layers=facts.num_layers,
+        num_kv_heads=facts.num_kv_heads,
+        head_dim=facts.head_dim,
+        vocab_size=facts.vocab_size,
+        max_positions=facts.max_positions,
+        dtype="float32",
+        bos_token=None,
+        eos_token_ids=(),
+        decoder=DECODER,
+        cpu_decoder=CPU_DECODER if for_cpu else None,
+        embed=EMBED,
+        head=HEAD,
+        weights="",
+        tokenizer="",
+        chat_template="",
+    )
+    engine = BackboneEngine(entry, case.folder, threads=1)
+    if not shared:
+        engine.memory = Memory("cpu", shared=False)
+        engine.caches = CachePool(engine.decoder, entry, engine.memory)
+    return engine
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:

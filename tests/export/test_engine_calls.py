@@ -13,47 +13,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from export_cases import Exported, random_ids, random_link
-from recmas_export.backbone_graph import DECODER, EMBED, HEAD
+from export_cases import Exported, make_engine, random_ids, random_link
 from recmas_runtime.buffers import Memory, Series
-from recmas_runtime.caches import CachePool
 from recmas_runtime.engines import BackboneEngine, Operands
 from recmas_runtime.lane import Lane
 from recmas_runtime.links import stack_operands
-from recmas_runtime.manifest import BackboneEntry
 from recmas_runtime.tolerances import TOLERANCES
 
 Get = Callable[[str], Exported]
 STEPS = 5
-
-
-def make_engine(case: Exported, *, shared: bool = True) -> BackboneEngine:
-    facts = case.backbone.facts
-    entry = BackboneEntry(
-        source="tiny",
-        digest="",
-        model_type=facts.model_type,
-        width=facts.width,
-        num_layers=facts.num_layers,
-        num_kv_heads=facts.num_kv_heads,
-        head_dim=facts.head_dim,
-        vocab_size=facts.vocab_size,
-        max_positions=facts.max_positions,
-        dtype="float32",
-        bos_token=None,
-        eos_token_ids=(),
-        decoder=DECODER,
-        embed=EMBED,
-        head=HEAD,
-        weights="",
-        tokenizer="",
-        chat_template="",
-    )
-    engine = BackboneEngine(entry, case.folder, threads=1)
-    if not shared:
-        engine.memory = Memory("cpu", shared=False)
-        engine.caches = CachePool(engine.decoder, entry, engine.memory)
-    return engine
 
 
 @pytest.fixture

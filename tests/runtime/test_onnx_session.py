@@ -50,3 +50,4 @@ def test_a_session_has_the_options_it_was_given(hand_bundle: Path) -> None:
     options = session.get_session_options()
     assert options.intra_op_num_threads == 1
     assert options.get_session_config_entry("session.disable_prepacking") == "1"
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"

@@ -1,0 +1,79 @@
+"""The decoder in operators of ONNX Runtime's CPU provider computes what the portable one does."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from export_cases import CASES, Exported, make_engine, random_ids, random_link
+from recmas_export.backbone_graph import CPU_DECODER, DECODER
+from recmas_export.rewrites.grouped_attention import use_grouped_attention
+from recmas_runtime.engines import BackboneEngine, Operands
+from recmas_runtime.lane import Lane
+from recmas_runtime.links import stack_operands
+from recmas_runtime.tolerances import TOLERANCES
+
+Get = Callable[[str], Exported]
+
+# Layers in this form, of two. A window beyond every sequence is the causal rule too; the others
+# have windows, norms of heads or heads of a width that the operator does not take.
+SUITED = {"llama": 2, "qwen2": 2, "qwen2-mixed": 1, "mistral": 2, "phi3-wide-window": 2}
+LENGTHS = (9, 4, 7, 12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_backbones_that_have_one(exported: Get, name: str) -> None:
+    case = exported(name)
+    path = case.folder / CPU_DECODER
+    assert path.exists() == (name in SUITED)
+    if path.exists():
+        found = Counter(n.op_type for n in onnx.load(path, load_external_data=False).graph.node)
+        left = case.backbone.facts.num_layers - SUITED[name]
+        assert found["GroupQueryAttention"] == SUITED[name]
+        assert found["Attention"] == left
+        assert found["TensorScatter"] == found["RotaryEmbedding"] == found["Transpose"] == 2 * left
+
+
+def test_tables_are_not_made_for_a_million_positions(exported: Get) -> None:
+    case = exported("llama")
+    model = ir.load(case.folder / DECODER)
+    before = len(model.graph)
+    assert not use_grouped_attention(model, max_positions=2**20)
+    assert len(model.graph) == before
+
+
+def answers(engine: BackboneEngine, case: Exported, inner: Operands) -> list[Any]:
+    """Prefill ragged prompts, think, prefill again behind what is kept, think, write tokens."""
+    embeds = case.embed(random_ids(case.backbone, len(LENGTHS), max(LENGTHS)))
+    prompts = [row[:n] for row, n in zip(embeds, LENGTHS, strict=True)]
+    lane = Lane.empty(engine, inner, rows=len(prompts), capacity=64)
+    found: list[Any] = []
+    for kept in ((0,) * 4, (5, 0, 6, 2)):
+        lane.prefill(prompts, kept)
+        found += [lane.thought, lane.next_embeds]
+        found += engine.rollout(
+            lane.cache, lane.thought, lane.next_embeds, lane.lengths, lane.inner, 4
+        )
+    text = lane.select([2, 0])
+    text.feed([[1, 2, 3], [4]])
+    return [*found, text.thought, text.lengths]
+
+
+@pytest.mark.parametrize("name", SUITED)
+def test_it_computes_the_same(exported: Get, tmp_path: Any, name: str) -> None:
+    """Two agents with links of their own, two samples each; prompts of all lengths, kept or not."""
+    case = exported(name)
+    width = case.width
+    links = (random_link(tmp_path, k, "inner", width, width)[1] for k in ("residual", "projected"))
+    inner = stack_operands(list(links))
+    portable, for_cpu = (
+        answers(make_engine(case, for_cpu=flag), case, inner) for flag in (False, True)
+    )
+    for wanted, found in zip(portable, for_cpu, strict=True):
+        assert np.abs(found - wanted).max() < TOLERANCES["hidden_relative"] * np.abs(wanted).max()
