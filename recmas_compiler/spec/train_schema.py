@@ -75,7 +75,8 @@ class InnerStageSection(Section):
     """Learning rate at its highest."""
 
     batch_size: int = Field(default=8, ge=1, le=65_536)
-    """Records of one step, all devices together."""
+    """Turns of one step, all devices together: one per record, two where feedback changes the
+    prompt of later rounds."""
 
     mse_weight: float = Field(default=0.0, ge=0.0, le=1e6)
     """Weight of the mean squared error that is added to the cosine loss, which forgets lengths."""

@@ -128,30 +128,37 @@ class CallWriter:
             raise _named(error, agent, example) from error
         return Call(items=turn.prompt.items, num_target_tokens=turn.num_target_tokens)
 
-    def write_ideal(self, agent: str, example: TrainExample) -> Call:
-        """Return an agent's turn of round 1 with perfect messages in its slots, as text.
+    def write_ideal(self, agent: str, example: TrainExample) -> tuple[Call, ...]:
+        """Return an agent's turns of round 1 and of later rounds, perfect messages in their slots.
 
         Inner and outer links bring a thought towards the input embedding of the token that follows
         it. So the perfect message is the sender's target text, as far as its thoughts reach; it is
-        empty where the sender has no target, and in slots of feedback.
+        empty where the sender has no target, and in round 1 in slots of feedback. Later rounds have
+        a turn of their own only where it is another one.
         """
         declared = self._system.agents[agent]
-        variant: Variant = "then" if declared.first is None else "first"
-        turn = self.write(agent, variant, "turn", example)
-        senders = {
+        before = {
             link.source
             for link in self._system.links.values()
             if link.target == agent and not link.feedback
         }
+        opening: Variant = "then" if declared.first is None else "first"
+        rounds = [(opening, before)]
+        if self._system.rounds > 1 and not before.issuperset(declared.slots("then")):
+            rounds.append(("then", set(declared.slots("then"))))
         tokenizer = self._tokenizers[declared.backbone]
 
-        def spoken(sender: str) -> Tokens:
+        def spoken(sender: str, senders: set[str]) -> Tokens:
             text = example.targets.get(sender, "") if sender in senders else ""
             ids = tokenizer.encode_piece(text, plain=[(0, len(text))])
             return Tokens(ids[: self._system.agents[sender].latent_steps])
 
-        items = (spoken(i.agent) if isinstance(i, Slot) else i for i in turn.items)
-        return replace(turn, items=tuple(items))
+        turns = []
+        for variant, senders in rounds:
+            turn = self.write(agent, variant, "turn", example)
+            items = (spoken(i.agent, senders) if isinstance(i, Slot) else i for i in turn.items)
+            turns.append(replace(turn, items=tuple(items)))
+        return tuple(turns)
 
     def _target(self, agent: str, example: TrainExample) -> str:
         if agent not in example.targets:

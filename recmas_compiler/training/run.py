@@ -100,11 +100,11 @@ def _train_agent(
     settings, world = session.settings.section, session.world
     backbone, link_id = session.backbone(agent), inner_link_id(agent)
     link = session.graph.link(link_id)
-    train = session.examples.train
-    held_out = session.examples.held_out[: settings.eval_records]
+    train = session.target_calls(agent, session.examples.train)
+    held_out = session.target_calls(agent, session.examples.held_out[: settings.eval_records])
     thoughts = thoughts_of(
         backbone,
-        session.target_calls(agent, [*train, *held_out]),
+        [*train, *held_out],
         folder=options.folder / HIDDEN,
         max_bytes=settings.cache_mb * 2**20 // len(session.thinkers),
         world=world,

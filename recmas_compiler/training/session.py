@@ -92,15 +92,15 @@ class Session:
         return self.backbones[self.system.backbone_of(agent).name]
 
     def target_calls(self, agent: str, examples: Sequence[TrainExample]) -> list[TargetCall]:
-        """Return an agent's turns of round 1, perfect messages in their slots.
+        """Return an agent's turns with perfect messages in their slots, record by record.
 
         Real messages depend on links that are about to learn.
         """
         found = []
         for example in examples:
-            call = self.calls.write_ideal(agent, example)
-            ids = [i for item in call.items if isinstance(item, Tokens) for i in item.ids]
-            found.append(TargetCall(ids=tuple(ids), num_target_tokens=call.num_target_tokens))
+            for call in self.calls.write_ideal(agent, example):
+                ids = [i for item in call.items if isinstance(item, Tokens) for i in item.ids]
+                found.append(TargetCall(ids=tuple(ids), num_target_tokens=call.num_target_tokens))
         return found
 
     def start(

@@ -1,7 +1,7 @@
 """What makes messages carry content where a soft prompt would also lower the loss.
 
     python tests/bench/split_information.py OUT --data TRAIN.jsonl
-        [--studies question,numbers,frozen,warm] [--steps 200] [--eval-every 25]
+        [--studies question,numbers,frozen,warm,find] [--steps 200] [--eval-every 25] [--look]
 
 Word problems whose information is split between agents: only the reader's prompt has what the
 solver needs. TRAIN.jsonl has records with `question` and `solution` (GSM8K's train file). The
@@ -13,12 +13,16 @@ Studies:
     frozen: the same, the reader's links stay at their start, and a third agent that knows nothing
         of the record (`coach`) has the link that learns: the soft prompt gets a place of its own.
     warm: frozen, then all links learn, at a tenth of the rate.
+    find: as numbers, but the reader has to find them in the question itself.
 
 Every study prints its held-out loss in nats per token with the record's own messages (latent), with
 none (null), another record's (shuffled) and the batch's mean (mean). Only what `latent` gains over
 `shuffled` and `mean` is communication.
 
 A study that was stopped goes on. Writes OUT/split.json and split.md.
+
+With --look nothing learns: it prints how much of the reader's message is right before training: in
+how many records the nearest input embedding is that of the target's token, by position.
 """
 
 from __future__ import annotations
@@ -32,12 +36,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from relay_specs import SMOL
+from torch.nn.functional import normalize
 
+import recmas_compiler as rc
+from recmas_compiler.training.distributed import joined_world
 from recmas_compiler.training.metrics import METRICS_NAME, read_metrics
 from recmas_compiler.training.outer import CONTROLS
+from recmas_compiler.training.session import open_session
+from recmas_compiler.training.settings import train_settings
+from recmas_runtime.progress import Silent
 
-STUDIES = ("question", "numbers", "frozen", "warm")
+STUDIES = ("question", "numbers", "frozen", "warm", "find")
 # Short problems, so that an evening on two cores is enough.
 MOST_CHARACTERS = {"question": 190, "numbers": 12, "solution": 160}
 FEWEST_NUMBER_CHARACTERS = 3
@@ -62,6 +73,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--eval-every", type=int, default=25)
     parser.add_argument("--eval-records", type=int, default=32)
+    parser.add_argument("--look", action="store_true")
     parser.add_argument("--backbone-dtype", default="float32", choices=("float32", "bfloat16"))
     arguments = parser.parse_args()
     if not set(arguments.studies) <= set(STUDIES):
@@ -74,12 +86,20 @@ def main() -> None:
         parser.error(f"{arguments.data} has {len(records)} short problems, {2 * HELD_OUT} needed")
     write_records(out / "train.jsonl", records[:-HELD_OUT])
     write_records(out / "held_out.jsonl", records[-HELD_OUT:])
+    found: dict[str, list[dict[str, Any]]] = {}
     for study in arguments.studies:
-        train(study, arguments, out)
+        spec = out / f"{study}.yaml"
+        spec.write_text(json.dumps(study_spec(study, arguments), indent=1) + "\n")
+        if arguments.look:
+            shares = " ".join(f"{share:.2f}" for share in right_by_position(spec))
+            print(f"{study}: right by position {shares}")
+            continue
+        train(study, spec, out)
         found = {name: evaluations(out / name) for name in STUDIES if (out / name).is_dir()}
         (out / "split.json").write_text(json.dumps(found, indent=1) + "\n")
         (out / "split.md").write_text(table(found) + "\n")
-    print(table(found))
+    if not arguments.look:
+        print(table(found))
 
 
 def problems(data: Path) -> list[dict[str, str]]:
@@ -114,6 +134,8 @@ def study_spec(study: str, arguments: argparse.Namespace) -> dict[str, Any]:
             "reader": "{{ question }}\nRepeat the problem.",
             "solver": "{{ latent.reader }}\nSolve the problem step by step.",
         }
+    if study == "find":
+        prompts["reader"] = "{{ question }}\nList the numbers of this problem, nothing else."
     has_coach = study in ("frozen", "warm")
     if has_coach:
         prompts = {
@@ -160,9 +182,31 @@ def study_spec(study: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def train(study: str, arguments: argparse.Namespace, out: Path) -> None:
-    spec = out / f"{study}.yaml"
-    spec.write_text(json.dumps(study_spec(study, arguments), indent=1) + "\n")
+@torch.no_grad()
+def right_by_position(path: Path) -> list[float]:
+    """Return the share of right tokens in the reader's messages, by position, before training."""
+    spec = rc.load_spec(path)
+    settings = train_settings(spec)
+    with joined_world() as world:
+        program = rc.compile(spec).graph
+        session = open_session(spec, program, settings, world=world, progress=Silent())
+        session.start()
+        some = session.examples.held_out[: settings.section.eval_records]
+        latents = session.graph.latents(session.graph.prepare(some), mode="rollout")
+        backbone = session.backbone("solver")
+        table_VD = normalize(backbone.embed(torch.arange(backbone.facts.vocab_size)).float())
+        hits: list[list[bool]] = []
+        for example, message_MD in zip(some, latents.message("reader->solver", 1), strict=True):
+            heard = (normalize(message_MD.float()) @ table_VD.T).argmax(-1).tolist()
+            text = example.targets["reader"]
+            meant = backbone.tokenizer(text, add_special_tokens=False).input_ids
+            hits.append([a == b for a, b in zip(heard, meant, strict=False)])
+    longest = max(map(len, hits))
+    columns = [[row[i] for row in hits if len(row) > i] for i in range(longest)]
+    return [sum(column) / len(column) for column in columns]
+
+
+def train(study: str, spec: Path, out: Path) -> None:
     if study == "warm":
         # The outer stage starts from the links of an inner stage in its own folder.
         frozen, start = (out / name / stage / "links" for name, stage in WARM_START)

@@ -128,7 +128,8 @@ def test_a_perfect_message_is_what_the_sender_should_think(tiny: LoadTiny) -> No
     writer = CallWriter(graph.system, {"tiny": backbone})
     said = "An <|eot_id|> in the text that is longer"
     example = replace(examples(graph)[0], targets={"planner": said, "critic": "The end."})
-    before, message, after = writer.write_ideal("critic", example).items
+    (turn,) = writer.write_ideal("critic", example)
+    before, message, after = turn.items
     plain, slot, same = writer.write("critic", "then", "turn", example).items
     assert (before, after) == (plain, same)
     assert slot == Slot("planner")
@@ -141,11 +142,20 @@ def test_a_perfect_message_is_what_the_sender_should_think(tiny: LoadTiny) -> No
     )
 
 
-def test_nobody_speaks_in_a_slot_of_feedback_or_without_a_target(tiny: LoadTiny) -> None:
+def test_feedback_speaks_from_the_second_round_on(tiny: LoadTiny) -> None:
     backbone = tiny("llama")
     graph = changed_agents(on_one("sequential", backbone), first=None)
     writer = CallWriter(graph.system, {"tiny": backbone})
-    example = examples(graph)[0]
-    assert writer.write_ideal("planner", example).items[1] == Tokens(())
-    alone = replace(example, targets={"critic": "A better plan."})
-    assert writer.write_ideal("critic", alone).items[1] == Tokens(())
+    first, later = writer.write_ideal("planner", examples(graph)[0])
+    assert first.items[1] == Tokens(())
+    assert isinstance(later.items[1], Tokens)
+    assert len(later.items[1].ids) == graph.system.agents["solver"].latent_steps
+
+
+def test_nobody_speaks_without_a_target(tiny: LoadTiny) -> None:
+    backbone = tiny("llama")
+    graph = on_one("sequential", backbone)
+    writer = CallWriter(graph.system, {"tiny": backbone})
+    alone = replace(examples(graph)[0], targets={"critic": "A better plan."})
+    (turn,) = writer.write_ideal("critic", alone)
+    assert turn.items[1] == Tokens(())
