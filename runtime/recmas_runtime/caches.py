@@ -57,7 +57,6 @@ class Cache:
     ) -> None:
         self.rows = rows
         self.capacity = capacity
-        self.session = session
         self._entry = entry
         self._memory = memory
         self._of_row: dict[int, Cache] = {}
@@ -69,20 +68,27 @@ class Cache:
         self.write_index = memory.zeros((rows,), "tensor(int64)")
         self.last_index = memory.zeros((rows,), "tensor(int64)")
         self.embeds, self.thought, self.next_embeds = (memory.zeros(row) for _ in range(3))
+        self._inner: Operands | None = None
+        self._operands: dict[str, DeviceArray] = {}
+        self._options = run_options(NO_GRAPH)
+        self.num_bytes = sum(store.num_bytes for store in self._layers.values())
+        self.bind_to(session)
+
+    def bind_to(self, session: onnxruntime.InferenceSession) -> None:
+        """Call this session from now on, over the same buffers."""
+        self.session = session
         self._step, self._call = session.io_binding(), session.io_binding()
         for binding in (self._step, self._call):
             for name, store in self._layers.items():
                 store.bind_input(binding, name)
                 store.bind_output(binding, f"present_{name}")
+            for name, operand in self._operands.items():
+                operand.bind_input(binding, f"inner.{name}")
             self.write_index.bind_input(binding, "write_index")
             self.last_index.bind_input(binding, "last_index")
             self.thought.bind_output(binding, "thought")
             self.next_embeds.bind_output(binding, "next_embeds")
         self.embeds.bind_input(self._step, "inputs_embeds")
-        self._inner: Operands | None = None
-        self._operands: dict[str, DeviceArray] = {}
-        self._options = run_options(NO_GRAPH)
-        self.num_bytes = sum(store.num_bytes for store in self._layers.values())
 
     def of_row(self, row: int) -> Cache:
         """Return one sequence's rows as a cache of its own, over the same memory."""
@@ -170,6 +176,12 @@ class CachePool:
     def num_bytes(self) -> int:
         """Size of all caches, those in use and those kept for later."""
         return sum(cache.num_bytes for cache in self._made)
+
+    def bind_to(self, session: onnxruntime.InferenceSession) -> None:
+        """Make all caches, also those in use, call another session of the same graph."""
+        self._session = session
+        for cache in self._made:
+            cache.bind_to(session)
 
     def take(self, rows: int, capacity: int) -> Cache:
         """Return an empty cache."""
