@@ -93,15 +93,36 @@ class Cache:
     def of_row(self, row: int) -> Cache:
         """Return one sequence's rows as a cache of its own, over the same memory."""
         if row not in self._of_row:
-            self._of_row[row] = Cache(
-                self.session,
-                self._entry,
-                self._memory,
-                rows=1,
-                capacity=self.capacity,
-                layers={name: store.row(row) for name, store in self._layers.items()},
-            )
+            self._of_row[row] = self._part(row, row + 1)
         return self._of_row[row]
+
+    def narrowed(self, rows: Sequence[int], positions: int) -> Cache | None:
+        """Move some sequences to the beginning, and return those as a cache over the same memory.
+
+        The other sequences are lost, and this cache must outlive the one that is returned.
+
+        Args:
+            rows: Sequences to go on with, in ascending order.
+            positions: Of each that are needed.
+
+        Returns:
+            None, with nothing moved, in memory of a device: parts of its buffers have no handle.
+        """
+        if not self._memory.shared:
+            return None
+        for store in self._layers.values():
+            store.move_leading(rows, positions)
+        return self._part(0, len(rows))
+
+    def _part(self, start: int, stop: int) -> Cache:
+        return Cache(
+            self.session,
+            self._entry,
+            self._memory,
+            rows=stop - start,
+            capacity=self.capacity,
+            layers={name: store.part(start, stop) for name, store in self._layers.items()},
+        )
 
     def clear(self) -> None:
         """Forget everything: what an earlier user left behind cannot reach a later one."""

@@ -229,6 +229,35 @@ def test_a_lane_that_grows_returns_its_cache(exported: Get, inner: Operands) -> 
     assert np.abs(lane.thought - thought).max() < TOLERANCES["hidden_relative"] * scale
 
 
+@pytest.mark.parametrize(("shared", "for_cpu"), [(True, True), (True, False), (False, False)])
+def test_rows_that_go_on(exported: Get, inner: Operands, shared: bool, for_cpu: bool) -> None:
+    """Texts that end one by one leave the others as they were, wherever those lie by then."""
+    case = exported("llama")
+    engine = make_engine(case, shared=shared, for_cpu=for_cpu)
+    prompts = [row[:n] for row, n in zip(prompt_of(case, rows=4), (7, 3, 5, 6), strict=True)]
+
+    def written(keep: bool) -> tuple[list[Any], list[int], Lane]:
+        first = lane = Lane.empty(engine, inner, rows=4, capacity=64)
+        lane.prefill(prompts, [0] * 4)
+        before = engine.caches.num_bytes
+        found, more = [], []
+        # The last text outgrows the 64 rows.
+        for rows, count in (([0, 2, 3], 10), ([1, 2], 10), ([1], 50)):
+            lane = lane.select(rows, keep=keep)
+            lane.feed([[token + 1] * count for token in rows])
+            found.append(lane.thought)
+            more.append(engine.caches.num_bytes - before)
+        return found, more, first
+
+    moved, more, _ = written(keep=False)
+    if shared:
+        assert more[:2] == [0, 0]
+    assert more[2] > 0
+    copied, _, kept = written(keep=True)
+    assert all(np.array_equal(a, b) for a, b in zip(moved, copied, strict=True))
+    kept.feed([[1]] * 4)
+
+
 @pytest.mark.parametrize("kind", ["tensor(float16)", "tensor(bfloat16)", "tensor(bool)"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_elements_of_other_types(kind: str, shared: bool) -> None:
