@@ -14,6 +14,7 @@ from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Cache, Level, Send, System, Think
 from recmas_compiler.ir.sizes import (
     ENGINE_DTYPE,
+    angle_tables_bytes,
     dtype_bytes,
     human_bytes,
     link_num_parameters,
@@ -44,6 +45,7 @@ class BackboneMemory:
         precision: How its engines hold weights.
         agents: Agents that the program runs on it.
         weights_bytes: Its weights, held once.
+        tables_bytes: The most that angles of the CPU's decoder take.
         cache_bytes: Key/value caches of its agents for one record.
         activation_bytes: What the longest prompt of one record passes through.
         tokenizer_bytes: Tables of its tokenizer.
@@ -55,6 +57,7 @@ class BackboneMemory:
     precision: str
     agents: tuple[str, ...]
     weights_bytes: int
+    tables_bytes: int
     cache_bytes: int
     activation_bytes: int
     tokenizer_bytes: int
@@ -79,8 +82,9 @@ class MemoryPlan:
 
     @property
     def weights_bytes(self) -> int:
-        """Weights of all backbones and links."""
-        return sum(backbone.weights_bytes for backbone in self.backbones) + self.links_bytes
+        """Weights of all backbones and links, tables of angles included."""
+        stored = sum(backbone.weights_bytes + backbone.tables_bytes for backbone in self.backbones)
+        return stored + self.links_bytes
 
     @property
     def runtime_bytes(self) -> int:
@@ -126,7 +130,7 @@ class MemoryPlan:
         ]
         for backbone in self.backbones:
             caches = (backbone.cache_bytes, self.max_batch * backbone.cache_bytes)
-            sizes = map(human_bytes, (backbone.weights_bytes, *caches))
+            sizes = map(human_bytes, (backbone.weights_bytes + backbone.tables_bytes, *caches))
             rows.append((backbone.name, *sizes, ", ".join(backbone.agents)))
         rows.append((f"links ({self.num_links})", human_bytes(self.links_bytes)))
         batches = (1, self.max_batch)
@@ -181,6 +185,7 @@ def _backbones(system: System, prompt_tokens: int | None) -> Iterator[BackboneMe
                 precision=backbone.precision,
                 agents=tuple(agent for cache in caches for agent in cache.agents),
                 weights_bytes=weights_bytes(backbone.facts, precision=backbone.precision),
+                tables_bytes=angle_tables_bytes(backbone.facts),
                 cache_bytes=sum(_cache_bytes(system, cache, prompt_tokens) for cache in caches),
                 activation_bytes=most_rows * positions * VECTORS_PER_POSITION * vector_bytes,
                 tokenizer_bytes=backbone.facts.vocab_size * TOKENIZER_BYTES,

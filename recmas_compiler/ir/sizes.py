@@ -13,6 +13,12 @@ ENGINE_DTYPE = "float32"
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
+# The CPU's decoder has angles in tables up to here: 64 MiB for heads of 128. Tables for more
+# positions would take more memory than its attention is worth.
+MOST_TABLE_POSITIONS: Final = 2**17
+# Heads of other widths its attention does not take.
+HEAD_MULTIPLE: Final = 16
+
 # Weights that share a scale. Blocks of 16 are more exact and in int4 take as long as int8.
 BLOCK_SIZE: Final = 32
 
@@ -52,6 +58,19 @@ def weights_bytes(facts: BackboneFacts, *, precision: str, dtype: str = ENGINE_D
     tables = facts.num_tables * facts.vocab_size * facts.width
     layers = facts.num_parameters - tables  # norms among them, one in a thousand
     return round(layers * _stored_bits(bits.layers) / 8 + tables * _stored_bits(bits.tables) / 8)
+
+
+def angle_tables_bytes(facts: BackboneFacts) -> int:
+    """Return the most that the tables of the CPU's decoder take.
+
+    They hold a cosine and a sine for every position and every pair of a head's elements. A backbone
+    whose heads are normed has no such decoder and takes less, which its facts do not say.
+    """
+    if facts.max_positions > MOST_TABLE_POSITIONS or facts.head_dim % HEAD_MULTIPLE:
+        return 0
+    if "full" not in facts.attention:
+        return 0
+    return facts.max_positions * facts.head_dim * dtype_bytes(ENGINE_DTYPE)
 
 
 def _stored_bits(bits: int) -> float:

@@ -102,10 +102,22 @@ class DeviceArray:
         self.write(array)
         return True
 
-    def row(self, index: int) -> DeviceArray:
-        """Return one entry of the first axis as a buffer [1, ...] over the same memory."""
+    def part(self, start: int, stop: int) -> DeviceArray:
+        """Return entries `start` to `stop` of the first axis as a buffer over the same memory."""
         assert self._host is not None, "parts of a device's buffer have no handle"
-        return DeviceArray(self._host[index : index + 1], self.kind, self._memory)
+        return DeviceArray(self._host[start:stop], self.kind, self._memory)
+
+    def move_leading(self, rows: Sequence[int], positions: int) -> None:
+        """Move rows of a buffer [R, H, C, D] to its beginning, the first `positions` of each.
+
+        Args:
+            rows: In ascending order, so that none is overwritten before it has moved.
+            positions: The others of these rows keep what lay at the beginning before.
+        """
+        assert self._host is not None, "parts of a device's buffer have no handle"
+        for place, row in enumerate(rows):
+            if place != row:
+                self._host[place, :, :positions] = self._host[row, :, :positions]
 
     def copy_leading(self, source: DeviceArray, rows: Sequence[int], positions: int) -> None:
         """Take rows of a buffer [R, H, C, D], the first `positions` of each, in this order."""

@@ -57,7 +57,6 @@ class Cache:
     ) -> None:
         self.rows = rows
         self.capacity = capacity
-        self.session = session
         self._entry = entry
         self._memory = memory
         self._of_row: dict[int, Cache] = {}
@@ -69,33 +68,61 @@ class Cache:
         self.write_index = memory.zeros((rows,), "tensor(int64)")
         self.last_index = memory.zeros((rows,), "tensor(int64)")
         self.embeds, self.thought, self.next_embeds = (memory.zeros(row) for _ in range(3))
+        self._inner: Operands | None = None
+        self._operands: dict[str, DeviceArray] = {}
+        self._options = run_options(NO_GRAPH)
+        self.num_bytes = sum(store.num_bytes for store in self._layers.values())
+        self.bind_to(session)
+
+    def bind_to(self, session: onnxruntime.InferenceSession) -> None:
+        """Call this session from now on, over the same buffers."""
+        self.session = session
         self._step, self._call = session.io_binding(), session.io_binding()
         for binding in (self._step, self._call):
             for name, store in self._layers.items():
                 store.bind_input(binding, name)
                 store.bind_output(binding, f"present_{name}")
+            for name, operand in self._operands.items():
+                operand.bind_input(binding, f"inner.{name}")
             self.write_index.bind_input(binding, "write_index")
             self.last_index.bind_input(binding, "last_index")
             self.thought.bind_output(binding, "thought")
             self.next_embeds.bind_output(binding, "next_embeds")
         self.embeds.bind_input(self._step, "inputs_embeds")
-        self._inner: Operands | None = None
-        self._operands: dict[str, DeviceArray] = {}
-        self._options = run_options(NO_GRAPH)
-        self.num_bytes = sum(store.num_bytes for store in self._layers.values())
 
     def of_row(self, row: int) -> Cache:
         """Return one sequence's rows as a cache of its own, over the same memory."""
         if row not in self._of_row:
-            self._of_row[row] = Cache(
-                self.session,
-                self._entry,
-                self._memory,
-                rows=1,
-                capacity=self.capacity,
-                layers={name: store.row(row) for name, store in self._layers.items()},
-            )
+            self._of_row[row] = self._part(row, row + 1)
         return self._of_row[row]
+
+    def narrowed(self, rows: Sequence[int], positions: int) -> Cache | None:
+        """Move some sequences to the beginning, and return those as a cache over the same memory.
+
+        The other sequences are lost, and this cache must outlive the one that is returned.
+
+        Args:
+            rows: Sequences to go on with, in ascending order.
+            positions: Of each that are needed.
+
+        Returns:
+            None, with nothing moved, in memory of a device: parts of its buffers have no handle.
+        """
+        if not self._memory.shared:
+            return None
+        for store in self._layers.values():
+            store.move_leading(rows, positions)
+        return self._part(0, len(rows))
+
+    def _part(self, start: int, stop: int) -> Cache:
+        return Cache(
+            self.session,
+            self._entry,
+            self._memory,
+            rows=stop - start,
+            capacity=self.capacity,
+            layers={name: store.part(start, stop) for name, store in self._layers.items()},
+        )
 
     def clear(self) -> None:
         """Forget everything: what an earlier user left behind cannot reach a later one."""
@@ -170,6 +197,12 @@ class CachePool:
     def num_bytes(self) -> int:
         """Size of all caches, those in use and those kept for later."""
         return sum(cache.num_bytes for cache in self._made)
+
+    def bind_to(self, session: onnxruntime.InferenceSession) -> None:
+        """Make all caches, also those in use, call another session of the same graph."""
+        self._session = session
+        for cache in self._made:
+            cache.bind_to(session)
 
     def take(self, rows: int, capacity: int) -> Cache:
         """Return an empty cache."""

@@ -7,6 +7,7 @@ link each, N vectors.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,12 @@ from numpy.typing import NDArray
 
 from recmas_runtime.buffers import Memory, Series
 from recmas_runtime.caches import Cache, CachePool
+from recmas_runtime.errors import Problem, RecmasError
 from recmas_runtime.manifest import BackboneEntry
 from recmas_runtime.onnx_session import Device, make_session
 
 if TYPE_CHECKING:
-    pass
+    import onnxruntime
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -35,6 +37,10 @@ class BackboneEngine:
         root: Folder that the entry's paths are relative to.
         threads: Threads within an operator; None takes the physical cores.
         device: Where to run.
+        problems: Gets a warning where CUDA graphs are refused, at any time.
+
+    Attributes:
+        uses_graphs: Steps are captured into CUDA graphs, until one is refused.
 
     Raises:
         RecmasError: RM504 if the device is not available, RM507 if ONNX Runtime refuses a graph.
@@ -47,12 +53,16 @@ class BackboneEngine:
         *,
         threads: int | None = None,
         device: Device = "cpu",
+        problems: list[Problem] | None = None,
     ) -> None:
         self.entry = entry
         self.device = device
-        self.decoder = make_session(
-            root / entry.decoder_on(device), threads=threads, device=device, cuda_graphs=True
+        self.problems = [] if problems is None else problems
+        self.uses_graphs = device == "cuda"
+        self._open = functools.partial(
+            make_session, root / entry.decoder_on(device), threads=threads, device=device
         )
+        self.decoder = self._open_decoder()
         self._takes_batches = entry.decoder_on(device) == entry.decoder
         self.memory = Memory(device, shared=device == "cpu")
         self.caches = CachePool(self.decoder, entry, self.memory)
@@ -68,6 +78,44 @@ class BackboneEngine:
             device=device,
             options=unpacked if entry.precision == "float32" else None,
         )
+
+    def _open_decoder(self) -> onnxruntime.InferenceSession:
+        if self.uses_graphs:
+            try:
+                return self._open(cuda_graphs=True)
+            except RecmasError as error:
+                if error.problems[0].code != "RM507":
+                    raise
+                self._give_up_graphs(error.problems[0].message)
+        return self._open()
+
+    def _give_up_graphs(self, reason: str) -> None:
+        self.uses_graphs = False
+        self.problems.append(
+            Problem(
+                code="RM507",
+                message=f"runs without CUDA graphs, for one was refused: {reason}",
+                hint="Steps are slower and compute the same; upgrade onnxruntime-gpu.",
+                severity="warning",
+            )
+        )
+
+    def _run_step(self, cache: Cache) -> None:
+        """Run a step, once more without graphs where they are refused.
+
+        That is safe: a step reads nothing that it writes, but for the cache row it writes again.
+        """
+        try:
+            cache.run_step()
+        # ONNX Runtime raises a dozen unrelated classes.
+        except Exception as error:
+            if not self.uses_graphs:
+                raise
+            self._give_up_graphs(str(error))
+            # A capture that failed leaves its stream unusable, so the session goes with it.
+            self.decoder = self._open_decoder()
+            self.caches.bind_to(self.decoder)
+            cache.run_step()
 
     def embed(self, input_ids: Indices) -> Floats:
         """Return the input embeddings [R, S, d] of token ids [R, S]."""
@@ -118,7 +166,7 @@ class BackboneEngine:
         cache.last_index.write(last_index)
         if positions == 1:
             cache.embeds.write(inputs_embeds)
-            cache.run_step()
+            self._run_step(cache)
             hidden = cache.thought
         else:
             hidden = self.memory.zeros((rows, positions, width))
@@ -193,7 +241,7 @@ class BackboneEngine:
             if step > 0:
                 cache.embeds.copy(cache.next_embeds)
                 positions.load(step - 1, cache.write_index)
-                cache.run_step()
+                self._run_step(cache)
             thoughts.store(step, cache.thought)
             embeds.store(step, cache.next_embeds)
         return thoughts.numpy()[:, :, 0], embeds.numpy()[:, :, 0]

@@ -131,7 +131,7 @@ class Execution:
                 self._latest_round = round_
 
     def answer(self) -> Scribe:
-        """Return the writer of the answers, one for each record."""
+        """Return the writer of the answers, one for each record; the lane is then used up."""
         step = self.plan.steps[-1]
         assert isinstance(step, DecodeStep), "a plan ends with its decode"
         return Scribe(
@@ -140,6 +140,7 @@ class Execution:
             sampling=self.sampling,
             seeds=self.seeds,
             toolbox=self.toolbox,
+            keeps_lane=False,
         )
 
     def _run(self, step: Step) -> list[StepEvent]:
@@ -288,6 +289,8 @@ class Execution:
                 for seed in self.seeds
             ],
             toolbox=self.toolbox if step.agents == (self.plan.answer_agent,) else None,
+            # The next round reads prompts behind what this one left.
+            keeps_lane=True,
         )
         for _ in scribe.pieces():
             pass

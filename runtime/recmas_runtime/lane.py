@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from recmas_runtime.caches import Cache
 from recmas_runtime.engine_interface import Backbone, KeyValueRows
 from recmas_runtime.engines import Floats, Indices, Operands
 from recmas_runtime.plan import cache_capacity
@@ -32,6 +33,7 @@ class Lane:
         lengths: [R], positions in the cache that are real.
         thought: [R, 1, d], the hidden state at the last real position.
         next_embeds: [R, 1, d], its inner link's output.
+        owner: The lane in whose cache this one's lies; None if it has a cache of its own.
     """
 
     cache: KeyValueRows
@@ -41,10 +43,12 @@ class Lane:
     lengths: Indices
     thought: Floats
     next_embeds: Floats
+    owner: Lane | None = None
     _give_back: Callable[[], object] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._hold(self.cache)
+        if self.owner is None:
+            self._hold(self.cache)
 
     @classmethod
     def empty(cls, engine: Backbone[Any], inner: Operands, *, rows: int, capacity: int) -> Lane:
@@ -92,14 +96,24 @@ class Lane:
         )
         self.lengths = self.lengths + counts
 
-    def select(self, rows: Sequence[int]) -> Lane:
-        """Return a lane of some of the rows, to write text; this one keeps what it has.
+    def select(self, rows: Sequence[int], *, keep: bool) -> Lane:
+        """Return a lane of some of the rows, to write text.
 
         Inner links do not matter for text, and those of the first agent stand in for all.
+
+        Args:
+            rows: In ascending order.
+            keep: This lane goes on as it is, so its rows are copied. Otherwise it must not be used
+                again: where that can be done, its rows move within its cache.
         """
         chosen = list(rows)
-        cache = self.engine.new_cache(len(chosen), self.cache.capacity)
-        cache.copy_rows(self.cache, chosen, int(self.lengths[chosen].max()))
+        positions = int(self.lengths[chosen].max())
+        moved = None
+        if not keep and isinstance(self.cache, Cache):
+            moved = self.cache.narrowed(chosen, positions)
+        cache = moved or self.engine.new_cache(len(chosen), self.cache.capacity)
+        if moved is None:
+            cache.copy_rows(self.cache, chosen, positions)
         return Lane(
             cache=cache,
             engine=self.engine,
@@ -108,6 +122,7 @@ class Lane:
             lengths=self.lengths[chosen],
             thought=self.thought[chosen],
             next_embeds=self.next_embeds[chosen],
+            owner=None if moved is None else self,
         )
 
     def _make_room(self, positions: int) -> None:
@@ -117,7 +132,9 @@ class Lane:
         rows = range(self.cache.rows)
         larger = self.engine.new_cache(len(rows), cache_capacity(positions + ROOM_FOR_TEXT))
         larger.copy_rows(self.cache, rows, int(self.lengths.max()))
-        self._give_back()
+        if self.owner is None:
+            self._give_back()
+        self.owner = None
         self._hold(larger)
 
     def _hold(self, cache: KeyValueRows) -> None:

@@ -61,7 +61,9 @@ def open_engines(bundle: Bundle, *, device: str, threads: int | None) -> OpenedE
     provider = _find_provider(bundle, device, threads, problems)
 
     def on_onnx(entry: BackboneEntry) -> Backbone[Any]:
-        return BackboneEngine(entry, bundle.root, threads=threads, device=provider)
+        return BackboneEngine(
+            entry, bundle.root, threads=threads, device=provider, problems=problems
+        )
 
     backbones: Mapping[str, Backbone[Any]] | None = None
     if engines is not None:

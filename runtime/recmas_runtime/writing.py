@@ -106,6 +106,7 @@ class Scribe:
         sampling: How tokens are chosen.
         seeds: One for each row.
         toolbox: What the texts may call.
+        keeps_lane: The lane is used again, so what is in its cache stays.
 
     Attributes:
         writers: One for each row of the lane.
@@ -119,8 +120,10 @@ class Scribe:
         sampling: SamplingPlan,
         seeds: Sequence[int],
         toolbox: Toolbox | None = None,
+        keeps_lane: bool,
     ) -> None:
         self._lane = lane
+        self._keeps_lane = keeps_lane
         self._voice = voice
         self._max_new_tokens = sampling.max_new_tokens
         self._sampler = Sampler(sampling, seeds)
@@ -130,7 +133,7 @@ class Scribe:
 
     def pieces(self) -> Iterator[tuple[int, str]]:
         """Write until every text is finished; yields (row, text) as text becomes certain."""
-        lane, rows = self._lane, list(range(len(self.writers)))
+        lane, rows, keep = self._lane, list(range(len(self.writers))), self._keeps_lane
         while True:
             chosen = self._sampler.choose(lane.logits(), rows).tolist()
             going: list[int] = []  # places in the lane
@@ -146,7 +149,8 @@ class Scribe:
             if not going:
                 return
             if len(going) < len(rows):
-                lane, rows = lane.select(going), [rows[place] for place in going]
+                lane, rows = lane.select(going, keep=keep), [rows[place] for place in going]
+                keep = False
             lane.feed(tokens)
 
     def _write(self, writer: TextWriter, token_id: int, length: int) -> tuple[str, tuple[int, ...]]:

@@ -3,10 +3,12 @@
     python tests/bench/latent_phase.py BUNDLE [BUNDLE ...] [--batch 1,2,4,8] [--repeats 3]
         [--beside naive,cached,torch] [--question TEXT] [--threads N] [--json FILE]
 
-BUNDLEs are of one system in different precisions. Prints a Markdown table: seconds, records a
-second against batch 1, and how many times as fast per record as the naive form. `--beside` adds, on
-the same weights and links: the naive form (Hugging Face, no cache, one record), Hugging Face with a
-cache (the reference, one record), and the torch engine, at every batch size.
+BUNDLEs are of one system in different precisions. Prints a Markdown table: seconds, those of
+prompts and of latent steps among them, processor seconds (with `--threads 1` a busy machine changes
+them little), records a second against batch 1, and how many times as fast per record as the naive
+form. `--beside` adds, on the same weights and links: the naive form (Hugging Face, no cache, one
+record), Hugging Face with a cache (the reference, one record), and the torch engine, at every batch
+size.
 """
 
 from __future__ import annotations
@@ -93,14 +95,19 @@ def time_system(
     """Time every batch size; sizes take turns, so that all see the same machine."""
     one_token = replace(system.plan.sampling, max_new_tokens=1)
     seconds: dict[int, list[float]] = {batch: [] for batch in arguments.batch}
+    parts: dict[int, list[dict[str, float]]] = {batch: [] for batch in arguments.batch}
     messages = Messages()
     for repeat in range(arguments.repeats + 1):
         for batch, found in seconds.items():
             asked = records(arguments.question, batch)
+            messages.seconds = {}
+            processor = time.process_time()
             (answer, *_) = system.run_batch(asked, sampling=one_token, trace=messages)
+            processor = time.process_time() - processor
             assert isinstance(answer, rt.Answer), answer
             if repeat > 0:  # the first one warms up
                 found.append((answer.timing_ms.total - answer.timing_ms.decode) / 1e3)
+                parts[batch].append({**messages.seconds, "processor": processor})
     differences = [np.abs(messages.found[k][0] - m[0]).max() for k, m in expected.items()]
     return [
         {
@@ -109,6 +116,10 @@ def time_system(
             "seconds": statistics.median(found),
             "least": min(found),
             "most": max(found),
+            **{
+                part: statistics.median(repeat[part] for repeat in parts[batch])
+                for part in ("prefill", "think", "processor")
+            },
             "message_difference": float(max(differences)) if differences else None,
         }
         for batch, found in seconds.items()
@@ -146,16 +157,18 @@ def in_torch(bundle: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 class Messages:
-    """Keeps the messages of the last run, and the prompt tokens of each round."""
+    """Keeps the last run's messages and seconds by kind of step, and each round's prompt tokens."""
 
     def __init__(self) -> None:
         self.found: Mapping[str, Any] = {}
         self.tokens: dict[int, list[int]] = {}
+        self.seconds: dict[str, float] = {}
 
     def add_event(self, event: StepEvent, *, batch: int) -> None:
         counts = self.tokens.setdefault(event.round, [0, 0])
         counts[0] += sum(event.prefilled_tokens)
         counts[1] += sum(event.reused_tokens)
+        self.seconds[event.op] = self.seconds.get(event.op, 0.0) + event.ms / 1e3
 
     def add_messages(self, messages: Mapping[str, Any]) -> None:
         self.found = messages
@@ -198,8 +211,9 @@ def table(figures: dict[str, Any]) -> str:
     lines = [
         f"**{figures['machine']}; {figures['date']}**",
         "",
-        "| form | records | seconds | records/s against 1 | against naive | message difference |",
-        "|---|---|---|---|---|---|",
+        "| form | records | seconds | prompts | steps | processor | records/s against 1 "
+        "| against naive | message difference |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in figures["rows"]:
         spread = f" ({row['least']:.2f} to {row['most']:.2f})" if "least" in row else ""
@@ -208,6 +222,10 @@ def table(figures: dict[str, Any]) -> str:
             row["form"],
             str(row["batch"]),
             f"{row['seconds']:.2f}{spread}",
+            *(
+                f"{row[part]:.2f}" if part in row else ""
+                for part in ("prefill", "think", "processor")
+            ),
             f"{row['throughput']:.2f} x" if "throughput" in row else "",
             f"{row['over_naive']:.1f} x" if "over_naive" in row else "",
             "" if difference is None else f"{difference:.1e}",

@@ -60,7 +60,7 @@ def answers(engine: BackboneEngine, case: Exported, inner: Operands) -> list[Any
         found += engine.rollout(
             lane.cache, lane.thought, lane.next_embeds, lane.lengths, lane.inner, 4
         )
-    text = lane.select([2, 0])
+    text = lane.select([2, 0], keep=True)
     text.feed([[1, 2, 3], [4]])
     return [*found, text.thought, text.lengths]
 

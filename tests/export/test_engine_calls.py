@@ -14,10 +14,13 @@ import pytest
 from numpy.typing import NDArray
 
 from export_cases import Exported, make_engine, random_ids, random_link
+from recmas_runtime import engines
 from recmas_runtime.buffers import Memory, Series
 from recmas_runtime.engines import BackboneEngine, Operands
+from recmas_runtime.errors import fail
 from recmas_runtime.lane import Lane
 from recmas_runtime.links import stack_operands
+from recmas_runtime.onnx_session import make_session
 from recmas_runtime.tolerances import TOLERANCES
 
 Get = Callable[[str], Exported]
@@ -109,6 +112,69 @@ def test_a_graph_belongs_to_addresses(exported: Get, inner: Operands, shared: bo
     assert (moved == step) is not shared, "operands were copied to where the graph reads them"
 
 
+class NoGraphs:
+    """Refuses to capture or to replay, from some step on."""
+
+    def __init__(self, session: Any, *, allowed: int) -> None:
+        self.session = session
+        self.allowed = allowed
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        if int(options.get_run_config_entry("gpu_graph_id")) > 0:
+            self.allowed -= 1
+            if self.allowed < 0:
+                raise ValueError("operation not permitted when stream is capturing")
+        self.session.run_with_iobinding(binding, options)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("allowed", [0, 2])
+def test_steps_go_on_without_graphs_that_are_refused(
+    exported: Get, inner: Operands, shared: bool, allowed: int
+) -> None:
+    case = exported("llama")
+    engine, embeds = make_engine(case, shared=shared), prompt_of(case)
+    _, *expected = roll_out(engine, embeds, inner)
+    engine.uses_graphs = True
+    refusing, idle = engine.decoder, engine.new_cache(1, 64)
+    cache = engine.new_cache(2, 64)
+    cache.session = NoGraphs(refusing, allowed=allowed)
+    index = np.full(2, embeds.shape[1])
+    _, thought, following = engine.forward(cache, embeds, index * 0, index - 1, inner)
+    found = engine.rollout(cache, thought, following, index, inner, STEPS)
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert engine.decoder is cache.session is idle.session is engine.new_cache(3, 64).session
+    assert engine.decoder is not refusing
+    (warning,) = engine.problems
+    assert (warning.code, warning.severity) == ("RM507", "warning")
+    assert "without CUDA graphs" in warning.message
+    assert "not permitted when stream is capturing" in warning.message
+    cache.session = NoGraphs(engine.decoder, allowed=0)
+    with pytest.raises(ValueError, match="capturing"):
+        engine.forward(cache, embeds[:, :1], index, index * 0, inner)
+
+
+def test_a_decoder_that_opens_only_without_graphs(
+    exported: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime refuses a session with graphs where an operator is not CUDA's."""
+    opened = []
+
+    def refuse_graphs(path: Any, *, cuda_graphs: bool = False, **others: Any) -> Any:
+        opened.append(cuda_graphs)
+        if cuda_graphs:
+            raise fail("RM507", "not all nodes are on CUDA", hint="None.")
+        return make_session(path, **{**others, "device": "cpu"})
+
+    monkeypatch.setattr(engines, "make_session", refuse_graphs)
+    entry = make_engine(exported("llama")).entry
+    opened.clear()
+    engine = BackboneEngine(entry, exported("llama").folder, threads=1, device="cuda")
+    assert opened == [True, False, False, False], "the decoder twice, embedding and head once"
+    assert "not all nodes are on CUDA" in engine.problems[0].message
+    assert not engine.uses_graphs
+
+
 def test_caches_are_used_again(exported: Get, inner: Operands) -> None:
     case = exported("llama")
     engine, embeds = make_engine(case), prompt_of(case)
@@ -161,6 +227,35 @@ def test_a_lane_that_grows_returns_its_cache(exported: Get, inner: Operands) -> 
     _, thought, _ = engine.forward(engine.new_cache(2, 128), whole, last * 0, last, inner)
     scale = np.abs(thought).max()
     assert np.abs(lane.thought - thought).max() < TOLERANCES["hidden_relative"] * scale
+
+
+@pytest.mark.parametrize(("shared", "for_cpu"), [(True, True), (True, False), (False, False)])
+def test_rows_that_go_on(exported: Get, inner: Operands, shared: bool, for_cpu: bool) -> None:
+    """Texts that end one by one leave the others as they were, wherever those lie by then."""
+    case = exported("llama")
+    engine = make_engine(case, shared=shared, for_cpu=for_cpu)
+    prompts = [row[:n] for row, n in zip(prompt_of(case, rows=4), (7, 3, 5, 6), strict=True)]
+
+    def written(keep: bool) -> tuple[list[Any], list[int], Lane]:
+        first = lane = Lane.empty(engine, inner, rows=4, capacity=64)
+        lane.prefill(prompts, [0] * 4)
+        before = engine.caches.num_bytes
+        found, more = [], []
+        # The last text outgrows the 64 rows.
+        for rows, count in (([0, 2, 3], 10), ([1, 2], 10), ([1], 50)):
+            lane = lane.select(rows, keep=keep)
+            lane.feed([[token + 1] * count for token in rows])
+            found.append(lane.thought)
+            more.append(engine.caches.num_bytes - before)
+        return found, more, first
+
+    moved, more, _ = written(keep=False)
+    if shared:
+        assert more[:2] == [0, 0]
+    assert more[2] > 0
+    copied, _, kept = written(keep=True)
+    assert all(np.array_equal(a, b) for a, b in zip(moved, copied, strict=True))
+    kept.feed([[1]] * 4)
 
 
 @pytest.mark.parametrize("kind", ["tensor(float16)", "tensor(bfloat16)", "tensor(bool)"])

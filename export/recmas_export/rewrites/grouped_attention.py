@@ -19,18 +19,15 @@ from numpy.typing import NDArray
 from onnx_ir.tape import Tape
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
+from recmas_compiler.ir.sizes import HEAD_MULTIPLE, MOST_TABLE_POSITIONS
 from recmas_export.rewrites.splice import integers, take_over
 from recmas_runtime.onnx_session import onnx_runtime
 
 DOMAIN: Final = "com.microsoft"
 
 _HEADS_FIRST: Final = [0, 2, 1, 3]
-# What the operator's kernels take.
-_HEAD_MULTIPLE: Final = 16
+# What the operator's kernels take of a table; of heads they take multiples of `HEAD_MULTIPLE`.
 _TABLE_MULTIPLE: Final = 8
-# Tables for more positions would take more memory than the operator is worth: these are 64 MiB for
-# heads of 128.
-_MOST_POSITIONS: Final = 2**17
 # Positions that are computed at a time.
 _CHUNK: Final = 1024
 _ERRORS_ONLY: Final = 3
@@ -50,7 +47,7 @@ def use_grouped_attention(model: ir.Model, *, max_positions: int) -> bool:
         Whether a layer had this form. Otherwise the graph stays as it was, as it does where tables
         would be too large.
     """
-    if max_positions > _MOST_POSITIONS:
+    if max_positions > MOST_TABLE_POSITIONS:
         return False
     rule = GroupedAttention.rule(_Parts(model.graph, max_positions))
     changed = bool(RewriteRuleSet([rule]).apply_to_model(model))
@@ -111,7 +108,7 @@ class GroupedAttention(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscrip
         counts, attention = integers(sizes), out.producer()
         if counts is None or len(counts) != 3 or counts[1] != counts[2]:
             return result.fail("the heads are not counted")
-        if q.shape is None or not _is_multiple(q.shape[-1], _HEAD_MULTIPLE):
+        if q.shape is None or not _is_multiple(q.shape[-1], HEAD_MULTIPLE):
             return result.fail("the kernel does not take this head width")
         if attention is None or attention.attributes.keys() - {"scale", "softcap"}:
             return result.fail("the attention has other attributes")
