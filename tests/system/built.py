@@ -13,6 +13,7 @@ from recmas_compiler.lowering.naive import run_naive
 from recmas_compiler.lowering.reference import TorchSystem, load_backbones
 from recmas_compiler.lowering.result import ReferenceResult
 from recmas_runtime.progress import Silent
+from recmas_runtime.safetensors_file import read_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,3 +41,12 @@ class Built:
 
 
 BuildTiny = Callable[..., Built]
+
+
+def num_weight_bytes(path: Path) -> int:
+    """Bytes of a weights file without its tables of angles, which have no precision."""
+    tensors, _ = read_tensors(path)
+    tables = sum(t.nbytes for name, t in tensors.items() if name.endswith(".table"))
+    with path.open("rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+    return path.stat().st_size - header - tables

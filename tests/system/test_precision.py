@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 import recmas_runtime as rt
-from built import BuildTiny, Built
+from built import BuildTiny, Built, num_weight_bytes
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.sizes import QUANTIZED, weights_bytes
 from recmas_compiler.memory_plan import memory_plan
@@ -25,7 +25,6 @@ from recmas_runtime.bundle import open_bundle
 from recmas_runtime.errors import Exit, RecmasError
 from recmas_runtime.manifest import ParityEntry
 from recmas_runtime.reports import bundle_text
-from recmas_runtime.safetensors_file import read_tensors
 from recmas_runtime.tolerances import LOSS_LIMITS, TOLERANCES, loss_figures, tolerances
 from recmas_runtime.verify import verify_bundle
 from tiny_specs import on_three_backbones
@@ -114,12 +113,6 @@ def test_baselines_and_other_plans_run_on_quantized_engines(build_tiny: BuildTin
     plan = Replanner(open_bundle(built.bundle)).plan(rounds=1, latent_steps=5)
     answers = built.system.with_plan(plan).run(RECORDS)
     assert [answer.usage.latent_steps for answer in answers] == [5, 5, 5]
-
-
-def num_weight_bytes(path: Path) -> int:
-    """Bytes of a weights file without its tables of angles, which have no precision."""
-    tensors, _ = read_tensors(path)
-    return sum(t.nbytes for name, t in tensors.items() if not name.endswith(".table"))
 
 
 def test_fewer_bits_are_fewer_bytes_and_lose_more(build_tiny: BuildTiny) -> None:
