@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TypeVar, cast
 
 from recmas_compiler.spec.link_file import LinkFileError, Role, link_kind, read_link_header
-from recmas_compiler.spec.link_names import link_ends
+from recmas_compiler.spec.link_names import outer_link_id
 from recmas_compiler.spec.paths import path_of
 from recmas_compiler.spec.places import Loc
 from recmas_compiler.spec.problems import problem_at
@@ -62,7 +62,7 @@ def without_link_files(spec: Spec, kind_of: KindOf) -> Spec:
         for name, agent in document.agents.items()
     }
     links = {
-        name: _start(link, "->".join(link_ends(name)), "outer", ("links", name), kind_of)
+        name: _start(link, outer_link_id(name), "outer", ("links", name), kind_of)
         for name, link in document.links.items()
     }
     return replace(spec, document=document.model_copy(update={"agents": agents, "links": links}))

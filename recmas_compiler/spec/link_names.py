@@ -19,6 +19,11 @@ def link_ends(name: str) -> tuple[str, str]:
     return source, target
 
 
+def outer_link_id(name: str) -> str:
+    """Return the id of the link of a canonical name: `source->target`."""
+    return "->".join(link_ends(name))
+
+
 def canonical_link_name(name: str) -> str | None:
     """Return `source -> target` with single spaces, or None if it is no link name."""
     match = _LINK.match(name)

@@ -20,7 +20,7 @@ from recmas_compiler.spec.link_file import (
     misfit,
     read_link_header,
 )
-from recmas_compiler.spec.link_names import link_ends
+from recmas_compiler.spec.link_names import link_ends, outer_link_id
 from recmas_compiler.spec.paths import is_file, path_of
 from recmas_compiler.spec.places import Loc
 from recmas_compiler.spec.problems import problem_at
@@ -123,7 +123,7 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
         for name, agent in document.agents.items()
     }
     links = {
-        name: trained("->".join(link_ends(name)), "outer", link_ends(name), link, ("links", name))
+        name: trained(outer_link_id(name), "outer", link_ends(name), link, ("links", name))
         for name, link in document.links.items()
     }
     update = {"agents": agents, "links": links}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from recmas_compiler.links.materialize import MaterializedLink, inner_link_id
-from recmas_compiler.spec.link_names import canonical_link_name, link_ends
+from recmas_compiler.spec.link_names import canonical_link_name, outer_link_id
 from recmas_compiler.spec.train_schema import TrainSection
 from recmas_compiler.spec.trained_links import link_file_name
 from recmas_compiler.training.inner import InnerTask, inner_baselines
@@ -163,7 +163,7 @@ def _outer_stage(session: Session, options: RunOptions, report: RunReport) -> No
 def _link_id(name: str) -> str:
     """Return the id of what `train.outer.freeze` names: a link, or an agent for its inner link."""
     link = canonical_link_name(name)
-    return inner_link_id(name) if link is None else "->".join(link_ends(link))
+    return inner_link_id(name) if link is None else outer_link_id(link)
 
 
 def _keep(
