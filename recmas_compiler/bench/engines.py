@@ -17,7 +17,7 @@ from recmas_runtime.errors import fail
 from recmas_runtime.onnx_session import physical_cores, resolve_device
 from recmas_runtime.progress import Progress
 
-# Reads of the weights before each turn of the engines; the fastest of all is the floor.
+# Reads of the weights before and behind each visit; the fastest of them is its floor.
 _READS: Final = 3
 
 # A step of the naive form takes as long as a prompt, and one is as good as the next.
@@ -73,12 +73,14 @@ class Timings:
     """What the turns of one engine in one cell took; seconds.
 
     Attributes:
+        floor_s: Of reading the weights of a step once, just before or behind.
         outside_share: Of the time of the steps, spent outside the engine's own calls.
         memory_bytes: Most resident memory of the engine's process in its first turn.
     """
 
     prefill_s: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
+    floor_s: list[float] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
     outside_share: list[float] = field(default_factory=list)
     memory_bytes: int = 0
@@ -91,7 +93,7 @@ class Measured:
     Attributes:
         workers: The engines.
         timings: By the place of the engine, and cell.
-        reads: Seconds of reading so many bytes, by bytes.
+        reads: Seconds of reading so many bytes, before and behind each visit, by bytes.
         device: Where it ran.
         threads: Threads within an operator.
         interrupted: Whether the user ended it.
@@ -108,8 +110,8 @@ class Measured:
 def measure_engines(options: EngineOptions, *, progress: Progress) -> Measured:
     """Time every engine in every cell, by turns.
 
-    In each turn every engine visits all its cells, and the weights are read in between: what makes
-    the machine slower for a while hits all of them alike.
+    In each turn every engine visits all its cells, and its weights are read before and behind each
+    visit: what makes the machine slower for a while hits all of them alike.
 
     Args:
         options: What to measure, and how.
@@ -144,13 +146,20 @@ def _take_turns(options: EngineOptions, found: Measured, progress: Progress) -> 
             first = turn % len(found.workers)
             for place in (*places[first:], *places[:first]):
                 worker = found.workers[place]
-                for _ in range(_READS):
-                    for num_bytes, reader in readers.items():
-                        found.reads[num_bytes].append(reader.seconds())
+                num_bytes = int(worker.about["step_bytes"])
+                reader, reads = readers[num_bytes], found.reads[num_bytes]
+                reads.append(_fastest_read(reader))
                 for cell in cells[place]:
                     reply = worker.ask(_request(options, worker.key.engine, cell))
-                    _keep(found, place, cell, reply, counts=turn >= 0)
+                    reads.append(_fastest_read(reader))
+                    _keep(
+                        found, place, cell, reply | {"floor_s": min(reads[-2:])}, counts=turn >= 0
+                    )
                     advance()
+
+
+def _fastest_read(reader: Reader) -> float:
+    return min(reader.seconds() for _ in range(_READS))
 
 
 def _request(options: EngineOptions, engine: str, cell: Cell) -> dict[str, int]:
@@ -170,7 +179,7 @@ def _keep(
     # Later turns run in memory that larger cells have left behind.
     timings.memory_bytes = timings.memory_bytes or int(reply["memory_bytes"])
     if counts:
-        for name in ("prefill_s", "step_s", "token_s", "outside_share"):
+        for name in ("prefill_s", "step_s", "floor_s", "token_s", "outside_share"):
             if name in reply:
                 getattr(timings, name).append(reply[name])
 

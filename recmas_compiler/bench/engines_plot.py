@@ -47,7 +47,8 @@ def _draw(axis: Any, rows: Sequence[EngineRow]) -> None:
         axis.bar(place, step.median, color=colour)
         error = [[step.median - step.min], [step.max - step.median]]
         axis.errorbar(place, step.median, yerr=error, fmt="none", ecolor="black", capsize=2)
-        axis.hlines(row.floor_ms, place - 0.45, place + 0.45, colors="black", linestyles="--")
+        floor = row.figures["floor_ms"].median
+        axis.hlines(floor, place - 0.45, place + 0.45, colors="black", linestyles="--")
         capacity = "" if row.cell.capacity is None else f"\n{row.cell.capacity}"
         labels.append(f"{_name(row)}{capacity}")
     axis.set_xticks(range(len(rows)), labels, fontsize="x-small", rotation=45, ha="right")

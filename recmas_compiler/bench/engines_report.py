@@ -12,7 +12,10 @@ from recmas_compiler.bench.workers import Worker
 from recmas_runtime.bench.figures import Spread
 from recmas_runtime.bench.report import machine_facts, markdown_table
 
-_FIGURES: Final = ("step_ms", "outside_share", "prefill_tokens_per_s", "decode_tokens_per_s")
+_FIGURES: Final = (
+    *("step_ms", "floor_ms", "floor_share", "outside_share"),
+    *("prefill_tokens_per_s", "decode_tokens_per_s"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,26 +23,20 @@ class EngineRow:
     """One engine in one cell.
 
     Attributes:
-        figures: By the names in `_FIGURES`; an engine that cannot do something lacks it.
-        floor_ms: Fastest read of the weights of a step.
+        figures: By the names in `_FIGURES`; an engine that cannot do something lacks it. The share
+            of the floor is that of each visit: its fastest read over its step. 1 is as fast as
+            memory allows.
         memory_mb: Most resident memory of the engine's process.
     """
 
     worker: Worker
     cell: Cell
     figures: Mapping[str, Spread]
-    floor_ms: float
     memory_mb: float
-
-    @property
-    def floor_share(self) -> float | None:
-        """Time of reading the weights over the time of a step: 1 is as fast as memory allows."""
-        step = self.figures.get("step_ms")
-        return None if step is None else self.floor_ms / step.median
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
-        key, share = self.worker.key, self.floor_share
+        key = self.worker.key
         medians = {name: self.figures.get(name) for name in _FIGURES}
         return {
             "engine": key.engine,
@@ -51,8 +48,6 @@ class EngineRow:
             "capacity": self.cell.capacity,
             "used": self.cell.used,
             **{n: None if s is None else round(s.median, 4) for n, s in medians.items()},
-            "floor_ms": round(self.floor_ms, 3),
-            "floor_share": None if share is None else round(share, 4),
             "memory_mb": round(self.memory_mb, 1),
             "step_mb": round(self.worker.about["step_bytes"] / 1e6, 1),
             "spread": {n: None if s is None else s.to_json() for n, s in medians.items()},
@@ -108,7 +103,7 @@ def engine_report(options: EngineOptions, found: Measured) -> EngineReport:
     """Return the rows of a run, whether it ended or was interrupted."""
     floors = {num_bytes: min(seconds) for num_bytes, seconds in found.reads.items()}
     rows = (
-        _row(found.workers[place], cell, timings, floors)
+        _row(found.workers[place], cell, timings)
         for (place, cell), timings in sorted(found.timings.items(), key=lambda item: item[0][0])
         if timings.prefill_s
     )
@@ -128,9 +123,13 @@ def engine_report(options: EngineOptions, found: Measured) -> EngineReport:
     return EngineReport(about=about, rows=tuple(rows), interrupted=found.interrupted)
 
 
-def _row(worker: Worker, cell: Cell, timings: Timings, floors: Mapping[int, float]) -> EngineRow:
+def _row(worker: Worker, cell: Cell, timings: Timings) -> EngineRow:
+    # An engine that takes no steps has floors, and no share of them.
+    floors = zip(timings.floor_s, timings.step_s, strict=False)
     in_all = {
         "step_ms": [1e3 * seconds for seconds in timings.step_s],
+        "floor_ms": [1e3 * seconds for seconds in timings.floor_s],
+        "floor_share": [floor / step for floor, step in floors],
         "outside_share": timings.outside_share,
         "prefill_tokens_per_s": [cell.batch * cell.used / s for s in timings.prefill_s],
         "decode_tokens_per_s": [cell.batch / seconds for seconds in timings.token_s],
@@ -139,7 +138,6 @@ def _row(worker: Worker, cell: Cell, timings: Timings, floors: Mapping[int, floa
         worker=worker,
         cell=cell,
         figures={name: Spread.of(values) for name, values in in_all.items() if values},
-        floor_ms=1e3 * floors[int(worker.about["step_bytes"])],
         memory_mb=timings.memory_bytes / 1e6,
     )
 
@@ -151,7 +149,7 @@ _HEAD: Final = (
 
 
 def _line(row: EngineRow) -> Sequence[str]:
-    share, outside = row.floor_share, row.figures.get("outside_share")
+    share, outside = row.figures.get("floor_share"), row.figures.get("outside_share")
     return [
         row.worker.key.engine,
         row.worker.about["precision"],
@@ -159,7 +157,7 @@ def _line(row: EngineRow) -> Sequence[str]:
         "" if row.cell.capacity is None else str(row.cell.capacity),
         str(row.cell.used),
         _spread(row.figures.get("step_ms"), ".2f"),
-        "" if share is None else f"{share:.0%}",
+        _spread(share, ".0%"),
         "" if outside is None else f"{outside.median:.1%}",
         _spread(row.figures.get("prefill_tokens_per_s"), ".0f"),
         _spread(row.figures.get("decode_tokens_per_s"), ".1f"),

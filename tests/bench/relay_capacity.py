@@ -1,12 +1,13 @@
 """How much a message carries: codes of some digits through a relay of trained links.
 
     python tests/bench/relay_capacity.py OUT [--digits 1,2,3,4,5,6] [--latent-steps 1,2,4,8]
-        [--relays one,two,three,feedback,mixed] [--steps 300] [--other SOURCE]
+        [--relays one,two,three,feedback,mixed] [--steps 300] [--inner-steps 0] [--other SOURCE]
 
-Trains the links of one relay per cell by rollout, from aligned links, and measures on held-out
-records how often greedy decoding writes the code exactly: with the record's own messages (latent),
-with none (null), with those of another record (shuffled), with the batch's mean (mean). A code that
-the last agent could only guess is right once in 10^digits.
+Trains the links of one relay per cell by rollout, from aligned links or, with --inner-steps, from
+those of an inner stage, and measures on held-out records how often greedy decoding writes the code
+exactly: with the record's own messages (latent), with none (null), with those of another record
+(shuffled), with the batch's mean (mean). A code that the last agent could only guess is right once
+in 10^digits.
 
 Relays: one, two, three links in a row; feedback (two agents, two rounds, the code is shown in the
 first one only: it passes a link, comes back, and passes it again); mixed (one link between two
@@ -63,6 +64,7 @@ class Plan:
     source: str
     other: str | None
     steps: int
+    inner_steps: int
     batch_size: int
     lr: float
     records: int
@@ -80,6 +82,7 @@ def main() -> None:
     parser.add_argument("--source", default=SMOL, help="backbone of all agents")
     parser.add_argument("--other", help="backbone of the first agent of `mixed`")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--inner-steps", type=int, default=0, help="of an inner stage before")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--records", type=int, default=2400)
@@ -163,6 +166,7 @@ def train_cell(cell: Cell, plan: Plan, folder: Path) -> dict[str, Any]:
                 "data": "train.jsonl",
                 "held_out": "held_out.jsonl",
                 "targets": relay_targets(agents),
+                "inner": {"steps": max(1, plan.inner_steps)},
                 "outer": {
                     "mode": "rollout",
                     "steps": plan.steps,
@@ -183,7 +187,7 @@ def train_cell(cell: Cell, plan: Plan, folder: Path) -> dict[str, Any]:
             loaded, program, train_settings(loaded), world=world, progress=Silent()
         )
         options = RunOptions(folder=folder, resume=True, quiet=False)
-        report = run_stages(session, "outer", options)
+        report = run_stages(session, "all" if plan.inner_steps else "outer", options)
         if report.interrupted:
             raise SystemExit("stopped; the same command goes on")
         held_out = session.examples.held_out

@@ -17,7 +17,8 @@ hand-over itself lets through. A thought acts through its hand-over only, so the
 is *not* claimed: that texts have such gradients. They have none; `text` is the best stand-in.
 
 **Step time.** Forward and backward of one batch, the median of some, while agents, rounds or latent
-steps grow and the other two stay; the links' weights do not matter for it.
+steps grow and the other two stay; the links' weights do not matter for it. The exponent p is that
+of t = a + b n^p.
 
 Writes OUT/growth.json and growth.md.
 """
@@ -34,6 +35,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from growth import fit
 from relay_specs import SMOL, relay_spec, write_codes
 from torch import Tensor, nn
 
@@ -249,10 +251,12 @@ def report(found: Mapping[str, Any]) -> str:
     losses = ", ".join(f"{name} {kind['loss']:.3f}" for name, kind in kinds.items())
     lines += ["", f"Loss: {losses}.", ""]
     usual = ", ".join(f"{number} {what.replace('_', ' ')}" for what, number in USUAL.items())
-    lines += [f"Step times around {usual}:", "", "| what grows | s/step |", "|---|---|"]
+    lines += [f"Step times around {usual}:", ""]
+    lines += ["| what grows | s/step | exponent |", "|---|---|---|"]
     for what, times in found["step_seconds"].items():
         shown = ", ".join(f"{number}: {seconds:.3f}" for number, seconds in times.items())
-        lines.append(f"| {what.replace('_', ' ')} | {shown} |")
+        *_, exponent = fit([int(number) for number in times], list(times.values()))
+        lines.append(f"| {what.replace('_', ' ')} | {shown} | {exponent:.2f} |")
     return "\n".join(lines)
 
 
