@@ -62,7 +62,9 @@ class Batch:
         """Run everything; yields (record, text) as text becomes certain."""
         execution, plan = self._execution, self._execution.plan
         start = time.perf_counter()
-        execution.run_rounds(self._trace_step)
+        execution.run_rounds()
+        # Not before: a record that proves too long in a round makes the others start over.
+        self._trace_steps(execution.events)
         if self._trace is not None:
             messages = execution.messages.items()
             self._trace.add_messages({f"{link}@{round_}": m for (link, round_), m in messages})
@@ -76,9 +78,8 @@ class Batch:
         called = tool_events(scribe, plan.rounds, agents)
         ms = (now - decode_start) * 1e3 - sum(event.ms for event in called)
         decoded = StepEvent(op="decode", round=plan.rounds, agents=agents, ms=ms)
-        for event in (decoded, *called):
-            execution.events.append(event)
-            self._trace_step(event)
+        execution.events += [decoded, *called]
+        self._trace_steps([decoded, *called])
 
     def answers(self) -> list[Answer]:
         """Return the answers in record order, once `pieces` has ended."""
@@ -119,6 +120,7 @@ class Batch:
             completion_tokens=writer.num_tokens,
         )
 
-    def _trace_step(self, event: StepEvent) -> None:
+    def _trace_steps(self, events: Sequence[StepEvent]) -> None:
         if self._trace is not None:
-            self._trace.add_event(event, batch=len(self._records))
+            for event in events:
+                self._trace.add_event(event, batch=len(self._records))
