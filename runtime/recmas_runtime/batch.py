@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from recmas_runtime.answers import Answer, Record, Timing, Usage
 from recmas_runtime.executor import Execution, tool_events
 from recmas_runtime.plan import ThinkStep
@@ -65,9 +67,7 @@ class Batch:
         execution.run_rounds()
         # Not before: a record that proves too long in a round makes the others start over.
         self._trace_steps(execution.events)
-        if self._trace is not None:
-            messages = execution.messages.items()
-            self._trace.add_messages({f"{link}@{round_}": m for (link, round_), m in messages})
+        self._trace_messages()
         decode_start = time.perf_counter()
         scribe = execution.answer()
         self._writers = scribe.writers
@@ -104,17 +104,20 @@ class Batch:
         settled = int(self._execution.settled[row])
         return settled + 1 if settled else self._execution.plan.rounds
 
+    def _ran(self, row: int, round_: int) -> bool:
+        """Return whether a record took part in a round; some run for its neighbours only."""
+        return round_ < self._rounds(row) or round_ == self._execution.plan.rounds
+
     def _usage(self, row: int, writer: TextWriter) -> Usage:
         """Count what a record took; rounds that only its neighbours needed are not among it."""
-        plan, last = self._execution.plan, self._rounds(row) - 1
-        events = [e for e in self._execution.events if e.round <= last or e.round == plan.rounds]
+        events = [event for event in self._execution.events if self._ran(row, event.round)]
         prefilled = sum(event.prefilled_tokens[row] for event in events if event.prefilled_tokens)
         return Usage(
             prompt_tokens=prefilled + writer.num_result_tokens,
             latent_steps=sum(
                 step.num_steps * len(step.agents)
-                for step in plan.steps
-                if isinstance(step, ThinkStep) and (step.round <= last or step.round == plan.rounds)
+                for step in self._execution.plan.steps
+                if isinstance(step, ThinkStep) and self._ran(row, step.round)
             ),
             handover_tokens=sum(e.written_tokens[row] for e in events if e.written_tokens),
             completion_tokens=writer.num_tokens,
@@ -124,3 +127,12 @@ class Batch:
         if self._trace is not None:
             for event in events:
                 self._trace.add_event(event, batch=len(self._records))
+
+    def _trace_messages(self) -> None:
+        if self._trace is None:
+            return
+        messages = {}
+        for (link, round_), message in self._execution.messages.items():
+            ran = np.array([self._ran(row, round_) for row in range(len(message))])
+            messages[f"{link}@{round_}"] = np.where(ran[:, None, None], message, np.float32("nan"))
+        self._trace.add_messages(messages, records=[record.id for record in self._records])
