@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from recmas_runtime.answers import Answer, Record, Timing, Usage
+from recmas_runtime.errors import fail
 from recmas_runtime.executor import Execution, tool_events
 from recmas_runtime.plan import ThinkStep
 from recmas_runtime.trace import StepEvent, Trace
@@ -20,20 +21,35 @@ PHASES = ("prefill", "think", "send", "write", "decode", "tools")
 class AnswerStream:
     """The text of one answer as it is written; afterwards the whole answer.
 
+    It is read once. Others may run on the same engines between two pieces.
+
     Attributes:
         answer: Set once the iteration has ended.
     """
 
     def __init__(self, batch: Batch, lock: threading.Lock) -> None:
-        self._batch = batch
+        self._batch: Batch | None = batch
         self._lock = lock
         self.answer: Answer | None = None
 
     def __iter__(self) -> Iterator[str]:
-        with self._lock:
-            for _, piece in self._batch.pieces():
-                yield piece
-        (self.answer,) = self._batch.answers()
+        # Only the iteration holds the batch, so that its caches go when it ends or is given up.
+        batch, self._batch = self._batch, None
+        if batch is None:
+            raise fail(
+                "RM512",
+                "this stream was read before",
+                hint="Take the text from its `answer`, or ask again for another stream.",
+            )
+        pieces = batch.pieces()
+        while True:
+            # Not across the yield: the reader may run the system before it wants the next piece.
+            with self._lock:
+                piece = next(pieces, None)
+            if piece is None:
+                break
+            yield piece[1]
+        (self.answer,) = batch.answers()
 
 
 class Batch:
