@@ -176,10 +176,9 @@ def _question(
         raise _unusable(f"no question under {' or '.join(data.fields['question'])}, but {listed}")
     record_id = _value(row, data.id)
     fields = {name: value for name, value in values.items() if name in data.fields}
-    fields["id"] = str(line if record_id is None else record_id)
     fields["question"] = _with_appended(fields, data.append, shown)
     return Question(
-        record=Record(id=fields["id"], fields=fields, index=index),
+        record=Record(id=str(line if record_id is None else record_id), fields=fields, index=index),
         gold={name: value for name, value in values.items() if name not in data.fields},
     )
 

@@ -17,7 +17,7 @@ class Record:
 
     Attributes:
         id: Unique within a run.
-        fields: What prompts may refer to; `question` and whatever else the input gave.
+        fields: What prompts may refer to; `id`, `question` and whatever else the input gave.
         index: Place in the input, from 0. Sampling adds it to the seed, so that an answer does not
             depend on which records share its batch.
     """
@@ -25,6 +25,10 @@ class Record:
     id: str
     fields: Mapping[str, object]
     index: int = 0
+
+    def __post_init__(self) -> None:
+        # Prompts may show the id, whether it was given or counted.
+        object.__setattr__(self, "fields", {**self.fields, "id": self.id})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,10 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from recmas_runtime.answers import Answer, Record, Timing, Usage
+from recmas_runtime.errors import fail
 from recmas_runtime.executor import Execution, tool_events
 from recmas_runtime.plan import ThinkStep
 from recmas_runtime.trace import StepEvent, Trace
@@ -18,20 +21,35 @@ PHASES = ("prefill", "think", "send", "write", "decode", "tools")
 class AnswerStream:
     """The text of one answer as it is written; afterwards the whole answer.
 
+    It is read once. Others may run on the same engines between two pieces.
+
     Attributes:
         answer: Set once the iteration has ended.
     """
 
     def __init__(self, batch: Batch, lock: threading.Lock) -> None:
-        self._batch = batch
+        self._batch: Batch | None = batch
         self._lock = lock
         self.answer: Answer | None = None
 
     def __iter__(self) -> Iterator[str]:
-        with self._lock:
-            for _, piece in self._batch.pieces():
-                yield piece
-        (self.answer,) = self._batch.answers()
+        # Only the iteration holds the batch, so that its caches go when it ends or is given up.
+        batch, self._batch = self._batch, None
+        if batch is None:
+            raise fail(
+                "RM512",
+                "this stream was read before",
+                hint="Take the text from its `answer`, or ask again for another stream.",
+            )
+        pieces = batch.pieces()
+        while True:
+            # Not across the yield: the reader may run the system before it wants the next piece.
+            with self._lock:
+                piece = next(pieces, None)
+            if piece is None:
+                break
+            yield piece[1]
+        (self.answer,) = batch.answers()
 
 
 class Batch:
@@ -62,10 +80,10 @@ class Batch:
         """Run everything; yields (record, text) as text becomes certain."""
         execution, plan = self._execution, self._execution.plan
         start = time.perf_counter()
-        execution.run_rounds(self._trace_step)
-        if self._trace is not None:
-            messages = execution.messages.items()
-            self._trace.add_messages({f"{link}@{round_}": m for (link, round_), m in messages})
+        execution.run_rounds()
+        # Not before: a record that proves too long in a round makes the others start over.
+        self._trace_steps(execution.events)
+        self._trace_messages()
         decode_start = time.perf_counter()
         scribe = execution.answer()
         self._writers = scribe.writers
@@ -76,9 +94,8 @@ class Batch:
         called = tool_events(scribe, plan.rounds, agents)
         ms = (now - decode_start) * 1e3 - sum(event.ms for event in called)
         decoded = StepEvent(op="decode", round=plan.rounds, agents=agents, ms=ms)
-        for event in (decoded, *called):
-            execution.events.append(event)
-            self._trace_step(event)
+        execution.events += [decoded, *called]
+        self._trace_steps([decoded, *called])
 
     def answers(self) -> list[Answer]:
         """Return the answers in record order, once `pieces` has ended."""
@@ -103,22 +120,35 @@ class Batch:
         settled = int(self._execution.settled[row])
         return settled + 1 if settled else self._execution.plan.rounds
 
+    def _ran(self, row: int, round_: int) -> bool:
+        """Return whether a record took part in a round; some run for its neighbours only."""
+        return round_ < self._rounds(row) or round_ == self._execution.plan.rounds
+
     def _usage(self, row: int, writer: TextWriter) -> Usage:
         """Count what a record took; rounds that only its neighbours needed are not among it."""
-        plan, last = self._execution.plan, self._rounds(row) - 1
-        events = [e for e in self._execution.events if e.round <= last or e.round == plan.rounds]
+        events = [event for event in self._execution.events if self._ran(row, event.round)]
         prefilled = sum(event.prefilled_tokens[row] for event in events if event.prefilled_tokens)
         return Usage(
             prompt_tokens=prefilled + writer.num_result_tokens,
             latent_steps=sum(
                 step.num_steps * len(step.agents)
-                for step in plan.steps
-                if isinstance(step, ThinkStep) and (step.round <= last or step.round == plan.rounds)
+                for step in self._execution.plan.steps
+                if isinstance(step, ThinkStep) and self._ran(row, step.round)
             ),
             handover_tokens=sum(e.written_tokens[row] for e in events if e.written_tokens),
             completion_tokens=writer.num_tokens,
         )
 
-    def _trace_step(self, event: StepEvent) -> None:
+    def _trace_steps(self, events: Sequence[StepEvent]) -> None:
         if self._trace is not None:
-            self._trace.add_event(event, batch=len(self._records))
+            for event in events:
+                self._trace.add_event(event, batch=len(self._records))
+
+    def _trace_messages(self) -> None:
+        if self._trace is None:
+            return
+        messages = {}
+        for (link, round_), message in self._execution.messages.items():
+            ran = np.array([self._ran(row, round_) for row in range(len(message))])
+            messages[f"{link}@{round_}"] = np.where(ran[:, None, None], message, np.float32("nan"))
+        self._trace.add_messages(messages, records=[record.id for record in self._records])

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from recmas_runtime.onnx_session import onnx_runtime
+from recmas_runtime.onnx_session import call_onnx, onnx_runtime
 
 # numpy's types for those of ONNX Runtime. It has none for bfloat16, whose bits it can hold.
 NUMPY_TYPES: Final[dict[str, Any]] = {
@@ -65,9 +65,8 @@ class DeviceArray:
         self._value = _ort_value(array, kind)
         if not memory.shared:
             element = _BFLOAT16 if kind == "tensor(bfloat16)" else array.dtype.type
-            self._value = onnx_runtime().OrtValue.ortvalue_from_shape_and_type(
-                array.shape, element, memory.device, 0
-            )
+            make = onnx_runtime().OrtValue.ortvalue_from_shape_and_type
+            self._value = call_onnx(make, array.shape, element, memory.device, 0)
             self.write(array)
 
     @property
@@ -136,11 +135,11 @@ class DeviceArray:
 
     def bind_input(self, binding: Any, name: str) -> None:
         """Make the graph's input `name` read from here."""
-        binding.bind_ortvalue_input(name, self._value)
+        call_onnx(binding.bind_ortvalue_input, name, self._value)
 
     def bind_output(self, binding: Any, name: str) -> None:
         """Make the graph's output `name` write here."""
-        binding.bind_ortvalue_output(name, self._value)
+        call_onnx(binding.bind_ortvalue_output, name, self._value)
 
 
 class Series:

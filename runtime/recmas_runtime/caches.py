@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from recmas_runtime.buffers import DeviceArray, Memory
 from recmas_runtime.manifest import BackboneEntry
-from recmas_runtime.onnx_session import NO_GRAPH, run_options
+from recmas_runtime.onnx_session import NO_GRAPH, call_onnx, run_options
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -163,13 +163,13 @@ class Cache:
 
     def run_step(self) -> None:
         """Run one position: reads `embeds`, writes `thought` and `next_embeds`."""
-        self.session.run_with_iobinding(self._step, self._options)
+        call_onnx(self.session.run_with_iobinding, self._step, self._options)
 
     def run_call(self, embeds: DeviceArray, hidden: DeviceArray) -> None:
         """Run the positions in `embeds` [R, S, d]; writes `hidden` [R, S, d] besides."""
         embeds.bind_input(self._call, "inputs_embeds")
         hidden.bind_output(self._call, "hidden")
-        self.session.run_with_iobinding(self._call, run_options(NO_GRAPH))
+        call_onnx(self.session.run_with_iobinding, self._call, run_options(NO_GRAPH))
 
 
 class CachePool:

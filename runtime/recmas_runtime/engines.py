@@ -19,7 +19,7 @@ from recmas_runtime.buffers import Memory, Series
 from recmas_runtime.caches import Cache, CachePool
 from recmas_runtime.errors import Problem, RecmasError
 from recmas_runtime.manifest import BackboneEntry
-from recmas_runtime.onnx_session import Device, make_session
+from recmas_runtime.onnx_session import Device, call_onnx, make_session
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -107,11 +107,10 @@ class BackboneEngine:
         """
         try:
             cache.run_step()
-        # ONNX Runtime raises a dozen unrelated classes.
-        except Exception as error:
+        except RecmasError as error:
             if not self.uses_graphs:
                 raise
-            self._give_up_graphs(str(error))
+            self._give_up_graphs(error.problems[0].message)
             # A capture that failed leaves its stream unusable, so the session goes with it.
             self.decoder = self._open_decoder()
             self.caches.bind_to(self.decoder)
@@ -119,12 +118,12 @@ class BackboneEngine:
 
     def embed(self, input_ids: Indices) -> Floats:
         """Return the input embeddings [R, S, d] of token ids [R, S]."""
-        (embeds,) = self._embed.run(["inputs_embeds"], {"input_ids": input_ids})
+        (embeds,) = call_onnx(self._embed.run, ["inputs_embeds"], {"input_ids": input_ids})
         return np.asarray(embeds, dtype=np.float32)
 
     def logits(self, hidden: Floats) -> Floats:
         """Return the logits [R, V] of final hidden states [R, d]."""
-        (logits,) = self._head.run(["logits"], {"hidden": hidden})
+        (logits,) = call_onnx(self._head.run, ["logits"], {"hidden": hidden})
         return np.asarray(logits, dtype=np.float32)
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
@@ -261,5 +260,5 @@ class LinkEngine:
 
     def apply(self, x: Floats, operands: Operands) -> Floats:
         """Map vectors [G, N, d_in] through G links at once; returns [G, N, d_out]."""
-        (y,) = self._session.run(["y"], {"x": x, **operands})
+        (y,) = call_onnx(self._session.run, ["y"], {"x": x, **operands})
         return np.asarray(y, dtype=np.float32)

@@ -7,7 +7,7 @@ prompt, M latent steps, d width.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, TypedDict
@@ -112,7 +112,7 @@ class Execution:
         """Records of the batch, B."""
         return len(self.seeds)
 
-    def run_rounds(self, on_step: Callable[[StepEvent], None] | None = None) -> None:
+    def run_rounds(self) -> None:
         """Run every step before the decode; messages and events are kept on this object.
 
         A round's end is a possible exit: once every record is settled, the last round comes next.
@@ -122,10 +122,7 @@ class Execution:
             if self.settled.all() and not is_last:
                 continue
             for step in steps:
-                for event in self._run(step):
-                    self.events.append(event)
-                    if on_step is not None:
-                        on_step(event)
+                self.events += self._run(step)
             if not is_last:
                 self._settle(round_)
                 self._latest_round = round_

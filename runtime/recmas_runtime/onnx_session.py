@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -147,6 +147,24 @@ def _load_cuda_libraries() -> None:
     # It prints what it does not find, and stdout is for data.
     with contextlib.redirect_stdout(sys.stderr):
         onnx_runtime().preload_dlls()
+
+
+def call_onnx(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a session, or what belongs to one, during a run.
+
+    Raises:
+        RecmasError: RM507 for whatever ONNX Runtime raises.
+    """
+    try:
+        return call(*arguments)
+    # A dozen unrelated classes, as for graphs that it refuses.
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise fail(
+            "RM507",
+            f"ONNX Runtime {onnx_runtime().__version__} fails: {reason}",
+            hint="Take smaller batches if memory is short; else run `recmas verify` on the bundle.",
+        ) from error
 
 
 def run_options(graph_id: int) -> Any:

@@ -6,6 +6,7 @@ case, N calls it is cut into, K tokens of the greedy continuation, d width, V vo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from recmas_runtime.engine_interface import Backbone
 from recmas_runtime.engines import LinkEngine, Operands
 from recmas_runtime.links import stack_operands
-from recmas_runtime.onnx_session import Device, make_session
+from recmas_runtime.onnx_session import Device, call_onnx, make_session
 from recmas_runtime.plan import cache_capacity
 
 Case = Mapping[str, NDArray[Any]]
@@ -105,20 +106,24 @@ def case_links(case: Case) -> tuple[str, ...]:
 def measure_probe(path: Path, *, threads: int | None = None, device: Device = "cpu") -> float:
     """Return how far the known-answer probe is from its answer, largest absolute difference."""
     session = make_session(path, threads=threads, device=device)
-    output, expected = session.run(["output", "expected"], {})
-    return _largest(np.asarray(output) - np.asarray(expected))
+    output, expected = call_onnx(session.run, ["output", "expected"], {})
+    return _difference(np.asarray(output), np.asarray(expected))
 
 
 def relative_difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
     """Return max |found - expected| / max |expected|; infinite for what is not a number."""
-    assert found.shape == expected.shape, f"{found.shape} against {expected.shape}"
-    scale = _largest(expected)
-    return _largest(found - expected) / scale if scale > 0 else _largest(found)
+    difference, scale = _difference(found, expected), _largest(expected)
+    return difference / scale if scale > 0 else difference
+
+
+def _difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Return max |found - expected|; infinite for shapes that are not the same."""
+    return _largest(found - expected) if found.shape == expected.shape else math.inf
 
 
 def _largest(array: NDArray[Any]) -> float:
     largest = float(np.abs(array).max(initial=0.0))
-    return float("inf") if np.isnan(largest) else largest
+    return math.inf if np.isnan(largest) else largest
 
 
 def _run_chunks(

@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from recmas_runtime.errors import fail
-from recmas_runtime.onnx_session import PROVIDERS, Device, make_session, onnx_runtime
+from recmas_runtime.onnx_session import PROVIDERS, Device, call_onnx, make_session, onnx_runtime
 
 # What a free dimension of an input gets: one sample, one position, one link; rows of a cache.
 _SIZES: Final = {"capacity": 64}
@@ -75,7 +75,8 @@ def find_stray_nodes(
     """
     with tempfile.TemporaryDirectory(prefix="recmas-") as folder:
         session = make_session(path, threads=threads, device=device, profile=Path(folder) / "step")
-        session.run_with_ort_values(None, {i.name: _zeros(i) for i in session.get_inputs()})
+        feeds = {i.name: _zeros(i) for i in session.get_inputs()}
+        call_onnx(session.run_with_ort_values, None, feeds)
         profile = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     kernels = [event for event in profile if event["name"].endswith("_kernel_time")]
     found = (_judge(event, PROVIDERS[device][0]) for event in kernels)

@@ -113,7 +113,7 @@ def build_prompt(
         RecmasError: RM500 if a field is missing or unusable, RM206 if the chat template fails,
             leaves out the system text, or leaves out or repeats a slot.
     """
-    marks = _Marks(_unused_salt(_texts([*system, *prompt], record), chat))
+    marks = _Marks(_unused_salt(_joined([*system, *prompt], record), chat))
     messages = _messages(system, prompt, record, chat, tokenizer, marks)
     rendered = chat.render(
         messages, add_generation_prompt=True, **{**DEFAULT_VARIABLES, **(variables or {})}
@@ -149,7 +149,7 @@ def build_turn(
         RecmasError: As `build_prompt`; RM206 also if the conversation with the target does not
             begin with the prompt, or ends with it.
     """
-    marks = _Marks(_unused_salt([*_texts([*system, *prompt], record), target], chat))
+    marks = _Marks(_unused_salt(_joined([*system, *prompt], record) + target, chat))
     messages = _messages(system, prompt, record, chat, tokenizer, marks)
     said = _mark_controls(target, [(0, len(target))], tokenizer, marks)
     values = {**DEFAULT_VARIABLES, **(variables or {})}
@@ -237,14 +237,21 @@ class _Marks:
         return re.compile(f"{self.salt}C([0-9]+)E")
 
 
-def _texts(parts: Sequence[PromptPart], record: Mapping[str, object]) -> list[str]:
-    fields = [field_text(part.value, record) for part in parts if part.kind == "field"]
-    return [*fields, *(part.value for part in parts)]
+def _joined(parts: Sequence[PromptPart], record: Mapping[str, object]) -> str:
+    """Return the text of parts as one, without the slots between them."""
+    return "".join(
+        field_text(part.value, record) if part.kind == "field" else part.value
+        for part in parts
+        if part.kind != "slot"
+    )
 
 
-def _unused_salt(texts: Sequence[str], chat: ChatTemplate) -> str:
+def _unused_salt(text: str, chat: ChatTemplate) -> str:
+    """Return a salt that cannot stand in a prompt of this text, wherever a template trims it."""
+    # A mark could also form where two parts meet, or two messages that a template strips of space.
+    dense = "".join(text.split())
     number = 0
-    while any(f"recmas{number}x" in text for text in [*texts, *chat.literals]):
+    while any(f"recmas{number}x" in found for found in (dense, *chat.literals)):
         number += 1
     return f"recmas{number}x"
 

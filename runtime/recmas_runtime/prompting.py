@@ -83,7 +83,7 @@ class RecordPrompts:
         prompt = build_prompt(
             system=spec.system,
             prompt=[_as_text(part) if part.value in texts else part for part in parts],
-            record={"id": self._record.id, **self._record.fields, **fields},
+            record={**self._record.fields, **fields},
             chat=chat.template,
             tokenizer=chat.tokenizer,
             variables=spec.chat_template,

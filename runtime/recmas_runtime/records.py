@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -16,6 +16,21 @@ from recmas_runtime.prompt import field_text
 # Longer than any prompt that a bundle takes.
 MAX_LINE_BYTES: Final = 2**24
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+
+Question = str | Mapping[str, object] | Record
+
+
+def as_record(question: Question, index: int) -> Record:
+    """Return the record that is meant by a text or a mapping of fields.
+
+    Args:
+        question: What to answer.
+        index: Its place in the input, from 0; where no id is given, ids count from 1.
+    """
+    if isinstance(question, Record):
+        return question
+    fields = {"question": question} if isinstance(question, str) else question
+    return Record(id=str(fields.get("id", index + 1)), fields=fields, index=index)
 
 
 def question_record(question: str, fields: Sequence[str], *, index: int = 0) -> Record:
@@ -29,8 +44,7 @@ def question_record(question: str, fields: Sequence[str], *, index: int = 0) -> 
     Raises:
         RecmasError: RM500 if it is blank, not valid text, or the prompts need more than it.
     """
-    name = str(index + 1)
-    record = Record(id=name, fields={"id": name, "question": question}, index=index)
+    record = as_record(question, index)
     check_record(record, fields)
     return record
 
@@ -134,7 +148,7 @@ def _parse_record(line: bytes, *, number: int) -> Record:
     record_id = parsed.get("id", number)
     if type(record_id) not in (str, int) or record_id == "":
         raise _unusable(f"id {record_id!r} is neither text nor an integer")
-    return Record(id=str(record_id), fields={**parsed, "id": str(record_id)}, index=number - 1)
+    return as_record(parsed, number - 1)
 
 
 def _refuse_constant(name: str) -> object:

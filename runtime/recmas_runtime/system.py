@@ -22,13 +22,13 @@ from recmas_runtime.plan import Plan, SamplingPlan, Variant
 from recmas_runtime.progress import Progress, Silent
 from recmas_runtime.prompt import ChatTemplate, Prompt
 from recmas_runtime.prompting import Chat, RecordError, RecordPrompts
+from recmas_runtime.records import Question, as_record
 from recmas_runtime.sampler import check_sampling
 from recmas_runtime.tokenizer import Tokenizer
 from recmas_runtime.tools.toolbox import Toolbox
 from recmas_runtime.trace import Trace
 from recmas_runtime.writing import Voice
 
-Question = str | Mapping[str, object] | Record
 Function = Callable[[str], str]
 
 
@@ -305,14 +305,6 @@ class _Ready:
     index: int
     record: Record
     prompts: RecordPrompts
-
-
-def as_record(question: Question, index: int) -> Record:
-    """Return the record that a caller means by a text or a mapping; its id counts from 1."""
-    if isinstance(question, Record):
-        return question
-    fields = {"question": question} if isinstance(question, str) else question
-    return Record(id=str(fields.get("id", index + 1)), fields=fields, index=index)
 
 
 def load_machinery(bundle: Bundle, opened: OpenedEngines) -> Machinery:

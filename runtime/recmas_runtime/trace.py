@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from recmas_runtime.tools.calls import ToolResult
 
 MESSAGES_NAME = "messages.npz"
 EVENTS_NAME = "trace.jsonl"
+RECORDS_ARRAY = "records"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +52,23 @@ class Trace(Protocol):
     def add_event(self, event: StepEvent, *, batch: int) -> None:
         """See a step of a batch of so many records."""
 
-    def add_messages(self, messages: Mapping[str, NDArray[Any]]) -> None:
-        """See a batch's messages, named `SOURCE->TARGET@ROUND`, each [B, m, d]."""
+    def add_messages(self, messages: Mapping[str, NDArray[Any]], *, records: Sequence[str]) -> None:
+        """See a batch's messages, named `SOURCE->TARGET@ROUND`, each [B, m, d].
+
+        Rows of records whose recursion had ended before that round are NaN.
+
+        Args:
+            messages: Rounds that none of the batch's records ran are not there.
+            records: Their ids.
+        """
 
 
 class TraceWriter:
     """Collects what batches report and writes it into a folder.
 
-    `trace.jsonl` grows with the run; `messages.npz` is written by `close`, its arrays
-    `SOURCE->TARGET@ROUND` of shape [B, m, d] over all records in their order.
+    `trace.jsonl` grows with the run; `messages.npz` is written by `close`. Its arrays
+    `SOURCE->TARGET@ROUND` are of shape [B, m, d] over all answered records in their order, whose
+    ids are the array `records`; rows of records that did not run the round are NaN.
 
     Args:
         folder: Made if it is not there; an earlier trace in it is overwritten.
@@ -70,7 +79,8 @@ class TraceWriter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._messages: dict[str, list[NDArray[Any]]] = {}
+        self._records: list[str] = []
+        self._messages: dict[str, list[tuple[int, NDArray[Any]]]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._events = (folder / EVENTS_NAME).open("w", encoding="utf-8")
@@ -92,22 +102,33 @@ class TraceWriter:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def add_messages(self, messages: Mapping[str, NDArray[Any]]) -> None:
-        """Keep a batch's messages, named `SOURCE->TARGET@ROUND`, each [B, m, d]."""
+    def add_messages(self, messages: Mapping[str, NDArray[Any]], *, records: Sequence[str]) -> None:
+        """Keep a batch's messages; see `Trace`."""
+        first_row = len(self._records)
+        self._records += records
         for name, message in messages.items():
-            self._messages.setdefault(name, []).append(message)
+            self._messages.setdefault(name, []).append((first_row, message))
 
     def close(self) -> None:
         """Write the messages and close the files."""
         arrays: dict[str, Any] = {
-            name: np.concatenate(batches) for name, batches in self._messages.items()
+            name: self._over_all_records(batches) for name, batches in self._messages.items()
         }
+        arrays[RECORDS_ARRAY] = np.array(self._records, np.str_)
         try:
             self._events.close()
             with (self._folder / MESSAGES_NAME).open("wb") as stream:
                 np.savez(stream, **arrays)
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def _over_all_records(self, batches: Sequence[tuple[int, NDArray[Any]]]) -> NDArray[Any]:
+        """Return a message of all records from those of batches, given with their first rows."""
+        _, some = batches[0]
+        whole = np.full((len(self._records), *some.shape[1:]), np.nan, some.dtype)
+        for first_row, message in batches:
+            whole[first_row : first_row + len(message)] = message
+        return whole
 
     def _unwritable(self, error: OSError) -> RecmasError:
         return fail(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from recmas_runtime.bundle import Bundle, open_bundle, unlisted_files
 from recmas_runtime.engine_interface import Backbone
 from recmas_runtime.engines import LinkEngine, Operands
-from recmas_runtime.errors import Problem, fail
+from recmas_runtime.errors import Exit, Problem, RecmasError, fail
 from recmas_runtime.links import read_operands
 from recmas_runtime.manifest import LinkEntry, ParityEntry
 from recmas_runtime.opening import open_engines
@@ -111,25 +112,30 @@ def verify_bundle(
     problems = [*opened.problems, *(_unlisted(relative) for relative in unlisted_files(bundle))]
     with watcher.stage("Running known cases", 1 + len(bundle.manifest.parity)) as advance:
         where = opened.provider
-        probe = measure_probe(bundle.file(bundle.manifest.probe), threads=threads, device=where)
-        figures = {"probe_absolute": probe}
-        problems += out_of_tolerance(bundle.manifest.probe, figures, precision="float32")
+        probe, file = math.inf, bundle.manifest.probe
+        with _failures_as_findings(file, problems):
+            probe = measure_probe(bundle.file(file), threads=threads, device=where)
+            figures = {"probe_absolute": probe}
+            problems += out_of_tolerance(file, figures, precision="float32")
         advance()
         cases = []
         operands = read_operands(bundle.file, bundle.manifest.links)
         for entry in bundle.manifest.parity:
-            backbone = opened.backbones[entry.backbone]
-            case = _run_case(bundle, entry, backbone, opened.link, operands)
-            precision = bundle.manifest.backbones[entry.backbone].precision
-            problems += out_of_tolerance(entry.file, case.figures, precision=precision)
-            # Quantized kernels round differently from one processor to another.
-            is_exact = precision == "float32" and entry.greedy_tokens_equal
-            if is_exact and not case.greedy_tokens_equal:
-                problems.append(_disagrees(entry.file, "another greedy continuation than built"))
-            decoder = bundle.manifest.backbones[entry.backbone].decoder_on(where)
-            stray = find_stray_nodes(bundle.file(decoder), threads=threads, device=where)
-            problems += [_misplaced(decoder, node) for node in stray]
-            cases.append(case)
+            with _failures_as_findings(entry.file, problems):
+                backbone = opened.backbones[entry.backbone]
+                case = _run_case(bundle, entry, backbone, opened.link, operands)
+                precision = bundle.manifest.backbones[entry.backbone].precision
+                problems += out_of_tolerance(entry.file, case.figures, precision=precision)
+                # Quantized kernels round differently from one processor to another.
+                is_exact = precision == "float32" and entry.greedy_tokens_equal
+                if is_exact and not case.greedy_tokens_equal:
+                    problems.append(
+                        _disagrees(entry.file, "another greedy continuation than built")
+                    )
+                decoder = bundle.manifest.backbones[entry.backbone].decoder_on(where)
+                stray = find_stray_nodes(bundle.file(decoder), threads=threads, device=where)
+                problems += [_misplaced(decoder, node) for node in stray]
+                cases.append(case)
             advance()
     return VerifyReport(
         num_files=len(bundle.manifest.files),
@@ -192,6 +198,17 @@ def out_of_tolerance(file: str, figures: Mapping[str, float], *, precision: str)
         for name, value in figures.items()
         if not value <= allowed[name]
     ]
+
+
+@contextmanager
+def _failures_as_findings(file: str, problems: list[Problem]) -> Iterator[None]:
+    """Note engines that fail on a file: that is what a verification is to find out."""
+    try:
+        yield
+    except RecmasError as error:
+        if error.exit_code != Exit.RUN_FAILED:
+            raise
+        problems += [_disagrees(file, problem.message) for problem in error.problems]
 
 
 def _disagrees(file: str, message: str) -> Problem:

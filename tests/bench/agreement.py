@@ -27,7 +27,7 @@ from recmas_compiler.lowering.reference import TorchSystem, load_backbones
 from recmas_compiler.spec.spec import load_spec
 from recmas_runtime.progress import LineProgress, Silent
 from recmas_runtime.tolerances import TOLERANCES
-from recmas_runtime.trace import MESSAGES_NAME, TraceWriter
+from recmas_runtime.trace import MESSAGES_NAME, RECORDS_ARRAY, TraceWriter
 
 
 def main() -> int:
@@ -106,7 +106,7 @@ def run_traced(
                 texts.append(answer.answer)
         trace.close()
         with np.load(Path(folder) / MESSAGES_NAME) as arrays:
-            return texts, dict(arrays)
+            return texts, {name: arrays[name] for name in arrays if name != RECORDS_ARRAY}
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ class Messages:
         counts[1] += sum(event.reused_tokens)
         self.seconds[event.op] = self.seconds.get(event.op, 0.0) + event.ms / 1e3
 
-    def add_messages(self, messages: Mapping[str, Any]) -> None:
+    def add_messages(self, messages: Mapping[str, Any], *, records: object) -> None:
         self.found = messages
 
 

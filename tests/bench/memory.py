@@ -27,7 +27,7 @@ class Longest:
     def add_event(self, event, *, batch):
         counts = zip(event.prefilled_tokens, event.reused_tokens)
         self.tokens = max([self.tokens, *map(sum, counts)])
-    def add_messages(self, messages):
+    def add_messages(self, messages, *, records):
         pass
 
 path, batch, words = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

@@ -132,7 +132,7 @@ class Events:
         """Keep an event."""
         self.steps.append((event.op, frozenset(event.agents), event.ms))
 
-    def add_messages(self, messages: object) -> None:
+    def add_messages(self, messages: object, *, records: object) -> None:
         """Messages are not looked at."""
 
     def ms_of(self, agents: set[str]) -> dict[str, float]:

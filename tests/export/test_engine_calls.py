@@ -17,7 +17,7 @@ from export_cases import Exported, make_engine, random_ids, random_link
 from recmas_runtime import engines
 from recmas_runtime.buffers import Memory, Series
 from recmas_runtime.engines import BackboneEngine, Operands
-from recmas_runtime.errors import fail
+from recmas_runtime.errors import RecmasError, fail
 from recmas_runtime.lane import Lane
 from recmas_runtime.links import stack_operands
 from recmas_runtime.onnx_session import make_session
@@ -150,7 +150,7 @@ def test_steps_go_on_without_graphs_that_are_refused(
     assert "without CUDA graphs" in warning.message
     assert "not permitted when stream is capturing" in warning.message
     cache.session = NoGraphs(engine.decoder, allowed=0)
-    with pytest.raises(ValueError, match="capturing"):
+    with pytest.raises(RecmasError, match=r"RM507.*capturing"):
         engine.forward(cache, embeds[:, :1], index, index * 0, inner)
 
 

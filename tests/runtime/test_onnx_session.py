@@ -6,7 +6,13 @@ import pytest
 
 from recmas_runtime import onnx_session
 from recmas_runtime.errors import RecmasError
-from recmas_runtime.onnx_session import make_session, onnx_runtime, physical_cores, resolve_device
+from recmas_runtime.onnx_session import (
+    call_onnx,
+    make_session,
+    onnx_runtime,
+    physical_cores,
+    resolve_device,
+)
 
 
 @pytest.mark.parametrize(
@@ -51,3 +57,19 @@ def test_a_session_has_the_options_it_was_given(hand_bundle: Path) -> None:
     assert options.intra_op_num_threads == 1
     assert options.get_session_config_entry("session.disable_prepacking") == "1"
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(RuntimeError("out of memory\nat node 7"), "out of memory"), (MemoryError(), "MemoryError")],
+)
+def test_a_failing_call_says_why_in_a_line(error: Exception, reason: str) -> None:
+    def fails(*arguments: object) -> None:
+        raise error
+
+    with pytest.raises(RecmasError) as caught:
+        call_onnx(fails, 1, 2)
+    (problem,) = caught.value.problems
+    assert problem.code == "RM507"
+    assert problem.message.endswith(f" fails: {reason}")
+    assert caught.value.__cause__ is error

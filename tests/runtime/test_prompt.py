@@ -95,6 +95,25 @@ def test_text_that_looks_like_a_mark_is_only_text() -> None:
     assert shown(prompt) == f"<|user|>{value}[a]recmas3xS0E"
 
 
+@pytest.mark.parametrize("mark", ["recmas0xC0E", "recmas0xS0E"])
+@pytest.mark.parametrize("cut", [1, 6, 7, 8])
+def test_parts_that_make_a_mark_together_are_only_text(mark: str, cut: int) -> None:
+    record = {"a": f"see {mark[:cut]}", "b": mark[cut:]}
+    prompt = build(field("a"), field("b"), slot("s"), text(mark[:cut]), field("b"), record=record)
+    assert shown(prompt) == f"<|user|>see {mark}[s]{mark}"
+
+
+def test_messages_that_make_a_mark_together_are_only_text() -> None:
+    prompt = build(
+        field("b"),
+        slot("s"),
+        system=(field("a"),),
+        record={"a": "see recmas ", "b": " 0xC0E"},
+        template="{{ messages[0].content | trim }}{{ messages[1].content | trim }}",
+    )
+    assert shown(prompt) == "see recmas0xC0E[s]"
+
+
 @pytest.mark.parametrize(
     "template",
     [

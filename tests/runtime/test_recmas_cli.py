@@ -167,7 +167,9 @@ def test_a_trace_holds_every_message_and_step(hand_bundle: Path, tmp_path: Path)
         "planner->solver@1": (3, 2, 260),
         "solver->planner@1": (3, 2, 260),
         "planner->solver@2": (3, 2, 260),
+        "records": (3,),
     }
+    assert messages["records"].tolist() == ["1", "2", "3"]
     events = [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()]
     assert len(events) == 2 * 11  # two batches
     assert [e["op"] for e in events[:3]] == ["prefill", "think", "send"]

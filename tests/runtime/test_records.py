@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import recmas_runtime as rt
+from hand_bundle import edit_json, rehash
 from recmas_runtime import records
 from recmas_runtime.answers import Answer, Record, Timing, Usage
 from recmas_runtime.errors import Problem, RecmasError
@@ -274,3 +276,32 @@ def test_a_disk_that_fills_up_keeps_whole_lines(tmp_path: Path) -> None:
     assert code == "RM503"
     assert len(lines) == int(number) > 0
     assert all(line.endswith(b"\n") and json.loads(line) for line in lines)
+
+
+@pytest.fixture
+def id_bundle(own_bundle: Path) -> Path:
+    """A bundle whose answer agent is shown the record's id, at the end."""
+    plan = json.loads((own_bundle / "plan.json").read_text())
+    shown = [*plan["agents"]["solver"]["then"], {"kind": "field", "value": "id"}]
+    edit_json(own_bundle / "plan.json", "agents/solver/then", shown)
+    edit_json(own_bundle / "plan.json", "fields", ["question", "id"])
+    rehash(own_bundle)
+    return own_bundle
+
+
+def test_prompts_may_show_an_id_wherever_the_record_comes_from(id_bundle: Path) -> None:
+    system = rt.load(id_bundle)
+    assert system.run("What?").answer == "b"
+    assert "".join(system.stream("What?")) == "b"
+    assert system.run({"question": "What?", "id": 7}).answer == "h"
+    records: list[rt.Record | str] = [Record(id="3", fields={"question": "What?"}), "Why?"]
+    assert [answer.answer for answer in system.run(records)] == ["d", "c"]
+    assert system.run(question_record("What?", ("question", "id"))).answer == "b"
+    (read_one,) = read(b'{"question": "What?"}', "question", "id")
+    assert isinstance(read_one, Record)
+    assert system.run(read_one).answer == "b"
+
+
+def test_errors_name_records_without_an_id_by_their_number(id_bundle: Path) -> None:
+    with pytest.raises(RecmasError, match="record '1' has no field 'question'"):
+        rt.load(id_bundle).run({"text": "What?"})

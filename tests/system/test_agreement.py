@@ -17,8 +17,9 @@ from recmas_compiler.passes.hoist_prompt_prefix import HoistPromptPrefix
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_compiler.passes.share_backbones import ShareBackbones
 from recmas_runtime.tolerances import TOLERANCES
-from recmas_runtime.trace import MESSAGES_NAME, TraceWriter
+from recmas_runtime.trace import TraceWriter
 from tiny_specs import SPECS
+from trace_files import read_messages
 
 QUESTIONS = [
     "What is 7 * 8?",
@@ -40,8 +41,7 @@ def run(system: rt.System, folder: Path, *, batch: int) -> tuple[list[str], dict
             assert isinstance(answer, rt.Answer), answer
             texts.append(answer.answer)
     trace.close()
-    with np.load(folder / MESSAGES_NAME) as arrays:
-        return texts, dict(arrays)
+    return texts, read_messages(folder)
 
 
 def assert_messages_agree(messages: dict[str, np.ndarray], expected: ReferenceResult) -> None:

@@ -67,7 +67,7 @@ def settled_at(build_tiny: BuildTiny, question: str) -> float:
     messages: dict[str, np.ndarray] = {}
 
     class Listener:
-        def add_messages(self, found: dict[str, np.ndarray]) -> None:
+        def add_messages(self, found: dict[str, np.ndarray], *, records: object) -> None:
             messages.update(found)
 
         def add_event(self, event: StepEvent, *, batch: int) -> None: ...

@@ -25,8 +25,9 @@ from recmas_export import assemble
 from recmas_export.backbone_graph import export_backbone
 from recmas_export.build import build
 from recmas_runtime.tolerances import TOLERANCES
-from recmas_runtime.trace import MESSAGES_NAME, TraceWriter
+from recmas_runtime.trace import TraceWriter
 from tiny_models import write_tiny_backbone
+from trace_files import read_messages
 
 HEAD = """
 recmas: 1
@@ -240,8 +241,7 @@ def run(
             assert isinstance(answer, rt.Answer), answer
             answers.append(answer)
     trace.close()
-    with np.load(folder / MESSAGES_NAME) as arrays:
-        return answers, dict(arrays)
+    return answers, read_messages(folder)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -304,8 +304,8 @@ def test_all_forms_end_early_in_the_same_round(
     built = build_mixed(
         text.replace("max_new_tokens: 10", f"max_new_tokens: 10, stop_when: {{cosine: {bound}}}")
     )
-    single, _ = run(built.system, tmp_path / "one", batch=1)
-    ragged, _ = run(built.system, tmp_path / "many", batch=len(RECORDS))
+    single, messages = run(built.system, tmp_path / "one", batch=1)
+    ragged, ragged_messages = run(built.system, tmp_path / "many", batch=len(RECORDS))
     reference, naive = built.reference(RECORDS), built.naive(RECORDS)
     rounds = [answer.rounds for answer in single]
     assert 3 in rounds
@@ -314,6 +314,15 @@ def test_all_forms_end_early_in_the_same_round(
     texts = [answer.answer for answer in single]
     assert texts == [answer.answer for answer in ragged]
     assert texts == reference.texts == naive.texts
+    # Each record's row is its own: rounds that it did not run are not there.
+    assert set(messages) == set(ragged_messages)
+    for key, message in messages.items():
+        round_ = int(key.partition("@")[2])
+        ran = [round_ < ended or round_ == 5 for ended in rounds]
+        for found in (message, ragged_messages[key]):
+            assert np.isfinite(found).all(axis=(1, 2)).tolist() == ran, key
+        error = np.nanmax(np.abs(message - ragged_messages[key]))
+        assert error <= TOLERANCES["message_absolute"], f"{key} is off by {error}"
 
 
 def test_no_early_end_without_the_messages_that_the_last_round_awaits(

@@ -15,8 +15,9 @@ from recmas_runtime.bundle import open_bundle
 from recmas_runtime.engines import BackboneEngine
 from recmas_runtime.links import load_operands, stack_operands
 from recmas_runtime.tolerances import TOLERANCES
-from recmas_runtime.trace import MESSAGES_NAME, TraceWriter
+from recmas_runtime.trace import TraceWriter
 from tiny_specs import SPECS
+from trace_files import read_messages
 
 QUESTIONS = ["What is 7 * 8?", "Anna has three plans and an orange. Which is best?", "Hm?"]
 RECORDS = [{"id": str(i), "question": question} for i, question in enumerate(QUESTIONS)]
@@ -42,10 +43,9 @@ def test_batches_agree_with_the_reference(
     trace.close()
     reference = built.reference(RECORDS)
     assert [answer.answer for answer in answers] == reference.texts
-    with np.load(tmp_path / MESSAGES_NAME) as messages:
-        for link, message in messages.items():
-            error = np.abs(message - reference.messages[link].numpy()).max()
-            assert error <= TOLERANCES["message_absolute"], f"{link} is off by {error}"
+    for link, message in read_messages(tmp_path).items():
+        error = np.abs(message - reference.messages[link].numpy()).max()
+        assert error <= TOLERANCES["message_absolute"], f"{link} is off by {error}"
 
 
 @pytest.mark.parametrize("kind", [CachedEngine, RecomputingEngine])

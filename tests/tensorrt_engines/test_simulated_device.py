@@ -17,6 +17,7 @@ import pytest
 
 from recmas_runtime.tolerances import TOLERANCES
 from simulated_commands import SIMULATED, data_of, run_python, run_simulated
+from trace_files import read_messages
 
 QUESTIONS = ["What is seven times eight?", "Why?", "Three friends plan a garden."]
 LONG = ("--max-new-tokens", "150")
@@ -60,7 +61,7 @@ def test_batches_think_and_answer_as_on_onnx_runtime(
         trace = ("--trace", str(tmp_path / name))
         found[name] = texts(run(engine_bundle, records, "--device", device, *trace, *more))
     assert found["tensorrt"] == found["one-by-one"] == found["cpu"]
-    expected, messages = (np.load(tmp_path / name / "messages.npz") for name in ("cpu", "tensorrt"))
+    expected, messages = (read_messages(tmp_path / name) for name in ("cpu", "tensorrt"))
     assert set(messages) == set(expected)
     for name in expected:
         difference = np.abs(messages[name] - expected[name]).max()

@@ -144,5 +144,5 @@ class _TextCounter:
             self.num_texts += batch * len(event.agents)
             self.num_cut += sum(event.cut_texts)
 
-    def add_messages(self, messages: Mapping[str, NDArray[Any]]) -> None:
+    def add_messages(self, messages: Mapping[str, NDArray[Any]], *, records: Sequence[str]) -> None:
         pass

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from recmas_runtime.engine_interface import Backbone, KeyValueRows
 from recmas_runtime.engines import Floats, Indices, Operands
 from recmas_runtime.manifest import BackboneEntry
-from recmas_runtime.onnx_session import make_session
+from recmas_runtime.onnx_session import call_onnx, make_session
 from recmas_runtime.tensorrt.device_memory import Stream
 from recmas_runtime.tensorrt.engine_cache import BackbonePlans, EngineFolder
 from recmas_runtime.tensorrt.execution import Call, Engine, HeadCall
@@ -109,7 +109,7 @@ class TensorrtBackbone:
 
     def embed(self, input_ids: Indices) -> Floats:
         """Return the input embeddings [R, S, d] of token ids [R, S]."""
-        (embeds,) = self._embed.run(["inputs_embeds"], {"input_ids": input_ids})
+        (embeds,) = call_onnx(self._embed.run, ["inputs_embeds"], {"input_ids": input_ids})
         return np.asarray(embeds, dtype=np.float32)
 
     def logits(self, hidden: Floats) -> Floats:
