@@ -6,7 +6,6 @@ steps, D width.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Final, TypeVar
@@ -92,7 +91,7 @@ class AgentCalls:
             inner: Maps hidden states [N, D] to input embeddings [N, D], each row its own way.
             constants: Where constant columns are kept.
         """
-        padded, kept = self._begin(rows, constants)
+        padded, kept = self._begin(rows, constants, more=num_steps - 1)
         start = padded.num_constant
 
         def run(embeds_NRD: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,14 +119,23 @@ class AgentCalls:
 
         return self._with_gradients(run, _columns(padded.embeds_NSD, start))
 
-    def _begin(self, rows: Sequence[Row], constants: ConstantRows) -> tuple[Padded, Rows]:
-        """Pad rows and run their constant columns, unless an earlier round did."""
+    def _begin(
+        self, rows: Sequence[Row], constants: ConstantRows, *, more: int = 0
+    ) -> tuple[Padded, Rows]:
+        """Pad rows and run their constant columns, unless an earlier round did.
+
+        Args:
+            rows: The calls.
+            constants: Where constant columns are kept.
+            more: Columns that the caller adds behind these.
+        """
+        window = self._backbone.facts.sliding_window
         padded = pad_rows(
             rows,
             self._embed,
             multiple=self._multiple,
             always_mask=self._always_mask,
-            share_up_to=self._backbone.facts.sliding_window or sys.maxsize,
+            share_up_to=None if window is None else window - more,
         )
         begin, end = len(padded.shared_ids), padded.num_constant
         kept: Rows = ()

@@ -137,6 +137,7 @@ class CallWriter:
         a turn of their own only where it is another one.
         """
         declared = self._system.agents[agent]
+        tokenizer = self._tokenizers[self._system.backbone_of(agent).name]
         before = {
             link.source
             for link in self._system.links.values()
@@ -146,7 +147,6 @@ class CallWriter:
         rounds = [(opening, before)]
         if self._system.rounds > 1 and not before.issuperset(declared.slots("then")):
             rounds.append(("then", set(declared.slots("then"))))
-        tokenizer = self._tokenizers[declared.backbone]
 
         def spoken(sender: str, senders: set[str]) -> Tokens:
             text = example.targets.get(sender, "") if sender in senders else ""

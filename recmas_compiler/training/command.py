@@ -246,7 +246,9 @@ def _stage_lines(stages: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
 
 def _change(figures: Mapping[str, Any], name: str) -> str:
     before, after = figures["before"].get(name), figures["after"].get(name)
-    return "not measured" if after is None else f"{before:.4f} -> {after:.4f}"
+    if after is None:
+        return "not measured"
+    return f"{'-' if before is None else f'{before:.4f}'} -> {after:.4f}"
 
 
 def _tensorboard(folder: Path) -> Callable[[str], Sink]:

@@ -9,6 +9,7 @@ from typing import Any, Final, Generic, ParamSpec, TypeVar
 
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._functorch import config as autograd_config
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from torch.fx.experimental import _config as shape_config
 
@@ -46,7 +47,7 @@ class CompileWarning(UserWarning):
 
 
 class Compiled(Generic[P, R]):
-    """A function as one compiled graph, without graph breaks.
+    """A function as one compiled graph, without graph breaks; its backward pass as another one.
 
     Args:
         function: Takes and gives tensors; is run as it is once compiling it has failed.
@@ -63,7 +64,11 @@ class Compiled(Generic[P, R]):
         if self._compiled is not None:
             try:
                 # Lengths that happen to be equal, or to equal a width, are still different things.
-                with shape_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+                # Gradients are compiled with the rest, while there is still a way back.
+                with (
+                    shape_config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+                    autograd_config.patch(force_non_lazy_backward_lowering=True),
+                ):
                     return self._compiled(*args, **kwargs)
             except _FAILURES as error:
                 self._compiled = None

@@ -19,7 +19,8 @@ def controlled(messages_ME: Sequence[Tensor], control: Control) -> list[Tensor]:
     - `null`: nothing;
     - `shuffled`: the message of the next record, the last one gets the first one's;
     - `mean`: for all records the same, position by position the mean over the messages that have
-      the position.
+      the position. The record's own message is one of them, so in small batches this says a good
+      part of what it says, and what `none` gains over it understates communication.
 
     Args:
         messages_ME: Per record; they may differ in length.

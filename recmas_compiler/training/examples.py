@@ -49,7 +49,7 @@ class Examples:
         train: What links learn from, in the order of the file.
         held_out: What they are measured on.
         left_out: How many records are not used, by reason.
-        digests: The sha256 of every file read, by its name.
+        digests: The sha256 of every file read, by what it is for: `train` or `held_out`.
         warnings: What is doubtful about the data.
     """
 
@@ -73,7 +73,7 @@ def load_examples(settings: TrainSettings, spec: Spec) -> Examples:
     """
     read = _Reader(settings, spec)
     train, digest = read(settings.data, ("train", "data"))
-    digests = {settings.data.name: digest}
+    digests = {"train": digest}
     if settings.held_out_file is None:
         train, held_out = _split(train, settings.held_out_fraction, seed=settings.section.seed)
         return Examples(train=train, held_out=held_out, digests=digests)
@@ -82,7 +82,7 @@ def load_examples(settings: TrainSettings, spec: Spec) -> Examples:
     return Examples(
         train=train,
         held_out=held_out,
-        digests={**digests, settings.held_out_file.name: digest},
+        digests={**digests, "held_out": digest},
         warnings=warnings,
     )
 
@@ -246,7 +246,9 @@ def _overlap(
     prompt_fields: tuple[str, ...],
     file: str,
 ) -> tuple[Problem, ...]:
-    """Refuse held-out records that are training records; warn where only the prompts are equal.
+    """Refuse held-out records that are training records; warn where only what they say is equal.
+
+    Equal contents under two ids may be chance: in a small domain records drawn apart often agree.
 
     Raises:
         RecmasError: RM700.
@@ -275,10 +277,15 @@ def _overlap(
             for example in same
         ]
         raise RecmasError(_first(problems, file))
-    prompts = {asked(example) for example in train}
+    contents = {(asked(example), *example.targets.values()) for example in train}
+    prompts = {prompt for prompt, *_ in contents}
     num_equal = sum(asked(example) in prompts for example in held_out)
     if not num_equal:
         return ()
-    message = f"{num_equal} of {len(held_out)} held-out records ask what a training record asks"
+    num_same = sum((asked(e), *e.targets.values()) in contents for e in held_out)
+    message = (
+        f"{num_equal} of {len(held_out)} held-out records ask what a training record asks, "
+        f"{num_same} of them for the same texts"
+    )
     hint = "Held-out figures then also measure memory."
     return (Problem(code="RM752", severity="warning", message=message, hint=hint, file=file),)

@@ -125,54 +125,44 @@ class TrainingGraph(nn.Module):
                 lengths[key] = max(thought, lengths.get(key, 0))
         return lengths
 
-    def forward(
-        self,
-        batch: Batch,
-        *,
-        control: Control = "none",
-        mode: Mode | None = None,
-        watch: bool = False,
-    ) -> Loss:
-        """Return the loss of a batch.
+    def forward(self, batch: Batch, *, watch: bool = False) -> Loss:
+        """Return the loss that training lowers, in the graph's mode.
 
         Args:
             batch: From `prepare`.
-            control: What the answer agent's slots get in the last round.
-            mode: `rollout` where the graph's own is `teacher_forced`.
             watch: Let `round_gradients` know of this pass.
         """
-        return self.compare(batch, controls=(control,), mode=mode, watch=watch)[control]
-
-    def compare(
-        self,
-        batch: Batch,
-        *,
-        controls: Sequence[Control],
-        mode: Mode | None = None,
-        watch: bool = False,
-    ) -> dict[Control, Loss]:
-        """Return the loss under each control; the thinking part runs once for all of them.
-
-        Args:
-            batch: From `prepare`.
-            controls: What the answer agent's slots get in the last round.
-            mode: `rollout` where the graph's own is `teacher_forced`.
-            watch: Let `round_gradients` know of this pass.
-        """
-        latents = self.latents(batch, mode=mode, watch=watch)
-        answer = self.schedule.answer
+        latents = self.latents(batch, watch=watch)
         earlier: dict[int, RoundLoss] = {}
         for site in self._supervised:
             turns_TD = latents.turns_TD.get((site.agent, site.round))
             if turns_TD is None:
                 turns_TD = latents.read_turns((site,))[site]
             earlier[site.round] = self._turn_loss(site, batch, turns_TD)
-        losses = {}
-        for control in controls:
-            turns_TD = latents.read_turns((answer,), control=control)[answer]
-            final = self._turn_loss(answer, batch, turns_TD)
-            losses[control] = weighted_loss(final, last_round=answer.round, earlier=earlier)
-        return losses
+        final = self._answer_loss(latents, batch, "none")
+        return weighted_loss(final, last_round=self.schedule.answer.round, earlier=earlier)
+
+    def compare(
+        self, batch: Batch, *, controls: Sequence[Control], mode: Mode | None = None
+    ) -> dict[Control, Loss]:
+        """Return the loss of the answer's own round under each control.
+
+        The thinking part runs once for all of them. Earlier rounds do not count here: they would
+        add the same to every control.
+
+        Args:
+            batch: From `prepare`.
+            controls: What the answer agent's slots get in the last round.
+            mode: `rollout` where the graph's own is `teacher_forced`.
+        """
+        latents = self.latents(batch, mode=mode)
+        last_round = self.schedule.answer.round
+        return {
+            control: weighted_loss(
+                self._answer_loss(latents, batch, control), last_round=last_round, earlier={}
+            )
+            for control in controls
+        }
 
     def latents(self, batch: Batch, *, mode: Mode | None = None, watch: bool = False) -> Latents:
         """Run the thinking part: every thought and message that the answer needs.
@@ -218,6 +208,12 @@ class TrainingGraph(nn.Module):
         if mode == "teacher_forced" or site is self.schedule.answer:
             return ("turn",)
         return ("prompt", "turn") if site in self._supervised else ("prompt",)
+
+    def _answer_loss(self, latents: Latents, batch: Batch, control: Control) -> RoundLoss:
+        answer = self.schedule.answer
+        return self._turn_loss(
+            answer, batch, latents.read_turns((answer,), control=control)[answer]
+        )
 
     def _turn_loss(self, site: Site, batch: Batch, turns_TD: Sequence[Tensor]) -> RoundLoss:
         return turn_loss(

@@ -82,7 +82,7 @@ def pad_rows(
     *,
     multiple: int,
     always_mask: bool,
-    share_up_to: int = 0,
+    share_up_to: int | None = 0,
 ) -> Padded:
     """Embed rows and pad them to one length.
 
@@ -92,10 +92,12 @@ def pad_rows(
         multiple: The number of columns, and those of shared and constant ones, are multiples of
             this.
         always_mask: Give a mask even where there is no padding.
-        share_up_to: What rows begin with is shared if there are at most this many columns.
+        share_up_to: What rows begin with is shared if there are at most this many columns; None
+            for any number.
     """
     num_columns = _round_up(max(row.length for row in rows), multiple)
-    shared_ids = _shared_ids(rows, multiple) if num_columns <= share_up_to else ()
+    may_share = share_up_to is None or num_columns <= share_up_to
+    shared_ids = _shared_ids(rows, multiple) if may_share else ()
     num_shared = len(shared_ids)
     num_constant = max(num_shared, _num_constant(rows, num_columns, num_shared, multiple))
     embeds_NSD = torch.stack([_embeds(row, embed, num_columns, num_shared) for row in rows])

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 
 from recmas_compiler.links.materialize import MaterializedLink, inner_link_id
 from recmas_compiler.spec.link_names import canonical_link_name, outer_link_id
+from recmas_compiler.spec.problems import problem_at
 from recmas_compiler.spec.train_schema import TrainSection
 from recmas_compiler.spec.trained_links import link_file_name
 from recmas_compiler.training.inner import InnerTask, inner_baselines
@@ -18,7 +19,7 @@ from recmas_compiler.training.run_loop import RunOptions, figures_of, run_loop
 from recmas_compiler.training.session import Session
 from recmas_compiler.training.task import LoopResult
 from recmas_compiler.training.thoughts import ThoughtsPart, thoughts_of
-from recmas_runtime.errors import fail
+from recmas_runtime.errors import RecmasError, fail
 
 Stage = Literal["inner", "outer", "all"]
 
@@ -50,10 +51,11 @@ def run_stages(session: Session, stage: Stage, options: RunOptions) -> RunReport
 
     Raises:
         RecmasError: As `Loop.run`; RM303 if links cannot be written, RM704 if there are more
-            processes than records in a batch.
+            processes than records in a batch, RM705 if a stage has nothing to learn.
     """
     report = RunReport()
     check_processes(session.settings.section, stage, session.world.size)
+    _check_learning(session, stage)
     if stage in ("inner", "all"):
         _inner_stage(session, options, report)
     if stage in ("outer", "all") and not report.interrupted:
@@ -75,6 +77,29 @@ def check_processes(section: TrainSection, stage: Stage, num_processes: int) -> 
                 f"{num_processes} processes cannot share batches of {batch_size} records",
                 hint=f"Start fewer processes, or raise `train.{name}.batch_size`.",
             )
+
+
+def _check_learning(session: Session, stage: Stage) -> None:
+    """Make sure that there is something to learn, before anything that takes long.
+
+    Raises:
+        RecmasError: RM705.
+    """
+    reached = session.graph.schedule.links
+    hint = "Take a link out of `train.outer.freeze`, or raise `latent_steps` or `rounds`."
+    setting: tuple[str, ...] = ("outer", "freeze")
+    if stage == "inner" and not session.thinkers:
+        why, setting = "no agent that thinks has a target", ("targets",)
+        hint = "Give an agent `latent_steps` above 0 and a field in `train.targets`."
+    elif stage != "inner" and not reached:
+        why = "no message is on its way to the answer"
+    elif stage != "inner" and reached.isdisjoint(_learning(session)):
+        why = "all links that the answer depends on are frozen"
+    else:
+        return
+    message = f"the {'inner' if stage == 'inner' else 'outer'} stage has nothing to learn: {why}."
+    place = session.spec.position("train", *setting)
+    raise RecmasError(problem_at(place, "RM705", message, hint=hint))
 
 
 def _inner_stage(session: Session, options: RunOptions, report: RunReport) -> None:
@@ -136,12 +161,7 @@ def _outer_stage(session: Session, options: RunOptions, report: RunReport) -> No
     links = session.start(trained=inner if inner.is_dir() else None)
     _note_starts(report, links)
     learned = tuple(i for i in links if (inner / link_file_name(i)).is_file())
-    frozen = {_link_id(name) for name in settings.outer.freeze}
-    learning = {
-        link_id: session.graph.link(link_id)
-        for link_id, link in links.items()
-        if link_id not in frozen and not (settings.outer.freeze_inner and link.role == "inner")
-    }
+    learning = {link_id: session.graph.link(link_id) for link_id in _learning(session)}
     for link_id in links:
         session.graph.link(link_id).requires_grad_(link_id in learning)
     task = OuterTask(
@@ -158,6 +178,14 @@ def _outer_stage(session: Session, options: RunOptions, report: RunReport) -> No
     if not result.interrupted:
         report.trained = tuple(dict.fromkeys((*learned, *learning)))
         _keep(session, links, report, folders=(folder / LINKS, session.settings.links_dir))
+
+
+def _learning(session: Session) -> tuple[str, ...]:
+    """Return the links that learn in the outer stage."""
+    outer, system = session.settings.section.outer, session.system
+    frozen = {_link_id(name) for name in outer.freeze}
+    inner = () if outer.freeze_inner else map(inner_link_id, system.agents)
+    return tuple(link_id for link_id in (*inner, *system.links) if link_id not in frozen)
 
 
 def _link_id(name: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from recmas_compiler.ir.deliveries import deliveries
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Decode, Level, Prefill
+from recmas_compiler.links.materialize import inner_link_id
 from recmas_runtime.plan import Variant
 
 
@@ -59,6 +60,16 @@ class Schedule:
     def earlier_answers(self) -> tuple[Site, ...]:
         """The turns that the answer agent takes before the last one."""
         return tuple(site for site in self.thinking if site.agent == self.answer.agent)
+
+    @property
+    def links(self) -> frozenset[str]:
+        """The ids of the links that messages pass on their way to the answer."""
+        passed = {
+            (inner_link_id(slot), link_id)
+            for site in (*self.thinking, self.answer)
+            for slot, link_id, _ in site.links()
+        }
+        return frozenset(link_id for both in passed for link_id in both)
 
 
 def make_schedule(program: Graph) -> Schedule:

@@ -79,13 +79,7 @@ class Session:
     @property
     def thinkers(self) -> tuple[str, ...]:
         """Agents that make latent steps and have a target: those with something to learn inside."""
-        thinking = {
-            agent
-            for _, op in self.program.in_order()
-            if isinstance(op, Think)
-            for agent in op.agents
-        }
-        return tuple(a for a in self.settings.section.targets if a in thinking)
+        return _thinkers(self.program, self.settings)
 
     def backbone(self, agent: str) -> TorchBackbone:
         """Return the backbone that an agent runs on."""
@@ -142,7 +136,8 @@ def open_session(
     """Read the data, load the backbones, and leave out records that are too long.
 
     Raises:
-        RecmasError: RM700 for data that cannot be used, and what loading backbones raises.
+        RecmasError: RM700 for data that cannot be used, RM500 or RM206 for a call that cannot be
+            written, and what loading backbones raises.
     """
     examples = load_examples(settings, spec)  # before anything that takes long
     backbones = load_backbones(program, progress=progress)
@@ -159,9 +154,16 @@ def open_session(
         checkpoint_calls=section.checkpoint_calls,
         compile_calls=section.compile,
     )
-    examples = leave_out_long(
-        examples, graph.lengths, max_length=section.max_length, progress=progress
-    )
+    calls, thinkers = CallWriter(program.system, backbones), _thinkers(program, settings)
+
+    def lengths(example: TrainExample) -> dict[tuple[str, int], int]:
+        found = graph.lengths(example)
+        for agent in thinkers:  # whose turns are read with perfect messages too
+            for round_, turn in enumerate(calls.write_ideal(agent, example), start=1):
+                found[agent, round_] = max(found.get((agent, round_), 0), turn.num_positions({}))
+        return found
+
+    examples = leave_out_long(examples, lengths, max_length=section.max_length, progress=progress)
     return Session(
         spec=spec,
         program=program,
@@ -169,7 +171,7 @@ def open_session(
         examples=examples,
         backbones=backbones,
         graph=graph,
-        calls=CallWriter(program.system, backbones),
+        calls=calls,
         world=world,
         progress=progress,
     )
@@ -181,6 +183,13 @@ def element_type(wanted: BackboneDtype, device: torch.device) -> torch.dtype:
         return _DTYPES[wanted]
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def _thinkers(program: Graph, settings: TrainSettings) -> tuple[str, ...]:
+    thinking = {
+        agent for _, op in program.in_order() if isinstance(op, Think) for agent in op.agents
+    }
+    return tuple(agent for agent in settings.section.targets if agent in thinking)
 
 
 def _blank_links(program: Graph) -> list[tuple[str, nn.Module]]:

@@ -112,6 +112,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM702": (Exit.RUN_FAILED, "training needs more memory than there is"),
     "RM703": (Exit.USAGE, "--resume with the checkpoints of another run"),
     "RM704": (Exit.USAGE, "a number of processes that this run cannot have"),
+    "RM705": (Exit.USAGE, "a training stage that has nothing to learn"),
     "RM750": (Exit.OK, "warning: training records that are left out"),
     "RM751": (Exit.OK, "warning: trained links that do not fit the spec any more"),
     "RM752": (Exit.OK, "warning: held-out records that training has seen in part"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -84,7 +85,7 @@ def test_both_stages(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert receipt["stages"] == data["stages"]
     assert receipt["links"].keys() == set(data["trained"])
     assert receipt["settings"]["outer"]["steps"] == 8
-    assert "train.jsonl" in receipt["data"]["sha256"]
+    assert receipt["data"]["sha256"].keys() == {"train"}
     assert [path.name for path in sorted(Path("links/pair").iterdir())] == [
         "inner.planner.safetensors",
         "inner.solver.safetensors",
@@ -185,6 +186,42 @@ def test_links_named_in_the_spec_do_not_learn(
     assert data["trained"] == ["solver.inner", "solver->planner"]
 
 
+FROZEN = "train.outer.freeze=[planner, solver, planner->solver, solver->planner]"
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings", "why"),
+    [
+        ("all", (FROZEN,), "the outer stage has nothing to learn: all links that the answer"),
+        ("outer", ("latent_steps=0",), "the outer stage has nothing to learn: no message"),
+        (
+            "outer",
+            ("rounds=1", "train.outer.freeze=[planner, planner->solver]"),
+            "the outer stage has nothing to learn: all links that the answer depends on are frozen",
+        ),
+        ("inner", ("latent_steps=0",), "the inner stage has nothing to learn: no agent that"),
+    ],
+)
+def test_a_stage_with_nothing_to_learn_is_refused(
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+    settings: tuple[str, ...],
+    why: str,
+) -> None:
+    given = [word for setting in settings for word in ("--set", setting)]
+    arguments = ("train", here, "--quiet", "--stage", stage, *given)
+    (problem,) = [
+        p
+        for p in recmasc(capsys, *arguments, status=Exit.USAGE)["problems"]
+        if p["severity"] == "error"
+    ]
+    assert problem["code"] == "RM705"
+    assert problem["message"].startswith(why)
+    assert "latent_steps" in problem["hint"]
+    assert not Path("out").exists()
+
+
 def test_rollout_without_the_planners_text(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here.write_text(
         changed(
@@ -211,6 +248,18 @@ def test_long_records_are_said_to_be_left_out(
     (reason,) = printed["data"]["left_out"]
     assert "`solver` takes more than 160 positions" in reason
     assert [p["code"] for p in printed["problems"] if p["code"] == "RM750"] == ["RM750"]
+
+
+def test_in_rollouts_too_a_long_target_is_long(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # No rollout reads the planner's text, but its inner link learns from it and is aligned to it.
+    rows = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
+    rows[5]["plan"] *= 20
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rollout = ("--set", "train.outer.mode=rollout", "--set", "train.max_length=160")
+    printed = recmasc(capsys, "train", here, "--quiet", "--eval-only", *rollout)
+    assert printed["data"]["left_out"] == {"a call of `planner` takes more than 160 positions": 1}
 
 
 def test_mistakes_have_their_exit_status(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,6 +290,21 @@ def test_a_run_is_gone_on_with_only_when_asked(
     assert printed["problems"][0]["code"] == "RM703"
     assert "the settings differ" in printed["problems"][0]["message"]
     recmasc(capsys, "train", here, "--quiet", "--stage", "outer", "--resume")
+
+
+def test_figures_that_were_not_measured_before_are_said_to_be_missing(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # One record cannot be shuffled; how many are measured may change when a run is gone on with.
+    arguments = ("train", here, "--quiet", "--stage", "outer", "--set")
+    recmasc(capsys, *arguments, "train.eval_records=1", "--steps", "8")
+    shutil.rmtree(Path("out/pair-training/outer/checkpoints/step-00000008"))
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, arguments), "train.eval_records=4", "--resume"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"shuffled  - -> \d", printed)
+    assert re.search(r"latent    \d+\.\d+ -> \d", printed)
 
 
 def test_resume_after_kill_9_gives_the_same_weights(case: Path) -> None:

@@ -12,7 +12,7 @@ from recmas_runtime.errors import RecmasError
 from recmas_runtime.plan import PromptPart
 from recmas_runtime.prompt import Slot, Tokens
 from recmas_runtime.tokenizer import Tokenizer
-from tiny_systems import LoadTiny
+from tiny_systems import LoadTiny, declare
 from training_systems import changed_agents, examples, on_one, training_graph
 
 TEXT = "An end."
@@ -150,6 +150,19 @@ def test_feedback_speaks_from_the_second_round_on(tiny: LoadTiny) -> None:
     assert first.items[1] == Tokens(())
     assert isinstance(later.items[1], Tokens)
     assert len(later.items[1].ids) == graph.system.agents["solver"].latent_steps
+
+
+def test_a_backbone_of_two_names_is_one(tiny: LoadTiny) -> None:
+    backbone = tiny("llama")
+    second = replace(declare("second", backbone), shared_as="tiny")
+    graph = on_one(
+        "sequential",
+        backbone,
+        backbones=[declare("tiny", backbone), second],
+        backbone_of={"critic": "second"},
+    )
+    (turn,) = CallWriter(graph.system, {"tiny": backbone}).write_ideal("critic", examples(graph)[0])
+    assert isinstance(turn.items[1], Tokens)
 
 
 def test_nobody_speaks_without_a_target(tiny: LoadTiny) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from recmas_compiler.training.compiled import Compiled, CompileWarning
@@ -148,6 +150,21 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_why() -> None:
     with pytest.warns(CompileWarning, match="a branch runs eagerly.*[Bb]ranch"):
         assert compiled(torch.ones(2)).tolist() == [2.0, 2.0]
     assert compiled(-torch.ones(2)).tolist() == [-2.0, -2.0]
+
+
+def test_gradients_that_cannot_be_compiled_are_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_module: torch.fx.GraphModule, _inputs: object) -> None:
+        raise NotImplementedError("no kernel for gradients")
+
+    backend = aot_autograd(fw_compiler=lambda module, _inputs: module, bw_compiler=refuse)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    doubling = Compiled(lambda x: (x * 2).sin(), name="doubling")
+    for length in (3, 5):
+        x = torch.zeros(length, requires_grad=True)
+        with pytest.warns(CompileWarning) if length == 3 else nullcontext():
+            y = doubling(x)
+        y.sum().backward()
+        assert x.grad.tolist() == [2.0] * length
 
 
 def test_a_missing_compiler_is_named() -> None:

@@ -7,11 +7,14 @@ import torch
 
 from plain_training import PlainTraining
 from recmas_compiler.training.controls import controlled
+from recmas_compiler.training.distributed import World
+from recmas_compiler.training.outer import OuterTask
 from recmas_compiler.training.tolerances import TOLERANCES
 from tiny_systems import LoadTiny, random_links
 from training_systems import examples, on_one, training_graph
 
 MODES = ["teacher_forced", "rollout"]
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 CONTROLS = ["none", "null", "shuffled", "mean"]
 
 
@@ -32,7 +35,7 @@ def test_controls_are_what_they_say(tiny: LoadTiny, name: str, control: str, mod
         plain.loss(record)
         seen = plain._seen(answer, topology.system.rounds)
         sent.append({slot: seen[slot] for slot in slots})
-    loss = graph(graph.prepare(records), control=control)
+    loss = graph.compare(graph.prepare(records), controls=[control])[control]
     for number, record in enumerate(records):
         given = {}
         for slot in slots:
@@ -58,7 +61,8 @@ def test_comparing_is_one_pass_per_control(tiny: LoadTiny) -> None:
     batch = graph.prepare(examples(topology))
     compared = graph.compare(batch, controls=CONTROLS)
     values = [loss.mean.item() for loss in compared.values()]
-    assert values == [graph(batch, control=control).mean.item() for control in CONTROLS]
+    alone = [graph.compare(batch, controls=[control])[control] for control in CONTROLS]
+    assert values == [loss.mean.item() for loss in alone]
     assert len(set(values)) == len(CONTROLS)
 
 
@@ -69,9 +73,25 @@ def test_a_teacher_forced_graph_can_be_measured_by_rollout(tiny: LoadTiny) -> No
     forced = training_graph(topology, backbones, links)
     rolled = training_graph(topology, backbones, links, mode="rollout")
     records = examples(topology)
-    found = forced(forced.prepare(records), mode="rollout").mean.item()
+    batch = forced.prepare(records)
+    found = forced.compare(batch, controls=["none"], mode="rollout")["none"].mean.item()
     assert found == rolled(rolled.prepare(records)).mean.item()
-    assert found != forced(forced.prepare(records)).mean.item()
+    assert found != forced(batch).mean.item()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_held_out_figures_are_those_of_the_answers_own_round(tiny: LoadTiny, mode: str) -> None:
+    backbones = {"tiny": tiny("llama")}
+    topology = on_one("sequential", backbones["tiny"])
+    links = random_links(topology)
+    records = examples(topology)
+
+    def measured(supervise: str) -> dict[str, float]:
+        graph = training_graph(topology, backbones, links, mode=mode, supervise=supervise)
+        task = OuterTask(graph, {}, train=(), held_out=records, batch_size=len(records))
+        return dict(task.measure(ALONE))
+
+    assert measured("all") == measured("final")
 
 
 def test_a_lone_record_cannot_be_shuffled() -> None:

@@ -116,15 +116,33 @@ def test_a_held_out_record_that_is_trained_on(tmp_path: Path) -> None:
 
 
 def test_a_held_out_file_that_asks_the_same_is_warned_about(tmp_path: Path) -> None:
-    held = lines(record(40, question="Another one?"), record(2, id="again"))
+    held = lines(
+        record(40, question="Another one?"),
+        record(2, id="again"),
+        record(3, id="other", solution="Another one."),
+    )
     (tmp_path / "held.jsonl").write_text(held)
     examples = load(tmp_path, text=changed(("held_out: 0.25", "held_out: held.jsonl")))
     assert len(examples.train) == 16
-    assert [e.id for e in examples.held_out] == ["r40", "again"]
+    assert [e.id for e in examples.held_out] == ["r40", "again", "other"]
     (warning,) = examples.warnings
     assert warning.code == "RM752"
-    assert "1 of 2 held-out records" in warning.message
-    assert set(examples.digests) == {"train.jsonl", "held.jsonl"}
+    assert "2 of 3 held-out records" in warning.message
+    assert "1 of them for the same texts" in warning.message
+
+
+def test_files_of_one_name_in_two_folders_both_count(tmp_path: Path) -> None:
+    for name, number in (("a", 40), ("b", 50)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data.jsonl").write_text(lines(record(number)))
+    data = ("data: train.jsonl", "data: a/data.jsonl")
+    text = changed(data, ("held_out: 0.25", "held_out: b/data.jsonl"))
+    before = load(tmp_path, text=text).digests
+    (tmp_path / "a" / "data.jsonl").write_text(lines(record(41)))
+    after = load(tmp_path, text=text).digests
+    assert before.keys() == after.keys() == {"train", "held_out"}
+    assert before["held_out"] == after["held_out"]
+    assert before["train"] != after["train"]
 
 
 def test_the_split_is_that_of_the_seed_and_moves_little_when_data_grows(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ir.graphs import topology
+from recmas_compiler.training.agent_calls import AgentCalls
 from recmas_compiler.training.rows import FEWEST_CONSTANT_COLUMNS, Row, pad_rows
+from recmas_compiler.training.tolerances import TOLERANCES
 from tiny_systems import LoadTiny, declare
 from training_systems import STEPS, examples, training_graph
 
@@ -73,6 +75,18 @@ def test_what_is_wanted_is_not_shared() -> None:
     row = Row(pieces=(LEAD,), num_wanted=2)
     padded = pad_rows([row, row], embed, multiple=1, always_mask=False, share_up_to=99)
     assert padded.shared_ids == LEAD[:-2]
+
+
+def test_a_rollout_leaves_the_sliding_window_as_if_nothing_were_shared(tiny: LoadTiny) -> None:
+    # All prompts fit into the window, but not what is thought behind them.
+    calls = AgentCalls(
+        tiny("gemma3", sliding_window=48), compile_calls=False, checkpoint_calls=False
+    )
+    rows = [Row(pieces=((*LEAD, *range(30, 30 + n)),), num_wanted=1) for n in (1, 20)]
+    together, _ = calls.roll_out(rows, 40, lambda hidden_ND: hidden_ND, {})
+    for row, found in zip(rows, together, strict=True):
+        (alone,), _ = calls.roll_out([row], 40, lambda hidden_ND: hidden_ND, {})
+        assert (found - alone).abs().max() <= TOLERANCES["latent_absolute"]
 
 
 def test_nothing_constant_runs_twice(tiny: LoadTiny) -> None:
