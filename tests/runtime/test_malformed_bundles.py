@@ -289,6 +289,26 @@ def test_large_files_are_hashed_only_on_request(
         open_bundle(own_bundle, verify_hashes=True)
 
 
+@pytest.mark.parametrize(
+    "relative",
+    [
+        "plan.json",
+        "links/link.onnx",
+        DECODER,
+        "backbones/one/tokenizer.json",
+        "backbones/one/chat_template.jinja",
+    ],
+)
+def test_what_says_what_is_done_is_hashed_whatever_its_size(
+    own_bundle: Path, monkeypatch: pytest.MonkeyPatch, relative: str
+) -> None:
+    monkeypatch.setattr("recmas_runtime.bundle.SMALL_FILE_BYTES", 0)
+    flip(relative)(own_bundle)
+    with pytest.raises(RecmasError, match=r"RM401.*SHA-256") as caught:
+        open_bundle(own_bundle)
+    assert caught.value.problems[0].file == relative
+
+
 def test_a_bundle_may_be_reached_by_a_link(hand_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "linked").symlink_to(hand_bundle)
     assert open_bundle(tmp_path / "linked").plan.name == "by-hand"
