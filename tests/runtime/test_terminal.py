@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from recmas_runtime.answers import Answer
 from recmas_runtime.cli import main
 from recmas_runtime.system import System
 from recmas_runtime.terminal import harmless
@@ -46,7 +47,8 @@ def test_only_a_terminal_gets_an_answer_spelled_out(
     run_batch = System.run_batch
 
     def hostile_batch(*arguments: Any, **options: Any) -> list[Any]:
-        return [replace(answer, answer=HOSTILE) for answer in run_batch(*arguments, **options)]
+        answers = run_batch(*arguments, **options)
+        return [replace(a, answer=HOSTILE) for a in answers if isinstance(a, Answer)]
 
     monkeypatch.setattr(System, "stream", lambda *_, **__: Stream([HOSTILE]))
     monkeypatch.setattr(System, "run_batch", hostile_batch)
