@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING
 from recmas_compiler.backbones.sources import resolve_source
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import SEARCH_CORPUS, LinkWeights
-from recmas_compiler.ir.sizes import ENGINE_DTYPE, QUANTIZED, dtype_bytes, weights_bytes
+from recmas_compiler.ir.sizes import (
+    ENGINE_DTYPE,
+    QUANTIZED,
+    angle_tables_bytes,
+    dtype_bytes,
+    weights_bytes,
+)
 from recmas_compiler.spec.spec import Spec
 from recmas_export.bundle_writer import check_target, staged_bundle
 from recmas_export.fingerprint import fingerprint, sha256_file, source_digest, tool_versions
@@ -73,7 +79,7 @@ def build(
     Args:
         program: Of level PLANNED.
         spec: What it was compiled from.
-        out: The bundle's folder; an older bundle there is replaced in one rename.
+        out: The bundle's folder; an older bundle there is replaced whole.
         backbones: Loaded already, by shared name; None loads them.
         links: Materialized already, by id; None makes them.
         progress: Is told about stages.
@@ -241,15 +247,17 @@ def _link_files(program: Graph) -> dict[str, str]:
 
 
 def _estimated_bytes(program: Graph) -> int:
-    """Return about how many bytes the bundle takes: weights, most of all."""
+    """Return about how many bytes the bundle takes: weights and tables of angles, most of all."""
     backbones = [program.system.backbones[name] for name in live_backbones(program)]
     weights = sum(weights_bytes(b.facts, precision=b.precision, dtype=b.dtype) for b in backbones)
+    tables = sum(angle_tables_bytes(b.facts) for b in backbones)
     parameters = 0
     for link in _links(program).values():
         hidden = 2 * link.out_dim  # the widest kind's
         parameters += link.in_dim * hidden + hidden * link.out_dim + link.in_dim * link.out_dim
     return (
         weights
+        + tables
         + dtype_bytes(ENGINE_DTYPE) * parameters
         + _corpus_bytes(program.system.search_corpus)
     )

@@ -1,18 +1,14 @@
 """Bundles on disk: written beside their place, complete, and then renamed into it.
 
-Whatever happens at whatever moment, the place holds a whole bundle or none. A build that is killed
-leaves a hidden folder that nothing loads; the next build recognises it, because the kernel has
-released its lock, and removes it.
+Whatever happens at whatever moment, the place holds a whole bundle or none.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +22,7 @@ from recmas_runtime.codec import read_json_file, to_json
 from recmas_runtime.errors import RecmasError, fail
 from recmas_runtime.manifest import MANIFEST_NAME, PLAN_NAME, SPEC_NAME, FileEntry, Manifest
 from recmas_runtime.plan import Plan
-
-# `.NAME.building-XXXX` is a build under way, `.NAME.replaced-XXXX` a bundle on its way out.
-_BUILDING: Final = "building"
-_REPLACED: Final = "replaced"
+from recmas_runtime.staging import clear_away_dead_builds, move_into_place, staged_folder
 
 # What the file system itself needs, and what the estimate may have missed.
 _SLACK_BYTES: Final = 32 * 2**20
@@ -104,15 +97,11 @@ def staged_bundle(target: Path, *, needed_bytes: int) -> Iterator[StagedBundle]:
     needed_bytes += _SLACK_BYTES
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_away_dead_builds(target)
+        clear_away_dead_builds(target.parent, glob.escape(target.name))
         check_target(target)
         _check_space(target.parent, needed_bytes)
-        folder, lock = _locked_folder(target)
-        try:
+        with staged_folder(target) as folder:
             yield StagedBundle(folder, target)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
     except OSError as error:
         if error.errno not in _NOT_WRITABLE:
             raise
@@ -178,74 +167,11 @@ def _megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.0f} MB"
 
 
-def _locked_folder(target: Path) -> tuple[Path, int]:
-    """Make a folder beside `target` and lock it; the lock goes when this process goes."""
-    while True:
-        folder = _beside(target, _BUILDING)
-        folder.mkdir()
-        lock = _try_lock(folder)
-        # Another build may take a folder for dead before it is locked.
-        if lock is not None and folder.is_dir():
-            return folder, lock
-        if lock is not None:
-            os.close(lock)
-
-
-def _beside(target: Path, what: str) -> Path:
-    return target.with_name(f".{target.name}.{what}-{secrets.token_hex(4)}")
-
-
-def _try_lock(folder: Path) -> int | None:
-    try:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        return None
-    return lock
-
-
-def _clear_away_dead_builds(target: Path) -> None:
-    """Remove what killed builds left, and undo a replacement that was cut off in the middle."""
-    for what in (_REPLACED, _BUILDING):
-        for folder in sorted(target.parent.glob(f".{glob.escape(target.name)}.{what}-*")):
-            lock = _try_lock(folder)
-            if lock is None:
-                continue
-            if what == _REPLACED and not target.exists():
-                folder.rename(target)
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
-
-
 def _move_into_place(folder: Path, target: Path) -> None:
     check_target(target)  # it may have changed during a build of minutes
-    if not target.exists() or not any(target.iterdir()):
-        folder.rename(target)  # onto an empty folder is allowed
-    else:
-        _replace(target, folder)
-    _sync(target.parent)
-
-
-def _replace(target: Path, folder: Path) -> None:
-    lock = _try_lock(target)  # keeps other builds from taking the old bundle for a dead build's
-    if lock is None:
+    if not move_into_place(folder, target):
         raise _in_the_way(target, "is being replaced by another build")
-    replaced = _beside(target, _REPLACED)
-    try:
-        target.rename(replaced)
-        try:
-            folder.rename(target)
-        except BaseException:
-            replaced.rename(target)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        os.close(lock)
+    _sync(target.parent)
 
 
 def _sync(path: Path) -> None:

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from recmas_runtime.codec import read_json_file
-from recmas_runtime.consistency import check_consistency, referenced_files
+from recmas_runtime.consistency import check_consistency, interpreted_files, referenced_files
 from recmas_runtime.errors import Problem, RecmasError, fail
 from recmas_runtime.manifest import MANIFEST_NAME, PLAN_NAME, FileEntry, Manifest
 from recmas_runtime.plan import Plan
 from recmas_runtime.progress import Progress, Silent
 from recmas_runtime.regular_file import open_regular
 
-# Files below this are hashed at every load: it takes milliseconds and covers graphs, tokenizers and
-# the plan. Weights are hashed by `recmas verify`.
+# Files below this are hashed at every load, and whatever their size graphs, tokenizers, chat
+# templates and the plan: it takes milliseconds. Weights are hashed by `recmas verify`.
 SMALL_FILE_BYTES: Final = 2**20
 _CHUNK_BYTES: Final = 2**22
 # Engines that were built on some machine are a cache beside what the manifest lists.
@@ -66,7 +66,7 @@ def open_bundle(
 
     Args:
         path: The bundle's folder.
-        verify_hashes: Hash every file; otherwise only small ones.
+        verify_hashes: Hash every file; otherwise only small ones and those that say what is done.
         progress: Is told about hashing.
 
     Raises:
@@ -174,13 +174,14 @@ def _check_files(
     """Check every listed file's place, kind, size and hash, and that nothing needed is unlisted."""
     problems: list[Problem] = []
     to_hash: list[tuple[str, FileEntry]] = []
+    always = {*interpreted_files(manifest)}
     for relative, entry in manifest.files.items():
         try:
             _check_size(inside(root, relative), relative, entry)
         except RecmasError as error:
             problems += error.problems
             continue
-        if verify_hashes or entry.size_bytes < SMALL_FILE_BYTES:
+        if verify_hashes or relative in always or entry.size_bytes < SMALL_FILE_BYTES:
             to_hash.append((relative, entry))
     for relative in referenced_files(manifest):
         if relative not in manifest.files:

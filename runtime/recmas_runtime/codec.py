@@ -94,7 +94,13 @@ _ANY_INTEGER: Final = (-(2**53), 2**53)
 # Keys that bundles of this version may lack, because they were written before there was a choice;
 # the fields' defaults say what those bundles are.
 _LATER_KEYS: Final[frozenset[tuple[type, str]]] = frozenset(
-    {(BackboneEntry, "precision"), (ParityEntry, "loss")}
+    {
+        (BackboneEntry, "precision"),
+        (BackboneEntry, "cpu_decoder"),
+        (ParityEntry, "loss"),
+        (Plan, "stop_when"),
+        (Plan, "tools"),
+    }
 )
 
 

@@ -35,13 +35,20 @@ Rule = Callable[[Manifest, Plan], Iterator[tuple[str, str]]]
 
 def referenced_files(manifest: Manifest) -> tuple[str, ...]:
     """Return the path of every file that the manifest's entries name, and of the fixed ones."""
-    paths = [PLAN_NAME, SPEC_NAME, manifest.link_engine, manifest.probe]
-    for backbone in manifest.backbones.values():
-        paths += [backbone.decoder, backbone.embed, backbone.head, backbone.weights]
-        paths += [backbone.tokenizer, backbone.chat_template]
-        paths += [backbone.cpu_decoder] if backbone.cpu_decoder is not None else []
+    paths = [*interpreted_files(manifest)]
+    paths += [backbone.weights for backbone in manifest.backbones.values()]
     paths += [link.file for link in manifest.links.values()]
     paths += [case.file for case in manifest.parity]
+    return tuple(dict.fromkeys(paths))
+
+
+def interpreted_files(manifest: Manifest) -> tuple[str, ...]:
+    """Return those of the files that say what is done; the others hold only numbers."""
+    paths = [PLAN_NAME, SPEC_NAME, manifest.link_engine, manifest.probe]
+    for backbone in manifest.backbones.values():
+        paths += [backbone.decoder, backbone.embed, backbone.head]
+        paths += [backbone.tokenizer, backbone.chat_template]
+        paths += [backbone.cpu_decoder] if backbone.cpu_decoder is not None else []
     return tuple(dict.fromkeys(paths))
 
 

@@ -20,6 +20,7 @@ from recmas_runtime.records import AnswerWriter, question_record, read_records
 from recmas_runtime.reports import answer_summary
 from recmas_runtime.sampler import check_sampling
 from recmas_runtime.system import System, load
+from recmas_runtime.terminal import shown_on
 from recmas_runtime.tools.ask import terminal_ask
 from recmas_runtime.trace import TraceWriter
 
@@ -66,7 +67,7 @@ def _stream(system: System, options: argparse.Namespace, sampling: SamplingPlan)
     stream = system.stream(record, sampling=sampling)
     try:
         for piece in stream:
-            sys.stdout.write(piece)
+            sys.stdout.write(shown_on(sys.stdout, piece))
             sys.stdout.flush()
     finally:
         print(flush=True)
@@ -124,7 +125,7 @@ def _deliver(
     if options.json:
         data["answers"].append(answer.to_json())
     elif writer is None:  # one question, with a trace
-        print(answer.answer, flush=True)
+        print(shown_on(sys.stdout, answer.answer), flush=True)
     if options.question is not None and not options.quiet:
         print(answer_summary(answer), file=sys.stderr)
 

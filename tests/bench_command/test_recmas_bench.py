@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,21 @@ def test_a_second_bundle_with_untrained_links(
     arguments = ["--frozen-bundle", hand_bundle, "--question", "7", "--repeats", "1"]
     body = bench_json(capsys, hand_bundle, *arguments)
     assert [row["system"] for row in body["data"]["rows"]] == ["latent", "frozen-links", "text"]
+
+
+@pytest.mark.parametrize("having", [("one",), ("two",), ("one", "two")])
+def test_what_either_bundle_warns_of_is_reported_once(
+    hand_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], having: tuple[str, ...]
+) -> None:
+    bundles = {name: shutil.copytree(hand_bundle, tmp_path / name) for name in ("one", "two")}
+    for name in having:  # engines that no machine can use
+        (bundles[name] / "engines/any").mkdir(parents=True)
+        (bundles[name] / "engines/any/engines.json").write_text("{}")
+    arguments = ["--frozen-bundle", bundles["two"], "--question", "7", "--repeats", "1"]
+    body = bench_json(capsys, bundles["one"], *arguments)
+    messages = [problem["message"] for problem in body["problems"]]
+    assert messages
+    assert len(set(messages)) == len(messages)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -67,6 +68,29 @@ def test_files_can_be_read_by_others(built: BuildResult) -> None:
     """Some writers make files for their owner alone, but a bundle is there to be handed on."""
     modes = {p.stat().st_mode & 0o777 for p in built.path.rglob("*") if p.is_file()}
     assert len(modes) == 1
+
+
+def test_room_on_the_disk_is_asked_for_tables_of_angles_too(
+    system: Path, built: BuildResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: list[int] = []
+
+    def refuse(target: Path, *, needed_bytes: int) -> NoReturn:
+        needed.append(needed_bytes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recmas_export.build.staged_bundle", refuse)
+    spec, program = compile_system(system)
+    for most_positions in (2**17, 0):
+        monkeypatch.setattr("recmas_compiler.ir.sizes.MOST_TABLE_POSITIONS", most_positions)
+        with pytest.raises(KeyboardInterrupt):
+            build(program, spec=spec, out=tmp_path / "bundle")
+    tables = 0
+    for entry in open_bundle(built.path).manifest.backbones.values():
+        tensors, _ = read_tensors(built.path / entry.weights)
+        tables += sum(t.nbytes for name, t in tensors.items() if name.endswith(".table"))
+    assert tables > 0
+    assert needed[0] - needed[1] >= tables
 
 
 def test_disk_that_fills_up_during_the_build(system: Path, tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ def test_special_tokens_are_variables_that_settings_override() -> None:
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{% set ns = namespace() %}{% set ns._x = 1 %}", "'_x'"),
         ("{{ namespace(__class__=1) }}", "'__class__'"),
-        ("{{ 'a' * 100000000 }}", "repeated 100000000 times"),
-        ("{{ 100000000 * [1] }}", "repeated 100000000 times"),
+        ("{{ 'a' * 100000000 }}", "'*' makes it more than 64000000 characters"),
+        ("{{ 100000000 * [1] }}", "'*' makes it more than 64000000 characters"),
         ("{{ 10 ** 100000000 }}", "power of 100000000"),
         ("{{ range(100001) }}", "Range too big"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "turns"),
@@ -68,6 +68,17 @@ def test_templates_that_fail_or_run_away_are_told_about(text: str, reason: str) 
     assert reason in str(caught.value)
 
 
+def test_a_long_conversation_has_room() -> None:
+    text = (
+        "{%- for m in messages %}{%- if m.content is string and '</think>' in m.content %}"
+        "{%- set content = m.content.split('</think>')[-1].lstrip('\n') %}{% else %}"
+        "{%- set content = m.content | trim %}{% endif %}"
+        "{{- '<|im_start|>' + m.role + '\n' + content + '<|im_end|>' + '\n' }}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "x" * 40_000}] * 100
+    assert len(ChatTemplate(text).render(messages, add_generation_prompt=True)) > 4_000_000
+
+
 def test_output_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "MAX_OUTPUT_CHARS", 1000)
     with pytest.raises(RecmasError, match="more than 1000 characters"):
@@ -80,7 +91,13 @@ def test_the_loop_budget_is_per_rendering() -> None:
         template.render(USER, add_generation_prompt=False)
 
 
-@pytest.mark.parametrize("text", ["{% if %}", "{{ x", "{% for %}", "{% unknown %}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{% if %}", "{{ x", "{% for %}", "{% unknown %}", "{{ x | urlize }}", "{{ x[1:2, 3] }}"),
+        "{% for x in y %}" * 30 + "{% endfor %}" * 30,
+    ],
+)
 def test_invalid_templates_are_refused(text: str) -> None:
     with pytest.raises(RecmasError, match="RM206"):
         ChatTemplate(text)

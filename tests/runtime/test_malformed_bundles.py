@@ -21,6 +21,7 @@ from recmas_runtime.cli import main
 from recmas_runtime.errors import CODES, RecmasError
 from recmas_runtime.manifest import MANIFEST_NAME
 from recmas_runtime.progress import Silent
+from recmas_runtime.system import load
 
 Spoil = Callable[[Path], object]
 
@@ -254,6 +255,19 @@ def test_refused_by_code_and_file(
     assert before == {path: path.lstat().st_mtime_ns for path in own_bundle.parent.rglob("*")}
 
 
+def test_a_bundle_from_before_there_was_a_choice_still_runs(own_bundle: Path) -> None:
+    for key in ("precision", "cpu_decoder"):
+        edit_json(own_bundle / MANIFEST_NAME, f"backbones/one/{key}", DELETE)
+    edit_json(own_bundle / MANIFEST_NAME, "parity/0/loss", DELETE)
+    for key in ("stop_when", "tools"):
+        plan(key, DELETE)(own_bundle)
+    entry = open_bundle(own_bundle).manifest.backbones["one"]
+    assert (entry.precision, entry.cpu_decoder) == ("float32", None)
+    system = load(own_bundle, device="cpu", threads=1)
+    assert (system.plan.stop_when, system.plan.tools) == (None, None)
+    assert system.run("7").answer == "h"
+
+
 def test_there_are_enough_of_them() -> None:
     assert len(CASES) >= 30
 
@@ -287,6 +301,26 @@ def test_large_files_are_hashed_only_on_request(
     open_bundle(own_bundle)
     with pytest.raises(RecmasError, match=r"RM401.*SHA-256"):
         open_bundle(own_bundle, verify_hashes=True)
+
+
+@pytest.mark.parametrize(
+    "relative",
+    [
+        "plan.json",
+        "links/link.onnx",
+        DECODER,
+        "backbones/one/tokenizer.json",
+        "backbones/one/chat_template.jinja",
+    ],
+)
+def test_what_says_what_is_done_is_hashed_whatever_its_size(
+    own_bundle: Path, monkeypatch: pytest.MonkeyPatch, relative: str
+) -> None:
+    monkeypatch.setattr("recmas_runtime.bundle.SMALL_FILE_BYTES", 0)
+    flip(relative)(own_bundle)
+    with pytest.raises(RecmasError, match=r"RM401.*SHA-256") as caught:
+        open_bundle(own_bundle)
+    assert caught.value.problems[0].file == relative
 
 
 def test_a_bundle_may_be_reached_by_a_link(hand_bundle: Path, tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +137,70 @@ def test_the_first_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), staged_engines(tmp_path, HERE):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+KILL = """
+import os, shutil, signal, sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+from test_engine_cache import write_engines
+
+def kill(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+where = {where!r}
+if where == "building":
+    Path.write_bytes = kill
+elif where == "within the swap":
+    rename = Path.rename
+    Path.rename = lambda self, to: kill() if "building" in self.name else rename(self, to)
+elif where == "after the swap":
+    shutil.rmtree = kill
+write_engines(Path({root!r}))
+"""
+
+
+@pytest.mark.parametrize("where", ["building", "within the swap", "after the swap"])
+def test_a_killed_build_leaves_whole_engines_and_nothing_for_long(
+    tmp_path: Path, where: str
+) -> None:
+    ours = write_engines(tmp_path)
+    script = KILL.format(path=sys.path, where=where, root=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    engines, reasons = choose_engines(tmp_path, FINGERPRINT, HERE)
+    assert (engines is None) == (where == "within the swap")
+    assert reasons == ()
+    # Engines of another machine are built next: they clear away all the same.
+    theirs = write_engines(tmp_path, replace(HERE, architecture="sm80"))
+    assert sorted((tmp_path / ENGINES_FOLDER).iterdir()) == [theirs, ours]
+    engines, _ = choose_engines(tmp_path, FINGERPRINT, HERE)
+    assert engines is not None
+
+
+def test_a_swap_that_fails_puts_the_older_engines_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = write_engines(tmp_path)
+    rename = Path.rename
+
+    def failing(self: Path, to: Path) -> Path:
+        if "building" in self.name:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(RecmasError, match=r"RM303.*Input/output error"):
+        write_engines(tmp_path)
+    assert list((tmp_path / ENGINES_FOLDER).iterdir()) == [ours]
+    engines, _ = choose_engines(tmp_path, FINGERPRINT, HERE)
+    assert engines is not None
+
+
+def test_a_build_under_way_is_left_alone_by_another(tmp_path: Path) -> None:
+    with staged_engines(tmp_path, HERE) as slow:
+        write_engines(tmp_path)
+        assert slow.is_dir()
 
 
 def test_a_bundle_that_cannot_be_written_to(tmp_path: Path) -> None:

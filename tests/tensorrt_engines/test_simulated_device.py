@@ -172,6 +172,53 @@ for a, b, c in zip(*rows, strict=True):
 """
 
 
+HALF_CAPTURED = """
+import sys
+import numpy as np
+from recmas_runtime.bundle import open_bundle
+from recmas_runtime.links import load_operands, stack_operands
+from recmas_runtime.opening import open_engines
+from recmas_runtime.tensorrt import workspace
+from recmas_runtime.tensorrt.device_memory import Stream
+
+workspace.MOST_STEPS_OF_A_GRAPH = 2
+bundle = open_bundle(sys.argv[1])
+backbone = open_engines(bundle, device="tensorrt", threads=1).backbones["small"]
+link = bundle.manifest.links["one.inner"]
+inner = stack_operands([load_operands(bundle.file(link.file), link)])
+capture, captured = Stream.capture, []
+
+def failing(stream, launch):
+    captured.append(launch)
+    if len(captured) == 2:
+        raise MemoryError
+    return capture(stream, launch)
+
+def rollout(cache):
+    embeds = backbone.embed(np.arange(4)[None])
+    index = np.zeros(1, int)
+    _, *last = backbone.forward(cache, embeds, index, index + 3, inner)
+    return backbone.rollout(cache, *last, index + 4, inner, 6)
+
+expected = rollout(backbone.new_cache(1, 64))[0]
+assert expected.any(axis=(1, 2)).all()
+backbone._waiting.clear()
+cache = backbone.new_cache(1, 64)
+Stream.capture = failing
+try:
+    rollout(cache)
+except MemoryError:
+    print(len(captured))
+assert np.array_equal(rollout(cache)[0], expected)
+"""
+
+
+def test_a_capture_that_fails_midway_begins_anew(engine_bundle: Path) -> None:
+    ran = run_python("-c", HALF_CAPTURED, str(engine_bundle), paths=(str(SIMULATED),))
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["2"]
+
+
 def test_rows_move_between_engines(engine_bundle: Path) -> None:
     ran = run_python("-c", EXCHANGE, str(engine_bundle), paths=(str(SIMULATED),))
     assert ran.returncode == 0, ran.stderr

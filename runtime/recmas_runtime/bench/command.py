@@ -88,7 +88,8 @@ def bench(
 
     Args:
         options: What to measure, and how.
-        problems: Gets lines of the data that cannot be used, and questions without an answer.
+        problems: Gets lines of the data that cannot be used, questions without an answer, and
+            warnings about the engines of either bundle.
         forms_of: Says in which forms to run a bundle's system.
         progress: Is told of every run.
 
@@ -99,10 +100,12 @@ def bench(
     _check_usage(options)
     make_folder(options.out)
     system = load(options.bundle, device=options.device, threads=options.threads)
+    loaded = [system]
     forms = forms_of(options.bundle, system)
     frozen: tuple[System, ...] = ()
     if options.frozen_bundle is not None:
         untrained = load(options.frozen_bundle, device=options.device, threads=options.threads)
+        loaded.append(untrained)
         frozen = forms_of(options.frozen_bundle, untrained).by_rounds
     plans = [form.plan for form in (*forms.by_rounds, *forms.by_steps)]
     fields = tuple(dict.fromkeys(name for plan in plans for name in plan.fields))
@@ -118,7 +121,9 @@ def bench(
         threads=options.threads,
         progress=progress,
     )
-    problems += (*report.problems, *system.problems)
+    # What both bundles lack is said once.
+    warnings = dict.fromkeys(problem for system in loaded for problem in system.problems)
+    problems += (*report.problems, *warnings)
     _write_report(report, options.out)
     return report
 

@@ -99,7 +99,7 @@ def build_engines(
     """Build TensorRT engines for this machine into a bundle.
 
     The engines take their place only after they have passed the bundle's parity cases; an older set
-    for the same machine is replaced in one rename.
+    for the same machine stays until then, and goes when they are there.
 
     Args:
         root: The bundle.

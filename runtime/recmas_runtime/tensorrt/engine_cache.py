@@ -10,8 +10,7 @@ has their hashes; plans that are damaged, or that another machine built, are nev
 
 from __future__ import annotations
 
-import secrets
-import shutil
+import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ from recmas_runtime.tensorrt.availability import Platform
 RECORD_NAME: Final = "engines.json"
 TIMING_CACHE_NAME: Final = "timing.cache"
 ENGINES_VERSION: Final = 1
-
-_BUILDING: Final = ".building-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,18 +168,20 @@ def staged_engines(root: Path, platform: Platform) -> Iterator[Path]:
     Raises:
         RecmasError: RM303 if the bundle cannot be written to.
     """
+    # Its locks are not there on every system that loads engines.
+    from recmas_runtime.staging import clear_away_dead_builds, move_into_place, staged_folder
+
     engines = root / ENGINES_FOLDER
-    staged = engines / f"{_BUILDING}{secrets.token_hex(4)}"
+    target = engines / platform.key
     try:
-        staged.mkdir(parents=True)
+        engines.mkdir(exist_ok=True)
         try:
-            yield staged
-            target = engines / platform.key
-            if target.exists():
-                shutil.rmtree(target)
-            staged.rename(target)
+            clear_away_dead_builds(engines)
+            with staged_folder(target) as folder:
+                yield folder
+                if not move_into_place(folder, target):
+                    raise OSError(errno.EBUSY, "another build is replacing them")
         finally:
-            shutil.rmtree(staged, ignore_errors=True)
             if not any(engines.iterdir()):
                 engines.rmdir()
     except OSError as error:

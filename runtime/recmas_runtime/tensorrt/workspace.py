@@ -213,9 +213,14 @@ class _Rollout:
         # first step, which the graph then runs again with the same result.
         self._enqueue(range(1, 2))
         self._stream.wait()
-        for start in range(1, self._num_steps, MOST_STEPS_OF_A_GRAPH):
-            steps = range(start, min(start + MOST_STEPS_OF_A_GRAPH, self._num_steps))
-            self._graphs.append(self._stream.capture(partial(self._enqueue, steps)))
+        steps = range(1, self._num_steps)
+        # Assigned when all are there: half a rollout must never wait to be launched.
+        self._graphs = [
+            self._stream.capture(
+                partial(self._enqueue, steps[index : index + MOST_STEPS_OF_A_GRAPH])
+            )
+            for index in range(0, len(steps), MOST_STEPS_OF_A_GRAPH)
+        ]
 
     def _enqueue(self, steps: range) -> None:
         for step in steps:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from recmas_runtime.terminal import harmless
+
 
 def terminal_ask() -> Callable[[str], str] | None:
     """Return a function that asks on standard error and reads a line of standard input.
@@ -18,9 +20,7 @@ def terminal_ask() -> Callable[[str], str] | None:
 
 
 def _ask(question: str) -> str:
-    # A model's text must not steer the terminal: control characters are shown, not sent.
-    shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in question)
-    print(f"\nThe agent asks: {shown}\n> ", end="", file=sys.stderr, flush=True)
+    print(f"\nThe agent asks: {harmless(question)}\n> ", end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
     if not line:
         raise EOFError("nobody answered: the input has ended")
