@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from recmas_compiler.cli import main
 from recmas_compiler.training.metrics import METRICS_NAME, read_metrics
-from recmas_runtime.errors import Exit
+from recmas_runtime.errors import Exit, fail
 from training_specs import changed
 
 COMMAND = [sys.executable, "-m", "recmas_compiler.cli", "train"]
@@ -104,6 +104,18 @@ def test_one_stage_after_the_other_is_both(here: Path, capsys: pytest.CaptureFix
     after = trained_links(Path("links/pair"))
     assert all(torch.equal(after[name], both[name]) for name in both)
     assert any(not torch.equal(inner[name], both[name]) for name in both)
+
+
+def test_an_outer_stage_that_fails_leaves_the_links_as_they_were(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*_: object) -> None:
+        raise fail("RM701", "the loss diverges")
+
+    monkeypatch.setattr("recmas_compiler.training.run._outer_stage", diverge)
+    recmasc(capsys, "train", here, "--quiet", "--steps", "1", status=Exit.RUN_FAILED)
+    assert not Path("links").exists()
+    assert Path("out/pair-training/inner/links/inner.planner.safetensors").exists()
 
 
 def test_the_build_takes_trained_links(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
