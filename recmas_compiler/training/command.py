@@ -139,7 +139,7 @@ def _evaluated(session: Session) -> Outcome:
             "records": records,
             "left_out": dict(session.examples.left_out),
         },
-        problems=session.examples.warnings,
+        problems=session.spec.warnings + session.examples.warnings,
     )
 
 

@@ -163,6 +163,25 @@ def test_links_of_another_kind_are_left_aside(
     assert "it is of kind `projected`, the spec says `residual`" in warning["message"]
     assert (warning["line"], warning["column"]) == (18, 3)
     assert "planner->solver" not in built["data"]["trained_links"]
+    measured = recmasc(capsys, "train", here, "--quiet", "--eval-only")
+    assert [p for p in measured["problems"] if p["code"] == "RM751"] == [warning]
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(here), "What is 1 + 2?", "--max-new-tokens", "1"])
+    assert ended.value.code == 0
+    assert f"warning[RM751]: {warning['message']}" in capsys.readouterr().err
+
+
+def test_links_that_no_stage_trained_are_not_called_trained(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recmasc(capsys, "train", here, "--quiet", "--stage", "inner", "--steps", "1")
+    built = recmasc(capsys, "build", here, "--quiet", "-o", "bundle")["data"]
+    assert built["trained_links"] == ["planner.inner", "solver.inner"]
+    with pytest.raises(SystemExit):
+        main(["build", str(here), "--quiet", "-o", "bundle"])
+    text = capsys.readouterr().out
+    assert "links/pair: planner.inner, solver.inner.\n" in text
+    assert "2 of 4 links are untrained (planner->solver, solver->planner): thoughts pass" in text
 
 
 def test_measuring_without_a_step(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
