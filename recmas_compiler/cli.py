@@ -10,7 +10,7 @@ import click
 
 from recmas_compiler import commands
 from recmas_compiler.cli_measure import bench, evaluate
-from recmas_compiler.cli_options import QUIET, SET, SPEC
+from recmas_compiler.cli_options import DUMP_IR, QUIET, SET, SPEC
 from recmas_compiler.cli_released import export_links, import_
 from recmas_compiler.console import Outcome, command, report
 from recmas_runtime.errors import Exit, fail
@@ -91,11 +91,7 @@ def graph(spec: Path, overrides: tuple[str, ...], out: Path | None, *, program: 
 @SPEC
 @SET
 @click.option("--after", metavar="PASS", help="Print the IR as it is after this pass.")
-@click.option(
-    "--dump-ir",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Write every pass's IR here.",
-)
+@DUMP_IR
 @command
 def ir(spec: Path, overrides: tuple[str, ...], after: str | None, dump_ir: Path | None) -> Outcome:
     """Print the program IR."""
@@ -120,11 +116,7 @@ def ir(spec: Path, overrides: tuple[str, ...], after: str | None, dump_ir: Path 
     is_flag=True,
     help="Give trained links their untrained start instead, to compare with.",
 )
-@click.option(
-    "--dump-ir",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Write every pass's IR here.",
-)
+@DUMP_IR
 @QUIET
 @command
 def build(

@@ -170,7 +170,7 @@ def build(
             "parity": [to_json(entry) for entry in result.parity],
             "trained_links": [] if trained is None else list(trained.used),
         },
-        problems=spec.warnings + (() if trained is None else trained.warnings),
+        problems=spec.warnings,
     )
 
 
@@ -270,7 +270,8 @@ def _links_note(program: api.Program, trained: TrainedLinks | None) -> str:
     system = program.graph.system
     weights = {f"{name}.inner": agent.inner for name, agent in system.agents.items()}
     weights |= {link_id: link.weights for link_id, link in system.links.items()}
-    untrained = [link_id for link_id, link in weights.items() if link.file is None]
+    started = () if trained is None else trained.untrained
+    untrained = [name for name, link in weights.items() if link.file is None or name in started]
     note = ""
     if trained is not None and trained.used:
         note = f"Trained links from {trained.folder}: {', '.join(trained.used)}.\n"
@@ -324,6 +325,8 @@ def _build_for_run(source: Path, *, as_json: bool) -> Path | int:
         trained = api.trained_links(program)
         if trained is not None:
             program = api.compile(trained.spec)
+        for warning in program.spec.warnings:
+            click.echo(str(warning), err=True)
         folder = Path("out") / program.graph.system.name
         return api.build(program, folder, progress=progress)
     except RecmasError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ SOURCES = sorted(
     for folder in ("recmas_compiler", "runtime/recmas_runtime", "export/recmas_export")
     for path in (ROOT / folder).rglob("*.py")
 )
+BENCH = ROOT / "tests/bench"
+SCRIPTS = sorted(p.stem for p in BENCH.glob("*.py") if "def main(" in p.read_text(encoding="utf-8"))
 MAX_LINES = 400
 
 # part of the source -> what it must not import; parts are prefixes of module names
@@ -112,6 +115,18 @@ def test_looking_at_a_spec_loads_no_torch(command: str) -> None:
     )
     assert ran.stdout
     assert ran.stderr.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_start(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {name}")
 
 
 def test_public_doors() -> None:

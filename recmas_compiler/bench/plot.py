@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Final
 
@@ -75,7 +76,7 @@ def _bars(
     rounds = sorted({row.case.rounds for row in rows})
     width = _WIDTH_OF_A_GROUP / len(names)
     papers = dict.fromkeys(rounds, "")
-    for name, colour in zip(names, COLOURS, strict=False):
+    for name, colour in zip(names, cycle(COLOURS), strict=False):
         mine = [row for row in rows if row.case.name == name]
         offset = (names.index(name) - (len(names) - 1) / 2) * width
         places = [rounds.index(row.case.rounds) + offset for row in mine]

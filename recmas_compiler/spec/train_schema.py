@@ -214,7 +214,8 @@ class TrainSection(Section):
     time."""
 
     compile: bool = False
-    """Compile the agent calls with torch.compile: minutes once, then faster steps."""
+    """Compile the agent calls with torch.compile. It takes minutes, and on a CPU steps are then as
+    fast as without (2.62 s against 2.63 s)."""
 
     cache_mb: int = Field(default=4096, ge=0, le=100_000_000)
     """Most MiB of hidden states that the inner stage keeps on disk; what does not fit is computed

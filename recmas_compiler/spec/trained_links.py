@@ -49,16 +49,17 @@ class TrainedLinks:
     """The trained links that a spec can use.
 
     Attributes:
-        spec: The spec with the files of these links as their weights.
+        spec: The spec with the files of these links as their weights, and with a warning RM751 for
+            every one that does not fit any more.
         folder: Where they are.
-        used: Ids of the links whose trained weights are used, in order of declaration.
-        warnings: RM751 for every trained link that does not fit any more.
+        used: Ids of the links that learned, in order of declaration.
+        untrained: Ids of the links that lie there as they started: no stage has trained them yet.
     """
 
     spec: Spec
     folder: Path
     used: tuple[str, ...]
-    warnings: tuple[Problem, ...]
+    untrained: tuple[str, ...]
 
 
 def links_folder(spec: Spec) -> Path | None:
@@ -91,8 +92,9 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
     receipt = None if folder is None else read_receipt(folder / RECEIPT_NAME)
     if folder is None or receipt is None:
         return None
-    home, digests = folder, vouched_digests(receipt)
+    home, digests, entries = folder, vouched_digests(receipt), receipt.get("links", {})
     used: list[str] = []
+    untrained: list[str] = []
     warnings: list[Problem] = []
 
     def trained(link_id: str, role: Role, agents: tuple[str, str], section: Link, loc: Loc) -> Link:
@@ -107,7 +109,11 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
             place = spec.position(*loc)
             warnings.append(problem_at(place, "RM751", message, hint=hint, severity="warning"))
             return section
-        used.append(link_id)
+        entry = entries[link_id]
+        if entry.get("trained"):
+            used.append(link_id)
+        elif entry.get("start") != "file":  # the spec's own files were trained elsewhere
+            untrained.append(link_id)
         path = f"{_setting(spec)}/{file.name}"
         return section.model_copy(update={"init": None, "weights": path})
 
@@ -128,10 +134,14 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
     }
     update = {"agents": agents, "links": links}
     return TrainedLinks(
-        spec=replace(spec, document=document.model_copy(update=update)),
+        spec=replace(
+            spec,
+            document=document.model_copy(update=update),
+            warnings=(*spec.warnings, *warnings),
+        ),
         folder=folder,
         used=tuple(used),
-        warnings=tuple(warnings),
+        untrained=tuple(untrained),
     )
 
 

@@ -4,11 +4,41 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
+from typing import Final
 
 from recmas_compiler.cli import main
+from recmas_compiler.training.distributed import STATUS_FILE
+
+# Mistakes are found by all processes; torchrun ends the rest when it sees the first one gone.
+_SECONDS_TO_TELL: Final = 10.0
+
+
+def run_launched(status_file: Path, *, is_main: bool) -> None:
+    """Run as a process of `launch`, in which the main one tells how the run ended.
+
+    Args:
+        status_file: Gets the exit status of the main process.
+        is_main: Whether this is that process.
+    """
+    try:
+        main(["train", *sys.argv[1:]])
+    except SystemExit as ended:
+        sys.stdout.flush()
+        if is_main:
+            status_file.write_text(str(ended.code))
+        elif ended.code:
+            give_up = time.monotonic() + _SECONDS_TO_TELL
+            while not status_file.exists() and time.monotonic() < give_up:
+                time.sleep(0.05)
+        raise
+
 
 if __name__ == "__main__":
-    if os.environ.get("RANK", "0") != "0":  # what the first process prints is said once
+    is_main = os.environ.get("RANK", "0") == "0"
+    if STATUS_FILE in os.environ:
+        run_launched(Path(os.environ[STATUS_FILE]), is_main=is_main)
+    if not is_main:  # what the first process prints is said once
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     main(["train", *sys.argv[1:]])

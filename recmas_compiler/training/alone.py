@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -182,7 +183,7 @@ def run_method(
     if not result.interrupted and session.world.is_main:
         try:
             learner.save(folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise unwritable(folder, error) from error
     session.world.wait()
     return AloneReport(agent=agent, figures=figures_of(result), interrupted=result.interrupted)

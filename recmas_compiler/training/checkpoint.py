@@ -169,12 +169,18 @@ def restore_tensors(
         torch.cuda.set_rng_state(tensors["random/cuda"])
 
 
-def unwritable(path: Path, error: OSError, *, last_good: Path | None = None) -> RecmasError:
-    """Return the error for a file of a run that cannot be written."""
+def unwritable(
+    path: Path, error: OSError | SafetensorError, *, last_good: Path | None = None
+) -> RecmasError:
+    """Return the error for a file of a run that cannot be written.
+
+    A full disk is a `SafetensorError` where that package writes by itself.
+    """
+    reason = error.strerror if isinstance(error, OSError) else error
     kept = "" if last_good is None else f"; the last good checkpoint is {last_good}"
     return fail(
         "RM303",
-        f"cannot write {path}: {error.strerror}{kept}",
+        f"cannot write {path}: {reason}{kept}",
         hint="Make room, then go on with --resume.",
     )
 

@@ -21,7 +21,7 @@ from recmas_compiler.training.run_loop import RunOptions
 from recmas_compiler.training.session import Session, element_type, open_session
 from recmas_compiler.training.settings import TrainSettings, train_settings
 from recmas_compiler.training.task import Sink
-from recmas_runtime.errors import Exit, fail
+from recmas_runtime.errors import fail
 from recmas_runtime.progress import Progress, Silent
 
 
@@ -101,8 +101,7 @@ def train_in_processes(
         RecmasError: RM104 without `train`, RM704 for too many processes.
     """
     check_processes(train_settings(spec).section, stage, num_processes)
-    status = launch(num_processes, without_option(arguments, "--nproc"))
-    sys.exit(Exit.OK if status == 0 else Exit.RUN_FAILED)
+    sys.exit(launch(num_processes, without_option(arguments, "--nproc")))
 
 
 def without_option(arguments: Sequence[str], option: str) -> list[str]:
@@ -140,7 +139,7 @@ def _evaluated(session: Session) -> Outcome:
             "records": records,
             "left_out": dict(session.examples.left_out),
         },
-        problems=session.examples.warnings,
+        problems=session.spec.warnings + session.examples.warnings,
     )
 
 

@@ -44,8 +44,10 @@ class Cost:
 
 
 def write_cost(folder: Path, learning: Mapping[str, nn.Module], world: World) -> None:
-    """Leave, beside the metrics in a loop's folder, what they tell about its cost."""
+    """Leave, beside the metrics in a loop's folder, what they tell about its cost, if anything."""
     steps = [entry for entry in read_metrics(folder / METRICS_NAME) if entry["kind"] == "step"]
+    if not steps:  # the file was lost after the last one
+        return
     seconds = [entry["tokens"] / entry["tokens_per_s"] for entry in steps]
     cost = Cost(
         trainable_parameters=sum(w.numel() for m in learning.values() for w in m.parameters()),

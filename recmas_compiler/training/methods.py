@@ -100,7 +100,10 @@ class LoraLearner:
             weight.data = weight.data.float()  # they learn, so they are no bfloat16 numbers
 
     def save(self, folder: Path) -> None:
-        """Write the additions into `folder/adapter`, as peft does, and the sum into `model`."""
+        """Write the additions into `folder/adapter`, as peft does, and the sum into `model`.
+
+        The sum is float32: in bfloat16, small additions would be lost in its rounding.
+        """
         from peft import get_peft_model_state_dict
 
         place = folder / ADAPTER
@@ -111,7 +114,8 @@ class LoraLearner:
         save_file(tensors, staged, metadata={"format": "pt"})
         staged.replace(place / "adapter_model.safetensors")
         self._adapted.peft_config["default"].save_pretrained(place)
-        _save_model(self._backbone, self._adapted.merge_and_unload(), folder)
+        adapted = self._adapted.to("cpu", torch.float32)
+        _save_model(self._backbone, adapted.merge_and_unload(), folder)
 
 
 METHODS: Final = MappingProxyType[MethodName, Callable[[TorchBackbone, TrainSection], Learner]](

@@ -22,7 +22,7 @@ class MetricsLog:
     Args:
         path: The file; made if it is not there.
         keep_bytes: What is behind this place was written after the checkpoint that a run goes on
-            from, and is cut off.
+            from, and is cut off. A file that lost its end keeps the lines that are whole.
 
     Raises:
         RecmasError: RM303 if it cannot be written.
@@ -31,12 +31,26 @@ class MetricsLog:
     def __init__(self, path: Path, *, keep_bytes: int) -> None:
         self._path = path
         try:
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
-            os.ftruncate(self._file, keep_bytes)
-            os.lseek(self._file, keep_bytes, os.SEEK_SET)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            kept = os.pread(self._file, keep_bytes, 0)
+            self._num_bytes = kept.rfind(b"\n") + 1
+            os.ftruncate(self._file, self._num_bytes)
+            os.lseek(self._file, self._num_bytes, os.SEEK_SET)
         except OSError as error:
             raise unwritable(path, error) from error
-        self.num_bytes = keep_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file, once it is on the disk: a checkpoint that names it counts on that.
+
+        Raises:
+            RecmasError: RM303.
+        """
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise unwritable(self._path, error) from error
+        return self._num_bytes
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one object.
@@ -50,9 +64,9 @@ class MetricsLog:
             while rest:
                 rest = rest[os.write(self._file, rest) :]
         except OSError as error:
-            os.ftruncate(self._file, self.num_bytes)
+            os.ftruncate(self._file, self._num_bytes)
             raise unwritable(self._path, error) from error
-        self.num_bytes += len(line)
+        self._num_bytes += len(line)
 
     def close(self) -> None:
         """Close the file."""

@@ -24,7 +24,6 @@ from recmas_compiler.spec.trained_links import (
 from recmas_compiler.training.checkpoint import unwritable
 from recmas_compiler.training.examples import Examples
 from recmas_compiler.training.settings import TrainSettings
-from recmas_runtime.errors import fail
 
 _VERSIONS = ("recmas", "torch", "transformers", "tokenizers", "numpy")
 
@@ -79,14 +78,8 @@ def write_links(folder: Path, links: Mapping[str, TrainedLink], receipt: Mapping
         staged = folder / f".{RECEIPT_NAME}.writing"
         staged.write_text(text + "\n", encoding="utf-8")
         staged.replace(folder / RECEIPT_NAME)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise unwritable(folder, error) from error
-    except SafetensorError as error:  # its own form of a full disk
-        raise fail(
-            "RM303",
-            f"cannot write the links into {folder}: {error}",
-            hint="Make room, then go on with --resume.",
-        ) from error
 
 
 def make_receipt(

@@ -45,7 +45,7 @@ class RunReport:
 
 
 def run_stages(session: Session, stage: Stage, options: RunOptions) -> RunReport:
-    """Train, and write the links that a finished stage gives.
+    """Train, and write the links that a finished stage gives: to `links_dir` after the last one.
 
     The outer stage starts from the links of an inner stage in the same folder.
 
@@ -57,7 +57,7 @@ def run_stages(session: Session, stage: Stage, options: RunOptions) -> RunReport
     check_processes(session.settings.section, stage, session.world.size)
     _check_learning(session, stage)
     if stage in ("inner", "all"):
-        _inner_stage(session, options, report)
+        _inner_stage(session, options, report, is_last=stage == "inner")
     if stage in ("outer", "all") and not report.interrupted:
         _outer_stage(session, options, report)
     return report
@@ -102,7 +102,9 @@ def _check_learning(session: Session, stage: Stage) -> None:
     raise RecmasError(problem_at(place, "RM705", message, hint=hint))
 
 
-def _inner_stage(session: Session, options: RunOptions, report: RunReport) -> None:
+def _inner_stage(
+    session: Session, options: RunOptions, report: RunReport, *, is_last: bool
+) -> None:
     links = session.start()
     _note_starts(report, links)
     figures: dict[str, Any] = {}
@@ -116,7 +118,8 @@ def _inner_stage(session: Session, options: RunOptions, report: RunReport) -> No
     report.trained = tuple(inner_link_id(agent) for agent in session.thinkers)
     kept = {link_id: links[link_id] for link_id in report.trained}
     _keep(session, kept, report, folders=(options.folder / "inner" / LINKS,))
-    _keep(session, links, report, folders=(session.settings.links_dir,))
+    if is_last:  # else an outer stage that fails would leave half a training in the place of links
+        _keep(session, links, report, folders=(session.settings.links_dir,))
 
 
 def _train_agent(

@@ -16,7 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from latent_phase import QUESTION, cpu_name
+from latent_phase import QUESTION
 
 import recmas_runtime as rt
 from recmas_compiler.ir.build_topology import build_topology
@@ -25,6 +25,7 @@ from recmas_compiler.passes.pass_base import Pass
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_compiler.spec.spec import Spec, load_spec
 from recmas_export.plan_builder import build_plan
+from recmas_runtime.machine import describe_machine
 from recmas_runtime.onnx_session import physical_cores
 from recmas_runtime.plan import Plan, PrefillStep, ThinkStep
 from recmas_runtime.trace import StepEvent
@@ -74,7 +75,7 @@ def main() -> None:
     }
     figures: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "machine": f"{cpu_name()}, {arguments.threads} threads",
+        "machine": f"{describe_machine()['cpu']}, {arguments.threads} threads",
         "rounds": together.plan.rounds,
         "agents": agents,
         "latent_steps": together.plan.agents[agents[0]].latent_steps,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from recmas_compiler.bench.plot import COLOURS, draw_report
 from recmas_compiler.cli import main
 from recmas_runtime.errors import Exit
 
@@ -117,3 +119,22 @@ def test_an_interruption_prints_what_there_is(
     assert body["data"]["interrupted"] is True
     assert body["data"]["repeats"] == 1
     assert len(body["data"]["rows"]) == 2
+
+
+def test_every_system_is_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    drawn, bar = [], axes.bar
+
+    def note(*arguments: Any, **options: Any) -> Any:
+        drawn.append(options["label"])
+        return bar(*arguments, **options)
+
+    monkeypatch.setattr(axes, "bar", note)
+    names = ["latent", *(f"another {number}" for number in range(len(COLOURS)))]
+    cost = SimpleNamespace(seconds=[1.0], generated_tokens=10)
+    cases = [SimpleNamespace(name=name, rounds=1, latent_steps=4) for name in names]
+    rows = [SimpleNamespace(case=case, cost=cost, comparison=None) for case in cases]
+    figures: Any = SimpleNamespace(rows=rows, questions=1)
+    report: Any = SimpleNamespace(figures=figures, interrupted=False, about={"name": "tiny"})
+    assert draw_report(report, tmp_path / "bench.png")
+    assert drawn == names * 2

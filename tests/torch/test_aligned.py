@@ -66,16 +66,6 @@ def test_ragged_openings_do_not_disturb_each_other(tiny: LoadTiny) -> None:
         torch.testing.assert_close(found[i], alone, rtol=1e-3, atol=1e-4)
 
 
-def test_texts_can_be_given(tiny: LoadTiny) -> None:
-    backbone = tiny("qwen2")
-    texts = [f"The plan for {i} is to add and then to subtract." for i in range(10)]
-    found = calibrate(backbone, progress=Silent(), texts=texts)
-    ids = backbone.tokenizer(texts[0], add_special_tokens=False).input_ids
-    torch.testing.assert_close(found.next_ND[: len(ids) - 1], backbone.embed(torch.tensor(ids[1:])))
-    assert found.is_held_out_N[: len(ids) - 1].all()
-    assert not found.is_held_out_N[len(ids) - 1 : 2 * len(ids) - 2].any()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_inner_beats_a_constant(calibration: Calibration, kind: str) -> None:
     link = make_link(kind, "inner", 64, 64)

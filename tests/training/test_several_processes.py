@@ -6,13 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import distributed as dist
 
 from recmas_compiler.cli import main
 from recmas_compiler.training.command import without_option
+from recmas_compiler.training.distributed import joined_world
 from recmas_compiler.training.metrics import METRICS_NAME, read_metrics
 from recmas_runtime.errors import Exit
 
@@ -66,6 +69,48 @@ def test_more_processes_than_records_in_a_batch(
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
     assert problem["code"] == "RM704"
     assert "5 processes cannot share batches of 4 records" in problem["message"]
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_mistake_is_told_once_with_its_own_status(case: Path, debug: bool) -> None:
+    more = ["--nproc", "2", "--method", "lora", "--eval-only", *(["--debug"] if debug else [])]
+    ran = subprocess.run(
+        [*COMMAND, str(case), *more],
+        cwd=case.parent, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == Exit.USAGE
+    assert ran.stderr.count("error[RM506]: --method lora has no inner stage") == 1 + debug
+    assert (len(ran.stderr.splitlines()) == 1) == (not debug)
+    assert ("ChildFailedError" in ran.stderr) == debug
+
+
+def test_what_only_another_process_says_is_shown(case: Path) -> None:
+    # Python imports this before anything else.
+    (case.parent / "sitecustomize.py").write_text(
+        "import os, signal, sys, time\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    print('out of luck', file=sys.stderr, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if os.environ.get('RANK') == '0':\n"
+        "    time.sleep(600)\n"
+    )
+    path = os.pathsep.join([str(case.parent), os.environ.get("PYTHONPATH", "")])
+    ran = subprocess.run(
+        [*COMMAND, str(case), "--nproc", "2"],
+        cwd=case.parent, env={**ENVIRONMENT, "PYTHONPATH": path},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == Exit.RUN_FAILED
+    assert ran.stderr == "out of luck\nprocess 1 of the run was ended by SIGKILL\n"
+
+
+def test_the_others_may_wait_for_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: given.update(more))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with joined_world():
+        assert given["timeout"] > timedelta(hours=24)
 
 
 def test_the_wrapper_passes_on_all_other_arguments() -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from recmas_compiler.cli import main
 from recmas_compiler.training.metrics import METRICS_NAME, read_metrics
-from recmas_runtime.errors import Exit
+from recmas_runtime.errors import Exit, fail
 from training_specs import changed
 
 COMMAND = [sys.executable, "-m", "recmas_compiler.cli", "train"]
@@ -107,6 +107,18 @@ def test_one_stage_after_the_other_is_both(here: Path, capsys: pytest.CaptureFix
     assert any(not torch.equal(inner[name], both[name]) for name in both)
 
 
+def test_an_outer_stage_that_fails_leaves_the_links_as_they_were(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*_: object) -> None:
+        raise fail("RM701", "the loss diverges")
+
+    monkeypatch.setattr("recmas_compiler.training.run._outer_stage", diverge)
+    recmasc(capsys, "train", here, "--quiet", "--steps", "1", status=Exit.RUN_FAILED)
+    assert not Path("links").exists()
+    assert Path("out/pair-training/inner/links/inner.planner.safetensors").exists()
+
+
 def test_the_build_takes_trained_links(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     untrained = recmasc(capsys, "build", here, "--quiet", "-o", "before")["data"]
     assert untrained["trained_links"] == []
@@ -152,6 +164,25 @@ def test_links_of_another_kind_are_left_aside(
     assert "it is of kind `projected`, the spec says `residual`" in warning["message"]
     assert (warning["line"], warning["column"]) == (18, 3)
     assert "planner->solver" not in built["data"]["trained_links"]
+    measured = recmasc(capsys, "train", here, "--quiet", "--eval-only")
+    assert [p for p in measured["problems"] if p["code"] == "RM751"] == [warning]
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(here), "What is 1 + 2?", "--max-new-tokens", "1"])
+    assert ended.value.code == 0
+    assert f"warning[RM751]: {warning['message']}" in capsys.readouterr().err
+
+
+def test_links_that_no_stage_trained_are_not_called_trained(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recmasc(capsys, "train", here, "--quiet", "--stage", "inner", "--steps", "1")
+    built = recmasc(capsys, "build", here, "--quiet", "-o", "bundle")["data"]
+    assert built["trained_links"] == ["planner.inner", "solver.inner"]
+    with pytest.raises(SystemExit):
+        main(["build", str(here), "--quiet", "-o", "bundle"])
+    text = capsys.readouterr().out
+    assert "links/pair: planner.inner, solver.inner.\n" in text
+    assert "2 of 4 links are untrained (planner->solver, solver->planner): thoughts pass" in text
 
 
 def test_measuring_without_a_step(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -133,6 +134,36 @@ def test_lora_is_saved_as_peft_saves_it(here: Path, capsys: pytest.CaptureFixtur
     torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
     plain = AutoModelForCausalLM.from_pretrained("llama")(ids).logits
     assert not torch.allclose(plain, merged(ids).logits, atol=1e-2)
+
+
+@NEEDS_PEFT
+def test_additions_to_bfloat16_weights_are_not_rounded(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peft import PeftModel
+
+    more = ("--steps", "2", "--set", "train.backbone_dtype=bfloat16")
+    recmasc(capsys, "train", here, "--quiet", "--method", "lora", *more)
+    run = Path("out/pair-training/lora")
+    base = load_folder(Path("llama").resolve()).model.to(torch.bfloat16).float()
+    adapted = PeftModel.from_pretrained(base, run / "adapter").merge_and_unload().state_dict()
+    for name, weight in load_file(run / "model" / "model.safetensors").items():
+        torch.testing.assert_close(weight, adapted[name], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_full_disk_has_its_code(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def write(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("recmas_compiler.training.methods._save_model", write)
+    more = ("--quiet", "--steps", "1", "--method", method)
+    printed = recmasc(capsys, "train", here, *more, status=Exit.RUN_FAILED)
+    (problem,) = printed["problems"]
+    assert problem["code"] == "RM303"
+    assert "No space left on device" in problem["message"]
 
 
 def test_the_same_records_in_the_same_order(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

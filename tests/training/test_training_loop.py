@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from recmas_compiler.training.checkpoint import latest_checkpoint, load_checkpoint
+from recmas_compiler.training.cost import COST_NAME, write_cost
 from recmas_compiler.training.curves import draw_curves
 from recmas_compiler.training.distributed import World
 from recmas_compiler.training.health import Health
@@ -168,6 +169,43 @@ def test_resuming_is_bit_exact(tmp_path: Path, at: int) -> None:
         return [{k: v for k, v in entry.items() if k not in timing} for entry in entries]
 
     assert figures("killed") == figures("whole")
+
+
+@pytest.mark.parametrize("left", [0, 1, 300])
+def test_metrics_that_were_lost_stop_no_run(tmp_path: Path, left: int) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path, watch=killer(11))
+    metrics = tmp_path / METRICS_NAME
+    there = metrics.read_bytes()[:left]
+    metrics.write_bytes(there)
+    run(tmp_path, resume=True)
+    entries = list(read_metrics(metrics))
+    assert len(entries) == there.count(b"\n") + 15, "12 steps and 3 measurements after step 8"
+    assert metrics.read_bytes().startswith(there[: there.rfind(b"\n") + 1])
+
+
+def test_a_finished_run_without_metrics_has_no_cost_and_no_curves(tmp_path: Path) -> None:
+    _, task = run(tmp_path)
+    (tmp_path / METRICS_NAME).unlink()
+    run(tmp_path, resume=True)
+    write_cost(tmp_path, task.links, ALONE)
+    assert not (tmp_path / COST_NAME).exists()
+    assert draw_curves(tmp_path, title="a line") is None
+
+
+def test_metrics_are_on_the_disk_before_their_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    fsync = os.fsync
+
+    def note(file: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{file}").readlink().name)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", note)
+    run(tmp_path, settings=replace(SETTINGS, steps=8))
+    assert synced == [METRICS_NAME, "tensors.safetensors", "state.json"] * 2
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
