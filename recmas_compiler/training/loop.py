@@ -279,7 +279,7 @@ class Loop:
                 step=at.step,
                 identity=self._identity,
                 state={
-                    "metrics_bytes": self._log.num_bytes,
+                    "metrics_bytes": self._log.sync(),
                     "health": asdict(at.health),
                     "first": at.first,
                     "last": at.last,

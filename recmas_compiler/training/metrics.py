@@ -39,9 +39,8 @@ class MetricsLog:
         except OSError as error:
             raise unwritable(path, error) from error
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the file, once it is on the disk: a checkpoint that names it counts on that.
+    def sync(self) -> int:
+        """Bring the file to the disk and return its size, on which a checkpoint counts.
 
         Raises:
             RecmasError: RM303.
