@@ -29,7 +29,12 @@ def test_a_digit_comes_through(tmp_path: Path) -> None:
     command = [sys.executable, RELAY / "make_data.py", "--digits", "1", "--records", "320"]
     with (tmp_path / "train.jsonl").open("w") as file:
         subprocess.run(command, stdout=file, check=True)
-    changes = ("train.outer.steps=60", "train.outer.batch_size=8", "train.eval_every=60")
+    changes = (
+        "train.outer.steps=100",
+        "train.outer.batch_size=8",
+        "train.outer.lr=5e-4",
+        "train.eval_every=100",
+    )
     spec = load_spec(tmp_path / "spec.yaml", overrides=changes)
     program = api.compile(spec).graph
     with joined_world() as world:
