@@ -39,6 +39,7 @@ if __name__ == "__main__":
     is_main = os.environ.get("RANK", "0") == "0"
     if STATUS_FILE in os.environ:
         run_launched(Path(os.environ[STATUS_FILE]), is_main=is_main)
-    if not is_main:  # what the first process prints is said once
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
-    main(["train", *sys.argv[1:]])
+    else:
+        if not is_main:  # what the first process prints is said once
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        main(["train", *sys.argv[1:]])
