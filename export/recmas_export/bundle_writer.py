@@ -34,6 +34,8 @@ _NOT_WRITABLE: Final = (
     errno.EACCES,
     errno.EPERM,
     errno.EFBIG,
+    errno.ENOLCK,  # folders cannot be locked there
+    errno.EOPNOTSUPP,
 )
 
 

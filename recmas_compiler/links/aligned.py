@@ -3,7 +3,8 @@
 An inner link starts as the affine map from a thought to the mean embedding of the token that would
 follow it; an outer link as the affine map between the embeddings of the tokens that both
 vocabularies know. The nonlinear branch starts silent but trainable, except where the form of the
-link leaves no other place for the map.
+link leaves no other place for the map, and where enough text is given: then each of its hidden
+units begins as the detector of one frequent token.
 
 Least squares answers with blurred averages, all of them near the mean embedding, and a rollout that
 feeds on them ends there: SmolLM2-135M then writes nothing but line breaks. So the map's answers are
@@ -15,7 +16,7 @@ Shape legend: N samples, D inputs, E outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -24,6 +25,8 @@ from torch.nn.functional import cosine_similarity, gelu
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.links.calibration import HELD_OUT_EVERY, Calibration
+from recmas_compiler.links.detectors import token_detectors
+from recmas_compiler.links.least_squares import direction_map, ridge, rms, spread_out
 from recmas_compiler.links.modules import (
     LnResidualInner,
     LnResidualOuter,
@@ -42,6 +45,10 @@ INNER_STRENGTHS: Final = (0.1, 0.3, 1.0, 3.0)
 OUTER_STRENGTHS: Final = (0.001, 0.01, 0.1, 1.0)
 # For finding a map that is known to exist: only keeps the equations solvable.
 EXACT: Final = 1e-6
+# With token detectors: they rarely speak together, so there is little to keep apart.
+DETECTOR_STRENGTH: Final = 0.003
+# Samples for each detector and each input; with fewer, they learn the samples by heart.
+SAMPLES_PER_REGRESSOR: Final = 8
 
 # gelu(x) is x / 2 for small x. At this size of its inputs the branch is linear to 0.1 %.
 RESIDUAL_SIGNAL: Final = 1e-3
@@ -63,6 +70,7 @@ class Alignment:
         strength: Ridge strength chosen; 0 for the identity.
         num_samples: Samples fitted to.
         num_held_out: Samples measured on.
+        num_detectors: Hidden units that start as detectors of tokens.
     """
 
     cosine: float
@@ -70,6 +78,7 @@ class Alignment:
     strength: float
     num_samples: int
     num_held_out: int
+    num_detectors: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +134,10 @@ def align_inner(link: nn.Module, calibration: Calibration, *, link_id: str) -> A
             case LnResidualInner():
                 _express_ln_residual(link, known.x_ND, wanted_ND, link_id)
 
-    return _fit_best(link, samples, fit, INNER_STRENGTHS)
+    affine = _fit_best(link, samples, fit, INNER_STRENGTHS)
+    if calibration.token_N is None or not isinstance(link, ProjectedInner):
+        return affine
+    return _with_detectors(link, samples, calibration.token_N, affine)
 
 
 @torch.no_grad()
@@ -167,35 +179,54 @@ def align_outer(
     return _fit_best(link, samples, fit, (0.0,) if is_same else OUTER_STRENGTHS)
 
 
-def ridge(
-    x_ND: Tensor, y_NE: Tensor, strength: float, *, has_bias: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Return the weight [E, D] and bias [E] of the ridge regression from x to y, in float64.
-
-    Args:
-        x_ND: Inputs.
-        y_NE: Outputs.
-        strength: Penalty of each input's weights, relative to the input's sum of squares.
-        has_bias: False fits through the origin and returns a bias of zeros.
-    """
-    x, y = x_ND.double(), y_NE.double()
-    x_mean, y_mean = (t.mean(0) if has_bias else torch.zeros_like(t[0]) for t in (x, y))
-    x, y = x - x_mean, y - y_mean
-    gram_DD = x.T @ x
-    # An input that never changes has no weight to find; its penalty must still not be zero.
-    penalty_D = strength * gram_DD.diagonal().clamp(min=1e-6 * gram_DD.diagonal().mean())
-    weight_ED = torch.linalg.solve(gram_DD + torch.diag(penalty_D), x.T @ y).T
-    return weight_ED, y_mean - weight_ED @ x_mean
-
-
 def _spread_map(known: _Samples, strength: float) -> tuple[Tensor, Tensor]:
     """Return the ridge map with its answers as far from their mean as the truth is from its own."""
     weight_ED, bias_E = ridge(known.x_ND, known.y_NE, strength)
-    x_mean = known.x_ND.double().mean(0)
-    answers_NE = (known.x_ND.double() - x_mean) @ weight_ED.T  # less their mean
-    gain = _rms(known.truth_NE - known.truth_NE.mean(0)) / _rms(answers_NE)
-    mean_E = weight_ED @ x_mean + bias_E
-    return gain * weight_ED, mean_E - gain * weight_ED @ x_mean
+    mean_E = weight_ED @ known.x_ND.double().mean(0) + bias_E
+    return spread_out(weight_ED, known.x_ND, known.truth_NE, mean_E=mean_E)
+
+
+def _with_detectors(
+    link: ProjectedInner, samples: _Samples, token_N: Tensor, affine: Alignment
+) -> Alignment:
+    """Let the branch detect tokens, if there are samples enough and it does better so.
+
+    What is measured is fitted to the known samples; what stays, to all of them.
+    """
+    known, held_out = samples.part(~samples.is_held_out_N), samples.part(samples.is_held_out_N)
+    width = known.x_ND.shape[1]
+    most = min(width, len(known.x_ND) // SAMPLES_PER_REGRESSOR - width)
+    if most <= 0:
+        return affine
+    before = {name: value.clone() for name, value in link.state_dict().items()}
+    _set_detectors(link, known, token_N[~samples.is_held_out_N], most)
+    cosine = _mean_cosine(link(held_out.x_ND), held_out.truth_NE)
+    if not cosine > affine.cosine:  # not a number is no better either
+        link.load_state_dict(before)
+        return affine
+    num_detectors = _set_detectors(link, samples, token_N, most)
+    return replace(affine, cosine=cosine, strength=DETECTOR_STRENGTH, num_detectors=num_detectors)
+
+
+def _set_detectors(link: ProjectedInner, known: _Samples, token_N: Tensor, most: int) -> int:
+    """Make hidden units detect tokens, fit everything behind them, and return how many there are.
+
+    Units that are left over stay silent and can learn.
+    """
+    width = known.x_ND.shape[1]
+    normed_ND = link.pre_ln(known.x_ND)
+    weight_UD, bias_U = token_detectors(normed_ND, token_N, most=most)
+    num_detectors = len(bias_U)
+    link.proj1.weight[:num_detectors] = weight_UD.float()
+    link.proj1.bias[:num_detectors] = bias_U.float()
+    heard_NU = gelu(link.proj1(normed_ND))[:, :num_detectors]
+    inputs_NF, truth_NE = torch.cat([known.x_ND, heard_NU], dim=1), known.truth_NE
+    weight_EF, _ = direction_map(inputs_NF, truth_NE, DETECTOR_STRENGTH)
+    weight_EF, bias_E = spread_out(weight_EF, inputs_NF, truth_NE, mean_E=truth_NE.double().mean(0))
+    _set_affine(link.residual_proj, weight_EF[:, :width], bias_E)
+    _silence(link.proj2)
+    link.proj2.weight[:, :num_detectors] = weight_EF[:, width:]
+    return num_detectors
 
 
 def _fit_best(
@@ -231,7 +262,7 @@ def _express_residual(link: ResidualInner, x_ND: Tensor, wanted_ND: Tensor, link
     The form has no biases, so A is the closest map through the origin.
     """
     weight_DD, _ = ridge(x_ND, wanted_ND, EXACT, has_bias=False)
-    turn_DD, scale = _orthogonal(len(weight_DD), link_id), RESIDUAL_SIGNAL / _rms(x_ND)
+    turn_DD, scale = _orthogonal(len(weight_DD), link_id), RESIDUAL_SIGNAL / rms(x_ND)
     identity_DD = torch.eye(len(weight_DD), dtype=torch.float64)
     link.proj1.weight.copy_(scale * turn_DD)
     link.proj2.weight.copy_(2 / scale * (weight_DD - identity_DD) @ turn_DD.T)
@@ -244,7 +275,7 @@ def _express_ln_residual(
     link.proj1.weight.copy_(LN_RESIDUAL_SIGNAL * _orthogonal(x_ND.shape[1], link_id))
     nn.init.zeros_(link.proj1.bias)
     branch_ND = gelu(link.proj1(link.pre_ln(x_ND)))
-    scale = LN_RESIDUAL_WEIGHT * _rms(x_ND) / _rms(wanted_ND)
+    scale = LN_RESIDUAL_WEIGHT * rms(x_ND) / rms(wanted_ND)
     _set_affine(link.proj2, *ridge(branch_ND, scale * wanted_ND - x_ND, EXACT))
     _fit_final_norm(link.post_ln, x_ND + link.proj2(branch_ND), wanted_ND)
 
@@ -276,10 +307,6 @@ def _orthogonal(width: int, link_id: str) -> Tensor:
     random_DD = torch.randn(width, width, generator=draw, dtype=torch.float64)
     turn_DD: Tensor = torch.linalg.qr(random_DD).Q
     return turn_DD
-
-
-def _rms(x: Tensor) -> float:
-    return x.double().square().mean().sqrt().item()
 
 
 def _own_embeddings(backbone: TorchBackbone) -> _Samples:

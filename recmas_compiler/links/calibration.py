@@ -67,12 +67,15 @@ class Calibration:
         expected_ND: What a link should answer: the mean input embedding of the next token under
             the backbone's own distribution, or the next token's itself where texts were given.
         next_ND: Input embedding of the token that came next.
+        token_N: That token's id where texts were given; None for made-up text, which is too little
+            to tell tokens apart by.
         is_held_out_N: Samples to measure on, whole sequences.
     """
 
     hidden_ND: Tensor
     expected_ND: Tensor
     next_ND: Tensor
+    token_N: Tensor | None
     is_held_out_N: Tensor
 
 
@@ -103,6 +106,7 @@ def calibrate(backbone: TorchBackbone, *, progress: Progress, seed: int = 0) -> 
         hidden_ND=_plain(hidden),
         expected_ND=_plain(expected),
         next_ND=_plain(following),
+        token_N=None,
         is_held_out_N=is_held_out_B.repeat(NUM_TOKENS),
     )
 

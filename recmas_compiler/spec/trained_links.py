@@ -96,6 +96,7 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
     used: list[str] = []
     untrained: list[str] = []
     warnings: list[Problem] = []
+    settled: set[Problem] = set()
 
     def trained(link_id: str, role: Role, agents: tuple[str, str], section: Link, loc: Loc) -> Link:
         file = home / link_file_name(link_id)
@@ -114,6 +115,7 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
             used.append(link_id)
         elif entry.get("start") != "file":  # the spec's own files were trained elsewhere
             untrained.append(link_id)
+        settled.update(_warnings_about_start(spec, role, loc))
         path = f"{_setting(spec)}/{file.name}"
         return section.model_copy(update={"init": None, "weights": path})
 
@@ -137,7 +139,7 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
         spec=replace(
             spec,
             document=document.model_copy(update=update),
-            warnings=(*spec.warnings, *warnings),
+            warnings=(*(w for w in spec.warnings if w not in settled), *warnings),
         ),
         folder=folder,
         used=tuple(used),
@@ -167,6 +169,18 @@ def vouched_digests(receipt: Mapping[str, Any]) -> dict[str, str]:
         for link_id, entry in entries.items()
         if isinstance(entry, dict) and "sha256" in entry
     }
+
+
+def _warnings_about_start(spec: Spec, role: Role, loc: Loc) -> list[Problem]:
+    """Return what was said about the start of a link, which trained weights make void."""
+    init = spec.places.key((*loc, *(("inner",) if role == "inner" else ()), "init"))
+    place = problem_at(init, "RM152", "")
+    where = (place.file, place.line, place.column)
+    return [
+        warning
+        for warning in spec.warnings
+        if warning.code == place.code and (warning.file, warning.line, warning.column) == where
+    ]
 
 
 def _setting(spec: Spec) -> str:

@@ -21,8 +21,11 @@ from recmas_compiler.links.modules import make_link, randomize
 from recmas_compiler.training.distributed import World
 from recmas_compiler.training.thoughts import Thoughts
 
-# Pairs to align from, and records that run at once. More pairs hardly help.
-NUM_ALIGNED_PAIRS: Final = 16_384
+# Pairs to align from: where thoughts have to be computed for it, and where they are on disk. Twice
+# the pairs are worth about 0.01 of cosine.
+NUM_COMPUTED_PAIRS: Final = 16_384
+NUM_STORED_PAIRS: Final = 65_536
+# Records that run at once.
 _ALIGNED_AT_ONCE: Final = 8 * HELD_OUT_EVERY
 # With fewer pairs, text that the backbone makes up itself aligns better.
 FEWEST_ALIGNED_PAIRS: Final = 2048
@@ -115,10 +118,11 @@ def mean_cosine(
 
 def calibration_of(backbone: TorchBackbone, thoughts: Thoughts) -> Calibration:
     """Return what a closed-form inner link is fitted to: thoughts of the first records."""
-    hidden, following = [], []
+    most = NUM_STORED_PAIRS if thoughts.is_stored else NUM_COMPUTED_PAIRS
+    hidden, following, tokens = [], [], []
     held_out: list[bool] = []
     for first in range(0, len(thoughts), _ALIGNED_AT_ONCE):
-        if len(held_out) >= NUM_ALIGNED_PAIRS:
+        if len(held_out) >= most:
             break
         places = list(range(first, min(first + _ALIGNED_AT_ONCE, len(thoughts))))
         known = [place for place in places if place % HELD_OUT_EVERY]
@@ -127,12 +131,14 @@ def calibration_of(backbone: TorchBackbone, thoughts: Thoughts) -> Calibration:
                 hidden_ND, next_N = thoughts.pairs(some)
                 hidden.append(hidden_ND.cpu())
                 following.append(embeddings(backbone, next_N).cpu())
+                tokens.append(next_N.cpu())
                 held_out += [is_held_out] * len(next_N)
     next_ND = torch.cat(following)
     return Calibration(
         hidden_ND=torch.cat(hidden),
         expected_ND=next_ND,
         next_ND=next_ND,
+        token_N=torch.cat(tokens),
         is_held_out_N=torch.tensor(held_out),
     )
 
@@ -145,9 +151,19 @@ def inner_baselines(
     *,
     train: Thoughts,
     held_out: Thoughts,
+    aligned: nn.Module | None,
     world: World,
 ) -> dict[str, float]:
     """Return the held-out cosine of what costs no training.
+
+    Args:
+        agent: Its name.
+        kind: Of its inner link.
+        backbone: Its backbone.
+        train: Thoughts to learn from.
+        held_out: Thoughts to measure on.
+        aligned: A link that was aligned already, to `train` if that sufficed; None to make one.
+        world: The processes that share the work.
 
     Returns:
         `random`: a link with random weights; `aligned`: the closed form from the training texts,
@@ -160,8 +176,9 @@ def inner_baselines(
     randomize(link, link_id=f"{agent}.inner")
     figures = {"random": mean_cosine(link, backbone, held_out, world)}
     if can_align(calibration):
-        aligned = make_link(kind, "inner", width, width)
-        align_inner(aligned, calibration, link_id=f"{agent}.inner")
+        if aligned is None:
+            aligned = make_link(kind, "inner", width, width)
+            align_inner(aligned, calibration, link_id=f"{agent}.inner")
         figures["aligned"] = mean_cosine(aligned.to(device), backbone, held_out, world)
     constant = _Constant(calibration.next_ND.mean(0).to(device))
     figures["constant"] = mean_cosine(constant, backbone, held_out, world)

@@ -18,7 +18,7 @@ from recmas_compiler.training.receipt import TrainedLink, make_receipt, write_li
 from recmas_compiler.training.run_loop import RunOptions, figures_of, run_loop
 from recmas_compiler.training.session import Session
 from recmas_compiler.training.task import LoopResult
-from recmas_compiler.training.thoughts import ThoughtsPart, thoughts_of
+from recmas_compiler.training.thoughts import Thoughts, ThoughtsPart, thoughts_of
 from recmas_runtime.errors import RecmasError, fail
 
 Stage = Literal["inner", "outer", "all"]
@@ -105,12 +105,14 @@ def _check_learning(session: Session, stage: Stage) -> None:
 def _inner_stage(
     session: Session, options: RunOptions, report: RunReport, *, is_last: bool
 ) -> None:
-    links = session.start()
+    thoughts = {agent: _thoughts(session, agent, options.folder) for agent in session.thinkers}
+    links = session.start(thoughts={agent: known for agent, (known, _) in thoughts.items()})
     _note_starts(report, links)
     figures: dict[str, Any] = {}
     report.stages["inner"] = figures
     for agent in session.thinkers:
-        result, levels = _train_agent(session, agent, options)
+        start = links[inner_link_id(agent)]
+        result, levels = _train_agent(session, agent, options, *thoughts[agent], start=start)
         figures[agent] = {**figures_of(result), "baselines": levels}
         if result.interrupted:
             report.interrupted = True
@@ -122,34 +124,53 @@ def _inner_stage(
         _keep(session, links, report, folders=(session.settings.links_dir,))
 
 
-def _train_agent(
-    session: Session, agent: str, options: RunOptions
-) -> tuple[LoopResult, dict[str, float]]:
-    settings, world = session.settings.section, session.world
-    backbone, link_id = session.backbone(agent), inner_link_id(agent)
-    link = session.graph.link(link_id)
+def _thoughts(session: Session, agent: str, folder: Path) -> tuple[Thoughts, Thoughts]:
+    """Return an agent's thoughts over the training records, and over the held-out ones."""
+    settings = session.settings.section
     train = session.target_calls(agent, session.examples.train)
     held_out = session.target_calls(agent, session.examples.held_out[: settings.eval_records])
     thoughts = thoughts_of(
-        backbone,
+        session.backbone(agent),
         [*train, *held_out],
-        folder=options.folder / HIDDEN,
+        folder=folder / HIDDEN,
         max_bytes=settings.cache_mb * 2**20 // len(session.thinkers),
-        world=world,
+        world=session.world,
         progress=session.progress,
     )
-    known = ThoughtsPart(thoughts, first=0, count=len(train))
-    measured = ThoughtsPart(thoughts, first=len(train), count=len(held_out))
+    return (
+        ThoughtsPart(thoughts, first=0, count=len(train)),
+        ThoughtsPart(thoughts, first=len(train), count=len(held_out)),
+    )
+
+
+def _train_agent(
+    session: Session,
+    agent: str,
+    options: RunOptions,
+    train: Thoughts,
+    held_out: Thoughts,
+    *,
+    start: MaterializedLink,
+) -> tuple[LoopResult, dict[str, float]]:
+    settings, world, backbone = session.settings.section, session.world, session.backbone(agent)
     levels: dict[str, float] = {}
-    if held_out:
-        kind = session.system.agents[agent].inner.kind
-        levels = inner_baselines(agent, kind, backbone, train=known, held_out=measured, world=world)
+    if len(held_out):
+        levels = inner_baselines(
+            agent,
+            start.weights.kind,
+            backbone,
+            train=train,
+            held_out=held_out,
+            aligned=start.module if start.init == "aligned" else None,
+            world=world,
+        )
+    link_id = inner_link_id(agent)
     task = InnerTask(
         agent,
-        link,
+        session.graph.link(link_id),
         backbone,
-        train=known,
-        held_out=measured if held_out else None,
+        train=train,
+        held_out=held_out if len(held_out) else None,
         mse_weight=settings.inner.mse_weight,
     )
     folder = options.folder / "inner" / agent

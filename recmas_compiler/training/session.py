@@ -38,7 +38,7 @@ from recmas_compiler.training.inner import (
     can_align,
 )
 from recmas_compiler.training.settings import TrainSettings
-from recmas_compiler.training.thoughts import ComputedThoughts, TargetCall
+from recmas_compiler.training.thoughts import ComputedThoughts, TargetCall, Thoughts
 from recmas_runtime.progress import Progress
 from recmas_runtime.prompt import Tokens
 
@@ -98,7 +98,11 @@ class Session:
         return found
 
     def start(
-        self, *, trained: Path | None = None, as_built: bool = False
+        self,
+        *,
+        trained: Path | None = None,
+        thoughts: Mapping[str, Thoughts] | None = None,
+        as_built: bool = False,
     ) -> dict[str, MaterializedLink]:
         """Give the graph's links the weights that training starts from.
 
@@ -106,6 +110,8 @@ class Session:
 
         Args:
             trained: A folder with link files that win over the spec's start.
+            thoughts: By agent: those over its target texts in the training records, where they are
+                known already.
             as_built: Align as a build does, which knows no target texts.
 
         Returns:
@@ -116,17 +122,19 @@ class Session:
             agent: calibration
             for agent in (() if as_built else self.thinkers)
             if _is_aligned(program.system.agents[agent].inner)
-            and can_align(calibration := self._calibration(agent))
+            and can_align(calibration := self._calibration(agent, thoughts or {}))
         }
         made = materialize_links(program, self.backbones, progress=self.progress, targets=targets)
         for link_id, link in made.items():
             self.graph.link(link_id).load_state_dict(link.module.state_dict())
         return made
 
-    def _calibration(self, agent: str) -> Calibration:
+    def _calibration(self, agent: str, known: Mapping[str, Thoughts]) -> Calibration:
         backbone = self.backbone(agent)
-        calls = self.target_calls(agent, self.examples.train)
         with self.progress.stage(f"Aligning {agent}"):
+            if agent in known:
+                return calibration_of(backbone, known[agent])
+            calls = self.target_calls(agent, self.examples.train)
             return calibration_of(backbone, ComputedThoughts(backbone, calls))
 
 

@@ -55,6 +55,10 @@ class TargetCall:
 class Thoughts(Protocol):
     """Pairs of a hidden state and the token that follows it in a target."""
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether pairs are read from disk, and cost nothing to have again."""
+
     def pairs(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return hidden states [N, D] in float32 and token ids [N] of the calls at these places."""
 
@@ -64,6 +68,8 @@ class Thoughts(Protocol):
 
 class ComputedThoughts:
     """Runs the backbone whenever it is asked."""
+
+    is_stored: Final = False
 
     def __init__(self, backbone: TorchBackbone, calls: Sequence[TargetCall]) -> None:
         self._backbone = backbone
@@ -81,7 +87,9 @@ class ComputedThoughts:
 
 
 class StoredThoughts:
-    """Reads a file that `stored_thoughts` wrote."""
+    """Reads a file that `thoughts_of` wrote."""
+
+    is_stored: Final = True
 
     def __init__(
         self, path: Path, calls: Sequence[TargetCall], *, dtype: str, device: torch.device
@@ -118,6 +126,7 @@ class ThoughtsPart:
     """
 
     def __init__(self, whole: Thoughts, *, first: int, count: int) -> None:
+        self.is_stored = whole.is_stored
         self._whole = whole
         self._first = first
         self._count = count

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from recmas_runtime.buffers import Memory, Series
 from recmas_runtime.caches import Cache, CachePool
-from recmas_runtime.errors import Problem, RecmasError
+from recmas_runtime.errors import Problem, RecmasError, fail
 from recmas_runtime.manifest import BackboneEntry
 from recmas_runtime.onnx_session import Device, call_onnx, make_session
 
@@ -43,7 +43,8 @@ class BackboneEngine:
         uses_graphs: Steps are captured into CUDA graphs, until one is refused.
 
     Raises:
-        RecmasError: RM504 if the device is not available, RM507 if ONNX Runtime refuses a graph.
+        RecmasError: RM404 if the decoder has other caches than the entry says, RM504 if the device
+            is not available, RM507 if ONNX Runtime refuses a graph.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class BackboneEngine:
             make_session, root / entry.decoder_on(device), threads=threads, device=device
         )
         self.decoder = self._open_decoder()
+        _check_caches(self.decoder, entry, entry.decoder_on(device))
         self._takes_batches = entry.decoder_on(device) == entry.decoder
         self.memory = Memory(device, shared=device == "cpu")
         self.caches = CachePool(self.decoder, entry, self.memory)
@@ -244,6 +246,26 @@ class BackboneEngine:
             thoughts.store(step, cache.thought)
             embeds.store(step, cache.next_embeds)
         return thoughts.numpy()[:, :, 0], embeds.numpy()[:, :, 0]
+
+
+def _check_caches(decoder: onnxruntime.InferenceSession, entry: BackboneEntry, file: str) -> None:
+    """Demand the caches that the manifest counts: rows of other shapes would be read as garbage."""
+    shape = (entry.num_kv_heads, entry.head_dim)
+    told = {f"{kind}.{i}": shape for i in range(entry.num_layers) for kind in ("key", "value")}
+    found = {
+        value.name: (value.shape[1], value.shape[3])
+        for value in decoder.get_inputs()
+        if value.name.startswith(("key.", "value."))
+    }
+    if found != told:
+        others = sorted(dict(found.items() ^ told.items()))
+        raise fail(
+            "RM404",
+            f"the manifest tells of {entry.num_layers} layers of {shape[0]} heads {shape[1]} wide, "
+            f"the decoder has other caches, such as {others[0]!r}",
+            file=file,
+            hint="Build the bundle again with one version of recmas.",
+        )
 
 
 class LinkEngine:

@@ -90,7 +90,11 @@ def _locked_folder(target: Path) -> tuple[Path, int]:
     while True:
         folder = _beside(target, _BUILDING)
         folder.mkdir()
-        lock = _try_lock(folder)
+        try:
+            lock = _try_lock(folder)
+        except OSError:
+            folder.rmdir()
+            raise
         # Another build may take a folder for dead before it is locked.
         if lock is not None and folder.is_dir():
             return folder, lock
@@ -103,13 +107,21 @@ def _beside(target: Path, what: str) -> Path:
 
 
 def _try_lock(folder: Path) -> int | None:
+    """Lock a folder; None if it is gone or somebody else's.
+
+    Raises:
+        OSError: Where folders cannot be locked at all, as on some network file systems.
+    """
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(lock)
         return None
+    except OSError:
+        os.close(lock)
+        raise
     return lock

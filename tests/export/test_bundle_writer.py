@@ -295,6 +295,24 @@ def test_full_disk_during_the_build(tmp_path: Path, number: int) -> None:
     assert around(target) == []
 
 
+def test_folders_that_cannot_be_locked_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on network file systems whose server keeps no locks."""
+
+    def flock(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("recmas_runtime.staging.fcntl.flock", flock)
+    target = tmp_path / "out"
+    with (
+        pytest.raises(RecmasError, match=r"RM303.*No locks available"),
+        staged_bundle(target, needed_bytes=100),
+    ):
+        pass
+    assert around(target) == []
+
+
 def test_other_errors_are_not_called_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), staged_bundle(tmp_path / "out", needed_bytes=100):
         (tmp_path / "nowhere/file").read_text()

@@ -53,11 +53,24 @@ def test_a_graph_that_takes_other_shapes(
     demand_failure(capsys, own_bundle, is_in_case=graph != "links/link")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "other"),
+    [("head_dim", 2, "key.0"), ("num_kv_heads", 3, "key.0"), ("num_layers", 2, "key.1")],
+)
+@pytest.mark.parametrize("command", [("run", "q"), ("verify",)])
 def test_caches_that_do_not_fit_the_decoder(
-    own_bundle: Path, capsys: pytest.CaptureFixture[str]
+    own_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: tuple[str, ...],
+    key: str,
+    value: int,
+    other: str,
 ) -> None:
-    edit_json(own_bundle / "manifest.json", "backbones/one/head_dim", 2)
-    demand_failure(capsys, own_bundle, is_in_case=True)
+    edit_json(own_bundle / "manifest.json", f"backbones/one/{key}", value)
+    name, *more = command
+    problem = problem_of(capsys, name, own_bundle, *more, status=5)
+    assert (problem["code"], problem["file"]) == ("RM404", "backbones/one/decoder.onnx")
+    assert repr(other) in problem["message"]
 
 
 def test_a_decoder_without_an_input_of_decoders(

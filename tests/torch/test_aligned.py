@@ -13,9 +13,10 @@ import torch
 
 from ir.graphs import topology
 from recmas_compiler.ir.ops import LinkWeights
-from recmas_compiler.links.aligned import align_inner, align_outer, ridge
+from recmas_compiler.links.aligned import align_inner, align_outer
 from recmas_compiler.links.calibration import REQUESTS, Calibration, calibrate
 from recmas_compiler.links.checkpoint import save_link
+from recmas_compiler.links.least_squares import ridge
 from recmas_compiler.links.materialize import materialize_links
 from recmas_compiler.links.modules import make_link
 from recmas_compiler.lowering.reference import load_backbones, to_torch

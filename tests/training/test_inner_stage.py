@@ -175,7 +175,7 @@ def test_what_costs_no_training(tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch)
     train = ComputedThoughts(backbone, calls(60))
     held_out = ComputedThoughts(backbone, calls(10, seed=1))
     figures = inner_baselines(
-        "a", "projected", backbone, train=train, held_out=held_out, world=ALONE
+        "a", "projected", backbone, train=train, held_out=held_out, aligned=None, world=ALONE
     )
     assert figures.keys() == {"random", "aligned", "constant", "expectation"}
     assert abs(figures["random"]) < 0.1
@@ -193,3 +193,19 @@ def test_too_few_thoughts_align_nothing(tiny: LoadTiny) -> None:
     backbone = tiny("llama")
     calibration = calibration_of(backbone, ComputedThoughts(backbone, calls(20)))
     assert not can_align(calibration)
+
+
+def test_thoughts_on_disk_give_more_pairs_to_align_to(
+    tiny: LoadTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inner, "NUM_COMPUTED_PAIRS", 100)
+    backbone, some = tiny("llama"), calls(200)
+    num_pairs = sum(call.num_target_tokens for call in some)
+    computed = calibration_of(backbone, ComputedThoughts(backbone, some))
+    known = ThoughtsPart(stored(backbone, some, tmp_path, 8), first=0, count=len(some))
+    kept = calibration_of(backbone, known)
+    assert 100 <= len(computed.token_N) < num_pairs == len(kept.token_N)
+    torch.testing.assert_close(
+        kept.hidden_ND[: len(computed.token_N)], computed.hidden_ND, rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(backbone.embed(kept.token_N), kept.next_ND)

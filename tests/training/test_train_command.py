@@ -120,11 +120,15 @@ def test_an_outer_stage_that_fails_leaves_the_links_as_they_were(
 
 
 def test_the_build_takes_trained_links(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    untrained = recmasc(capsys, "build", here, "--quiet", "-o", "before")["data"]
+    first = recmasc(capsys, "build", here, "--quiet", "-o", "before")
+    untrained = first["data"]
     assert untrained["trained_links"] == []
+    assert [p["code"] for p in first["problems"]].count("RM152") == 2, "they start at random"
     recmasc(capsys, "train", here, "--quiet", "--steps", "3")
-    built = recmasc(capsys, "build", here, "--quiet", "-o", "bundle")["data"]
+    second = recmasc(capsys, "build", here, "--quiet", "-o", "bundle")
+    built = second["data"]
     assert len(built["trained_links"]) == 4
+    assert "RM152" not in [p["code"] for p in second["problems"]], "they are trained by now"
     assert built["fingerprint"] != untrained["fingerprint"]
     manifest = json.loads(Path("bundle/manifest.json").read_text())
     assert (

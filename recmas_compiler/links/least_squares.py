@@ -1,0 +1,103 @@
+"""Linear maps from samples to what they should answer, in float64.
+
+Shape legend: N samples, D inputs, E outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+# Sums go over so many samples at once: in float64, all of them would take gigabytes.
+_ROWS_AT_ONCE: Final = 4096
+
+
+def ridge(
+    x_ND: Tensor,
+    y_NE: Tensor,
+    strength: float,
+    *,
+    has_bias: bool = True,
+    weight_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the weight [E, D] and bias [E] of the ridge regression from x to y, in float64.
+
+    Args:
+        x_ND: Inputs.
+        y_NE: Outputs.
+        strength: Penalty of each input's weights, relative to the input's sum of squares.
+        has_bias: False fits through the origin and returns a bias of zeros.
+        weight_N: How much each sample counts; None for all alike.
+    """
+    shares_N1 = (torch.ones(len(x_ND)) if weight_N is None else weight_N).double()[:, None]
+    shares_N1 = shares_N1 / shares_N1.sum()
+    parts = list(
+        zip(*(torch.split(t, _ROWS_AT_ONCE) for t in (x_ND, y_NE, shares_N1)), strict=True)
+    )
+    width, height = x_ND.shape[1], y_NE.shape[1]
+    x_mean, y_mean = (torch.zeros(size, dtype=torch.float64) for size in (width, height))
+    if has_bias:
+        for x, y, share_N1 in parts:
+            x_mean += (share_N1 * x).sum(0)
+            y_mean += (share_N1 * y).sum(0)
+    gram_DD = torch.zeros(width, width, dtype=torch.float64)
+    products_DE = torch.zeros(width, height, dtype=torch.float64)
+    for x, y, share_N1 in parts:
+        scaled = share_N1.sqrt() * (x - x_mean)
+        gram_DD += scaled.T @ scaled
+        products_DE += scaled.T @ (share_N1.sqrt() * (y - y_mean))
+    # An input that never changes has no weight to find; its penalty must still not be zero.
+    penalty_D = strength * gram_DD.diagonal().clamp(min=1e-6 * gram_DD.diagonal().mean())
+    weight_ED = torch.linalg.solve(gram_DD + torch.diag(penalty_D), products_DE).T
+    return weight_ED, y_mean - weight_ED @ x_mean
+
+
+def direction_map(x_ND: Tensor, truth_NE: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """Return the weight [E, D] and bias [E] of a map whose answers point to where the truth does.
+
+    Least squares counts distances, and most of a doubtful answer's distance is that it is short. So
+    it is solved twice: the second time for the truth's direction at the length that the first time
+    answered with, in units of that length. Answers stay as short as they are doubtful.
+
+    Args:
+        x_ND: Inputs.
+        truth_NE: Outputs.
+        strength: As for `ridge`.
+    """
+    weight_ED, bias_E = ridge(x_ND, truth_NE, strength)
+    length_N1 = torch.cat(
+        [
+            (x.double() @ weight_ED.T + bias_E).norm(dim=1, keepdim=True)
+            for x in torch.split(x_ND, _ROWS_AT_ONCE)
+        ]
+    ).clamp(min=1e-6)
+    toward_NE = length_N1 * normalize(truth_NE.double(), dim=1)
+    return ridge(x_ND, toward_NE, strength, weight_N=1 / length_N1[:, 0])
+
+
+def spread_out(
+    weight_ED: Tensor, x_ND: Tensor, truth_NE: Tensor, *, mean_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the map with a gain: its answers are as far from their mean as the truth from its own.
+
+    Args:
+        weight_ED: The map.
+        x_ND: Its inputs.
+        truth_NE: What it should have answered.
+        mean_E: The mean that its answers are to have.
+    """
+    x_mean = x_ND.double().mean(0)
+    answered = sum(
+        ((x.double() - x_mean) @ weight_ED.T).square().sum().item()
+        for x in torch.split(x_ND, _ROWS_AT_ONCE)
+    )
+    gain = rms(truth_NE - truth_NE.mean(0)) / (answered / truth_NE.numel()) ** 0.5
+    return gain * weight_ED, mean_E - gain * weight_ED @ x_mean
+
+
+def rms(x: Tensor) -> float:
+    """Return the root of the mean square."""
+    return x.double().square().mean().sqrt().item()
