@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import takewhile
 
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.instruments import Record
 from recmas_compiler.ir.ops import Agent, Link, Prefill, Send, System, Think
 from recmas_compiler.ir.printer import prompt_text
+from recmas_compiler.ir.prompt_parts import common_parts, prompt_of
 from recmas_compiler.ir.sizes import human_bytes, weights_bytes
 from recmas_compiler.ir.step_names import prefill_id, send_id
 from recmas_compiler.ir.text_table import counted, listed
+from recmas_compiler.passes.share_prompt_prefix import common_beginning
 from recmas_runtime.plan import PromptPart, Variant
 
 # (backbone's name, text) -> its number of tokens, or None where no tokenizer is at hand
@@ -134,16 +135,37 @@ def _hoist_prompt_prefix(record: Record, count_tokens: CountTokens) -> Iterator[
                 case = (agent, earlier.variants[i], op.variants[i])
                 kept.setdefault(case, []).append(op.round)
     for agent, old, new in sorted(kept, key=lambda case: list(system.agents).index(case[0])):
-        what = _kept_text(system, system.agents[agent], old, new, count_tokens)
+        olds, news = (prompt_of(system.agents[agent], variant) for variant in (old, new))
+        what = _kept_text(system, system.agents[agent], olds, news, count_tokens)
         yield f"{agent} in {_in_rounds(kept[agent, old, new])}: keeps {what}."
 
 
+def _share_prompt_prefix(record: Record, count_tokens: CountTokens) -> Iterator[str]:
+    system = record.after.system
+    for _, op in record.after.in_order():
+        if not isinstance(op, Prefill) or op.prefix_of is None:
+            continue
+        source = record.after.op(op.prefix_of)
+        assert isinstance(source, Prefill)
+        for turn in zip(op.agents, op.variants, strict=True):
+            others = zip(source.agents, source.variants, strict=True)
+            other = max(others, key=lambda other: common_beginning(system, turn, other))
+            olds, news = (
+                prompt_of(system.agents[name], variant) for name, variant in (other, turn)
+            )
+            what = _kept_text(system, system.agents[turn[0]], olds, news, count_tokens)
+            yield f"{turn[0]} in round {op.round}: copies {what} from {other[0]}."
+
+
 def _kept_text(
-    system: System, agent: Agent, old: Variant, new: Variant, count_tokens: CountTokens
+    system: System,
+    agent: Agent,
+    olds: Sequence[PromptPart],
+    news: Sequence[PromptPart],
+    count_tokens: CountTokens,
 ) -> str:
     """Name the part of a prompt that stays in the cache, and how long it is."""
-    olds, news = _prompt(agent, old), _prompt(agent, new)
-    common = tuple(_common_parts(olds, news))
+    common = tuple(common_parts(olds, news))
     whole = common == news
     parts = (*agent.system, *common)
     backbone = system.backbone_of(agent.name).name
@@ -158,27 +180,6 @@ def _kept_text(
         only = "its system text" if agent.system else "what the chat template puts first"
         return f"{only}{length}"
     return f"its prompt up to {_end_of(common)}{length}"
-
-
-def _prompt(agent: Agent, variant: Variant) -> tuple[PromptPart, ...]:
-    return agent.first if variant == "first" and agent.first is not None else agent.then
-
-
-def _common_parts(old: Sequence[PromptPart], new: Sequence[PromptPart]) -> Iterator[PromptPart]:
-    """Yield what two prompts both begin with, before the first slot of either."""
-    for one, other in zip(old, new, strict=False):
-        if "slot" in (one.kind, other.kind):
-            return
-        if one != other:
-            if one.kind == other.kind == "text":
-                pairs = zip(one.value, other.value, strict=False)
-                equal = takewhile(lambda pair: pair[0] == pair[1], pairs)
-                shared = "".join(letter for letter, _ in equal)
-                # Half a word is hardly ever a token of its own.
-                whole_words = shared[: max(map(shared.rfind, " \n")) + 1]
-                yield PromptPart(kind="text", value=whole_words)
-            return
-        yield one
 
 
 def _end_of(parts: Iterable[PromptPart]) -> str:
@@ -256,5 +257,6 @@ PASSES: dict[str, tuple[str, Callable[[Record, CountTokens], Iterator[str]]]] = 
     "HoistPromptPrefix": ("a prompt's beginning is computed once", _hoist_prompt_prefix),
     "FuseLinks": ("links join the calls around them", _fuse_links),
     "BatchParallelAgents": ("independent agents run side by side", _batch_parallel_agents),
+    "SharePromptPrefix": ("what prompts of several agents begin with, too", _share_prompt_prefix),
     "PlanCaches": ("memory is decided ahead", _plan_caches),
 }

@@ -27,7 +27,7 @@ def build_plan(program: Graph) -> Plan:
     """
     assert program.level is Level.PLANNED, f"a plan needs caches, not level {program.level.name}"
     system = program.system
-    steps = tuple(_step(op) for _, op in program.in_order() if not isinstance(op, Agent))
+    steps = tuple(_step(program, op) for _, op in program.in_order() if not isinstance(op, Agent))
     agents = {name: _agent(system, name, steps) for name in live_agents(program)}
     sent = {link for step in steps if isinstance(step, SendStep) for link in step.links}
     used = {step.cache for step in steps if not isinstance(step, SendStep)}
@@ -89,16 +89,19 @@ def live_backbones(program: Graph) -> tuple[str, ...]:
     return tuple(name for name in program.system.backbones if name in used)
 
 
-def _step(op: StepOp) -> Step:
+def _step(program: Graph, op: StepOp) -> Step:
     match op:
         case Prefill():
             assert op.cache is not None
+            source = None if op.prefix_of is None else program.op(op.prefix_of)
+            assert source is None or isinstance(source, Prefill)
             return PrefillStep(
                 round=op.round,
                 agents=op.agents,
                 variants=op.variants,
                 reuse_prefix=op.reuse is not None,
                 cache=op.cache,
+                prefix_from=None if source is None else source.cache,
             )
         case Think():
             assert op.cache is not None

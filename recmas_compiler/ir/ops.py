@@ -155,6 +155,8 @@ class Prefill:
         variants: The prompt each agent uses.
         reuse: Id of the earlier Prefill of the same agents whose leading rows are kept; None
             recomputes everything.
+        prefix_of: Id of an earlier Prefill of other agents, whose leading rows are copied as far as
+            prompts begin alike; None for none.
         cache: Set by PlanCaches.
     """
 
@@ -162,6 +164,7 @@ class Prefill:
     round: int
     variants: tuple[Variant, ...]
     reuse: str | None = None
+    prefix_of: str | None = None
     cache: str | None = None
 
 

@@ -219,7 +219,7 @@ def _result(op: NodeOp, system: System) -> str:
 def _step_call(graph: Graph, step: str, op: NodeOp) -> str:
     taken = [f"%{source}" for source in graph.predecessors(step)]
     match op:
-        case Prefill(agents=agents, variants=variants, reuse=reuse, cache=cache):
+        case Prefill(agents=agents, variants=variants, cache=cache):
             slots = dict.fromkeys(agents, "")
             for found in deliveries(graph, step):
                 slots[found.agent] += f", {found.slot}=%{found.send}"
@@ -227,7 +227,8 @@ def _step_call(graph: Graph, step: str, op: NodeOp) -> str:
                 f"{agent}.{variant}({slots[agent].removeprefix(', ')})"
                 for agent, variant in zip(agents, variants, strict=True)
             ]
-            kept = [] if reuse is None else [f"reuse=%{reuse}"]
+            kept = [] if op.reuse is None else [f"reuse=%{op.reuse}"]
+            kept += [] if op.prefix_of is None else [f"prefix=%{op.prefix_of}"]
             return _call("prefill", *prompts, *kept, *_cache(cache))
         case Think(num_steps=steps, fused=fused, cache=cache):
             link = "inner=fused" if fused else "inner=apart"

@@ -202,11 +202,25 @@ def _wrong_reuse(graph: Graph) -> Iterator[str]:
     for step, op in graph.in_order():
         if not isinstance(op, Prefill):
             continue
-        kept = [p for p in graph.predecessors(step) if isinstance(graph.op(p), Prefill)]
-        flows = [] if op.reuse is None else [op.reuse]
+        kept = {p for p in graph.predecessors(step) if isinstance(graph.op(p), Prefill)}
+        flows = {source for source in (op.reuse, op.prefix_of) if source is not None}
         if kept != flows or op.reuse not in (None, latest.get(op.agents)):
             yield step
         latest[op.agents] = step
+
+
+def _wrong_prefixes(graph: Graph) -> Iterator[str]:
+    for step, op in graph.nodes().items():
+        if not isinstance(op, Prefill) or op.prefix_of is None:
+            continue
+        source = graph.op(op.prefix_of) if op.prefix_of in graph else None
+        if (
+            op.reuse is not None
+            or not isinstance(source, Prefill)
+            or source.agents == op.agents
+            or graph.system.backbone_of(source.agents[0]) != graph.system.backbone_of(op.agents[0])
+        ):
+            yield step
 
 
 UNROLLED_RULES: tuple[Rule, ...] = (
@@ -231,6 +245,11 @@ UNROLLED_RULES: tuple[Rule, ...] = (
         "messages", _wrong_messages, "a Prefill takes exactly the messages that its slots are due"
     ),
     Rule("reuse", _wrong_reuse, "a Prefill reuses the rows of the same agents' latest Prefill"),
+    Rule(
+        "prefixes",
+        _wrong_prefixes,
+        "a Prefill without rows of its own copies those of other agents on its backbone",
+    ),
 )
 
 
@@ -269,6 +288,10 @@ def _wrong_lifetimes(graph: Graph) -> Iterator[str]:
     for step, op in graph.in_order():
         if isinstance(op, Prefill | Think | Decode) and op.cache is not None:
             used[op.cache].append(step)
+        if isinstance(op, Prefill) and op.prefix_of is not None:
+            source = graph.op(op.prefix_of)
+            if isinstance(source, Prefill) and source.cache is not None:
+                used[source.cache].append(step)
     for cache in graph.system.caches.values():
         steps = used[cache.id]
         if not steps or (cache.first_step, cache.last_step) != (steps[0], steps[-1]):

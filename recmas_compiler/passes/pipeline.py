@@ -13,6 +13,7 @@ from recmas_compiler.passes.pass_base import Pass
 from recmas_compiler.passes.plan_caches import PlanCaches
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_compiler.passes.share_backbones import ShareBackbones
+from recmas_compiler.passes.share_prompt_prefix import SharePromptPrefix
 from recmas_compiler.passes.unroll_rounds import UnrollRounds
 from recmas_runtime.errors import fail
 
@@ -23,6 +24,7 @@ PIPELINE: tuple[Pass, ...] = (
     HoistPromptPrefix(),  # before batching: agents of a batch must agree on reuse
     FuseLinks(),  # before batching, which keeps a source's Sends as they are
     BatchParallelAgents(),  # before caches: agents of a batch have one
+    SharePromptPrefix(),  # after batching, which decides who runs before whom
     PlanCaches(),
 )
 

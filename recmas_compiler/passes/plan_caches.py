@@ -19,7 +19,8 @@ class PlanCaches(Pass):
        their prompt prefix from round to round.
     2. Its capacity holds the longest prompt and what is appended to it: latent steps, or the new
        tokens of the answer. It is rounded up to a multiple of 64 rows.
-    3. It is alive from the first step that writes it to the last that reads it.
+    3. It is alive from the first step that writes it to the last that reads it, which may be
+       another agents' Prefill that copies a prefix.
     """
 
     requires = Level.UNROLLED
@@ -35,6 +36,10 @@ class PlanCaches(Pass):
                 agents = (op.agent,) if isinstance(op, Decode) else op.agents
                 users.setdefault(agents, []).append(step)  # 1, 3
                 nodes[step] = replace(op, cache="+".join(agents))
+            if isinstance(op, Prefill) and op.prefix_of is not None:
+                source = graph.op(op.prefix_of)
+                assert isinstance(source, Prefill)
+                users[source.agents].append(step)  # 3
         caches = [_cache(graph.system, agents, steps) for agents, steps in users.items()]
         system = replace(graph.system, caches={cache.id: cache for cache in caches})
         return graph.replaced(level=self.ensures, system=system, nodes=nodes)

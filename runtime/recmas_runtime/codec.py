@@ -98,6 +98,7 @@ _LATER_KEYS: Final[frozenset[tuple[type, str]]] = frozenset(
         (BackboneEntry, "precision"),
         (BackboneEntry, "cpu_decoder"),
         (ParityEntry, "loss"),
+        (PrefillStep, "prefix_from"),
         (Plan, "stop_when"),
         (Plan, "tools"),
     }

@@ -258,6 +258,16 @@ def steps_come_in_order(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, s
                     continue
                 if step.reuse_prefix and step.cache not in prefilled:
                     yield f"{where}.reuse_prefix", "there is no earlier prefill to reuse"
+                if step.prefix_from is not None and (
+                    step.prefix_from == step.cache
+                    or step.prefix_from not in prefilled
+                    or plan.caches[step.prefix_from].backbone != plan.caches[step.cache].backbone
+                ):
+                    yield (
+                        f"{where}.prefix_from",
+                        f"{step.prefix_from!r} is no cache that other agents on this backbone "
+                        "have filled",
+                    )
                 for agent, variant in zip(step.agents, step.variants, strict=True):
                     for what in _unfilled(plan, agent, variant, step.round, sent):
                         yield where, what

@@ -166,26 +166,30 @@ class Execution:
         lane = self._lanes.get(step.cache) or self._new_lane(step.cache)
         batch = self.num_records
         sequences: list[Floats] = []
-        kept: list[int] = []
-        prefilled, reused = [0] * batch, [0] * batch
-        for row, (agent, variant, b) in enumerate(
-            (agent, variant, b)
-            for agent, variant in zip(step.agents, step.variants, strict=True)
-            for b in range(batch)
-        ):
-            prompt = self.prompts(b, agent, variant, self._texts_for(agent, variant, step.round, b))
-            sequence = self._splice(lane.engine, agent, prompt, step.round, b)
-            prefix = prompt.leading_ids
-            common = common_prefix(lane.prefixes[row], prefix) if step.reuse_prefix else 0
-            # The last position is always recomputed: its hidden state is what comes next.
-            common = min(common, len(sequence) - 1)
-            lane.prefixes[row] = prefix
-            sequences.append(sequence)
-            kept.append(common)
-            prefilled[b] += prompt.num_tokens - common
-            reused[b] += common
+        prompts: list[Prompt] = []
+        for agent, variant in zip(step.agents, step.variants, strict=True):
+            for b in range(batch):
+                texts = self._texts_for(agent, variant, step.round, b)
+                prompts.append(self.prompts(b, agent, variant, texts))
+                sequences.append(self._splice(lane.engine, agent, prompts[-1], step.round, b))
+        leading = [prompt.leading_ids for prompt in prompts]
+        other = self._lanes.get(step.prefix_from or "")
+        if other is not None:  # else an early exit has left it out
+            lane.begin_like(other, leading, [len(sequence) for sequence in sequences], batch)
+        kept = [0] * len(prompts)
+        if step.reuse_prefix or other is not None:
+            kept = [
+                # The last position is always recomputed: its hidden state is what comes next.
+                min(common_prefix(before, now), len(sequence) - 1)
+                for before, now, sequence in zip(lane.prefixes, leading, sequences, strict=True)
+            ]
+        lane.prefixes = leading
         lane.prefill(sequences, kept)
-        return {"prefilled_tokens": tuple(prefilled), "reused_tokens": tuple(reused)}
+        counts = [prompt.num_tokens - count for prompt, count in zip(prompts, kept, strict=True)]
+        return {
+            "prefilled_tokens": tuple(sum(counts[b::batch]) for b in range(batch)),
+            "reused_tokens": tuple(sum(kept[b::batch]) for b in range(batch)),
+        }
 
     def _splice(
         self, engine: Backbone[Any], agent: str, prompt: Prompt, round_: int, b: int

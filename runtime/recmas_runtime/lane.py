@@ -16,7 +16,11 @@ from recmas_runtime.caches import Cache
 from recmas_runtime.engine_interface import Backbone, KeyValueRows
 from recmas_runtime.engines import Floats, Indices, Operands
 from recmas_runtime.plan import cache_capacity
+from recmas_runtime.prompt import common_prefix
 
+# Of a prompt: behind cached rows a batch's prompts may run row by row, at four fifths of the speed,
+# so a copy must spare more than that.
+LEAST_COPIED = 0.25
 # Attention pays for every row of capacity, so text gets room as it grows; a step up copies once.
 ROOM_FOR_TEXT = 128
 
@@ -81,6 +85,32 @@ class Lane:
             self.cache, inputs, starts, last, self.inner
         )
         self.lengths = np.array([len(sequence) for sequence in sequences], np.int64)
+
+    def begin_like(
+        self, other: Lane, prompts: Sequence[Sequence[int]], lengths: Sequence[int], records: int
+    ) -> None:
+        """Copy from another lane what prompts begin with, where that is a good part of them.
+
+        Args:
+            other: Of the same backbone; its rows are of the same records. It stays as it is.
+            prompts: For each row of this lane the leading token ids of its prompt.
+            lengths: Positions of each whole prompt.
+            records: Records of the batch: rows of one agent.
+        """
+        sources, common = [], []
+        for row, (ids, length) in enumerate(zip(prompts, lengths, strict=True)):
+            alike = {
+                source: common_prefix(other.prefixes[source], ids)
+                for source in range(row % records, len(other.prefixes), records)
+            }
+            source = max(alike, key=alike.__getitem__)
+            sources.append(source)
+            common.append(alike[source] if alike[source] >= LEAST_COPIED * length else 0)
+        if not any(common):
+            return
+        self._make_room(max(common))
+        self.cache.copy_rows(other.cache, sources, max(common))
+        self.prefixes = [tuple(ids[:count]) for ids, count in zip(prompts, common, strict=True)]
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> None:
         """Run one or more token ids of every row behind what is there."""

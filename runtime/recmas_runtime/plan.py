@@ -88,6 +88,8 @@ class PrefillStep:
         reuse_prefix: Keep the cached rows of the leading prompt tokens that are equal to those of
             this agent's previous prefill, up to the first slot of either prompt.
         cache: Id of the cache in the plan.
+        prefix_from: Id of the cache of other agents on the same backbone, filled before: its rows
+            of leading tokens that are equal may be copied. None for none.
     """
 
     op: Literal["prefill"] = "prefill"
@@ -96,6 +98,7 @@ class PrefillStep:
     variants: tuple[Variant, ...]
     reuse_prefix: bool
     cache: str
+    prefix_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

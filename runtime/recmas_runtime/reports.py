@@ -145,7 +145,9 @@ def step_text(step: Step) -> str:
         case PrefillStep():
             named = zip(step.agents, step.variants, strict=True)
             prompts = ", ".join(f"{agent} ({variant})" for agent, variant in named)
-            return f"prefill {prompts}" + (", reuse prefix" if step.reuse_prefix else "")
+            kept = ", reuse prefix" if step.reuse_prefix else ""
+            copied = f", prefix of {step.prefix_from}" if step.prefix_from is not None else ""
+            return f"prefill {prompts}{kept}{copied}"
         case ThinkStep():
             how = "fused" if step.fused else "inner link apart"
             return f"think {' + '.join(step.agents)}, {_counted(step.num_steps, 'step')}, {how}"

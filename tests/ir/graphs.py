@@ -56,10 +56,12 @@ def topology(
     kind: str = "projected",
     kind_of: Mapping[str, str] | None = None,
     max_new_tokens: int = 256,
+    role: str = "You are the {name}.",
 ) -> Graph:
     """Build a topology from `"planner critic solver"` and `"planner>critic solver~>planner"`.
 
     `a>b` is a forward link, `a~>b` a feedback link. The last agent answers unless told otherwise.
+    Prompts begin alike; system texts do if `role` does not name the agent.
     """
     names = agents.split()
     tables = {b.name: b for b in backbones} or {"smol": backbone("smol")}
@@ -93,7 +95,7 @@ def topology(
             name=name,
             backbone=home[name],
             latent_steps=(steps_of or {}).get(name, steps),
-            system=(PromptPart(kind="text", value=f"You are the {name}."),),
+            system=(PromptPart(kind="text", value=role.format(name=name)),),
             first=prompt("\nStart.", forward) if needs_first else None,
             then=prompt("\nContinue.", [link.source for link in incoming]),
             inner=LinkWeights(

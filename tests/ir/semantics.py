@@ -63,6 +63,8 @@ def program_answer(program: Graph, symbols: Symbols) -> int:
             case Prefill():
                 if op.reuse is not None:
                     assert caches[_rows(program, op.agents, op.cache)][0] == op.reuse
+                if op.prefix_of is not None:
+                    assert op.prefix_of in {latest for latest, _ in caches.values()}
                 prompts = _prompts(program, step, op, messages, symbols)
                 caches[_rows(program, op.agents, op.cache)] = (step, prompts)
             case Think():

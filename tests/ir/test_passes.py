@@ -20,6 +20,7 @@ from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_compiler.passes.plan_caches import PlanCaches
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_compiler.passes.share_backbones import ShareBackbones
+from recmas_compiler.passes.share_prompt_prefix import SharePromptPrefix
 from recmas_compiler.passes.unroll_rounds import UnrollRounds
 from recmas_runtime.errors import Exit, RecmasError
 
@@ -53,6 +54,7 @@ def test_names_and_options_of_the_pipeline() -> None:
         "HoistPromptPrefix()",
         "FuseLinks()",
         "BatchParallelAgents()",
+        "SharePromptPrefix()",
         "PlanCaches()",
     ]
 
@@ -134,6 +136,61 @@ def test_running_state_is_not_reused() -> None:
     assert all(op.reuse is None for op in steps if isinstance(op, Prefill))
 
 
+ALIKE = "You are one of several."
+
+
+def test_prompts_that_begin_alike_are_copied_until_agents_have_rows_of_their_own() -> None:
+    graph = topology("a b c", "a>b b>c c~>a", rounds=2, role=ALIKE)
+    program = run_pipeline(graph, instruments=(VerifyPasses(),))
+    sources = {
+        step: op.prefix_of for step, op in program.nodes().items() if isinstance(op, Prefill)
+    }
+    assert sources == {
+        "r1/a/prefill": None,
+        # The first prompt of a has another text behind the question than those of b and c.
+        "r1/b/prefill": "r1/a/prefill",
+        "r1/c/prefill": "r1/b/prefill",
+        "r2/a/prefill": None,
+        "r2/b/prefill": None,
+        "r2/c/prefill": None,
+    }
+    assert "prefix=%r1/a/prefill" in str(program)
+    # Caches are read after their own agents' last step.
+    assert program.system.caches["a"].last_step == "r2/a/think"
+    once = run_pipeline(topology("a b", "a>b", rounds=1, role=ALIKE))
+    assert once.system.caches["a"].last_step == "r1/b/prefill"
+
+
+def test_only_agents_of_one_backbone_system_text_and_template_begin_alike() -> None:
+    def source(graph: Graph) -> str | None:
+        op = run_pipeline(graph).op("r1/b/prefill")
+        assert isinstance(op, Prefill)
+        return op.prefix_of
+
+    alike = topology("a b", "a>b", rounds=1, role=ALIKE)
+    assert source(alike) == "r1/a/prefill"
+    assert source(topology("a b", "a>b", rounds=1)) is None, "each is told who it is"
+    tables = (backbone("one"), backbone("two", identity="two"))
+    homes = {"a": "one", "b": "two"}
+    apart = topology("a b", "a>b", rounds=1, role=ALIKE, backbones=tables, backbone_of=homes)
+    assert source(apart) is None
+    tables = (backbone("state", attention=("linear", "full")),)
+    assert source(topology("a b", "a>b", rounds=1, role=ALIKE, backbones=tables)) is None
+    agents = dict(alike.system.agents)
+    agents["b"] = replace(agents["b"], chat_template={"enable_thinking": True})
+    other = alike.replaced(system=replace(alike.system, agents=agents), nodes=dict(agents))
+    assert source(other) is None
+
+
+def test_a_batch_takes_what_all_of_it_have_in_common_with_another() -> None:
+    graph = topology("a b c d", "a>b a>c b>d c>d", rounds=1, role=ALIKE)
+    program = run_pipeline(graph, instruments=(VerifyPasses(),))
+    batch, last = program.op("r1/b+c/prefill"), program.op("r1/d/prefill")
+    assert isinstance(batch, Prefill)
+    assert isinstance(last, Prefill)
+    assert (batch.prefix_of, last.prefix_of) == ("r1/a/prefill", "r1/b+c/prefill")
+
+
 def test_fan_out_joins_only_equally_wide_messages() -> None:
     tables = (backbone("wide"), backbone("slim", identity="slim", width=64))
     graph = topology(
@@ -199,7 +256,12 @@ def test_a_pass_that_does_not_apply_returns_its_input() -> None:
     graph = topology("a", "", rounds=1)
     assert ShareBackbones()(graph) is graph
     program = UnrollRounds()(graph)
-    for pass_ in (RemoveDeadSteps(), HoistPromptPrefix(), BatchParallelAgents()):
+    for pass_ in (
+        RemoveDeadSteps(),
+        HoistPromptPrefix(),
+        BatchParallelAgents(),
+        SharePromptPrefix(),
+    ):
         assert pass_(program) is program
 
 
@@ -271,7 +333,8 @@ def test_dump_writes_the_text_after_every_pass(tmp_path: Path) -> None:
         "004_HoistPromptPrefix.txt",
         "005_FuseLinks.txt",
         "006_BatchParallelAgents.txt",
-        "007_PlanCaches.txt",
+        "007_SharePromptPrefix.txt",
+        "008_PlanCaches.txt",
     ]
     assert (tmp_path / "ir" / files[0]).read_text() == print_graph(sequential())
     assert (tmp_path / "ir" / files[-1]).read_text() == print_graph(program)

@@ -19,6 +19,7 @@ from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_compiler.passes.plan_caches import PlanCaches
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_compiler.passes.share_backbones import ShareBackbones
+from recmas_compiler.passes.share_prompt_prefix import SharePromptPrefix
 from recmas_compiler.passes.unroll_rounds import UnrollRounds
 from semantics import Symbols, naive_answer, program_answer
 
@@ -53,6 +54,7 @@ def topologies(draw: st.DrawFn) -> Graph:
             name: draw(st.sampled_from(("one", "one", "same", "other", "recurrent")))
             for name in names
         },
+        role=draw(st.sampled_from(("You are the {name}.", "You are one of several."))),
         kind_of={
             f"{a}->{b}": draw(st.sampled_from(("projected", "residual", "ln_residual")))
             for a, b in draw(st.sets(st.sampled_from(list(itertools.product(names, names)))))
@@ -74,7 +76,7 @@ def test_every_pass_keeps_the_rules_and_the_answer(graph: Graph) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(topologies(), st.sets(st.integers(0, 4)))
+@given(topologies(), st.sets(st.integers(0, 5)))
 def test_any_part_of_the_pipeline_is_right(graph: Graph, chosen: set[int]) -> None:
     optional = (
         ShareBackbones(),
@@ -82,6 +84,7 @@ def test_any_part_of_the_pipeline_is_right(graph: Graph, chosen: set[int]) -> No
         HoistPromptPrefix(),
         FuseLinks(),
         BatchParallelAgents(),
+        SharePromptPrefix(),
     )
     kept = {optional[i].name for i in chosen} | {"UnrollRounds", "PlanCaches"}
     passes = tuple(p for p in PIPELINE if p.name in kept)
@@ -98,7 +101,7 @@ def test_program_passes_are_right_in_any_order(graph: Graph, data: st.DataObject
     symbols = Symbols()
     program = run_pipeline(
         graph,
-        passes=(ShareBackbones(), UnrollRounds(), *order, PlanCaches()),
+        passes=(ShareBackbones(), UnrollRounds(), *order, SharePromptPrefix(), PlanCaches()),
         instruments=(VerifyPasses(),),
     )
     assert program_answer(program, symbols) == naive_answer(graph, symbols)

@@ -92,6 +92,14 @@ def second_prefill() -> Graph:
     return with_node(unrolled(), "r3/planner/again", extra)
 
 
+def prefix_beside_own_rows() -> Graph:
+    """The critic has rows of its own from round 1, and copies the planner's all the same."""
+    source, target = "r1/planner/prefill", "r2/critic/prefill"
+    graph = with_op(planned(), target, prefix_of=source)
+    edge = Edge(source, target, Flow(carries="cache"))
+    return graph.replaced(edges=(*graph.edges(), edge))
+
+
 def batch_of_two_backbones() -> Graph:
     tables = (backbone("one"), backbone("two", identity="two", source="two"))
     homes = {"left": "one", "right": "two"}
@@ -183,6 +191,7 @@ PROGRAM_BREAKERS: dict[str, Callable[[], Graph]] = {
     "variants": lambda: with_op(unrolled(), "r1/planner/prefill", variants=("then",)),
     "messages": lambda: without_edge(unrolled(), "r1/solver->planner/send", "r2/planner/prefill"),
     "reuse": lambda: with_op(planned(), "r3/planner/prefill", reuse="r1/planner/prefill"),
+    "prefixes": prefix_beside_own_rows,
 }
 
 PLANNED_BREAKERS: dict[str, Callable[[], Graph]] = {

@@ -216,6 +216,12 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
     "slot without message": (
         plan("steps/0/variants", ["then"]), "RM404", "plan.json", "who has sent nothing"),
     "nothing to reuse": (plan("steps/0/reuse_prefix", True), "RM404", "plan.json", "earlier"),
+    "prefix of itself": (
+        plan("steps/0/prefix_from", "planner"), "RM404", "plan.json", "'planner' is no cache"),
+    "prefix of what comes later": (
+        plan("steps/0/prefix_from", "solver"), "RM404", "plan.json", "'solver' is no cache"),
+    "prefix of nothing": (
+        plan("steps/0/prefix_from", "attic"), "RM404", "plan.json", "'attic' is no cache"),
     "thinks too long": (plan("steps/1/num_steps", 9), "RM404", "plan.json", "9 is not what"),
     "thinks first": (
         plan("steps/0", {"op": "think", "round": 1, "agents": ["planner"], "num_steps": 2,

@@ -1,13 +1,13 @@
 """Baselines the straightforward way: Hugging Face's template, tokenizer and `generate`, no plan.
 
 Every prompt is rendered from the declared graph and run from its first token. Only the counting of
-prompt tokens knows of the rule that a prompt's beginning, where it is that of the same agent's
-prompt before, is not run again.
+prompt tokens knows of the rules that a prompt's beginning, where it is that of the same agent's
+prompt before, is not run again, and that an agent's first prompt may begin like another agent's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import takewhile
@@ -38,12 +38,14 @@ class NaiveTexts:
     """Writes text on the backbones of a declared graph.
 
     Attributes:
+        begins_like: By agent: others whose prompts its first one may begin like.
         prompt_tokens: Of all prompts so far.
         written: Tokens of every text so far, in order.
     """
 
     topology: Graph
     families: Path
+    begins_like: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     prompt_tokens: int = 0
     written: list[int] = field(default_factory=list)
     _seen: dict[str, list[int]] = field(default_factory=dict)
@@ -86,12 +88,17 @@ class NaiveTexts:
             ]
             for piece in rendered.split(EMPTY)
         ]
-        leading = pieces[0]
-        earlier = self._seen.get(agent, []) if reuse else []
+        leading, total = pieces[0], sum(map(len, pieces))
+        if not reuse:
+            kept = 0
+        elif agent in self._seen:
+            kept = _common(self._seen[agent], leading)
+        else:
+            others = (self._seen[other] for other in self.begins_like.get(agent, ()))
+            kept = max((_common(other, leading) for other in others), default=0)
+            kept = kept if kept >= total / 4 else 0
         self._seen[agent] = leading
-        equal = takewhile(lambda p: p[0] == p[1], zip(earlier, leading, strict=False))
-        total = sum(map(len, pieces))
-        self.prompt_tokens += total - min(sum(1 for _ in equal), total - 1)
+        self.prompt_tokens += total - min(kept, total - 1)
         embed = model.get_input_embeddings()
         embeds = [embed(torch.tensor(pieces[0], dtype=torch.long))]
         for index, piece in enumerate(pieces[1:]):
@@ -177,3 +184,7 @@ class NaiveTexts:
 def text_of(part: PromptPart, record: Mapping[str, object]) -> str:
     """Return the text of a part that is no slot."""
     return part.value if part.kind == "text" else str(record[part.value])
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    return sum(1 for _ in takewhile(lambda p: p[0] == p[1], zip(one, other, strict=False)))

@@ -16,6 +16,7 @@ from recmas_compiler.passes.fuse_links import FuseLinks
 from recmas_compiler.passes.hoist_prompt_prefix import HoistPromptPrefix
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_compiler.passes.share_backbones import ShareBackbones
+from recmas_compiler.passes.share_prompt_prefix import SharePromptPrefix
 from recmas_runtime.tolerances import TOLERANCES
 from recmas_runtime.trace import TraceWriter
 from tiny_specs import SPECS
@@ -80,7 +81,14 @@ def test_ragged_batch_equals_one_by_one(built: Built, tmp_path: Path) -> None:
 @pytest.mark.parametrize("spec", ["sequential", "mixture"])
 @pytest.mark.parametrize(
     "left_out",
-    [BatchParallelAgents, FuseLinks, HoistPromptPrefix, RemoveDeadSteps, ShareBackbones],
+    [
+        BatchParallelAgents,
+        FuseLinks,
+        HoistPromptPrefix,
+        RemoveDeadSteps,
+        ShareBackbones,
+        SharePromptPrefix,
+    ],
 )
 def test_a_pass_left_out_changes_no_answer(
     build_tiny: BuildTiny, spec: str, left_out: type, tmp_path: Path
@@ -94,6 +102,27 @@ def test_a_pass_left_out_changes_no_answer(
         np.testing.assert_allclose(
             other_messages[name], message, rtol=0, atol=TOLERANCES["message_absolute"]
         )
+
+
+def test_prompts_that_begin_alike_run_once(build_tiny: BuildTiny) -> None:
+    """Fewer tokens run for long questions, as many for short ones, in any batch."""
+
+    def prompt_tokens(built: Built, batch: int) -> list[int]:
+        records = [rt.Record(id=r["id"], fields=r, index=i) for i, r in enumerate(RECORDS)]
+        found: list[int] = []
+        for start in range(0, len(records), batch):
+            for answer in built.system.run_batch(records[start : start + batch]):
+                assert isinstance(answer, rt.Answer)
+                found.append(answer.usage.prompt_tokens)
+        return found
+
+    shared = build_tiny(SPECS["sequential"])
+    apart = build_tiny(SPECS["sequential"], without=(SharePromptPrefix,))
+    copied = np.subtract(prompt_tokens(apart, 1), prompt_tokens(shared, 1))
+    # The planner has a system text of its own; the solver copies the question from the critic.
+    long = np.array([len(question) > 60 for question in QUESTIONS])
+    assert (copied[long] >= 30).all()
+    assert prompt_tokens(shared, len(RECORDS)) == prompt_tokens(shared, 1)
 
 
 def test_mixture_runs_its_specialists_as_one_batch(build_tiny: BuildTiny) -> None:

@@ -11,6 +11,8 @@ import torch
 import recmas_runtime as rt
 from built import BuildTiny, Built
 from naive_texts import EMPTY, NaiveTexts
+from recmas_compiler.ir.graph import Graph
+from recmas_compiler.ir.ops import Prefill
 from recmas_runtime.baselines import BASELINES
 from recmas_runtime.prompting import RecordPrompts
 from tiny_specs import ANSWER, SPECS
@@ -140,6 +142,16 @@ def test_null_latents_leaves_the_slots_empty(built: Built, families: Path) -> No
         )
 
 
+def begins_like(program: Graph) -> dict[str, tuple[str, ...]]:
+    found = {}
+    for op in program.nodes().values():
+        if isinstance(op, Prefill) and op.prefix_of is not None:
+            source = program.op(op.prefix_of)
+            assert isinstance(source, Prefill)
+            found |= dict.fromkeys(op.agents, source.agents)
+    return found
+
+
 @pytest.mark.parametrize(("name", "cap"), [("text", ANSWER_TOKENS), ("text@5", 5), ("text@20", 20)])
 def test_text_is_a_loop_of_plain_generation(
     built: Built, families: Path, name: str, cap: int
@@ -147,7 +159,7 @@ def test_text_is_a_loop_of_plain_generation(
     found = answers(built.system.baseline(name))
     assert len({(answer.answer, answer.usage) for answer in found}) > 1
     for record, answer in zip(RECORDS, found, strict=True):
-        naive = NaiveTexts(built.topology, families)
+        naive = NaiveTexts(built.topology, families, begins_like=begins_like(built.program))
         text = naive.loop(record.fields, cap=cap, answer_cap=ANSWER_TOKENS)
         assert answer.answer == text
         assert answer.rounds == built.topology.system.rounds
