@@ -14,6 +14,7 @@ from recmas_compiler.cli_options import DUMP_IR, QUIET, SET, SPEC
 from recmas_compiler.cli_released import export_links, import_
 from recmas_compiler.console import Outcome, command, report
 from recmas_runtime.errors import Exit, fail
+from recmas_runtime.interrupts import lasting_interrupts
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -214,7 +215,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run `recmasc`; exits with the codes of `recmas_runtime.errors.Exit`."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        status: Any = group.main(args=given, prog_name="recmasc", standalone_mode=False)
+        with lasting_interrupts():
+            status: Any = group.main(args=given, prog_name="recmasc", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(Exit.USAGE)

@@ -32,7 +32,7 @@ class HoistPromptPrefix(Pass):
             if not isinstance(op, Prefill):
                 continue
             earlier = latest.get(op.agents)
-            if earlier is not None and op.reuse is None and _has_rows(graph.system, op):
+            if earlier is not None and op.reuse is None and has_rows(graph.system, op):
                 nodes[step] = replace(op, reuse=earlier)  # 1
                 edges.append(Edge(earlier, step, Flow(carries="cache")))
             latest[op.agents] = step
@@ -41,5 +41,6 @@ class HoistPromptPrefix(Pass):
         return graph.replaced(nodes=nodes, edges=tuple(edges))
 
 
-def _has_rows(system: System, op: Prefill) -> bool:
+def has_rows(system: System, op: Prefill) -> bool:
+    """Tell whether the cache of a Prefill's backbone has a row for each position, in all layers."""
     return "linear" not in system.backbone_of(op.agents[0]).facts.attention  # 2

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from recmas_compiler.ir.graph import Edge, Graph
 from recmas_compiler.ir.ops import Flow, Level, NodeOp, Prefill, System
 from recmas_compiler.ir.prompt_parts import common_parts, prompt_of
+from recmas_compiler.passes.hoist_prompt_prefix import has_rows
 from recmas_compiler.passes.pass_base import Pass
 from recmas_runtime.plan import Variant
 
@@ -53,9 +54,9 @@ class SharePromptPrefix(Pass):
 def _most_alike(
     system: System, op: Prefill, latest: Mapping[tuple[str, ...], tuple[str, Prefill]]
 ) -> str | None:
-    backbone = system.backbone_of(op.agents[0])
-    if "linear" in backbone.facts.attention:  # 3
+    if not has_rows(system, op):  # 3
         return None
+    backbone = system.backbone_of(op.agents[0])
     best, most = None, (0, 0)
     for agents, (step, other) in latest.items():
         if agents != op.agents and system.backbone_of(agents[0]) == backbone:

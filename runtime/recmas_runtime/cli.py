@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from recmas_runtime.errors import CODES, Exit, Problem, RecmasError, fail
+from recmas_runtime.interrupts import lasting_interrupts
 
 
 @dataclass(kw_only=True)
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         options = _parse(given)
-        options.command(options, outcome)
+        with lasting_interrupts():
+            options.command(options, outcome)
     except RecmasError as error:
         if debug:
             traceback.print_exc()
