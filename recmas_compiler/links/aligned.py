@@ -124,15 +124,16 @@ def align_inner(link: nn.Module, calibration: Calibration, *, link_id: str) -> A
 
     def fit(known: _Samples, strength: float) -> None:
         weight_DD, bias_D = _spread_map(known, strength)
+        if isinstance(link, ProjectedInner):
+            _set_affine(link.residual_proj, weight_DD, bias_D)
+            _silence(link.proj2)
+            return
         wanted_ND = known.x_ND.double() @ weight_DD.T + bias_D
-        match link:
-            case ProjectedInner():
-                _set_affine(link.residual_proj, weight_DD, bias_D)
-                _silence(link.proj2)
-            case ResidualInner():
-                _express_residual(link, known.x_ND, wanted_ND, link_id)
-            case LnResidualInner():
-                _express_ln_residual(link, known.x_ND, wanted_ND, link_id)
+        if isinstance(link, ResidualInner):
+            _express_residual(link, known.x_ND, wanted_ND, link_id)
+        else:
+            assert isinstance(link, LnResidualInner)
+            _express_ln_residual(link, known.x_ND, wanted_ND, link_id)
 
     affine = _fit_best(link, samples, fit, INNER_STRENGTHS)
     if calibration.token_N is None or not isinstance(link, ProjectedInner):
@@ -182,7 +183,7 @@ def align_outer(
 def _spread_map(known: _Samples, strength: float) -> tuple[Tensor, Tensor]:
     """Return the ridge map with its answers as far from their mean as the truth is from its own."""
     weight_ED, bias_E = ridge(known.x_ND, known.y_NE, strength)
-    mean_E = weight_ED @ known.x_ND.double().mean(0) + bias_E
+    mean_E = weight_ED @ known.x_ND.mean(0, dtype=torch.float64) + bias_E
     return spread_out(weight_ED, known.x_ND, known.truth_NE, mean_E=mean_E)
 
 
@@ -222,7 +223,9 @@ def _set_detectors(link: ProjectedInner, known: _Samples, token_N: Tensor, most:
     heard_NU = gelu(link.proj1(normed_ND))[:, :num_detectors]
     inputs_NF, truth_NE = torch.cat([known.x_ND, heard_NU], dim=1), known.truth_NE
     weight_EF, _ = direction_map(inputs_NF, truth_NE, DETECTOR_STRENGTH)
-    weight_EF, bias_E = spread_out(weight_EF, inputs_NF, truth_NE, mean_E=truth_NE.double().mean(0))
+    weight_EF, bias_E = spread_out(
+        weight_EF, inputs_NF, truth_NE, mean_E=truth_NE.mean(0, dtype=torch.float64)
+    )
     _set_affine(link.residual_proj, weight_EF[:, :width], bias_E)
     _silence(link.proj2)
     link.proj2.weight[:, :num_detectors] = weight_EF[:, width:]

@@ -16,6 +16,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from recmas_compiler.links.least_squares import ROWS_AT_ONCE, moments
+
 # A token that was seen once cannot be told from its one thought.
 FEWEST_SEEN: Final = 2
 # Added to each input's variance, relative to it: thoughts of rare tokens vary in few directions.
@@ -39,13 +41,12 @@ def token_detectors(x_ND: Tensor, token_N: Tensor, *, most: int) -> tuple[Tensor
     frequent = counts.argsort(descending=True, stable=True)[:most]
     frequent = frequent[counts[frequent] >= FEWEST_SEEN]
 
-    x = x_ND.double()
-    mean_D = x.mean(0)
-    sums = x.new_zeros(len(tokens), x.shape[1]).index_add_(0, class_N, x)
+    mean_D, covariance_DD = moments(x_ND)
+    sums = torch.zeros(len(tokens), x_ND.shape[1], dtype=torch.float64)
+    parts = (torch.split(t, ROWS_AT_ONCE) for t in (class_N, x_ND))
+    for class_n, x in zip(*parts, strict=True):
+        sums.index_add_(0, class_n, x.double())
     away_UD = (sums / counts[:, None])[frequent] - mean_D
-
-    x = x - mean_D
-    covariance_DD = x.T @ x / len(x)
     variance_D = covariance_DD.diagonal()
     # An input that never changes tells nothing; the equations must still have a solution.
     shrinkage_D = SHRINKAGE * variance_D.clamp(min=1e-6 * variance_D.mean())

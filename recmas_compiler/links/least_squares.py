@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 # Sums go over so many samples at once: in float64, all of them would take gigabytes.
-_ROWS_AT_ONCE: Final = 4096
+ROWS_AT_ONCE: Final = 4096
 
 
 def ridge(
@@ -34,9 +34,7 @@ def ridge(
     """
     shares_N1 = (torch.ones(len(x_ND)) if weight_N is None else weight_N).double()[:, None]
     shares_N1 = shares_N1 / shares_N1.sum()
-    parts = list(
-        zip(*(torch.split(t, _ROWS_AT_ONCE) for t in (x_ND, y_NE, shares_N1)), strict=True)
-    )
+    parts = list(zip(*(torch.split(t, ROWS_AT_ONCE) for t in (x_ND, y_NE, shares_N1)), strict=True))
     width, height = x_ND.shape[1], y_NE.shape[1]
     x_mean, y_mean = (torch.zeros(size, dtype=torch.float64) for size in (width, height))
     if has_bias:
@@ -55,6 +53,15 @@ def ridge(
     return weight_ED, y_mean - weight_ED @ x_mean
 
 
+def moments(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean [D] and the covariance [D, D] of samples, in float64."""
+    mean_D = x_ND.mean(0, dtype=torch.float64)
+    sum_DD = torch.zeros(len(mean_D), len(mean_D), dtype=torch.float64)
+    for x in torch.split(x_ND, ROWS_AT_ONCE):
+        sum_DD += (x - mean_D).T @ (x - mean_D)
+    return mean_D, sum_DD / len(x_ND)
+
+
 def direction_map(x_ND: Tensor, truth_NE: Tensor, strength: float) -> tuple[Tensor, Tensor]:
     """Return the weight [E, D] and bias [E] of a map whose answers point to where the truth does.
 
@@ -71,10 +78,10 @@ def direction_map(x_ND: Tensor, truth_NE: Tensor, strength: float) -> tuple[Tens
     length_N1 = torch.cat(
         [
             (x.double() @ weight_ED.T + bias_E).norm(dim=1, keepdim=True)
-            for x in torch.split(x_ND, _ROWS_AT_ONCE)
+            for x in torch.split(x_ND, ROWS_AT_ONCE)
         ]
     ).clamp(min=1e-6)
-    toward_NE = length_N1 * normalize(truth_NE.double(), dim=1)
+    toward_NE = length_N1.float() * normalize(truth_NE, dim=1)
     return ridge(x_ND, toward_NE, strength, weight_N=1 / length_N1[:, 0])
 
 
@@ -89,10 +96,10 @@ def spread_out(
         truth_NE: What it should have answered.
         mean_E: The mean that its answers are to have.
     """
-    x_mean = x_ND.double().mean(0)
+    x_mean = x_ND.mean(0, dtype=torch.float64)
     answered = sum(
         ((x.double() - x_mean) @ weight_ED.T).square().sum().item()
-        for x in torch.split(x_ND, _ROWS_AT_ONCE)
+        for x in torch.split(x_ND, ROWS_AT_ONCE)
     )
     gain = rms(truth_NE - truth_NE.mean(0)) / (answered / truth_NE.numel()) ** 0.5
     return gain * weight_ED, mean_E - gain * weight_ED @ x_mean
@@ -100,4 +107,4 @@ def spread_out(
 
 def rms(x: Tensor) -> float:
     """Return the root of the mean square."""
-    return x.double().square().mean().sqrt().item()
+    return x.square().mean(dtype=torch.float64).sqrt().item()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,7 +57,7 @@ def materialize_links(
     backbones: Mapping[str, TorchBackbone],
     *,
     progress: Progress,
-    targets: Mapping[str, Calibration] | None = None,
+    targets: Callable[[str], Calibration | None] = lambda agent: None,
 ) -> dict[str, MaterializedLink]:
     """Make every link of a program, inner links first, in order of declaration.
 
@@ -65,21 +65,23 @@ def materialize_links(
         program: Of any level.
         backbones: By the name of the shared backbone.
         progress: Sees the calibration, once per backbone that needs one.
-        targets: By agent: thoughts to align its inner link to, instead of those over text that the
-            backbone makes up itself.
+        targets: Takes an agent and gives thoughts to align its inner link to, instead of those over
+            text that the backbone makes up itself; None for none. Asked when they are needed, for
+            they are large.
 
     Raises:
         RecmasError: RM120 for a file that does not fit, RM121 where no closed form exists.
     """
     system = program.system
     calibrations: dict[str, Calibration] = {}
-    given = {inner_link_id(agent): found for agent, found in (targets or {}).items()}
 
-    def align(link_id: str, module: nn.Module, source: str, target: str, role: Role) -> Alignment:
+    def align(link_id: str, module: nn.Module, ends: tuple[str, str], role: Role) -> Alignment:
+        source, target = (system.backbone_of(agent).name for agent in ends)
         if role == "outer":
             return align_outer(module, backbones[source], backbones[target], link_id=link_id)
-        if link_id in given:
-            return align_inner(module, given[link_id], link_id=link_id)
+        given = targets(ends[0])
+        if given is not None:
+            return align_inner(module, given, link_id=link_id)
         if source not in calibrations:  # agents that share a backbone share its thoughts
             calibrations[source] = calibrate(backbones[source], progress=progress)
         return align_inner(module, calibrations[source], link_id=link_id)
@@ -97,7 +99,7 @@ def materialize_links(
             if weights.init == "random":
                 randomize(module, link_id=link_id)
             else:
-                alignment = align(link_id, module, source, target, role)
+                alignment = align(link_id, module, ends, role)
         return MaterializedLink(
             module=module,
             weights=weights,

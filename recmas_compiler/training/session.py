@@ -118,13 +118,14 @@ class Session:
             Where the weights of every link came from.
         """
         program = self.program if trained is None else _with_files(self.program, trained)
-        targets = {
-            agent: calibration
-            for agent in (() if as_built else self.thinkers)
-            if _is_aligned(program.system.agents[agent].inner)
-            and can_align(calibration := self._calibration(agent, thoughts or {}))
-        }
-        made = materialize_links(program, self.backbones, progress=self.progress, targets=targets)
+
+        def target(agent: str) -> Calibration | None:
+            if as_built or agent not in self.thinkers:
+                return None
+            found = self._calibration(agent, thoughts or {})
+            return found if can_align(found) else None
+
+        made = materialize_links(program, self.backbones, progress=self.progress, targets=target)
         for link_id, link in made.items():
             self.graph.link(link_id).load_state_dict(link.module.state_dict())
         return made
@@ -210,10 +211,6 @@ def _blank_links(program: Graph) -> list[tuple[str, nn.Module]]:
     inner = [(inner_link_id(name), blank(a.inner, "inner")) for name, a in system.agents.items()]
     outer = [(link_id, blank(link.weights, "outer")) for link_id, link in system.links.items()]
     return inner + outer
-
-
-def _is_aligned(weights: LinkWeights) -> bool:
-    return weights.file is None and weights.init == "aligned"
 
 
 def _with_files(program: Graph, folder: Path) -> Graph:

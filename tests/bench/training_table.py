@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("spec", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=numbers, default=[1, 2, 3])
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=["lora"])
+    parser.add_argument("--methods", type=names, default=["lora"], help="none if empty")
     parser.add_argument("--steps", type=int, help="of every stage and method")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--data", type=Path)
@@ -89,6 +89,10 @@ def main() -> None:
 
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
+
+
+def names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
 
 
 def train_all(arguments: argparse.Namespace, out: Path) -> list[Row]:

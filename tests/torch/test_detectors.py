@@ -156,6 +156,6 @@ def test_a_sample_that_counts_twice_is_two_samples() -> None:
 def test_sums_over_parts_are_sums_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden_ND, _, next_ND = thoughts(300)
     whole = direction_map(hidden_ND, next_ND, 0.1)
-    monkeypatch.setattr("recmas_compiler.links.least_squares._ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("recmas_compiler.links.least_squares.ROWS_AT_ONCE", 7)
     for one, other in zip(direction_map(hidden_ND, next_ND, 0.1), whole, strict=True):
         torch.testing.assert_close(one, other)
