@@ -9,7 +9,7 @@ from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.instruments import Record
 from recmas_compiler.ir.ops import Agent, Link, Prefill, Send, System, Think
 from recmas_compiler.ir.printer import prompt_text
-from recmas_compiler.ir.prompt_parts import common_parts, prompt_of
+from recmas_compiler.ir.prompt_parts import common_parts
 from recmas_compiler.ir.sizes import human_bytes, weights_bytes
 from recmas_compiler.ir.step_names import prefill_id, send_id
 from recmas_compiler.ir.text_table import counted, listed
@@ -135,7 +135,7 @@ def _hoist_prompt_prefix(record: Record, count_tokens: CountTokens) -> Iterator[
                 case = (agent, earlier.variants[i], op.variants[i])
                 kept.setdefault(case, []).append(op.round)
     for agent, old, new in sorted(kept, key=lambda case: list(system.agents).index(case[0])):
-        olds, news = (prompt_of(system.agents[agent], variant) for variant in (old, new))
+        olds, news = (system.agents[agent].prompt(variant) for variant in (old, new))
         what = _kept_text(system, system.agents[agent], olds, news, count_tokens)
         yield f"{agent} in {_in_rounds(kept[agent, old, new])}: keeps {what}."
 
@@ -150,9 +150,7 @@ def _share_prompt_prefix(record: Record, count_tokens: CountTokens) -> Iterator[
         for turn in zip(op.agents, op.variants, strict=True):
             others = zip(source.agents, source.variants, strict=True)
             other = max(others, key=lambda other: common_beginning(system, turn, other))
-            olds, news = (
-                prompt_of(system.agents[name], variant) for name, variant in (other, turn)
-            )
+            olds, news = (system.agents[name].prompt(variant) for name, variant in (other, turn))
             what = _kept_text(system, system.agents[turn[0]], olds, news, count_tokens)
             yield f"{turn[0]} in round {op.round}: copies {what} from {other[0]}."
 

@@ -97,10 +97,13 @@ class Agent:
     chat_template: dict[str, bool | int | float | str] = field(default_factory=dict)
     where: SourcePosition
 
+    def prompt(self, variant: Variant) -> tuple[PromptPart, ...]:
+        """Return the parts of a prompt; `first` is `then` where it is not declared."""
+        return self.first if variant == "first" and self.first is not None else self.then
+
     def slots(self, variant: Variant) -> tuple[str, ...]:
         """Return the agents whose messages the given prompt has slots for, in order."""
-        parts = self.first if variant == "first" and self.first is not None else self.then
-        return tuple(p.value for p in parts if p.kind == "slot")
+        return tuple(p.value for p in self.prompt(variant) if p.kind == "slot")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
-from recmas_compiler.ir.ops import Agent
-from recmas_runtime.plan import PromptPart, Variant
-
-
-def prompt_of(agent: Agent, variant: Variant) -> tuple[PromptPart, ...]:
-    """Return the parts of an agent's prompt; `first` is `then` where it is not declared."""
-    return agent.first if variant == "first" and agent.first is not None else agent.then
+from recmas_runtime.plan import PromptPart
 
 
 def common_parts(one: Sequence[PromptPart], other: Sequence[PromptPart]) -> Iterator[PromptPart]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from recmas_compiler.ir.graph import Edge, Graph
 from recmas_compiler.ir.ops import Flow, Level, NodeOp, Prefill, System
-from recmas_compiler.ir.prompt_parts import common_parts, prompt_of
+from recmas_compiler.ir.prompt_parts import common_parts
 from recmas_compiler.passes.hoist_prompt_prefix import has_rows
 from recmas_compiler.passes.pass_base import Pass
 from recmas_runtime.plan import Variant
@@ -40,8 +40,8 @@ class SharePromptPrefix(Pass):
         for step, op in graph.in_order():
             if not isinstance(op, Prefill):
                 continue
-            has_rows = op.reuse is not None or op.prefix_of is not None  # 1
-            source = None if has_rows else _most_alike(graph.system, op, latest)
+            is_settled = op.reuse is not None or op.prefix_of is not None  # 1
+            source = None if is_settled else _most_alike(graph.system, op, latest)
             if source is not None:
                 nodes[step] = replace(op, prefix_of=source)
                 edges.append(Edge(source, step, Flow(carries="cache")))
@@ -86,7 +86,7 @@ def common_beginning(
     )
     if (left.system, left.chat_template) != (right.system, right.chat_template):  # 2
         return 0, 0
-    prompts = prompt_of(left, left_variant), prompt_of(right, right_variant)
-    parts = (*left.system, *common_parts(*prompts))
+    begins_alike = common_parts(left.prompt(left_variant), right.prompt(right_variant))
+    parts = (*left.system, *begins_alike)
     letters = sum(len(part.value) for part in parts if part.kind == "text")
     return sum(part.kind == "field" for part in parts), letters
