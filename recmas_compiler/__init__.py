@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from recmas_compiler.api import Program, build, compile, to_torch
     from recmas_compiler.spec.spec import Spec, load_spec, parse_spec
-    from recmas_runtime.errors import Problem, RecmasError
+    from recmas_runtime.core.errors import Problem, RecmasError
 
 __all__ = [
     "Problem",
@@ -25,9 +25,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Problem": "recmas_runtime.errors",
+    "Problem": "recmas_runtime.core.errors",
     "Program": "recmas_compiler.api",
-    "RecmasError": "recmas_runtime.errors",
+    "RecmasError": "recmas_runtime.core.errors",
     "Spec": "recmas_compiler.spec.spec",
     "build": "recmas_compiler.api",
     "compile": "recmas_compiler.api",

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.instruments import DumpIR, Instrument, Record, RecordPasses
+from recmas_compiler.links.trained import End, TrainedLinks, find_trained_links
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import Spec
-from recmas_compiler.spec.trained_links import End, TrainedLinks, find_trained_links
-from recmas_runtime.progress import Progress, Silent
+from recmas_runtime.core.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from recmas_compiler.lowering.reference import TorchSystem

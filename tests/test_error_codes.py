@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from recmas_runtime.errors import CODES, Exit, Problem
+from recmas_runtime.core.errors import CODES, Exit, Problem
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recmas_runtime.trace import MESSAGES_NAME, RECORDS_ARRAY
+from recmas_runtime.running.run_trace import MESSAGES_NAME, RECORDS_ARRAY
 
 
 def read_messages(folder: Path) -> dict[str, np.ndarray]:

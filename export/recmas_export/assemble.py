@@ -13,8 +13,10 @@ from torch import nn
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.sizes import QUANTIZED
-from recmas_compiler.links.materialize import MaterializedLink, materialize_links
-from recmas_export.backbone_graph import (
+from recmas_compiler.lowering.materialize import MaterializedLink, materialize_links
+from recmas_compiler.lowering.plan import live_backbones
+from recmas_export.fingerprint import sha256_file
+from recmas_export.graph.backbone_graph import (
     CHAT_TEMPLATE,
     CPU_DECODER,
     DECODER,
@@ -24,9 +26,8 @@ from recmas_export.backbone_graph import (
     WEIGHTS,
     export_backbone,
 )
-from recmas_export.compensated_rounding import rounded_layers
-from recmas_export.fingerprint import sha256_file
-from recmas_export.link_graph import write_link_graph
+from recmas_export.graph.links import write_link_graph
+from recmas_export.graph.probe import write_probe
 from recmas_export.parity import (
     beyond_limits,
     beyond_tolerance,
@@ -34,20 +35,23 @@ from recmas_export.parity import (
     make_case,
     refuse,
 )
-from recmas_export.plan_builder import live_backbones
-from recmas_export.precision_loss import OWN_TEXT, measure_loss, passages_of
-from recmas_export.probe import write_probe
-from recmas_runtime.devices import choose_provider
-from recmas_runtime.engines import BackboneEngine, LinkEngine
-from recmas_runtime.errors import Problem
-from recmas_runtime.links import load_operands, read_operands
-from recmas_runtime.manifest import BackboneEntry, LinkEntry, LossEntry, ParityEntry
-from recmas_runtime.onnx_session import Device
-from recmas_runtime.parity import measure_backbone_parity, measure_link_parity, measure_probe
-from recmas_runtime.placement import refuse_stray_nodes
-from recmas_runtime.plan import Plan, SendStep
-from recmas_runtime.progress import Progress
-from recmas_runtime.safetensors_file import read_tensors, write_tensors
+from recmas_export.precision.loss import OWN_TEXT, measure_loss, passages_of
+from recmas_export.precision.rounding import rounded_layers
+from recmas_runtime.checking.placement import refuse_stray_nodes
+from recmas_runtime.core.errors import Problem
+from recmas_runtime.core.progress import Progress
+from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
+from recmas_runtime.engines.onnx.session import Device
+from recmas_runtime.formats.links import load_operands, read_operands
+from recmas_runtime.formats.manifest import BackboneEntry, LinkEntry, LossEntry, ParityEntry
+from recmas_runtime.formats.plan import Plan, SendStep
+from recmas_runtime.formats.safetensors_file import read_tensors, write_tensors
+from recmas_runtime.running.devices import choose_provider
+from recmas_runtime.running.parity import (
+    measure_backbone_parity,
+    measure_link_parity,
+    measure_probe,
+)
 
 LINK_ENGINE = "links/link.onnx"
 PROBE = "parity/probe.onnx"

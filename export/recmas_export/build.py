@@ -22,23 +22,23 @@ from recmas_compiler.ir.sizes import (
     dtype_bytes,
     weights_bytes,
 )
+from recmas_compiler.lowering.plan import build_plan, live_agents, live_backbones
 from recmas_compiler.spec.spec import Spec
 from recmas_export.bundle_writer import check_target, staged_bundle
 from recmas_export.fingerprint import fingerprint, sha256_file, source_digest, tool_versions
-from recmas_export.plan_builder import build_plan, live_agents, live_backbones
 from recmas_export.search_corpus import corpus_lines
 from recmas_export.training_receipt import receipts_of, write_receipts
-from recmas_runtime.bundle import open_bundle
-from recmas_runtime.errors import RecmasError
-from recmas_runtime.manifest import Manifest, ParityEntry
-from recmas_runtime.progress import Progress, Silent
-from recmas_runtime.tensorrt.availability import find_platform
-from recmas_runtime.tensorrt.building import EngineBuild, build_engines
-from recmas_runtime.tensorrt.engine_cache import timing_caches
+from recmas_runtime.checking.build_tensorrt import EngineBuild, build_engines
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.progress import Progress, Silent
+from recmas_runtime.engines.tensorrt.availability import find_platform
+from recmas_runtime.engines.tensorrt.engine_cache import timing_caches
+from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.formats.manifest import Manifest, ParityEntry
 
 if TYPE_CHECKING:
     from recmas_compiler.backbones.torch_model import TorchBackbone
-    from recmas_compiler.links.materialize import MaterializedLink
+    from recmas_compiler.lowering.materialize import MaterializedLink
 
 
 @dataclass(frozen=True, kw_only=True)

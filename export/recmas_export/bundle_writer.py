@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Final
 
 from recmas_export.fingerprint import sha256_file
-from recmas_runtime.bundle import is_engine_file
-from recmas_runtime.codec import read_json_file, to_json
-from recmas_runtime.errors import RecmasError, fail
-from recmas_runtime.manifest import MANIFEST_NAME, PLAN_NAME, SPEC_NAME, FileEntry, Manifest
-from recmas_runtime.plan import Plan
-from recmas_runtime.staging import clear_away_dead_builds, move_into_place, staged_folder
+from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.staging import clear_away_dead_builds, move_into_place, staged_folder
+from recmas_runtime.formats.bundle import is_engine_file
+from recmas_runtime.formats.codec import read_json_file, to_json
+from recmas_runtime.formats.manifest import MANIFEST_NAME, PLAN_NAME, SPEC_NAME, FileEntry, Manifest
+from recmas_runtime.formats.plan import Plan
 
 # What the file system itself needs, and what the estimate may have missed.
 _SLACK_BYTES: Final = 32 * 2**20

@@ -12,16 +12,15 @@ import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-import recmas_compiler
-import recmas_export
 from recmas_compiler.backbones.sources import ResolvedSource
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.passes.pipeline import PIPELINE
-from recmas_runtime.manifest import MANIFEST_VERSION
-from recmas_runtime.plan import PLAN_VERSION
+from recmas_runtime.formats.manifest import MANIFEST_VERSION
+from recmas_runtime.formats.plan import PLAN_VERSION
 
 # What turns a model into graphs, or runs the graphs that parity is measured with.
 TOOLS: Final = (
@@ -89,8 +88,10 @@ def tool_versions() -> dict[str, str]:
     recmas itself counts with its sources: between releases its version says too little.
     """
     own = []
-    for package in (recmas_compiler, recmas_export):
-        for folder in package.__path__:
+    for package in ("recmas_compiler", "recmas_export"):
+        found = find_spec(package)  # by its files, not by importing the package's own door
+        assert found is not None
+        for folder in found.submodule_search_locations or ():
             own += sorted(Path(folder).rglob("*.py"))
     versions = {name: _version(name) for name in TOOLS}
     versions["python"] = platform.python_version()

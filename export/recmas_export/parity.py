@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_runtime.errors import Problem, RecmasError
-from recmas_runtime.manifest import LossEntry
-from recmas_runtime.tolerances import LOSS_LIMITS, loss_figures, tolerances
+from recmas_runtime.core.errors import Problem, RecmasError
+from recmas_runtime.formats.manifest import LossEntry
+from recmas_runtime.formats.tolerances import LOSS_LIMITS, loss_figures, tolerances
 
 Case = dict[str, NDArray[Any]]
 

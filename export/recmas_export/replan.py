@@ -15,15 +15,15 @@ from typing import Final
 from recmas_compiler.backbones.facts import AttentionKind, BackboneFacts
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.ops import SEARCH_CORPUS
+from recmas_compiler.links.untrained import without_link_files
+from recmas_compiler.lowering.plan import build_plan
 from recmas_compiler.passes.pipeline import run_pipeline
-from recmas_compiler.spec.frozen_links import without_link_files
 from recmas_compiler.spec.spec import Spec, load_spec
-from recmas_export.plan_builder import build_plan
-from recmas_runtime.bundle import Bundle, inside
-from recmas_runtime.consistency import check_consistency
-from recmas_runtime.errors import fail
-from recmas_runtime.manifest import SPEC_NAME, BackboneEntry
-from recmas_runtime.plan import Plan
+from recmas_runtime.core.errors import fail
+from recmas_runtime.formats.bundle import Bundle, inside
+from recmas_runtime.formats.consistency import check_consistency
+from recmas_runtime.formats.manifest import SPEC_NAME, BackboneEntry
+from recmas_runtime.formats.plan import Plan
 
 # What a bundle's engines attend to are rows of a cache, in a window or not.
 _ROWS: Final[tuple[AttentionKind, ...]] = ("full",)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from recmas_runtime.errors import RecmasError, fail
+from recmas_runtime.core.errors import RecmasError, fail
 
 _TEXT_SUFFIXES: Final = (".md", ".txt")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from recmas_compiler.spec.trained_links import RECEIPT_NAME, read_receipt, vouched_digests
+from recmas_compiler.links.trained import RECEIPT_NAME, read_receipt, vouched_digests
 from recmas_export.fingerprint import sha256_file
 
 FOLDER: Final = "training"

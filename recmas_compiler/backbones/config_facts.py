@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from recmas_compiler.backbones.facts import AttentionKind, BackboneFacts
-from recmas_compiler.spec.position import UNKNOWN, SourcePosition
-from recmas_compiler.spec.problems import problem_at, show
-from recmas_runtime.errors import RecmasError
+from recmas_compiler.spec.document.position import UNKNOWN, SourcePosition
+from recmas_compiler.spec.document.problems import problem_at, show
+from recmas_runtime.core.errors import RecmasError
 
 _LARGEST_CONFIG_BYTES = 16 << 20
 _LARGEST_DIMENSION = 1 << 31

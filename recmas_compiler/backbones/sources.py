@@ -11,10 +11,10 @@ from typing import Final
 
 from recmas_compiler.backbones.config_facts import read_config_facts
 from recmas_compiler.backbones.facts import BackboneFacts
-from recmas_compiler.spec.paths import is_file, is_folder, path_of
-from recmas_compiler.spec.position import UNKNOWN, SourcePosition
-from recmas_compiler.spec.problems import did_you_mean, problem_at
-from recmas_runtime.errors import RecmasError
+from recmas_compiler.spec.document.paths import is_file, is_folder, path_of
+from recmas_compiler.spec.document.position import UNKNOWN, SourcePosition
+from recmas_compiler.spec.document.problems import did_you_mean, problem_at
+from recmas_runtime.core.errors import RecmasError
 
 _HUB_NAME = re.compile(r"hf:([A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+)@([A-Za-z0-9_./-]+)\Z")
 _LOOKS_LIKE_HUB = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+\Z")

@@ -27,8 +27,8 @@ from recmas_compiler.backbones.sources import (
     model_files,
     resolve_source,
 )
-from recmas_runtime.errors import RecmasError, fail
-from recmas_runtime.progress import Progress
+from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.progress import Progress
 
 # The self-check compares two ways of computing the same numbers in float32; a head or an embedding
 # that does something unknown (a logit scale, say) is off by far more than rounding.

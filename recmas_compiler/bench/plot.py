@@ -7,9 +7,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, Final
 
-from recmas_runtime.baselines import LATENT
 from recmas_runtime.bench.figures import Row, Spread
 from recmas_runtime.bench.report import PAPER, PAPER_SOURCE, BenchReport
+from recmas_runtime.running.baselines import LATENT
 
 # Okabe and Ito's colours, which people with colour blindness tell apart.
 COLOURS: Final = (

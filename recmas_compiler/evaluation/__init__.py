@@ -1,15 +1,12 @@
 """Evaluation: how good, how fast and how cheap a system is beside its alternatives."""
 
-from recmas_compiler.evaluation.command import EvalOptions, evaluate
 from recmas_compiler.evaluation.protocol import Protocol
 from recmas_compiler.evaluation.protocol_file import load_protocol, protocol_names
 from recmas_compiler.evaluation.report import Report
 
 __all__ = [
-    "EvalOptions",
     "Protocol",
     "Report",
-    "evaluate",
     "load_protocol",
     "protocol_names",
 ]

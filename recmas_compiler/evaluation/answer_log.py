@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from recmas_compiler.evaluation.jobs import Job
-from recmas_runtime.errors import RecmasError, fail
+from recmas_runtime.core.errors import RecmasError, fail
 
 
 @dataclass(frozen=True, kw_only=True)

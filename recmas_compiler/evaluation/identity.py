@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Final
 
-from recmas_runtime.codec import to_json
-from recmas_runtime.errors import fail
-from recmas_runtime.plan import Plan
+from recmas_runtime.core.errors import fail
+from recmas_runtime.formats.codec import to_json
+from recmas_runtime.formats.plan import Plan
 
 NAME: Final = "evaluation.json"
 

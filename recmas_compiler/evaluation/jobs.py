@@ -9,7 +9,7 @@ from typing import Final
 
 from recmas_compiler.evaluation.checks.verdict import Question
 from recmas_compiler.evaluation.protocol import MAX_ROLLOUTS, Protocol
-from recmas_runtime.plan import SamplingPlan
+from recmas_runtime.formats.plan import SamplingPlan
 
 # Record i of a run draws from stream seed + i. Runs whose seeds lie this far apart share none.
 _STREAMS_PER_RUN: Final = 2**24

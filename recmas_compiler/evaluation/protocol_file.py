@@ -9,7 +9,7 @@ from typing import Final
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from recmas_compiler.evaluation.converters import CONVERTERS
+from recmas_compiler.evaluation.data.converters import CONVERTERS
 from recmas_compiler.evaluation.protocol import (
     ChoiceSection,
     CodeSection,
@@ -21,18 +21,18 @@ from recmas_compiler.evaluation.protocol import (
     Section,
     SelectionSection,
 )
-from recmas_compiler.spec.overrides import apply_overrides
-from recmas_compiler.spec.places import Loc, Places
-from recmas_compiler.spec.position import SourcePosition
-from recmas_compiler.spec.problems import (
+from recmas_compiler.spec.document.places import Loc, Places
+from recmas_compiler.spec.document.position import SourcePosition
+from recmas_compiler.spec.document.problems import (
     SET_PREFIX,
     did_you_mean,
     in_reading_order,
     problem_at,
     show,
 )
-from recmas_compiler.spec.yaml_source import parse_yaml
-from recmas_runtime.errors import Problem, RecmasError, fail
+from recmas_compiler.spec.document.yaml_source import parse_yaml
+from recmas_compiler.spec.overrides import apply_overrides
+from recmas_runtime.core.errors import Problem, RecmasError, fail
 
 FOLDER: Final = Path(__file__).parent / "protocols"
 MAX_BYTES: Final = 1 << 16

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recmas_compiler.evaluation.data_file import DataSet
+from recmas_compiler.evaluation.data.data_file import DataSet
 from recmas_compiler.evaluation.identity import prompt_digest
 from recmas_compiler.evaluation.protocol import Protocol
 from recmas_compiler.evaluation.runner import Evaluation
@@ -22,7 +22,7 @@ from recmas_compiler.evaluation.summary import (
     savings,
     summarize,
 )
-from recmas_runtime.bundle import Bundle
+from recmas_runtime.formats.bundle import Bundle
 
 REPORT_VERSION = 1
 

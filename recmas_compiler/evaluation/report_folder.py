@@ -8,7 +8,7 @@ from pathlib import Path
 from recmas_compiler.evaluation.plot import draw_report
 from recmas_compiler.evaluation.report import Report
 from recmas_compiler.evaluation.report_text import report_markdown
-from recmas_runtime.errors import fail
+from recmas_runtime.core.errors import fail
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:

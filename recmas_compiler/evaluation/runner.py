@@ -11,9 +11,9 @@ from recmas_compiler.evaluation.checks.verdict import Check, Question
 from recmas_compiler.evaluation.jobs import Job, plan_jobs, sampling_of
 from recmas_compiler.evaluation.progress import EvaluationProgress
 from recmas_compiler.evaluation.protocol import Protocol
-from recmas_runtime.answers import Answer
-from recmas_runtime.errors import RecmasError
-from recmas_runtime.system import System
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.running.answers import Answer
+from recmas_runtime.running.system import System
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,15 +19,15 @@ from recmas_compiler.ir.ops import (
     LinkWeights,
     System,
 )
-from recmas_compiler.spec.answer_schema import ToolsSection
-from recmas_compiler.spec.link_file import LinkFileError, Role, link_kind, misfit, read_link_header
-from recmas_compiler.spec.paths import is_file, is_folder, path_of
-from recmas_compiler.spec.places import Loc
-from recmas_compiler.spec.problems import in_reading_order, problem_at
-from recmas_compiler.spec.schema import WeightsSection
+from recmas_compiler.links.link_file import LinkFileError, Role, link_kind, misfit, read_link_header
+from recmas_compiler.spec.document.paths import is_file, is_folder, path_of
+from recmas_compiler.spec.document.places import Loc
+from recmas_compiler.spec.document.problems import in_reading_order, problem_at
+from recmas_compiler.spec.schema.answer import ToolsSection
+from recmas_compiler.spec.schema.sections import WeightsSection
 from recmas_compiler.spec.spec import Spec
-from recmas_runtime.errors import Problem, RecmasError
-from recmas_runtime.plan import PythonPlan, SamplingPlan, SearchPlan, StopPlan, ToolsPlan
+from recmas_runtime.core.errors import Problem, RecmasError
+from recmas_runtime.formats.plan import PythonPlan, SamplingPlan, SearchPlan, StopPlan, ToolsPlan
 
 # The layer kinds that a target has operators for.
 TARGET_LAYERS: Final[Mapping[str, frozenset[str]]] = {

@@ -12,8 +12,15 @@ from enum import IntEnum
 from typing import Final, Literal
 
 from recmas_compiler.backbones.facts import BackboneFacts
-from recmas_compiler.spec.position import SourcePosition
-from recmas_runtime.plan import Limits, PromptPart, SamplingPlan, StopPlan, ToolsPlan, Variant
+from recmas_compiler.spec.document.position import SourcePosition
+from recmas_runtime.formats.plan import (
+    Limits,
+    PromptPart,
+    SamplingPlan,
+    StopPlan,
+    ToolsPlan,
+    Variant,
+)
 
 # Where a bundle keeps the passages that its answer agent may search.
 SEARCH_CORPUS: Final = "tools/search.jsonl"

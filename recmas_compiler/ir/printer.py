@@ -15,7 +15,6 @@ from pathlib import PurePath
 from typing import Any
 
 from recmas_compiler.backbones.facts import BackboneFacts
-from recmas_compiler.ir.deliveries import deliveries
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import (
     Agent,
@@ -31,8 +30,9 @@ from recmas_compiler.ir.ops import (
     System,
     Think,
 )
+from recmas_compiler.ir.routing import deliveries
 from recmas_compiler.ir.text_table import aligned
-from recmas_runtime.plan import PromptPart
+from recmas_runtime.formats.plan import PromptPart
 
 Row = tuple[str, ...]
 

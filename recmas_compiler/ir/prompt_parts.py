@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
-from recmas_runtime.plan import PromptPart
+from recmas_runtime.formats.plan import PromptPart
 
 
 def common_parts(one: Sequence[PromptPart], other: Sequence[PromptPart]) -> Iterator[PromptPart]:

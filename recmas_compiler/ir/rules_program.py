@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from recmas_compiler.ir.deliveries import deliveries
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import (
     Agent,
@@ -17,8 +16,9 @@ from recmas_compiler.ir.ops import (
     System,
     Think,
 )
+from recmas_compiler.ir.routing import deliveries
 from recmas_compiler.ir.rule import Rule
-from recmas_runtime.plan import CACHE_ROWS_MULTIPLE, Variant
+from recmas_runtime.formats.plan import CACHE_ROWS_MULTIPLE, Variant
 
 # (type of the step, type of the step that takes from it) -> what flows
 FLOWS: dict[tuple[type[NodeOp], type[NodeOp]], str] = {

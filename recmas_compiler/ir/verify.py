@@ -7,7 +7,7 @@ from recmas_compiler.ir.ops import Level
 from recmas_compiler.ir.rule import Rule
 from recmas_compiler.ir.rules_program import PLANNED_RULES, UNROLLED_RULES
 from recmas_compiler.ir.rules_topology import SYSTEM_RULES, TOPOLOGY_RULES
-from recmas_runtime.errors import Problem, RecmasError
+from recmas_runtime.core.errors import Problem, RecmasError
 
 RULES: dict[Level, tuple[Rule, ...]] = {
     Level.TOPOLOGY: (*SYSTEM_RULES, *TOPOLOGY_RULES),

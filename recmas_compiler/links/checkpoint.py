@@ -11,16 +11,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recmas_compiler.ir.ops import LinkKind, LinkWeights
-from recmas_compiler.links.modules import LINKS, Role, make_link
-from recmas_compiler.spec.link_file import (
+from recmas_compiler.links.link_file import (
     LinkFileError,
     LinkHeader,
     link_kind,
     misfit,
     read_link_header,
 )
-from recmas_compiler.spec.position import UNKNOWN, SourcePosition
-from recmas_runtime.errors import RecmasError, fail
+from recmas_compiler.links.modules import LINKS, Role, make_link
+from recmas_compiler.spec.document.position import UNKNOWN, SourcePosition
+from recmas_runtime.core.errors import RecmasError, fail
 
 
 def save_link(

@@ -20,7 +20,7 @@ from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent, Level
 from recmas_compiler.lowering.result import FinishReason, RecordResult, ReferenceResult, gather
-from recmas_runtime.plan import PromptPart
+from recmas_runtime.formats.plan import PromptPart
 
 Record = Mapping[str, object]
 

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
-from recmas_compiler.ir.deliveries import deliveries
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent, Decode, Level, Prefill, Send, StepOp, Think
-from recmas_compiler.links.materialize import inner_link_id, materialize_links
+from recmas_compiler.ir.routing import deliveries
+from recmas_compiler.lowering.materialize import inner_link_id, materialize_links
 from recmas_compiler.lowering.result import FinishReason, RecordResult, ReferenceResult, gather
-from recmas_runtime.plan import SamplingPlan, Variant
-from recmas_runtime.progress import Progress, Silent
-from recmas_runtime.prompt import (
+from recmas_runtime.core.progress import Progress, Silent
+from recmas_runtime.formats.plan import SamplingPlan, Variant
+from recmas_runtime.prompts.render import (
     ChatTemplate,
     Prompt,
     Slot,
@@ -35,8 +35,8 @@ from recmas_runtime.prompt import (
     build_prompt,
     common_prefix,
 )
-from recmas_runtime.sampler import Sampler, StopMatcher
-from recmas_runtime.tokenizer import Tokenizer
+from recmas_runtime.prompts.sampler import Sampler, StopMatcher
+from recmas_runtime.prompts.tokenizer import Tokenizer
 
 Record = Mapping[str, object]
 

@@ -15,7 +15,7 @@ from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_compiler.passes.share_backbones import ShareBackbones
 from recmas_compiler.passes.share_prompt_prefix import SharePromptPrefix
 from recmas_compiler.passes.unroll_rounds import UnrollRounds
-from recmas_runtime.errors import fail
+from recmas_runtime.core.errors import fail
 
 PIPELINE: tuple[Pass, ...] = (
     ShareBackbones(),  # before batching, which joins agents of equal backbones

@@ -8,7 +8,7 @@ from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Cache, Decode, Level, NodeOp, Prefill, System, Think
 from recmas_compiler.ir.sizes import ENGINE_DTYPE, dtype_bytes
 from recmas_compiler.passes.pass_base import Pass
-from recmas_runtime.plan import cache_capacity
+from recmas_runtime.formats.plan import cache_capacity
 
 
 @dataclass(frozen=True)

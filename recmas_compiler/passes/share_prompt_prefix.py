@@ -10,7 +10,7 @@ from recmas_compiler.ir.ops import Flow, Level, NodeOp, Prefill, System
 from recmas_compiler.ir.prompt_parts import common_parts
 from recmas_compiler.passes.hoist_prompt_prefix import has_rows
 from recmas_compiler.passes.pass_base import Pass
-from recmas_runtime.plan import Variant
+from recmas_runtime.formats.plan import Variant
 
 # Fields that both prompts begin with, and letters of text.
 Amount = tuple[int, int]

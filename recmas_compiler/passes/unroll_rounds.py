@@ -8,7 +8,7 @@ from recmas_compiler.ir.graph import Edge, Graph
 from recmas_compiler.ir.ops import Agent, Decode, Flow, Level, NodeOp, Prefill, Send, System, Think
 from recmas_compiler.ir.step_names import decode_id, prefill_id, send_id, think_id
 from recmas_compiler.passes.pass_base import Pass
-from recmas_runtime.plan import Variant
+from recmas_runtime.formats.plan import Variant
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from recmas_compiler.backbones.sources import ADAPTER_CONFIG, model_files, resolve_source
+from recmas_compiler.links.link_file import LinkFileError, Role, link_kind, read_link_header
 from recmas_compiler.released.link_tensors import link_widths, read_link_file, write_pickled_link
 from recmas_compiler.released.placing import check_free, placed_together
 from recmas_compiler.released.styles import (
@@ -24,11 +25,10 @@ from recmas_compiler.released.styles import (
     Style,
     check_task,
 )
-from recmas_compiler.spec.link_file import LinkFileError, Role, link_kind, read_link_header
-from recmas_compiler.spec.paths import path_of
-from recmas_compiler.spec.schema import WeightsSection
+from recmas_compiler.spec.document.paths import path_of
+from recmas_compiler.spec.schema.sections import WeightsSection
 from recmas_compiler.spec.spec import Spec
-from recmas_runtime.errors import fail
+from recmas_runtime.core.errors import fail
 
 _FORMAT_VERSION: Final = 1
 

@@ -20,9 +20,9 @@ from recmas_compiler.released.placing import check_free, placed_together
 from recmas_compiler.released.repositories import Repositories
 from recmas_compiler.released.spec_text import spec_text
 from recmas_compiler.released.styles import Style, check_task
-from recmas_compiler.spec.schema import Dtype
+from recmas_compiler.spec.schema.sections import Dtype
 from recmas_compiler.spec.spec import parse_spec
-from recmas_runtime.errors import Problem, RecmasError, fail
+from recmas_runtime.core.errors import Problem, RecmasError, fail
 
 # A spec may name a model whose layers this version cannot run; another one may.
 _LAYERS: Final = "RM203"

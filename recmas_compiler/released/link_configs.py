@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Final
 
 from recmas_compiler.released.styles import INNER_CONFIG, OUTER_CONFIG, OUTER_TYPE, Style
-from recmas_compiler.spec.paths import is_file
-from recmas_compiler.spec.problems import did_you_mean, show
-from recmas_runtime.errors import RecmasError, fail
+from recmas_compiler.spec.document.paths import is_file
+from recmas_compiler.spec.document.problems import did_you_mean, show
+from recmas_runtime.core.errors import RecmasError, fail
 
 _LARGEST_CONFIG_BYTES: Final = 1 << 20
 _ADAPTER: Final = "adapter.pt"

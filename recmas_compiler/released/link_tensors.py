@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recmas_compiler.spec.link_file import LinkHeader, Role, misfit
-from recmas_runtime.errors import RecmasError, fail
+from recmas_compiler.links.link_file import LinkHeader, Role, misfit
+from recmas_runtime.core.errors import RecmasError, fail
 
 # Released files add a few kilobytes of pickle and padding to their tensors.
 _LARGEST_OVERHEAD_BYTES: Final = 1 << 20

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from recmas_runtime.errors import fail
+from recmas_runtime.core.errors import fail
 
 _SHOWN_NAMES = 3
 

@@ -11,9 +11,9 @@ from typing import Final
 
 from recmas_compiler.backbones.sources import hub_snapshot
 from recmas_compiler.released.styles import OUTER_CONFIG, Style
-from recmas_compiler.spec.paths import is_file, is_folder
-from recmas_compiler.spec.problems import did_you_mean
-from recmas_runtime.errors import fail
+from recmas_compiler.spec.document.paths import is_file, is_folder
+from recmas_compiler.spec.document.problems import did_you_mean
+from recmas_runtime.core.errors import fail
 
 # All that an import reads. The models' weights are fetched when the spec is built.
 _HUB_FILES: Final = ("*.json", "*.pt")

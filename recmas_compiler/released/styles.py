@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from recmas_compiler.spec.problems import did_you_mean, show
-from recmas_runtime.errors import fail
+from recmas_compiler.spec.document.problems import did_you_mean, show
+from recmas_runtime.core.errors import fail
 
 ORGANISATION: Final = "RecursiveMAS"
 DEFAULT_TASK: Final = "math"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recmas_compiler.spec.scalars import fits_literal_block, literal_header, write_scalar
-from recmas_compiler.spec.schema import SpecDocument
+from recmas_compiler.spec.document.scalars import fits_literal_block, literal_header, write_scalar
+from recmas_compiler.spec.schema.sections import SpecDocument
 
 
 def resolved_yaml(document: SpecDocument) -> str:

@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from recmas_compiler.spec.checks import run_checks
-from recmas_compiler.spec.declared import Declared
-from recmas_compiler.spec.link_names import normalize_link_names
+from recmas_compiler.spec.checks.table import run_checks
+from recmas_compiler.spec.document.places import Places
+from recmas_compiler.spec.document.position import SourcePosition
+from recmas_compiler.spec.document.problems import in_reading_order, problem_at, show
+from recmas_compiler.spec.document.yaml_source import parse_yaml, read_text
 from recmas_compiler.spec.overrides import apply_overrides
-from recmas_compiler.spec.patterns import expand_pattern
-from recmas_compiler.spec.places import Places
-from recmas_compiler.spec.position import SourcePosition
-from recmas_compiler.spec.problems import in_reading_order, problem_at, show
+from recmas_compiler.spec.patterns.layouts import expand_pattern
 from recmas_compiler.spec.resolved import resolved_yaml
-from recmas_compiler.spec.schema import SpecDocument
-from recmas_compiler.spec.validate import validate
-from recmas_compiler.spec.yaml_source import parse_yaml, read_text
-from recmas_runtime.errors import Problem, RecmasError
+from recmas_compiler.spec.schema.declared import Declared
+from recmas_compiler.spec.schema.link_names import normalize_link_names
+from recmas_compiler.spec.schema.sections import SpecDocument
+from recmas_compiler.spec.schema.validate import validate
+from recmas_runtime.core.errors import Problem, RecmasError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,14 +15,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from recmas_compiler.links.checkpoint import save_link
-from recmas_compiler.spec.spec import Spec
-from recmas_compiler.spec.trained_links import (
+from recmas_compiler.links.trained import (
     RECEIPT_NAME,
     RECEIPT_VERSION,
     link_file_name,
 )
-from recmas_compiler.training.checkpoint import unwritable
-from recmas_compiler.training.examples import Examples
+from recmas_compiler.spec.spec import Spec
+from recmas_compiler.training.data.examples import Examples
+from recmas_compiler.training.loop.checkpoint import unwritable
 from recmas_compiler.training.settings import TrainSettings
 
 _VERSIONS = ("recmas", "torch", "transformers", "tokenizers", "numpy")

@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from recmas_compiler.links.materialize import MaterializedLink, inner_link_id
-from recmas_compiler.spec.link_names import canonical_link_name, outer_link_id
-from recmas_compiler.spec.problems import problem_at
-from recmas_compiler.spec.train_schema import TrainSection
-from recmas_compiler.spec.trained_links import link_file_name
-from recmas_compiler.training.inner import InnerTask, inner_baselines
-from recmas_compiler.training.outer import OuterTask
+from recmas_compiler.links.trained import link_file_name
+from recmas_compiler.lowering.materialize import MaterializedLink, inner_link_id
+from recmas_compiler.spec.document.problems import problem_at
+from recmas_compiler.spec.schema.link_names import canonical_link_name, outer_link_id
+from recmas_compiler.spec.schema.train import TrainSection
+from recmas_compiler.training.data.hidden_state_cache import Thoughts, ThoughtsPart, thoughts_of
+from recmas_compiler.training.loop.run_loop import RunOptions, figures_of, run_loop
 from recmas_compiler.training.receipt import TrainedLink, make_receipt, write_links
-from recmas_compiler.training.run_loop import RunOptions, figures_of, run_loop
 from recmas_compiler.training.session import Session
 from recmas_compiler.training.task import LoopResult
-from recmas_compiler.training.thoughts import Thoughts, ThoughtsPart, thoughts_of
-from recmas_runtime.errors import RecmasError, fail
+from recmas_compiler.training.tasks.inner import InnerTask, inner_baselines
+from recmas_compiler.training.tasks.outer import OuterTask
+from recmas_runtime.core.errors import RecmasError, fail
 
 Stage = Literal["inner", "outer", "all"]
 

@@ -13,34 +13,34 @@ from torch import nn
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import LinkWeights, System, Think
-from recmas_compiler.links.calibration import Calibration
-from recmas_compiler.links.materialize import (
+from recmas_compiler.links.closed_form.calibration import Calibration
+from recmas_compiler.links.modules import Role, make_link
+from recmas_compiler.links.trained import link_file_name
+from recmas_compiler.lowering.materialize import (
     MaterializedLink,
     inner_link_id,
     materialize_links,
 )
-from recmas_compiler.links.modules import Role, make_link
 from recmas_compiler.lowering.reference import load_backbones
+from recmas_compiler.lowering.training_graph.calls import CallWriter
+from recmas_compiler.lowering.training_graph.graph import TrainingGraph
+from recmas_compiler.spec.schema.train import BackboneDtype
 from recmas_compiler.spec.spec import Spec
-from recmas_compiler.spec.train_schema import BackboneDtype
-from recmas_compiler.spec.trained_links import link_file_name
-from recmas_compiler.training.calls import CallWriter
-from recmas_compiler.training.distributed import World
-from recmas_compiler.training.examples import (
+from recmas_compiler.training.data.examples import (
     Examples,
     TrainExample,
     leave_out_long,
     load_examples,
 )
-from recmas_compiler.training.graph import TrainingGraph
-from recmas_compiler.training.inner import (
+from recmas_compiler.training.data.hidden_state_cache import ComputedThoughts, TargetCall, Thoughts
+from recmas_compiler.training.loop.distributed import World
+from recmas_compiler.training.settings import TrainSettings
+from recmas_compiler.training.tasks.inner import (
     calibration_of,
     can_align,
 )
-from recmas_compiler.training.settings import TrainSettings
-from recmas_compiler.training.thoughts import ComputedThoughts, TargetCall, Thoughts
-from recmas_runtime.progress import Progress
-from recmas_runtime.prompt import Tokens
+from recmas_runtime.core.progress import Progress
+from recmas_runtime.prompts.render import Tokens
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from recmas_compiler.spec.paths import path_of
-from recmas_compiler.spec.problems import problem_at
-from recmas_compiler.spec.section import Section
+from recmas_compiler.links.trained import links_folder
+from recmas_compiler.spec.document.paths import path_of
+from recmas_compiler.spec.document.problems import problem_at
+from recmas_compiler.spec.schema.section import Section
+from recmas_compiler.spec.schema.train import TrainSection
 from recmas_compiler.spec.spec import Spec
-from recmas_compiler.spec.train_schema import TrainSection
-from recmas_compiler.spec.trained_links import links_folder
-from recmas_runtime.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError
 
 # What a run may change between two starts and still end with the same weights, and the stages and
 # methods, each of which counts by itself.

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from recmas_compiler.spec.train_schema import (
+from recmas_compiler.spec.schema.train import (
     InnerStageSection,
     OuterStageSection,
     TrainSection,
 )
-from recmas_compiler.training.distributed import World
+from recmas_compiler.training.loop.distributed import World
 
 Sink = Callable[[Mapping[str, Any]], None]
 """Sees every entry of the metrics file."""

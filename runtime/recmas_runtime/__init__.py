@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recmas_runtime.answers import Answer, Record, Timing, Usage
-    from recmas_runtime.batch import AnswerStream
-    from recmas_runtime.errors import Problem, RecmasError
-    from recmas_runtime.plan import SamplingPlan
-    from recmas_runtime.system import System, load
+    from recmas_runtime.core.errors import Problem, RecmasError
+    from recmas_runtime.formats.plan import SamplingPlan
+    from recmas_runtime.running.answers import Answer, Record, Timing, Usage
+    from recmas_runtime.running.batch import AnswerStream
+    from recmas_runtime.running.system import System, load
 
 __all__ = [
     "Answer",
@@ -28,16 +28,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Answer": "answers",
-    "AnswerStream": "batch",
-    "Problem": "errors",
-    "RecmasError": "errors",
-    "Record": "answers",
-    "SamplingPlan": "plan",
-    "System": "system",
-    "Timing": "answers",
-    "Usage": "answers",
-    "load": "system",
+    "Answer": "running.answers",
+    "AnswerStream": "running.batch",
+    "Problem": "core.errors",
+    "RecmasError": "core.errors",
+    "Record": "running.answers",
+    "SamplingPlan": "formats.plan",
+    "System": "running.system",
+    "Timing": "running.answers",
+    "Usage": "running.answers",
+    "load": "running.system",
 }
 
 

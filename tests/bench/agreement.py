@@ -25,9 +25,9 @@ from recmas_compiler.links.checkpoint import load_link
 from recmas_compiler.lowering.naive import run_naive
 from recmas_compiler.lowering.reference import TorchSystem, load_backbones
 from recmas_compiler.spec.spec import load_spec
-from recmas_runtime.progress import LineProgress, Silent
-from recmas_runtime.tolerances import TOLERANCES
-from recmas_runtime.trace import MESSAGES_NAME, RECORDS_ARRAY, TraceWriter
+from recmas_runtime.core.progress import LineProgress, Silent
+from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.running.run_trace import MESSAGES_NAME, RECORDS_ARRAY, TraceWriter
 
 
 def main() -> int:

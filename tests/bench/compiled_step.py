@@ -24,13 +24,13 @@ import torch
 
 import recmas_compiler as rc
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.links.materialize import materialize_links
+from recmas_compiler.lowering.materialize import materialize_links
 from recmas_compiler.lowering.reference import load_backbones
-from recmas_compiler.training.examples import TrainExample, load_examples
-from recmas_compiler.training.graph import TrainingGraph
-from recmas_compiler.training.latents import Mode
+from recmas_compiler.lowering.training_graph.graph import TrainingGraph
+from recmas_compiler.lowering.training_graph.latents import Mode
+from recmas_compiler.training.data.examples import TrainExample, load_examples
 from recmas_compiler.training.settings import train_settings
-from recmas_runtime.progress import Silent
+from recmas_runtime.core.progress import Silent
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 import recmas_runtime as rt
-from recmas_runtime.machine import describe_machine
-from recmas_runtime.onnx_session import physical_cores
-from recmas_runtime.plan import (
+from recmas_runtime.checking.machine import describe_machine
+from recmas_runtime.engines.onnx.session import physical_cores
+from recmas_runtime.formats.plan import (
     AgentPlan,
     CachePlan,
     DecodeStep,

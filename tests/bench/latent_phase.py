@@ -28,15 +28,15 @@ import torch
 
 import recmas_runtime as rt
 from recmas_compiler import api
+from recmas_compiler.bench.engines.torch_system import load_bundle_backbones, load_torch_system
 from recmas_compiler.links.checkpoint import load_link
 from recmas_compiler.lowering.naive import run_naive
 from recmas_compiler.lowering.reference import TorchSystem
-from recmas_compiler.lowering.torch_system import load_bundle_backbones, load_torch_system
 from recmas_compiler.spec.spec import load_spec
-from recmas_runtime.bundle import open_bundle
-from recmas_runtime.machine import describe_machine
-from recmas_runtime.onnx_session import physical_cores
-from recmas_runtime.trace import StepEvent
+from recmas_runtime.checking.machine import describe_machine
+from recmas_runtime.engines.onnx.session import physical_cores
+from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.running.run_trace import StepEvent
 
 # 61 tokens: about what a grade-school word problem has.
 QUESTION = (

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from recmas_compiler import api
-from recmas_compiler.memory_plan import memory_plan
+from recmas_compiler.analysis.memory import memory_plan
 from recmas_compiler.spec.spec import load_spec
 
 CHILD = """

@@ -20,15 +20,15 @@ from latent_phase import QUESTION
 
 import recmas_runtime as rt
 from recmas_compiler.ir.build_topology import build_topology
+from recmas_compiler.lowering.plan import build_plan
 from recmas_compiler.passes.batch_parallel_agents import BatchParallelAgents
 from recmas_compiler.passes.pass_base import Pass
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_compiler.spec.spec import Spec, load_spec
-from recmas_export.plan_builder import build_plan
-from recmas_runtime.machine import describe_machine
-from recmas_runtime.onnx_session import physical_cores
-from recmas_runtime.plan import Plan, PrefillStep, ThinkStep
-from recmas_runtime.trace import StepEvent
+from recmas_runtime.checking.machine import describe_machine
+from recmas_runtime.engines.onnx.session import physical_cores
+from recmas_runtime.formats.plan import Plan, PrefillStep, ThinkStep
+from recmas_runtime.running.run_trace import StepEvent
 
 PHASES = {
     "specialists_think_ms": "latent steps of the agents in question",

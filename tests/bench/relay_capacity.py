@@ -31,14 +31,14 @@ from relay_specs import SMOL, relay_spec, relay_targets, write_codes
 
 import recmas_compiler as rc
 from recmas_compiler.evaluation.statistics import wilson
-from recmas_compiler.training.cost import read_cost
-from recmas_compiler.training.distributed import joined_world
-from recmas_compiler.training.outer import CONTROLS, exact_answers
+from recmas_compiler.training.loop.cost import read_cost
+from recmas_compiler.training.loop.distributed import joined_world
+from recmas_compiler.training.loop.run_loop import RunOptions
 from recmas_compiler.training.run import run_stages
-from recmas_compiler.training.run_loop import RunOptions
 from recmas_compiler.training.session import open_session
 from recmas_compiler.training.settings import train_settings
-from recmas_runtime.progress import Silent
+from recmas_compiler.training.tasks.outer import CONTROLS, exact_answers
+from recmas_runtime.core.progress import Silent
 
 # Agents and rounds of each relay.
 RELAYS = {"one": (2, 1), "two": (3, 1), "three": (4, 1), "feedback": (2, 2), "mixed": (2, 1)}

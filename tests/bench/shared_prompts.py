@@ -19,8 +19,8 @@ from pathlib import Path
 from latent_phase import QUESTION
 
 import recmas_runtime as rt
-from recmas_runtime.onnx_session import physical_cores
-from recmas_runtime.plan import Plan, PrefillStep
+from recmas_runtime.engines.onnx.session import physical_cores
+from recmas_runtime.formats.plan import Plan, PrefillStep
 
 
 def main() -> None:

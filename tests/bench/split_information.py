@@ -41,12 +41,12 @@ from relay_specs import SMOL
 from torch.nn.functional import normalize
 
 import recmas_compiler as rc
-from recmas_compiler.training.distributed import joined_world
-from recmas_compiler.training.metrics import METRICS_NAME, read_metrics
-from recmas_compiler.training.outer import CONTROLS
+from recmas_compiler.training.loop.distributed import joined_world
+from recmas_compiler.training.loop.metrics import METRICS_NAME, read_metrics
 from recmas_compiler.training.session import open_session
 from recmas_compiler.training.settings import train_settings
-from recmas_runtime.progress import Silent
+from recmas_compiler.training.tasks.outer import CONTROLS
+from recmas_runtime.core.progress import Silent
 
 STUDIES = ("question", "numbers", "frozen", "warm", "find")
 # Short problems, so that an evening on two cores is enough.
@@ -213,7 +213,7 @@ def train(study: str, spec: Path, out: Path) -> None:
         if not frozen.is_dir():
             sys.exit("the study `warm` goes on from `frozen`: run that first")
         shutil.copytree(frozen, start, dirs_exist_ok=True)
-    command = [sys.executable, "-m", "recmas_compiler.cli", "train", str(spec)]
+    command = [sys.executable, "-m", "recmas_cli.main", "train", str(spec)]
     command += ["--stage", "outer", "--out", str(out / study), "--resume"]
     subprocess.run(command, check=True, stdout=sys.stderr)
 

@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import recmas_compiler as rc
-from recmas_compiler.training.cost import COST_NAME, read_cost
-from recmas_compiler.training.distributed import joined_world
-from recmas_compiler.training.metrics import METRICS_NAME, read_metrics
-from recmas_compiler.training.outer import CONTROLS, OuterTask
+from recmas_compiler.training.loop.cost import COST_NAME, read_cost
+from recmas_compiler.training.loop.distributed import joined_world
+from recmas_compiler.training.loop.metrics import METRICS_NAME, read_metrics
 from recmas_compiler.training.session import open_session
 from recmas_compiler.training.settings import train_settings
-from recmas_runtime.progress import Silent
+from recmas_compiler.training.tasks.outer import CONTROLS, OuterTask
+from recmas_runtime.core.progress import Silent
 
-RECMASC = (sys.executable, "-m", "recmas_compiler.cli")
+RECMASC = (sys.executable, "-m", "recmas_cli.main")
 # How the runtime calls what the slots hold; it has no `mean`.
 BASELINES = {"latent": "latent", "null": "null-latents", "shuffled": "shuffled-latents"}
 

@@ -15,16 +15,16 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from recmas_compiler.bench.resident import peak_resident_bytes, restart_peak
-from recmas_compiler.bench.step_weights import weight_bytes, weight_precision
-from recmas_compiler.cli import main
+from recmas_cli.main import main
+from recmas_compiler.bench.engines.resident import peak_resident_bytes, restart_peak
+from recmas_compiler.bench.engines.step_weights import weight_bytes, weight_precision
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import parse_spec
 from recmas_export.build import build
-from recmas_runtime.bundle import open_bundle
-from recmas_runtime.errors import Exit
-from recmas_runtime.safetensors_file import read_tensors
+from recmas_runtime.core.errors import Exit
+from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.formats.safetensors_file import read_tensors
 from tiny_specs import SEQUENTIAL
 
 QUICK = ("--steps", "3", "--warmup", "0", "--repeats", "2", "--threads", "1", "--quiet")
@@ -189,7 +189,7 @@ def test_an_interruption_keeps_what_was_measured(bundle: Path) -> None:
     many = ["--repeats", "100000", "--threads", "1", "--steps", "3", "--warmup", "0", *SMALL]
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "recmas_compiler.cli", "bench", "engines", str(bundle)),
+            *(sys.executable, "-m", "recmas_cli.main", "bench", "engines", str(bundle)),
             *("--engine", "onnx", "--json", *many),
         ],
         stdout=subprocess.PIPE,

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recmas_compiler.cli import main
-from recmas_compiler.spec.frozen_links import frozen_links
+from recmas_cli.main import main
+from recmas_compiler.links.untrained import frozen_links
 from recmas_compiler.spec.spec import Spec, parse_spec
-from recmas_runtime.bundle import Bundle, open_bundle
-from recmas_runtime.errors import Exit, RecmasError
-from recmas_runtime.safetensors_file import read_tensors
+from recmas_runtime.core.errors import Exit, RecmasError
+from recmas_runtime.formats.bundle import Bundle, open_bundle
+from recmas_runtime.formats.safetensors_file import read_tensors
 from tiny_specs import MIXTURE, SEQUENTIAL
 
 TRAINED = {

@@ -16,7 +16,7 @@ import pytest
 import recmas_runtime as rt
 from recmas_runtime.bench.cases import make_cases
 from recmas_runtime.bench.questions import QUESTIONS
-from recmas_runtime.cli import main
+from recmas_runtime.cli.main import main
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 COUNTS = {
@@ -238,7 +238,7 @@ def test_an_interruption_keeps_what_is_measured(hand_bundle: Path, *, as_json: b
     code = (
         "import os, signal, sys\n"
         "from recmas_runtime.bench import measure\n"
-        "from recmas_runtime.cli import main\n"
+        "from recmas_runtime.cli.main import main\n"
         "real, calls = measure.run_once, []\n"
         "def run_once(*arguments):\n"
         "    calls.append(1)\n"
@@ -274,7 +274,7 @@ def test_an_interruption_keeps_what_is_measured(hand_bundle: Path, *, as_json: b
 def test_an_interrupted_first_repeat_counts_as_far_as_it_came(hand_bundle: Path) -> None:
     from recmas_runtime.bench.figures import figures
     from recmas_runtime.bench.measure import BenchSettings, Run, measure
-    from recmas_runtime.progress import Silent
+    from recmas_runtime.core.progress import Silent
 
     system = rt.load(hand_bundle, threads=1)
     cases = make_cases([system], baselines=["text"])

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from recmas_cli.main import main
 from recmas_compiler.bench.plot import COLOURS, draw_report
-from recmas_compiler.cli import main
-from recmas_runtime.errors import Exit
+from recmas_runtime.core.errors import Exit
 
 
 def recmasc(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from recmas_runtime.errors import Exit
-from recmas_runtime.manifest import MANIFEST_NAME
+from recmas_runtime.core.errors import Exit
+from recmas_runtime.formats.manifest import MANIFEST_NAME
 from tiny_models import write_tiny_backbone
 from tiny_specs import SEQUENTIAL
 
@@ -29,7 +29,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recmasc(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "recmas_compiler.cli", *arguments],
+        [sys.executable, "-m", "recmas_cli.main", *arguments],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -179,7 +179,7 @@ def test_build_does_not_touch_what_is_no_bundle(project: Path) -> None:
 
 def test_interrupted_build_leaves_nothing(project: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "recmas_compiler.cli", "build", "spec.yaml", "-o", "stopped"],
+        [sys.executable, "-m", "recmas_cli.main", "build", "spec.yaml", "-o", "stopped"],
         cwd=project,
         stderr=subprocess.PIPE,
         text=True,

@@ -8,7 +8,7 @@ import pytest
 
 from recmas_compiler.evaluation.checks.choice_check import ChoiceCheck, extract_letter
 from recmas_compiler.evaluation.checks.verdict import Question
-from recmas_runtime.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError
 
 CHOICES = ["bank", "library", "department store", "mall", "new york"]
 LISTED = "A. bank\nB. library\nC. department store\nD. mall\nE. new york"

@@ -10,7 +10,7 @@ from recmas_compiler.evaluation.checks import code_check
 from recmas_compiler.evaluation.checks.code_check import CodeCheck
 from recmas_compiler.evaluation.checks.code_program import extract_code
 from recmas_compiler.evaluation.checks.verdict import Question
-from recmas_runtime.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.tools.sandbox import find_sandbox
 
 TESTS = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]

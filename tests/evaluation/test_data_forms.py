@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from recmas_compiler.evaluation.data_file import load_data
+from recmas_compiler.evaluation.data.data_file import load_data
 from recmas_compiler.evaluation.protocol_file import load_protocol
-from recmas_runtime.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError
 from record_files import WriteRecords
 
 LIST = {"text": ["bank", "mall"], "label": ["A", "B"]}

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 import recmas_runtime as rt
+from recmas_cli.evaluation_command import EvalOptions, evaluate
 from recmas_compiler.evaluation.checks.text_checks import extract_words
-from recmas_compiler.evaluation.command import EvalOptions, evaluate
-from recmas_runtime.errors import Exit, RecmasError
+from recmas_runtime.core.errors import Exit, RecmasError
 from record_files import WriteRecords
 
 PROTOCOL = """
@@ -93,7 +93,7 @@ def run(tiny_bundle: Path, data: Path, protocol: Path, tmp_path: Path) -> Evalua
 
 def arguments(bundle: Path, data: Path, protocol: Path, out: Path) -> list[str]:
     return [
-        sys.executable, "-m", "recmas_compiler.cli", "eval", str(bundle), "--data", str(data),
+        sys.executable, "-m", "recmas_cli.main", "eval", str(bundle), "--data", str(data),
         "--protocol", str(protocol), "--out", str(out), "--threads", "1", "--batch", "4",
     ]  # fmt: skip
 

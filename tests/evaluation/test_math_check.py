@@ -14,7 +14,7 @@ from recmas_compiler.evaluation.checks.math_check import MathCheck
 from recmas_compiler.evaluation.checks.math_process import MathProcess
 from recmas_compiler.evaluation.checks.numbers import numbers_in, read_number
 from recmas_compiler.evaluation.checks.verdict import Question
-from recmas_runtime.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError
 
 
 @pytest.fixture(scope="module")

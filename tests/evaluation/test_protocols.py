@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from recmas_compiler.evaluation.protocol_file import load_protocol, parse_protocol, protocol_names
-from recmas_runtime.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError
 
 SMALL = """
 name: small

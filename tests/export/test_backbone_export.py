@@ -24,7 +24,7 @@ from export_cases import (
     relative,
     weights_bytes,
 )
-from recmas_export.backbone_graph import (
+from recmas_export.graph.backbone_graph import (
     CHAT_TEMPLATE,
     DECODER,
     EMBED,
@@ -33,10 +33,10 @@ from recmas_export.backbone_graph import (
     WEIGHTS,
     export_backbone,
 )
-from recmas_runtime.errors import Exit, RecmasError
-from recmas_runtime.links import stack_operands
-from recmas_runtime.safetensors_file import read_tensors
-from recmas_runtime.tolerances import TOLERANCES
+from recmas_runtime.core.errors import Exit, RecmasError
+from recmas_runtime.formats.links import stack_operands
+from recmas_runtime.formats.safetensors_file import read_tensors
+from recmas_runtime.formats.tolerances import TOLERANCES
 
 GRAPHS = (DECODER, EMBED, HEAD)
 TOLERANCE = TOLERANCES["hidden_relative"]

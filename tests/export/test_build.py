@@ -17,16 +17,16 @@ import torch
 from built_cases import compile_system, write_system
 from recmas_compiler.backbones.sources import resolve_source
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
-from recmas_compiler.links.materialize import materialize_links
+from recmas_compiler.lowering.materialize import materialize_links
 from recmas_export import assemble
 from recmas_export.build import BuildResult, build
 from recmas_export.fingerprint import fingerprint, sha256_text, source_digest, tool_versions
-from recmas_runtime.bundle import open_bundle
-from recmas_runtime.errors import Exit, RecmasError
-from recmas_runtime.progress import Silent
-from recmas_runtime.safetensors_file import read_tensors
-from recmas_runtime.tolerances import TOLERANCES
-from recmas_runtime.verify import verify_bundle
+from recmas_runtime.checking.verify import verify_bundle
+from recmas_runtime.core.errors import Exit, RecmasError
+from recmas_runtime.core.progress import Silent
+from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.formats.safetensors_file import read_tensors
+from recmas_runtime.formats.tolerances import TOLERANCES
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_disk_that_fills_up_during_the_build(system: Path, tmp_path: Path) -> No
         "from pathlib import Path\n"
         "from built_cases import compile_system\n"
         "from recmas_export.build import build\n"
-        "from recmas_runtime.errors import RecmasError\n"
+        "from recmas_runtime.core.errors import RecmasError\n"
         f"spec, program = compile_system(Path({str(system)!r}))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n"
         "try:\n"

@@ -15,10 +15,10 @@ import pytest
 
 from recmas_export import bundle_writer
 from recmas_export.bundle_writer import check_target, staged_bundle
-from recmas_runtime.codec import read_json_file
-from recmas_runtime.errors import Exit, RecmasError
-from recmas_runtime.manifest import Manifest
-from recmas_runtime.plan import Limits, Plan, SamplingPlan
+from recmas_runtime.core.errors import Exit, RecmasError
+from recmas_runtime.formats.codec import read_json_file
+from recmas_runtime.formats.manifest import Manifest
+from recmas_runtime.formats.plan import Limits, Plan, SamplingPlan
 
 PLAN = Plan(
     name="test",
@@ -303,7 +303,7 @@ def test_folders_that_cannot_be_locked_are_refused(
     def flock(file: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("recmas_runtime.staging.fcntl.flock", flock)
+    monkeypatch.setattr("recmas_runtime.core.staging.fcntl.flock", flock)
     target = tmp_path / "out"
     with (
         pytest.raises(RecmasError, match=r"RM303.*No locks available"),

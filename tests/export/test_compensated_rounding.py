@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from export_cases import CASES, load_tiny
 from recmas_compiler.backbones.torch_model import TorchBackbone, weights_digest
 from recmas_compiler.ir.sizes import BLOCK_SIZE
-from recmas_compiler.links.calibration import sample_answers
-from recmas_export import compensated_rounding
-from recmas_export.compensated_rounding import compensated, rounded_layers
-from recmas_runtime.progress import Silent
+from recmas_compiler.links.closed_form.calibration import sample_answers
+from recmas_export.precision import rounding as compensated_rounding
+from recmas_export.precision.rounding import compensated, rounded_layers
+from recmas_runtime.core.progress import Silent
 
 NUM_INPUTS, NUM_OUTPUTS = 80, 24  # the last block of 32 is half full
 

@@ -12,12 +12,12 @@ import onnx_ir as ir
 import pytest
 
 from export_cases import CASES, Exported, make_engine, random_ids, random_link
-from recmas_export.backbone_graph import CPU_DECODER, DECODER
-from recmas_export.rewrites.grouped_attention import use_grouped_attention
-from recmas_runtime.engines import BackboneEngine, Operands
-from recmas_runtime.lane import Lane
-from recmas_runtime.links import stack_operands
-from recmas_runtime.tolerances import TOLERANCES
+from recmas_export.graph.backbone_graph import CPU_DECODER, DECODER
+from recmas_export.passes.grouped_attention import use_grouped_attention
+from recmas_runtime.engines.onnx.backbone import BackboneEngine, Operands
+from recmas_runtime.formats.links import stack_operands
+from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.running.sequence_batch import Lane
 
 Get = Callable[[str], Exported]
 

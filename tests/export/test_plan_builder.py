@@ -8,9 +8,9 @@ import pytest
 
 from built_cases import compile_system, write_system
 from recmas_compiler.ir.graph import Graph
-from recmas_export.plan_builder import build_plan, live_agents, live_backbones
-from recmas_runtime.codec import from_json, to_json
-from recmas_runtime.plan import (
+from recmas_compiler.lowering.plan import build_plan, live_agents, live_backbones
+from recmas_runtime.formats.codec import from_json, to_json
+from recmas_runtime.formats.plan import (
     DecodeStep,
     Plan,
     PrefillStep,

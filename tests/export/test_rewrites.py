@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from export_cases import CASES, Exported
-from recmas_export.rewrites import clean
+from recmas_export.passes import clean
 
 Arrays = Mapping[str, NDArray[Any]]
 Sizes = tuple[int, ...]

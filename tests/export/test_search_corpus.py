@@ -10,8 +10,8 @@ import pytest
 from built_cases import compile_system, write_system
 from recmas_export.build import build
 from recmas_export.search_corpus import corpus_lines
-from recmas_runtime.bundle import open_bundle
-from recmas_runtime.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.formats.bundle import open_bundle
 
 
 def passages(corpus: Path) -> list[dict[str, str]]:

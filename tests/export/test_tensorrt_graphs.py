@@ -1,6 +1,6 @@
 """Graphs in the form for TensorRT: covered by its parser's documentation, and computing the same.
 
-The documentation's list is data in `recmas_runtime.tensorrt.parser_support`.
+The documentation's list is data in `recmas_runtime.engines.tensorrt.parser_support`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import pytest
 from onnx import TensorProto, helper
 
 from export_cases import CASES, Exported, random_ids, relative
-from recmas_export.backbone_graph import DECODER, EMBED, HEAD
-from recmas_runtime.errors import RecmasError
-from recmas_runtime.tensorrt.parser_support import element_types, unsupported
-from recmas_runtime.tensorrt.static_graph import (
+from recmas_export.graph.backbone_graph import DECODER, EMBED, HEAD
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.engines.tensorrt.parser_support import element_types, unsupported
+from recmas_runtime.engines.tensorrt.static_graph import (
     cache_pairs,
     check_readable,
     input_shapes,
     read_graph,
     static_decoder,
 )
-from recmas_runtime.tolerances import TOLERANCES
+from recmas_runtime.formats.tolerances import TOLERANCES
 
 CAPACITY = 64
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.ir.graph import Edge, Graph
 from recmas_compiler.ir.ops import Agent, Backbone, BuildOptions, Level, Link, LinkWeights, System
-from recmas_compiler.spec.position import UNKNOWN
-from recmas_runtime.plan import PromptPart, SamplingPlan
+from recmas_compiler.spec.document.position import UNKNOWN
+from recmas_runtime.formats.plan import PromptPart, SamplingPlan
 
 
 def facts(source: str = "builtin:smollm2-135m-instruct", **changes: object) -> BackboneFacts:

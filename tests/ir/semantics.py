@@ -6,9 +6,9 @@ they were computed alike, and deep rounds stay small.
 
 from __future__ import annotations
 
-from recmas_compiler.ir.deliveries import deliveries
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent, Decode, Level, Prefill, Send, System, Think
+from recmas_compiler.ir.routing import deliveries
 
 
 class Symbols:

@@ -9,16 +9,16 @@ from dataclasses import replace
 import pytest
 
 from graphs import EXAMPLES, backbone, sequential, topology
-from recmas_compiler.explain import explain
+from recmas_compiler.analysis.explain import explain
+from recmas_compiler.analysis.memory import memory_plan
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.instruments import RecordPasses
 from recmas_compiler.ir.ops import LinkWeights
 from recmas_compiler.ir.sizes import human_bytes, link_num_parameters
 from recmas_compiler.ir.text_table import counted, listed
-from recmas_compiler.memory_plan import memory_plan
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
-from recmas_runtime.lane import ROOM_FOR_TEXT
-from recmas_runtime.plan import PromptPart, cache_capacity
+from recmas_runtime.formats.plan import PromptPart, cache_capacity
+from recmas_runtime.running.sequence_batch import ROOM_FOR_TEXT
 
 
 def words(backbone: str, text: str) -> int:

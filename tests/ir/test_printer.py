@@ -12,8 +12,8 @@ from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import BuildOptions
 from recmas_compiler.ir.printer import print_graph, prompt_text
 from recmas_compiler.passes.pipeline import run_pipeline
-from recmas_compiler.spec.position import SourcePosition
-from recmas_runtime.plan import PromptPart, SamplingPlan
+from recmas_compiler.spec.document.position import SourcePosition
+from recmas_runtime.formats.plan import PromptPart, SamplingPlan
 
 
 def changed(graph: Graph, **changes: Any) -> Graph:

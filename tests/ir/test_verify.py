@@ -14,7 +14,7 @@ from recmas_compiler.ir.ops import Cache, Decode, Flow, Level, NodeOp, Prefill, 
 from recmas_compiler.ir.verify import RULES, verify
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_compiler.passes.unroll_rounds import UnrollRounds
-from recmas_runtime.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError
 
 
 def unrolled(graph: Graph | None = None) -> Graph:

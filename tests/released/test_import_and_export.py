@@ -18,15 +18,15 @@ from transformers import AutoConfig
 
 import recmas_runtime as rt
 from built import Built
+from recmas_cli.main import group
 from recmas_compiler import api
 from recmas_compiler.backbones.sources import describe_backbone
 from recmas_compiler.backbones.torch_model import load_backbone
-from recmas_compiler.cli import group
 from recmas_compiler.links.checkpoint import load_link
 from recmas_compiler.released.styles import STYLES
 from recmas_compiler.spec.spec import load_spec
-from recmas_runtime.errors import Exit
-from recmas_runtime.progress import Silent
+from recmas_runtime.core.errors import Exit
+from recmas_runtime.core.progress import Silent
 from released_form import Release, copy_tree, edit_json, files_in, narrow_model, write_release
 from tiny_models import write_tiny_backbone
 
@@ -346,7 +346,7 @@ def test_names_of_other_models(release: Release, tmp_path: Path) -> None:
 def test_help_loads_no_torch() -> None:
     code = (
         "import sys, contextlib\n"
-        "from recmas_compiler.cli import main\n"
+        "from recmas_cli.main import main\n"
         "with contextlib.suppress(SystemExit): main(['import', 'released', '--help'])\n"
         "print('torch' in sys.modules)"
     )

@@ -17,10 +17,10 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from recmas_compiler.cli import group
+from recmas_cli.main import group
 from recmas_compiler.links.checkpoint import save_link
 from recmas_compiler.links.modules import make_link
-from recmas_runtime.errors import CODES
+from recmas_runtime.core.errors import CODES
 from released_form import Release, edit_json, files_in
 
 PLANNER = "Sequential-Light-Planner-Qwen3-1.7B"

@@ -20,11 +20,17 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from recmas_runtime.bundle import write_json_atomic
-from recmas_runtime.codec import to_json
-from recmas_runtime.links import expected_tensors
-from recmas_runtime.manifest import BackboneEntry, FileEntry, LinkEntry, Manifest, ParityEntry
-from recmas_runtime.plan import (
+from recmas_runtime.formats.bundle import write_json_atomic
+from recmas_runtime.formats.codec import to_json
+from recmas_runtime.formats.links import expected_tensors
+from recmas_runtime.formats.manifest import (
+    BackboneEntry,
+    FileEntry,
+    LinkEntry,
+    Manifest,
+    ParityEntry,
+)
+from recmas_runtime.formats.plan import (
     AgentPlan,
     CachePlan,
     DecodeStep,
@@ -36,7 +42,7 @@ from recmas_runtime.plan import (
     SendStep,
     ThinkStep,
 )
-from recmas_runtime.safetensors_file import write_tensors
+from recmas_runtime.formats.safetensors_file import write_tensors
 
 SPECIAL = ("<|end|>", "<|user|>")
 # Whole tags as ordinary tokens: the head knows one token of the past and could not spell them.

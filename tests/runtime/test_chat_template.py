@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from recmas_runtime import chat_template
-from recmas_runtime.chat_template import ChatTemplate
-from recmas_runtime.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.prompts import chat_template
+from recmas_runtime.prompts.chat_template import ChatTemplate
 
 USER = [{"role": "user", "content": "<b>Hi & 'you'"}]
 

@@ -8,11 +8,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 
 from hand_bundle import DELETE, make_plan
-from recmas_runtime import codec, manifest, plan
-from recmas_runtime.codec import BOUNDS, from_json, parse_json, read_json_file, to_json
-from recmas_runtime.errors import Exit, RecmasError
-from recmas_runtime.manifest import Manifest
-from recmas_runtime.plan import Plan
+from recmas_runtime.core.errors import Exit, RecmasError
+from recmas_runtime.formats import codec, manifest, plan
+from recmas_runtime.formats.codec import BOUNDS, from_json, parse_json, read_json_file, to_json
+from recmas_runtime.formats.manifest import Manifest
+from recmas_runtime.formats.plan import Plan
 
 STEPS = "prefill, think, send, write, decode"
 VARIABLE = "agents.solver.chat_template.x"

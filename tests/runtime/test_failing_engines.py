@@ -12,8 +12,8 @@ import pytest
 from onnx import numpy_helper
 
 from hand_bundle import edit_json, rehash
-from recmas_runtime.cli import main
-from recmas_runtime.safetensors_file import read_tensors, write_tensors
+from recmas_runtime.cli.main import main
+from recmas_runtime.formats.safetensors_file import read_tensors, write_tensors
 
 CASE = "parity/one.safetensors"
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from hand_bundle import write_link
-from recmas_runtime.errors import RecmasError
-from recmas_runtime.links import FORMS, expected_tensors, load_operands, stack_operands
-from recmas_runtime.manifest import LinkEntry
-from recmas_runtime.safetensors_file import read_tensors, write_tensors
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.formats.links import FORMS, expected_tensors, load_operands, stack_operands
+from recmas_runtime.formats.manifest import LinkEntry
+from recmas_runtime.formats.safetensors_file import read_tensors, write_tensors
 
 erf = np.vectorize(math.erf)
 

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 from hand_bundle import DELETE, edit_json, rehash
-from recmas_runtime.bundle import (
+from recmas_runtime.cli.main import main
+from recmas_runtime.core.errors import CODES, RecmasError
+from recmas_runtime.core.progress import Silent
+from recmas_runtime.formats.bundle import (
     inside,
     open_bundle,
     sha256_of,
     unlisted_files,
     write_json_atomic,
 )
-from recmas_runtime.cli import main
-from recmas_runtime.errors import CODES, RecmasError
-from recmas_runtime.manifest import MANIFEST_NAME
-from recmas_runtime.progress import Silent
-from recmas_runtime.system import load
+from recmas_runtime.formats.manifest import MANIFEST_NAME
+from recmas_runtime.running.system import load
 
 Spoil = Callable[[Path], object]
 
@@ -302,7 +302,7 @@ def test_all_damage_is_reported_at_once(own_bundle: Path) -> None:
 def test_large_files_are_hashed_only_on_request(
     own_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recmas_runtime.bundle.SMALL_FILE_BYTES", 300_000)
+    monkeypatch.setattr("recmas_runtime.formats.bundle.SMALL_FILE_BYTES", 300_000)
     flip(WEIGHTS)(own_bundle)
     open_bundle(own_bundle)
     with pytest.raises(RecmasError, match=r"RM401.*SHA-256"):
@@ -322,7 +322,7 @@ def test_large_files_are_hashed_only_on_request(
 def test_what_says_what_is_done_is_hashed_whatever_its_size(
     own_bundle: Path, monkeypatch: pytest.MonkeyPatch, relative: str
 ) -> None:
-    monkeypatch.setattr("recmas_runtime.bundle.SMALL_FILE_BYTES", 0)
+    monkeypatch.setattr("recmas_runtime.formats.bundle.SMALL_FILE_BYTES", 0)
     flip(relative)(own_bundle)
     with pytest.raises(RecmasError, match=r"RM401.*SHA-256") as caught:
         open_bundle(own_bundle)

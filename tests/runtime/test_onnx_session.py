@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from recmas_runtime import onnx_session
-from recmas_runtime.errors import RecmasError
-from recmas_runtime.onnx_session import (
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.engines.onnx import session as onnx_session
+from recmas_runtime.engines.onnx.session import (
     call_onnx,
     make_session,
     onnx_runtime,

@@ -7,8 +7,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from recmas_runtime.errors import RecmasError
-from recmas_runtime.placement import _judge, find_stray_nodes, refuse_stray_nodes
+from recmas_runtime.checking.placement import _judge, find_stray_nodes, refuse_stray_nodes
+from recmas_runtime.core.errors import RecmasError
 
 
 def write_graph(folder: Path, kind: str, nodes: str) -> Path:

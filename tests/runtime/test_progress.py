@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from recmas_runtime.progress import LineProgress, Silent
+from recmas_runtime.core.progress import LineProgress, Silent
 
 
 class Terminal(io.StringIO):

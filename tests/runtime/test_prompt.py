@@ -8,11 +8,18 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from hand_bundle import CHAT_TEMPLATE, make_tokenizer
-from recmas_runtime.errors import RecmasError
-from recmas_runtime.plan import PromptPart
-from recmas_runtime.prompt import ChatTemplate, Prompt, Slot, Tokens, build_prompt, field_text
-from recmas_runtime.tokenizer import IncrementalDecoder
-from recmas_runtime.tokenizer import Tokenizer as RuntimeTokenizer
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.formats.plan import PromptPart
+from recmas_runtime.prompts.render import (
+    ChatTemplate,
+    Prompt,
+    Slot,
+    Tokens,
+    build_prompt,
+    field_text,
+)
+from recmas_runtime.prompts.tokenizer import IncrementalDecoder
+from recmas_runtime.prompts.tokenizer import Tokenizer as RuntimeTokenizer
 
 RAW = make_tokenizer()
 TOKENIZER = RuntimeTokenizer(RAW.to_str(), CHAT_TEMPLATE)

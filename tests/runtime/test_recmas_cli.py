@@ -16,10 +16,10 @@ import pytest
 from onnx import numpy_helper
 
 from hand_bundle import edit_json, rehash
-from recmas_runtime.batch import PHASES
-from recmas_runtime.cli import main
+from recmas_runtime.cli.main import main
+from recmas_runtime.running.batch import PHASES
 
-RECMAS = [sys.executable, "-m", "recmas_runtime.cli"]
+RECMAS = [sys.executable, "-m", "recmas_runtime.cli.main"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 
 
@@ -370,7 +370,7 @@ def test_verify_finds_engines_that_compute_something_else(
 def test_verify_wants_whole_parity_cases(
     own_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from recmas_runtime.safetensors_file import read_tensors, write_tensors
+    from recmas_runtime.formats.safetensors_file import read_tensors, write_tensors
 
     path = own_bundle / "parity/one.safetensors"
     tensors, metadata = read_tensors(path)

@@ -12,10 +12,10 @@ import pytest
 
 import recmas_runtime as rt
 from hand_bundle import edit_json, rehash
-from recmas_runtime import records
-from recmas_runtime.answers import Answer, Record, Timing, Usage
-from recmas_runtime.errors import Problem, RecmasError
-from recmas_runtime.records import AnswerWriter, question_record, read_records
+from recmas_runtime.core.errors import Problem, RecmasError
+from recmas_runtime.running import records
+from recmas_runtime.running.answers import Answer, Record, Timing, Usage
+from recmas_runtime.running.records import AnswerWriter, question_record, read_records
 from recmas_runtime.tools.calls import ToolCall, ToolResult
 
 
@@ -242,8 +242,8 @@ import signal, sys
 from pathlib import Path
 sys.path[:0] = {paths!r}
 from test_records import answer
-from recmas_runtime.errors import RecmasError
-from recmas_runtime.records import AnswerWriter
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.running.records import AnswerWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails instead
 writer = AnswerWriter(Path({out!r}))
 try:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recmas_runtime.errors import RecmasError
-from recmas_runtime.safetensors_file import read_tensors, write_tensors
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.formats.safetensors_file import read_tensors, write_tensors
 
 TENSORS: dict[str, Any] = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),

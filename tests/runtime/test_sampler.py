@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recmas_runtime.errors import Exit, RecmasError
-from recmas_runtime.plan import SamplingPlan
-from recmas_runtime.sampler import Sampler, StopMatcher, check_sampling, penalize, warp
+from recmas_runtime.core.errors import Exit, RecmasError
+from recmas_runtime.formats.plan import SamplingPlan
+from recmas_runtime.prompts.sampler import Sampler, StopMatcher, check_sampling, penalize, warp
 
 WARM = SamplingPlan(temperature=1.0)
 

@@ -6,9 +6,9 @@ import tracemalloc
 
 import pytest
 
-from recmas_runtime import template_sandbox
-from recmas_runtime.chat_template import ChatTemplate
-from recmas_runtime.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.prompts import template_sandbox
+from recmas_runtime.prompts.chat_template import ChatTemplate
 
 
 def render(text: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 import recmas_runtime as rt
 from hand_bundle import edit_json, rehash
-from recmas_runtime.trace import EVENTS_NAME, TraceWriter
+from recmas_runtime.running.run_trace import EVENTS_NAME, TraceWriter
 
 CALL = "<lookup>Q</lookup>"
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import recmas_runtime as rt
-from recmas_runtime.trace import EVENTS_NAME, MESSAGES_NAME, TraceWriter
+from recmas_runtime.running.run_trace import EVENTS_NAME, MESSAGES_NAME, TraceWriter
 from trace_files import read_messages
 
 

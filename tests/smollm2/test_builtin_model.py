@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from recmas_compiler.analysis.token_count import TokenCounter
 from recmas_compiler.backbones.config_facts import count_parameters
 from recmas_compiler.backbones.gguf_tokenizer import read_gguf_values
 from recmas_compiler.backbones.sources import BUILTINS, SMOLLM2, resolve_source
-from recmas_compiler.backbones.token_count import TokenCounter
 from recmas_compiler.ir.build_topology import build_topology
+from recmas_compiler.spec.patterns.starter_specs import starter_spec
 from recmas_compiler.spec.spec import parse_spec
-from recmas_compiler.spec.starter_specs import starter_spec
 
 pytestmark = pytest.mark.smollm2
 

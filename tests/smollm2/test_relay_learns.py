@@ -11,13 +11,13 @@ import pytest
 
 from recmas_compiler import api
 from recmas_compiler.spec.spec import load_spec
-from recmas_compiler.training.distributed import joined_world
-from recmas_compiler.training.outer import exact_answers
+from recmas_compiler.training.loop.distributed import joined_world
+from recmas_compiler.training.loop.run_loop import RunOptions
 from recmas_compiler.training.run import run_stages
-from recmas_compiler.training.run_loop import RunOptions
 from recmas_compiler.training.session import open_session
 from recmas_compiler.training.settings import train_settings
-from recmas_runtime.progress import Silent
+from recmas_compiler.training.tasks.outer import exact_answers
+from recmas_runtime.core.progress import Silent
 
 RELAY = Path(__file__).parents[2] / "examples" / "relay"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from recmas_runtime.errors import Problem
+from recmas_runtime.core.errors import Problem
 
 PAIR = """\
 recmas: 1

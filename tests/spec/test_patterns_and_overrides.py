@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from recmas_compiler.spec.patterns.starter_specs import STARTERS, starter_spec
 from recmas_compiler.spec.spec import Spec, parse_spec
-from recmas_compiler.spec.starter_specs import STARTERS, starter_spec
-from recmas_runtime.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError
 from spec_texts import CHAIN, PAIR
 
 

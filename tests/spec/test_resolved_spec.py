@@ -9,11 +9,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from recmas_compiler.spec.patterns.starter_specs import STARTERS, starter_spec
 from recmas_compiler.spec.resolved import resolved_yaml
-from recmas_compiler.spec.schema import SECTIONS, SpecDocument
+from recmas_compiler.spec.schema.sections import SECTIONS, SpecDocument
 from recmas_compiler.spec.spec import parse_spec
-from recmas_compiler.spec.starter_specs import STARTERS, starter_spec
-from recmas_runtime.errors import Problem, RecmasError
+from recmas_runtime.core.errors import Problem, RecmasError
 from spec_texts import CHAIN, PAIR
 
 WORDS = st.text(alphabet="ab c\n\t'\"#:-{}[]|>&*!%@`,?\\\u00e9\u2028\U0001f600", max_size=20)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from recmas_compiler.spec.spec import parse_spec
-from recmas_runtime.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError
 from spec_texts import CHAIN, PAIR
 
 # name: (piece of PAIR, what stands there instead)

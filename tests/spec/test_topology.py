@@ -14,11 +14,11 @@ from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent, Level, Link
 from recmas_compiler.ir.verify import verify
-from recmas_compiler.spec.link_file import Role, link_shapes
-from recmas_compiler.spec.schema import LinkKind
+from recmas_compiler.links.link_file import Role, link_shapes
+from recmas_compiler.spec.schema.sections import LinkKind
 from recmas_compiler.spec.spec import parse_spec
-from recmas_runtime.errors import Exit, RecmasError
-from recmas_runtime.plan import PromptPart, SamplingPlan
+from recmas_runtime.core.errors import Exit, RecmasError
+from recmas_runtime.formats.plan import PromptPart, SamplingPlan
 from spec_texts import CHAIN, PAIR, write_config
 
 

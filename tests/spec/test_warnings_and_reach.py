@@ -10,12 +10,12 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recmas_compiler.backbones.token_count import TokenCounter
+from recmas_compiler.analysis.token_count import TokenCounter
 from recmas_compiler.ir.build_topology import build_topology
-from recmas_compiler.spec.reach import closing_links, feedbacks_to
-from recmas_compiler.spec.schema import LinkSection
+from recmas_compiler.spec.checks.reach import closing_links, feedbacks_to
+from recmas_compiler.spec.schema.sections import LinkSection
 from recmas_compiler.spec.spec import parse_spec
-from recmas_runtime.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError
 from spec_texts import PAIR, write_config
 
 EARLY_SLOT = PAIR.replace(

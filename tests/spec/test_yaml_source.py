@@ -9,15 +9,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recmas_compiler.spec.scalars import (
+from recmas_compiler.spec.document.scalars import (
     fits_literal_block,
     literal_header,
     resolve,
     write_scalar,
 )
+from recmas_compiler.spec.document.yaml_source import Value, parse_yaml
 from recmas_compiler.spec.spec import parse_spec
-from recmas_compiler.spec.yaml_source import Value, parse_yaml
-from recmas_runtime.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError
 from spec_texts import PAIR
 
 SCALARS: dict[str, object] = {

@@ -12,8 +12,8 @@ from recmas_compiler.links.checkpoint import load_link
 from recmas_compiler.lowering.naive import run_naive
 from recmas_compiler.lowering.reference import TorchSystem, load_backbones
 from recmas_compiler.lowering.result import ReferenceResult
-from recmas_runtime.progress import Silent
-from recmas_runtime.safetensors_file import read_tensors
+from recmas_runtime.core.progress import Silent
+from recmas_runtime.formats.safetensors_file import read_tensors
 
 
 @dataclass(frozen=True, kw_only=True)

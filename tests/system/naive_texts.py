@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent
-from recmas_runtime.plan import PromptPart
+from recmas_runtime.formats.plan import PromptPart
 
 EMPTY = "[[nothing]]"
 _BREAK = "[[break]]"

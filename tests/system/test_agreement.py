@@ -17,8 +17,8 @@ from recmas_compiler.passes.hoist_prompt_prefix import HoistPromptPrefix
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_compiler.passes.share_backbones import ShareBackbones
 from recmas_compiler.passes.share_prompt_prefix import SharePromptPrefix
-from recmas_runtime.tolerances import TOLERANCES
-from recmas_runtime.trace import TraceWriter
+from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.running.run_trace import TraceWriter
 from tiny_specs import SPECS
 from trace_files import read_messages
 

@@ -13,8 +13,8 @@ from built import BuildTiny, Built
 from naive_texts import EMPTY, NaiveTexts
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Prefill
-from recmas_runtime.baselines import BASELINES
-from recmas_runtime.prompting import RecordPrompts
+from recmas_runtime.running.baselines import BASELINES
+from recmas_runtime.running.record_prompts import RecordPrompts
 from tiny_specs import ANSWER, SPECS
 
 QUESTIONS = [

@@ -22,10 +22,10 @@ from recmas_compiler.ir.ops import Prefill
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import parse_spec
 from recmas_export import assemble
-from recmas_export.backbone_graph import export_backbone
 from recmas_export.build import build
-from recmas_runtime.tolerances import TOLERANCES
-from recmas_runtime.trace import TraceWriter
+from recmas_export.graph.backbone_graph import export_backbone
+from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.running.run_trace import TraceWriter
 from tiny_models import write_tiny_backbone
 from trace_files import read_messages
 

@@ -12,21 +12,22 @@ import pytest
 
 import recmas_runtime as rt
 from built import BuildTiny, Built, num_weight_bytes
+from recmas_compiler.analysis.memory import memory_plan
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.sizes import QUANTIZED, weights_bytes
-from recmas_compiler.memory_plan import memory_plan
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import parse_spec
-from recmas_export import parity, precision_loss
-from recmas_export.backbone_graph import DECODER, EMBED, HEAD, WEIGHTS
+from recmas_export import parity
 from recmas_export.build import build
+from recmas_export.graph.backbone_graph import DECODER, EMBED, HEAD, WEIGHTS
+from recmas_export.precision import loss as precision_loss
 from recmas_export.replan import Replanner
-from recmas_runtime.bundle import open_bundle
-from recmas_runtime.errors import Exit, RecmasError
-from recmas_runtime.manifest import ParityEntry
-from recmas_runtime.reports import bundle_text
-from recmas_runtime.tolerances import LOSS_LIMITS, TOLERANCES, loss_figures, tolerances
-from recmas_runtime.verify import verify_bundle
+from recmas_runtime.checking.verify import verify_bundle
+from recmas_runtime.cli.reports import bundle_text
+from recmas_runtime.core.errors import Exit, RecmasError
+from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.formats.manifest import ParityEntry
+from recmas_runtime.formats.tolerances import LOSS_LIMITS, TOLERANCES, loss_figures, tolerances
 from tiny_specs import on_three_backbones
 
 RECORDS: list[dict[str, object]] = [

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import recmas_runtime as rt
 from built import BuildTiny
-from recmas_runtime.lane import ragged_window
+from recmas_runtime.running.sequence_batch import ragged_window
 from tiny_specs import SPECS
 
 QUESTIONS = st.lists(

@@ -10,13 +10,13 @@ import pytest
 import recmas_runtime as rt
 from built import BuildTiny
 from recmas_compiler.ir.build_topology import build_topology
+from recmas_compiler.lowering.plan import build_plan
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import parse_spec
 from recmas_export.build import build
-from recmas_export.plan_builder import build_plan
 from recmas_export.replan import Replanner
-from recmas_runtime.bundle import open_bundle
-from recmas_runtime.plan import Plan, ThinkStep
+from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.formats.plan import Plan, ThinkStep
 from tiny_models import write_tiny_backbone
 from tiny_specs import SPECS
 

@@ -9,13 +9,13 @@ import pytest
 
 import recmas_runtime as rt
 from built import BuildTiny
-from recmas_compiler.lowering.eager_engines import CachedEngine, EagerEngine, RecomputingEngine
-from recmas_compiler.lowering.torch_system import load_bundle_backbones, load_torch_system
-from recmas_runtime.bundle import open_bundle
-from recmas_runtime.engines import BackboneEngine
-from recmas_runtime.links import load_operands, stack_operands
-from recmas_runtime.tolerances import TOLERANCES
-from recmas_runtime.trace import TraceWriter
+from recmas_compiler.bench.engines.eager_engines import CachedEngine, EagerEngine, RecomputingEngine
+from recmas_compiler.bench.engines.torch_system import load_bundle_backbones, load_torch_system
+from recmas_runtime.engines.onnx.backbone import BackboneEngine
+from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.formats.links import load_operands, stack_operands
+from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.running.run_trace import TraceWriter
 from tiny_specs import SPECS
 from trace_files import read_messages
 

@@ -31,7 +31,7 @@ def run_python(*arguments: str, paths: tuple[str, ...] = (), **variables: str) -
 
 def run_simulated(*arguments: str, **variables: str) -> Ran:
     """Run `recmas` beside the stand-ins."""
-    module = ("-m", "recmas_runtime.cli")
+    module = ("-m", "recmas_runtime.cli.main")
     return run_python(*module, *arguments, paths=(str(SIMULATED),), **variables)
 
 

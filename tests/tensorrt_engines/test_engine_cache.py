@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 
-from recmas_runtime.bundle import ENGINES_FOLDER
-from recmas_runtime.errors import RecmasError
-from recmas_runtime.tensorrt.availability import Platform, parse_version
-from recmas_runtime.tensorrt.engine_cache import (
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.engines.tensorrt.availability import Platform, parse_version
+from recmas_runtime.engines.tensorrt.engine_cache import (
     RECORD_NAME,
     TIMING_CACHE_NAME,
     BackbonePlans,
@@ -29,6 +28,7 @@ from recmas_runtime.tensorrt.engine_cache import (
     timing_caches,
     write_record,
 )
+from recmas_runtime.formats.bundle import ENGINES_FOLDER
 
 HERE = Platform(tensorrt="11.4.0.106", architecture="sm90")
 FINGERPRINT = "f" * 64

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from recmas_runtime.progress import Advance
-from recmas_runtime.tensorrt.phase_progress import PhaseProgress
+from recmas_runtime.core.progress import Advance
+from recmas_runtime.engines.tensorrt.phase_progress import PhaseProgress
 
 
 class Recorded:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from recmas_runtime.errors import RecmasError
-from recmas_runtime.tensorrt.availability import _architecture
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.engines.tensorrt.availability import _architecture
 from simulated_commands import run_python
 from tiny_bundle import write_spec
 
 # Hidden, so that the tests say the same on a machine that has them.
 HIDDEN = "import sys; sys.modules['tensorrt'] = None\n"
-RECMAS = f"{HIDDEN}from recmas_runtime.cli import main; sys.exit(main(sys.argv[1:]))"
-RECMASC = f"{HIDDEN}from recmas_compiler.cli import main; main(sys.argv[1:])"
+RECMAS = f"{HIDDEN}from recmas_runtime.cli.main import main; sys.exit(main(sys.argv[1:]))"
+RECMASC = f"{HIDDEN}from recmas_cli.main import main; main(sys.argv[1:])"
 
 
 @pytest.mark.parametrize("how", [("--target", "tensorrt"), ("--set", "build.target=tensorrt")])
@@ -63,7 +63,7 @@ def test_a_folder_of_the_same_name_is_no_tensorrt(tmp_path: Path) -> None:
     (tmp_path / "tensorrt").mkdir()
     ran = run_python(
         "-c",
-        "from recmas_runtime.tensorrt.availability import find_platform; find_platform()",
+        "from recmas_runtime.engines.tensorrt.availability import find_platform; find_platform()",
         paths=(str(tmp_path),),
     )
     assert "tensorrt is not installed" in ran.stderr

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recmas_runtime.tolerances import TOLERANCES
+from recmas_runtime.formats.tolerances import TOLERANCES
 from simulated_commands import SIMULATED, data_of, run_python, run_simulated
 from trace_files import read_messages
 
@@ -148,9 +148,9 @@ def test_a_plan_that_tensorrt_refuses(own_bundle: Path, records: Path) -> None:
 EXCHANGE = """
 import sys
 import numpy as np
-from recmas_runtime.bundle import open_bundle
-from recmas_runtime.links import load_operands, stack_operands
-from recmas_runtime.opening import open_engines
+from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.formats.links import load_operands, stack_operands
+from recmas_runtime.running.open_engines import open_engines
 
 bundle = open_bundle(sys.argv[1])
 backbone = open_engines(bundle, device="tensorrt", threads=1).backbones["small"]
@@ -175,11 +175,11 @@ for a, b, c in zip(*rows, strict=True):
 HALF_CAPTURED = """
 import sys
 import numpy as np
-from recmas_runtime.bundle import open_bundle
-from recmas_runtime.links import load_operands, stack_operands
-from recmas_runtime.opening import open_engines
-from recmas_runtime.tensorrt import workspace
-from recmas_runtime.tensorrt.device_memory import Stream
+from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.formats.links import load_operands, stack_operands
+from recmas_runtime.running.open_engines import open_engines
+from recmas_runtime.engines.tensorrt import workspace
+from recmas_runtime.engines.tensorrt.device_memory import Stream
 
 workspace.MOST_STEPS_OF_A_GRAPH = 2
 bundle = open_bundle(sys.argv[1])

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from recmas_runtime.tensorrt.element_types import from_engine, to_engine
+from recmas_runtime.engines.tensorrt.element_types import from_engine, to_engine
 
 BITS = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
 SPECIAL = np.array([0.0, -0.0, np.inf, -np.inf, 1.0 + 2**-8, 1.0 + 3 * 2**-8, 3.39e38], np.float32)

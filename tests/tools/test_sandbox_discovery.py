@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from recmas_runtime.cli import main
+from recmas_runtime.cli.main import main
 from recmas_runtime.tools import find_sandbox, terminal_ask
 from recmas_runtime.tools.sandbox import SandboxResult, survey_sandboxes
 from recmas_runtime.tools.sandbox.discovery import failing

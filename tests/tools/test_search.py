@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from recmas_runtime.errors import RecmasError
-from recmas_runtime.plan import SearchPlan, ToolsPlan
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.formats.plan import SearchPlan, ToolsPlan
 from recmas_runtime.tools import Toolbox, ToolCall, ToolResult
 from recmas_runtime.tools.search import LocalSearch, Passage, passages_text
 

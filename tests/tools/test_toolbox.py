@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from recmas_runtime.plan import PythonPlan, SearchPlan, ToolsPlan
+from recmas_runtime.formats.plan import PythonPlan, SearchPlan, ToolsPlan
 from recmas_runtime.tools import Toolbox, ToolCall, find_sandbox
 from recmas_runtime.tools.search import shortened
 

@@ -13,16 +13,16 @@ import torch
 
 from ir.graphs import topology
 from recmas_compiler.ir.ops import LinkWeights
-from recmas_compiler.links.aligned import align_inner, align_outer
-from recmas_compiler.links.calibration import REQUESTS, Calibration, calibrate
 from recmas_compiler.links.checkpoint import save_link
-from recmas_compiler.links.least_squares import ridge
-from recmas_compiler.links.materialize import materialize_links
+from recmas_compiler.links.closed_form.aligned import align_inner, align_outer
+from recmas_compiler.links.closed_form.calibration import REQUESTS, Calibration, calibrate
+from recmas_compiler.links.closed_form.least_squares import ridge
 from recmas_compiler.links.modules import make_link
+from recmas_compiler.lowering.materialize import materialize_links
 from recmas_compiler.lowering.reference import load_backbones, to_torch
 from recmas_compiler.passes.pipeline import run_pipeline
-from recmas_runtime.errors import RecmasError
-from recmas_runtime.progress import Advance, Silent
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.progress import Advance, Silent
 from tiny_systems import RECORDS, LoadTiny, declare
 
 KINDS = ["residual", "ln_residual", "projected"]
@@ -159,7 +159,7 @@ def test_ridge_survives_an_input_that_never_changes() -> None:
 def test_vocabularies_without_common_tokens_are_refused(
     tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recmas_compiler.links.aligned.MIN_SHARED_TOKENS", 10_000)
+    monkeypatch.setattr("recmas_compiler.links.closed_form.aligned.MIN_SHARED_TOKENS", 10_000)
     with pytest.raises(RecmasError, match=r"error\[RM121\]: link 'a->b' cannot be aligned"):
         align_outer(
             make_link("projected", "outer", 64, 64), tiny("llama"), tiny("phi3"), link_id="a->b"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from recmas_compiler.ir.ops import LinkWeights
 from recmas_compiler.links.checkpoint import load_declared_link, load_link, save_link
 from recmas_compiler.links.modules import LINKS, make_link, randomize
-from recmas_compiler.spec.position import UNKNOWN, SourcePosition
-from recmas_runtime.errors import RecmasError
+from recmas_compiler.spec.document.position import UNKNOWN, SourcePosition
+from recmas_runtime.core.errors import RecmasError
 
 KINDS = sorted(LINKS)
 

@@ -16,7 +16,7 @@ from recmas_compiler.lowering.reference import TorchSystem
 from recmas_compiler.lowering.result import ReferenceResult
 from recmas_compiler.passes.pass_base import Pass
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
-from recmas_runtime.plan import StopPlan
+from recmas_runtime.formats.plan import StopPlan
 from tiny_systems import (
     MAX_NEW_TOKENS,
     RECORDS,

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
+from recmas_compiler.bench.engines.torch_engine import TorchEngine, apply_inner
 from recmas_compiler.links.checkpoint import save_link
 from recmas_compiler.links.modules import LINKS, make_link, randomize
-from recmas_compiler.lowering.torch_engine import TorchEngine, apply_inner
-from recmas_runtime.links import Operands, load_operands, stack_operands
-from recmas_runtime.manifest import LinkEntry
-from recmas_runtime.tolerances import TOLERANCES
+from recmas_runtime.formats.links import Operands, load_operands, stack_operands
+from recmas_runtime.formats.manifest import LinkEntry
+from recmas_runtime.formats.tolerances import TOLERANCES
 from tiny_models import FAMILIES
 from tiny_systems import LoadTiny
 

@@ -19,8 +19,8 @@ from transformers import (
 
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone, weights_digest
-from recmas_runtime.errors import RecmasError
-from recmas_runtime.progress import Silent
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.progress import Silent
 from tiny_models import COMMON_DIMS, FAMILIES, write_tiny_backbone
 from tiny_systems import LoadTiny, load_folder
 

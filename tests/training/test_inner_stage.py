@@ -11,16 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.links.modules import make_link, randomize
-from recmas_compiler.training import inner
-from recmas_compiler.training.distributed import World
-from recmas_compiler.training.inner import (
-    InnerTask,
-    calibration_of,
-    can_align,
-    inner_baselines,
-    mean_cosine,
-)
-from recmas_compiler.training.thoughts import (
+from recmas_compiler.training.data.hidden_state_cache import (
     ComputedThoughts,
     StoredThoughts,
     TargetCall,
@@ -28,8 +19,17 @@ from recmas_compiler.training.thoughts import (
     ThoughtsPart,
     thoughts_of,
 )
-from recmas_runtime.errors import RecmasError
-from recmas_runtime.progress import Silent
+from recmas_compiler.training.loop.distributed import World
+from recmas_compiler.training.tasks import inner
+from recmas_compiler.training.tasks.inner import (
+    InnerTask,
+    calibration_of,
+    can_align,
+    inner_baselines,
+    mean_cosine,
+)
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.progress import Silent
 from tiny_systems import LoadTiny
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))

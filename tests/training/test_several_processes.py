@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from torch import distributed as dist
 
-from recmas_compiler.cli import main
-from recmas_compiler.training.command import without_option
-from recmas_compiler.training.distributed import joined_world
-from recmas_compiler.training.metrics import METRICS_NAME, read_metrics
-from recmas_runtime.errors import Exit
+from recmas_cli.main import main
+from recmas_cli.training_command import without_option
+from recmas_compiler.training.loop.distributed import joined_world
+from recmas_compiler.training.loop.metrics import METRICS_NAME, read_metrics
+from recmas_runtime.core.errors import Exit
 
-COMMAND = [sys.executable, "-m", "recmas_compiler.cli", "train"]
+COMMAND = [sys.executable, "-m", "recmas_cli.main", "train"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 ROUNDING = 1e-6  # sums of gradients in another order
 

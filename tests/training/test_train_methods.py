@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.training.alone import AloneTask
-from recmas_compiler.training.calls import CallWriter
-from recmas_compiler.training.distributed import World
-from recmas_compiler.training.metrics import METRICS_NAME, read_metrics
-from recmas_runtime.baselines import without_slots
-from recmas_runtime.errors import Exit
-from recmas_runtime.plan import PromptPart
+from recmas_compiler.lowering.training_graph.calls import CallWriter
+from recmas_compiler.training.loop.distributed import World
+from recmas_compiler.training.loop.metrics import METRICS_NAME, read_metrics
+from recmas_compiler.training.tasks.single_agent_baseline import AloneTask
+from recmas_runtime.core.errors import Exit
+from recmas_runtime.formats.plan import PromptPart
+from recmas_runtime.running.baselines import without_slots
 from test_train_command import COMMAND, ENVIRONMENT, recmasc
 from tiny_systems import LoadTiny, load_folder
 from training_systems import examples, on_one
@@ -158,7 +158,7 @@ def test_a_full_disk_has_its_code(
     def write(*_: object, **__: object) -> None:
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("recmas_compiler.training.methods._save_model", write)
+    monkeypatch.setattr("recmas_compiler.training.tasks.finetuning._save_model", write)
     more = ("--quiet", "--steps", "1", "--method", method)
     printed = recmasc(capsys, "train", here, *more, status=Exit.RUN_FAILED)
     (problem,) = printed["problems"]

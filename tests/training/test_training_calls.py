@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from recmas_compiler.training.calls import Call, CallWriter
-from recmas_compiler.training.examples import TrainExample
-from recmas_runtime.errors import RecmasError
-from recmas_runtime.plan import PromptPart
-from recmas_runtime.prompt import Slot, Tokens
-from recmas_runtime.tokenizer import Tokenizer
+from recmas_compiler.lowering.training_graph.calls import Call, CallWriter
+from recmas_compiler.training.data.examples import TrainExample
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.formats.plan import PromptPart
+from recmas_runtime.prompts.render import Slot, Tokens
+from recmas_runtime.prompts.tokenizer import Tokenizer
 from tiny_systems import LoadTiny, declare
 from training_systems import changed_agents, examples, on_one, training_graph
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from plain_training import PlainTraining
-from recmas_compiler.training.controls import controlled
-from recmas_compiler.training.distributed import World
-from recmas_compiler.training.outer import OuterTask
+from recmas_compiler.lowering.training_graph.controls import controlled
+from recmas_compiler.training.loop.distributed import World
+from recmas_compiler.training.tasks.outer import OuterTask
 from recmas_compiler.training.tolerances import TOLERANCES
 from tiny_systems import LoadTiny, random_links
 from training_systems import examples, on_one, training_graph

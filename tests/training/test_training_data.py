@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from recmas_compiler.spec.spec import load_spec
-from recmas_compiler.training.examples import (
+from recmas_compiler.training.data.examples import (
     MAX_PROBLEMS,
     Examples,
     TrainExample,
@@ -15,8 +15,8 @@ from recmas_compiler.training.examples import (
     load_examples,
 )
 from recmas_compiler.training.settings import train_settings
-from recmas_runtime.errors import RecmasError
-from recmas_runtime.progress import Silent
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.progress import Silent
 from training_specs import SPEC, changed, lines, record, write_case
 
 

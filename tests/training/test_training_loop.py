@@ -16,17 +16,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recmas_compiler.training.checkpoint import latest_checkpoint, load_checkpoint
-from recmas_compiler.training.cost import COST_NAME, write_cost
-from recmas_compiler.training.curves import draw_curves
-from recmas_compiler.training.distributed import World
-from recmas_compiler.training.health import Health
-from recmas_compiler.training.learning_rate import learning_rate
-from recmas_compiler.training.loop import CHECKPOINTS, Loop
-from recmas_compiler.training.metrics import METRICS_NAME, read_metrics
-from recmas_compiler.training.order import batch_of
+from recmas_compiler.training.data.order import batch_of
+from recmas_compiler.training.loop.checkpoint import latest_checkpoint, load_checkpoint
+from recmas_compiler.training.loop.cost import COST_NAME, write_cost
+from recmas_compiler.training.loop.curves import draw_curves
+from recmas_compiler.training.loop.distributed import World
+from recmas_compiler.training.loop.health import Health
+from recmas_compiler.training.loop.learning_rate import learning_rate
+from recmas_compiler.training.loop.loop import CHECKPOINTS, Loop
+from recmas_compiler.training.loop.metrics import METRICS_NAME, read_metrics
 from recmas_compiler.training.task import LoopResult, LoopSettings
-from recmas_runtime.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 IDENTITY = {"the data": "d", "the settings": "s"}

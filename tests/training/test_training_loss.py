@@ -9,8 +9,8 @@ from ir.graphs import topology
 from plain_training import PlainTraining
 from recmas_compiler.ir.ops import Level
 from recmas_compiler.lowering.reference import TorchSystem
+from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
-from recmas_compiler.training.graph import TrainingGraph
 from recmas_compiler.training.tolerances import TOLERANCES
 from tiny_systems import LoadTiny, declare, random_links
 from training_systems import (

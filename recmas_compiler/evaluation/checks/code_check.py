@@ -24,7 +24,7 @@ from recmas_compiler.evaluation.checks.verdict import (
     Verdict,
     verdict,
 )
-from recmas_runtime.errors import fail
+from recmas_runtime.core.errors import fail
 from recmas_runtime.tools.sandbox import Sandbox, find_sandbox
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from recmas_compiler.evaluation.checks.verdict import Question
-from recmas_runtime.errors import RecmasError, fail
+from recmas_runtime.core.errors import RecmasError, fail
 
 
 def gold_texts(question: Question) -> tuple[str, ...]:

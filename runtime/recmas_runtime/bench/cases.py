@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from recmas_runtime.baselines import LATENT
-from recmas_runtime.plan import Plan, ThinkStep
-from recmas_runtime.system import System
+from recmas_runtime.formats.plan import Plan, ThinkStep
+from recmas_runtime.running.baselines import LATENT
+from recmas_runtime.running.system import System
 
 FROZEN = "frozen-links"
 TEXT = "text"

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from recmas_runtime.answers import Record
 from recmas_runtime.bench.cases import TEXT, make_cases
 from recmas_runtime.bench.measure import BenchSettings
 from recmas_runtime.bench.questions import QUESTIONS
 from recmas_runtime.bench.report import BenchReport, run_bench
-from recmas_runtime.bundle import write_json_atomic
-from recmas_runtime.errors import Problem, RecmasError, fail
-from recmas_runtime.plan import Plan
-from recmas_runtime.progress import Progress
-from recmas_runtime.records import question_record, read_records
-from recmas_runtime.sampler import check_sampling
-from recmas_runtime.system import System, load
+from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.progress import Progress
+from recmas_runtime.formats.bundle import write_json_atomic
+from recmas_runtime.formats.plan import Plan
+from recmas_runtime.prompts.sampler import check_sampling
+from recmas_runtime.running.answers import Record
+from recmas_runtime.running.records import question_record, read_records
+from recmas_runtime.running.system import System, load
 
 JSON_NAME: Final = "bench.json"
 MARKDOWN_NAME: Final = "bench.md"

@@ -9,13 +9,13 @@ from typing import Any, Final
 
 from numpy.typing import NDArray
 
-from recmas_runtime.answers import Answer, Record
-from recmas_runtime.batch import PHASES
 from recmas_runtime.bench.cases import Case
-from recmas_runtime.errors import Problem, RecmasError
-from recmas_runtime.plan import SamplingPlan
-from recmas_runtime.progress import Progress
-from recmas_runtime.trace import StepEvent
+from recmas_runtime.core.errors import Problem, RecmasError
+from recmas_runtime.core.progress import Progress
+from recmas_runtime.formats.plan import SamplingPlan
+from recmas_runtime.running.answers import Answer, Record
+from recmas_runtime.running.batch import PHASES
+from recmas_runtime.running.run_trace import StepEvent
 
 # Of `Usage`, and what else is counted of a run.
 USAGE: Final = ("prompt_tokens", "latent_steps", "handover_tokens", "completion_tokens")

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from recmas_runtime.baselines import LATENT
 from recmas_runtime.bench.cases import Case
 from recmas_runtime.bench.figures import Figures, Row, Spread, figures
 from recmas_runtime.bench.measure import BenchSettings, Run, RunKey, measure
-from recmas_runtime.errors import Problem, RecmasError
-from recmas_runtime.machine import describe_machine
-from recmas_runtime.onnx_session import physical_cores
-from recmas_runtime.progress import Progress
+from recmas_runtime.checking.machine import describe_machine
+from recmas_runtime.core.errors import Problem, RecmasError
+from recmas_runtime.core.progress import Progress
+from recmas_runtime.engines.onnx.session import physical_cores
+from recmas_runtime.running.baselines import LATENT
 
 PAPER_SOURCE: Final = "RecursiveMAS, arXiv 2604.25917, averages against Recursive-TextMAS"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from recmas_runtime.terminal import harmless
+from recmas_runtime.core.terminal import harmless
 
 
 def terminal_ask() -> Callable[[str], str] | None:

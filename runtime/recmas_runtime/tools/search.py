@@ -11,7 +11,7 @@ from typing import Final, Literal, Protocol
 
 import numpy as np
 
-from recmas_runtime.errors import fail
+from recmas_runtime.core.errors import fail
 
 # Words that questions are full of and that tell passages apart least.
 _STOP_WORDS: Final = frozenset(

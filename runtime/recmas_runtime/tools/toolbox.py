@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from recmas_runtime.errors import RecmasError
-from recmas_runtime.plan import PythonPlan, SearchPlan, ToolsPlan
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.formats.plan import PythonPlan, SearchPlan, ToolsPlan
 from recmas_runtime.tools.calls import (
     JSON_FORM,
     CallScanner,

@@ -1,0 +1,1 @@
+"""The command line `recmasc`, above compiler and export."""

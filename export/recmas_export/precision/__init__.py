@@ -1,0 +1,1 @@
+"""Smaller weights: quantizing, rounding, and what that loses."""

@@ -1,0 +1,223 @@
+"""Rounding of weights to few bits in which later weights make good for the errors of earlier ones.
+
+The nearest number is best for a weight alone. But a product adds up many of them over inputs that
+vary together, so that an error can be cancelled by the weights that are still to be rounded: the
+method of GPTQ (Frantar et al., arXiv 2210.17323). What inputs look like is seen in answers that
+the backbone makes up itself.
+
+The rounded weights are exactly those that a block-wise quantizer without zero points stores: the
+largest of each block is the most negative integer times the block's scale.
+
+Shape legend: B sequences, T positions of a sequence, K inputs and N outputs of a product, b inputs
+of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from recmas_compiler.backbones.torch_model import TorchBackbone
+from recmas_compiler.ir.sizes import BLOCK_SIZE, QUANTIZED
+from recmas_compiler.links.closed_form.calibration import sample_answers
+from recmas_runtime.core.progress import Progress
+
+# With 8 bits the nearest number is good enough.
+_FEW_BITS: Final = 4
+
+# Scales to choose from, in shares of the one that clips nothing.
+_SHRINKS: Final = tuple(1 - step / 25 for step in range(12))
+
+# Added to the diagonal of the inputs' products, as a share of its mean: inputs that hardly vary
+# would let errors grow without bound.
+_DAMPING: Final = 0.01
+
+
+@contextmanager
+def rounded_layers(
+    backbone: TorchBackbone, *, precision: str, progress: Progress
+) -> Iterator[None]:
+    """Hold the weights of a backbone's layers at what few bits can hold; leaving restores them.
+
+    A quantizer with blocks of `BLOCK_SIZE` and no zero points stores the held weights exactly.
+
+    Args:
+        backbone: A loaded backbone.
+        precision: One whose layers have more than 4 bits changes nothing.
+        progress: Sees one stage.
+    """
+    if precision not in QUANTIZED or QUANTIZED[precision].layers > _FEW_BITS:
+        yield
+        return
+    layers = _layers(backbone)
+    exact = {linear: linear.weight.data for layer in layers for linear in _linears(layer)}
+    try:
+        _round_layers(backbone, layers, bits=QUANTIZED[precision].layers, progress=progress)
+        yield
+    finally:
+        for linear, weight in exact.items():
+            linear.weight.data = weight
+
+
+def compensated(weight_NK: Tensor, products_KK: Tensor, *, bits: int) -> Tensor:
+    """Return a weight rounded so that its outputs change little.
+
+    Args:
+        weight_NK: float32.
+        products_KK: Sums of products of the inputs, x^T x over all positions, float64.
+        bits: Of the integers.
+    """
+    num_inputs = weight_NK.shape[1]
+    factor_KK = _factor(products_KK).float()
+    rest_NK, rounded_NK = weight_NK.clone(), torch.empty_like(weight_NK)
+    for start in range(0, num_inputs, BLOCK_SIZE):
+        end = min(start + BLOCK_SIZE, num_inputs)
+        factor_bb = factor_KK[start:end, start:end]
+        block_Nb = rest_NK[:, start:end].clone()
+        scale_N, largest_N = _scale(block_Nb, bits)
+        errors_Nb = torch.empty_like(block_Nb)
+        for i in range(end - start):
+            wanted_N = block_Nb[:, i]
+            held_N = _nearest(wanted_N, scale_N, bits)
+            # A quantizer finds the scale by this weight, so it stays the block's largest.
+            held_N = torch.where(largest_N == i, -(2 ** (bits - 1)) * scale_N, held_N)
+            errors_Nb[:, i] = (wanted_N - held_N) / factor_bb[i, i]
+            rounded_NK[:, start + i] = held_N
+            block_Nb[:, i + 1 :] -= errors_Nb[:, i, None] * factor_bb[i, i + 1 :]
+        rest_NK[:, end:] -= errors_Nb @ factor_KK[start:end, end:]
+    return rounded_NK
+
+
+def _nearest(weights: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return the nearest integers in range, times the scale."""
+    half = 2 ** (bits - 1)
+    return (weights / scale).round().clamp(-half, half - 1) * scale
+
+
+def _scale(block_Nb: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the best scale of each output's block, and which of its weights is the largest.
+
+    The scale has the sign that makes the largest weight the most negative integer. A block of
+    zeros has a scale of 1 and no largest weight, -1.
+    """
+    largest_N1 = block_Nb.abs().argmax(dim=1, keepdim=True)
+    widest_N1 = block_Nb.gather(1, largest_N1) / -(2 ** (bits - 1))
+    is_zero_N1 = widest_N1 == 0
+    widest_N1 = widest_N1.masked_fill(is_zero_N1, 1.0)
+    scales_SN1 = torch.stack([widest_N1 * shrink for shrink in _SHRINKS])
+    errors_SN = (_nearest(block_Nb, scales_SN1, bits) - block_Nb).square().sum(-1)
+    best_1N1 = errors_SN.argmin(dim=0)[None, :, None]
+    scale_N = scales_SN1.gather(0, best_1N1)[0, :, 0]
+    largest_N = largest_N1.masked_fill(is_zero_N1, -1)[:, 0]
+    return torch.where(is_zero_N1[:, 0], 1.0, scale_N), largest_N
+
+
+def _factor(products_KK: Tensor) -> Tensor:
+    """Return the upper triangular U with U^T U the inverse of the damped products."""
+    diagonal_K = products_KK.diagonal()
+    damping = _DAMPING * diagonal_K.mean() if bool(diagonal_K.any()) else torch.tensor(1.0)
+    damped_KK = products_KK + torch.eye(len(products_KK), dtype=products_KK.dtype) * damping
+    inverse_KK = torch.cholesky_inverse(torch.linalg.cholesky(damped_KK))
+    factor_KK: Tensor = torch.linalg.cholesky(inverse_KK, upper=True)
+    return factor_KK
+
+
+@dataclass
+class _Run:
+    """A sequence on its way through the layers.
+
+    Attributes:
+        hidden: What the next layer reads, [1, T, d].
+        arguments: What else each layer is called with.
+    """
+
+    hidden: Tensor
+    arguments: list[Mapping[str, Any]]
+
+
+@torch.no_grad()
+def _round_layers(
+    backbone: TorchBackbone, layers: Sequence[nn.Module], *, bits: int, progress: Progress
+) -> None:
+    """Round one layer after the other, each for the inputs that the rounded ones before it give."""
+    with progress.stage("Rounding weights", len(layers)) as advance:
+        runs = [_enter(backbone, layers, ids_T) for ids_T in sample_answers(backbone)]
+        for index, layer in enumerate(layers):
+            for linears, products_KK in _products(layer, runs, index).items():
+                weights_NK = torch.cat([linear.weight.data for linear in linears])
+                rounded_NK = compensated(weights_NK, products_KK, bits=bits)
+                parts = torch.split(rounded_NK, [linear.out_features for linear in linears])
+                for linear, part in zip(linears, parts, strict=True):
+                    linear.weight.data = part.clone()
+            for run in runs:
+                run.hidden = _call(layer, run, index)
+            advance()
+
+
+def _enter(backbone: TorchBackbone, layers: Sequence[nn.Module], ids_T: Tensor) -> _Run:
+    """Return a sequence before its first layer, with what the model calls every layer with."""
+    inputs: list[Tensor] = []
+    arguments: list[Mapping[str, Any]] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs.append(args[0])
+        arguments.append(kwargs)
+
+    hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
+    try:
+        backbone.body(inputs_embeds=backbone.embed(ids_T[None]), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _Run(hidden=inputs[0], arguments=arguments)
+
+
+def _products(
+    layer: nn.Module, runs: Sequence[_Run], index: int
+) -> dict[tuple[nn.Linear, ...], Tensor]:
+    """Return the products of the inputs of a layer's matrices, those with the same input as one."""
+    calls: list[tuple[nn.Linear, Tensor]] = []
+
+    def record(linear: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(linear, nn.Linear)
+        calls.append((linear, args[0]))
+
+    hooks = [linear.register_forward_pre_hook(record) for linear in _linears(layer)]
+    sums: dict[tuple[nn.Linear, ...], Tensor] = {}
+    try:
+        for run in runs:
+            calls.clear()
+            _call(layer, run, index)
+            by_input: dict[int, list[nn.Linear]] = {}
+            for linear, inputs in calls:
+                by_input.setdefault(id(inputs), []).append(linear)
+            inputs_of = dict(calls)
+            for linears in map(tuple, by_input.values()):
+                x_TK = inputs_of[linears[0]].flatten(0, -2)
+                products_KK = (x_TK.T @ x_TK).double()
+                sums[linears] = sums[linears] + products_KK if linears in sums else products_KK
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sums
+
+
+def _call(layer: nn.Module, run: _Run, index: int) -> Tensor:
+    output = layer(run.hidden, **run.arguments[index])
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _layers(backbone: TorchBackbone) -> Sequence[nn.Module]:
+    """Return the decoder layers in order."""
+    lists = (module for module in backbone.body.modules() if isinstance(module, nn.ModuleList))
+    return list(next(found for found in lists if len(found) == backbone.facts.num_layers))
+
+
+def _linears(layer: nn.Module) -> list[nn.Linear]:
+    return [module for module in layer.modules() if isinstance(module, nn.Linear)]

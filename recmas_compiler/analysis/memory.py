@@ -1,0 +1,219 @@
+"""How much memory a program needs, known before anything is built.
+
+What is counted is the resident memory of a process that loads the bundle and answers: weights as
+engines hold them, links, caches, what a prompt passes through, and the runtime itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from recmas_compiler.ir.graph import Graph
+from recmas_compiler.ir.ops import Cache, Level, Send, System, Think
+from recmas_compiler.ir.sizes import (
+    ENGINE_DTYPE,
+    angle_tables_bytes,
+    dtype_bytes,
+    human_bytes,
+    link_num_parameters,
+    weights_bytes,
+)
+from recmas_compiler.ir.text_table import aligned
+from recmas_runtime.formats.plan import cache_capacity
+from recmas_runtime.running.sequence_batch import ROOM_FOR_TEXT
+
+# Measured on Linux with ONNX Runtime 1.31 and SmolLM2 (docs/performance.md). Python, numpy, ONNX
+# Runtime and the other packages; and what an engine holds beside its weights.
+RUNTIME_BYTES: Final = 62_000_000
+ENGINE_BYTES: Final = 12_000_000
+# A tokenizer's tables, per token of its vocabulary.
+TOKENIZER_BYTES: Final = 850
+# Vectors of the model's width that ONNX Runtime keeps for each position of a prompt.
+VECTORS_PER_POSITION: Final = 34
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneMemory:
+    """One backbone's share.
+
+    Attributes:
+        name: The backbone; those that use its weights are not listed apart.
+        source: As the spec names it.
+        dtype: Element type that float32 engines store weights in; in memory they are float32.
+        precision: How its engines hold weights.
+        agents: Agents that the program runs on it.
+        weights_bytes: Its weights, held once.
+        tables_bytes: The most that angles of the CPU's decoder take.
+        cache_bytes: Key/value caches of its agents for one record.
+        activation_bytes: What the longest prompt of one record passes through.
+        tokenizer_bytes: Tables of its tokenizer.
+    """
+
+    name: str
+    source: str
+    dtype: str
+    precision: str
+    agents: tuple[str, ...]
+    weights_bytes: int
+    tables_bytes: int
+    cache_bytes: int
+    activation_bytes: int
+    tokenizer_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """The whole system's memory.
+
+    Attributes:
+        prompt_tokens: Positions of every prompt, messages included.
+        num_links: Inner and outer links that the program uses.
+        links_bytes: Their weights.
+        max_batch: Records in the largest batch.
+    """
+
+    prompt_tokens: int
+    backbones: tuple[BackboneMemory, ...]
+    num_links: int
+    links_bytes: int
+    max_batch: int
+
+    @property
+    def weights_bytes(self) -> int:
+        """Weights of all backbones and links, tables of angles included."""
+        stored = sum(backbone.weights_bytes + backbone.tables_bytes for backbone in self.backbones)
+        return stored + self.links_bytes
+
+    @property
+    def runtime_bytes(self) -> int:
+        """The process itself: packages, tokenizers, engines without their weights."""
+        tokenizers = sum(backbone.tokenizer_bytes for backbone in self.backbones)
+        return RUNTIME_BYTES + ENGINE_BYTES * len(self.backbones) + tokenizers
+
+    def cache_bytes(self, *, batch: int) -> int:
+        """Return the bytes of all caches for a batch."""
+        return batch * sum(backbone.cache_bytes for backbone in self.backbones)
+
+    def activation_bytes(self, *, batch: int) -> int:
+        """Return the bytes that the prompts of a batch pass through; every engine keeps its own."""
+        return batch * sum(backbone.activation_bytes for backbone in self.backbones)
+
+    def total_bytes(self, *, batch: int) -> int:
+        """Return the resident bytes of a process that answers a batch."""
+        fixed = self.runtime_bytes + self.weights_bytes
+        return fixed + self.cache_bytes(batch=batch) + self.activation_bytes(batch=batch)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form that `--json` prints."""
+        return asdict(self) | {
+            "weights_bytes": self.weights_bytes,
+            "runtime_bytes": self.runtime_bytes,
+            "cache_bytes": {
+                "one": self.cache_bytes(batch=1),
+                "max": self.cache_bytes(batch=self.max_batch),
+            },
+            "activation_bytes": {
+                "one": self.activation_bytes(batch=1),
+                "max": self.activation_bytes(batch=self.max_batch),
+            },
+            "total_bytes": {
+                "one": self.total_bytes(batch=1),
+                "max": self.total_bytes(batch=self.max_batch),
+            },
+        }
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [
+            ("", "weights", "caches, 1 record", f"caches, {self.max_batch} records", "agents")
+        ]
+        for backbone in self.backbones:
+            caches = (backbone.cache_bytes, self.max_batch * backbone.cache_bytes)
+            sizes = map(human_bytes, (backbone.weights_bytes + backbone.tables_bytes, *caches))
+            rows.append((backbone.name, *sizes, ", ".join(backbone.agents)))
+        rows.append((f"links ({self.num_links})", human_bytes(self.links_bytes)))
+        batches = (1, self.max_batch)
+        caches_of = [self.cache_bytes(batch=batch) for batch in batches]
+        rows.append(("sum", *map(human_bytes, (self.weights_bytes, *caches_of))))
+        prompts = [human_bytes(self.activation_bytes(batch=batch)) for batch in batches]
+        one, most = (human_bytes(self.total_bytes(batch=batch)) for batch in batches)
+        return "\n".join(
+            (
+                *aligned(rows),
+                "",
+                f"Prompts pass through {prompts[0]} for one record, {prompts[1]} for "
+                f"{self.max_batch}; the runtime itself takes {human_bytes(self.runtime_bytes)}.",
+                f"In all {one} for one record, {most} for a batch of {self.max_batch}.",
+                f"Counted with prompts of {self.prompt_tokens} tokens, messages included; "
+                "--prompt-tokens N counts others.",
+            )
+        )
+
+
+def memory_plan(program: Graph, *, prompt_tokens: int | None = None) -> MemoryPlan:
+    """Return the memory that a program with planned caches needs.
+
+    Args:
+        program: Of level PLANNED.
+        prompt_tokens: Positions of every prompt, messages included; None for the most that the
+            build allows, with caches for the longest answer.
+    """
+    assert program.level is Level.PLANNED, "caches are not planned yet"
+    system = program.system
+    links = dict(_links_used(program))
+    return MemoryPlan(
+        prompt_tokens=prompt_tokens or system.build.max_prompt_tokens,
+        backbones=tuple(_backbones(system, prompt_tokens)),
+        num_links=len(links),
+        links_bytes=sum(links.values()) * dtype_bytes(ENGINE_DTYPE),
+        max_batch=system.build.max_batch,
+    )
+
+
+def _backbones(system: System, prompt_tokens: int | None) -> Iterator[BackboneMemory]:
+    positions = prompt_tokens or system.build.max_prompt_tokens
+    for name, backbone in system.backbones.items():
+        caches = [cache for cache in system.caches.values() if cache.backbone == name]
+        if caches:
+            most_rows = max(len(cache.agents) for cache in caches)
+            vector_bytes = backbone.facts.width * dtype_bytes(ENGINE_DTYPE)
+            yield BackboneMemory(
+                name=name,
+                source=backbone.facts.source,
+                dtype=backbone.dtype,
+                precision=backbone.precision,
+                agents=tuple(agent for cache in caches for agent in cache.agents),
+                weights_bytes=weights_bytes(backbone.facts, precision=backbone.precision),
+                tables_bytes=angle_tables_bytes(backbone.facts),
+                cache_bytes=sum(_cache_bytes(system, cache, prompt_tokens) for cache in caches),
+                activation_bytes=most_rows * positions * VECTORS_PER_POSITION * vector_bytes,
+                tokenizer_bytes=backbone.facts.vocab_size * TOKENIZER_BYTES,
+            )
+
+
+def _cache_bytes(system: System, cache: Cache, prompt_tokens: int | None) -> int:
+    """Return a cache's bytes for one record, at the limits or as a run with such prompts has it."""
+    if prompt_tokens is None:
+        return cache.bytes_per_sample
+    appended = max(system.agents[name].latent_steps for name in cache.agents)
+    if system.answer_agent in cache.agents:
+        appended = max(appended, min(system.sampling.max_new_tokens, ROOM_FOR_TEXT))
+    # Exact: the bytes at the limits are that many rows of the same size.
+    return cache.bytes_per_sample // cache.capacity * cache_capacity(prompt_tokens + appended)
+
+
+def _links_used(program: Graph) -> Iterator[tuple[str, int]]:
+    """Yield (id, number of parameters) of each link that a step applies, again per step."""
+    for op in program.nodes().values():
+        match op:
+            case Think(agents=agents):
+                for name in agents:
+                    inner = program.system.agents[name].inner
+                    yield f"{name}.inner", link_num_parameters(inner, role="inner")
+            case Send(links=links):
+                for link in links:
+                    outer = program.system.links[link].weights
+                    yield link, link_num_parameters(outer, role="outer")
+            case _:
+                pass

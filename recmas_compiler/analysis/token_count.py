@@ -1,0 +1,40 @@
+"""Token counts of prompt text for explanations, where a backbone's tokenizer is at hand."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import tokenizers
+
+from recmas_compiler.backbones.gguf_tokenizer import read_gguf_tokenizer
+from recmas_compiler.backbones.sources import resolve_source
+from recmas_compiler.ir.ops import System
+from recmas_compiler.spec.checks.prefix_reuse import count_tokens
+
+
+class TokenCounter:
+    """Counts tokens with the tokenizers of a system's backbones.
+
+    Args:
+        system: Any system.
+        base_dir: Folder that relative sources start from.
+    """
+
+    def __init__(self, system: System, *, base_dir: Path) -> None:
+        self._system = system
+        self._base_dir = base_dir
+
+    def __call__(self, backbone: str, text: str) -> int | None:
+        """Return the tokens of `text`, or None if the backbone has no tokenizer that can count."""
+        source = self._system.backbones[backbone].facts.source
+        resolved = resolve_source(source, base_dir=self._base_dir)
+        if resolved.gguf_file is None:
+            return count_tokens(resolved.folder / "tokenizer.json", text)
+        tokenizer = _gguf_tokenizer(resolved.folder / resolved.gguf_file)
+        return None if tokenizer is None else len(tokenizer.encode(text).ids)
+
+
+@lru_cache(maxsize=4)
+def _gguf_tokenizer(path: Path) -> tokenizers.Tokenizer | None:
+    return read_gguf_tokenizer(path)

@@ -1,0 +1,1 @@
+"""Latent steps of several engines, measured side by side."""

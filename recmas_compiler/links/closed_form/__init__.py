@@ -1,0 +1,1 @@
+"""Links in closed form: ridge regressions instead of training steps."""

@@ -1,0 +1,357 @@
+"""Closed-form starts for links: seconds of linear algebra instead of thousands of training steps.
+
+An inner link starts as the affine map from a thought to the mean embedding of the token that would
+follow it; an outer link as the affine map between the embeddings of the tokens that both
+vocabularies know. The nonlinear branch starts silent but trainable, except where the form of the
+link leaves no other place for the map, and where enough text is given: then each of its hidden
+units begins as the detector of one frequent token.
+
+Least squares answers with blurred averages, all of them near the mean embedding, and a rollout that
+feeds on them ends there: SmolLM2-135M then writes nothing but line breaks. So the map's answers are
+spread out again as far as real embeddings are, which costs a little of the cosine.
+
+Shape legend: N samples, D inputs, E outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, gelu
+
+from recmas_compiler.backbones.torch_model import TorchBackbone
+from recmas_compiler.links.closed_form.calibration import HELD_OUT_EVERY, Calibration
+from recmas_compiler.links.closed_form.detectors import token_detectors
+from recmas_compiler.links.closed_form.least_squares import direction_map, ridge, rms, spread_out
+from recmas_compiler.links.modules import (
+    LnResidualInner,
+    LnResidualOuter,
+    ProjectedInner,
+    ProjectedOuter,
+    ResidualInner,
+    ResidualOuter,
+    randomize,
+    seeded_generator,
+)
+from recmas_runtime.core.errors import fail
+
+# Ridge strengths to choose from, relative to each input's own sum of squares: inputs of a backbone
+# differ in scale by a factor of ten, and none deserves more shrinking for it.
+INNER_STRENGTHS: Final = (0.1, 0.3, 1.0, 3.0)
+OUTER_STRENGTHS: Final = (0.001, 0.01, 0.1, 1.0)
+# For finding a map that is known to exist: only keeps the equations solvable.
+EXACT: Final = 1e-6
+# With token detectors: they rarely speak together, so there is little to keep apart.
+DETECTOR_STRENGTH: Final = 0.003
+# Samples for each detector and each input; with fewer, they learn the samples by heart.
+SAMPLES_PER_REGRESSOR: Final = 8
+
+# gelu(x) is x / 2 for small x. At this size of its inputs the branch is linear to 0.1 %.
+RESIDUAL_SIGNAL: Final = 1e-3
+# A final norm forgives a branch its scale, so a less extreme size does there.
+LN_RESIDUAL_SIGNAL: Final = 0.1
+# How far the branch outweighs the thought that it is added to, before the final norm.
+LN_RESIDUAL_WEIGHT: Final = 10.0
+
+MIN_SHARED_TOKENS: Final = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """How well a closed-form start does on samples it was not fitted to.
+
+    Attributes:
+        cosine: Mean cosine between what the link answers and the embedding it should answer.
+        constant_cosine: The same for the best constant answer, the mean: what knowing nothing gets.
+        strength: Ridge strength chosen; 0 for the identity.
+        num_samples: Samples fitted to.
+        num_held_out: Samples measured on.
+        num_detectors: Hidden units that start as detectors of tokens.
+    """
+
+    cosine: float
+    constant_cosine: float
+    strength: float
+    num_samples: int
+    num_held_out: int
+    num_detectors: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Samples:
+    """What a link is fitted to and judged by.
+
+    Attributes:
+        x_ND: What the link reads.
+        y_NE: What it should answer, to fit to.
+        truth_NE: What it should answer, to judge by.
+    """
+
+    x_ND: Tensor
+    y_NE: Tensor
+    truth_NE: Tensor
+    is_held_out_N: Tensor
+
+    def part(self, chosen_N: Tensor) -> _Samples:
+        return _Samples(
+            x_ND=self.x_ND[chosen_N],
+            y_NE=self.y_NE[chosen_N],
+            truth_NE=self.truth_NE[chosen_N],
+            is_held_out_N=self.is_held_out_N[chosen_N],
+        )
+
+
+@torch.no_grad()
+def align_inner(link: nn.Module, calibration: Calibration, *, link_id: str) -> Alignment:
+    """Set an inner link's weights so that thoughts become the embeddings of what follows them.
+
+    Args:
+        link: Of any kind; changed in place.
+        calibration: Of the agent's backbone.
+        link_id: Seeds what stays random.
+    """
+    samples = _Samples(
+        x_ND=calibration.hidden_ND,
+        y_NE=calibration.expected_ND,
+        truth_NE=calibration.next_ND,
+        is_held_out_N=calibration.is_held_out_N,
+    )
+    randomize(link, link_id=link_id)
+
+    def fit(known: _Samples, strength: float) -> None:
+        weight_DD, bias_D = _spread_map(known, strength)
+        if isinstance(link, ProjectedInner):
+            _set_affine(link.residual_proj, weight_DD, bias_D)
+            _silence(link.proj2)
+            return
+        wanted_ND = known.x_ND.double() @ weight_DD.T + bias_D
+        if isinstance(link, ResidualInner):
+            _express_residual(link, known.x_ND, wanted_ND, link_id)
+        else:
+            assert isinstance(link, LnResidualInner)
+            _express_ln_residual(link, known.x_ND, wanted_ND, link_id)
+
+    affine = _fit_best(link, samples, fit, INNER_STRENGTHS)
+    if calibration.token_N is None or not isinstance(link, ProjectedInner):
+        return affine
+    return _with_detectors(link, samples, calibration.token_N, affine)
+
+
+@torch.no_grad()
+def align_outer(
+    link: nn.Module, source: TorchBackbone, target: TorchBackbone, *, link_id: str
+) -> Alignment:
+    """Set an outer link's weights so that embeddings of the source become those of the target.
+
+    Between agents on equal backbones this is the identity (up to the norm that `ln_residual` has).
+
+    Args:
+        link: Of any kind; changed in place.
+        source: Backbone of the sending agent.
+        target: Backbone of the receiving agent.
+        link_id: Seeds what stays random.
+
+    Raises:
+        RecmasError: RM121 if the vocabularies have too little in common.
+    """
+    is_same = source.facts.identity == target.facts.identity
+    samples = _own_embeddings(source) if is_same else _shared_embeddings(source, target, link_id)
+    randomize(link, link_id=link_id)
+
+    def fit(known: _Samples, strength: float) -> None:
+        assert isinstance(link, ResidualOuter | LnResidualOuter | ProjectedOuter)
+        _silence(link.proj2)
+        if is_same:
+            _silence(link.residual_proj)
+            nn.init.eye_(link.residual_proj.weight)
+        else:
+            weight_ED, bias_E = _spread_map(known, strength)
+            if isinstance(link, ResidualOuter):
+                wanted_NE = known.x_ND.double() @ weight_ED.T + bias_E
+                weight_ED, bias_E = ridge(known.x_ND, wanted_NE, EXACT, has_bias=False)
+            _set_affine(link.residual_proj, weight_ED, bias_E)
+        if isinstance(link, LnResidualOuter):
+            _fit_final_norm(link.ln_target, link.residual_proj(known.x_ND), known.truth_NE)
+
+    return _fit_best(link, samples, fit, (0.0,) if is_same else OUTER_STRENGTHS)
+
+
+def _spread_map(known: _Samples, strength: float) -> tuple[Tensor, Tensor]:
+    """Return the ridge map with its answers as far from their mean as the truth is from its own."""
+    weight_ED, bias_E = ridge(known.x_ND, known.y_NE, strength)
+    mean_E = weight_ED @ known.x_ND.mean(0, dtype=torch.float64) + bias_E
+    return spread_out(weight_ED, known.x_ND, known.truth_NE, mean_E=mean_E)
+
+
+def _with_detectors(
+    link: ProjectedInner, samples: _Samples, token_N: Tensor, affine: Alignment
+) -> Alignment:
+    """Let the branch detect tokens, if there are samples enough and it does better so.
+
+    What is measured is fitted to the known samples; what stays, to all of them.
+    """
+    known, held_out = samples.part(~samples.is_held_out_N), samples.part(samples.is_held_out_N)
+    width = known.x_ND.shape[1]
+    most = min(width, len(known.x_ND) // SAMPLES_PER_REGRESSOR - width)
+    if most <= 0:
+        return affine
+    before = {name: value.clone() for name, value in link.state_dict().items()}
+    _set_detectors(link, known, token_N[~samples.is_held_out_N], most)
+    cosine = _mean_cosine(link(held_out.x_ND), held_out.truth_NE)
+    if not cosine > affine.cosine:  # not a number is no better either
+        link.load_state_dict(before)
+        return affine
+    num_detectors = _set_detectors(link, samples, token_N, most)
+    return replace(affine, cosine=cosine, strength=DETECTOR_STRENGTH, num_detectors=num_detectors)
+
+
+def _set_detectors(link: ProjectedInner, known: _Samples, token_N: Tensor, most: int) -> int:
+    """Make hidden units detect tokens, fit everything behind them, and return how many there are.
+
+    Units that are left over stay silent and can learn.
+    """
+    width = known.x_ND.shape[1]
+    normed_ND = link.pre_ln(known.x_ND)
+    weight_UD, bias_U = token_detectors(normed_ND, token_N, most=most)
+    num_detectors = len(bias_U)
+    link.proj1.weight[:num_detectors] = weight_UD.float()
+    link.proj1.bias[:num_detectors] = bias_U.float()
+    heard_NU = gelu(link.proj1(normed_ND))[:, :num_detectors]
+    inputs_NF, truth_NE = torch.cat([known.x_ND, heard_NU], dim=1), known.truth_NE
+    weight_EF, _ = direction_map(inputs_NF, truth_NE, DETECTOR_STRENGTH)
+    weight_EF, bias_E = spread_out(
+        weight_EF, inputs_NF, truth_NE, mean_E=truth_NE.mean(0, dtype=torch.float64)
+    )
+    _set_affine(link.residual_proj, weight_EF[:, :width], bias_E)
+    _silence(link.proj2)
+    link.proj2.weight[:, :num_detectors] = weight_EF[:, width:]
+    return num_detectors
+
+
+def _fit_best(
+    link: nn.Module,
+    samples: _Samples,
+    fit: Callable[[_Samples, float], None],
+    strengths: tuple[float, ...],
+) -> Alignment:
+    """Leave the link with the strength that does best on the held-out samples."""
+    known, held_out = samples.part(~samples.is_held_out_N), samples.part(samples.is_held_out_N)
+
+    def cosine(strength: float) -> float:
+        fit(known, strength)
+        return _mean_cosine(link(held_out.x_ND), held_out.truth_NE)
+
+    best = max(strengths, key=cosine)
+    return Alignment(
+        cosine=cosine(best),  # fits once more: the link keeps the last fit
+        constant_cosine=_mean_cosine(known.y_NE.mean(0)[None], held_out.truth_NE),
+        strength=best,
+        num_samples=len(known.x_ND),
+        num_held_out=len(held_out.x_ND),
+    )
+
+
+def _mean_cosine(answers_NE: Tensor, truth_NE: Tensor) -> float:
+    return cosine_similarity(answers_NE, truth_NE, dim=-1).mean().item()
+
+
+def _express_residual(link: ResidualInner, x_ND: Tensor, wanted_ND: Tensor, link_id: str) -> None:
+    """Make h + W2 gelu(W1 h) the map A: where gelu is x / 2, that is W2 W1 / 2 = A - I.
+
+    The form has no biases, so A is the closest map through the origin.
+    """
+    weight_DD, _ = ridge(x_ND, wanted_ND, EXACT, has_bias=False)
+    turn_DD, scale = _orthogonal(len(weight_DD), link_id), RESIDUAL_SIGNAL / rms(x_ND)
+    identity_DD = torch.eye(len(weight_DD), dtype=torch.float64)
+    link.proj1.weight.copy_(scale * turn_DD)
+    link.proj2.weight.copy_(2 / scale * (weight_DD - identity_DD) @ turn_DD.T)
+
+
+def _express_ln_residual(
+    link: LnResidualInner, x_ND: Tensor, wanted_ND: Tensor, link_id: str
+) -> None:
+    """Fit W2 so that what the final norm sees points to what is wanted, then the norm itself."""
+    link.proj1.weight.copy_(LN_RESIDUAL_SIGNAL * _orthogonal(x_ND.shape[1], link_id))
+    nn.init.zeros_(link.proj1.bias)
+    branch_ND = gelu(link.proj1(link.pre_ln(x_ND)))
+    scale = LN_RESIDUAL_WEIGHT * rms(x_ND) / rms(wanted_ND)
+    _set_affine(link.proj2, *ridge(branch_ND, scale * wanted_ND - x_ND, EXACT))
+    _fit_final_norm(link.post_ln, x_ND + link.proj2(branch_ND), wanted_ND)
+
+
+def _fit_final_norm(norm: nn.LayerNorm, x_NE: Tensor, y_NE: Tensor) -> None:
+    """Set a norm's scale and bias to the least-squares ones, each dimension on its own."""
+    nn.init.ones_(norm.weight)
+    nn.init.zeros_(norm.bias)
+    x, y = norm(x_NE).double(), y_NE.double()
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    scale_E = ((x - x_mean) * (y - y_mean)).sum(0) / ((x - x_mean) ** 2).sum(0).clamp(min=1e-12)
+    norm.weight.copy_(scale_E)
+    norm.bias.copy_(y_mean - scale_E * x_mean)
+
+
+def _set_affine(layer: nn.Linear, weight_ED: Tensor, bias_E: Tensor) -> None:
+    layer.weight.copy_(weight_ED)
+    if layer.bias is not None:
+        layer.bias.copy_(bias_E)
+
+
+def _silence(layer: nn.Linear) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
+def _orthogonal(width: int, link_id: str) -> Tensor:
+    draw = seeded_generator(f"orthogonal:{link_id}")
+    random_DD = torch.randn(width, width, generator=draw, dtype=torch.float64)
+    turn_DD: Tensor = torch.linalg.qr(random_DD).Q
+    return turn_DD
+
+
+def _own_embeddings(backbone: TorchBackbone) -> _Samples:
+    """Pair every token's embedding with itself."""
+    table_VD = _embeddings(backbone, range(backbone.facts.vocab_size))
+    is_held_out_V = torch.arange(len(table_VD)) % HELD_OUT_EVERY == 0
+    return _Samples(x_ND=table_VD, y_NE=table_VD, truth_NE=table_VD, is_held_out_N=is_held_out_V)
+
+
+def _shared_embeddings(source: TorchBackbone, target: TorchBackbone, link_id: str) -> _Samples:
+    """Pair the embeddings of tokens with equal text."""
+    source_ids, target_ids = _ids_by_text(source), _ids_by_text(target)
+    shared = [text for text in source_ids if text in target_ids]
+    if len(shared) < MIN_SHARED_TOKENS:
+        raise fail(
+            "RM121",
+            f"link {link_id!r} cannot be aligned: the vocabularies of {source.facts.source!r} and "
+            f"{target.facts.source!r} share {len(shared)} tokens, {MIN_SHARED_TOKENS} are needed",
+            hint="Use `init: random` for it, or trained weights.",
+        )
+    x_ND = _embeddings(source, [source_ids[text] for text in shared])
+    y_NE = _embeddings(target, [target_ids[text] for text in shared])
+    is_held_out_N = torch.arange(len(shared)) % HELD_OUT_EVERY == 0
+    return _Samples(x_ND=x_ND, y_NE=y_NE, truth_NE=y_NE, is_held_out_N=is_held_out_N)
+
+
+def _embeddings(backbone: TorchBackbone, ids: Sequence[int]) -> Tensor:
+    """Return the embeddings [N, D] on the CPU in float32, wherever the backbone is."""
+    return backbone.embed(torch.tensor(ids, device=backbone.model.device)).float().cpu()
+
+
+def _ids_by_text(backbone: TorchBackbone) -> dict[str, int]:
+    """Return the token of every text that a single ordinary token spells, in order of id."""
+    tokenizer = backbone.tokenizer.backend_tokenizer
+    # Decoded behind another token, a token of the SentencePiece kind keeps its leading space.
+    anchor = tokenizer.encode("a", add_special_tokens=False).ids[-1]
+    size = min(tokenizer.get_vocab_size(), backbone.facts.vocab_size)
+    texts = tokenizer.decode_batch([[anchor, i] for i in range(size)], skip_special_tokens=True)
+    num_chars = len(tokenizer.decode([anchor]))
+    found: dict[str, int] = {}
+    for i, text in enumerate(texts):
+        spelled = text[num_chars:]
+        if spelled and "\ufffd" not in spelled:  # parts of a character have no text of their own
+            found.setdefault(spelled, i)
+    return found

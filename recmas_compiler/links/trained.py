@@ -1,0 +1,210 @@
+"""Trained links beside a spec: where they are, whether they fit, and the spec that uses them.
+
+`recmasc train` writes a folder with one file per link and a receipt that vouches for each by its
+hash. Nothing here loads a weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+from recmas_compiler.links.link_file import (
+    LinkFileError,
+    Role,
+    link_kind,
+    misfit,
+    read_link_header,
+)
+from recmas_compiler.spec.document.paths import is_file, path_of
+from recmas_compiler.spec.document.places import Loc
+from recmas_compiler.spec.document.problems import problem_at
+from recmas_compiler.spec.schema.link_names import link_ends, outer_link_id
+from recmas_compiler.spec.schema.sections import InnerSection, LinkSection, WeightsSection
+from recmas_compiler.spec.spec import Spec
+from recmas_runtime.core.errors import Problem
+
+RECEIPT_NAME: Final = "receipt.json"
+RECEIPT_VERSION: Final = 1
+LINKS_FOLDER: Final = "links"
+# Larger than any receipt: a few hundred bytes per link and measurement.
+_MAX_RECEIPT_BYTES: Final = 16 * 2**20
+
+Link = TypeVar("Link", InnerSection, LinkSection)
+
+
+class End(NamedTuple):
+    """What a link needs to know of the backbone at one of its ends."""
+
+    width: int
+    identity: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedLinks:
+    """The trained links that a spec can use.
+
+    Attributes:
+        spec: The spec with the files of these links as their weights, and with a warning RM751 for
+            every one that does not fit any more.
+        folder: Where they are.
+        used: Ids of the links that learned, in order of declaration.
+        untrained: Ids of the links that lie there as they started: no stage has trained them yet.
+    """
+
+    spec: Spec
+    folder: Path
+    used: tuple[str, ...]
+    untrained: tuple[str, ...]
+
+
+def links_folder(spec: Spec) -> Path | None:
+    """Return the folder that a spec's trained links go to; None for a spec without `train`."""
+    train = spec.document.train
+    return None if train is None else path_of(_setting(spec), spec.base_dir)
+
+
+def link_file_name(link_id: str) -> str:
+    """Return the name of a link's file, as in bundles: `inner.a.safetensors`, `outer.a.b...`."""
+    source, arrow, target = link_id.partition("->")
+    stem = f"outer.{source}.{target}" if arrow else f"inner.{link_id.removesuffix('.inner')}"
+    return f"{stem}.safetensors"
+
+
+def has_trained_links(spec: Spec) -> bool:
+    """Tell whether trained links lie beside a spec, whether they fit or not."""
+    folder = links_folder(spec)
+    return folder is not None and read_receipt(folder / RECEIPT_NAME) is not None
+
+
+def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | None:
+    """Return the trained links that lie beside a spec; None if nothing was trained.
+
+    Args:
+        spec: A checked spec.
+        ends: What each agent's backbone is.
+    """
+    folder = links_folder(spec)
+    receipt = None if folder is None else read_receipt(folder / RECEIPT_NAME)
+    if folder is None or receipt is None:
+        return None
+    home, digests, entries = folder, vouched_digests(receipt), receipt.get("links", {})
+    used: list[str] = []
+    untrained: list[str] = []
+    warnings: list[Problem] = []
+    settled: set[Problem] = set()
+
+    def trained(link_id: str, role: Role, agents: tuple[str, str], section: Link, loc: Loc) -> Link:
+        file = home / link_file_name(link_id)
+        if link_id not in digests:
+            return section
+        source, target = (ends[agent] for agent in agents)
+        why = _why_unfit(file, digests[link_id], role, section, source=source, target=target)
+        if why is not None:
+            message = f"the trained link `{file}` is left aside: {why}."
+            hint = "Train it anew, or delete it."
+            place = spec.position(*loc)
+            warnings.append(problem_at(place, "RM751", message, hint=hint, severity="warning"))
+            return section
+        entry = entries[link_id]
+        if entry.get("trained"):
+            used.append(link_id)
+        elif entry.get("start") != "file":  # the spec's own files were trained elsewhere
+            untrained.append(link_id)
+        settled.update(_warnings_about_start(spec, role, loc))
+        path = f"{_setting(spec)}/{file.name}"
+        return section.model_copy(update={"init": None, "weights": path})
+
+    document = spec.document
+    agents = {
+        name: agent.model_copy(
+            update={
+                "inner": trained(
+                    f"{name}.inner", "inner", (name, name), agent.inner, ("agents", name)
+                )
+            }
+        )
+        for name, agent in document.agents.items()
+    }
+    links = {
+        name: trained(outer_link_id(name), "outer", link_ends(name), link, ("links", name))
+        for name, link in document.links.items()
+    }
+    update = {"agents": agents, "links": links}
+    return TrainedLinks(
+        spec=replace(
+            spec,
+            document=document.model_copy(update=update),
+            warnings=(*(w for w in spec.warnings if w not in settled), *warnings),
+        ),
+        folder=folder,
+        used=tuple(used),
+        untrained=tuple(untrained),
+    )
+
+
+def read_receipt(path: Path) -> dict[str, Any] | None:
+    """Return a training receipt; None if there is none, or none of this version."""
+    if not is_file(path) or path.stat().st_size > _MAX_RECEIPT_BYTES:
+        return None
+    try:
+        receipt = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError):
+        return None
+    is_receipt = isinstance(receipt, dict) and receipt.get("receipt") == RECEIPT_VERSION
+    return receipt if is_receipt else None
+
+
+def vouched_digests(receipt: Mapping[str, Any]) -> dict[str, str]:
+    """Return the sha256 that a receipt gives for each link's file, by link id."""
+    entries = receipt.get("links")
+    if not isinstance(entries, dict):
+        return {}
+    return {
+        str(link_id): str(entry["sha256"])
+        for link_id, entry in entries.items()
+        if isinstance(entry, dict) and "sha256" in entry
+    }
+
+
+def _warnings_about_start(spec: Spec, role: Role, loc: Loc) -> list[Problem]:
+    """Return what was said about the start of a link, which trained weights make void."""
+    init = spec.places.key((*loc, *(("inner",) if role == "inner" else ()), "init"))
+    place = problem_at(init, "RM152", "")
+    where = (place.file, place.line, place.column)
+    return [
+        warning
+        for warning in spec.warnings
+        if warning.code == place.code and (warning.file, warning.line, warning.column) == where
+    ]
+
+
+def _setting(spec: Spec) -> str:
+    train = spec.document.train
+    assert train is not None, "only a spec with `train` has trained links"
+    return train.links_dir or f"{LINKS_FOLDER}/{spec.document.name}"
+
+
+def _why_unfit(
+    file: Path, digest: str, role: Role, section: WeightsSection, *, source: End, target: End
+) -> str | None:
+    """Return why a trained link does not fit the spec, or None if it does."""
+    try:
+        header = read_link_header(file)
+        kind = link_kind(header, role)
+    except LinkFileError as error:
+        return str(error)
+    with file.open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+            return "it is not the file that its receipt vouches for"
+    if section.kind not in (None, kind):
+        return f"it is of kind `{kind}`, the spec says `{section.kind}`"
+    for end, backbone in (("source", source), ("target", target)):
+        made_for = header.metadata.get(end, backbone.identity)
+        if made_for != backbone.identity:
+            return f"its {end} is the backbone `{made_for}`, here it is `{backbone.identity}`"
+    return misfit(header, kind, role, in_dim=source.width, out_dim=target.width)

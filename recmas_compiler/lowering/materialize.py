@@ -1,0 +1,119 @@
+"""Give every link of a program its weights: from its file, in closed form, or at random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from recmas_compiler.backbones.torch_model import TorchBackbone
+from recmas_compiler.ir.graph import Graph
+from recmas_compiler.ir.ops import LinkWeights
+from recmas_compiler.links.checkpoint import load_declared_link
+from recmas_compiler.links.closed_form.aligned import Alignment, align_inner, align_outer
+from recmas_compiler.links.closed_form.calibration import Calibration, calibrate
+from recmas_compiler.links.modules import Role, make_link, randomize
+from recmas_compiler.spec.document.position import SourcePosition
+from recmas_runtime.core.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaterializedLink:
+    """A link with weights.
+
+    Attributes:
+        module: In float32, trainable.
+        weights: What the spec declares.
+        role: Inner or outer.
+        source: Identity of the backbone it reads from.
+        target: Identity of the backbone it writes for.
+        init: Where its weights come from.
+        alignment: How good the closed form is; None unless `init` is `aligned`.
+    """
+
+    module: nn.Module
+    weights: LinkWeights
+    role: Role
+    source: str
+    target: str
+    init: Literal["file", "aligned", "random"]
+    alignment: Alignment | None = None
+
+    @property
+    def cosine(self) -> float | None:
+        """Cosine of the closed form on held-out samples."""
+        return None if self.alignment is None else self.alignment.cosine
+
+
+def inner_link_id(agent: str) -> str:
+    """Return the id of an agent's inner link."""
+    return f"{agent}.inner"
+
+
+def materialize_links(
+    program: Graph,
+    backbones: Mapping[str, TorchBackbone],
+    *,
+    progress: Progress,
+    targets: Callable[[str], Calibration | None] = lambda agent: None,
+) -> dict[str, MaterializedLink]:
+    """Make every link of a program, inner links first, in order of declaration.
+
+    Args:
+        program: Of any level.
+        backbones: By the name of the shared backbone.
+        progress: Sees the calibration, once per backbone that needs one.
+        targets: Takes an agent and gives thoughts to align its inner link to, instead of those over
+            text that the backbone makes up itself; None for none. Asked when they are needed, for
+            they are large.
+
+    Raises:
+        RecmasError: RM120 for a file that does not fit, RM121 where no closed form exists.
+    """
+    system = program.system
+    calibrations: dict[str, Calibration] = {}
+
+    def align(link_id: str, module: nn.Module, ends: tuple[str, str], role: Role) -> Alignment:
+        source, target = (system.backbone_of(agent).name for agent in ends)
+        if role == "outer":
+            return align_outer(module, backbones[source], backbones[target], link_id=link_id)
+        given = targets(ends[0])
+        if given is not None:
+            return align_inner(module, given, link_id=link_id)
+        if source not in calibrations:  # agents that share a backbone share its thoughts
+            calibrations[source] = calibrate(backbones[source], progress=progress)
+        return align_inner(module, calibrations[source], link_id=link_id)
+
+    def make(
+        link_id: str, weights: LinkWeights, role: Role, ends: tuple[str, str], where: SourcePosition
+    ) -> MaterializedLink:
+        source, target = (system.backbone_of(agent).name for agent in ends)
+        reads, writes = backbones[source].facts.identity, backbones[target].facts.identity
+        alignment = None
+        if weights.file is not None:
+            module = load_declared_link(weights, role, source=reads, target=writes, where=where)
+        else:
+            module = make_link(weights.kind, role, weights.in_dim, weights.out_dim)
+            if weights.init == "random":
+                randomize(module, link_id=link_id)
+            else:
+                alignment = align(link_id, module, ends, role)
+        return MaterializedLink(
+            module=module,
+            weights=weights,
+            role=role,
+            source=reads,
+            target=writes,
+            init=weights.init if weights.file is None else "file",
+            alignment=alignment,
+        )
+
+    made: dict[str, MaterializedLink] = {}
+    for name, agent in system.agents.items():
+        link_id = inner_link_id(name)
+        made[link_id] = make(link_id, agent.inner, "inner", (name, name), agent.where)
+    for link_id, link in system.links.items():
+        made[link_id] = make(link_id, link.weights, "outer", (link.source, link.target), link.where)
+    return made

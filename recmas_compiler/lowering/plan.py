@@ -1,0 +1,145 @@
+"""Program IR to plan: the graph of steps becomes the flat list that the runtime follows."""
+
+from __future__ import annotations
+
+from recmas_compiler.ir.graph import Graph
+from recmas_compiler.ir.ops import Agent, Decode, Level, Prefill, Send, StepOp, System, Think
+from recmas_runtime.formats.plan import (
+    AgentPlan,
+    CachePlan,
+    DecodeStep,
+    Plan,
+    PrefillStep,
+    SendStep,
+    Step,
+    ThinkStep,
+    prompt_fields,
+)
+
+
+def build_plan(program: Graph) -> Plan:
+    """Return the plan of a program.
+
+    Agents that no step runs and no prompt has a slot for are left out, and so are their links.
+
+    Args:
+        program: Of level PLANNED.
+    """
+    assert program.level is Level.PLANNED, f"a plan needs caches, not level {program.level.name}"
+    system = program.system
+    steps = tuple(_step(program, op) for _, op in program.in_order() if not isinstance(op, Agent))
+    agents = {name: _agent(system, name, steps) for name in live_agents(program)}
+    sent = {link for step in steps if isinstance(step, SendStep) for link in step.links}
+    used = {step.cache for step in steps if not isinstance(step, SendStep)}
+    return Plan(
+        name=system.name,
+        rounds=system.rounds,
+        answer_agent=system.answer_agent,
+        agents=agents,
+        feedback_links=tuple(
+            link.id for link in system.links.values() if link.feedback and link.id in sent
+        ),
+        caches={
+            cache.id: CachePlan(
+                backbone=cache.backbone,
+                agents=cache.agents,
+                capacity=cache.capacity,
+                bytes_per_sample=cache.bytes_per_sample,
+            )
+            for cache in system.caches.values()
+            if cache.id in used
+        },
+        steps=steps,
+        sampling=system.sampling,
+        limits=system.build.limits,
+        fields=prompt_fields(agents.values()),
+        stop_when=system.stop_when,
+        tools=system.tools,
+    )
+
+
+def live_agents(program: Graph) -> tuple[str, ...]:
+    """Return the agents that a bundle is about, in the order of declaration.
+
+    These are the agents that steps run, and those that only have slots: an agent without latent
+    steps sends empty messages and never runs.
+    """
+    system = program.system
+    live: set[str] = set()
+    for _, op in program.in_order():
+        match op:
+            case Prefill():
+                live.update(op.agents)
+                for agent, variant in zip(op.agents, op.variants, strict=True):
+                    live.update(system.agents[agent].slots(variant))
+            case Think():
+                live.update(op.agents)
+            case Send():
+                live.update((op.source, *op.targets))
+            case Decode():
+                live.add(op.agent)
+    for agent in tuple(live):
+        live.update(system.agents[agent].slots("then"))
+    return tuple(name for name in system.agents if name in live)
+
+
+def live_backbones(program: Graph) -> tuple[str, ...]:
+    """Return the shared backbones that the live agents use, in the order of declaration."""
+    used = {program.system.backbone_of(agent).name for agent in live_agents(program)}
+    return tuple(name for name in program.system.backbones if name in used)
+
+
+def _step(program: Graph, op: StepOp) -> Step:
+    match op:
+        case Prefill():
+            assert op.cache is not None
+            source = None if op.prefix_of is None else program.op(op.prefix_of)
+            assert source is None or isinstance(source, Prefill)
+            return PrefillStep(
+                round=op.round,
+                agents=op.agents,
+                variants=op.variants,
+                reuse_prefix=op.reuse is not None,
+                cache=op.cache,
+                prefix_from=None if source is None else source.cache,
+            )
+        case Think():
+            assert op.cache is not None
+            return ThinkStep(
+                round=op.round,
+                agents=op.agents,
+                num_steps=op.num_steps,
+                fused=op.fused,
+                cache=op.cache,
+            )
+        case Send():
+            return SendStep(
+                round=op.round,
+                source=op.source,
+                targets=op.targets,
+                links=op.links,
+                apply_inner=op.apply_inner,
+            )
+        case Decode():
+            assert op.cache is not None
+            return DecodeStep(round=op.round, agent=op.agent, cache=op.cache)
+
+
+def _agent(system: System, name: str, steps: tuple[Step, ...]) -> AgentPlan:
+    agent = system.agents[name]
+    variants = {
+        variant
+        for step in steps
+        if isinstance(step, PrefillStep)
+        for runs, variant in zip(step.agents, step.variants, strict=True)
+        if runs == name
+    }
+    return AgentPlan(
+        backbone=system.backbone_of(name).name,
+        system=agent.system,
+        first=agent.first if "first" in variants else None,
+        then=agent.then,
+        inner=f"{name}.inner",
+        latent_steps=agent.latent_steps,
+        chat_template=agent.chat_template,
+    )

@@ -1,0 +1,1 @@
+"""The program lowered to one module that trains its links."""

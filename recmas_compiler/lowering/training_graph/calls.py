@@ -1,0 +1,177 @@
+"""What an agent reads in training: its prompt, or its prompt with its target text behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from recmas_compiler.backbones.torch_model import TorchBackbone
+from recmas_compiler.ir.ops import System
+from recmas_compiler.training.data.examples import TrainExample
+from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.formats.plan import Variant
+from recmas_runtime.prompts.render import ChatTemplate, Slot, Tokens, build_prompt, build_turn
+from recmas_runtime.prompts.tokenizer import Tokenizer
+
+Form = Literal["prompt", "turn"]
+CallKey = tuple[str, Variant, Form]
+"""Agent, which of its prompts, and whether the target text is behind it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """The text of one agent call, as tokens with slots between them.
+
+    Attributes:
+        items: The last one is text.
+        num_target_tokens: How many of the last tokens are the assistant's; 0 for a prompt alone.
+    """
+
+    items: tuple[Tokens | Slot, ...]
+    num_target_tokens: int
+
+    def num_positions(self, slots: Mapping[str, int]) -> int:
+        """Return how long the call is when `slots` says how long the messages are."""
+        return sum(
+            len(item.ids) if isinstance(item, Tokens) else slots.get(item.agent, 0)
+            for item in self.items
+        )
+
+    def cut(self, num_target_tokens: int) -> Call:
+        """Return the call without the target's tokens after the first so many."""
+        spare = self.num_target_tokens - num_target_tokens
+        if spare <= 0:
+            return self
+        *before, last = self.items
+        assert isinstance(last, Tokens), "the target is text"
+        return replace(
+            self,
+            items=(*before, Tokens(last.ids[:-spare])),
+            num_target_tokens=num_target_tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Records as the calls that training makes of them; nothing is on a device yet.
+
+    Attributes:
+        ids: Of the records, in order.
+        calls: One per record.
+    """
+
+    ids: tuple[str, ...]
+    calls: Mapping[CallKey, tuple[Call, ...]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class CallWriter:
+    """Renders and tokenizes calls with each agent's own chat template and tokenizer.
+
+    Args:
+        system: The agents.
+        backbones: By the name of the shared backbone.
+    """
+
+    def __init__(self, system: System, backbones: Mapping[str, TorchBackbone]) -> None:
+        self._system = system
+        self._tokenizers = {
+            name: Tokenizer(b.tokenizer_json, b.chat_template) for name, b in backbones.items()
+        }
+        self._chats = {
+            name: ChatTemplate(b.chat_template, b.special_tokens) for name, b in backbones.items()
+        }
+
+    def write(self, agent: str, variant: Variant, form: Form, example: TrainExample) -> Call:
+        """Return one call.
+
+        Args:
+            agent: Who is called.
+            variant: Which of its prompts.
+            form: The prompt alone, or the turn: prompt and target text.
+            example: Fields for the prompt, and the target.
+
+        Raises:
+            RecmasError: RM500 for a field that cannot be used, RM206 for a chat template that
+                cannot render the call, RM700 if the example has no target for the agent.
+        """
+        declared = self._system.agents[agent]
+        parts = declared.first if variant == "first" else declared.then
+        assert parts is not None, f"{agent} has no prompt {variant!r}"
+        backbone = self._system.backbone_of(agent).name
+        chat, tokenizer = self._chats[backbone], self._tokenizers[backbone]
+        record = {**example.fields, "id": example.id}
+        try:
+            if form == "prompt":
+                prompt = build_prompt(
+                    system=declared.system,
+                    prompt=parts,
+                    record=record,
+                    chat=chat,
+                    tokenizer=tokenizer,
+                    variables=declared.chat_template,
+                )
+                return Call(items=prompt.items, num_target_tokens=0)
+            turn = build_turn(
+                system=declared.system,
+                prompt=parts,
+                target=self._target(agent, example),
+                record=record,
+                chat=chat,
+                tokenizer=tokenizer,
+                variables=declared.chat_template,
+            )
+        except RecmasError as error:
+            raise _named(error, agent, example) from error
+        return Call(items=turn.prompt.items, num_target_tokens=turn.num_target_tokens)
+
+    def write_ideal(self, agent: str, example: TrainExample) -> tuple[Call, ...]:
+        """Return an agent's turns of round 1 and of later rounds, perfect messages in their slots.
+
+        Inner and outer links bring a thought towards the input embedding of the token that follows
+        it. So the perfect message is the sender's target text, as far as its thoughts reach; it is
+        empty where the sender has no target, and in round 1 in slots of feedback. Later rounds have
+        a turn of their own only where it is another one.
+        """
+        declared = self._system.agents[agent]
+        tokenizer = self._tokenizers[self._system.backbone_of(agent).name]
+        before = {
+            link.source
+            for link in self._system.links.values()
+            if link.target == agent and not link.feedback
+        }
+        opening: Variant = "then" if declared.first is None else "first"
+        rounds = [(opening, before)]
+        if self._system.rounds > 1 and not before.issuperset(declared.slots("then")):
+            rounds.append(("then", set(declared.slots("then"))))
+
+        def spoken(sender: str, senders: set[str]) -> Tokens:
+            text = example.targets.get(sender, "") if sender in senders else ""
+            ids = tokenizer.encode_piece(text, plain=[(0, len(text))])
+            return Tokens(ids[: self._system.agents[sender].latent_steps])
+
+        turns = []
+        for variant, senders in rounds:
+            turn = self.write(agent, variant, "turn", example)
+            items = (spoken(i.agent, senders) if isinstance(i, Slot) else i for i in turn.items)
+            turns.append(replace(turn, items=tuple(items)))
+        return tuple(turns)
+
+    def _target(self, agent: str, example: TrainExample) -> str:
+        if agent not in example.targets:
+            raise fail(
+                "RM700",
+                "there is no target text",
+                hint=f"Name a field in `train.targets.{agent}`; an agent other than the one that "
+                "answers may do without one in `train.outer.mode: rollout`.",
+            )
+        return example.targets[agent]
+
+
+def _named(error: RecmasError, agent: str, example: TrainExample) -> RecmasError:
+    """Say whose call of which record it was."""
+    named = f"agent {agent!r}, record {example.id!r}"
+    return RecmasError(replace(p, message=f"{named}: {p.message}") for p in error.problems)

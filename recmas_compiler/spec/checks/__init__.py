@@ -1,0 +1,1 @@
+"""Checks of a whole spec that need no weights."""

@@ -1,0 +1,193 @@
+"""What must hold between the parts of a spec. Every check yields all it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from recmas_compiler.spec.checks.answer import check_stop_when, check_tools
+from recmas_compiler.spec.checks.prefix_reuse import check_reuse
+from recmas_compiler.spec.checks.reach import closing_links, feedbacks_to
+from recmas_compiler.spec.checks.support import check_settings, check_support
+from recmas_compiler.spec.checks.train import check_train
+from recmas_compiler.spec.document.problems import did_you_mean, problem_at
+from recmas_compiler.spec.schema.declared import Declared
+from recmas_runtime.core.errors import Problem
+
+
+def run_checks(declared: Declared) -> list[Problem]:
+    """Return every finding, warnings included, in no particular order."""
+    return [problem for check in CHECKS for problem in check(declared)]
+
+
+def check_names(declared: Declared) -> Iterator[Problem]:
+    """Backbones and agents that are named but not declared."""
+    document, places = declared.document, declared.places
+    for name, agent in document.agents.items():
+        if agent.backbone not in document.backbones:
+            place = places.value(("agents", name, "backbone"))
+            message = f"`{name}` runs on `{agent.backbone}`, which is no backbone."
+            hint = did_you_mean(agent.backbone, document.backbones)
+            yield problem_at(place, "RM110", message, hint=hint)
+    for source, target in declared.links:
+        for end in dict.fromkeys((source, target)):
+            if end not in document.agents:
+                message = f"the link `{source} -> {target}` names `{end}`, which is no agent."
+                hint = did_you_mean(end, document.agents)
+                place = declared.link_place(source, target)
+                yield problem_at(place, "RM111", message, hint=hint)
+    if document.answer.agent not in document.agents:
+        message = f"the answer is to be written by `{document.answer.agent}`, which is no agent."
+        hint = did_you_mean(document.answer.agent, document.agents)
+        yield problem_at(places.value(("answer", "agent")), "RM111", message, hint=hint)
+
+
+def check_prompts(declared: Declared) -> Iterator[Problem]:
+    """Prompts that are more than text, fields and slots; slots for agents that do not exist."""
+    for agent, prompts in declared.prompts.items():
+        for field, prompt in prompts.fields():
+            for issue in prompt.issues:
+                place = declared.inside_prompt(agent, field, issue.start, issue.length)
+                yield problem_at(place, "RM117", issue.message, hint=issue.hint)
+            for slot in prompt.first_slots:
+                place = declared.inside_prompt(agent, field, slot.start, slot.length)
+                if field == "system":
+                    message = f"the system text of `{agent}` has a slot for `{slot.agent}`."
+                    hint = "Slots belong into the prompt: move it there."
+                    yield problem_at(place, "RM117", message, hint=hint)
+                elif slot.agent not in declared.document.agents:
+                    message = f"the slot names `{slot.agent}`, which is no agent."
+                    hint = did_you_mean(slot.agent, declared.document.agents)
+                    yield problem_at(place, "RM111", message, hint=hint)
+
+
+def check_use(declared: Declared) -> Iterator[Problem]:
+    """Backbones without agents; agents without links; agents whose thoughts end nowhere."""
+    document, places = declared.document, declared.places
+    used = {agent.backbone for agent in document.agents.values()}
+    for name in document.backbones.keys() - used:
+        message = f"no agent runs on the backbone `{name}`."
+        hint = "Remove it, or name it as the `backbone` of an agent."
+        yield problem_at(places.key(("backbones", name)), "RM112", message, hint=hint)
+    answer = document.answer.agent
+    if answer not in document.agents:
+        return
+    linked = {end for ends in declared.links for end in ends}
+    distance = feedbacks_to(answer, declared.known_links)
+    for name in document.agents:
+        place = places.key(("agents", name))
+        if name == answer:
+            continue
+        if name not in linked:
+            message = f"the agent `{name}` has no link and does not write the answer."
+            hint = f"Remove it, or link it, such as `{name} -> {answer}: {{}}`."
+            yield problem_at(place, "RM112", message, hint=hint)
+        elif name not in distance:
+            message = f"the thoughts of `{name}` never reach `{answer}`, which writes the answer."
+            hint = f"Add a link from it, such as `{name} -> {answer}: {{}}`, or remove it."
+            yield problem_at(place, "RM151", message, hint=hint, severity="warning")
+        elif distance[name] >= document.rounds:
+            needed = distance[name] + 1
+            message = (
+                f"the thoughts of `{name}` reach `{answer}` only after {distance[name]} "
+                f"feedback {'link' if distance[name] == 1 else 'links'}, "
+                f"but `rounds` is {document.rounds}."
+            )
+            hint = f"Set `rounds` to {needed} or more, or add a link that is not feedback."
+            yield problem_at(place, "RM151", message, hint=hint, severity="warning")
+
+
+def check_slots(declared: Declared) -> Iterator[Problem]:
+    """Slots without a link, links without a slot."""
+    agents = declared.document.agents
+    # what names an agent that does not exist is reported, and may be what seems to be missing
+    doubtful = {target for source, target in declared.links if source not in agents}
+    for target, prompts in declared.prompts.items():
+        for field, prompt in prompts.fields():
+            for slot in prompt.first_slots:
+                source = slot.agent
+                is_reported = field == "system" or source not in agents or target in doubtful
+                if is_reported or (source, target) in declared.links:
+                    continue
+                place = declared.inside_prompt(target, field, slot.start, slot.length)
+                message = f"`{target}` has a slot for `{source}`, but no link brings its message."
+                settings = "{feedback: true}" if source == target else "{}"
+                hint = f"Add `{source} -> {target}: {settings}` to `links`, or remove the slot."
+                yield problem_at(place, "RM113", message, hint=hint)
+    for source, target in declared.known_links:
+        prompt = declared.prompts[target].then
+        is_doubtful = prompt.issues or not agents.keys() >= set(prompt.slot_agents)
+        if is_doubtful or source in prompt.slot_agents:
+            continue
+        where = "`then` prompt" if agents[target].prompt.first is not None else "prompt"
+        message = f"the {where} of `{target}` has no slot for what `{source} -> {target}` brings."
+        hint = f"Put `{{{{ latent.{source} }}}}` into it, or remove the link."
+        place = declared.link_place(source, target)
+        yield problem_at(place, "RM114", message, hint=hint)
+
+
+def check_cycles(declared: Declared) -> Iterator[Problem]:
+    """Cycles within one round."""
+    for cycle in closing_links(declared.known_links):
+        source, target = cycle[-1]
+        path = " -> ".join([end for end, _ in cycle] + [cycle[0][0]])
+        message = f"the links form a cycle within one round: `{path}`."
+        hint = f"Mark the link that begins the next round, such as `{source} -> {target}`, "
+        hint += "with `feedback: true`."
+        yield problem_at(declared.link_place(source, target), "RM115", message, hint=hint)
+
+
+def check_first(declared: Declared) -> Iterator[Problem]:
+    """Prompts for the time before a feedback link has brought anything."""
+    for target, prompts in declared.prompts.items():
+        feedback = {
+            source
+            for (source, end), link in declared.known_links.items()
+            if end == target and link.feedback
+        }
+        waiting = [name for name in prompts.then.slot_agents if name in feedback]
+        place = declared.places.key(("agents", target, "prompt"))
+        if prompts.first is None:
+            if waiting:
+                message = (
+                    f"`{target}` waits for `{waiting[0]}`, whose feedback link brings nothing "
+                    "before round 2, and its prompt has no `first`."
+                )
+                hint = "Write the prompt as a mapping: `first` for round 1, without that slot, and "
+                hint += "`then` for the rounds after it."
+                yield problem_at(place, "RM116", message, hint=hint)
+            continue
+        for slot in prompts.first.first_slots:
+            if slot.agent in feedback:
+                slot_place = declared.inside_prompt(target, "first", slot.start, slot.length)
+                message = (
+                    f"`first` of `{target}` has a slot for `{slot.agent}`, whose feedback link "
+                    "brings nothing before round 2."
+                )
+                hint = "Remove the slot from `first`; it belongs into `then`."
+                yield problem_at(slot_place, "RM116", message, hint=hint)
+        if not waiting and not prompts.then.issues:
+            message = f"`first` of `{target}` is never used: no feedback link feeds this agent."
+            hint = "Remove `first`, or mark a link to this agent with `feedback: true`."
+            yield problem_at(
+                declared.places.key(("agents", target, "prompt", "first")),
+                "RM116",
+                message,
+                hint=hint,
+                severity="warning",
+            )
+
+
+CHECKS: tuple[Callable[[Declared], Iterator[Problem]], ...] = (
+    check_names,
+    check_prompts,
+    check_use,
+    check_slots,
+    check_cycles,
+    check_first,
+    check_settings,
+    check_support,
+    check_reuse,
+    check_stop_when,
+    check_tools,
+    check_train,
+)

@@ -1,0 +1,1 @@
+"""The YAML document: nodes with positions, and problems that name them."""

@@ -1,0 +1,1 @@
+"""Patterns: macros that expand to agents and links."""

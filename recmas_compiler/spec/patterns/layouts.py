@@ -1,0 +1,238 @@
+"""Patterns: macros that write agents, links and `answer` for a known arrangement of agents.
+
+A pattern is expanded in the plain YAML values, before the schema looks at them. What the user wrote
+out stays: of an agent, a link or `answer` only what is missing is filled in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from recmas_compiler.spec.document.places import Loc, Places
+from recmas_compiler.spec.document.position import SourcePosition
+from recmas_compiler.spec.document.problems import problem_at
+from recmas_compiler.spec.document.yaml_source import Value
+from recmas_compiler.spec.patterns.prompts import RoleName, role_prompts
+from recmas_compiler.spec.schema.answer import ToolsSection
+from recmas_compiler.spec.schema.pattern import (
+    DeliberationSection,
+    DistillationSection,
+    MixtureSection,
+    PatternSection,
+    Task,
+)
+from recmas_runtime.core.errors import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """An agent of a pattern.
+
+    Attributes:
+        agent: Its name.
+        name: What it does.
+        loc: Where the pattern names it, below the pattern's own key.
+    """
+
+    agent: str
+    name: RoleName
+    loc: Loc
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Who is in a pattern, and who sends thoughts to whom.
+
+    Attributes:
+        roles: The agents; the last one writes the answer.
+        forward: Links within a round, as (source, target).
+        feedback: Links to the next round.
+    """
+
+    roles: tuple[Role, ...]
+    forward: tuple[tuple[str, str], ...]
+    feedback: tuple[tuple[str, str], ...]
+
+    @property
+    def answer_agent(self) -> str:
+        """The agent that writes the answer."""
+        return self.roles[-1].agent
+
+    def senders(self, agent: str) -> tuple[str, ...]:
+        """Return whose messages an agent gets."""
+        return tuple(
+            source for source, target in (*self.forward, *self.feedback) if target == agent
+        )
+
+    def waits(self, agent: str) -> bool:
+        """Tell whether an agent gets its messages only from the second round on."""
+        return any(target == agent for _, target in self.feedback)
+
+
+def sequential(chain: tuple[str, ...]) -> Layout:
+    """Lay out a chain whose end feeds back to its beginning."""
+    between: list[RoleName] = ["review"] * (len(chain) - 2)
+    names: list[RoleName] = ["plan", *between, "solve"] if len(chain) > 1 else ["alone"]
+    return Layout(
+        roles=tuple(
+            Role(agent=agent, name=name, loc=(i,))
+            for i, (agent, name) in enumerate(zip(chain, names, strict=True))
+        ),
+        forward=tuple(pairwise(chain)),
+        feedback=((chain[-1], chain[0]),),
+    )
+
+
+def mixture(section: MixtureSection) -> Layout:
+    """Lay out specialists side by side before a summarizer that feeds back to each."""
+    specialists, summarizer = section.specialists, section.summarizer
+    return Layout(
+        roles=(
+            *(
+                Role(agent=agent, name="specialist", loc=("specialists", i))
+                for i, agent in enumerate(specialists)
+            ),
+            Role(agent=summarizer, name="summarize", loc=("summarizer",)),
+        ),
+        forward=tuple((agent, summarizer) for agent in specialists),
+        feedback=tuple((summarizer, agent) for agent in specialists),
+    )
+
+
+def distillation(section: DistillationSection) -> Layout:
+    """Lay out an expert before a learner that feeds back."""
+    return _pair(
+        Role(agent=section.expert, name="expert", loc=("expert",)),
+        Role(agent=section.learner, name="learner", loc=("learner",)),
+    )
+
+
+def deliberation(section: DeliberationSection) -> Layout:
+    """Lay out a reflector before a caller of tools that feeds back."""
+    return _pair(
+        Role(agent=section.reflector, name="reflect", loc=("reflector",)),
+        Role(agent=section.caller, name="call", loc=("caller",)),
+    )
+
+
+def _pair(first: Role, second: Role) -> Layout:
+    return Layout(
+        roles=(first, second),
+        forward=((first.agent, second.agent),),
+        feedback=((second.agent, first.agent),),
+    )
+
+
+# key of the pattern -> the layout of what stands there
+LAYOUTS: Final[dict[str, Callable[[Any], Layout]]] = {
+    "sequential": sequential,
+    "mixture": mixture,
+    "distillation": distillation,
+    "deliberation": deliberation,
+}
+
+
+def expand_pattern(root: dict[str, Value], places: Places) -> list[Problem]:
+    """Replace `pattern` by what it stands for, in place; a malformed one is left to the schema."""
+    try:
+        section = PatternSection.model_validate(root.get("pattern"))
+    except ValidationError:
+        return []
+    agents, links, answer = (root.setdefault(key, {}) for key in ("agents", "links", "answer"))
+    pattern_place = places.key(("pattern",))
+    del root["pattern"]
+    if not isinstance(agents, dict) or not isinstance(links, dict):
+        return []  # the schema says what is wrong with them
+    (name,) = section.given
+    layout = LAYOUTS[name](getattr(section, name))
+    problems: list[Problem] = []
+    declared_at: dict[str, SourcePosition] = {}
+    for role in layout.roles:
+        place = places.value(("pattern", name, *role.loc))
+        if role.agent in declared_at:
+            message = f"the pattern names `{role.agent}` twice."
+            hint = "Give every agent of the pattern a name of its own."
+            problems.append(problem_at(place, "RM118", message, hint=hint))
+        declared_at.setdefault(role.agent, place)
+    for agent, place in declared_at.items():
+        if agent not in agents:
+            places.overwrite(("agents", agent), place)
+    backbones = root.get("backbones")
+    known = list(backbones) if isinstance(backbones, dict) else []
+    if len(known) > 1:
+        problems += _without_backbone(agents, known, declared_at)
+    defaults = _agents(layout, section.task, tools=_tools(answer, layout), backbones=known)
+    root["agents"] = {
+        agent: default | own if isinstance(own := agents.get(agent, {}), dict) else own
+        for agent, default in defaults.items()
+    } | {agent: own for agent, own in agents.items() if agent not in defaults}
+    _add_links(layout, links, places, declared_at)
+    if isinstance(answer, dict):
+        if ("answer",) not in places.values:
+            places.overwrite(("answer",), pattern_place)
+        default: dict[str, Value] = {"agent": layout.answer_agent}
+        root["answer"] = default | answer
+    return problems
+
+
+def _without_backbone(
+    agents: dict[str, Value], backbones: list[str], declared_at: dict[str, SourcePosition]
+) -> Iterator[Problem]:
+    """Find the agents that do not say on which of several backbones they run."""
+    for agent, place in declared_at.items():
+        own = agents.get(agent, {})
+        if isinstance(own, dict) and "backbone" not in own:
+            message = f"`{agent}` of the pattern could run on any of {len(backbones)} backbones."
+            hint = f"Choose one: `agents: {{{agent}: {{backbone: {backbones[0]}}}}}`."
+            yield problem_at(place, "RM118", message, hint=hint)
+
+
+def _agents(
+    layout: Layout, task: Task, *, tools: ToolsSection | None, backbones: list[str]
+) -> dict[str, dict[str, Value]]:
+    """Return what a pattern says of its agents."""
+    agents: dict[str, dict[str, Value]] = {}
+    for role in layout.roles:
+        without, with_slots = role_prompts(
+            role.name, task, agent=role.agent, senders=layout.senders(role.agent), tools=tools
+        )
+        prompt: Value = with_slots
+        if layout.waits(role.agent):
+            prompt = {"first": without, "then": with_slots}
+        backbone = backbones[0] if backbones else "missing"
+        agents[role.agent] = {"backbone": backbone, "prompt": prompt}
+    return agents
+
+
+def _tools(answer: Value, layout: Layout) -> ToolsSection | None:
+    """Return the tools that the pattern's last agent may call, as far as they are well-formed."""
+    if not isinstance(answer, dict) or "tools" not in answer:
+        return None
+    if answer.get("agent", layout.answer_agent) != layout.answer_agent:
+        return None
+    try:
+        return ToolsSection.model_validate(answer["tools"])
+    except ValidationError:
+        return None  # the schema says what is wrong with them
+
+
+def _add_links(
+    layout: Layout,
+    links: dict[str, Value],
+    places: Places,
+    declared_at: dict[str, SourcePosition],
+) -> None:
+    """Add the pattern's links; one that leads to the next round says so."""
+    ends = [(*link, False) for link in layout.forward] + [(*link, True) for link in layout.feedback]
+    for source, target, is_feedback in ends:
+        name = f"{source} -> {target}"
+        if name not in links:
+            places.overwrite(("links", name), declared_at[target])
+        own = links.get(name)
+        if own is None or isinstance(own, dict):
+            links[name] = {"feedback": is_feedback} | (own or {})

@@ -1,0 +1,57 @@
+"""Commented specs to begin with, one per pattern and one written out."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Final, get_args
+
+from recmas_compiler.spec.document.problems import did_you_mean
+from recmas_compiler.spec.schema.pattern import PATTERN_NAMES, Task
+from recmas_runtime.core.errors import fail
+
+STARTERS: Final = (*PATTERN_NAMES, "custom")
+TASK_NAMES: Final = get_args(Task)
+SCHEMA_FILE: Final = "recmas.v1.json"
+
+# The line of a starter that `--task` changes.
+_TASK_LINE: Final = "  task: general "
+
+
+def schema_line(schema: str) -> str:
+    """Return the comment by which editors find the JSON schema, a path or URL."""
+    return f"# yaml-language-server: $schema={schema}\n"
+
+
+def starter_spec(pattern: str, *, task: str | None = None, schema: str = SCHEMA_FILE) -> str:
+    """Return a commented spec to begin with.
+
+    Args:
+        pattern: The name of a pattern, or `custom` for a graph of one's own.
+        task: What the pattern's prompts ask for; None leaves it as the starter has it.
+        schema: Where editors find the JSON schema, relative to the spec.
+
+    Raises:
+        RecmasError: RM118 for a pattern or task that this version does not know, and for a task
+            of a graph that is written out.
+    """
+    if pattern not in STARTERS:
+        raise fail(
+            "RM118", f"there is no pattern `{pattern}`.", hint=did_you_mean(pattern, STARTERS)
+        )
+    text = (
+        files("recmas_compiler.spec.patterns")
+        .joinpath("starters", f"{pattern}.yaml")
+        .read_text("utf-8")
+    )
+    if task is not None:
+        text = _with_task(text, pattern, task)
+    return schema_line(schema) + text
+
+
+def _with_task(text: str, pattern: str, task: str) -> str:
+    if task not in TASK_NAMES:
+        raise fail("RM118", f"there is no task `{task}`.", hint=did_you_mean(task, TASK_NAMES))
+    if _TASK_LINE not in text:
+        hint = "Its prompts are written out: say there what the answer is to look like."
+        raise fail("RM118", f"`{pattern}` takes no task.", hint=hint)
+    return text.replace(_TASK_LINE, f"  task: {task:<8}", 1)

@@ -1,0 +1,1 @@
+"""The language: every section and key, as types."""

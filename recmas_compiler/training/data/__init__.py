@@ -1,0 +1,1 @@
+"""What training reads: examples, their order, kept hidden states."""

@@ -1,0 +1,291 @@
+"""Training records: read whole or refused with file and line, split, and measured."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from recmas_compiler.spec.document.problems import problem_at, show
+from recmas_compiler.spec.spec import Spec
+from recmas_compiler.training.settings import TrainSettings
+from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.progress import Progress
+from recmas_runtime.running.answers import Record
+from recmas_runtime.running.records import read_records
+
+# A file with one mistake often has it in every line.
+MAX_PROBLEMS: Final = 20
+
+Lengths = Callable[["TrainExample"], Mapping[tuple[str, int], int]]
+"""Gives the positions of every call of an example, by agent and round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainExample:
+    """One record to learn from.
+
+    Attributes:
+        id: Unique within its file.
+        index: Place in its file, from 0.
+        fields: Everything the record holds; what prompts refer to.
+        targets: Agent to the text that it should think or say.
+    """
+
+    id: str
+    index: int
+    fields: Mapping[str, object]
+    targets: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """The data of a run.
+
+    Attributes:
+        train: What links learn from, in the order of the file.
+        held_out: What they are measured on.
+        left_out: How many records are not used, by reason.
+        digests: The sha256 of every file read, by what it is for: `train` or `held_out`.
+        warnings: What is doubtful about the data.
+    """
+
+    train: tuple[TrainExample, ...]
+    held_out: tuple[TrainExample, ...]
+    digests: Mapping[str, str]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[Problem, ...] = ()
+
+
+def load_examples(settings: TrainSettings, spec: Spec) -> Examples:
+    """Read the records that a spec names and split off what is held out.
+
+    Args:
+        settings: Which files, fields and part.
+        spec: Its prompts say which fields a record needs.
+
+    Raises:
+        RecmasError: RM700 with file and line for every record that cannot be used, for a file
+            that cannot be read or has no records, and for held-out records to be trained on.
+    """
+    read = _Reader(settings, spec)
+    train, digest = read(settings.data, ("train", "data"))
+    digests = {"train": digest}
+    if settings.held_out_file is None:
+        train, held_out = _split(train, settings.held_out_fraction, seed=settings.section.seed)
+        return Examples(train=train, held_out=held_out, digests=digests)
+    held_out, digest = read(settings.held_out_file, ("train", "held_out"))
+    warnings = _overlap(train, held_out, read.prompt_fields, str(settings.held_out_file))
+    return Examples(
+        train=train,
+        held_out=held_out,
+        digests={**digests, "held_out": digest},
+        warnings=warnings,
+    )
+
+
+def leave_out_long(
+    examples: Examples, lengths: Lengths, *, max_length: int, progress: Progress
+) -> Examples:
+    """Return the examples none of whose calls is too long; the others are counted, never cut.
+
+    Raises:
+        RecmasError: RM700 if nothing is left to train on.
+    """
+    reasons: Counter[str] = Counter()
+
+    def kept(group: tuple[TrainExample, ...]) -> Iterator[TrainExample]:
+        for example in group:
+            measured = lengths(example)
+            too_long = [agent for (agent, _), length in measured.items() if length > max_length]
+            if too_long:
+                reasons[f"a call of `{too_long[0]}` takes more than {max_length} positions"] += 1
+            else:
+                yield example
+            advance()
+
+    num_examples = len(examples.train) + len(examples.held_out)
+    with progress.stage("Measuring records", num_examples) as advance:
+        train, held_out = tuple(kept(examples.train)), tuple(kept(examples.held_out))
+    if not train:
+        counted = "; ".join(f"{number} records: {reason}" for reason, number in reasons.items())
+        hint = "Raise `train.max_length`, or shorten the prompts and texts."
+        raise fail("RM700", f"no record is left to train on ({counted})", hint=hint)
+    warnings = tuple(
+        Problem(
+            code="RM750",
+            severity="warning",
+            message=f"{number} of {num_examples} records are left out: {reason}",
+            hint="Raise `train.max_length` to use them.",
+        )
+        for reason, number in reasons.items()
+    )
+    return replace(
+        examples,
+        train=train,
+        held_out=held_out,
+        left_out=dict(reasons),
+        warnings=examples.warnings + warnings,
+    )
+
+
+class _Reader:
+    """Reads a file of records; errors of the file itself point into the spec."""
+
+    def __init__(self, settings: TrainSettings, spec: Spec) -> None:
+        self._targets = settings.section.targets
+        self._spec = spec
+        texts = [text for prompts in spec.declared.prompts.values() for _, text in prompts.fields()]
+        named = (part.value for text in texts for part in text.parts if part.kind == "field")
+        self.prompt_fields = tuple(dict.fromkeys(named))
+
+    def __call__(
+        self, path: Path, setting: tuple[str, str]
+    ) -> tuple[tuple[TrainExample, ...], str]:
+        """Return a file's examples and its sha256."""
+        examples: list[TrainExample] = []
+        problems: list[Problem] = []
+        try:
+            with path.open("rb") as stream:
+                for found in read_records(stream, file=str(path), fields=self.prompt_fields):
+                    if isinstance(found, Problem):
+                        problems.append(_as_training_problem(found))
+                    elif wrong := self._wrong_targets(found, str(path)):
+                        problems += wrong
+                    else:
+                        examples.append(self._example(found))
+                stream.seek(0)
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            message = f"`{path}` cannot be read: {error.strerror}."
+            hint = "Give a file of JSON lines, relative to the spec."
+            raise RecmasError(
+                problem_at(self._spec.position(*setting), "RM700", message, hint=hint)
+            ) from error
+        if problems:
+            raise RecmasError(_first(problems, str(path)))
+        if not examples:
+            message, hint = "there are no records", "Give a file that has some."
+            raise fail("RM700", message, file=str(path), hint=hint)
+        return tuple(examples), digest
+
+    def _example(self, record: Record) -> TrainExample:
+        texts = {agent: str(record.fields[name]) for agent, name in self._targets.items()}
+        return TrainExample(id=record.id, index=record.index, fields=record.fields, targets=texts)
+
+    def _wrong_targets(self, record: Record, file: str) -> list[Problem]:
+        wrong = []
+        for agent, name in self._targets.items():
+            why = _why_no_text(record.fields, name)
+            if why is not None:
+                wrong.append(
+                    Problem(
+                        code="RM700",
+                        message=f"record {record.id!r} {why}, which is the target of `{agent}`",
+                        hint="Correct the line, or remove it.",
+                        file=file,
+                        line=record.index + 1,
+                    )
+                )
+        return wrong
+
+
+def _why_no_text(fields: Mapping[str, object], name: str) -> str | None:
+    """Return why a field cannot be a target, or None if it can."""
+    if name not in fields:
+        return f"has no field {name!r}"
+    value = fields[name]
+    if not isinstance(value, str):
+        return f"has {show(value)} in field {name!r}, not text"
+    if not value.strip():
+        return f"has an empty field {name!r}"
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return f"holds half a surrogate pair in field {name!r}"
+    return None
+
+
+def _as_training_problem(problem: Problem) -> Problem:
+    return replace(problem, code="RM700", hint="Correct the line, or remove it.")
+
+
+def _first(problems: list[Problem], file: str) -> list[Problem]:
+    if len(problems) <= MAX_PROBLEMS:
+        return problems
+    more = Problem(
+        code="RM700",
+        message=f"{len(problems) - MAX_PROBLEMS} more findings are not shown",
+        hint="Correct these first.",
+        file=file,
+    )
+    return [*problems[:MAX_PROBLEMS], more]
+
+
+def _split(
+    examples: tuple[TrainExample, ...], fraction: float, *, seed: int
+) -> tuple[tuple[TrainExample, ...], tuple[TrainExample, ...]]:
+    """Hold out a part by the hash of seed and id, so that new records move few of the old ones."""
+    num_held_out = min(round(len(examples) * fraction), len(examples) - 1)
+    if fraction > 0 and len(examples) > 1:
+        num_held_out = max(num_held_out, 1)
+    ranked = sorted(examples, key=lambda e: hashlib.sha256(f"{seed}:{e.id}".encode()).digest())
+    chosen = {example.id for example in ranked[:num_held_out]}
+    return (
+        tuple(example for example in examples if example.id not in chosen),
+        tuple(example for example in examples if example.id in chosen),
+    )
+
+
+def _overlap(
+    train: tuple[TrainExample, ...],
+    held_out: tuple[TrainExample, ...],
+    prompt_fields: tuple[str, ...],
+    file: str,
+) -> tuple[Problem, ...]:
+    """Refuse held-out records that are training records; warn where only what they say is equal.
+
+    Equal contents under two ids may be chance: in a small domain records drawn apart often agree.
+
+    Raises:
+        RecmasError: RM700.
+    """
+
+    def asked(example: TrainExample) -> str:
+        return repr([example.fields.get(name) for name in prompt_fields])
+
+    known = {example.id: example for example in train}
+    same = [
+        example
+        for example in held_out
+        if example.id in known
+        and asked(known[example.id]) == asked(example)
+        and known[example.id].targets == example.targets
+    ]
+    if same:
+        problems = [
+            Problem(
+                code="RM700",
+                message=f"the held-out record {example.id!r} is in the training data too",
+                hint="Remove it from one of the two files.",
+                file=file,
+                line=example.index + 1,
+            )
+            for example in same
+        ]
+        raise RecmasError(_first(problems, file))
+    contents = {(asked(example), *example.targets.values()) for example in train}
+    prompts = {prompt for prompt, *_ in contents}
+    num_equal = sum(asked(example) in prompts for example in held_out)
+    if not num_equal:
+        return ()
+    num_same = sum((asked(e), *e.targets.values()) in contents for e in held_out)
+    message = (
+        f"{num_equal} of {len(held_out)} held-out records ask what a training record asks, "
+        f"{num_same} of them for the same texts"
+    )
+    hint = "Held-out figures then also measure memory."
+    return (Problem(code="RM752", severity="warning", message=message, hint=hint, file=file),)

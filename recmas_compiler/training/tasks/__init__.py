@@ -1,0 +1,1 @@
+"""What learns: inner links, all links, or one agent to compare with."""

@@ -1,0 +1,1 @@
+"""Checks of a bundle against what was stored when it was built."""

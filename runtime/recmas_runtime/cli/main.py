@@ -1,0 +1,340 @@
+"""`recmas`: run, verify and inspect bundles where no compiler is installed.
+
+Nothing heavy is imported before a command needs it, so that help is there at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from recmas_runtime.core.errors import CODES, Exit, Problem, RecmasError, fail
+from recmas_runtime.core.interrupts import lasting_interrupts
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a command found out.
+
+    Attributes:
+        data: The `data` of `--json`.
+        text: For people, printed on stdout.
+        problems: Errors and warnings.
+        interrupted: Whether the user stopped it.
+    """
+
+    data: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+    problems: list[Problem] = field(default_factory=list)
+    interrupted: bool = False
+
+    @property
+    def exit_code(self) -> Exit:
+        """What the first error says, unless the user stopped the command."""
+        if self.interrupted:
+            return Exit.INTERRUPTED
+        errors = (problem for problem in self.problems if problem.severity == "error")
+        return next((CODES[problem.code][0] for problem in errors), Exit.OK)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `recmas` and return its exit status.
+
+    Args:
+        arguments: Instead of those of the process.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    as_json, debug = "--json" in given, "--debug" in given
+    outcome = Outcome()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Data is UTF-8 whatever the terminal; half a surrogate pair becomes a JSON escape.
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    try:
+        options = _parse(given)
+        with lasting_interrupts():
+            options.command(options, outcome)
+    except RecmasError as error:
+        if debug:
+            traceback.print_exc()
+        outcome.problems += error.problems
+    except KeyboardInterrupt:
+        outcome.interrupted = True
+    except BrokenPipeError:
+        _silence_stdout()
+        return Exit.OK
+    # The last line of defence: a bug of ours, told without a traceback.
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(
+            f"internal error: {type(error).__name__}: {error}\n"
+            "This is a bug in recmas. Run again with --debug and report what it prints.",
+            file=sys.stderr,
+        )
+        if as_json:
+            _print_json(ok=False, outcome=outcome)
+        return Exit.RUN_FAILED
+    return _report(outcome, as_json=as_json)
+
+
+def _report(outcome: Outcome, *, as_json: bool) -> int:
+    """Print data on stdout and everything else on stderr."""
+    try:
+        if as_json:
+            _print_json(ok=outcome.exit_code == Exit.OK, outcome=outcome)
+        else:
+            for problem in outcome.problems:
+                print(problem, file=sys.stderr)
+            if outcome.text:
+                print(outcome.text, flush=True)
+    except BrokenPipeError:
+        _silence_stdout()
+    if outcome.interrupted:
+        print("interrupted; finished answers are kept", file=sys.stderr)
+    return outcome.exit_code
+
+
+def _print_json(*, ok: bool, outcome: Outcome) -> None:
+    body = {
+        "ok": ok,
+        "data": outcome.data or None,
+        "problems": [problem.to_json() for problem in outcome.problems],
+    }
+    print(json.dumps(body, ensure_ascii=False), flush=True)
+
+
+def _silence_stdout() -> None:
+    """Keep Python from complaining at exit that nobody reads its output."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong usage like any other problem."""
+
+    def error(self, message: str) -> NoReturn:
+        raise fail("RM506", message, hint=f"See `{self.prog} --help`.")
+
+
+class _ShowVersion(argparse.Action):
+    """Looks the version up only when asked: that takes longer than all of the parsing."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"recmas {version('recmas')}")
+        except PackageNotFoundError:
+            print("recmas, run from a checkout")
+        parser.exit()
+
+
+def _parse(given: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    options, left = parser.parse_known_args(given)
+    # argparse before Python 3.13 settles an optional positional at the first chance it has, so in
+    # `run BUNDLE --seed 1 QUESTION` the question is left over.
+    if left and getattr(options, "question", "") is None and not left[0].startswith("-"):
+        options.question = left.pop(0)
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="recmas", description="Run latent multi-agent systems from bundles.")
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    run = _command(commands, "run", "Answer questions with a bundle.", _run)
+    _add_bundle(run)
+    run.add_argument("question", nargs="?", metavar="QUESTION", help="one question")
+    files = run.add_argument_group("many questions")
+    files.add_argument("--input", metavar="FILE", help="JSON lines to answer; - is stdin")
+    files.add_argument("--output", metavar="FILE", help="JSON lines to write; - is stdout")
+    files.add_argument("--batch", type=int, metavar="N", help="records per batch")
+    files.add_argument("--resume", action="store_true", help="go on with an output file")
+    run.add_argument("--trace", type=Path, metavar="DIR", help="write messages and steps here")
+    run.add_argument(
+        "--baseline",
+        default="latent",
+        metavar="NAME",
+        help="run an alternative on the same engines: single, text, text@N, moa, moa@N, "
+        "null-latents, shuffled-latents",
+    )
+    sampling = run.add_argument_group("sampling, over the bundle's own settings")
+    sampling.add_argument("--max-new-tokens", type=int, metavar="N")
+    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    sampling.add_argument("--top-p", type=float, metavar="P")
+    sampling.add_argument("--top-k", type=int, metavar="K", help="0 keeps all")
+    sampling.add_argument("--min-p", type=float, metavar="P")
+    sampling.add_argument("--repetition-penalty", type=float, metavar="R")
+    sampling.add_argument("--seed", type=int, metavar="N")
+    sampling.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
+    _add_machine(run)
+
+    bench = _command(commands, "bench", "Measure a bundle beside its baselines.", _bench)
+    _add_bundle(bench)
+    questions = bench.add_argument_group("questions; a few of recmas's own without these")
+    questions.add_argument("--data", metavar="FILE", help="JSON lines")
+    questions.add_argument("--question", action="append", metavar="TEXT", help="may be repeated")
+    questions.add_argument("--limit", type=int, metavar="N", help="the first N only")
+    bench.add_argument(
+        "--baseline",
+        action="append",
+        metavar="NAME",
+        help="what to compare with, as of `recmas run` [default: text]; may be repeated",
+    )
+    bench.add_argument(
+        "--frozen-bundle", type=Path, metavar="DIR", help="the same system with untrained links"
+    )
+    bench.add_argument("--batch", type=int, default=1, metavar="N", help="records per batch")
+    bench.add_argument("--max-new-tokens", type=int, metavar="N", help="of every text")
+    bench.add_argument(
+        "--warmup", type=int, default=1, metavar="N", help="repeats before it counts"
+    )
+    bench.add_argument("--repeats", type=int, default=5, metavar="N", help="repeats that count")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="write bench.json and bench.md here")
+    _add_machine(bench)
+
+    verify = _command(
+        commands, "verify", "Check hashes, the known-answer probe and the parity cases.", _verify
+    )
+    _add_bundle(verify)
+    _add_machine(verify)
+
+    engines = _command(
+        commands, "engines", "Build TensorRT engines for this machine into a bundle.", _engines
+    )
+    _add_bundle(engines)
+    engines.add_argument("--force", action="store_true", help="build even if they are there")
+    engines.add_argument("--quiet", action="store_true", help="no progress")
+
+    inspect = _command(commands, "inspect", "Tell what is in a bundle.", _inspect)
+    _add_bundle(inspect)
+
+    _command(commands, "doctor", "Tell what this machine has.", _doctor)
+    return parser
+
+
+Command = Callable[[argparse.Namespace, Outcome], None]
+
+
+def _command(commands: Any, name: str, about: str, run: Command) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
+    parser.set_defaults(command=run)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _add_bundle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "tensorrt"))
+    parser.add_argument("--threads", type=_positive, metavar="N", help="default: physical cores")
+    parser.add_argument("--quiet", action="store_true", help="no progress, no summary")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 4096")
+    return int(text)
+
+
+def _run(options: argparse.Namespace, outcome: Outcome) -> None:
+    from recmas_runtime.cli.run import run
+
+    run(options, outcome.data, outcome.problems)
+
+
+def _bench(options: argparse.Namespace, outcome: Outcome) -> None:
+    from recmas_runtime.bench.command import BenchOptions, bench
+    from recmas_runtime.core.progress import LineProgress, Silent
+
+    asked = BenchOptions(
+        bundle=options.bundle,
+        data=options.data,
+        questions=tuple(options.question or ()),
+        limit=options.limit,
+        baselines=tuple(options.baseline or ()),
+        frozen_bundle=options.frozen_bundle,
+        batch=options.batch,
+        max_new_tokens=options.max_new_tokens,
+        warmup=options.warmup,
+        repeats=options.repeats,
+        device=options.device,
+        threads=options.threads,
+        out=options.out,
+    )
+    progress = Silent() if options.quiet else LineProgress()
+    report = bench(asked, outcome.problems, progress=progress)
+    outcome.data |= report.to_json()
+    outcome.text = report.to_markdown()
+    outcome.interrupted = report.interrupted
+
+
+def _verify(options: argparse.Namespace, outcome: Outcome) -> None:
+    from recmas_runtime.checking.verify import verify_bundle
+    from recmas_runtime.cli.reports import verify_text
+    from recmas_runtime.core.progress import LineProgress, Silent
+
+    report = verify_bundle(
+        options.bundle,
+        device=options.device,
+        threads=options.threads,
+        progress=Silent() if options.quiet else LineProgress(),
+    )
+    outcome.data |= report.to_json()
+    outcome.text = verify_text(report)
+    outcome.problems += report.problems
+
+
+def _engines(options: argparse.Namespace, outcome: Outcome) -> None:
+    from recmas_runtime.checking.build_tensorrt import build_engines
+    from recmas_runtime.core.progress import LineProgress, Silent
+
+    built = build_engines(
+        options.bundle,
+        progress=Silent() if options.quiet else LineProgress(),
+        reuse=not options.force,
+    )
+    outcome.data |= built.to_json()
+    outcome.text = built.text
+
+
+def _inspect(options: argparse.Namespace, outcome: Outcome) -> None:
+    from recmas_runtime.cli.reports import bundle_facts, bundle_text
+    from recmas_runtime.formats.bundle import open_bundle
+
+    bundle = open_bundle(options.bundle)
+    outcome.data |= bundle_facts(bundle)
+    outcome.text = bundle_text(bundle)
+
+
+def _doctor(options: argparse.Namespace, outcome: Outcome) -> None:
+    from recmas_runtime.checking.machine import describe_machine
+    from recmas_runtime.cli.reports import machine_text
+
+    facts = describe_machine()
+    outcome.data |= facts
+    outcome.text = machine_text(facts)
+    if not facts["providers"]:
+        raise fail(
+            "RM201",
+            "onnxruntime is not installed",
+            hint="Install it with `pip install recmas[cpu]`, or `recmas[gpu]` for CUDA.",
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

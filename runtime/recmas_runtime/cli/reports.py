@@ -1,0 +1,243 @@
+"""What commands print for people, and the facts behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final
+
+from recmas_runtime.formats.bundle import Bundle
+from recmas_runtime.formats.codec import to_json
+from recmas_runtime.formats.manifest import LossEntry
+from recmas_runtime.formats.plan import (
+    DecodeStep,
+    PrefillStep,
+    SendStep,
+    Step,
+    ThinkStep,
+    WriteStep,
+)
+from recmas_runtime.formats.tolerances import tolerances
+from recmas_runtime.running.answers import Answer
+
+if TYPE_CHECKING:
+    from recmas_runtime.checking.verify import VerifyReport
+
+# Phases that most systems do not have.
+_SILENT: Final = ("write", "tools")
+
+
+def answer_summary(answer: Answer) -> str:
+    """Return one line on what an answer took."""
+    usage, ms = answer.usage, answer.timing_ms
+    phases = {name: value for name, value in asdict(ms).items() if name not in _SILENT or value}
+    times = ", ".join(f"{phase} {value / 1e3:.2f} s" for phase, value in phases.items())
+    handed_over = f"{usage.handover_tokens} hand-over tokens, " if usage.handover_tokens else ""
+    return (
+        f"[{answer.finish_reason}] {_counted(answer.rounds, 'round')}, "
+        f"{usage.prompt_tokens} prompt tokens, {usage.latent_steps} latent steps, {handed_over}"
+        f"{usage.completion_tokens} answer tokens | {times}"
+    )
+
+
+def bundle_facts(bundle: Bundle) -> dict[str, Any]:
+    """Return what `inspect --json` prints."""
+    manifest, plan = bundle.manifest, bundle.plan
+    backbones = {
+        name: {
+            **{
+                key: getattr(entry, key)
+                for key in ("source", "model_type", "width", "num_layers", "vocab_size", "dtype")
+            },
+            "precision": entry.precision,
+            "weights_bytes": manifest.files[entry.weights].size_bytes,
+        }
+        for name, entry in manifest.backbones.items()
+    }
+    agents = {
+        name: {
+            "backbone": agent.backbone,
+            "latent_steps": agent.latent_steps,
+            "answers": name == plan.answer_agent,
+        }
+        for name, agent in plan.agents.items()
+    }
+    return {
+        "name": plan.name,
+        "fingerprint": manifest.fingerprint,
+        "precision": manifest.precision,
+        "tools": manifest.tools,
+        "rounds": plan.rounds,
+        "backbones": backbones,
+        "agents": agents,
+        "links": {
+            name: {**to_json(link), "feedback": name in plan.feedback_links}
+            for name, link in manifest.links.items()
+        },
+        "steps": [{**to_json(step), "text": step_text(step)} for step in plan.steps],
+        "caches": to_json(plan.caches),
+        "cache_bytes_per_sample": sum(c.bytes_per_sample for c in plan.caches.values()),
+        "size_bytes": sum(entry.size_bytes for entry in manifest.files.values()),
+        "num_files": len(manifest.files),
+        "limits": to_json(plan.limits),
+        "sampling": to_json(plan.sampling),
+        "fields": list(plan.fields),
+        "parity": to_json(manifest.parity),
+    }
+
+
+def bundle_text(bundle: Bundle) -> str:
+    """Return what `inspect` prints."""
+    manifest, plan = bundle.manifest, bundle.plan
+    facts = bundle_facts(bundle)
+    lines = [
+        f"{plan.name}: {_counted(len(plan.agents), 'agent')}, {_counted(plan.rounds, 'round')}, "
+        f"{_counted(len(manifest.files), 'file')}, {_size(facts['size_bytes'])}",
+        f"fingerprint {manifest.fingerprint}",
+        "",
+        "backbones",
+    ]
+    lines += _table(
+        (
+            name,
+            b["source"],
+            b["model_type"],
+            f"{b['num_layers']} layers x {b['width']}",
+            b["precision"],
+            _size(b["weights_bytes"]),
+        )
+        for name, b in facts["backbones"].items()
+    )
+    lines += ["", "agents"]
+    lines += _table(
+        (
+            name,
+            f"on {agent.backbone}",
+            _counted(agent.latent_steps, "latent step"),
+            "answers" if name == plan.answer_agent else "",
+        )
+        for name, agent in plan.agents.items()
+    )
+    lines += ["", "links"]
+    lines += _table(
+        (
+            name,
+            f"{link.kind} {link.in_dim} -> {link.out_dim}",
+            link.init if link.cosine is None else f"{link.init}, cosine {link.cosine:.3f}",
+            "feedback" if name in plan.feedback_links else "",
+        )
+        for name, link in manifest.links.items()
+    )
+    for number in range(1, plan.rounds + 1):
+        lines += ["", f"round {number}"]
+        lines += [f"  {step_text(step)}" for step in plan.steps if step.round == number]
+    lines += [
+        "",
+        f"limits      {plan.limits.max_prompt_tokens} prompt tokens, batches of "
+        f"{plan.limits.max_batch}, answers of {plan.sampling.max_new_tokens} tokens",
+        f"caches      {_size(facts['cache_bytes_per_sample'])} per record at the limits",
+        f"fields      {', '.join(plan.fields)}",
+    ]
+    for case in manifest.parity:
+        precision = manifest.backbones[case.backbone].precision
+        lines.append(f"parity      {case.backbone}: {_figures_text(case.figures, precision)}")
+        if case.loss is not None:
+            lines.append(f"loss        {case.backbone}: {loss_text(case.loss, precision)}")
+    return "\n".join(lines)
+
+
+def step_text(step: Step) -> str:
+    """Return a step in words."""
+    match step:
+        case PrefillStep():
+            named = zip(step.agents, step.variants, strict=True)
+            prompts = ", ".join(f"{agent} ({variant})" for agent, variant in named)
+            kept = ", reuse prefix" if step.reuse_prefix else ""
+            copied = f", prefix of {step.prefix_from}" if step.prefix_from is not None else ""
+            return f"prefill {prompts}{kept}{copied}"
+        case ThinkStep():
+            how = "fused" if step.fused else "inner link apart"
+            return f"think {' + '.join(step.agents)}, {_counted(step.num_steps, 'step')}, {how}"
+        case SendStep():
+            return f"send {step.source} -> {', '.join(step.targets)}"
+        case WriteStep():
+            return f"write {' + '.join(step.agents)}"
+        case DecodeStep():
+            return f"decode {step.agent}"
+
+
+def verify_text(report: VerifyReport) -> str:
+    """Return what `verify` prints."""
+    lines = [
+        f"files   {report.num_files} hashes are right",
+        f"probe   {_figures_text({'probe_absolute': report.probe_absolute}, 'float32')}",
+    ]
+    for case in report.cases:
+        greedy = "equal" if case.greedy_tokens_equal else "different"
+        lines.append(
+            f"parity  {case.backbone}: {_figures_text(case.figures, case.precision)}; "
+            f"greedy text {greedy}"
+        )
+    verdict = "the bundle is whole and right" if report.ok else "the bundle is not right"
+    return "\n".join([*lines, f"{verdict} on {report.device}"])
+
+
+def machine_text(facts: Mapping[str, Any]) -> str:
+    """Return what `doctor` prints."""
+    rows = [("python", facts["python"]), ("platform", facts["platform"])]
+    rows += [(name, version or "not installed") for name, version in facts["packages"].items()]
+    rows += [
+        ("providers", ", ".join(facts["providers"]) or "none"),
+        ("cpu", f"{facts['cpu']}, {facts['logical_cpus']} logical"),
+        ("threads", f"{facts['default_threads']} by default"),
+        ("memory", f"{_size(facts['memory_available_bytes'])} of {_size(facts['memory_bytes'])}"),
+        ("disk free", _size(facts["disk_free_bytes"])),
+        ("telemetry", "on" if facts["telemetry"] else "off"),
+        ("sandbox", facts["sandbox"] or "none: the tool `python` refuses to run programs"),
+    ]
+    rows += [(f"- {name}", reason) for name, reason in facts["sandboxes_not_used"].items()]
+    rows.append(("web search", f"TAVILY_API_KEY is {'' if facts['web_search_key'] else 'not '}set"))
+    return "\n".join(f"{name:<16}{value}" for name, value in rows)
+
+
+def loss_text(loss: LossEntry, precision: str) -> str:
+    """Return one line on what a precision costs."""
+    return (
+        f"{precision} over {loss.num_tokens} tokens of {loss.text}: "
+        f"hidden cosine {loss.hidden_cosine:.4f}, "
+        f"same likeliest token {loss.greedy_agreement:.1%}, "
+        f"loss {loss.loss:.3f} instead of {loss.reference_loss:.3f}"
+    )
+
+
+def _figures_text(figures: Mapping[str, float], precision: str) -> str:
+    allowed = tolerances(precision)
+    return ", ".join(
+        f"{name} {value:.1e} (allowed {allowed[name]:.0e})" for name, value in figures.items()
+    )
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _size(num_bytes: int | None) -> str:
+    if num_bytes is None:
+        return "unknown"
+    value = float(num_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def _table(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return rows indented, their columns in line."""
+    found = list(rows)
+    widths = [max(map(len, column)) for column in zip(*found, strict=True)]
+    return [
+        "  "
+        + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in found
+    ]

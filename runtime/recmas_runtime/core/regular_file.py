@@ -1,0 +1,36 @@
+"""Opening files that someone else wrote: regular files only, so that nothing ever hangs."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from recmas_runtime.core.errors import fail
+
+
+def open_regular(path: Path, *, file: str) -> BinaryIO:
+    """Open a regular file for reading in binary mode.
+
+    Args:
+        path: Where it is.
+        file: How messages name it.
+
+    Raises:
+        RecmasError: RM401 if it is missing, unreadable or anything but a regular file.
+    """
+    hint = "Copy or build the bundle again."
+    try:
+        # Opening a pipe or a device without O_NONBLOCK could wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        raise fail("RM401", "the file is missing", file=file, hint=hint) from None
+    except OSError as error:
+        raise fail(
+            "RM401", f"the file cannot be read: {error.strerror}", file=file, hint=hint
+        ) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise fail("RM401", "this is not a regular file", file=file, hint=hint)
+    return os.fdopen(descriptor, "rb")

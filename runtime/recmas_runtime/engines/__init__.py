@@ -1,0 +1,1 @@
+"""Engines: one interface, ONNX Runtime and TensorRT behind it."""

@@ -1,0 +1,286 @@
+"""The engines: a backbone's three graphs and the link graph, driven by ONNX Runtime.
+
+Shape legend: R rows (agents of a batch times samples), S positions of a call, C cache rows per
+sample, H key/value heads, D head width, d model width, V vocabulary, G groups of rows with one
+link each, N vectors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.engines.onnx.buffers import Memory, Series
+from recmas_runtime.engines.onnx.caches import Cache, CachePool
+from recmas_runtime.engines.onnx.session import Device, call_onnx, make_session
+from recmas_runtime.formats.manifest import BackboneEntry
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Floats = NDArray[np.float32]
+Indices = NDArray[np.int64]
+Operands = Mapping[str, NDArray[Any]]
+
+
+class BackboneEngine:
+    """One backbone's engines. Agents that share a backbone share this object and its weights.
+
+    Args:
+        entry: Its entry in the manifest.
+        root: Folder that the entry's paths are relative to.
+        threads: Threads within an operator; None takes the physical cores.
+        device: Where to run.
+        problems: Gets a warning where CUDA graphs are refused, at any time.
+
+    Attributes:
+        uses_graphs: Steps are captured into CUDA graphs, until one is refused.
+
+    Raises:
+        RecmasError: RM404 if the decoder has other caches than the entry says, RM504 if the device
+            is not available, RM507 if ONNX Runtime refuses a graph.
+    """
+
+    def __init__(
+        self,
+        entry: BackboneEntry,
+        root: Path,
+        *,
+        threads: int | None = None,
+        device: Device = "cpu",
+        problems: list[Problem] | None = None,
+    ) -> None:
+        self.entry = entry
+        self.device = device
+        self.problems = [] if problems is None else problems
+        self.uses_graphs = device == "cuda"
+        self._open = functools.partial(
+            make_session, root / entry.decoder_on(device), threads=threads, device=device
+        )
+        self.decoder = self._open_decoder()
+        _check_caches(self.decoder, entry, entry.decoder_on(device))
+        self._takes_batches = entry.decoder_on(device) == entry.decoder
+        self.memory = Memory(device, shared=device == "cpu")
+        self.caches = CachePool(self.decoder, entry, self.memory)
+        # The table is read in place from the mapped weights file: packing would copy all of it.
+        unpacked = {"session.disable_prepacking": "1"}
+        self._embed = make_session(
+            root / entry.embed, threads=threads, device=device, options=unpacked
+        )
+        # Quantized products are fast only on packed weights: unpacked ones are widened each time.
+        self._head = make_session(
+            root / entry.head,
+            threads=threads,
+            device=device,
+            options=unpacked if entry.precision == "float32" else None,
+        )
+
+    def _open_decoder(self) -> onnxruntime.InferenceSession:
+        if self.uses_graphs:
+            try:
+                return self._open(cuda_graphs=True)
+            except RecmasError as error:
+                if error.problems[0].code != "RM507":
+                    raise
+                self._give_up_graphs(error.problems[0].message)
+        return self._open()
+
+    def _give_up_graphs(self, reason: str) -> None:
+        self.uses_graphs = False
+        self.problems.append(
+            Problem(
+                code="RM507",
+                message=f"runs without CUDA graphs, for one was refused: {reason}",
+                hint="Steps are slower and compute the same; upgrade onnxruntime-gpu.",
+                severity="warning",
+            )
+        )
+
+    def _run_step(self, cache: Cache) -> None:
+        """Run a step, once more without graphs where they are refused.
+
+        That is safe: a step reads nothing that it writes, but for the cache row it writes again.
+        """
+        try:
+            cache.run_step()
+        except RecmasError as error:
+            if not self.uses_graphs:
+                raise
+            self._give_up_graphs(error.problems[0].message)
+            # A capture that failed leaves its stream unusable, so the session goes with it.
+            self.decoder = self._open_decoder()
+            self.caches.bind_to(self.decoder)
+            cache.run_step()
+
+    def embed(self, input_ids: Indices) -> Floats:
+        """Return the input embeddings [R, S, d] of token ids [R, S]."""
+        (embeds,) = call_onnx(self._embed.run, ["inputs_embeds"], {"input_ids": input_ids})
+        return np.asarray(embeds, dtype=np.float32)
+
+    def logits(self, hidden: Floats) -> Floats:
+        """Return the logits [R, V] of final hidden states [R, d]."""
+        (logits,) = call_onnx(self._head.run, ["logits"], {"hidden": hidden})
+        return np.asarray(logits, dtype=np.float32)
+
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        """Return a cache for `rows` sequences of at most `capacity` positions."""
+        return self.caches.take(rows, capacity)
+
+    def give_back(self, cache: Cache) -> None:
+        """Keep a cache that its user needs no more for the next one."""
+        self.caches.give_back(cache)
+
+    def forward(
+        self,
+        cache: Cache,
+        inputs_embeds: Floats,
+        write_index: Indices,
+        last_index: Indices,
+        inner: Operands,
+    ) -> tuple[Floats, Floats, Floats]:
+        """Run S positions of every sequence through the backbone and extend the cache.
+
+        Args:
+            cache: Is written at `write_index .. write_index + S`.
+            inputs_embeds: [R, S, d]; what lies after a sequence's last real position is ignored.
+            write_index: [R], the position of each sequence's first input.
+            last_index: [R], each sequence's last real input, counted within S.
+            inner: Operands of the inner links, G groups with R = G * B.
+
+        Returns:
+            Hidden states [R, S, d], the last real one [R, 1, d], and its inner link's output
+            [R, 1, d].
+        """
+        rows, positions, width = inputs_embeds.shape
+        assert rows == cache.rows, f"{rows} rows in a cache of {cache.rows}"
+        assert int(write_index.max()) + positions <= cache.capacity, "cache overflow"
+        if not self._takes_batches and rows > 1 and positions > 1 and write_index.any():
+            return self._forward_by_row(cache, inputs_embeds, write_index, last_index, inner)
+        cache.bind_inner(inner)
+        cache.write_index.write(write_index)
+        cache.last_index.write(last_index)
+        if positions == 1:
+            cache.embeds.write(inputs_embeds)
+            self._run_step(cache)
+            hidden = cache.thought
+        else:
+            hidden = self.memory.zeros((rows, positions, width))
+            cache.run_call(self.memory.hold(inputs_embeds), hidden)
+        # The next call overwrites what this one leaves at fixed addresses.
+        return (
+            hidden.numpy().copy() if hidden is cache.thought else hidden.numpy(),
+            cache.thought.numpy().copy(),
+            cache.next_embeds.numpy().copy(),
+        )
+
+    def _forward_by_row(
+        self,
+        cache: Cache,
+        inputs_embeds: Floats,
+        write_index: Indices,
+        last_index: Indices,
+        inner: Operands,
+    ) -> tuple[Floats, Floats, Floats]:
+        """Run each sequence by itself, up to its last real input."""
+        rows_per_group = len(inputs_embeds) // len(inner["w1"])
+        hidden = np.zeros_like(inputs_embeds)
+        last = np.zeros((2, len(inputs_embeds), 1, inputs_embeds.shape[2]), np.float32)
+        for row, end in enumerate((last_index + 1).tolist()):
+            group, one = row // rows_per_group, slice(row, row + 1)
+            hidden[one, :end], last[0, one], last[1, one] = self.forward(
+                cache.of_row(row),
+                np.ascontiguousarray(inputs_embeds[one, :end]),
+                write_index[one],
+                last_index[one],
+                {name: operand[group : group + 1] for name, operand in inner.items()},
+            )
+        return hidden, last[0], last[1]
+
+    def rollout(
+        self,
+        cache: Cache,
+        thought: Floats,
+        next_embeds: Floats,
+        write_index: Indices,
+        inner: Operands,
+        num_steps: int,
+    ) -> tuple[Floats, Floats]:
+        """Continue latent steps from a prefill's last position, each in one call.
+
+        The first thought is the prefill's own, so `num_steps - 1` calls are made. All buffers are
+        there before the first call and keep their addresses; between calls a few rows are copied
+        where they are, on a device on the device.
+
+        Args:
+            cache: Is extended by `num_steps - 1` positions.
+            thought: [R, 1, d], the hidden state at the last prompt position.
+            next_embeds: [R, 1, d], its inner link's output.
+            write_index: [R], the position after the prompt.
+            inner: As in `forward`.
+            num_steps: Latent steps, at least 1.
+
+        Returns:
+            Thoughts and their inner links' outputs, both [num_steps, R, d].
+        """
+        rows, _, width = thought.shape
+        assert int(write_index.max()) + num_steps - 1 <= cache.capacity, "cache overflow"
+        cache.bind_inner(inner)
+        empty = np.empty((num_steps, rows, 1, width), np.float32)
+        thoughts, embeds = Series(self.memory, empty), Series(self.memory, empty)
+        later = np.arange(num_steps - 1)[:, None] + write_index
+        positions = Series(self.memory, later, "tensor(int64)")
+        cache.thought.write(thought)
+        cache.next_embeds.write(next_embeds)
+        cache.last_index.write(0)
+        for step in range(num_steps):
+            if step > 0:
+                cache.embeds.copy(cache.next_embeds)
+                positions.load(step - 1, cache.write_index)
+                self._run_step(cache)
+            thoughts.store(step, cache.thought)
+            embeds.store(step, cache.next_embeds)
+        return thoughts.numpy()[:, :, 0], embeds.numpy()[:, :, 0]
+
+
+def _check_caches(decoder: onnxruntime.InferenceSession, entry: BackboneEntry, file: str) -> None:
+    """Demand the caches that the manifest counts: rows of other shapes would be read as garbage."""
+    shape = (entry.num_kv_heads, entry.head_dim)
+    told = {f"{kind}.{i}": shape for i in range(entry.num_layers) for kind in ("key", "value")}
+    found = {
+        value.name: (value.shape[1], value.shape[3])
+        for value in decoder.get_inputs()
+        if value.name.startswith(("key.", "value."))
+    }
+    if found != told:
+        others = sorted(dict(found.items() ^ told.items()))
+        raise fail(
+            "RM404",
+            f"the manifest tells of {entry.num_layers} layers of {shape[0]} heads {shape[1]} wide, "
+            f"the decoder has other caches, such as {others[0]!r}",
+            file=file,
+            hint="Build the bundle again with one version of recmas.",
+        )
+
+
+class LinkEngine:
+    """The link graph: serves every link of a bundle, their weights are inputs.
+
+    Args:
+        path: `link.onnx`.
+        threads: Threads within an operator; None takes the physical cores.
+        device: Where to run.
+    """
+
+    def __init__(self, path: Path, *, threads: int | None = None, device: Device = "cpu") -> None:
+        self._session = make_session(path, threads=threads, device=device)
+
+    def apply(self, x: Floats, operands: Operands) -> Floats:
+        """Map vectors [G, N, d_in] through G links at once; returns [G, N, d_out]."""
+        (y,) = call_onnx(self._session.run, ["y"], {"x": x, **operands})
+        return np.asarray(y, dtype=np.float32)

@@ -1,0 +1,228 @@
+"""Key/value caches with everything that a backbone's decoder is bound to, made once and used again.
+
+Shape legend: R rows (sequences), C cache rows per sequence, H key/value heads, D head width, d
+model width, G groups of rows with one link each.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recmas_runtime.engines.onnx.buffers import DeviceArray, Memory
+from recmas_runtime.engines.onnx.session import NO_GRAPH, call_onnx, run_options
+from recmas_runtime.formats.manifest import BackboneEntry
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Operands = Mapping[str, NDArray[Any]]
+
+_GRAPH_IDS: Final = itertools.count(1)
+
+
+class Cache:
+    """Key/value rows of R sequences and the bindings to them.
+
+    The cache is written in place: input and output of the graph are the same buffer. Rows at and
+    beyond a sequence's write index are never read, so forgetting is only a smaller write index.
+
+    There are two bindings. A call of one position has all its buffers at fixed addresses, so
+    nothing is bound again from step to step and a CUDA graph of it can be replayed. A call of more
+    positions binds what depends on their number.
+
+    Args:
+        session: The decoder; calls go to this attribute.
+        entry: Its backbone.
+        memory: Where buffers live.
+        rows: Sequences, R.
+        capacity: Positions per sequence, C.
+        layers: The rows themselves, by name; None makes them.
+    """
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        entry: BackboneEntry,
+        memory: Memory,
+        *,
+        rows: int,
+        capacity: int,
+        layers: Mapping[str, DeviceArray] | None = None,
+    ) -> None:
+        self.rows = rows
+        self.capacity = capacity
+        self._entry = entry
+        self._memory = memory
+        self._of_row: dict[int, Cache] = {}
+        kinds = {value.name: value.type for value in session.get_inputs()}
+        shape = (rows, entry.num_kv_heads, capacity, entry.head_dim)
+        names = [f"{kind}.{i}" for i in range(entry.num_layers) for kind in ("key", "value")]
+        self._layers = layers or {name: memory.zeros(shape, kinds[name]) for name in names}
+        row = (rows, 1, entry.width)
+        self.write_index = memory.zeros((rows,), "tensor(int64)")
+        self.last_index = memory.zeros((rows,), "tensor(int64)")
+        self.embeds, self.thought, self.next_embeds = (memory.zeros(row) for _ in range(3))
+        self._inner: Operands | None = None
+        self._operands: dict[str, DeviceArray] = {}
+        self._options = run_options(NO_GRAPH)
+        self.num_bytes = sum(store.num_bytes for store in self._layers.values())
+        self.bind_to(session)
+
+    def bind_to(self, session: onnxruntime.InferenceSession) -> None:
+        """Call this session from now on, over the same buffers."""
+        self.session = session
+        self._step, self._call = session.io_binding(), session.io_binding()
+        for binding in (self._step, self._call):
+            for name, store in self._layers.items():
+                store.bind_input(binding, name)
+                store.bind_output(binding, f"present_{name}")
+            for name, operand in self._operands.items():
+                operand.bind_input(binding, f"inner.{name}")
+            self.write_index.bind_input(binding, "write_index")
+            self.last_index.bind_input(binding, "last_index")
+            self.thought.bind_output(binding, "thought")
+            self.next_embeds.bind_output(binding, "next_embeds")
+        self.embeds.bind_input(self._step, "inputs_embeds")
+
+    def of_row(self, row: int) -> Cache:
+        """Return one sequence's rows as a cache of its own, over the same memory."""
+        if row not in self._of_row:
+            self._of_row[row] = self._part(row, row + 1)
+        return self._of_row[row]
+
+    def narrowed(self, rows: Sequence[int], positions: int) -> Cache | None:
+        """Move some sequences to the beginning, and return those as a cache over the same memory.
+
+        The other sequences are lost, and this cache must outlive the one that is returned.
+
+        Args:
+            rows: Sequences to go on with, in ascending order.
+            positions: Of each that are needed.
+
+        Returns:
+            None, with nothing moved, in memory of a device: parts of its buffers have no handle.
+        """
+        if not self._memory.shared:
+            return None
+        for store in self._layers.values():
+            store.move_leading(rows, positions)
+        return self._part(0, len(rows))
+
+    def _part(self, start: int, stop: int) -> Cache:
+        return Cache(
+            self.session,
+            self._entry,
+            self._memory,
+            rows=stop - start,
+            capacity=self.capacity,
+            layers={name: store.part(start, stop) for name, store in self._layers.items()},
+        )
+
+    def clear(self) -> None:
+        """Forget everything: what an earlier user left behind cannot reach a later one."""
+        for store in self._layers.values():
+            store.write(0)
+
+    def copy_rows(self, source: Any, rows: Sequence[int], positions: int) -> None:
+        """Take the first `positions` of the given sequences of another cache, in this order."""
+        if isinstance(source, Cache):
+            for name, store in self._layers.items():
+                store.copy_leading(source._layers[name], rows, positions)
+            return
+        # Rows of another kind of engine come as arrays of the host.
+        host, everything = Memory("cpu", shared=True), range(len(rows))
+        arrays = source.read_rows(rows, positions)
+        for store, array in zip(self._layers.values(), arrays, strict=True):
+            store.copy_leading(host.hold(array, store.kind), everything, positions)
+
+    def read_rows(self, rows: Sequence[int], positions: int) -> list[NDArray[Any]]:
+        """Return copies [n, H, positions, D] on the host: keys, values of each layer in turn."""
+        return [store.numpy()[list(rows), :, :positions] for store in self._layers.values()]
+
+    def bind_inner(self, inner: Operands) -> None:
+        """Bind the inner links' operands; nothing happens if they are bound already."""
+        if self._inner is inner:
+            return
+        self._inner = inner
+        for name, array in inner.items():
+            held = self._operands.get(name)
+            if held is not None and held.take(array):
+                continue
+            kind = "tensor(bool)" if array.dtype == np.bool_ else "tensor(float)"
+            self._operands[name] = operand = self._memory.hold(array, kind)
+            for binding in (self._step, self._call):
+                operand.bind_input(binding, f"inner.{name}")
+            # A CUDA graph remembers addresses, so one that knows others must not be replayed.
+            self._options = run_options(next(_GRAPH_IDS))
+
+    def run_step(self) -> None:
+        """Run one position: reads `embeds`, writes `thought` and `next_embeds`."""
+        call_onnx(self.session.run_with_iobinding, self._step, self._options)
+
+    def run_call(self, embeds: DeviceArray, hidden: DeviceArray) -> None:
+        """Run the positions in `embeds` [R, S, d]; writes `hidden` [R, S, d] besides."""
+        embeds.bind_input(self._call, "inputs_embeds")
+        hidden.bind_output(self._call, "hidden")
+        call_onnx(self.session.run_with_iobinding, self._call, run_options(NO_GRAPH))
+
+
+class CachePool:
+    """Makes caches, and hands those out again that were given back.
+
+    What is kept for later never makes the total larger than what was once in use at the same time.
+
+    Args:
+        session: The decoder.
+        entry: Its backbone.
+        memory: Where buffers live.
+    """
+
+    def __init__(
+        self, session: onnxruntime.InferenceSession, entry: BackboneEntry, memory: Memory
+    ) -> None:
+        self._session = session
+        self._entry = entry
+        self._memory = memory
+        self._made: weakref.WeakSet[Cache] = weakref.WeakSet()
+        self._idle: list[Cache] = []  # the one given back first comes first
+        self._most_bytes = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all caches, those in use and those kept for later."""
+        return sum(cache.num_bytes for cache in self._made)
+
+    def bind_to(self, session: onnxruntime.InferenceSession) -> None:
+        """Make all caches, also those in use, call another session of the same graph."""
+        self._session = session
+        for cache in self._made:
+            cache.bind_to(session)
+
+    def take(self, rows: int, capacity: int) -> Cache:
+        """Return an empty cache."""
+        for cache in self._idle:
+            if (cache.rows, cache.capacity) == (rows, capacity):
+                self._idle.remove(cache)
+                cache.clear()
+                return cache
+        made = Cache(self._session, self._entry, self._memory, rows=rows, capacity=capacity)
+        self._made.add(made)
+        self._drop_idle()
+        return made
+
+    def give_back(self, cache: Cache) -> None:
+        """Keep a cache that its user needs no more."""
+        self._idle.append(cache)
+
+    def _drop_idle(self) -> None:
+        """Drop idle caches until the total is no more than what was once in use."""
+        in_use = self.num_bytes - sum(cache.num_bytes for cache in self._idle)
+        self._most_bytes = max(self._most_bytes, in_use)
+        while self._idle and self.num_bytes > self._most_bytes:
+            del self._idle[0]

@@ -1,0 +1,212 @@
+"""The one place that imports ONNX Runtime and opens sessions with it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from recmas_runtime.core.errors import fail
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Device = Literal["cpu", "cuda"]
+
+PROVIDERS: Final[dict[Device, tuple[str, ...]]] = {
+    "cpu": ("CPUExecutionProvider",),
+    # What CUDA has no kernel for falls back to the CPU.
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+# Documented options of the CUDA provider. Products in TF32 would keep 10 bits of what float32 says.
+_CUDA_OPTIONS: Final = {"use_tf32": "0"}
+_ERRORS_ONLY: Final = 3
+# Threads that wait for the next operator turn in a loop. Sessions take turns on the same cores, so
+# those of a run that has ended must not: they would hold a core that the next session needs.
+_ALWAYS: Final = {"session.force_spinning_stop": "1"}
+# What a run's graph id is if it must be neither captured nor replayed.
+NO_GRAPH: Final = -1
+
+
+def onnx_runtime() -> Any:
+    """Import ONNX Runtime with its telemetry off.
+
+    Raises:
+        RecmasError: RM201 if it is not installed.
+    """
+    # Since 1.29 it reports usage unless told not to, and it decides when it is first imported.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    try:
+        import onnxruntime
+    except ImportError:
+        raise fail(
+            "RM201",
+            "onnxruntime is not installed",
+            hint="Install it with `pip install recmas[cpu]`, or `recmas[gpu]` for CUDA.",
+        ) from None
+    return onnxruntime
+
+
+def resolve_device(device: str) -> Device:
+    """Return the device to run on; `auto` takes CUDA where ONNX Runtime offers it.
+
+    Raises:
+        RecmasError: RM504 if the device is unknown or not available here.
+    """
+    available = onnx_runtime().get_available_providers()
+    if device == "auto":
+        return "cuda" if PROVIDERS["cuda"][0] in available else "cpu"
+    if device not in PROVIDERS:
+        raise fail("RM504", f"unknown device {device!r}", hint="Choose one of: auto, cpu, cuda.")
+    known: Device = "cuda" if device == "cuda" else "cpu"
+    if PROVIDERS[known][0] not in available:
+        raise fail(
+            "RM504",
+            f"device {device!r} needs {PROVIDERS[known][0]}; here are {', '.join(available)}",
+            hint="Install onnxruntime-gpu with a CUDA driver, or use --device cpu.",
+        )
+    return known
+
+
+def make_session(
+    path: Path,
+    *,
+    threads: int | None = None,
+    device: Device = "cpu",
+    options: Mapping[str, str] | None = None,
+    profile: Path | None = None,
+    cuda_graphs: bool = False,
+) -> onnxruntime.InferenceSession:
+    """Open a graph.
+
+    Args:
+        path: An ONNX file.
+        threads: Threads within an operator; None takes the physical cores.
+        device: Where to run, from `resolve_device`.
+        options: ONNX Runtime session configuration entries.
+        cuda_graphs: Let runs be captured into CUDA graphs, see `run_options`; only runs with bound
+            buffers are then possible. Devices without them ignore it.
+        profile: Start of the name of a file that every kernel is recorded in; None for no record.
+
+    Raises:
+        RecmasError: RM504 if the device cannot be used, RM507 if the graph is refused.
+    """
+    ort = onnx_runtime()
+    if device == "cuda":
+        _load_cuda_libraries()
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads if threads is not None else physical_cores()
+    settings.inter_op_num_threads = 1  # plans are sequences: there is nothing to overlap
+    settings.log_severity_level = _ERRORS_ONLY
+    for name, value in {**_ALWAYS, **(options or {})}.items():
+        settings.add_session_config_entry(name, value)
+    if profile is not None:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(profile)
+    try:
+        session = ort.InferenceSession(
+            str(path),
+            settings,
+            providers=_providers(device, cuda_graphs=cuda_graphs),
+            # It would print, and go on without the provider that was asked for.
+            enable_fallback=0,
+        )
+    # ONNX Runtime raises a dozen unrelated classes for a graph it will not run.
+    except Exception as error:
+        raise fail(
+            "RM507",
+            f"ONNX Runtime {ort.__version__} refuses the graph: {error}",
+            file=str(path),
+            hint="Run `recmas verify` on the bundle; if it passes, upgrade onnxruntime.",
+        ) from error
+    # A provider that cannot start is dropped with a log line; that must not go unnoticed.
+    if PROVIDERS[device][0] not in session.get_providers():
+        raise fail(
+            "RM504",
+            f"{PROVIDERS[device][0]} did not start; only {', '.join(session.get_providers())} did",
+            hint="Check the CUDA driver and libraries, or use --device cpu.",
+        )
+    return session
+
+
+def _providers(device: Device, *, cuda_graphs: bool) -> list[str | tuple[str, dict[str, str]]]:
+    first, *others = PROVIDERS[device]
+    if device == "cpu":
+        return [first]
+    return [(first, {**_CUDA_OPTIONS, "enable_cuda_graph": str(int(cuda_graphs))}), *others]
+
+
+@functools.cache
+def _load_cuda_libraries() -> None:
+    """Load CUDA from NVIDIA's wheels, where they are what is installed; once, for it takes time."""
+    # It prints what it does not find, and stdout is for data.
+    with contextlib.redirect_stdout(sys.stderr):
+        onnx_runtime().preload_dlls()
+
+
+def call_onnx(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a session, or what belongs to one, during a run.
+
+    Raises:
+        RecmasError: RM507 for whatever ONNX Runtime raises.
+    """
+    try:
+        return call(*arguments)
+    # A dozen unrelated classes, as for graphs that it refuses.
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise fail(
+            "RM507",
+            f"ONNX Runtime {onnx_runtime().__version__} fails: {reason}",
+            hint="Take smaller batches if memory is short; else run `recmas verify` on the bundle.",
+        ) from error
+
+
+def run_options(graph_id: int) -> Any:
+    """Return options of a run: the CUDA graph that it is captured in and replayed from.
+
+    Args:
+        graph_id: Any positive number, one per set of buffers; `NO_GRAPH` for none. Providers
+            without graphs ignore it.
+    """
+    options = onnx_runtime().RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph_id))
+    return options
+
+
+def physical_cores() -> int:
+    """Return how many physical cores this process may use, at least 1.
+
+    Hyper-threads share one floating-point unit, so more threads than cores only get in each
+    other's way. A container's CPU quota counts too.
+    """
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    logical = len(allowed) if allowed is not None else os.cpu_count() or 1
+    cores = _cores_of(Path("/sys/devices/system/cpu"), allowed or set()) or logical
+    quota = _quota(Path("/sys/fs/cgroup/cpu.max"))
+    return max(1, int(min(cores, logical, quota)))
+
+
+def _cores_of(folder: Path, cpus: set[int]) -> int:
+    """Count distinct cores behind logical `cpus`; 0 where the kernel does not tell."""
+    try:
+        siblings = {
+            (folder / f"cpu{cpu}/topology/thread_siblings_list").read_text() for cpu in cpus
+        }
+    except OSError:
+        return 0
+    return len(siblings)
+
+
+def _quota(cpu_max: Path) -> float:
+    """Return the container's CPU quota in CPUs; infinite where there is none."""
+    try:
+        quota, period = cpu_max.read_text().split()
+        return float(quota) / float(period)
+    except (OSError, ValueError):  # no such file, or `max`
+        return math.inf

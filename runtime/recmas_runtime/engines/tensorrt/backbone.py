@@ -1,0 +1,185 @@
+"""A backbone on TensorRT: caches written in place, a latent rollout as one CUDA graph.
+
+Imported only where `availability` has found TensorRT and CUDA's bindings. Token embeddings are
+looked up on the host, in the table that is mapped from the bundle: a few rows a call, which is no
+reason to hold the whole table on the device a second time.
+
+Shape legend: R rows, S positions of a call, C cache rows per sample, H key/value heads, D head
+width, d model width, V vocabulary, M latent steps.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recmas_runtime.engines.interface import Backbone, KeyValueRows
+from recmas_runtime.engines.onnx.backbone import Floats, Indices, Operands
+from recmas_runtime.engines.onnx.session import call_onnx, make_session
+from recmas_runtime.engines.tensorrt.device_memory import Stream
+from recmas_runtime.engines.tensorrt.engine_cache import BackbonePlans, EngineFolder
+from recmas_runtime.engines.tensorrt.execution import Call, Engine, HeadCall
+from recmas_runtime.engines.tensorrt.profiles import PREFILL, STEP, choose_capacity
+from recmas_runtime.engines.tensorrt.workspace import Workspace
+from recmas_runtime.formats.manifest import BackboneEntry
+
+# Workspaces that wait for the next batch. Their caches are the largest buffers there are, but what
+# they hold besides is costly to make again: a captured rollout.
+_MOST_WAITING: Final = 4
+
+
+class TensorrtCache:
+    """Keys and values of R sequences on the device; see `recmas_runtime.engines.onnx.caches.Cache`.
+
+    Args:
+        workspace: The memory; it goes back to `give_back` with the end of this object.
+        give_back: Takes the workspace.
+    """
+
+    def __init__(self, workspace: Workspace, give_back: Callable[[Workspace], None]) -> None:
+        self.workspace = workspace
+        self.rows = workspace.rows
+        self.capacity = workspace.capacity
+        weakref.finalize(self, give_back, workspace).atexit = False
+
+    def copy_rows(self, source: KeyValueRows, rows: Sequence[int], positions: int) -> None:
+        """Take the first `positions` of the given sequences of another cache, in this order."""
+        if isinstance(source, TensorrtCache):
+            self.workspace.copy_rows(source.workspace, rows, positions)
+        else:
+            self.workspace.write_rows(source.read_rows(rows, positions))
+
+    def read_rows(self, rows: Sequence[int], positions: int) -> list[NDArray[Any]]:
+        """Return copies [n, H, positions, D] on the host: keys, values of each layer in turn."""
+        return self.workspace.read_rows(rows, positions)
+
+
+class _Decoder:
+    """The engine of one capacity, and its calls for prompts and for single positions."""
+
+    def __init__(self, path: Path, stream: Stream) -> None:
+        self.engine = Engine(path)
+        self.engine.check_decoder()
+        self.prefill = Call(self.engine, PREFILL, stream)
+        self.step = Call(self.engine, STEP, stream)
+
+
+class TensorrtBackbone:
+    """One backbone's engines on TensorRT; the calls mean what they do in `BackboneEngine`.
+
+    Args:
+        entry: Its entry in the manifest.
+        root: The bundle.
+        engines: Engines that were built on a machine like this one.
+        plans: This backbone's among them.
+        fallback: Opens the same backbone on ONNX Runtime, for what is larger than the engines.
+
+    Raises:
+        RecmasError: RM510 if TensorRT refuses a plan.
+    """
+
+    def __init__(
+        self,
+        entry: BackboneEntry,
+        root: Path,
+        *,
+        engines: EngineFolder,
+        plans: BackbonePlans,
+        fallback: Callable[[], Backbone[Any]],
+    ) -> None:
+        self.entry = entry
+        self._plans = plans
+        self._stream = Stream()
+        self._decoders = {
+            plan.capacity: _Decoder(engines.file(plan.file), self._stream)
+            for plan in plans.decoders
+        }
+        self._waiting: list[Workspace] = []
+        self._open_fallback = fallback
+        self._fallback: Backbone[Any] | None = None
+        self._head = HeadCall(Engine(engines.file(plans.head)), self._stream)
+        self._embed = make_session(
+            root / entry.embed, device="cpu", options={"session.disable_prepacking": "1"}
+        )
+
+    def embed(self, input_ids: Indices) -> Floats:
+        """Return the input embeddings [R, S, d] of token ids [R, S]."""
+        (embeds,) = call_onnx(self._embed.run, ["inputs_embeds"], {"input_ids": input_ids})
+        return np.asarray(embeds, dtype=np.float32)
+
+    def logits(self, hidden: Floats) -> Floats:
+        """Return the logits [R, V] of final hidden states [R, d]."""
+        if len(hidden) > self._plans.max_rows:
+            return self._beyond().logits(hidden)
+        return self._head.run(hidden)
+
+    def new_cache(self, rows: int, capacity: int) -> KeyValueRows:
+        """Return a cache for `rows` sequences of at least `capacity` positions."""
+        chosen = choose_capacity(tuple(self._decoders), capacity)
+        if chosen is None or rows > self._plans.max_rows:
+            larger: KeyValueRows = self._beyond().new_cache(rows, capacity)
+            return larger
+        for workspace in self._waiting:
+            if (workspace.rows, workspace.capacity) == (rows, chosen):
+                self._waiting.remove(workspace)
+                return TensorrtCache(workspace, self._take_back)
+        engine = self._decoders[chosen].engine
+        workspace = Workspace(engine, self._stream, self.entry, rows=rows, capacity=chosen)
+        return TensorrtCache(workspace, self._take_back)
+
+    def give_back(self, cache: KeyValueRows) -> None:
+        """Take a cache that its user needs no more; one of TensorRT returns when it is dropped."""
+        if not isinstance(cache, TensorrtCache):
+            self._beyond().give_back(cache)
+
+    def forward(
+        self,
+        cache: KeyValueRows,
+        inputs_embeds: Floats,
+        write_index: Indices,
+        last_index: Indices,
+        inner: Operands,
+    ) -> tuple[Floats, Floats, Floats]:
+        """Run S positions of every sequence; returns hidden, last hidden, next embeddings."""
+        if not isinstance(cache, TensorrtCache):
+            return self._beyond().forward(cache, inputs_embeds, write_index, last_index, inner)
+        positions = inputs_embeds.shape[1]
+        assert int(write_index.max()) + positions <= cache.capacity, "cache overflow"
+        workspace = cache.workspace
+        workspace.bind_inner(inner)
+        decoder = self._decoders[cache.capacity]
+        call = decoder.step if positions == 1 else decoder.prefill
+        return call.run(workspace, inputs_embeds, write_index, last_index)
+
+    def rollout(
+        self,
+        cache: KeyValueRows,
+        thought: Floats,
+        next_embeds: Floats,
+        write_index: Indices,
+        inner: Operands,
+        num_steps: int,
+    ) -> tuple[Floats, Floats]:
+        """Continue latent steps; returns thoughts and next embeddings, both [num_steps, R, d]."""
+        if not isinstance(cache, TensorrtCache):
+            return self._beyond().rollout(
+                cache, thought, next_embeds, write_index, inner, num_steps
+            )
+        assert int(write_index.max()) + num_steps - 1 <= cache.capacity, "cache overflow"
+        cache.workspace.bind_inner(inner)
+        return cache.workspace.rollout(thought, next_embeds, write_index, num_steps)
+
+    def _take_back(self, workspace: Workspace) -> None:
+        self._waiting.append(workspace)
+        del self._waiting[:-_MOST_WAITING]
+
+    def _beyond(self) -> Backbone[Any]:
+        """Return the backbone on ONNX Runtime, opened when it is first needed."""
+        if self._fallback is None:
+            self._fallback = self._open_fallback()
+        return self._fallback

@@ -1,0 +1,219 @@
+"""Built engines on disk: a cache in the bundle, which stays whole and valid without them.
+
+    engines/tensorrt-11.4.0.106-sm90/engines.json      what these engines are good for
+                                     timing.cache      TensorRT's measurements, for the next build
+                                     BACKBONE.CAPACITY.plan, BACKBONE.head.plan
+
+The manifest does not list them: they come and go with GPUs and TensorRT versions. `engines.json`
+has their hashes; plans that are damaged, or that another machine built, are never opened.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.engines.tensorrt.availability import Platform
+from recmas_runtime.formats.bundle import ENGINES_FOLDER, inside, sha256_of, write_json_atomic
+from recmas_runtime.formats.codec import read_json_file, to_json
+from recmas_runtime.formats.manifest import FileEntry
+
+RECORD_NAME: Final = "engines.json"
+TIMING_CACHE_NAME: Final = "timing.cache"
+ENGINES_VERSION: Final = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderPlan:
+    """A decoder engine.
+
+    Attributes:
+        capacity: Cache rows per sample that it was built for.
+        file: Its plan.
+    """
+
+    capacity: int
+    file: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackbonePlans:
+    """The engines of one backbone.
+
+    Attributes:
+        decoders: By ascending capacity.
+        head: The plan of the language-model head.
+        max_rows: Most rows of a call.
+        max_groups: Most agents that run as one batch.
+    """
+
+    decoders: tuple[DecoderPlan, ...]
+    head: str
+    max_rows: int
+    max_groups: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecord:
+    """What a folder of engines is good for. Paths are relative to the folder.
+
+    Attributes:
+        fingerprint: Of the bundle that the engines were built from.
+        tensorrt: Version that built them.
+        architecture: Of the GPU that they were built on.
+        backbones: By name.
+        files: Every plan.
+    """
+
+    version: int = ENGINES_VERSION
+    fingerprint: str
+    tensorrt: str
+    architecture: str
+    backbones: dict[str, BackbonePlans]
+    files: dict[str, FileEntry]
+
+
+@dataclass(frozen=True)
+class EngineFolder:
+    """Engines that this machine can use."""
+
+    path: Path
+    record: EngineRecord
+
+    def file(self, relative: str) -> Path:
+        """Return the path of a plan."""
+        return inside(self.path, relative)
+
+
+def engine_folders(root: Path) -> tuple[Path, ...]:
+    """Return the folders of finished engines in a bundle, by name."""
+    folder = root / ENGINES_FOLDER
+    found = sorted(folder.glob(f"*/{RECORD_NAME}")) if folder.is_dir() else []
+    return tuple(path.parent for path in found if not path.parent.name.startswith("."))
+
+
+def choose_engines(
+    root: Path, fingerprint: str, platform: Platform
+) -> tuple[EngineFolder | None, tuple[str, ...]]:
+    """Return engines that this machine can use, or else why it cannot use each there is.
+
+    Args:
+        root: The bundle.
+        fingerprint: Of the bundle.
+        platform: This machine.
+    """
+    reasons = []
+    # The folder that is named after this machine most probably fits.
+    for path in sorted(engine_folders(root), key=lambda path: path.name != platform.key):
+        try:
+            record = read_json_file(EngineRecord, path / RECORD_NAME, file=_shown(path))
+            reason = _why_unusable(record, fingerprint, platform) or _why_damaged(path, record)
+        except RecmasError as error:
+            reason = error.problems[0].message
+        else:
+            if reason is None:
+                return EngineFolder(path, record), ()
+        reasons.append(f"{path.relative_to(root).as_posix()}: {reason}")
+    return None, tuple(reasons)
+
+
+def _why_unusable(record: EngineRecord, fingerprint: str, platform: Platform) -> str | None:
+    if record.version != ENGINES_VERSION:
+        return f"of format version {record.version}, this runtime reads {ENGINES_VERSION}"
+    if record.fingerprint != fingerprint:
+        return (
+            f"built from another bundle (fingerprint {record.fingerprint[:12]}, "
+            f"this one's is {fingerprint[:12]})"
+        )
+    if record.tensorrt != platform.tensorrt:
+        return f"built by TensorRT {record.tensorrt}, here is {platform.tensorrt}"
+    if record.architecture != platform.architecture:
+        return f"built on a GPU of {record.architecture}, here is {platform.architecture}"
+    return None
+
+
+def _why_damaged(path: Path, record: EngineRecord) -> str | None:
+    """Compare every plan with its hash: what TensorRT does with a damaged plan is undefined."""
+    used = {plans.head for plans in record.backbones.values()}
+    used |= {plan.file for plans in record.backbones.values() for plan in plans.decoders}
+    if missing := sorted(used - record.files.keys()):
+        return f"{RECORD_NAME} does not list {missing[0]}"
+    for relative, entry in record.files.items():
+        file = inside(path, relative)
+        if not file.is_file():
+            return f"{relative} is missing"
+        if file.stat().st_size != entry.size_bytes or sha256_of(file) != entry.sha256:
+            return f"{relative} is damaged"
+    return None
+
+
+def timing_caches(root: Path) -> dict[str, bytes]:
+    """Return the timing caches of a bundle by the name of their folder.
+
+    They are worth keeping when a bundle is replaced: measuring is most of a build.
+    """
+    found = sorted((root / ENGINES_FOLDER).glob(f"*/{TIMING_CACHE_NAME}"))
+    return {path.parent.name: path.read_bytes() for path in found}
+
+
+@contextmanager
+def staged_engines(root: Path, platform: Platform) -> Iterator[Path]:
+    """Give an empty folder to build in; it takes its place only if the block ends well.
+
+    Raises:
+        RecmasError: RM303 if the bundle cannot be written to.
+    """
+    # Its locks are not there on every system that loads engines.
+    from recmas_runtime.core.staging import clear_away_dead_builds, move_into_place, staged_folder
+
+    engines = root / ENGINES_FOLDER
+    target = engines / platform.key
+    try:
+        engines.mkdir(exist_ok=True)
+        try:
+            clear_away_dead_builds(engines)
+            with staged_folder(target) as folder:
+                yield folder
+                if not move_into_place(folder, target):
+                    raise OSError(errno.EBUSY, "another build is replacing them")
+        finally:
+            if not any(engines.iterdir()):
+                engines.rmdir()
+    except OSError as error:
+        raise fail(
+            "RM303",
+            f"cannot write engines into {engines}: {error.strerror}",
+            hint="Free some space, or copy the bundle to where it can be written.",
+        ) from error
+
+
+def write_record(
+    folder: Path,
+    *,
+    fingerprint: str,
+    platform: Platform,
+    backbones: Mapping[str, BackbonePlans],
+) -> EngineRecord:
+    """Write the record of the plans in a folder, with their sizes and hashes."""
+    plans = sorted(folder.glob("*.plan"))
+    record = EngineRecord(
+        fingerprint=fingerprint,
+        tensorrt=platform.tensorrt,
+        architecture=platform.architecture,
+        backbones=dict(backbones),
+        files={
+            path.name: FileEntry(sha256=sha256_of(path), size_bytes=path.stat().st_size)
+            for path in plans
+        },
+    )
+    write_json_atomic(folder / RECORD_NAME, to_json(record))
+    return record
+
+
+def _shown(path: Path) -> str:
+    return f"{ENGINES_FOLDER}/{path.name}/{RECORD_NAME}"

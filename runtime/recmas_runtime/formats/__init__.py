@@ -1,0 +1,1 @@
+"""The bundle's formats: plan, manifest, links, tolerances, and the checks on load."""

@@ -1,0 +1,213 @@
+"""Bundles on disk: opened with every check that needs no engine.
+
+A bundle may come from anywhere. Nothing outside its folder is read, nothing but regular files is
+opened, and nothing of it is used before sizes (and, on request, hashes) are what the manifest says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.progress import Progress, Silent
+from recmas_runtime.core.regular_file import open_regular
+from recmas_runtime.formats.codec import read_json_file
+from recmas_runtime.formats.consistency import (
+    check_consistency,
+    interpreted_files,
+    referenced_files,
+)
+from recmas_runtime.formats.manifest import MANIFEST_NAME, PLAN_NAME, FileEntry, Manifest
+from recmas_runtime.formats.plan import Plan
+
+# Files below this are hashed at every load, and whatever their size graphs, tokenizers, chat
+# templates and the plan: it takes milliseconds. Weights are hashed by `recmas verify`.
+SMALL_FILE_BYTES: Final = 2**20
+_CHUNK_BYTES: Final = 2**22
+# Engines that were built on some machine are a cache beside what the manifest lists.
+ENGINES_FOLDER: Final = "engines"
+_COPY_AGAIN: Final = "Copy the bundle again, or build it again."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """An opened bundle.
+
+    Attributes:
+        root: Its folder.
+        manifest: What it holds.
+        plan: What to run.
+    """
+
+    root: Path
+    manifest: Manifest
+    plan: Plan
+
+    def file(self, relative: str) -> Path:
+        """Return the path of a file of the bundle.
+
+        Raises:
+            RecmasError: RM402 if it leaves the bundle, RM401 if it is missing or not listed.
+        """
+        if relative not in self.manifest.files:
+            raise _altered(relative, "the manifest does not list this file")
+        path = inside(self.root, relative)
+        if not path.is_file():
+            raise _altered(relative, "the file is missing")
+        return path
+
+
+def open_bundle(
+    path: Path | str, *, verify_hashes: bool = False, progress: Progress | None = None
+) -> Bundle:
+    """Open a bundle and check that it is whole and makes sense.
+
+    Args:
+        path: The bundle's folder.
+        verify_hashes: Hash every file; otherwise only small ones and those that say what is done.
+        progress: Is told about hashing.
+
+    Raises:
+        RecmasError: RM400 if it is no bundle, RM401 for missing or altered files, RM402 for paths
+            that leave it, RM403 if its format is newer, RM404 if manifest or plan are malformed or
+            do not fit together. Everything of one kind is reported at once.
+    """
+    root = Path(path)
+    if not (root / MANIFEST_NAME).is_file():
+        reason = "has no manifest.json" if root.is_dir() else "is not a folder"
+        raise fail(
+            "RM400",
+            f"not a bundle: {root} {reason}",
+            file=str(path),
+            hint="Name a folder that `recmasc build` wrote; an interrupted build leaves none.",
+        )
+    manifest = read_json_file(Manifest, root / MANIFEST_NAME, file=MANIFEST_NAME)
+    _check_files(root, manifest, verify_hashes=verify_hashes, progress=progress or Silent())
+    plan = read_json_file(Plan, inside(root, PLAN_NAME), file=PLAN_NAME)
+    bundle = Bundle(root=root, manifest=manifest, plan=plan)
+    check_bundle(bundle)
+    return bundle
+
+
+def check_bundle(bundle: Bundle) -> None:
+    """Check the plan against the manifest.
+
+    Raises:
+        RecmasError: RM404 with everything that does not fit together.
+    """
+    problems = check_consistency(bundle.manifest, bundle.plan)
+    if problems:
+        raise RecmasError(problems)
+
+
+def unlisted_files(bundle: Bundle) -> tuple[str, ...]:
+    """Return files in the bundle's folder that its manifest does not know; not built engines."""
+    found = sorted(
+        path.relative_to(bundle.root).as_posix()
+        for path in bundle.root.rglob("*")
+        if not path.is_dir()
+    )
+    return tuple(
+        f
+        for f in found
+        if f not in bundle.manifest.files and f != MANIFEST_NAME and not is_engine_file(f)
+    )
+
+
+def is_engine_file(relative: str) -> bool:
+    """Whether a path belongs to the cache of built engines, which no manifest lists."""
+    return relative.startswith(f"{ENGINES_FOLDER}/")
+
+
+def inside(root: Path, relative: str) -> Path:
+    """Return `root / relative`, made sure that it is inside `root`, links followed.
+
+    Raises:
+        RecmasError: RM402.
+    """
+    parts = relative.split("/")
+    plain = all(part not in ("", ".", "..") for part in parts)
+    # Backslashes, drive letters and NUL are no part of any name that the exporter writes.
+    if not plain or any(character in relative for character in "\\:\0"):
+        raise fail("RM402", f"path {relative!r} is not inside the bundle", file=MANIFEST_NAME)
+    path = root / relative
+    # realpath, because Path.resolve does not take links in a circle
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        raise fail("RM402", f"path {relative!r} leads out of the bundle by a link", file=relative)
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 digest of a regular file, read in chunks."""
+    digest = hashlib.sha256()
+    with open_regular(path, file=str(path)) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write JSON so that `path` holds either the old contents or all of the new ones.
+
+    Raises:
+        OSError: If the file cannot be written; `path` is as it was.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
+
+
+def _check_files(
+    root: Path, manifest: Manifest, *, verify_hashes: bool, progress: Progress
+) -> None:
+    """Check every listed file's place, kind, size and hash, and that nothing needed is unlisted."""
+    problems: list[Problem] = []
+    to_hash: list[tuple[str, FileEntry]] = []
+    always = {*interpreted_files(manifest)}
+    for relative, entry in manifest.files.items():
+        try:
+            _check_size(inside(root, relative), relative, entry)
+        except RecmasError as error:
+            problems += error.problems
+            continue
+        if verify_hashes or relative in always or entry.size_bytes < SMALL_FILE_BYTES:
+            to_hash.append((relative, entry))
+    for relative in referenced_files(manifest):
+        if relative not in manifest.files:
+            problems += _altered(
+                relative, "the manifest uses this file but does not list it"
+            ).problems
+    total = sum(entry.size_bytes for _, entry in to_hash)
+    with (progress if verify_hashes else Silent()).stage("Hashing (bytes)", total) as advance:
+        for relative, entry in to_hash:
+            if sha256_of(root / relative) != entry.sha256:
+                problems += _altered(relative, "the file's SHA-256 is not the manifest's").problems
+            advance(entry.size_bytes)
+    if problems:
+        raise RecmasError(problems)
+
+
+def _check_size(path: Path, relative: str, entry: FileEntry) -> None:
+    with open_regular(path, file=relative) as stream:
+        size_bytes = os.fstat(stream.fileno()).st_size
+    if size_bytes != entry.size_bytes:
+        raise _altered(relative, f"{size_bytes} bytes, the manifest says {entry.size_bytes}")
+
+
+def _altered(relative: str, message: str) -> RecmasError:
+    return fail("RM401", message, file=relative, hint=_COPY_AGAIN)

@@ -1,0 +1,206 @@
+"""Link weights as the engines take them: every kind of link in one unified form.
+
+    y = post?( W3 x + W2 gelu(W1 pre?(x) + b1) + bias )
+
+Where a kind has no norm, bias or W3 of its own, neutral values stand in: the graph is the same for
+all. Shape legend: G links of one call, I input width, H hidden width, O output width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.formats.manifest import LinkEntry
+from recmas_runtime.formats.safetensors_file import read_tensors
+
+Floats = NDArray[np.float32]
+Operands = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """Which parts a link has, by their names in checkpoints.
+
+    Attributes:
+        pre: Norm of the input, or None.
+        post: Norm of the output, or None.
+        has_skip_matrix: W3 (`residual_proj`) is a matrix, not the identity.
+        has_biases: The linear layers have biases.
+        hidden_per_out: Hidden width over output width.
+    """
+
+    pre: str | None
+    post: str | None
+    has_skip_matrix: bool
+    has_biases: bool
+    hidden_per_out: int = 1
+
+
+# (kind, role) -> form. The kinds are those of the specs: `residual` is the paper's, `ln_residual`
+# that of the released weights, `projected` the default for new links.
+FORMS: Final[dict[tuple[str, str], _Form]] = {
+    ("residual", "inner"): _Form(pre=None, post=None, has_skip_matrix=False, has_biases=False),
+    ("residual", "outer"): _Form(pre=None, post=None, has_skip_matrix=True, has_biases=False),
+    ("ln_residual", "inner"): _Form(
+        pre="pre_ln", post="post_ln", has_skip_matrix=False, has_biases=True
+    ),
+    ("ln_residual", "outer"): _Form(
+        pre="ln_source", post="ln_target", has_skip_matrix=True, has_biases=True, hidden_per_out=2
+    ),
+    ("projected", "inner"): _Form(pre="pre_ln", post=None, has_skip_matrix=True, has_biases=True),
+    ("projected", "outer"): _Form(
+        pre="ln_source", post=None, has_skip_matrix=True, has_biases=True
+    ),
+}
+
+
+def load_operands(path: Path, entry: LinkEntry) -> Operands:
+    """Read a link's weights and put them into the unified form.
+
+    Args:
+        path: safetensors file with the released tensor names, linear layers as [out, in].
+        entry: What the manifest says of the link.
+
+    Returns:
+        float32 arrays without the G axis (`pre_norm` and `post_norm`: bool): pre_norm [1, 1],
+        pre_scale and pre_bias [1, I], w1 [I, H], b1 [1, H], w2 [H, O], w3 [I, O], bias [1, O],
+        post_norm [1, 1], post_scale and post_bias [1, O].
+
+    Raises:
+        RecmasError: RM401 if it cannot be read, RM404 if it is not the link that `entry` says.
+    """
+    form = FORMS.get((entry.kind, entry.role))
+    if form is None:
+        raise _wrong(path, f"no link is of kind {entry.kind!r} and role {entry.role!r}")
+    tensors, metadata = read_tensors(path)
+    _check_metadata(path, entry, metadata)
+    _check_tensors(path, entry, form, tensors)
+    values = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    source, target = entry.in_dim, entry.out_dim
+    skip = values["residual_proj.weight"].T if form.has_skip_matrix else np.eye(source)
+    bias = np.zeros(target, np.float32)
+    for name in ("proj2.bias", "residual_proj.bias"):
+        bias = bias + values.get(name, np.float32(0))
+    hidden = target * form.hidden_per_out
+    operands = {
+        "pre_norm": np.array([[form.pre is not None]]),
+        "pre_scale": values.get(f"{form.pre}.weight", np.ones(source))[None],
+        "pre_bias": values.get(f"{form.pre}.bias", np.zeros(source))[None],
+        "w1": values["proj1.weight"].T,
+        "b1": values.get("proj1.bias", np.zeros(hidden))[None],
+        "w2": values["proj2.weight"].T,
+        "w3": skip,
+        "bias": bias[None],
+        "post_norm": np.array([[form.post is not None]]),
+        "post_scale": values.get(f"{form.post}.weight", np.ones(target))[None],
+        "post_bias": values.get(f"{form.post}.bias", np.zeros(target))[None],
+    }
+    return {name: _contiguous(operand) for name, operand in operands.items()}
+
+
+def read_operands(
+    path_of: Callable[[str], Path], links: Mapping[str, LinkEntry]
+) -> dict[str, Operands]:
+    """Return the operands of every link of a bundle, by id.
+
+    Args:
+        path_of: Gives the path of a file of the bundle, and refuses what is none.
+        links: Entries of the manifest.
+
+    Raises:
+        RecmasError: As `load_operands` and `path_of`.
+    """
+    return {name: load_operands(path_of(entry.file), entry) for name, entry in links.items()}
+
+
+def stack_operands(links: Sequence[Mapping[str, NDArray[Any]]]) -> Operands:
+    """Give operands the leading G axis, one entry per link.
+
+    Hidden widths may differ: zeros fill up to the widest, and gelu(0) = 0 adds nothing. A single
+    link's operands are not copied.
+
+    Args:
+        links: Operands from `load_operands`; at least one, of equal input and output widths.
+    """
+    if len(links) == 1:
+        return {name: operand[None] for name, operand in links[0].items()}
+    hidden = max(link["w1"].shape[1] for link in links)
+    widened = [_widen_hidden(link, hidden) for link in links]
+    return {name: np.stack([link[name] for link in widened]) for name in links[0]}
+
+
+def expected_tensors(entry: LinkEntry) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the tensors in a link's checkpoint."""
+    return _shapes(FORMS[entry.kind, entry.role], entry)
+
+
+def _shapes(form: _Form, entry: LinkEntry) -> dict[str, tuple[int, ...]]:
+    source, target = entry.in_dim, entry.out_dim
+    hidden = target * form.hidden_per_out
+    layers = {"proj1": (hidden, source), "proj2": (target, hidden)}
+    if form.has_skip_matrix:
+        layers["residual_proj"] = (target, source)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in layers.items():
+        shapes[f"{name}.weight"] = shape
+        if form.has_biases:
+            shapes[f"{name}.bias"] = shape[:1]
+    for norm, width in ((form.pre, source), (form.post, target)):
+        if norm is not None:
+            shapes[f"{norm}.weight"] = shapes[f"{norm}.bias"] = (width,)
+    return shapes
+
+
+def _check_metadata(path: Path, entry: LinkEntry, metadata: Mapping[str, str]) -> None:
+    said = {"kind": entry.kind, "in_dim": str(entry.in_dim), "out_dim": str(entry.out_dim)}
+    for key, value in said.items():
+        if metadata.get(key) != value:
+            raise _wrong(path, f"metadata {key!r} is {metadata.get(key)!r}, expected {value!r}")
+
+
+def _check_tensors(
+    path: Path, entry: LinkEntry, form: _Form, tensors: Mapping[str, NDArray[Any]]
+) -> None:
+    shapes = _shapes(form, entry)
+    if entry.role == "inner" and entry.in_dim != entry.out_dim:
+        raise _wrong(path, f"an inner link of widths {entry.in_dim} and {entry.out_dim}")
+    if tensors.keys() != shapes.keys():
+        odd = ", ".join(sorted(tensors.keys() ^ shapes.keys()))
+        raise _wrong(path, f"missing or unknown tensors for {entry.kind} {entry.role}: {odd}")
+    for name, shape in shapes.items():
+        found = tensors[name]
+        if found.shape != shape or found.dtype.kind != "f":
+            raise _wrong(
+                path, f"{name} is {found.dtype}{list(found.shape)}, expected float{list(shape)}"
+            )
+        if not np.isfinite(found).all():
+            raise _wrong(path, f"{name} holds values that are not finite")
+
+
+def _widen_hidden(link: Mapping[str, NDArray[Any]], hidden: int) -> Operands:
+    missing = hidden - link["w1"].shape[1]
+    columns, rows = ((0, 0), (0, missing)), ((0, missing), (0, 0))
+    return {
+        **link,
+        "w1": np.pad(link["w1"], columns),
+        "b1": np.pad(link["b1"], columns),
+        "w2": np.pad(link["w2"], rows),
+    }
+
+
+def _contiguous(operand: NDArray[Any]) -> NDArray[Any]:
+    # Engines bind these buffers directly.
+    return np.ascontiguousarray(
+        operand, dtype=np.bool_ if operand.dtype == np.bool_ else np.float32
+    )
+
+
+def _wrong(path: Path, message: str) -> RecmasError:
+    return fail("RM404", message, file=str(path), hint="Build the bundle again.")

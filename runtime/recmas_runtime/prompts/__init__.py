@@ -1,0 +1,1 @@
+"""From a record to token ids and back: templates, tokenizers, sampling."""

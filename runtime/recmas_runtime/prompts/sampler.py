@@ -1,0 +1,204 @@
+"""Choosing tokens from logits, and noticing where an answer ends.
+
+Settings apply in the order of Hugging Face's `generate`: repetition penalty, temperature, top-k,
+top-p, min-p. Shape legend: R rows of a call, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.formats.plan import SamplingPlan
+
+Floats = NDArray[np.float32]
+Scores = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+
+def check_sampling(sampling: SamplingPlan) -> None:
+    """Refuse settings that mean nothing.
+
+    Raises:
+        RecmasError: RM505, one problem for each.
+    """
+    bounds = {
+        "max_new_tokens": (sampling.max_new_tokens >= 1, "at least 1"),
+        "temperature": (0.0 <= sampling.temperature < math.inf, "0 (greedy) or more"),
+        "top_p": (0.0 < sampling.top_p <= 1.0, "above 0 and at most 1"),
+        "top_k": (sampling.top_k >= 0, "0 (all) or more"),
+        "min_p": (0.0 <= sampling.min_p <= 1.0, "between 0 and 1"),
+        "repetition_penalty": (0.0 < sampling.repetition_penalty < math.inf, "above 0"),
+        "seed": (0 <= sampling.seed < 2**63, "0 or more and below 2**63"),
+        "stop": (all(sampling.stop), "strings that are not empty"),
+    }
+    problems = [
+        Problem(
+            code="RM505",
+            message=f"{name} is {getattr(sampling, name)!r}",
+            hint=f"It must be {wanted}.",
+        )
+        for name, (ok, wanted) in bounds.items()
+        if not ok
+    ]
+    if problems:
+        raise RecmasError(problems)
+
+
+class Sampler:
+    """Chooses the next token of every sample of a batch.
+
+    Each sample has its own random stream, so what it draws does not depend on its neighbours.
+
+    Args:
+        sampling: The settings.
+        seeds: One per sample.
+
+    Raises:
+        RecmasError: RM505 for settings that mean nothing.
+    """
+
+    def __init__(self, sampling: SamplingPlan, seeds: Sequence[int]) -> None:
+        check_sampling(sampling)
+        self._sampling = sampling
+        self._streams = [np.random.Generator(np.random.Philox(seed)) for seed in seeds]
+        self._written: list[set[int]] = [set() for _ in seeds]
+
+    def choose(self, logits: Floats, rows: Sequence[int] | None = None) -> Indices:
+        """Choose one token per row; the lowest id wins a tie of greedy choice.
+
+        Args:
+            logits: [R, V].
+            rows: The sample that each row belongs to; all in order if None.
+
+        Returns:
+            Token ids [R].
+
+        Raises:
+            RecmasError: RM507 if logits are not numbers.
+        """
+        assert logits.ndim == 2, f"logits {logits.shape} are not [R, V]"
+        samples = range(len(logits)) if rows is None else rows
+        if not np.isfinite(logits.max(axis=1)).all():
+            raise fail(
+                "RM507",
+                "the engine returned logits that are not finite",
+                hint="Run `recmas verify` on the bundle.",
+            )
+        scores = logits.astype(np.float64)
+        if self._sampling.repetition_penalty != 1.0:
+            for row, sample in zip(scores, samples, strict=True):
+                penalize(row, self._written[sample], self._sampling.repetition_penalty)
+        if self._sampling.temperature == 0.0:
+            chosen = scores.argmax(axis=1)
+        else:
+            kept = warp(scores, self._sampling)
+            chosen = np.array(
+                [self._draw(row, sample) for row, sample in zip(kept, samples, strict=True)]
+            )
+        for sample, token_id in zip(samples, chosen.tolist(), strict=True):
+            self._written[sample].add(token_id)
+        return np.asarray(chosen, dtype=np.int64)
+
+    def _draw(self, scores: Scores, sample: int) -> int:
+        (candidates,) = np.nonzero(scores > -np.inf)
+        weights = np.exp(scores[candidates] - scores.max())
+        cumulative = np.cumsum(weights)
+        drawn = self._streams[sample].random() * cumulative[-1]
+        # The product may round up to the whole sum, past the last candidate.
+        place = min(np.searchsorted(cumulative, drawn, side="right"), len(candidates) - 1)
+        return int(candidates[place])
+
+
+def penalize(scores: Scores, written: set[int], penalty: float) -> None:
+    """Make the tokens that were written already less likely, in one row [V], in place."""
+    ids = np.fromiter(written, np.int64, len(written))
+    scores[ids] = np.where(scores[ids] < 0, scores[ids] * penalty, scores[ids] / penalty)
+
+
+def warp(scores: Scores, sampling: SamplingPlan) -> Scores:
+    """Apply temperature, top-k, top-p and min-p; what falls away becomes -inf.
+
+    Args:
+        scores: Logits [R, V].
+        sampling: Settings with a temperature above 0.
+
+    Returns:
+        [R, V], shifted so that every row's largest is 0.
+    """
+    with np.errstate(over="ignore"):  # a tiny temperature makes losers -inf, as it should
+        scores = (scores - scores.max(axis=1, keepdims=True)) / sampling.temperature
+    if 0 < sampling.top_k < scores.shape[1]:
+        bar = np.partition(scores, -sampling.top_k, axis=1)[:, -sampling.top_k, None]
+        scores = np.where(scores < bar, -np.inf, scores)
+    if sampling.top_p < 1.0:
+        scores = np.stack([_keep_nucleus(row, sampling.top_p) for row in scores])
+    if sampling.min_p > 0.0:
+        scores = np.where(scores < math.log(sampling.min_p), -np.inf, scores)
+    return scores
+
+
+def _keep_nucleus(scores: Scores, top_p: float) -> Scores:
+    """Drop the least likely tokens whose probabilities together come to at most 1 - top_p."""
+    weights = np.exp(scores)
+    probabilities = weights / weights.sum()
+    # Tokens this unlikely are dropped whatever their order: all of them together cannot come to
+    # more than 1 - top_p. That leaves few to sort.
+    (likely,) = np.nonzero(probabilities > (1.0 - top_p) / len(scores))
+    order = likely[np.argsort(probabilities[likely], kind="stable")]
+    unlikely_mass = 1.0 - probabilities[likely].sum()
+    dropped_mass = unlikely_mass + np.cumsum(probabilities[order])
+    kept = order[dropped_mass > 1.0 - top_p]
+    if kept.size == 0:  # rounding: the likeliest always stays
+        kept = np.array([scores.argmax()])
+    nucleus = np.full_like(scores, -np.inf)
+    nucleus[kept] = scores[kept]
+    return nucleus
+
+
+class StopMatcher:
+    """Passes text on until a stop string is complete, and holds back what might become one.
+
+    The stop string that is complete first ends the text, so that the result does not depend on how
+    the text was cut into pieces.
+
+    Args:
+        stop: Strings that end the text; none of them empty.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """Add text; return what is certain not to belong to a stop string."""
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [(start + len(s), start) for s in self._stop if (start := self._held.find(s)) >= 0]
+        if found:
+            self.stopped = True
+            _, start = min(found)
+            ready, self._held = self._held[:start], ""
+            return ready
+        ready_chars = len(self._held) - self._num_open_chars()
+        ready, self._held = self._held[:ready_chars], self._held[ready_chars:]
+        return ready
+
+    def flush(self) -> str:
+        """Return what was held back: the text has ended, it belongs to no stop string."""
+        ready, self._held = self._held, ""
+        return ready
+
+    def _num_open_chars(self) -> int:
+        """Return the length of the longest end of the held text that begins a stop string."""
+        longest = min(len(self._held), max((len(s) - 1 for s in self._stop), default=0))
+        for num_chars in range(longest, 0, -1):
+            if any(s.startswith(self._held[-num_chars:]) for s in self._stop):
+                return num_chars
+        return 0

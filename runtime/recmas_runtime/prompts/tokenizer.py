@@ -1,0 +1,194 @@
+"""Text to token ids and back, with the text of control tokens kept harmless."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import tokenizers
+
+from recmas_runtime.core.errors import fail
+from recmas_runtime.prompts.chat_template import ChatTemplate
+
+Span = tuple[int, int]  # characters [first, last) of a text
+
+# What bytes decode to that are not (yet) a whole UTF-8 character.
+_REPLACEMENT: Final = "\ufffd"
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer without transformers.
+
+    A control token is an added token that is special, or whose text the chat template writes:
+    whoever can place one in a prompt can end a turn or open another.
+
+    Args:
+        tokenizer_json: The path of a `tokenizer.json`, or its text.
+        chat_template: The chat template's text.
+
+    Raises:
+        RecmasError: RM404 if the tokenizer is malformed, RM206 if the template is.
+    """
+
+    def __init__(self, tokenizer_json: str | Path, chat_template: str) -> None:
+        file = str(tokenizer_json) if isinstance(tokenizer_json, Path) else None
+        try:
+            if isinstance(tokenizer_json, Path):
+                self._tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_json))
+            else:
+                self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
+        # The library raises bare exceptions for whatever it finds wrong.
+        except Exception as error:
+            raise fail(
+                "RM404",
+                f"malformed tokenizer: {error}",
+                file=file,
+                hint="Build the bundle again, or copy it afresh.",
+            ) from error
+        # A saved tokenizer may carry settings that would cut or pad prompts.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._control_ids = self._find_control_ids(ChatTemplate(chat_template).literals)
+
+    def _find_control_ids(self, literals: Sequence[str]) -> frozenset[int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(
+            token_id
+            for token_id, token in added.items()
+            # Some tokenizers add runs of white space as tokens; those control nothing.
+            if token.special
+            or (not token.content.isspace() and any(token.content in text for text in literals))
+        )
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """The control tokens' ids."""
+        return self._control_ids
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Encode text in which control tokens mean what they say; adds no tokens of its own."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def control_spans(self, text: str) -> tuple[Span, ...]:
+        """Return where the tokenizer would see control tokens, without the space around them."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        spans = []
+        for token_id, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id in self._control_ids:
+                # A token may swallow the white space beside it; that is not part of its text.
+                matched = text[first:last]
+                first += len(matched) - len(matched.lstrip())
+                spans.append((first, first + len(matched.strip())))
+        return tuple(spans)
+
+    def encode_piece(self, text: str, plain: Sequence[Span] = ()) -> tuple[int, ...]:
+        """Encode text, but let no control token arise from the characters in `plain`.
+
+        All other tokens are those of `encode`.
+
+        Args:
+            text: The piece.
+            plain: Where someone else's text spells control tokens.
+
+        Raises:
+            RecmasError: RM500 if a control token cannot be spelled with ordinary tokens.
+        """
+        if not plain:
+            return self.encode(text)
+        return tuple(token_id for token_id, _ in self.encode_placed(text, plain))
+
+    def encode_placed(self, text: str, plain: Sequence[Span] = ()) -> tuple[tuple[int, int], ...]:
+        """Encode text as `encode_piece` does; return each token with the character it begins at.
+
+        Args:
+            text: The piece.
+            plain: Where someone else's text spells control tokens.
+
+        Raises:
+            RecmasError: RM500 if a control token cannot be spelled with ordinary tokens.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        placed: list[tuple[int, int]] = []
+        end = 0
+        for token_id, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
+            # Some tokenizers leave a word's leading space out of its place: it begins where the
+            # token before it ended. Tokens of one character's bytes all have its place.
+            start, end = min(first, end), last
+            if token_id in self._control_ids and any(
+                first < span_last and span_first < last for span_first, span_last in plain
+            ):
+                placed += [(spelled, start) for spelled in self._encode_plain(text[first:last])]
+            else:
+                placed.append((token_id, start))
+        return tuple(placed)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens left out."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """Spell `text` with ordinary tokens, as it would be in the middle of other text."""
+        # Tokenizers of the SentencePiece kind put a space before the first word; after a line break
+        # they do not.
+        line_break, ids = self._spell("\n"), self._spell("\n" + text)
+        joined = ids[: len(line_break)] != line_break
+        ids = self._spell(text) if joined else ids[len(line_break) :]
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        # A model that knows the control token as an ordinary word: in two parts it is none.
+        if len(text) < 2:
+            raise fail(
+                "RM500",
+                f"the text contains {text!r}, which this backbone only knows as a control token",
+                hint="Remove it from the record.",
+            )
+        return self._encode_plain(text[:1]) + self._encode_plain(text[1:])
+
+    def _spell(self, text: str) -> list[int]:
+        """Run the tokenizer's own stages without its added tokens."""
+        if self._tokenizer.normalizer is not None:
+            text = self._tokenizer.normalizer.normalize_str(text)
+        words = [text]
+        if self._tokenizer.pre_tokenizer is not None:
+            words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        model = self._tokenizer.model
+        return [token.id for word in words for token in model.tokenize(word)]
+
+
+class IncrementalDecoder:
+    """Turns token ids into text as they come, and never writes half a character.
+
+    What it returns over its life adds up to `tokenizer.decode` of all ids.
+
+    Args:
+        tokenizer: Decodes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # Tokens [_context:_written] are on the page already and are decoded again only so that
+        # those after them know what stands before: some tokenizers drop the first word's space.
+        self._ids: list[int] = []
+        self._context = 0
+        self._written = 0
+
+    def push(self, token_id: int) -> str:
+        """Add a token; return the text that is now certain, possibly none."""
+        self._ids.append(token_id)
+        text = self._pending()
+        if text.endswith(_REPLACEMENT):
+            return ""
+        if text:
+            self._context, self._written = self._written, len(self._ids)
+        return text
+
+    def flush(self) -> str:
+        """Return what was held back, complete or not."""
+        text = self._pending()
+        self._context = self._written = len(self._ids)
+        return text
+
+    def _pending(self) -> str:
+        before = self._tokenizer.decode(self._ids[self._context : self._written])
+        return self._tokenizer.decode(self._ids[self._context :])[len(before) :]

@@ -1,0 +1,1 @@
+"""Running a plan: records in, answers out."""

@@ -1,0 +1,257 @@
+"""What a latent system is measured against: other plans over the same engines and prompts.
+
+Each baseline is a change of the plan, so prompts, sampler, token accounting and the one way of
+writing text stay what they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Final
+
+from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.formats.manifest import Manifest
+from recmas_runtime.formats.plan import (
+    AgentPlan,
+    CachePlan,
+    DecodeStep,
+    Plan,
+    PrefillStep,
+    PromptPart,
+    SendStep,
+    Step,
+    ThinkStep,
+    WriteStep,
+    cache_capacity,
+    prompt_fields,
+)
+
+LATENT: Final = "latent"
+
+Parts = tuple[PromptPart, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """A plan to compare with.
+
+    Attributes:
+        plan: The plan.
+        exchanges_messages: The answer agent sees, in the last round, the messages of the next
+            record of its batch.
+    """
+
+    plan: Plan
+    exchanges_messages: bool = False
+
+
+def apply_baseline(plan: Plan, name: str, manifest: Manifest) -> Baseline:
+    """Return the baseline of a latent plan.
+
+    Args:
+        plan: The latent plan.
+        name: `latent`, one of `BASELINES`, or `text@N` and `moa@N` with N tokens per text.
+        manifest: Of the bundle; says how long prompts may become.
+
+    Raises:
+        RecmasError: RM508 for a name that is none, or that this system has no use for.
+    """
+    if name == LATENT:
+        return Baseline(plan=plan)
+    found = re.fullmatch(r"([a-z-]+)(?:@([1-9][0-9]{0,5}))?", name)
+    if found is None or found[1] not in BASELINES:
+        raise _unusable(f"there is no baseline {name!r}")
+    kind, limit = found[1], found[2]
+    if limit is not None and kind not in _WITH_LIMIT:
+        raise _unusable(f"{name!r}: only {' and '.join(_WITH_LIMIT)} take a limit of tokens")
+    return _CHANGES[kind](plan, manifest, None if limit is None else int(limit))
+
+
+def _single(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
+    """The answer agent alone: lines of its prompt that hold a slot are left out."""
+    agent = plan.agents[plan.answer_agent]
+    return Baseline(plan=_only_answer(plan, manifest, {plan.answer_agent: _without_slots(agent)}))
+
+
+def _null_latents(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
+    """The answer agent's prompt as it is, all its slots empty.
+
+    Nothing that the other agents do can reach its text, so they do not run.
+    """
+    agent = plan.agents[plan.answer_agent]
+    senders = {part.value for part in agent.then if part.kind == "slot"}
+    silent = {name: replace(plan.agents[name], latent_steps=0) for name in senders}
+    return Baseline(plan=_only_answer(plan, manifest, {plan.answer_agent: agent} | silent))
+
+
+def _shuffled_latents(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
+    """The same run, but the answer is written from another record's messages."""
+    if not any(part.kind == "slot" for part in plan.agents[plan.answer_agent].then):
+        raise _unusable("shuffled-latents: the answer agent has no slot")
+    return Baseline(plan=replace(plan, stop_when=None), exchanges_messages=True)
+
+
+def _text(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
+    """The same graph and rounds, but every agent that would think writes text instead.
+
+    Its text stands in the slots of the agents it would have sent thoughts to.
+    """
+    steps = [
+        WriteStep(round=step.round, agents=step.agents, cache=step.cache, max_new_tokens=limit)
+        if isinstance(step, ThinkStep)
+        else step
+        for step in plan.steps
+        if not isinstance(step, SendStep)
+    ]
+    return Baseline(plan=_with_text(plan, manifest, plan.agents, steps))
+
+
+def _moa(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
+    """Mixture-of-agents (arXiv 2406.04692): all other agents answer, the answer agent sums up.
+
+    Each round is a layer: from the second on every agent also sees all answers of the layer before.
+    Prompts are the agents' own without the lines that hold slots.
+    """
+    others = [name for name in plan.agents if name != plan.answer_agent]
+    if not others:
+        raise _unusable("moa: there is no agent besides the answer agent")
+    agents = {}
+    for name, agent in plan.agents.items():
+        alone = _without_slots(agent)
+        agents[name] = replace(alone, first=alone.then, then=alone.then + _answers_of(others))
+    by_backbone = [
+        tuple(group)
+        for _, group in groupby(
+            sorted(others, key=lambda n: agents[n].backbone), key=lambda n: agents[n].backbone
+        )
+    ]
+    groups = [*by_backbone, (plan.answer_agent,)]
+    caches = {"+".join(group): _cache(plan, manifest, group) for group in groups}
+    steps: list[Step] = []
+    for round_ in range(1, plan.rounds + 1):
+        for group in by_backbone:
+            cache = "+".join(group)
+            steps.append(
+                PrefillStep(
+                    round=round_,
+                    agents=group,
+                    variants=("first" if round_ == 1 else "then",) * len(group),
+                    reuse_prefix=round_ > 1,
+                    cache=cache,
+                )
+            )
+            steps.append(WriteStep(round=round_, agents=group, cache=cache, max_new_tokens=limit))
+    steps += _answer_steps(plan.answer_agent, plan.rounds)
+    whole = replace(
+        _with_text(plan, manifest, agents, steps),
+        caches=caches,
+        feedback_links=tuple(f"{source}->{target}" for source in others for target in others),
+    )
+    return Baseline(plan=whole)
+
+
+def _only_answer(plan: Plan, manifest: Manifest, agents: Mapping[str, AgentPlan]) -> Plan:
+    """Return a plan of one round in which the answer agent answers at once."""
+    name = plan.answer_agent
+    return replace(
+        plan,
+        rounds=1,
+        agents=dict(agents),
+        feedback_links=(),
+        caches={name: _cache(plan, manifest, (name,))},
+        steps=_answer_steps(name, 1),
+        fields=prompt_fields(agents.values()),
+        stop_when=None,
+    )
+
+
+def _answer_steps(name: str, round_: int) -> tuple[Step, ...]:
+    prefill = PrefillStep(
+        round=round_, agents=(name,), variants=("then",), reuse_prefix=False, cache=name
+    )
+    return prefill, DecodeStep(round=round_, agent=name, cache=name)
+
+
+def _with_text(
+    plan: Plan, manifest: Manifest, agents: Mapping[str, AgentPlan], steps: Sequence[Step]
+) -> Plan:
+    """Return a plan whose prompts may grow: half of a backbone's positions are left to text."""
+    positions = min(manifest.backbones[agent.backbone].max_positions for agent in agents.values())
+    longest = max(plan.limits.max_prompt_tokens, positions // 2)
+    return replace(
+        plan,
+        agents=dict(agents),
+        steps=tuple(steps),
+        fields=prompt_fields(agents.values()),
+        limits=replace(plan.limits, max_prompt_tokens=longest),
+        stop_when=None,
+    )
+
+
+def _cache(plan: Plan, manifest: Manifest, agents: tuple[str, ...]) -> CachePlan:
+    """Return a cache for a group of agents, at the limits of the latent plan."""
+    backbone = plan.agents[agents[0]].backbone
+    entry = manifest.backbones[backbone]
+    capacity = cache_capacity(plan.limits.max_prompt_tokens + plan.sampling.max_new_tokens)
+    bytes_per_row = 2 * 4 * entry.num_layers * entry.num_kv_heads * entry.head_dim
+    return CachePlan(
+        backbone=backbone,
+        agents=agents,
+        capacity=capacity,
+        bytes_per_sample=bytes_per_row * capacity * len(agents),
+    )
+
+
+def without_slots(prompt: Parts) -> Parts:
+    """Return a prompt without its slots, and without the lines that are about nothing else.
+
+    This is what an agent is asked that is on its own; a line with a field stays.
+    """
+    lines: list[list[PromptPart]] = [[]]
+    for part in prompt:
+        texts = part.value.splitlines(keepends=True) if part.kind == "text" else [part.value]
+        for text in texts:
+            lines[-1].append(PromptPart(kind=part.kind, value=text))
+            if part.kind == "text" and text.endswith("\n"):
+                lines.append([])
+    return tuple(
+        part
+        for line in lines
+        if {part.kind for part in line} >= {"field"} or all(part.kind == "text" for part in line)
+        for part in line
+        if part.kind != "slot"
+    )
+
+
+def _without_slots(agent: AgentPlan) -> AgentPlan:
+    return replace(agent, first=None, then=without_slots(agent.then))
+
+
+def _answers_of(agents: Sequence[str]) -> Parts:
+    """Return the end of a prompt that shows what the agents answered."""
+    parts = [PromptPart(kind="text", value="\n\nAnswers that others gave to the same task:\n")]
+    for number, name in enumerate(agents, start=1):
+        parts.append(PromptPart(kind="text", value=f"\n{number}. "))
+        parts.append(PromptPart(kind="slot", value=name))
+        parts.append(PromptPart(kind="text", value="\n"))
+    return tuple(parts)
+
+
+def _unusable(message: str) -> RecmasError:
+    known = [LATENT, *BASELINES, *(f"{name}@N" for name in _WITH_LIMIT)]
+    return fail("RM508", message, hint=f"Baselines are {', '.join(known)}.")
+
+
+_CHANGES: Final[dict[str, Callable[[Plan, Manifest, int | None], Baseline]]] = {
+    "single": _single,
+    "text": _text,
+    "moa": _moa,
+    "null-latents": _null_latents,
+    "shuffled-latents": _shuffled_latents,
+}
+_WITH_LIMIT: Final = ("text", "moa")
+
+BASELINES: Final = tuple(_CHANGES)

@@ -1,0 +1,167 @@
+"""Text from the prompts in a lane, token by token: the one way that text is written.
+
+The answer of a latent system is written here, and so is the text that agents of a text system hand
+to each other. Rows whose text is finished leave the lane. Where an answer calls a tool, its result
+joins the text and the cache, and the writing goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from recmas_runtime.formats.plan import SamplingPlan
+from recmas_runtime.prompts.sampler import Sampler, StopMatcher
+from recmas_runtime.prompts.tokenizer import IncrementalDecoder, Tokenizer
+from recmas_runtime.running.answers import FinishReason
+from recmas_runtime.running.sequence_batch import Lane
+from recmas_runtime.tools.calls import CallScanner, ToolResult, result_block
+from recmas_runtime.tools.toolbox import Toolbox
+
+
+@dataclass(frozen=True, kw_only=True)
+class Voice:
+    """What turns a backbone's tokens into text.
+
+    Attributes:
+        eos_token_ids: Tokens that end a text.
+        max_positions: Positions that the backbone was made for.
+    """
+
+    tokenizer: Tokenizer
+    eos_token_ids: frozenset[int]
+    max_positions: int
+
+
+class TextWriter:
+    """One text in the making: tokens to text, stop strings, tool calls, the reason it ended.
+
+    Attributes:
+        text: What is certain so far, results of tools included.
+        num_tokens: Tokens that the model wrote, one that ended the text included.
+        num_result_tokens: Tokens of tool results.
+        results: Of the tool calls, in order.
+        finish_reason: None while it goes on.
+    """
+
+    def __init__(
+        self, voice: Voice, stop: Sequence[str], scanner: CallScanner | None = None
+    ) -> None:
+        self._eos = voice.eos_token_ids
+        self._tokenizer = voice.tokenizer
+        self._decoder = IncrementalDecoder(voice.tokenizer)
+        self._stop = stop
+        self._matcher = StopMatcher(stop)
+        self._scanner = scanner
+        self.text = ""
+        self.num_tokens = 0
+        self.num_result_tokens = 0
+        self.results: list[ToolResult] = []
+        self.finish_reason: FinishReason | None = None
+
+    def push(self, token_id: int) -> str:
+        """Add a token; returns the text that is now certain."""
+        self.num_tokens += 1
+        if token_id in self._eos:
+            return self.finish("stop")
+        piece = self._matcher.push(self._decoder.push(token_id))
+        self.text += piece
+        if self._matcher.stopped:
+            self.finish_reason = "stop"
+        return piece
+
+    def finish(self, reason: FinishReason) -> str:
+        """End the text; returns what was held back."""
+        piece = self._matcher.push(self._decoder.flush()) + self._matcher.flush()
+        self.text += piece
+        # Held-back bytes may complete a stop string after all.
+        self.finish_reason = "stop" if self._matcher.stopped else reason
+        return piece
+
+    def call_tool(self, piece: str, toolbox: Toolbox) -> tuple[str, tuple[int, ...]]:
+        """Run the call that `piece` completes, if it does; returns its result, text and tokens."""
+        assert self._scanner is not None, "this text calls no tools"
+        call = self._scanner.push(piece)
+        if call is None:
+            return "", ()
+        result = toolbox.run(call, num_earlier=len(self.results))
+        self.results.append(result)
+        block = result_block(result)
+        # A stop string ends what the model writes, never what a tool says.
+        held = self._matcher.flush()
+        self._matcher = StopMatcher(self._stop)
+        self.text += held + block
+        # Text of a tool must never become control tokens.
+        ids = self._tokenizer.encode_piece(block, self._tokenizer.control_spans(block))
+        self.num_result_tokens += len(ids)
+        return held + block, ids
+
+
+class Scribe:
+    """Writes the texts of a lane's rows.
+
+    Args:
+        lane: Its rows have their prompts in.
+        voice: Of the lane's backbone.
+        sampling: How tokens are chosen.
+        seeds: One for each row.
+        toolbox: What the texts may call.
+        keeps_lane: The lane is used again, so what is in its cache stays.
+
+    Attributes:
+        writers: One for each row of the lane.
+    """
+
+    def __init__(
+        self,
+        lane: Lane,
+        *,
+        voice: Voice,
+        sampling: SamplingPlan,
+        seeds: Sequence[int],
+        toolbox: Toolbox | None = None,
+        keeps_lane: bool,
+    ) -> None:
+        self._lane = lane
+        self._keeps_lane = keeps_lane
+        self._voice = voice
+        self._max_new_tokens = sampling.max_new_tokens
+        self._sampler = Sampler(sampling, seeds)
+        self._toolbox = toolbox
+        scanners = [None if toolbox is None else toolbox.scanner() for _ in seeds]
+        self.writers = [TextWriter(voice, sampling.stop, scanner) for scanner in scanners]
+
+    def pieces(self) -> Iterator[tuple[int, str]]:
+        """Write until every text is finished; yields (row, text) as text becomes certain."""
+        lane, rows, keep = self._lane, list(range(len(self.writers))), self._keeps_lane
+        while True:
+            chosen = self._sampler.choose(lane.logits(), rows).tolist()
+            going: list[int] = []  # places in the lane
+            tokens: list[tuple[int, ...]] = []
+            for place, (row, token_id) in enumerate(zip(rows, chosen, strict=True)):
+                writer = self.writers[row]
+                piece, result_ids = self._write(writer, token_id, int(lane.lengths[place]))
+                if piece:
+                    yield row, piece
+                if writer.finish_reason is None:
+                    going.append(place)
+                    tokens.append((token_id, *result_ids))
+            if not going:
+                return
+            if len(going) < len(rows):
+                lane, rows = lane.select(going, keep=keep), [rows[place] for place in going]
+                keep = False
+            lane.feed(tokens)
+
+    def _write(self, writer: TextWriter, token_id: int, length: int) -> tuple[str, tuple[int, ...]]:
+        """Add a token to a text of `length` positions; returns new text and a result's tokens."""
+        piece = writer.push(token_id)
+        ids: tuple[int, ...] = ()
+        if writer.finish_reason is None and writer.num_tokens == self._max_new_tokens:
+            piece += writer.finish("length")
+        if writer.finish_reason is None and self._toolbox is not None:
+            result, ids = writer.call_tool(piece, self._toolbox)
+            piece += result
+        if writer.finish_reason is None and length + 1 + len(ids) > self._voice.max_positions:
+            piece += writer.finish("length")
+        return piece, ids

@@ -1,0 +1,160 @@
+"""Engines against the reference on a stored case: what is measured at build and on `verify`.
+
+Every call is teacher-forced, so differences do not feed back. Shape legend: T positions of the
+case, N calls it is cut into, K tokens of the greedy continuation, d width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recmas_runtime.engines.interface import Backbone
+from recmas_runtime.engines.onnx.backbone import LinkEngine, Operands
+from recmas_runtime.engines.onnx.session import Device, call_onnx, make_session
+from recmas_runtime.formats.links import stack_operands
+from recmas_runtime.formats.plan import cache_capacity
+
+Case = Mapping[str, NDArray[Any]]
+
+
+# The tensors of a backbone's case.
+BACKBONE_CASE: Final = frozenset(
+    {
+        "inputs_embeds",
+        "chunks",
+        "hidden",
+        "thought_next",
+        "greedy_prompt",
+        "greedy_tokens",
+        "logits",
+        "logits_hidden",
+    }
+)
+
+
+class Parity(NamedTuple):
+    """How far engines are from the reference.
+
+    Attributes:
+        figures: Largest difference by the names of `tolerances.TOLERANCES`.
+        greedy_tokens_equal: Whether the greedy continuation is the reference's.
+    """
+
+    figures: dict[str, float]
+    greedy_tokens_equal: bool
+
+
+def measure_backbone_parity(engine: Backbone[Any], case: Case, inner: Operands) -> Parity:
+    """Run a backbone's engines over a case.
+
+    Args:
+        engine: The engines.
+        case: `inputs_embeds` [1, T, d]; `chunks` [N], lengths of the calls that T is cut into;
+            expected `hidden` [1, T, d] and `thought_next` [N, 1, d]; `logits_hidden` [n, d] with
+            expected `logits` [n, V]; `greedy_prompt` [P] with expected `greedy_tokens` [K].
+        inner: Operands of the case's inner link, without the G axis.
+    """
+    grouped = stack_operands([inner])
+    hidden, following = _run_chunks(engine, case["inputs_embeds"], case["chunks"], grouped)
+    logits = engine.logits(case["logits_hidden"])
+    # A case's inputs begin with the embedded tokens of its greedy prompt.
+    embeds = engine.embed(case["greedy_prompt"][None])
+    figures = {
+        "hidden_relative": max(
+            relative_difference(hidden, case["hidden"]),
+            relative_difference(following, case["thought_next"]),
+        ),
+        "logits_relative": relative_difference(logits, case["logits"]),
+        "embeds_relative": relative_difference(embeds, case["inputs_embeds"][:, : embeds.shape[1]]),
+    }
+    expected = case["greedy_tokens"].tolist()
+    found = _continue_greedily(engine, case["greedy_prompt"], len(expected), grouped)
+    return Parity(figures, found == expected)
+
+
+def measure_link_parity(engine: LinkEngine, case: Case, links: Mapping[str, Operands]) -> float:
+    """Return the largest relative difference over the links of a case.
+
+    Args:
+        engine: The link graph.
+        case: `link.ID.x` [N, d_in] and expected `link.ID.y` [N, d_out] for any links.
+        links: Operands by link id, without the G axis.
+    """
+    return max(
+        (
+            relative_difference(
+                engine.apply(case[f"link.{link}.x"][None], stack_operands([links[link]]))[0],
+                case[f"link.{link}.y"],
+            )
+            for link in case_links(case)
+        ),
+        default=0.0,
+    )
+
+
+def case_links(case: Case) -> tuple[str, ...]:
+    """Return the ids of the links that a case has vectors for."""
+    return tuple(name[len("link.") : -len(".x")] for name in case if name.endswith(".x"))
+
+
+def measure_probe(path: Path, *, threads: int | None = None, device: Device = "cpu") -> float:
+    """Return how far the known-answer probe is from its answer, largest absolute difference."""
+    session = make_session(path, threads=threads, device=device)
+    output, expected = call_onnx(session.run, ["output", "expected"], {})
+    return _difference(np.asarray(output), np.asarray(expected))
+
+
+def relative_difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Return max |found - expected| / max |expected|; infinite for what is not a number."""
+    difference, scale = _difference(found, expected), _largest(expected)
+    return difference / scale if scale > 0 else difference
+
+
+def _difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Return max |found - expected|; infinite for shapes that are not the same."""
+    return _largest(found - expected) if found.shape == expected.shape else math.inf
+
+
+def _largest(array: NDArray[Any]) -> float:
+    largest = float(np.abs(array).max(initial=0.0))
+    return math.inf if np.isnan(largest) else largest
+
+
+def _run_chunks(
+    engine: Backbone[Any], embeds: NDArray[Any], chunks: NDArray[Any], inner: Operands
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return hidden states [1, T, d] and, for each call, the inner link's output [N, 1, d]."""
+    cache = engine.new_cache(1, cache_capacity(embeds.shape[1]))
+    hidden, following = [], []
+    start = 0
+    for length in chunks.tolist():
+        part = embeds[:, start : start + length]
+        states, _, next_embeds = engine.forward(
+            cache, part, np.array([start]), np.array([length - 1]), inner
+        )
+        hidden.append(states.copy())
+        following.append(next_embeds[0].copy())
+        start += length
+    return np.concatenate(hidden, axis=1), np.stack(following)
+
+
+def _continue_greedily(
+    engine: Backbone[Any], prompt: NDArray[Any], num_tokens: int, inner: Operands
+) -> list[int]:
+    cache = engine.new_cache(1, cache_capacity(len(prompt) + num_tokens))
+    tokens: list[int] = []
+    ids, start = prompt, 0
+    for _ in range(num_tokens):
+        embeds = engine.embed(ids[None])
+        last = np.array([len(ids) - 1])
+        _, thought, _ = engine.forward(cache, embeds, np.array([start]), last, inner)
+        start += len(ids)
+        ids = engine.logits(np.ascontiguousarray(thought[:, 0])).argmax(axis=1)
+        tokens += ids.tolist()
+    return tokens

@@ -1,0 +1,123 @@
+"""The prompts of one record, checked and built once; where text is handed over, as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.formats.plan import AgentPlan, Plan, PrefillStep, PromptPart, Variant
+from recmas_runtime.prompts.render import ChatTemplate, Prompt, Slot, build_prompt
+from recmas_runtime.prompts.tokenizer import Tokenizer
+from recmas_runtime.running.answers import Record
+from recmas_runtime.running.records import check_record
+
+# Builds a prompt of the batch at hand: the record's place in the batch, the agent, which of its
+# prompts, and by slot the text that stands there instead of a message.
+PromptSource = Callable[[int, str, Variant, Mapping[str, str]], Prompt]
+
+
+class RecordError(RecmasError):
+    """What only shows while a batch runs, and concerns one record of it.
+
+    Attributes:
+        record: Its place in the batch.
+    """
+
+    def __init__(self, record: int, error: RecmasError) -> None:
+        super().__init__(error.problems)
+        self.record = record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """What turns a conversation into a backbone's tokens."""
+
+    template: ChatTemplate
+    tokenizer: Tokenizer
+
+
+class RecordPrompts:
+    """Every prompt that a plan asks of one record.
+
+    Args:
+        plan: The plan.
+        chats: By backbone.
+        record: The record.
+
+    Raises:
+        RecmasError: RM500 for a missing field or blank question, RM501 for a prompt that is too
+            long.
+    """
+
+    def __init__(self, plan: Plan, chats: Mapping[str, Chat], record: Record) -> None:
+        check_record(record, plan.fields)
+        self._plan = plan
+        self._chats = chats
+        self._record = record
+        self._built = {
+            (agent, variant): self._build(agent, variant, {})
+            for step in plan.steps
+            if isinstance(step, PrefillStep)
+            for agent, variant in zip(step.agents, step.variants, strict=True)
+        }
+
+    def get(self, agent: str, variant: Variant, texts: Mapping[str, str]) -> Prompt:
+        """Return an agent's prompt.
+
+        Args:
+            agent: The agent.
+            variant: Which of its prompts.
+            texts: By slot, text that stands there instead of a message.
+
+        Raises:
+            RecmasError: RM501 if the texts make it too long.
+        """
+        return self._build(agent, variant, texts) if texts else self._built[agent, variant]
+
+    def _build(self, agent: str, variant: Variant, texts: Mapping[str, str]) -> Prompt:
+        spec = self._plan.agents[agent]
+        parts = spec.first if variant == "first" and spec.first is not None else spec.then
+        fields = {_field_of(slot): text for slot, text in texts.items()}
+        chat = self._chats[spec.backbone]
+        prompt = build_prompt(
+            system=spec.system,
+            prompt=[_as_text(part) if part.value in texts else part for part in parts],
+            record={**self._record.fields, **fields},
+            chat=chat.template,
+            tokenizer=chat.tokenizer,
+            variables=spec.chat_template,
+        )
+        positions = prompt_positions(self._plan, prompt)
+        limit = self._plan.limits.max_prompt_tokens
+        if positions > limit:
+            raise fail(
+                "RM501",
+                f"record {self._record.id!r}: the prompt of agent {agent!r} takes {positions} "
+                f"positions, the bundle allows {limit}",
+                hint="Shorten the question, or build with a larger build.max_prompt_tokens.",
+            )
+        return prompt
+
+
+def _as_text(part: PromptPart) -> PromptPart:
+    """Return a field in the place of a slot, so that text in it never becomes control tokens."""
+    return PromptPart(kind="field", value=_field_of(part.value)) if part.kind == "slot" else part
+
+
+def _field_of(slot: str) -> str:
+    return f"latent.{slot}"  # no field of a record can have a dot in its name
+
+
+def slots(agent: AgentPlan, variant: Variant) -> tuple[str, ...]:
+    """Return the agents whose messages a prompt has slots for."""
+    parts: Sequence[PromptPart] = agent.then
+    if variant == "first" and agent.first is not None:
+        parts = agent.first
+    return tuple(part.value for part in parts if part.kind == "slot")
+
+
+def prompt_positions(plan: Plan, prompt: Prompt) -> int:
+    """Return how many positions a prompt takes with its messages spliced in."""
+    spliced = sum(plan.agents[i.agent].latent_steps for i in prompt.items if isinstance(i, Slot))
+    return prompt.num_tokens + spliced

@@ -1,0 +1,268 @@
+"""Records in, answers out: JSON lines, where one bad line never costs the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.prompts.render import field_text
+from recmas_runtime.running.answers import Answer, Record
+
+# Longer than any prompt that a bundle takes.
+MAX_LINE_BYTES: Final = 2**24
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+
+Question = str | Mapping[str, object] | Record
+
+
+def as_record(question: Question, index: int) -> Record:
+    """Return the record that is meant by a text or a mapping of fields.
+
+    Args:
+        question: What to answer.
+        index: Its place in the input, from 0; where no id is given, ids count from 1.
+    """
+    if isinstance(question, Record):
+        return question
+    fields = {"question": question} if isinstance(question, str) else question
+    return Record(id=str(fields.get("id", index + 1)), fields=fields, index=index)
+
+
+def question_record(question: str, fields: Sequence[str], *, index: int = 0) -> Record:
+    """Return the record of a single question.
+
+    Args:
+        question: Its text.
+        fields: Record fields that the bundle's prompts use.
+        index: Its place among other questions, from 0; its id counts from 1.
+
+    Raises:
+        RecmasError: RM500 if it is blank, not valid text, or the prompts need more than it.
+    """
+    record = as_record(question, index)
+    check_record(record, fields)
+    return record
+
+
+def check_record(record: Record, fields: Sequence[str]) -> None:
+    """Refuse a record that the prompts cannot use.
+
+    Args:
+        record: The record.
+        fields: Record fields that the prompts use.
+
+    Raises:
+        RecmasError: RM500 if a field is missing, of a wrong kind, or the question is blank.
+    """
+    for name in fields:
+        if not field_text(name, record.fields).strip() and name == "question":
+            raise fail(
+                "RM500", f"record {record.id!r} has an empty question", hint="Write a question."
+            )
+
+
+def read_records(
+    stream: BinaryIO, *, file: str, fields: Sequence[str]
+) -> Iterator[Record | Problem]:
+    """Read records from JSON lines; a bad line yields a problem and reading goes on.
+
+    A record without `id` gets its line number, and its index counts lines too, so that neither
+    changes when another line is mended. Blank lines are skipped.
+
+    Args:
+        stream: Bytes; a byte order mark is tolerated.
+        file: How problems name it.
+        fields: Record fields that the prompts use.
+
+    Raises:
+        RecmasError: RM502 if reading itself fails.
+    """
+    seen: dict[str, int] = {}
+    for number, line in _numbered_lines(stream, file=file):
+        try:
+            if line is None:
+                raise _unusable(f"the line is longer than {MAX_LINE_BYTES} bytes")
+            if not line.strip():
+                continue
+            record = _parse_record(line, number=number)
+            if record.id in seen:
+                raise _unusable(f"id {record.id!r} is already that of line {seen[record.id]}")
+            check_record(record, fields)
+            seen[record.id] = number
+        except RecmasError as error:
+            (problem,) = error.problems
+            yield Problem(
+                code=problem.code,
+                message=problem.message,
+                hint=problem.hint,
+                file=file,
+                line=number,
+            )
+        else:
+            yield record
+
+
+def _numbered_lines(stream: BinaryIO, *, file: str) -> Iterator[tuple[int, bytes | None]]:
+    """Yield lines with their numbers, from 1; None for one that is too long to be a record."""
+    number = 0
+    while line := _read_line(stream, file=file):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(_BYTE_ORDER_MARK)
+        if len(line) <= MAX_LINE_BYTES:
+            yield number, line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = _read_line(stream, file=file)
+        yield number, None
+
+
+def _read_line(stream: BinaryIO, *, file: str) -> bytes:
+    try:
+        return stream.readline(MAX_LINE_BYTES + 1)
+    except OSError as error:
+        raise fail(
+            "RM502",
+            f"the input cannot be read: {error.strerror}",
+            file=file,
+            hint="Give --input a file of JSON lines, or - for standard input.",
+        ) from error
+
+
+def _parse_record(line: bytes, *, number: int) -> Record:
+    try:
+        parsed = json.loads(line.rstrip(b"\r\n").decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise _unusable(f"not UTF-8 at byte {error.start + 1} of the line") from None
+    except json.JSONDecodeError as error:
+        raise _unusable(f"not valid JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise _unusable(f"not valid JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise _unusable("the line is not a JSON object")
+    record_id = parsed.get("id", number)
+    if type(record_id) not in (str, int) or record_id == "":
+        raise _unusable(f"id {record_id!r} is neither text nor an integer")
+    return as_record(parsed, number - 1)
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _unusable(message: str) -> RecmasError:
+    return fail("RM500", message, hint="Correct the line; the other records are not affected.")
+
+
+class AnswerWriter:
+    """Writes answers as JSON lines: each whole, in one call, or not at all.
+
+    Whatever goes wrong, the output ends with a complete line.
+
+    Args:
+        path: Output file, or None for standard output.
+        resume: Keep the answers that are in the file and add to them.
+
+    Attributes:
+        finished: Ids of the records that the file already answers, when resuming.
+
+    Raises:
+        RecmasError: RM503 if it cannot be opened, RM502 if a file to resume is no answer file.
+    """
+
+    def __init__(self, path: Path | None, *, resume: bool = False) -> None:
+        self._name = "<stdout>" if path is None else str(path)
+        self.finished: frozenset[str] = frozenset()
+        if path is None:
+            self._descriptor = os.dup(1)
+            self._is_regular = False
+            return
+        flags = os.O_RDWR | os.O_CREAT | (0 if resume else os.O_TRUNC)
+        try:
+            self._descriptor = os.open(path, flags, 0o666)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self._is_regular = stat.S_ISREG(os.fstat(self._descriptor).st_mode)
+        if resume and self._is_regular:
+            self.finished = self._keep_answers()
+
+    def write(self, answer: Answer) -> None:
+        """Append an answer.
+
+        Raises:
+            RecmasError: RM503 if it could not be written; the answers before it are kept.
+            BrokenPipeError: If nobody reads standard output any more.
+        """
+        text = json.dumps(answer.to_json(), ensure_ascii=False) + "\n"
+        # Half a surrogate pair in an id becomes what it was in the input: a JSON escape.
+        line = text.encode("utf-8", "backslashreplace")
+        start = os.lseek(self._descriptor, 0, os.SEEK_CUR) if self._is_regular else 0
+        try:
+            # A full disk may take part of a line and refuse the rest.
+            rest = memoryview(line)
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if self._is_regular:
+                os.ftruncate(self._descriptor, start)
+                os.lseek(self._descriptor, start, os.SEEK_SET)
+            raise self._unwritable(error) from error
+
+    def close(self) -> None:
+        """Make sure that the answers are on the disk.
+
+        Raises:
+            RecmasError: RM503.
+        """
+        try:
+            if self._is_regular:
+                os.fsync(self._descriptor)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        finally:
+            os.close(self._descriptor)
+
+    def _keep_answers(self) -> frozenset[str]:
+        """Return the ids in the file; cut a half-written last line off."""
+        finished: list[str] = []
+        kept_bytes = 0
+        with os.fdopen(os.dup(self._descriptor), "rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                finished.append(self._answered_id(line, number=number))
+                kept_bytes += len(line)
+        os.ftruncate(self._descriptor, kept_bytes)
+        os.lseek(self._descriptor, kept_bytes, os.SEEK_SET)
+        return frozenset(finished)
+
+    def _answered_id(self, line: bytes, *, number: int) -> str:
+        try:
+            answer: Any = json.loads(line)
+            if isinstance(answer["id"], str) and isinstance(answer["answer"], str):
+                return answer["id"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            pass
+        os.close(self._descriptor)
+        raise fail(
+            "RM502",
+            "--resume found a line that is not an answer",
+            file=self._name,
+            line=number,
+            hint="Name the output of an earlier run, or leave --resume out to start afresh.",
+        )
+
+    def _unwritable(self, error: OSError) -> RecmasError:
+        return fail(
+            "RM503",
+            f"the output cannot be written: {error.strerror}",
+            file=self._name,
+            hint="Make room or choose another place; --resume goes on from the finished answers.",
+        )

@@ -1,0 +1,201 @@
+"""A lane: the rows of one cache while a batch runs, and what came out of them last.
+
+Shape legend: R rows, S positions of a call, T positions of a whole prompt, d width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from recmas_runtime.engines.interface import Backbone, KeyValueRows
+from recmas_runtime.engines.onnx.backbone import Floats, Indices, Operands
+from recmas_runtime.engines.onnx.caches import Cache
+from recmas_runtime.formats.plan import cache_capacity
+from recmas_runtime.prompts.render import common_prefix
+
+# Of a prompt: behind cached rows a batch's prompts may run row by row, at four fifths of the speed,
+# so a copy must spare more than that.
+LEAST_COPIED = 0.25
+# Attention pays for every row of capacity, so text gets room as it grows; a step up copies once.
+ROOM_FOR_TEXT = 128
+
+
+@dataclass(kw_only=True)
+class Lane:
+    """Rows that go through a backbone together. A lane's cache outlives it, for another lane.
+
+    Attributes:
+        cache: Key/value rows.
+        engine: The backbone.
+        inner: Operands of the inner links, one group for each agent of the lane.
+        prefixes: For each row the leading token ids of its prompt, which a later one may share.
+        lengths: [R], positions in the cache that are real.
+        thought: [R, 1, d], the hidden state at the last real position.
+        next_embeds: [R, 1, d], its inner link's output.
+        owner: The lane in whose cache this one's lies; None if it has a cache of its own.
+    """
+
+    cache: KeyValueRows
+    engine: Backbone[Any]
+    inner: Operands
+    prefixes: list[tuple[int, ...]]
+    lengths: Indices
+    thought: Floats
+    next_embeds: Floats
+    owner: Lane | None = None
+    _give_back: Callable[[], object] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.owner is None:
+            self._hold(self.cache)
+
+    @classmethod
+    def empty(cls, engine: Backbone[Any], inner: Operands, *, rows: int, capacity: int) -> Lane:
+        """Return a lane with nothing in its cache."""
+        nothing = np.zeros((rows, 1, engine.entry.width), np.float32)
+        return cls(
+            cache=engine.new_cache(rows, capacity),
+            engine=engine,
+            inner=inner,
+            prefixes=[()] * rows,
+            lengths=np.zeros(rows, np.int64),
+            thought=nothing,
+            next_embeds=nothing,
+        )
+
+    def logits(self) -> Floats:
+        """Return the logits [R, V] of the next token."""
+        return self.engine.logits(np.ascontiguousarray(self.thought[:, 0]))
+
+    def prefill(self, sequences: Sequence[Floats], kept: Sequence[int]) -> None:
+        """Run prompts.
+
+        Args:
+            sequences: Input embeddings [T, d] of each row.
+            kept: Leading positions of each row that are in the cache already, less than T.
+        """
+        self._make_room(max(len(sequence) for sequence in sequences))
+        inputs, starts, last = ragged_window(sequences, kept, self.cache.capacity)
+        _, self.thought, self.next_embeds = self.engine.forward(
+            self.cache, inputs, starts, last, self.inner
+        )
+        self.lengths = np.array([len(sequence) for sequence in sequences], np.int64)
+
+    def begin_like(
+        self, other: Lane, prompts: Sequence[Sequence[int]], lengths: Sequence[int], records: int
+    ) -> None:
+        """Copy from another lane what prompts begin with, where that is a good part of them.
+
+        Args:
+            other: Of the same backbone; its rows are of the same records. It stays as it is.
+            prompts: For each row of this lane the leading token ids of its prompt.
+            lengths: Positions of each whole prompt.
+            records: Records of the batch: rows of one agent.
+        """
+        sources, common = [], []
+        for row, (ids, length) in enumerate(zip(prompts, lengths, strict=True)):
+            alike = {
+                source: common_prefix(other.prefixes[source], ids)
+                for source in range(row % records, len(other.prefixes), records)
+            }
+            source = max(alike, key=alike.__getitem__)
+            sources.append(source)
+            common.append(alike[source] if alike[source] >= LEAST_COPIED * length else 0)
+        if not any(common):
+            return
+        self._make_room(max(common))
+        self.cache.copy_rows(other.cache, sources, max(common))
+        self.prefixes = [tuple(ids[:count]) for ids, count in zip(prompts, common, strict=True)]
+
+    def feed(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Run one or more token ids of every row behind what is there."""
+        counts = np.array([len(ids) for ids in tokens], np.int64)
+        self._make_room(int(self.lengths.max() + counts.max()))
+        # What a shorter row writes behind its own tokens is overwritten before it is ever read.
+        padded = np.zeros((len(tokens), int(counts.max())), np.int64)
+        for row, ids in enumerate(tokens):
+            padded[row, : len(ids)] = ids
+        embeds = self.engine.embed(padded)
+        _, self.thought, self.next_embeds = self.engine.forward(
+            self.cache, embeds, self.lengths, counts - 1, self.inner
+        )
+        self.lengths = self.lengths + counts
+
+    def select(self, rows: Sequence[int], *, keep: bool) -> Lane:
+        """Return a lane of some of the rows, to write text.
+
+        Inner links do not matter for text, and those of the first agent stand in for all.
+
+        Args:
+            rows: In ascending order.
+            keep: This lane goes on as it is, so its rows are copied. Otherwise it must not be used
+                again: where that can be done, its rows move within its cache.
+        """
+        chosen = list(rows)
+        positions = int(self.lengths[chosen].max())
+        moved = None
+        if not keep and isinstance(self.cache, Cache):
+            moved = self.cache.narrowed(chosen, positions)
+        cache = moved or self.engine.new_cache(len(chosen), self.cache.capacity)
+        if moved is None:
+            cache.copy_rows(self.cache, chosen, positions)
+        return Lane(
+            cache=cache,
+            engine=self.engine,
+            inner={name: operand[:1] for name, operand in self.inner.items()},
+            prefixes=[self.prefixes[row] for row in chosen],
+            lengths=self.lengths[chosen],
+            thought=self.thought[chosen],
+            next_embeds=self.next_embeds[chosen],
+            owner=None if moved is None else self,
+        )
+
+    def _make_room(self, positions: int) -> None:
+        """Move to a larger cache if a row needs `positions` and this one has less."""
+        if positions <= self.cache.capacity:
+            return
+        rows = range(self.cache.rows)
+        larger = self.engine.new_cache(len(rows), cache_capacity(positions + ROOM_FOR_TEXT))
+        larger.copy_rows(self.cache, rows, int(self.lengths.max()))
+        if self.owner is None:
+            self._give_back()
+        self.owner = None
+        self._hold(larger)
+
+    def _hold(self, cache: KeyValueRows) -> None:
+        """Use a cache until the lane is gone, or `_give_back` is called."""
+        self.cache = cache
+        self._give_back = release = weakref.finalize(self, self.engine.give_back, cache)
+        release.atexit = False
+
+
+def ragged_window(
+    sequences: Sequence[Floats], kept: Sequence[int], capacity: int
+) -> tuple[Floats, Indices, Indices]:
+    """Cut the part of each sequence that must run, as one rectangular call.
+
+    Every row writes as many cache rows as the widest one needs. A row that keeps a long prefix and
+    adds little would write past the capacity; it starts earlier instead and recomputes the end of
+    what it keeps, which gives the same rows again.
+
+    Args:
+        sequences: Input embeddings [T, d] of each row.
+        kept: Leading positions of each row that are in the cache already, less than T.
+        capacity: Cache rows; at least the longest T.
+
+    Returns:
+        Inputs [R, S, d], each row's write index [R], and its last real input within S [R].
+    """
+    positions = max(len(s) - k for s, k in zip(sequences, kept, strict=True))
+    starts = np.array([min(k, capacity - positions) for k in kept], np.int64)
+    inputs = np.zeros((len(sequences), positions, sequences[0].shape[1]), np.float32)
+    for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
+        part = sequence[start : start + positions]
+        inputs[row, : len(part)] = part
+    last = np.array([len(s) for s in sequences], np.int64) - 1 - starts
+    return inputs, starts, last

@@ -1,0 +1,341 @@
+"""A loaded system: records in, answers out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import overload
+
+from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.progress import Progress, Silent
+from recmas_runtime.formats.bundle import Bundle, open_bundle
+from recmas_runtime.formats.links import read_operands
+from recmas_runtime.formats.manifest import Manifest
+from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant
+from recmas_runtime.prompts.render import ChatTemplate, Prompt
+from recmas_runtime.prompts.sampler import check_sampling
+from recmas_runtime.prompts.tokenizer import Tokenizer
+from recmas_runtime.running.answers import Answer, Record
+from recmas_runtime.running.baselines import apply_baseline
+from recmas_runtime.running.batch import AnswerStream, Batch
+from recmas_runtime.running.executor import Engines, Execution
+from recmas_runtime.running.generation import Voice
+from recmas_runtime.running.open_engines import OpenedEngines, open_engines
+from recmas_runtime.running.record_prompts import Chat, RecordError, RecordPrompts
+from recmas_runtime.running.records import Question, as_record
+from recmas_runtime.running.run_trace import Trace
+from recmas_runtime.tools.toolbox import Toolbox
+
+Function = Callable[[str], str]
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    functions: Mapping[str, Function] | None = None,
+    ask: Function | None = None,
+) -> System:
+    """Open a bundle and its engines.
+
+    Args:
+        path: The bundle's folder.
+        device: `auto`, `cpu`, `cuda` or `tensorrt`. `auto` takes TensorRT where the bundle has
+            engines for this machine, then CUDA; where they are there but cannot be used, the
+            system's `problems` say why.
+        threads: Threads within an operator; None takes the physical cores.
+        functions: Tools of the caller, by the names that the spec declares; each maps the text of
+            a call to the text of its result.
+        ask: Puts a question of the model to a human and returns the reply; None if nobody is there.
+
+    Raises:
+        RecmasError: RM40x for a bundle that is not whole, RM504 for a device that is not there.
+    """
+    bundle = open_bundle(Path(path), verify_hashes=False)
+    tools = bundle.plan.tools
+    toolbox = None
+    if tools is not None:
+        corpus = tools.search.corpus if tools.search is not None else None
+        toolbox = Toolbox(
+            tools,
+            corpus=None if corpus is None else bundle.file(corpus),
+            functions=functions,
+            ask=ask,
+        )
+    opened = open_engines(bundle, device=device, threads=threads)
+    return System(bundle.plan, load_machinery(bundle, opened), toolbox)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machinery:
+    """What a bundle loads once and every system on it shares.
+
+    Attributes:
+        problems: Warnings: why it is not the device that was hoped for.
+    """
+
+    manifest: Manifest
+    device: str
+    problems: list[Problem]
+    engines: Engines
+    chats: Mapping[str, Chat]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class System:
+    """A multi-agent system, ready to answer. One caller at a time runs; others wait.
+
+    Args:
+        plan: What to run.
+        machinery: What runs it.
+        toolbox: What the answer agent may call.
+        exchange: Let the answer agent see the messages of another record; see `baseline`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        machinery: Machinery,
+        toolbox: Toolbox | None = None,
+        *,
+        exchange: bool = False,
+    ) -> None:
+        self.plan = plan
+        self.manifest = machinery.manifest
+        self.device = machinery.device
+        self._machinery = machinery
+        self._toolbox = toolbox
+        self._exchange = exchange
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Warnings about the engines, so far: which of the bundle's are not used, and why."""
+        return tuple(self._machinery.problems)
+
+    def baseline(self, name: str) -> System:
+        """Return an alternative to this system on the same engines.
+
+        It has the same prompts, sampler and token accounting; only what agents hand over differs.
+
+        Args:
+            name: `latent` for the system itself, or one of `running.baselines.BASELINES`;
+                `text@N` and `moa@N` end hand-over texts after N tokens.
+
+        Raises:
+            RecmasError: RM508 for a name that is none, or that this system has no use for.
+        """
+        baseline = apply_baseline(self.plan, name, self.manifest)
+        return System(
+            baseline.plan, self._machinery, self._toolbox, exchange=baseline.exchanges_messages
+        )
+
+    def with_plan(self, plan: Plan) -> System:
+        """Return a system that runs another plan on the same engines.
+
+        Args:
+            plan: Fits the bundle's manifest, as `recmas_runtime.formats.consistency` checks.
+        """
+        return System(plan, self._machinery, self._toolbox)
+
+    @overload  # a text is a sequence too, but the first signature comes first
+    def run(  # type: ignore[overload-overlap]
+        self, questions: Question, *, sampling: SamplingPlan | None = None
+    ) -> Answer: ...
+    @overload
+    def run(
+        self, questions: Sequence[Question], *, sampling: SamplingPlan | None = None
+    ) -> list[Answer]: ...
+    def run(
+        self,
+        questions: Question | Sequence[Question],
+        *,
+        sampling: SamplingPlan | None = None,
+    ) -> Answer | list[Answer]:
+        """Answer one question, or a list of them as ragged batches.
+
+        Args:
+            questions: A text, a record's fields, or a list of either.
+            sampling: Settings of the final decode instead of the bundle's.
+
+        Returns:
+            An answer for a single question, a list in input order for a list.
+
+        Raises:
+            RecmasError: The first record that cannot be answered; `run_batch` keeps the others.
+        """
+        single = isinstance(questions, str | Mapping | Record)
+        asked: Sequence[Question] = [questions] if single else questions  # type: ignore[list-item, assignment]
+        results = self.run_batch(
+            [as_record(question, index) for index, question in enumerate(asked)], sampling=sampling
+        )
+        answers: list[Answer] = []
+        for result in results:
+            if isinstance(result, RecmasError):
+                raise result
+            answers.append(result)
+        return answers[0] if single else answers
+
+    def run_batch(
+        self,
+        records: Sequence[Record],
+        *,
+        sampling: SamplingPlan | None = None,
+        trace: Trace | None = None,
+        progress: Progress | None = None,
+    ) -> list[Answer | RecmasError]:
+        """Answer records in ragged batches of at most the bundle's `max_batch`.
+
+        Args:
+            records: Any number.
+            sampling: Settings of the final decode instead of the bundle's.
+            trace: Is given every message and step.
+            progress: Is told of every answered record.
+
+        Returns:
+            For each record, in order, its answer or why it has none.
+
+        Raises:
+            RecmasError: RM505 for settings that concern all records.
+        """
+        settings = self._settings(sampling)
+        results: list[Answer | RecmasError | None] = [None] * len(records)
+        ready: list[_Ready] = []
+        for index, record in enumerate(records):
+            try:
+                ready.append(_Ready(index, record, self._prompts(record)))
+            except RecmasError as error:
+                results[index] = error
+        with (progress or Silent()).stage("answering", len(records)) as advance:
+            advance(len(records) - len(ready))
+            for part in self._parts(ready):
+                for index, result in self._answer(part, settings, trace):
+                    results[index] = result
+                advance(len(part))
+        return [result for result in results if result is not None]
+
+    def stream(self, question: Question, *, sampling: SamplingPlan | None = None) -> AnswerStream:
+        """Answer one question, its text piece by piece.
+
+        Raises:
+            RecmasError: If the record cannot be answered.
+        """
+        settings = self._settings(sampling)
+        record = as_record(question, 0)
+        (part,) = self._parts([_Ready(0, record, self._prompts(record))])
+        return AnswerStream(self._batch(part, settings, None), self._machinery.lock)
+
+    def _parts(self, ready: Sequence[_Ready]) -> list[list[_Ready]]:
+        """Cut records into batches, all of about the same size.
+
+        Raises:
+            RecmasError: RM508 for a record that would need another one's messages and runs alone.
+        """
+        num_parts = -(-len(ready) // self.plan.limits.max_batch)
+        bounds = [len(ready) * i // num_parts for i in range(num_parts + 1)] if ready else [0]
+        parts = [list(ready[a:b]) for a, b in pairwise(bounds)]
+        if self._exchange and any(len(part) == 1 for part in parts):
+            raise fail(
+                "RM508",
+                "shuffled-latents needs the messages of another record of the batch, and there is "
+                "only one",
+                hint="Ask at least two questions; an odd number needs a build.max_batch of 3.",
+            )
+        return parts
+
+    def _answer(
+        self, part: Sequence[_Ready], settings: SamplingPlan, trace: Trace | None
+    ) -> list[tuple[int, Answer | RecmasError]]:
+        """Run a batch; records that turn out not to fit leave it, and the others run again."""
+        failed: list[tuple[int, Answer | RecmasError]] = []
+        while part:
+            try:
+                with self._machinery.lock:
+                    answers = self._batch(part, settings, trace).run()
+            except RecordError as error:
+                failed.append((part[error.record].index, error))
+                part = [ready for b, ready in enumerate(part) if b != error.record]
+            else:
+                answered = zip(part, answers, strict=True)
+                return [*failed, *((ready.index, answer) for ready, answer in answered)]
+        return failed
+
+    def _batch(self, part: Sequence[_Ready], settings: SamplingPlan, trace: Trace | None) -> Batch:
+        def prompt(b: int, agent: str, variant: Variant, texts: Mapping[str, str]) -> Prompt:
+            try:
+                return part[b].prompts.get(agent, variant, texts)
+            except RecmasError as error:
+                raise RecordError(b, error) from error
+
+        execution = Execution(
+            plan=self.plan,
+            engines=self._machinery.engines,
+            seeds=[settings.seed + ready.record.index for ready in part],
+            sampling=settings,
+            prompts=prompt,
+            exchange=self._exchange,
+            toolbox=self._toolbox,
+        )
+        return Batch(execution, [ready.record for ready in part], trace)
+
+    def _prompts(self, record: Record) -> RecordPrompts:
+        return RecordPrompts(self.plan, self._machinery.chats, record)
+
+    def _settings(self, sampling: SamplingPlan | None) -> SamplingPlan:
+        settings = self.plan.sampling if sampling is None else sampling
+        check_sampling(settings)
+        backbone = self.plan.agents[self.plan.answer_agent].backbone
+        room = self.manifest.backbones[backbone].max_positions - self.plan.limits.max_prompt_tokens
+        if settings.max_new_tokens > max(room, self.plan.sampling.max_new_tokens):
+            raise fail(
+                "RM505",
+                f"max_new_tokens is {settings.max_new_tokens}",
+                hint=f"After the longest prompt, backbone {backbone!r} has room for {room}.",
+            )
+        return settings
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A record that can run, and its place in the input."""
+
+    index: int
+    record: Record
+    prompts: RecordPrompts
+
+
+def load_machinery(bundle: Bundle, opened: OpenedEngines) -> Machinery:
+    """Load what systems of a bundle share, around engines that are open.
+
+    Raises:
+        RecmasError: RM40x for files of the bundle that are not what they should be.
+    """
+    manifest = bundle.manifest
+    chats, voices = {}, {}
+    for name, entry in manifest.backbones.items():
+        template = bundle.file(entry.chat_template).read_text(encoding="utf-8")
+        tokenizer = Tokenizer(bundle.file(entry.tokenizer), template)
+        chats[name] = Chat(
+            template=ChatTemplate(template, entry.special_tokens), tokenizer=tokenizer
+        )
+        voices[name] = Voice(
+            tokenizer=tokenizer,
+            eos_token_ids=frozenset(entry.eos_token_ids),
+            max_positions=entry.max_positions,
+        )
+    engines = Engines(
+        backbones=opened.backbones,
+        link=opened.link,
+        operands=read_operands(bundle.file, manifest.links),
+        voices=voices,
+    )
+    return Machinery(
+        manifest=manifest,
+        device=opened.device,
+        problems=opened.problems,
+        engines=engines,
+        chats=chats,
+    )
