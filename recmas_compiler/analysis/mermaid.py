@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent, Decode, Flow, Link, NodeOp, Prefill, Send, Think
-from recmas_compiler.ir.text_table import counted
+from recmas_runtime.core.text import counted
 
 
 def topology_mermaid(topology: Graph) -> str:

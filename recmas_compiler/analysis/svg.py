@@ -9,7 +9,7 @@ from xml.sax.saxutils import escape
 from recmas_compiler.analysis.svg_layout import MARGIN, Box, Layout, Point, lay_out
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent, System
-from recmas_compiler.ir.text_table import counted
+from recmas_runtime.core.text import counted
 
 TITLE_SIZE = 15
 NAME_SIZE = 14

@@ -31,7 +31,7 @@ from recmas_compiler.ir.ops import (
     Think,
 )
 from recmas_compiler.ir.routing import deliveries
-from recmas_compiler.ir.text_table import aligned
+from recmas_runtime.core.text import aligned
 from recmas_runtime.formats.plan import PromptPart
 
 Row = tuple[str, ...]

@@ -314,7 +314,7 @@ def test_the_limit_of_text_is_half_of_the_positions(build_tiny: BuildTiny) -> No
         ("text@many", "there is no baseline 'text@many'"),
         ("text@5@6", "there is no baseline 'text@5@6'"),
         ("single@5", "'single@5': only text and moa take a limit of tokens"),
-        ("frozen-links", "there is no baseline 'frozen-links'"),
+        ("untrained-links", "there is no baseline 'untrained-links'"),
         ("moa", "moa: there is no agent besides the answer agent"),
     ],
 )

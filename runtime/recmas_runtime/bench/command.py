@@ -34,7 +34,7 @@ class BenchOptions:
         questions: Texts to ask instead; with neither, recmas asks its own.
         limit: Most records; None for all.
         baselines: Names of what to compare with; none for `text`.
-        frozen_bundle: A bundle of the same spec with untrained links.
+        untrained_bundle: A bundle of the same spec with untrained links.
         batch: Records that run together.
         max_new_tokens: Instead of the bundle's.
         warmup: Repeats that do not count.
@@ -49,7 +49,7 @@ class BenchOptions:
     questions: tuple[str, ...]
     limit: int | None
     baselines: tuple[str, ...]
-    frozen_bundle: Path | None
+    untrained_bundle: Path | None
     batch: int
     max_new_tokens: int | None
     warmup: int
@@ -102,11 +102,11 @@ def bench(
     system = load(options.bundle, device=options.device, threads=options.threads)
     loaded = [system]
     forms = forms_of(options.bundle, system)
-    frozen: tuple[System, ...] = ()
-    if options.frozen_bundle is not None:
-        untrained = load(options.frozen_bundle, device=options.device, threads=options.threads)
-        loaded.append(untrained)
-        frozen = forms_of(options.frozen_bundle, untrained).by_rounds
+    untrained: tuple[System, ...] = ()
+    if options.untrained_bundle is not None:
+        other = load(options.untrained_bundle, device=options.device, threads=options.threads)
+        loaded.append(other)
+        untrained = forms_of(options.untrained_bundle, other).by_rounds
     plans = [form.plan for form in (*forms.by_rounds, *forms.by_steps)]
     fields = tuple(dict.fromkeys(name for plan in plans for name in plan.fields))
     settings = _settings(system.plan, options, _gather_records(options, fields, problems))
@@ -115,7 +115,7 @@ def bench(
             forms.by_rounds,
             baselines=options.baselines or (TEXT,),
             sweep=forms.by_steps,
-            frozen=frozen,
+            untrained=untrained,
         ),
         settings,
         threads=options.threads,

@@ -193,7 +193,11 @@ def _parser() -> argparse.ArgumentParser:
         help="what to compare with, as of `recmas run` [default: text]; may be repeated",
     )
     bench.add_argument(
-        "--frozen-bundle", type=Path, metavar="DIR", help="the same system with untrained links"
+        "--untrained-bundle",
+        "--frozen-bundle",  # the name of version 0.1
+        type=Path,
+        metavar="DIR",
+        help="the same system with untrained links",
     )
     bench.add_argument("--batch", type=int, default=1, metavar="N", help="records per batch")
     bench.add_argument("--max-new-tokens", type=int, metavar="N", help="of every text")
@@ -267,7 +271,7 @@ def _bench(options: argparse.Namespace, outcome: Outcome) -> None:
         questions=tuple(options.question or ()),
         limit=options.limit,
         baselines=tuple(options.baseline or ()),
-        frozen_bundle=options.frozen_bundle,
+        untrained_bundle=options.untrained_bundle,
         batch=options.batch,
         max_new_tokens=options.max_new_tokens,
         warmup=options.warmup,

@@ -1,4 +1,4 @@
-"""`recmasc eval`: a data set, a protocol, a bundle and what to compare it with."""
+"""An evaluation: a data set, a protocol, a bundle and what to compare it with."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from recmas_cli.console import Outcome
 from recmas_compiler.evaluation.checks.registry import make_check
 from recmas_compiler.evaluation.data.data_file import DataSet, load_data
 from recmas_compiler.evaluation.identity import Identity, claim_folder, prompt_digest
-from recmas_compiler.evaluation.progress import ShownEvaluation, SilentEvaluation
 from recmas_compiler.evaluation.protocol import Protocol
 from recmas_compiler.evaluation.protocol_file import load_protocol
 from recmas_compiler.evaluation.report import Report, make_report
 from recmas_compiler.evaluation.report_folder import write_report
-from recmas_compiler.evaluation.report_text import comparison_text, report_table
 from recmas_compiler.evaluation.runner import check_gold, run_systems
 from recmas_runtime.core.errors import Problem, fail
+from recmas_runtime.core.progress import Progress
 from recmas_runtime.formats.bundle import Bundle, open_bundle
 from recmas_runtime.running.baselines import LATENT, apply_baseline
 from recmas_runtime.running.open_engines import choose_device
 from recmas_runtime.running.system import System, load
 
-FROZEN: Final = "frozen-links"
+UNTRAINED: Final = "untrained-links"
+OLD_UNTRAINED: Final = "frozen-links"  # its name in version 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +37,11 @@ class EvalOptions:
         data: File with the records.
         protocol: Name or file.
         baselines: Systems to run, in this order; none means the latent system alone.
-        frozen_bundle: The same system with untrained links.
+        untrained_bundle: The same system with untrained links.
         overrides: `KEY=VALUE` of the protocol.
         batch: Records per batch; None for the most that the bundle takes.
         out: Folder for answers and report; None for one named after bundle and protocol.
         resume: Go on from the answers that are there.
-        quiet: No progress.
         device: `auto`, `cpu`, `cuda` or `tensorrt`.
         threads: None for the physical cores.
     """
@@ -52,17 +50,33 @@ class EvalOptions:
     data: Path
     protocol: str
     baselines: tuple[str, ...]
-    frozen_bundle: Path | None
+    untrained_bundle: Path | None
     overrides: tuple[str, ...]
     batch: int | None
     out: Path | None
     resume: bool
-    quiet: bool
     device: str
     threads: int | None
 
 
-def evaluate(options: EvalOptions) -> Outcome:
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What an evaluation gave.
+
+    Attributes:
+        report: The figures.
+        written: Files of the report.
+        warnings: What a reader of the figures should know.
+        interrupted: Whether the user stopped it.
+    """
+
+    report: Report
+    written: tuple[Path, ...]
+    warnings: tuple[Problem, ...]
+    interrupted: bool
+
+
+def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
     """Run an evaluation; whatever can be refused is refused before a system is loaded.
 
     Raises:
@@ -70,9 +84,10 @@ def evaluate(options: EvalOptions) -> Outcome:
     """
     protocol = load_protocol(options.protocol, overrides=options.overrides)
     bundle = open_bundle(options.bundle, verify_hashes=False)
-    names = tuple(dict.fromkeys(options.baselines)) or (LATENT,)
+    asked = (UNTRAINED if name == OLD_UNTRAINED else name for name in options.baselines)
+    names = tuple(dict.fromkeys(asked)) or (LATENT,)
     _check_names(names, bundle)
-    frozen = _frozen_bundle(options, names, bundle)
+    untrained = _untrained_bundle(options, names, bundle)
     batch_size = _batch_size(options, bundle)
     warnings: list[Problem] = []
     device = choose_device(bundle, options.device, warnings)
@@ -84,7 +99,7 @@ def evaluate(options: EvalOptions) -> Outcome:
         data=data.digest,
         bundle=bundle.manifest.fingerprint,
         prompts=prompt_digest(bundle.plan),
-        frozen_bundle=frozen.manifest.fingerprint if frozen else None,
+        untrained_bundle=untrained.manifest.fingerprint if untrained else None,
         batch_size=batch_size,
     )
     with make_check(protocol.check) as check:
@@ -98,7 +113,7 @@ def evaluate(options: EvalOptions) -> Outcome:
             batch_size=batch_size,
             folder=folder,
             resume=resumed,
-            progress=SilentEvaluation() if options.quiet else ShownEvaluation(protocol.name),
+            progress=progress,
         )
     report = make_report(
         evaluation,
@@ -110,11 +125,10 @@ def evaluate(options: EvalOptions) -> Outcome:
         threads=options.threads,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
-    written = write_report(report, folder)
-    return Outcome(
-        text=_text(report, written),
-        data=report.to_json(),
-        problems=(*_warnings(protocol, identity), *warnings),
+    return Evaluated(
+        report=report,
+        written=tuple(write_report(report, folder)),
+        warnings=(*_warnings(protocol, identity), *warnings),
         interrupted=evaluation.interrupted,
     )
 
@@ -127,7 +141,7 @@ def option_overrides(limit: int | None, seeds: str | None) -> tuple[str, ...]:
 
 
 def _systems(names: Sequence[str], options: EvalOptions) -> Mapping[str, Callable[[], System]]:
-    """Return how to make each system; all but the frozen one share one set of engines."""
+    """Return how to make each system; all but the untrained one share one set of engines."""
     loaded: list[System] = []
 
     def base() -> System:
@@ -135,43 +149,43 @@ def _systems(names: Sequence[str], options: EvalOptions) -> Mapping[str, Callabl
             loaded.append(load(options.bundle, device=options.device, threads=options.threads))
         return loaded[0]
 
-    def frozen() -> System:
-        assert options.frozen_bundle is not None
-        return load(options.frozen_bundle, device=options.device, threads=options.threads)
+    def untrained() -> System:
+        assert options.untrained_bundle is not None
+        return load(options.untrained_bundle, device=options.device, threads=options.threads)
 
     def baseline(name: str) -> System:
         return base().baseline(name)
 
-    return {name: frozen if name == FROZEN else partial(baseline, name) for name in names}
+    return {name: untrained if name == UNTRAINED else partial(baseline, name) for name in names}
 
 
 def _check_names(names: Sequence[str], bundle: Bundle) -> None:
     for name in names:
-        if name != FROZEN:
+        if name != UNTRAINED:
             apply_baseline(bundle.plan, name, bundle.manifest)
 
 
-def _frozen_bundle(options: EvalOptions, names: Sequence[str], bundle: Bundle) -> Bundle | None:
+def _untrained_bundle(options: EvalOptions, names: Sequence[str], bundle: Bundle) -> Bundle | None:
     """Return the bundle with untrained links, if it is asked for."""
-    if FROZEN not in names:
-        if options.frozen_bundle is not None:
-            hint = f"Add --baseline {FROZEN}."
-            raise fail("RM506", f"--frozen-bundle without --baseline {FROZEN}", hint=hint)
+    if UNTRAINED not in names:
+        if options.untrained_bundle is not None:
+            hint = f"Add --baseline {UNTRAINED}."
+            raise fail("RM506", f"--untrained-bundle without --baseline {UNTRAINED}", hint=hint)
         return None
-    if options.frozen_bundle is None:
+    if options.untrained_bundle is None:
         raise fail(
             "RM506",
-            f"--baseline {FROZEN} without --frozen-bundle",
+            f"--baseline {UNTRAINED} without --untrained-bundle",
             hint="Build the spec with untrained links into a folder and name it.",
         )
-    frozen = open_bundle(options.frozen_bundle, verify_hashes=False)
-    if (frozen.plan.agents, frozen.plan.steps) != (bundle.plan.agents, bundle.plan.steps):
+    untrained = open_bundle(options.untrained_bundle, verify_hashes=False)
+    if (untrained.plan.agents, untrained.plan.steps) != (bundle.plan.agents, bundle.plan.steps):
         raise fail(
             "RM506",
-            f"{options.frozen_bundle} has other prompts or steps than {options.bundle}",
+            f"{options.untrained_bundle} has other prompts or steps than {options.bundle}",
             hint="Build both from the same spec; only the links may differ.",
         )
-    return frozen
+    return untrained
 
 
 def _batch_size(options: EvalOptions, bundle: Bundle) -> int:
@@ -209,12 +223,3 @@ def _warnings(protocol: Protocol, identity: Identity) -> tuple[Problem, ...]:
             hint="Do not set these figures beside ones that were made with other prompts.",
         ),
     )
-
-
-def _text(report: Report, written: Sequence[Path]) -> str:
-    if not report.systems:
-        return "No question was answered."
-    parts = ["" if report.is_complete else "Partial: the run was interrupted."]
-    parts += [report_table(report), comparison_text(report)]
-    parts.append(f"Wrote {', '.join(map(str, written))}.")
-    return "\n\n".join(part for part in parts if part)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from recmas_cli.main import main
-from recmas_compiler.links.untrained import frozen_links
+from recmas_compiler.links.untrained import untrained_links
 from recmas_compiler.spec.spec import Spec, parse_spec
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.formats.bundle import Bundle, open_bundle
@@ -59,7 +59,7 @@ def sections(spec: Spec) -> dict[str, dict[str, Any]]:
 
 def test_only_trained_links_change(trained: Path) -> None:
     spec = parse_spec(trained_spec(), base_dir=trained)
-    frozen = frozen_links(spec)
+    frozen = untrained_links(spec)
     before, after = sections(spec), sections(frozen)
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"planner.inner", *TRAINED}
@@ -74,14 +74,14 @@ def test_only_trained_links_change(trained: Path) -> None:
 @pytest.mark.parametrize("kind", ["projected", "residual", "ln_residual"])
 def test_the_start_is_the_closed_form(kind: str) -> None:
     text = SEQUENTIAL.replace("{init: random", f"{{kind: {kind}, weights: any.safetensors")
-    after = sections(frozen_links(parse_spec(text)))
+    after = sections(untrained_links(parse_spec(text)))
     assert after["critic.inner"] == {"kind": kind, "init": "aligned"}
     assert after["critic -> solver"] == {"kind": kind, "init": "aligned"}
 
 
 def test_a_spec_without_trained_links_is_refused() -> None:
     with pytest.raises(RecmasError) as caught:
-        frozen_links(parse_spec(MIXTURE, file="mixture.yaml"))
+        untrained_links(parse_spec(MIXTURE, file="mixture.yaml"))
     (problem,) = caught.value.problems
     assert (problem.code, problem.file) == ("RM508", "mixture.yaml")
     assert problem.message.startswith("no link of this spec has trained weights")
@@ -92,8 +92,8 @@ def test_a_link_file_that_is_not_there() -> None:
         "planner -> critic: {init: random}", "planner -> critic: {weights: x}"
     )
     with pytest.raises(RecmasError, match=r"RM120.*does not tell its kind: there is no such file"):
-        frozen_links(parse_spec(text))
-    assert frozen_links(parse_spec(text), kinds={"planner->critic": "residual"})
+        untrained_links(parse_spec(text))
+    assert untrained_links(parse_spec(text), kinds={"planner->critic": "residual"})
 
 
 def weights(bundle: Bundle, link: str) -> dict[str, np.ndarray]:
@@ -114,7 +114,7 @@ def test_build_gives_another_bundle_with_the_same_plan(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert build(capsys, trained / "trained.yaml")["ok"]
-    assert build(capsys, trained / "trained.yaml", "--frozen-links")["ok"]
+    assert build(capsys, trained / "trained.yaml", "--frozen-links")["ok"]  # its old name
     whole, frozen = open_bundle("out/sequential"), open_bundle("out/sequential-frozen")
     assert frozen.plan == whole.plan
     assert frozen.manifest.fingerprint != whole.manifest.fingerprint
@@ -125,7 +125,7 @@ def test_build_gives_another_bundle_with_the_same_plan(
         assert equal != is_trained, link
     trained_links = [e for e in whole.manifest.links.values() if e.init.endswith(".safetensors")]
     assert len(trained_links) == 3
-    again = build(capsys, trained / "trained.yaml", "--frozen-links")
+    again = build(capsys, trained / "trained.yaml", "--untrained-links")
     assert again["data"]["reused"] is True
 
 
@@ -135,7 +135,7 @@ def test_a_bundle_serves_as_its_own_spec(
     text = trained_spec().replace("source: llama", f"source: {trained / 'llama'}")
     (trained / "absolute.yaml").write_text(text)
     assert build(capsys, trained / "absolute.yaml", "-o", tmp_path / "whole")["ok"]
-    body = build(capsys, tmp_path / "whole", "--frozen-links", "-o", tmp_path / "frozen")
+    body = build(capsys, tmp_path / "whole", "--untrained-links", "-o", tmp_path / "frozen")
     assert body["ok"], body
     whole, frozen = open_bundle(tmp_path / "whole"), open_bundle(tmp_path / "frozen")
     assert frozen.plan == whole.plan
@@ -144,6 +144,6 @@ def test_a_bundle_serves_as_its_own_spec(
 
 def test_nothing_to_freeze(project: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "bundle"
-    body = build(capsys, project / "spec.yaml", "--frozen-links", "-o", out)
+    body = build(capsys, project / "spec.yaml", "--untrained-links", "-o", out)
     assert (body["status"], body["problems"][0]["code"]) == (Exit.USAGE, "RM508")
     assert not out.exists()

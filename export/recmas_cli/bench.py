@@ -1,71 +1,21 @@
-"""`recmasc eval` and `recmasc bench`: how good, how fast and how cheap a system is."""
+"""`recmasc bench`: a bundle's system beside its baselines, or its engines beside other engines."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from recmas_cli.console import Outcome, RichProgress, command
-from recmas_cli.options import BUNDLE, DEVICE, QUIET, THREADS
-from recmas_runtime.core.progress import Silent
+from recmas_cli.console import BUNDLE, DEVICE, QUIET, THREADS, Outcome, command, shown_progress
+from recmas_runtime.core.errors import fail
 
+if TYPE_CHECKING:
+    from recmas_runtime.bench.command import Forms
+    from recmas_runtime.running.system import System
 
-@click.command("eval")
-@BUNDLE
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="Records to ask.")
-@click.option("--protocol", required=True, metavar="NAME|FILE", help="How to ask and to check.")
-@click.option(
-    "--baseline",
-    "baselines",
-    multiple=True,
-    metavar="NAME",
-    help="latent (the system itself), single, text, text@N, moa, moa@N, null-latents, "
-    "shuffled-latents or frozen-links; may be repeated  [default: latent].",
-)
-@click.option(
-    "--frozen-bundle",
-    type=click.Path(path_type=Path),
-    help="The system with untrained links, for frozen-links.",
-)
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Records to ask.")
-@click.option("--batch", type=int, metavar="N", help="Records per batch  [default: the most].")
-@click.option("--seeds", metavar="N,N,...", help="Instead of the protocol's.")
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a key of the protocol; may be repeated.",
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for answers and report  [default: out/SYSTEM-PROTOCOL].",
-)
-@click.option("--resume", is_flag=True, help="Go on with the answers that are there.")
-@DEVICE
-@THREADS
-@QUIET
-@command
-def evaluate(
-    bundle: Path,
-    *,
-    limit: int | None,
-    seeds: str | None,
-    overrides: tuple[str, ...],
-    **options: Any,
-) -> Outcome:
-    """Ask a BUNDLE, and baselines on its engines, the questions of a data set.
-
-    The report says how often each is right, at what cost in tokens and time.
-    """
-    from recmas_cli.evaluation_command import EvalOptions, option_overrides
-    from recmas_cli.evaluation_command import evaluate as run_evaluation
-
-    found = (*overrides, *option_overrides(limit, seeds))
-    return run_evaluation(EvalOptions(bundle=bundle, overrides=found, **options))
+_PAPER_ROUNDS: Final = (1, 2, 3)
 
 
 class _DefaultGroup(click.Group):
@@ -106,7 +56,8 @@ def bench() -> None:
     "[default: text].",
 )
 @click.option(
-    "--frozen-bundle",
+    "--untrained-bundle",
+    "--frozen-bundle",  # the name of version 0.1
     type=click.Path(path_type=Path),
     help="The system with untrained links, to measure as well.",
 )
@@ -127,12 +78,61 @@ def bench_systems(
     *, rounds: str | None, latent_steps: str | None, quiet: bool, **options: Any
 ) -> Outcome:
     """Measure time, tokens and speed-up of a BUNDLE beside its baselines."""
-    from recmas_cli.bench_command import bench as run_bench
+    from recmas_compiler.bench.plot import draw_report
     from recmas_runtime.bench.command import BenchOptions
+    from recmas_runtime.bench.command import bench as run_bench
+    from recmas_runtime.core.errors import Problem
 
-    progress = Silent() if quiet else RichProgress()
     asked = BenchOptions(**options)
-    return run_bench(asked, rounds=rounds, latent_steps=latent_steps, progress=progress)
+    problems: list[Problem] = []
+    report = run_bench(
+        asked,
+        problems,
+        forms_of=_replanned(
+            None if rounds is None else _numbers("--rounds", rounds),
+            () if latent_steps is None else _numbers("--latent-steps", latent_steps),
+        ),
+        progress=shown_progress(quiet=quiet),
+    )
+    if asked.out is not None:
+        draw_report(report, asked.out / "bench.png")
+    return Outcome(
+        text=report.to_markdown(),
+        data=report.to_json(),
+        problems=tuple(problems),
+        interrupted=report.interrupted,
+    )
+
+
+def _replanned(
+    rounds: tuple[int, ...] | None, latent_steps: tuple[int, ...]
+) -> Callable[[Path, System], Forms]:
+    """Return what makes a system's forms: other rounds and steps are other plans, engines stay."""
+    from recmas_export.replan import Replanner
+    from recmas_runtime.bench.command import Forms
+    from recmas_runtime.formats.bundle import open_bundle
+
+    def forms_of(path: Path, system: System) -> Forms:
+        replanner = Replanner(open_bundle(path))
+        counts = rounds or tuple(n for n in _PAPER_ROUNDS if n <= system.plan.rounds)
+        plans = [replanner.plan(rounds=count) for count in counts]
+        swept = [replanner.plan(rounds=max(counts), latent_steps=steps) for steps in latent_steps]
+        return Forms(
+            by_rounds=tuple(system.with_plan(plan) for plan in plans),
+            by_steps=tuple(system.with_plan(plan) for plan in swept if plan not in plans),
+        )
+
+    return forms_of
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Return numbers in order, each once."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() for part in parts):
+        raise fail(
+            "RM506", f"{option} {text} is not a list of numbers", hint=f"Write {option} 1,2,3."
+        )
+    return tuple(sorted({int(part) for part in parts}))
 
 
 class _Numbers(click.ParamType[tuple[int, ...]]):
@@ -213,8 +213,20 @@ def bench_engines(
 
     The floor is the time of reading a step's weights once, measured in the same run.
     """
-    from recmas_cli.engines_command import bench_engines as run_engines
-    from recmas_compiler.bench.engines.measure import EngineOptions
+    from recmas_compiler.bench.engines.measure import EngineOptions, measure_engines
+    from recmas_compiler.bench.engines.plot import draw_engines
+    from recmas_compiler.bench.engines.report import engine_report
+    from recmas_runtime.bench.command import make_folder, unwritable
+    from recmas_runtime.formats.bundle import write_json_atomic
 
+    make_folder(out)
     asked = EngineOptions(bundles=(bundle, *others), **options)
-    return run_engines(asked, out=out, progress=Silent() if quiet else RichProgress())
+    report = engine_report(asked, measure_engines(asked, progress=shown_progress(quiet=quiet)))
+    if out is not None:
+        try:
+            write_json_atomic(out / "engines.json", report.to_json())
+            (out / "engines.md").write_text(report.to_markdown() + "\n", encoding="utf-8")
+            draw_engines(report, out / "engines.png")
+        except OSError as error:
+            raise unwritable(out, error) from error
+    return Outcome(text=report.to_markdown(), data=report.to_json(), interrupted=report.interrupted)

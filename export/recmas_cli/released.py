@@ -1,4 +1,4 @@
-"""The commands `recmasc import released` and `recmasc export-links`."""
+"""`recmasc import` and `recmasc export-links`: systems that others trained, in and out."""
 
 from __future__ import annotations
 
@@ -6,33 +6,55 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from recmas_cli.console import Outcome
-from recmas_compiler.released.export_system import export_system
-from recmas_compiler.released.import_system import import_system, link_files
-from recmas_compiler.released.placing import check_free
-from recmas_compiler.released.repositories import fetch_repositories, find_repositories
-from recmas_compiler.released.styles import style_named
+import click
+
+from recmas_cli.console import QUIET, SPEC, Outcome, command, shown_progress
+from recmas_compiler.released.styles import DEFAULT_TASK, ORGANISATION, style_named
 from recmas_compiler.spec.spec import load_spec
 from recmas_runtime.core.errors import fail
-from recmas_runtime.core.progress import Progress
 
 HUB: Final = "hf"
 
 
+@click.group("import")
+def import_() -> None:
+    """Turn systems that others trained into specs."""
+
+
+@import_.command("released")
+@click.argument("style_name", metavar="STYLE")
+@click.option("--from", "origin", metavar="FOLDER|hf", help="Where the repositories are.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("spec.yaml"))
+@click.option("--task", default=DEFAULT_TASK, show_default=True, help="Whose links to take.")
+@click.option("--agent", "agents", multiple=True, metavar="ROLE=FOLDER", help="One repository.")
+@click.option("--outer", type=click.Path(path_type=Path), help="Repository of the outer links.")
+@click.option("--org", default=ORGANISATION, show_default=True, help="Owner, with --from hf.")
+@click.option("--revision", default="main", show_default=True, help="With --from hf.")
+@click.option("--force", is_flag=True, help="Overwrite existing files.")
+@QUIET
+@command
 def import_released(
     style_name: str,
-    *,
     origin: str | None,
     out: Path,
     task: str,
-    agents: Sequence[str],
+    agents: tuple[str, ...],
     outer: Path | None,
-    organisation: str,
+    org: str,
     revision: str,
+    *,
     force: bool,
-    progress: Progress,
+    quiet: bool,
 ) -> Outcome:
-    """Turn a released system into a spec and links."""
+    """Turn a released RecursiveMAS system into a spec and link files.
+
+    STYLE is sequential_light, sequential_scaled, mixture, distillation or deliberation.
+    """
+    from recmas_compiler.released.import_system import import_system, link_files
+    from recmas_compiler.released.placing import check_free
+    from recmas_compiler.released.repositories import fetch_repositories, find_repositories
+
+    progress = shown_progress(quiet=quiet)
     style = style_named(style_name)
     named = _named_agents(agents)
     # Said again when it is written; said now, before anything is fetched.
@@ -40,7 +62,7 @@ def import_released(
     if origin == HUB:
         with progress.stage(f"fetching links of {style.name}"):
             repositories = fetch_repositories(
-                style, organisation=organisation, revision=revision, agents=named, outer=outer
+                style, organisation=org, revision=revision, agents=named, outer=outer
             )
     else:
         folder = None if origin is None else Path(origin)
@@ -64,13 +86,23 @@ def import_released(
     )
 
 
+@click.command("export-links")
+@SPEC
+@click.option("-o", "--out", type=click.Path(path_type=Path, file_okay=False), required=True)
+@click.option("--style", "style_name", required=True, help="As of `recmasc import released`.")
+@click.option("--task", default=DEFAULT_TASK, show_default=True, help="What the links are for.")
+@click.option("--with-models", is_flag=True, help="Copy the models' files too.")
+@click.option("--force", is_flag=True, help="Overwrite existing files.")
+@command
 def export_links(
-    path: Path, *, style_name: str, out: Path, task: str, with_models: bool, force: bool
+    spec: Path, out: Path, style_name: str, task: str, *, with_models: bool, force: bool
 ) -> Outcome:
-    """Write a spec's links in the released form."""
+    """Write a system's trained links in the form of the released ones."""
+    from recmas_compiler.released.export_system import export_system
+
     style = style_named(style_name)
-    spec = load_spec(path)
-    folders = export_system(spec, style, task=task, out=out, with_models=with_models, force=force)
+    loaded = load_spec(spec)
+    folders = export_system(loaded, style, task=task, out=out, with_models=with_models, force=force)
     listed = "".join(f"  {folder.name}\n" for folder in folders)
     return Outcome(
         text=f"Wrote {len(folders)} repositories into {out}:\n{listed}",
@@ -80,7 +112,7 @@ def export_links(
             "task": task,
             "repositories": [str(folder) for folder in folders],
         },
-        problems=spec.warnings,
+        problems=loaded.warnings,
     )
 
 
