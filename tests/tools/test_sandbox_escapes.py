@@ -20,21 +20,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from refused_calls import REFUSED
 
 from recmas_runtime.tools.sandbox import Sandbox, SandboxResult, find_sandbox, survey_sandboxes
-from recmas_runtime.tools.sandbox.result import (
+from recmas_runtime.tools.sandbox.program import (
     MAX_FILE_BYTES,
     MAX_OUTPUT_BYTES,
     MAX_PROCESSES,
     MAX_TMP_BYTES,
     MAX_TMP_FILES,
 )
-from recmas_runtime.tools.sandbox.seccomp import MACHINES, REFUSED
+from recmas_runtime.tools.sandbox.seccomp import MACHINES, NEWEST
 
 pytestmark = pytest.mark.skipif(
     find_sandbox() is None, reason=f"no sandbox here: {dict(survey_sandboxes().reasons)}"
 )
 REPOSITORY = Path(__file__).parents[2]
+COLUMN = 1 if platform.machine() == "aarch64" else 0  # of `REFUSED`
 
 # A container of an image has some more files, ends itself what uses too much, and starts slowly.
 IS_BUBBLEWRAP = getattr(find_sandbox(), "name", None) == "bubblewrap"
@@ -271,8 +273,7 @@ def test_device_files() -> None:
 
 def test_files_by_handle() -> None:
     """Handles lead past mount namespaces: how an early container escape worked."""
-    column = MACHINES[platform.machine()].column
-    number = REFUSED["open_by_handle_at"][column]
+    number = REFUSED["open_by_handle_at"][COLUMN]
     assert_held(f"syscall({number}, 0, 0, 0)", "PermissionError")
 
 
@@ -300,7 +301,7 @@ def test_killing_processes_of_the_host() -> None:
 
 
 def test_tracing_the_parent() -> None:
-    ptrace = REFUSED["ptrace"][MACHINES[platform.machine()].column]
+    ptrace = REFUSED["ptrace"][COLUMN]
     assert_held(f"syscall({ptrace}, 16, os.getppid() or 1, 0, 0)", "PermissionError")
     assert_held(f"syscall({ptrace}, 0, 0, 0, 0)", "PermissionError")
 
@@ -336,12 +337,72 @@ def test_clone3_cannot_smuggle_flags_past_the_filter() -> None:
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_refused_system_calls(name: str) -> None:
-    number = REFUSED[name][MACHINES[platform.machine()].column]
+    number = REFUSED[name][COLUMN]
     if number is None:
         pytest.skip(f"{platform.machine()} has no {name}")
     if name in ("statmount", "listmount", "open_tree_attr") and not IS_BUBBLEWRAP:
         pytest.skip("newer than the library by which many engines translate names")
     assert_held(f"syscall({number}, 0, 0, 0, 0, 0)", "PermissionError")
+
+
+def test_a_harmless_call_that_is_not_listed() -> None:
+    """Nothing speaks against inotify but that no program needs it: refused all the same."""
+    attack = f"syscall({(294, 26)[COLUMN]}, 0)"  # inotify_init1
+    assert_held(attack, "PermissionError")
+    assert_works_outside(attack)
+
+
+def test_a_call_newer_than_the_filter() -> None:
+    """It is missing, not forbidden, so that C libraries use the older one."""
+    result = run(attempt(f"syscall({NEWEST + 1}, 0, 0, 0, 0, 0)"))
+    assert "Function not implemented" in result.stdout
+
+
+def test_ordinary_programs() -> None:
+    """What Python's own modules do with the kernel must stay possible."""
+    result = run(
+        """
+        import asyncio, decimal, multiprocessing, pathlib, shutil, sqlite3, tempfile
+        sys.setrecursionlimit(20_000)
+        def depth(n): return 0 if n == 0 else 1 + depth(n - 1)
+        threading.stack_size(64 << 20)
+        found = []
+        thread = threading.Thread(target=lambda: found.append(depth(15_000)))
+        thread.start()
+        thread.join()
+        print(found, decimal.Decimal(2).sqrt(decimal.Context(prec=20)))
+        child = multiprocessing.get_context('fork').Process(target=os._exit, args=(3,))
+        child.start()
+        child.join()
+        print(child.exitcode, subprocess.check_output([sys.executable, '-c', 'print(4)']))
+        async def ask():
+            command = [sys.executable, '-c', 'print(5)']
+            process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+            return await process.communicate()
+        print(asyncio.run(ask()))
+        with sqlite3.connect('/tmp/table.db') as connection:
+            connection.execute('create table t (x)')
+            connection.execute('insert into t values (6)')
+            print(*connection.execute('select x from t'))
+        with tempfile.TemporaryDirectory() as folder:
+            pathlib.Path(folder, 'a').write_text('x')
+            shutil.copy2(folder + '/a', folder + '/b')
+            os.symlink('b', folder + '/c')
+            shutil.copytree(folder, '/tmp/copied', symlinks=True)
+        print(sorted(os.listdir('/tmp/copied')))
+        signal.signal(signal.SIGALRM, lambda *_: print('alarm'))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        time.sleep(0.05)
+        """
+    )
+    assert result.stdout.splitlines() == [
+        "[15000] 1.4142135623730950488",
+        "3 b'4\\n'",
+        "(b'5\\n', None)",
+        "(6,)",
+        "['a', 'b', 'c']",
+        "alarm",
+    ], result
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="ways around the filter of x86_64")

@@ -13,19 +13,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from recmas_runtime.tools.sandbox.process import run_bounded
 from recmas_runtime.tools.sandbox.program import (
-    encoded,
-    process_limits,
-    python_arguments,
-    sandbox_result,
-)
-from recmas_runtime.tools.sandbox.result import (
     MAX_OPEN_FILES,
-    MAX_OUTPUT_BYTES,
     MAX_PROCESSES,
     MAX_TMP_BYTES,
     SandboxResult,
+    encoded,
+    process_limits,
+    python_arguments,
+    run_bounded,
 )
 from recmas_runtime.tools.sandbox.seccomp import MACHINES, oci_profile
 
@@ -67,15 +63,13 @@ class Container:
                 *("--entrypoint", "python3", self.image),
                 *python_arguments(program, user=_NOBODY, limits=limits),
             ]
-            ran = run_bounded(
+            return run_bounded(
                 argv,
                 stdin=program + encoded(stdin),
                 timeout_s=timeout_s,
-                max_output_bytes=MAX_OUTPUT_BYTES,
                 env=os.environ,  # says where the engine is; containers do not get it
                 stop=partial(self._remove, container),
             )
-        return sandbox_result(ran)
 
     def missing(self) -> str:
         """Return why this image cannot be run here; empty if it can."""

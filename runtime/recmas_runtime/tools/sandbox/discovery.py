@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Final
 
 from recmas_runtime.tools.sandbox import bubblewrap
-from recmas_runtime.tools.sandbox.bubblewrap import Bubblewrap
+from recmas_runtime.tools.sandbox.bubblewrap import Bubblewrap, this_interpreter
 from recmas_runtime.tools.sandbox.container import DEFAULT_IMAGE, IMAGE_VARIABLE, Container
-from recmas_runtime.tools.sandbox.interpreter import this_interpreter
-from recmas_runtime.tools.sandbox.result import Sandbox
+from recmas_runtime.tools.sandbox.program import Sandbox
 
 _TRIAL_TIMEOUT_S: Final = 30.0
 _TRIAL_MEMORY_MB: Final = 256
