@@ -33,7 +33,7 @@ _STOP_WORDS: Final = frozenset(_COMMON_WORDS.split())
 
 
 class SearchFailedError(Exception):
-    """A search that is not possible here (`refused`) or went wrong (`error`), told to the model."""
+    """A search that is not possible here (`refused`) or failed (`error`); the model reads why."""
 
     def __init__(self, status: Literal["refused", "error"], text: str) -> None:
         super().__init__(text)

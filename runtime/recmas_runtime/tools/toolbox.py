@@ -87,7 +87,7 @@ class Toolbox:
         return CallScanner(self.names)
 
     def run(self, call: ToolCall, *, num_earlier: int) -> ToolResult:
-        """Run one call; whatever goes wrong in it is told in the result.
+        """Run one call; its errors are in the result.
 
         Args:
             call: The call.

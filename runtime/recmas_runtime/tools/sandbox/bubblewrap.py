@@ -8,7 +8,7 @@ import platform
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -20,10 +20,7 @@ from recmas_runtime.tools.sandbox.program import (
     MAX_TMP_BYTES,
     MAX_TMP_FILES,
     SandboxResult,
-    encoded,
-    process_limits,
-    python_arguments,
-    run_bounded,
+    run_python,
 )
 from recmas_runtime.tools.sandbox.seccomp import MACHINES, filter_program
 
@@ -61,36 +58,32 @@ class Bubblewrap:
 
     def run(self, code: str, *, stdin: str = "", timeout_s: float, memory_mb: int) -> SandboxResult:
         """Run Python code (see `Sandbox.run`)."""
-        program = encoded(code)
-        limits = process_limits(timeout_s=timeout_s, memory_mb=memory_mb)
-        limits["RLIMIT_NPROC"] = MAX_PROCESSES
         interpreter = this_interpreter()
         with _filter_file() as filter_fd:
-            argv = [
-                self.executable,
-                *_isolation(filter_fd),
-                *_file_system(interpreter),
-                "--",
-                str(interpreter.executable),
-                *python_arguments(program, user=_unused_user(), limits=limits),
-            ]
-            return run_bounded(
-                argv,
-                stdin=program + encoded(stdin),
+            return run_python(
+                [
+                    self.executable,
+                    *_isolation(filter_fd),
+                    *_file_system(interpreter),
+                    "--",
+                    str(interpreter.executable),
+                ],
+                code,
+                stdin=stdin,
+                user=_unused_user(),
                 timeout_s=timeout_s,
+                memory_mb=memory_mb,
+                max_processes=MAX_PROCESSES,
                 env={},
                 pass_fds=(filter_fd,),
                 watch=partial(_excess, max_bytes=memory_mb << 20),
             )
 
-
-def missing() -> str:
-    """Return what bubblewrap lacks on this machine, apart from its program; empty for nothing."""
-    if platform.machine() not in MACHINES:
-        return f"no seccomp filter for {platform.machine()}, only for {', '.join(MACHINES)}"
-    if not Path("/proc/thread-self/children").exists():
+    def missing(self) -> str:
+        """Return what bubblewrap lacks here, apart from its program; empty for nothing."""
+        if Path("/proc/thread-self/children").exists():
+            return ""
         return "this kernel does not list a process's children in /proc, so memory goes uncounted"
-    return ""
 
 
 def _isolation(filter_fd: int) -> list[str]:
@@ -219,7 +212,10 @@ def _excess(pid: int, *, max_bytes: int) -> str:
     members = tuple(_descendants(pid))
     # Resident sizes are quick to read but count what forks share once for each; proportional ones
     # are right but slow.
-    if _over(members, _resident_bytes, max_bytes) and _over(members, _owed_bytes, max_bytes):
+    if all(
+        sum(map(bytes_of, members)) > max_bytes
+        for bytes_of in (_resident_bytes, _proportional_bytes)
+    ):
         return f"stopped: its processes together use more than {max_bytes >> 20} MiB"
     if members and _files_in_tmp(members[-1]) > MAX_TMP_FILES:
         return f"stopped: it made more than {MAX_TMP_FILES} files"
@@ -242,10 +238,6 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def _over(members: Iterable[int], bytes_of: Callable[[int], int], max_bytes: int) -> bool:
-    return sum(map(bytes_of, members)) > max_bytes
-
-
 def _resident_bytes(pid: int) -> int:
     """Return the anonymous and shared memory of a process; 0 once it has ended."""
     try:
@@ -254,15 +246,15 @@ def _resident_bytes(pid: int) -> int:
         return 0
 
 
-def _owed_bytes(pid: int) -> int:
+def _proportional_bytes(pid: int) -> int:
     """Return the same with each page divided by the number of processes that share it."""
     try:
-        owed = _sum_bytes(Path(f"/proc/{pid}/smaps_rollup"), "Pss_Anon:", "Pss_Shmem:")
+        shared = _sum_bytes(Path(f"/proc/{pid}/smaps_rollup"), "Pss_Anon:", "Pss_Shmem:")
     except PermissionError:
         return _resident_bytes(pid)
     except OSError:
         return 0
-    return owed or _resident_bytes(pid)  # older kernels do not say
+    return shared or _resident_bytes(pid)  # older kernels do not say
 
 
 def _sum_bytes(table: Path, *keys: str) -> int:

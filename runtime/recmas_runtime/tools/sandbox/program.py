@@ -72,8 +72,80 @@ class Sandbox(Protocol):
         """
 
 
-def process_limits(*, timeout_s: float, memory_mb: int) -> dict[str, int]:
-    """Return the resource limits of every process in a sandbox, by their names in `resource`."""
+def run_python(
+    command: Sequence[str],
+    code: str,
+    *,
+    stdin: str,
+    user: int,
+    timeout_s: float,
+    memory_mb: int,
+    max_processes: int | None,
+    env: Mapping[str, str],
+    pass_fds: Sequence[int] = (),
+    watch: Callable[[int], str] | None = None,
+    stop: Callable[[], None] | None = None,
+) -> SandboxResult:
+    """Run code in a sandbox, in a session of its own, and never leave it running.
+
+    Args:
+        command: Starts an interpreter inside the sandbox; it is not looked up in PATH.
+        code: The program.
+        stdin: Its input.
+        user: Number of the user that a sandbox entered as root goes on as.
+        timeout_s: Wall-clock seconds.
+        memory_mb: MiB of each process.
+        max_processes: Of the user; None for as many as there may be.
+        env: Environment of the command.
+        pass_fds: Open file descriptors that the command inherits.
+        watch: Is given the process id at least every 20 ms; a reason that it returns stops the
+            program.
+        stop: Is called after the process was killed, for what a kill does not reach.
+
+    Raises:
+        OSError: The command cannot be started.
+    """
+    limits = _limits(timeout_s=timeout_s, memory_mb=memory_mb)
+    if max_processes is not None:
+        limits["RLIMIT_NPROC"] = max_processes
+    program = _encoded(code)
+    settings = {"code_bytes": len(program), "user": user, "limits": limits}
+    launcher = _LAUNCHER.read_text(encoding="ascii")
+    start = time.perf_counter()
+    with subprocess.Popen(  # noqa: S603 - the sandbox
+        [*command, "-I", "-S", "-B", "-c", launcher, json.dumps(settings)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=env,
+        pass_fds=pass_fds,
+        start_new_session=True,
+    ) as process:
+        exchange = _Exchange(process, program + _encoded(stdin))
+        try:
+            ended, why = _follow(process, exchange, start + timeout_s, watch)
+        finally:
+            if process.poll() is None:
+                _kill(process)
+                if stop is not None:
+                    stop()
+            exchange.close()
+        returned = process.wait()
+    stderr = exchange.stderr.decode("utf-8", "replace")
+    if why:
+        stderr += f"\n{why}"
+    exit_code = returned if ended == "itself" else None
+    return SandboxResult(
+        status="timeout" if ended == "time" else "ok" if exit_code == 0 else "error",
+        stdout=exchange.stdout.decode("utf-8", "replace"),
+        stderr_tail=stderr[-STDERR_TAIL_CHARS:],
+        exit_code=exit_code,
+        ms=(time.perf_counter() - start) * 1e3,
+    )
+
+
+def _limits(*, timeout_s: float, memory_mb: int) -> dict[str, int]:
+    """Return the resource limits of every process, by their names in `resource`."""
     return {
         "RLIMIT_AS": memory_mb << 20,
         "RLIMIT_CPU": math.ceil(timeout_s) + 1,
@@ -86,79 +158,9 @@ def process_limits(*, timeout_s: float, memory_mb: int) -> dict[str, int]:
     }
 
 
-def python_arguments(code: bytes, *, user: int, limits: Mapping[str, int]) -> list[str]:
-    """Return the interpreter's arguments that launch a program.
-
-    Args:
-        code: The program; it must come first on the interpreter's standard input.
-        user: Number of the user that a sandbox entered as root goes on as.
-        limits: Resource limits, as `process_limits` gives them.
-    """
-    settings = {"code_bytes": len(code), "user": user, "limits": limits}
-    launcher = _LAUNCHER.read_text(encoding="ascii")
-    return ["-I", "-S", "-B", "-c", launcher, json.dumps(settings)]
-
-
-def encoded(text: str) -> bytes:
+def _encoded(text: str) -> bytes:
     """Return the text as UTF-8; lone surrogates, which UTF-8 has not, become `?`."""
     return text.encode("utf-8", "replace")
-
-
-def run_bounded(
-    argv: Sequence[str],
-    *,
-    stdin: bytes,
-    timeout_s: float,
-    env: Mapping[str, str],
-    pass_fds: Sequence[int] = (),
-    watch: Callable[[int], str] | None = None,
-    stop: Callable[[], None] | None = None,
-) -> SandboxResult:
-    """Run a sandbox's command in a session of its own, and never leave it running.
-
-    Args:
-        argv: The command; it is not looked up in PATH.
-        stdin: Its input.
-        timeout_s: Wall-clock seconds.
-        env: Its environment.
-        pass_fds: Open file descriptors it inherits.
-        watch: Is given the process id every 20 ms; a reason that it returns stops the program.
-        stop: Is called after the process was killed, for what a kill does not reach.
-
-    Raises:
-        OSError: The command cannot be started.
-    """
-    start = time.perf_counter()
-    with subprocess.Popen(  # noqa: S603 - the sandbox
-        argv,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=env,
-        pass_fds=pass_fds,
-        start_new_session=True,
-    ) as process:
-        exchange = _Exchange(process, stdin, MAX_OUTPUT_BYTES)
-        try:
-            ended, why = _follow(process, exchange, start + timeout_s, watch)
-        finally:
-            if process.poll() is None:
-                _kill(process)
-                if stop is not None:
-                    stop()
-            exchange.close()
-        code = process.wait()
-    stderr = exchange.stderr.decode("utf-8", "replace")
-    if why:
-        stderr += f"\n{why}"
-    exit_code = code if ended == "itself" else None
-    return SandboxResult(
-        status="timeout" if ended == "time" else "ok" if exit_code == 0 else "error",
-        stdout=exchange.stdout.decode("utf-8", "replace"),
-        stderr_tail=stderr[-STDERR_TAIL_CHARS:],
-        exit_code=exit_code,
-        ms=(time.perf_counter() - start) * 1e3,
-    )
 
 
 def _follow(
@@ -188,15 +190,13 @@ def _follow(
 class _Exchange:
     """The three pipes of a process; nothing of it blocks longer than it is told to."""
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], stdin: bytes, max_output_bytes: int
-    ) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], stdin: bytes) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
         self.stdout, self.stderr = bytearray(), bytearray()
         self._left = memoryview(stdin)
-        self._room = max_output_bytes
+        self._room = MAX_OUTPUT_BYTES
         self._selector = selectors.DefaultSelector()
         self._pipes: list[IO[bytes]] = [process.stdin, process.stdout, process.stderr]
         for pipe in self._pipes:
