@@ -94,8 +94,9 @@ def failing(sandbox: Sandbox) -> str:
 
 
 def _harmless(sandbox: Sandbox) -> str:
-    code = "import ctypes, hashlib, math\nprint(math.factorial(20) + int(input()))"
-    ran = sandbox.run(code, stdin="1\n", timeout_s=_TRIAL_TIMEOUT_S, memory_mb=_TRIAL_MEMORY_MB)
+    ran = sandbox.run(
+        _HARMLESS, stdin="1\n", timeout_s=_TRIAL_TIMEOUT_S, memory_mb=_TRIAL_MEMORY_MB
+    )
     if ran.status == "ok" and ran.stdout == "2432902008176640001\n":
         return ""
     said = ran.stderr_tail.strip().splitlines() or [f"{ran.status}, printed {ran.stdout!r}"]
@@ -145,6 +146,16 @@ def _names(folder: Path) -> set[str]:
     except OSError:
         return set()
 
+
+# A thread, because C libraries start them in different ways and the filter must allow this one's.
+_HARMLESS: Final = """
+import ctypes, hashlib, math, threading
+numbers = [int(input())]
+thread = threading.Thread(target=lambda: numbers.append(math.factorial(20)))
+thread.start()
+thread.join()
+print(sum(numbers))
+"""
 
 # Prints what it could reach, one to a line.
 _PROBE: Final = """
