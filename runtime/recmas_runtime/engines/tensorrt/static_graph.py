@@ -227,11 +227,12 @@ def _adapt_attention(model: onnx.ModelProto, *, file: str) -> None:
     graph = model.graph
     # A factor must have the element type of what it scales. That of the keys is known, because
     # updated caches are outputs of the graph.
-    element_types = {value.name: value.type.tensor_type.elem_type for value in graph.output}
+    values = (*graph.output, *graph.value_info)
+    element_types = {value.name: value.type.tensor_type.elem_type for value in values}
     nodes = []
     for node in graph.node:
         if node.op_type == "Attention":
-            # The parser would take key lengths, but gave wrong tokens with them without an error.
+            # The parser takes key lengths, but engines gave wrong tokens with them, and no error.
             if not any(node.input[3:4]) or any(node.input[4:]):
                 raise unsupported(
                     f"TensorRT needs an explicit mask, and neither past keys nor key lengths, for "
