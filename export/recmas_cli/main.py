@@ -14,7 +14,7 @@ from recmas_cli.cli_released import export_links, import_
 from recmas_cli.console import Outcome, command, report
 from recmas_cli.options import DUMP_IR, QUIET, SET, SPEC
 from recmas_runtime.core.errors import Exit, fail
-from recmas_runtime.core.interrupts import lasting_interrupts
+from recmas_runtime.core.terminal import lasting_interrupts
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

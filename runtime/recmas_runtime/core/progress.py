@@ -1,4 +1,4 @@
-"""How long-running work tells whoever watches how far it has come."""
+"""How long-running work reports its progress."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Advance(Protocol):
 
 
 class Progress(Protocol):
-    """What work that takes a while reports to."""
+    """Receives the progress of long-running work."""
 
     def stage(self, title: str, total: int | None = None) -> AbstractContextManager[Advance]:
-        """Open a stage of `total` units (None: not known); leaving the context closes it."""
+        """Open a stage of `total` units (None: not known) that lasts as long as the block."""
 
 
 class Silent:
@@ -35,7 +35,7 @@ class LineProgress:
     """Keeps one line up to date on a terminal; shows nothing where there is none.
 
     Args:
-        stream: Where the line goes; standard error unless told otherwise.
+        stream: Where the line goes; standard error by default.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
