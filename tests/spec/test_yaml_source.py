@@ -127,6 +127,23 @@ def test_places() -> None:
     assert str(spec.position("build", "target")) == "demo.yaml:1:1"
 
 
+def test_an_anchor_may_be_given_again() -> None:
+    source = parse_yaml("a: &x 1\nb: &x [&x 2, *x]\nc: *x\n", file="f")
+    assert source.value == {"a": 1, "b": [2, 2], "c": [2, 2]}
+    assert str(source.places.values["c",]) == "f:3:4"
+    assert str(source.places.values["c", 1]) == "f:2:14"
+
+
+def test_depth_counts_what_aliases_stand_for() -> None:
+    deep = "a: &a " + "[" * 20 + "]" * 20 + "\nb: "
+    assert parse_yaml(deep + "[" * 11 + "*a" + "]" * 11, file="f")
+    with pytest.raises(RecmasError) as refused:
+        parse_yaml(deep + "[" * 12 + "*a" + "]" * 12, file="f")
+    problem = refused.value.problems[0]
+    assert (problem.code, problem.line, problem.column) == ("RM101", 2, 16)
+    assert "levels deep" in problem.message
+
+
 PROMPTS = {
     "literal": "|\n      a {{ b }}\n        {{ c }} @@{% x %} {{ b }}\n",
     "second_of_two": "|\n      {{ a }} {{ a }}\n\n      {% y %}@@{% x %}\n",
