@@ -17,7 +17,7 @@ from yaml.composer import Composer, ComposerError
 
 from recmas_compiler.spec.document.places import Loc, Places, position_of
 from recmas_compiler.spec.document.position import SourcePosition
-from recmas_compiler.spec.document.problems import problem_at
+from recmas_compiler.spec.document.problems import Language, problem_at, show
 from recmas_compiler.spec.document.scalars import Scalar, resolve
 from recmas_runtime.core.errors import Problem, RecmasError
 
@@ -29,7 +29,7 @@ Value = Scalar | list["Value"] | dict[str, "Value"]
 _Mark = Any  # a place of PyYAML's, whose own class and the C parser's are not related
 
 _NOT_IN_YAML = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_START_HINT = "`recmasc init sequential` writes a spec to begin with."
+_VALUE = Language(noun="value")
 
 
 @dataclass(frozen=True)
@@ -47,36 +47,60 @@ class Source:
     problems: tuple[Problem, ...]
 
 
-def read_text(path: Path, *, file: str) -> str:
-    """Return the text of a spec file.
+def read_text(path: Path, *, file: str, language: Language) -> str:
+    """Return the text of a file.
 
     Raises:
         RecmasError: RM100: not there, not a file, too large, not UTF-8.
     """
+    code = language.code or "RM100"
     try:
         with path.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = str(getattr(error, "strerror", None) or error)
-        message = f"cannot read the spec: {reason[:1].lower()}{reason[1:]}."
-        hint = f"Give the path of a YAML file; {_START_HINT}"
-        raise RecmasError(Problem(code="RM100", message=message, hint=hint, file=file)) from error
+        message = f"cannot read the {language.noun}: {reason[:1].lower()}{reason[1:]}."
+        problem = Problem(code=code, message=message, hint=language.file_hint, file=file)
+        raise RecmasError(problem) from error
     if len(raw) > MAX_BYTES:
-        raise _too_large(file)
+        raise _too_large(file, language)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         before = raw[: error.start].decode("utf-8")
         place = position_of(before, len(before), file)
-        message = (
-            f"the spec is not UTF-8: byte 0x{raw[error.start]:02x} is not part of a character."
-        )
+        byte = f"byte 0x{raw[error.start]:02x}"
+        message = f"the {language.noun} is not UTF-8: {byte} is not part of a character."
         hint = "Save the file as UTF-8."
-        raise RecmasError(problem_at(place, "RM100", message, hint=hint)) from error
+        raise RecmasError(problem_at(place, code, message, hint=hint)) from error
 
 
-def parse_yaml(text: str, *, file: str) -> Source:
+def parse_mapping(
+    text: str, *, file: str, language: Language
+) -> tuple[dict[str, Value], Places, list[Problem]]:
+    """Parse one YAML document that is a mapping.
+
+    Returns:
+        The mapping, its places, and its duplicate keys.
+
+    Raises:
+        RecmasError: As `parse_yaml`; RM105 for anything but a mapping.
+    """
+    source = parse_yaml(text, file=file, language=language)
+    if not isinstance(source.value, dict):
+        message = f"a {language.noun} is a mapping of sections, this is {show(source.value)}."
+        place = source.places.value(())
+        raise RecmasError(language.problem(place, "RM105", message, language.start_hint))
+    return source.value, source.places, list(source.problems)
+
+
+def parse_yaml(text: str, *, file: str, language: Language = _VALUE) -> Source:
     """Parse one YAML document.
+
+    Args:
+        text: YAML.
+        file: What to call it in messages.
+        language: What kind of file it is.
 
     Raises:
         RecmasError: RM100 or RM101: characters that YAML forbids, an empty file, invalid YAML,
@@ -85,30 +109,29 @@ def parse_yaml(text: str, *, file: str) -> Source:
     # YAML reads every line break as "\n"; doing so first keeps all positions simple.
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if len(text) > MAX_BYTES:
-        raise _too_large(file)
+        raise _too_large(file, language)
     forbidden = _NOT_IN_YAML.search(text)
     if forbidden:
         place = position_of(text, forbidden.start(), file)
         message = f"the character U+{ord(forbidden.group()):04X} is not allowed in YAML."
         hint = "Remove it, or write it as an escape inside of double quotes."
         raise RecmasError(problem_at(place, "RM100", message, hint=hint))
-    root = _compose(text, file)
+    root = _compose(text, file, language)
     places = Places(file=file, source=text)
     problems: list[Problem] = []
     value = None if root is None else _plain(root, (), places, problems)
     if value is None:
+        message = f"the {language.noun} is empty."
         raise RecmasError(
-            problem_at(_place(None, file), "RM100", "the spec is empty.", hint=_START_HINT)
+            language.problem(_place(None, file), "RM100", message, language.start_hint)
         )
     return Source(value=value, places=places, problems=tuple(problems))
 
 
-def _too_large(file: str) -> RecmasError:
-    start = SourcePosition(file=file, line=1, column=1)
-    hint = "Specs are small texts: is this the right file?"
-    return RecmasError(
-        problem_at(start, "RM100", f"the spec is larger than {MAX_BYTES} bytes.", hint=hint)
-    )
+def _too_large(file: str, language: Language) -> RecmasError:
+    message = f"the {language.noun} is larger than {MAX_BYTES} bytes."
+    hint = f"{language.noun.capitalize()}s are small texts: is this the right file?"
+    return RecmasError(language.problem(_place(None, file), "RM100", message, hint))
 
 
 class _Loader(Composer, yaml.CSafeLoader):
@@ -118,10 +141,11 @@ class _Loader(Composer, yaml.CSafeLoader):
     known, and what it stands for counts each time.
     """
 
-    def __init__(self, text: str, file: str) -> None:
+    def __init__(self, text: str, file: str, noun: str) -> None:
         yaml.CSafeLoader.__init__(self, text)
         Composer.__init__(self)
         self._file = file
+        self._noun = noun
         self._depth = 0  # sequences and mappings that are still open
         self._height = 0  # levels of the highest node so far inside of the innermost of them
         self._num_nodes = 0
@@ -136,7 +160,7 @@ class _Loader(Composer, yaml.CSafeLoader):
         assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
         if event.tag is not None:
             shown = event.tag.replace("tag:yaml.org,2002:", "!!")
-            message = f"the tag `{shown}` is refused: specs are plain data."
+            message = f"the tag `{shown}` is refused: {self._noun}s are plain data."
             raise _refused(event.start_mark, self._file, message, "Remove the tag.")
         is_collection = isinstance(event, yaml.CollectionStartEvent)
         nodes_before, height_before = self._num_nodes, self._height
@@ -175,21 +199,21 @@ class _Loader(Composer, yaml.CSafeLoader):
     def _count(self, event: yaml.NodeEvent, *, num_nodes: int, height: int) -> None:
         if self._depth + height > MAX_DEPTH:
             message = f"nested more than {MAX_DEPTH} levels deep."
-            hint = "No part of a spec is that deep: check the brackets."
+            hint = f"No part of a {self._noun} is that deep: check the brackets."
             raise _refused(event.start_mark, self._file, message, hint)
         self._num_nodes += num_nodes
         if self._num_nodes > MAX_NODES:
             message = f"more than {MAX_NODES} keys and values, counting aliases each time."
-            hint = "Specs are small: use fewer aliases."
+            hint = f"{self._noun.capitalize()}s are small: use fewer aliases."
             raise _refused(event.start_mark, self._file, message, hint)
 
 
-def _compose(text: str, file: str) -> yaml.Node | None:
+def _compose(text: str, file: str, language: Language) -> yaml.Node | None:
     try:
-        return _Loader(text, file).get_single_node()
+        return _Loader(text, file, language.noun).get_single_node()
     except ComposerError as error:
         message = "a second YAML document begins here."
-        hint = "A spec is one document: remove everything from this `---` on."
+        hint = f"A {language.noun} is one document: remove everything from this `---` on."
         raise _refused(error.problem_mark, file, message, hint) from error
     except yaml.MarkedYAMLError as error:
         raise _invalid(error, text, file) from error

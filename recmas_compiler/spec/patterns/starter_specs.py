@@ -39,7 +39,7 @@ def starter_spec(pattern: str, *, task: str | None = None, schema: str = SCHEMA_
             "RM118", f"there is no pattern `{pattern}`.", hint=did_you_mean(pattern, STARTERS)
         )
     text = (
-        files("recmas_compiler.spec.patterns")
+        files("recmas_compiler.spec.patterns.layouts")
         .joinpath("starters", f"{pattern}.yaml")
         .read_text("utf-8")
     )

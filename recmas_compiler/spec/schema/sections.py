@@ -144,6 +144,10 @@ class PromptSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _accept_plain_text(cls, data: object) -> object:
+        if not isinstance(data, str | dict | cls):
+            raise PydanticCustomError(
+                "prompt", "should be text, or a mapping of `first` and `then`"
+            )
         return {"then": data} if isinstance(data, str) else data
 
     @model_serializer
@@ -270,18 +274,3 @@ NAMED: Final[dict[tuple[str, ...], str]] = {
     ("agents", "*", "chat_template"): "template variable",
     ("train", "targets"): "agent",
 }
-
-
-def section_at(loc: tuple[str | int, ...]) -> type[Section] | None:
-    """Return the section whose keys are fixed at `loc`, if there is one."""
-    for pattern, section in SECTIONS.items():
-        if matches(loc, pattern):
-            return section
-    return None
-
-
-def matches(loc: tuple[str | int, ...], pattern: tuple[str, ...]) -> bool:
-    """Tell whether a path is one of those that `pattern` stands for."""
-    return len(loc) == len(pattern) and all(
-        wanted in ("*", part) for part, wanted in zip(loc, pattern, strict=True)
-    )
