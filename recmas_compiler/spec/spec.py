@@ -9,18 +9,24 @@ from functools import cached_property
 from pathlib import Path
 
 from recmas_compiler.spec.checks.table import run_checks
-from recmas_compiler.spec.document.places import Places
-from recmas_compiler.spec.document.position import SourcePosition
+from recmas_compiler.spec.document.places import Places, SourcePosition
 from recmas_compiler.spec.document.problems import in_reading_order
-from recmas_compiler.spec.document.yaml_source import parse_mapping, read_text
+from recmas_compiler.spec.document.yaml_source import parse_mapping, read_text, write_yaml
 from recmas_compiler.spec.overrides import apply_overrides
 from recmas_compiler.spec.patterns.layouts import expand_pattern
-from recmas_compiler.spec.resolved import resolved_yaml
 from recmas_compiler.spec.schema.declared import Declared
 from recmas_compiler.spec.schema.link_names import normalize_link_names
 from recmas_compiler.spec.schema.sections import SpecDocument
 from recmas_compiler.spec.schema.validate import SPECS, validate
 from recmas_runtime.core.errors import Problem, RecmasError
+
+
+def resolved_yaml(document: SpecDocument) -> str:
+    """Return the spec with its pattern expanded and every default written out.
+
+    Equal documents give equal text, and the text loads back to an equal spec.
+    """
+    return write_yaml(document.model_dump(mode="python", exclude_none=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +61,7 @@ class Spec:
         return self.places.value(loc) if loc in self.places.spans else self.places.key(loc)
 
     def resolved_yaml(self) -> str:
-        """Return the spec with its pattern expanded and all defaults written out.
-
-        Equal specs give equal text, and the text loads back to an equal spec.
-        """
+        """Return the spec with its pattern expanded and all defaults written out."""
         return resolved_yaml(self.document)
 
     def system_yaml(self) -> str:

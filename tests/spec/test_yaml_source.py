@@ -9,13 +9,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recmas_compiler.spec.document.scalars import (
+from recmas_compiler.spec.document.yaml_source import (
+    Value,
     fits_literal_block,
     literal_header,
+    parse_yaml,
     resolve,
     write_scalar,
 )
-from recmas_compiler.spec.document.yaml_source import Value, parse_yaml
 from recmas_compiler.spec.spec import parse_spec
 from recmas_runtime.core.errors import RecmasError
 from spec_texts import PAIR

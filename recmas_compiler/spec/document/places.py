@@ -6,12 +6,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from recmas_compiler.spec.document.position import SourcePosition
-
 Loc = tuple[str | int, ...]
 """A path into the document, such as `("agents", "solver", "prompt")`."""
 
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class SourcePosition:
+    """A place in a file.
+
+    Attributes:
+        file: As the user named it; `<string>` for specs that never were a file.
+        line: From 1.
+        column: From 1.
+    """
+
+    file: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+UNKNOWN = SourcePosition(file="<unknown>", line=1, column=1)
 
 
 def position_of(source: str, index: int, file: str) -> SourcePosition:

@@ -14,8 +14,7 @@ from typing import Final, Literal
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from recmas_compiler.spec.document.places import Loc, Places
-from recmas_compiler.spec.document.position import UNKNOWN, SourcePosition
+from recmas_compiler.spec.document.places import UNKNOWN, Loc, Places, SourcePosition
 from recmas_runtime.core.errors import Problem
 
 # Values given on the command line have no line; their "file" is the argument itself.

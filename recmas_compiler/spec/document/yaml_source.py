@@ -1,4 +1,4 @@
-"""YAML text to plain values, with the place of every key and value.
+"""YAML text to plain values, with the place of every key and value; and values back to text.
 
 PyYAML composes the nodes from the events of its C parser; what they mean is decided here: YAML 1.2
 scalars, no tags, no duplicate keys, and bounds on size, depth and aliases so that no text can
@@ -7,7 +7,10 @@ exhaust the compiler.
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +18,50 @@ from typing import Any
 import yaml
 from yaml.composer import Composer, ComposerError
 
-from recmas_compiler.spec.document.places import Loc, Places, position_of
-from recmas_compiler.spec.document.position import SourcePosition
+from recmas_compiler.spec.document.places import Loc, Places, SourcePosition, position_of
 from recmas_compiler.spec.document.problems import Language, problem_at, show
-from recmas_compiler.spec.document.scalars import Scalar, resolve
 from recmas_runtime.core.errors import Problem, RecmasError
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_NODES = 20_000
 
+Scalar = None | bool | int | float | str
 Value = Scalar | list["Value"] | dict[str, "Value"]
 _Mark = Any  # a place of PyYAML's, whose own class and the C parser's are not related
 
 _NOT_IN_YAML = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _VALUE = Language(noun="value")
+
+
+# Plain words of the core schema of YAML 1.2.2, chapter 10.3.2. It differs from what PyYAML resolves
+# by itself (YAML 1.1): `no` and `on` are text, `5e-4` is a number, `0o17` is octal and `017` is
+# seventeen.
+_WORDS: dict[str, Scalar] = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    **dict.fromkeys((".nan", ".NaN", ".NAN"), math.nan),
+}
+_DECIMAL = re.compile(r"[-+]?[0-9]+\Z")
+_WITH_BASE = re.compile(r"0(o[0-7]+|x[0-9a-fA-F]+)\Z")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
+_INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)\Z")
+
+# Python refuses to parse integers of thousands of digits. Numbers this long are out of every bound
+# anyway, and as a float they still compare correctly with the bounds.
+_LONGEST_INTEGER = 100
+
+# Plain text that every YAML reader takes as text: words without indicators, or a link's name.
+_WORD = "[A-Za-z0-9_./@:-]*[A-Za-z0-9_./@-]"
+_PLAIN = re.compile(rf"[A-Za-z]({_WORD})?( (->|{_WORD}))*\Z")
+# Words that readers of YAML 1.1 take for something else; quoted so that all readers agree.
+_YAML_1_1_WORDS = frozenset({"y", "n", "yes", "no", "on", "off"})
+# What a double-quoted scalar must escape beyond what JSON does.
+_UNPRINTABLE = re.compile(r"[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
+_LITERAL_LINE = re.compile(
+    "[\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]*\\Z"
+)
 
 
 @dataclass(frozen=True)
@@ -286,3 +318,88 @@ def _plain(node: yaml.Node, loc: Loc, places: Places, problems: list[Problem]) -
 def _aliased(node: yaml.Node) -> yaml.Node:
     is_alias = not isinstance(node, yaml.ScalarNode | yaml.CollectionNode)
     return node.value if is_alias else node
+
+
+def resolve(text: str) -> Scalar:
+    """Return the value of a plain scalar."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if _DECIMAL.match(text):
+        return int(text) if len(text) <= _LONGEST_INTEGER else float(text)
+    if _WITH_BASE.match(text):
+        return int(text, base=0) if len(text) <= _LONGEST_INTEGER else math.inf
+    if _FLOAT.match(text):
+        return float(text)
+    if _INFINITE.match(text):
+        return float(text.replace(".", "").lower())
+    return text
+
+
+def write_yaml(values: Mapping[str, Any]) -> str:
+    """Return a mapping as YAML, without its empty lists and mappings.
+
+    The text is deterministic, and reads back to equal values.
+    """
+    return "".join(_mapping(values, indent=""))
+
+
+def write_scalar(value: Scalar, *, quoted: bool = False) -> str:
+    """Return a one-line form that YAML 1.2 readers read back as `value`.
+
+    Args:
+        value: What to write.
+        quoted: Quote text even where it could stand plain.
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    is_plain = _PLAIN.match(value) and value.lower() not in _YAML_1_1_WORDS
+    if is_plain and resolve(value) == value and not quoted:
+        return value
+    text = json.dumps(value, ensure_ascii=False)
+    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+
+
+def fits_literal_block(text: str) -> bool:
+    """Tell whether `text` can be written as a literal block (`|`) and read back unchanged."""
+    lines = text.split("\n")
+    if len(lines) < 2 or not lines[0] or lines[0].startswith(" "):
+        return False
+    return all(_LITERAL_LINE.match(line) for line in lines)
+
+
+def literal_header(text: str) -> str:
+    """Return the block header whose chomping keeps exactly the trailing line breaks of `text`."""
+    if not text.endswith("\n"):
+        return "|-"
+    return "|+" if text.endswith("\n\n") else "|"
+
+
+def _mapping(values: Mapping[str, Any], indent: str) -> list[str]:
+    lines: list[str] = []
+    for key, value in values.items():
+        if value in ({}, ()):
+            continue
+        head = f"{indent}{write_scalar(key)}:"
+        if isinstance(value, Mapping):
+            lines += [f"{head}\n", *_mapping(value, indent + "  ")]
+        elif isinstance(value, str) and fits_literal_block(value):
+            lines += [f"{head} {literal_header(value)}\n", *_block(value, indent + "  ")]
+        else:
+            lines.append(f"{head} {_inline(value)}\n")
+    return lines
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        # flow collections give `,` and brackets a meaning; quoted text is safe from it
+        return f"[{', '.join(write_scalar(item, quoted=True) for item in value)}]"
+    return write_scalar(value)
+
+
+def _block(text: str, indent: str) -> list[str]:
+    body = text.removesuffix("\n")
+    return [f"{indent}{line}\n" if line else "\n" for line in body.split("\n")]
