@@ -57,11 +57,8 @@ _WORD = "[A-Za-z0-9_./@:-]*[A-Za-z0-9_./@-]"
 _PLAIN = re.compile(rf"[A-Za-z]({_WORD})?( (->|{_WORD}))*\Z")
 # Words that readers of YAML 1.1 take for something else; quoted so that all readers agree.
 _YAML_1_1_WORDS = frozenset({"y", "n", "yes", "no", "on", "off"})
-# What a double-quoted scalar must escape beyond what JSON does.
-_UNPRINTABLE = re.compile(r"[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")
-_LITERAL_LINE = re.compile(
-    "[\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]*\\Z"
-)
+# Line breaks of YAML 1.1 and the byte order mark, which do not come back out of a block.
+_NOT_IN_BLOCKS = re.compile("[\x85\u2028\u2029\ufeff]")
 
 
 @dataclass(frozen=True)
@@ -336,70 +333,47 @@ def resolve(text: str) -> Scalar:
 
 
 def write_yaml(values: Mapping[str, Any]) -> str:
-    """Return a mapping as YAML, without its empty lists and mappings.
+    """Return a mapping as YAML 1.2, without its empty lists and mappings.
 
     The text is deterministic, and reads back to equal values.
     """
-    return "".join(_mapping(values, indent=""))
+    return yaml.dump(values, Dumper=_Dumper, allow_unicode=True, width=math.inf)
 
 
-def write_scalar(value: Scalar, *, quoted: bool = False) -> str:
-    """Return a one-line form that YAML 1.2 readers read back as `value`.
+class _Dumper(yaml.BaseDumper):
+    """PyYAML's emitter with the styles of a spec written by hand.
 
-    Args:
-        value: What to write.
-        quoted: Quote text even where it could stand plain.
+    Every scalar goes out as text, in a style that reads back as what it was; so no tag is written.
     """
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    is_plain = _PLAIN.match(value) and value.lower() not in _YAML_1_1_WORDS
-    if is_plain and resolve(value) == value and not quoted:
-        return value
-    text = json.dumps(value, ensure_ascii=False)
-    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+    def represent_data(self, data: Any) -> yaml.Node:
+        match data:
+            case Mapping():
+                items = [(key, value) for key, value in data.items() if value not in ({}, ())]
+                return self.represent_mapping("tag:yaml.org,2002:map", items, flow_style=False)
+            case str():
+                return self._text(data, _style_of(data))
+            case Sequence():
+                node = self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+                # flow collections give `,` and brackets a meaning; quoted text is safe from it
+                for value, item in zip(data, node.value, strict=True):
+                    item.style = '"' if isinstance(value, str) else None
+                return node
+            case None | bool():
+                return self._text(json.dumps(data))
+        return self._text(repr(data))
+
+    def _text(self, text: str, style: str | None = None) -> yaml.Node:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-def fits_literal_block(text: str) -> bool:
-    """Tell whether `text` can be written as a literal block (`|`) and read back unchanged."""
-    lines = text.split("\n")
-    if len(lines) < 2 or not lines[0] or lines[0].startswith(" "):
-        return False
-    return all(_LITERAL_LINE.match(line) for line in lines)
-
-
-def literal_header(text: str) -> str:
-    """Return the block header whose chomping keeps exactly the trailing line breaks of `text`."""
-    if not text.endswith("\n"):
-        return "|-"
-    return "|+" if text.endswith("\n\n") else "|"
-
-
-def _mapping(values: Mapping[str, Any], indent: str) -> list[str]:
-    lines: list[str] = []
-    for key, value in values.items():
-        if value in ({}, ()):
-            continue
-        head = f"{indent}{write_scalar(key)}:"
-        if isinstance(value, Mapping):
-            lines += [f"{head}\n", *_mapping(value, indent + "  ")]
-        elif isinstance(value, str) and fits_literal_block(value):
-            lines += [f"{head} {literal_header(value)}\n", *_block(value, indent + "  ")]
-        else:
-            lines.append(f"{head} {_inline(value)}\n")
-    return lines
-
-
-def _inline(value: Any) -> str:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        # flow collections give `,` and brackets a meaning; quoted text is safe from it
-        return f"[{', '.join(write_scalar(item, quoted=True) for item in value)}]"
-    return write_scalar(value)
-
-
-def _block(text: str, indent: str) -> list[str]:
-    body = text.removesuffix("\n")
-    return [f"{indent}{line}\n" if line else "\n" for line in body.split("\n")]
+def _style_of(text: str) -> str | None:
+    """Return the indicator of the style in which `text` stays what it is; None is plain."""
+    is_plain = _PLAIN.match(text) and text.lower() not in _YAML_1_1_WORDS
+    if is_plain and resolve(text) == text:
+        return None
+    is_block = "\n" in text and text[0] not in " \n" and not _NOT_IN_BLOCKS.search(text)
+    return "|" if is_block else '"'
