@@ -14,12 +14,10 @@ from recmas_compiler.evaluation.data.converters import CONVERTERS
 from recmas_compiler.evaluation.protocol import (
     ChoiceSection,
     CodeSection,
-    DataSection,
     ExactSection,
     F1Section,
     MathSection,
     Protocol,
-    SelectionSection,
 )
 from recmas_compiler.spec.document.places import Places
 from recmas_compiler.spec.document.problems import (
@@ -28,6 +26,7 @@ from recmas_compiler.spec.document.problems import (
     in_reading_order,
     schema_errors,
     schema_problem,
+    sections_of,
     show,
 )
 from recmas_compiler.spec.document.yaml_source import Value, parse_mapping, read_text
@@ -56,7 +55,7 @@ _PROTOCOLS: Final = Language(
     start_hint="Begin with `name: NAME`.",
     file_hint=f"Give a .yaml file or one of {', '.join(protocol_names())}.",
     code="RM600",
-    sections={(): Protocol, ("data",): DataSection, ("selection",): SelectionSection},
+    sections=sections_of(Protocol),
     missing_hints={("check", "kind"): f"Known here: {', '.join(_CHECKS)}."},
 )
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -52,7 +52,7 @@ class Language:
         start_hint: How to begin one.
         file_hint: What to give where a file cannot be read.
         code: The one code of its findings; None where every kind of finding has its own.
-        sections: The mappings with fixed keys, by path; `*` stands for any name.
+        sections: The mappings with fixed keys, by path; see `sections_of`.
         missing_hints: What to do about a missing key, by its path.
         text_rules: What text is that matches a pattern, by the pattern.
     """
@@ -131,6 +131,25 @@ def show(value: object) -> str:
         return "a list"
     text = str(value)
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
+
+
+def sections_of(model: type[BaseModel]) -> dict[tuple[str, ...], type[BaseModel]]:
+    """Return every mapping with fixed keys, by its path; `*` stands for any name."""
+    sections: dict[tuple[str, ...], type[BaseModel]] = {(): model}
+    for key, item in model.model_fields.items():
+        for path, section in _models_in(item.annotation):
+            below = sections_of(section).items()
+            sections |= {(key, *path, *rest): other for rest, other in below}
+    return sections
+
+
+def _models_in(annotation: object) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield (), annotation
+    name = ("*",) if get_origin(annotation) is dict else ()
+    for argument in get_args(annotation):
+        for path, model in _models_in(argument):
+            yield (*name, *path), model
 
 
 def matches(loc: Loc, pattern: tuple[str, ...]) -> bool:

@@ -17,19 +17,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from recmas_compiler.spec.schema.answer import (
-    AnswerSection,
-    PythonSection,
-    SearchSection,
-    StopSection,
-    ToolsSection,
-)
-from recmas_compiler.spec.schema.pattern import (
-    DeliberationSection,
-    DistillationSection,
-    MixtureSection,
-    PatternSection,
-)
+from recmas_compiler.spec.document.problems import sections_of
+from recmas_compiler.spec.schema.answer import AnswerSection
+from recmas_compiler.spec.schema.pattern import PatternSection
 from recmas_compiler.spec.schema.section import (
     MAX_AGENTS,
     SLUG_PATTERN,
@@ -38,13 +28,7 @@ from recmas_compiler.spec.schema.section import (
     Section,
     Slug,
 )
-from recmas_compiler.spec.schema.train import (
-    InnerStageSection,
-    LoraSection,
-    OuterStageSection,
-    SftSection,
-    TrainSection,
-)
+from recmas_compiler.spec.schema.train import TrainSection
 
 LANGUAGE_VERSION: Final = 1
 
@@ -241,30 +225,8 @@ class SpecDocument(Section):
     """What to train the links on, and how; only `recmasc train` needs it."""
 
 
-# Every mapping with fixed keys, by its path; `*` stands for any name.
-SECTIONS: Final[dict[tuple[str, ...], type[Section]]] = {
-    (): SpecDocument,
-    ("pattern",): PatternSection,
-    ("pattern", "mixture"): MixtureSection,
-    ("pattern", "distillation"): DistillationSection,
-    ("pattern", "deliberation"): DeliberationSection,
-    ("backbones", "*"): BackboneSection,
-    ("agents", "*"): AgentSection,
-    ("agents", "*", "prompt"): PromptSection,
-    ("agents", "*", "inner"): InnerSection,
-    ("links", "*"): LinkSection,
-    ("answer",): AnswerSection,
-    ("answer", "stop_when"): StopSection,
-    ("answer", "tools"): ToolsSection,
-    ("answer", "tools", "search"): SearchSection,
-    ("answer", "tools", "python"): PythonSection,
-    ("build",): BuildSection,
-    ("train",): TrainSection,
-    ("train", "inner"): InnerStageSection,
-    ("train", "outer"): OuterStageSection,
-    ("train", "lora"): LoraSection,
-    ("train", "sft"): SftSection,
-}
+SECTIONS: Final = sections_of(SpecDocument)
+"""Every mapping with fixed keys, by its path."""
 
 # Mappings whose keys are names that the user chooses.
 NAMED: Final[dict[tuple[str, ...], str]] = {
