@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from recmas_compiler.evaluation.data.converters import CONVERTERS
-from recmas_compiler.evaluation.protocol import (
-    ChoiceSection,
-    CodeSection,
-    ExactSection,
-    F1Section,
-    MathSection,
-    Protocol,
-)
+from recmas_compiler.evaluation.protocol import CheckSection, Protocol
 from recmas_compiler.spec.document.places import Places
 from recmas_compiler.spec.document.problems import (
     Language,
@@ -36,12 +29,11 @@ from recmas_runtime.core.errors import Problem, RecmasError, fail
 
 FOLDER: Final = Path(__file__).parent / "protocols"
 
+# kind of a check -> its section
 _CHECKS: Final[dict[str, type[Section]]] = {
-    "math": MathSection,
-    "choice": ChoiceSection,
-    "exact": ExactSection,
-    "f1": F1Section,
-    "code": CodeSection,
+    kind: section
+    for section in get_args(get_args(CheckSection)[0])
+    for kind in get_args(section.model_fields["kind"].annotation)
 }
 
 

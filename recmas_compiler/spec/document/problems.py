@@ -160,17 +160,10 @@ def matches(loc: Loc, pattern: tuple[str, ...]) -> bool:
 
 
 def schema_errors(error: ValidationError) -> list[ErrorDetails]:
-    """Return what pydantic found; lists and mappings with nothing but wrong items are not empty."""
+    """Return what pydantic found; a list or mapping with nothing but wrong items is not empty."""
     details = error.errors(include_url=False)
-    locs = [detail["loc"] for detail in details]
-    return [
-        detail
-        for detail in details
-        if detail["type"] != "too_short"
-        or not any(
-            len(loc) > (n := len(detail["loc"])) and loc[:n] == detail["loc"] for loc in locs
-        )
-    ]
+    around = {detail["loc"][:end] for detail in details for end in range(len(detail["loc"]))}
+    return [d for d in details if d["type"] != "too_short" or d["loc"] not in around]
 
 
 def schema_problem(detail: ErrorDetails, places: Places, language: Language) -> Problem:
@@ -217,8 +210,10 @@ def _message(detail: ErrorDetails, language: Language) -> str:
         pattern = context["pattern"]
         rule = language.text_rules.get(pattern, f"text of the form {pattern}")
         return f"{name} is {show(value)}, which is not {rule}."
-    own = detail["msg"].lower().removeprefix("input ").removeprefix("should be ")
-    wanted = _WANTED.get(kind, own).format_map(context)
+    if kind in _WANTED:
+        wanted = _WANTED[kind].format_map(context)
+    else:
+        wanted = detail["msg"].lower().removeprefix("input ").removeprefix("should be ")
     return f"{name} should be {wanted}, is {show(value)}."
 
 
@@ -229,11 +224,7 @@ def _hint(detail: ErrorDetails) -> str:
     if kind == "literal_error" and isinstance(value, str):
         suggestion = did_you_mean(value, re.findall(r"'([^']*)'", detail["ctx"]["expected"]))
         return suggestion if suggestion.startswith("Did") else ""
-    if (
-        kind == "bool_type"
-        and isinstance(value, str)
-        and value.lower() in {"yes", "on", "no", "off"}
-    ):
+    if kind == "bool_type" and str(value).lower() in {"yes", "on", "no", "off"}:
         return f"In YAML 1.2 {show(value)} is text: write `true` or `false`."
     if kind == "string_type" and isinstance(value, bool | int | float):
         return f'Put it into quotes: "{show(value)}".'

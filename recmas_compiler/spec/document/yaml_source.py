@@ -33,7 +33,6 @@ _Mark = Any  # a place of PyYAML's, whose own class and the C parser's are not r
 _NOT_IN_YAML = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _VALUE = Language(noun="value")
 
-
 # Plain words of the core schema of YAML 1.2.2, chapter 10.3.2. It differs from what PyYAML resolves
 # by itself (YAML 1.1): `no` and `on` are text, `5e-4` is a number, `0o17` is octal and `017` is
 # seventeen.
