@@ -24,8 +24,8 @@ from recmas_compiler.analysis.token_count import TokenCounter
 from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.links.trained import TrainedLinks, has_trained_links
 from recmas_compiler.links.untrained import frozen_links
-from recmas_compiler.spec.patterns.starter_specs import SCHEMA_FILE, starter_spec
-from recmas_compiler.spec.schema.json_schema import schema_text
+from recmas_compiler.spec.patterns.starter_specs import starter_spec
+from recmas_compiler.spec.schema.json_schema import SCHEMA_FILE, schema_text
 from recmas_compiler.spec.spec import Spec, load_spec
 from recmas_runtime.cli.reports import loss_text
 from recmas_runtime.core.errors import Exit, RecmasError, fail

@@ -72,7 +72,7 @@ def read_records(
     """Read records from JSON lines; a bad line yields a problem and reading goes on.
 
     A record without `id` gets its line number, and its index counts lines too, so that neither
-    changes when another line is corrected. Blank lines are skipped.
+    changes when another line is fixed. Blank lines are skipped.
 
     Args:
         stream: Bytes; a byte order mark is tolerated.
