@@ -14,7 +14,7 @@ from recmas_compiler.links.trained import has_trained_links
 from recmas_compiler.links.untrained import untrained_links
 from recmas_compiler.spec.spec import Spec, load_spec
 from recmas_runtime.cli.reports import loss_text
-from recmas_runtime.engines.tensorrt.availability import find_platform
+from recmas_runtime.engines.tensorrt.engine_cache import find_platform
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.codec import to_json
 from recmas_runtime.formats.manifest import MANIFEST_NAME, SPEC_NAME, ParityEntry

@@ -8,8 +8,8 @@ import click
 
 from recmas_cli.console import SET, SPEC, Outcome, command, write_text
 from recmas_compiler.api import load_and_compile
-from recmas_compiler.spec.patterns.starter_specs import SCHEMA_FILE, starter_spec
-from recmas_compiler.spec.schema.json_schema import schema_text
+from recmas_compiler.spec.patterns.starter_specs import starter_spec
+from recmas_compiler.spec.schema.json_schema import SCHEMA_FILE, schema_text
 from recmas_runtime.core.errors import fail
 
 

@@ -18,7 +18,7 @@ from recmas_cli.released import export_links, import_
 from recmas_cli.run import run
 from recmas_cli.train import train
 from recmas_runtime.core.errors import Exit, fail
-from recmas_runtime.core.interrupts import lasting_interrupts
+from recmas_runtime.core.terminal import lasting_interrupts
 
 # In the order of `recmasc --help`'s reader: from a spec to a bundle, then what is measured.
 COMMANDS = (

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from recmas_compiler.backbones.facts import AttentionKind, BackboneFacts
-from recmas_compiler.spec.document.position import UNKNOWN, SourcePosition
+from recmas_compiler.spec.document.places import UNKNOWN, SourcePosition
 from recmas_compiler.spec.document.problems import problem_at, show
 from recmas_runtime.core.errors import RecmasError
 

@@ -12,7 +12,7 @@ from enum import IntEnum
 from typing import Final, Literal
 
 from recmas_compiler.backbones.facts import BackboneFacts
-from recmas_compiler.spec.document.position import SourcePosition
+from recmas_compiler.spec.document.places import SourcePosition
 from recmas_runtime.formats.plan import (
     Limits,
     PromptPart,

@@ -12,7 +12,7 @@ from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import BuildOptions
 from recmas_compiler.ir.printer import print_graph, prompt_text
 from recmas_compiler.passes.pipeline import run_pipeline
-from recmas_compiler.spec.document.position import SourcePosition
+from recmas_compiler.spec.document.places import SourcePosition
 from recmas_runtime.formats.plan import PromptPart, SamplingPlan
 
 

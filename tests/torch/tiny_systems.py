@@ -17,7 +17,7 @@ from recmas_compiler.lowering.materialize import inner_link_id
 from recmas_compiler.lowering.naive import run_naive
 from recmas_compiler.lowering.reference import TorchSystem
 from recmas_compiler.lowering.result import ReferenceResult
-from recmas_compiler.spec.document.position import UNKNOWN
+from recmas_compiler.spec.document.places import UNKNOWN
 from recmas_runtime.core.progress import Silent
 
 RECORDS = [

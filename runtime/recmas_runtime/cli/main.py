@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from recmas_runtime.core.errors import CODES, Exit, Problem, RecmasError, fail
-from recmas_runtime.core.interrupts import lasting_interrupts
+from recmas_runtime.core.terminal import lasting_interrupts
 
 
 @dataclass(kw_only=True)

@@ -185,16 +185,14 @@ def verify_text(report: VerifyReport) -> str:
 
 def machine_text(facts: Mapping[str, Any]) -> str:
     """Return what `doctor` prints."""
+    available = human_bytes(facts["memory_available_bytes"])
     rows = [("python", facts["python"]), ("platform", facts["platform"])]
     rows += [(name, version or "not installed") for name, version in facts["packages"].items()]
     rows += [
         ("providers", ", ".join(facts["providers"]) or "none"),
         ("cpu", f"{facts['cpu']}, {facts['logical_cpus']} logical"),
         ("threads", f"{facts['default_threads']} by default"),
-        (
-            "memory",
-            f"{human_bytes(facts['memory_available_bytes'])} of {human_bytes(facts['memory_bytes'])}",
-        ),
+        ("memory", f"{available} of {human_bytes(facts['memory_bytes'])}"),
         ("disk free", human_bytes(facts["disk_free_bytes"])),
         ("telemetry", "on" if facts["telemetry"] else "off"),
         ("sandbox", facts["sandbox"] or "none: the tool `python` refuses to run programs"),

@@ -22,7 +22,7 @@ from recmas_runtime.running.answers import Answer, Record
 from recmas_runtime.running.records import AnswerWriter, question_record, read_records
 from recmas_runtime.running.run_trace import TraceWriter
 from recmas_runtime.running.system import System, load
-from recmas_runtime.tools.ask import terminal_ask
+from recmas_runtime.tools.toolbox import terminal_ask
 
 STANDARD_STREAM = "-"
 

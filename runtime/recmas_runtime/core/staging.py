@@ -1,8 +1,8 @@
 """Folders that are filled beside their place and then renamed into it.
 
-A build that is killed leaves a hidden folder that nothing loads; the next build recognises it,
-because the kernel has released its lock, and removes it. Loading needs nothing of this module,
-whose locks are those of POSIX.
+A build that is killed leaves a hidden folder that nothing loads. The kernel releases its lock, so
+that the next build knows it for dead and removes it. The locks are those of POSIX; loading does not
+need this module.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -28,16 +28,21 @@ def staged_folder(target: Path) -> Iterator[Path]:
     Raises:
         OSError: If it cannot be made.
     """
-    folder, lock = _locked_folder(target)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+    while True:
+        folder = _beside(target, _BUILDING)
+        folder.mkdir()
+        try:
+            with _lock(folder) as is_ours:
+                # Another build may take a folder for dead before it is locked: then try again.
+                if is_ours and folder.is_dir():
+                    yield folder
+                    return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def move_into_place(folder: Path, target: Path) -> bool:
-    """Rename a staged folder to its place; what is there steps aside first and is removed last.
+    """Rename a staged folder to its place; what is there is renamed first and removed last.
 
     Returns:
         False, with nothing changed, if another build is replacing what is there.
@@ -48,11 +53,10 @@ def move_into_place(folder: Path, target: Path) -> bool:
     if not target.exists() or not any(target.iterdir()):
         folder.rename(target)  # onto an empty folder is allowed
         return True
-    lock = _try_lock(target)  # keeps other builds from taking the old folder for a dead build's
-    if lock is None:
-        return False
-    replaced = _beside(target, _REPLACED)
-    try:
+    with _lock(target) as is_ours:  # so that no other build takes the old folder for a dead build's
+        if not is_ours:
+            return False
+        replaced = _beside(target, _REPLACED)
         target.rename(replaced)
         try:
             folder.rename(target)
@@ -60,8 +64,6 @@ def move_into_place(folder: Path, target: Path) -> bool:
             replaced.rename(target)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        os.close(lock)
     return True
 
 
@@ -74,54 +76,30 @@ def clear_away_dead_builds(folder: Path, names: str = "*") -> None:
     """
     for what in (_REPLACED, _BUILDING):
         for left in sorted(folder.glob(f".{names}.{what}-*")):
-            lock = _try_lock(left)
-            if lock is None:
-                continue
             target = left.with_name(left.name[1:].rpartition(f".{what}-")[0])
-            if what == _REPLACED and not target.exists():
-                left.rename(target)
-            else:
-                shutil.rmtree(left, ignore_errors=True)
-            os.close(lock)
-
-
-def _locked_folder(target: Path) -> tuple[Path, int]:
-    """Make a folder beside `target` and lock it; the lock goes when this process goes."""
-    while True:
-        folder = _beside(target, _BUILDING)
-        folder.mkdir()
-        try:
-            lock = _try_lock(folder)
-        except OSError:
-            folder.rmdir()
-            raise
-        # Another build may take a folder for dead before it is locked.
-        if lock is not None and folder.is_dir():
-            return folder, lock
-        if lock is not None:
-            os.close(lock)
+            with _lock(left) as is_ours:
+                if is_ours and what == _REPLACED and not target.exists():
+                    left.rename(target)
+                elif is_ours:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 def _beside(target: Path, what: str) -> Path:
     return target.with_name(f".{target.name}.{what}-{secrets.token_hex(4)}")
 
 
-def _try_lock(folder: Path) -> int | None:
-    """Lock a folder; None if it is gone or somebody else's.
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Lock a folder for the block; give False if it is gone or locked by another build.
 
     Raises:
         OSError: Where folders cannot be locked at all, as on some network file systems.
     """
-    try:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    except OSError:
-        os.close(lock)
-        raise
-    return lock
+    is_ours = False
+    with ExitStack() as stack:
+        with suppress(FileNotFoundError, BlockingIOError):
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = True
+        yield is_ours

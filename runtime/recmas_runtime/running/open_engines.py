@@ -10,12 +10,11 @@ from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.engines.interface import Backbone
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
 from recmas_runtime.engines.onnx.session import Device
-from recmas_runtime.engines.tensorrt.engine_cache import EngineFolder
-from recmas_runtime.engines.tensorrt.loading import (
+from recmas_runtime.engines.tensorrt.engine_cache import (
+    EngineFolder,
     as_warning,
     find_engines,
     find_engines_or_say_why,
-    open_backbones,
 )
 from recmas_runtime.formats.bundle import Bundle
 from recmas_runtime.formats.manifest import BackboneEntry
@@ -67,6 +66,8 @@ def open_engines(bundle: Bundle, *, device: str, threads: int | None) -> OpenedE
 
     backbones: Mapping[str, Backbone[Any]] | None = None
     if engines is not None:
+        from recmas_runtime.engines.tensorrt.backbone import open_backbones
+
         try:
             backbones = open_backbones(bundle, engines, on_onnx, problems)
         except RecmasError as error:

@@ -1,4 +1,4 @@
-"""Records in, answers out: JSON lines, where one bad line never costs the others."""
+"""Records and answers as JSON lines, where one bad line does not affect the others."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Question = str | Mapping[str, object] | Record
 
 
 def as_record(question: Question, index: int) -> Record:
-    """Return the record that is meant by a text or a mapping of fields.
+    """Return a question as a record.
 
     Args:
-        question: What to answer.
+        question: Its text, its fields, or a record already.
         index: Its place in the input, from 0; where no id is given, ids count from 1.
     """
     if isinstance(question, Record):
@@ -72,7 +72,7 @@ def read_records(
     """Read records from JSON lines; a bad line yields a problem and reading goes on.
 
     A record without `id` gets its line number, and its index counts lines too, so that neither
-    changes when another line is mended. Blank lines are skipped.
+    changes when another line is fixed. Blank lines are skipped.
 
     Args:
         stream: Bytes; a byte order mark is tolerated.
@@ -160,9 +160,9 @@ def _unusable(message: str) -> RecmasError:
 
 
 class AnswerWriter:
-    """Writes answers as JSON lines: each whole, in one call, or not at all.
+    """Writes answers as JSON lines, each whole or not at all.
 
-    Whatever goes wrong, the output ends with a complete line.
+    A file ends with a complete line even after an error.
 
     Args:
         path: Output file, or None for standard output.

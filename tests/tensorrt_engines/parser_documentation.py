@@ -3,7 +3,8 @@
 Source: `docs/operators.md` of onnx/onnx-tensorrt as of TensorRT 10.15 (opsets 9 to 24), the oldest
 version in use here; later versions only add to it. Names and element types are facts of that table;
 the rules below are those of its restrictions that concern operators of decoder graphs, and of the
-parser's source where the table says less than what it does.
+parser's source where the table says less than what it does. A build asks the parser itself; this
+is for machines without one.
 """
 
 from __future__ import annotations
@@ -99,21 +100,18 @@ _ELEMENT_TYPES: Final = {
 }
 
 
-def unsupported(model: onnx.ModelProto) -> list[str]:
-    """Return why the parser would refuse a graph, reason by reason; empty if it reads it.
+def refused_nodes(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, str]]:
+    """Return the nodes that the parser refuses, with the reason; empty if it reads the graph.
 
     Element types are checked where the graph states them.
     """
     types = element_types(model)
     constants = {tensor.name for tensor in model.graph.initializer}
-    found: dict[str, None] = {}
-    for opset in model.opset_import:
-        if opset.domain in ("", "ai.onnx") and opset.version not in OPSETS:
-            found[f"opset {opset.version}"] = None
-    for node in model.graph.node:
-        for reason in _node_reasons(node, types, constants):
-            found[reason] = None
-    return list(found)
+    return [
+        (node, reason)
+        for node in model.graph.node
+        for reason in _node_reasons(node, types, constants)
+    ]
 
 
 def element_types(model: onnx.ModelProto) -> dict[str, str]:
@@ -129,29 +127,25 @@ def _node_reasons(
     node: onnx.NodeProto, types: dict[str, str], constants: set[str]
 ) -> Iterator[str]:
     if node.domain not in ("", "ai.onnx") or node.op_type not in SUPPORTED:
-        yield f"operator {f'{node.domain}.' if node.domain else ''}{node.op_type}"
+        yield "no importer and no plugin of this name"
         return
     first = types.get(node.input[0]) if node.input else None
     if first is not None and first not in SUPPORTED[node.op_type]:
-        yield f"operator {node.op_type} on {first}"
+        yield f"{first} is not supported"
     attributes = {attribute.name: attribute for attribute in node.attribute}
     if node.op_type in _CONSTANT_AXES and len(node.input) > 1 and node.input[1] not in constants:
-        yield f"operator {node.op_type} with axes that are computed"
+        yield "axes must be an initializer"
     if node.op_type == "RotaryEmbedding" and types.get((*node.input, "", "", "", "")[3]) == "int32":
-        yield "operator RotaryEmbedding with int32 positions"
+        yield "int32 positions are not supported"
     if node.op_type == "TensorScatter":
         if "axis" not in attributes or attributes["axis"].i != -2:
-            yield "operator TensorScatter on another axis than -2"
+            yield "axis must be -2"
         if "mode" in attributes and attributes["mode"].s != b"linear":
-            yield "operator TensorScatter in circular mode"
+            yield "circular mode is not supported"
     if node.op_type == "Attention":
-        # Past, present and nonpad_kv_seqlen; the last would become TensorRT's key_value_lengths,
-        # which gave wrong tokens without an error and must never be used.
-        if any(node.input[4:]) or len(node.output) > 1:
-            yield "operator Attention with past, present or key lengths"
+        if len(node.output) > 1:
+            yield "only one output is supported"
         if "q_num_heads" in attributes:
-            yield "operator Attention on three-dimensional inputs"
+            yield "three-dimensional inputs are not supported"
         if "softcap" in attributes and attributes["softcap"].f != 0:
-            yield "operator Attention with softcap"
-        if len(node.input) < 4 or not node.input[3]:
-            yield "operator Attention without an explicit mask"
+            yield "softcap is not supported"
