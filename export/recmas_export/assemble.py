@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
+from msgspec import structs
 from torch import nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
@@ -270,7 +271,7 @@ def _measure(
     tensors, metadata = read_tensors(folder / file)
     operands = read_operands(folder.joinpath, links)
     # Other devices and engines go by the portable decoder, so it is held to the same.
-    forms = [entry, replace(entry, cpu_decoder=None)] if entry.cpu_decoder else [entry]
+    forms = [entry, structs.replace(entry, cpu_decoder=None)] if entry.cpu_decoder else [entry]
     inner = operands[metadata["inner"]]
     found = [measure_backbone_parity(BackboneEngine(e, folder), tensors, inner) for e in forms]
     figures = {name: max(p.figures[name] for p in found) for name in found[0].figures}
@@ -307,7 +308,7 @@ def _with_losses(
             loss = _loss(folder, case, entry, loaded[case.backbone], links, text)
             what = f"backbone {case.backbone!r}"
             problems.extend(beyond_limits(what, loss, precision=entry.precision))
-            measured.append(replace(case, loss=loss))
+            measured.append(structs.replace(case, loss=loss))
             advance()
     refuse(problems)
     return measured

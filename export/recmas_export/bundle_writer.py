@@ -12,9 +12,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from msgspec import structs
 
 from recmas_export.fingerprint import sha256_file
 from recmas_runtime.core.errors import RecmasError, fail
@@ -65,7 +67,7 @@ class StagedBundle:
         _write_json(self.folder / PLAN_NAME, plan)
         (self.folder / SPEC_NAME).write_text(spec_yaml, encoding="utf-8")
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        complete = replace(
+        complete = structs.replace(
             manifest,
             files={
                 path.relative_to(self.folder).as_posix(): FileEntry(

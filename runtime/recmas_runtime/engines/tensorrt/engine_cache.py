@@ -20,7 +20,7 @@ from typing import Final
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.engines.tensorrt.availability import Platform
 from recmas_runtime.formats.bundle import ENGINES_FOLDER, inside, sha256_of, write_json_atomic
-from recmas_runtime.formats.codec import read_json_file, to_json
+from recmas_runtime.formats.codec import StrictStruct, Whole, read_json_file, to_json
 from recmas_runtime.formats.manifest import FileEntry
 
 RECORD_NAME: Final = "engines.json"
@@ -28,8 +28,7 @@ TIMING_CACHE_NAME: Final = "timing.cache"
 ENGINES_VERSION: Final = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecoderPlan:
+class DecoderPlan(StrictStruct, frozen=True, kw_only=True):
     """A decoder engine.
 
     Attributes:
@@ -37,12 +36,11 @@ class DecoderPlan:
         file: Its plan.
     """
 
-    capacity: int
+    capacity: Whole
     file: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class BackbonePlans:
+class BackbonePlans(StrictStruct, frozen=True, kw_only=True):
     """The engines of one backbone.
 
     Attributes:
@@ -54,12 +52,11 @@ class BackbonePlans:
 
     decoders: tuple[DecoderPlan, ...]
     head: str
-    max_rows: int
-    max_groups: int
+    max_rows: Whole
+    max_groups: Whole
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineRecord:
+class EngineRecord(StrictStruct, frozen=True, kw_only=True):
     """What a folder of engines is good for. Paths are relative to the folder.
 
     Attributes:
@@ -70,7 +67,7 @@ class EngineRecord:
         files: Every plan.
     """
 
-    version: int = ENGINES_VERSION
+    version: Whole = ENGINES_VERSION
     fingerprint: str
     tensorrt: str
     architecture: str
