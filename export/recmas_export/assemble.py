@@ -16,7 +16,6 @@ from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.sizes import QUANTIZED
 from recmas_compiler.lowering.materialize import MaterializedLink, materialize_links
 from recmas_compiler.lowering.plan import live_backbones
-from recmas_export.fingerprint import sha256_file
 from recmas_export.graph.backbone_graph import (
     CHAT_TEMPLATE,
     CPU_DECODER,
@@ -41,6 +40,7 @@ from recmas_export.precision.rounding import rounded_layers
 from recmas_runtime.checking.placement import refuse_stray_nodes
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.core.progress import Progress
+from recmas_runtime.core.regular_file import sha256_of
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
 from recmas_runtime.engines.onnx.session import Device
 from recmas_runtime.formats.links import load_operands, read_operands
@@ -221,7 +221,7 @@ def _export(backbone: TorchBackbone, root: Path, name: str, precision: str) -> B
     for_cpu = f"{folder}/{CPU_DECODER}"
     return BackboneEntry(
         source=facts.source,
-        digest=sha256_file(root / folder / WEIGHTS),
+        digest=sha256_of(root / folder / WEIGHTS),
         model_type=facts.model_type,
         width=facts.width,
         num_layers=facts.num_layers,

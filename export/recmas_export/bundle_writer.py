@@ -18,8 +18,8 @@ from typing import Final
 
 from msgspec import structs
 
-from recmas_export.fingerprint import sha256_file
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.regular_file import sha256_of
 from recmas_runtime.core.staging import clear_away_dead_builds, move_into_place, staged_folder
 from recmas_runtime.formats.bundle import is_engine_file
 from recmas_runtime.formats.codec import read_json_file, to_json
@@ -71,7 +71,7 @@ class StagedBundle:
             manifest,
             files={
                 path.relative_to(self.folder).as_posix(): FileEntry(
-                    sha256=sha256_file(path), size_bytes=path.stat().st_size
+                    sha256=sha256_of(path), size_bytes=path.stat().st_size
                 )
                 for path in files
             },

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Final
 
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.regular_file import sha256_of
 from recmas_runtime.engines.tensorrt.availability import Platform
-from recmas_runtime.formats.bundle import ENGINES_FOLDER, inside, sha256_of, write_json_atomic
+from recmas_runtime.formats.bundle import ENGINES_FOLDER, inside, write_json_atomic
 from recmas_runtime.formats.codec import StrictStruct, Whole, read_json_file, to_json
 from recmas_runtime.formats.manifest import FileEntry
 
