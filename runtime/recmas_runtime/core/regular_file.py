@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from recmas_runtime.core.errors import fail
 
 
-def open_regular(path: Path, *, file: str) -> BinaryIO:
+def open_regular(path: Path, *, file: str) -> BufferedReader:
     """Open a regular file for reading in binary mode.
 
     Args:
