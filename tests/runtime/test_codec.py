@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec import inspect
 
@@ -156,6 +157,22 @@ def test_the_key_of_a_table_is_named_wherever_it_stands(hand_bundle: Path) -> No
         from_json(Manifest, whole, file="manifest.json")
     (problem,) = caught.value.problems
     assert problem.message == ('parity[0].figures.last.of[2]: expected a number, found "low"')
+
+
+def test_one_wrong_value_among_many_is_found_without_trying_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    agent = edited("name", "x")["agents"]["solver"]
+    many = {f"agent{i}": agent for i in range(1000)} | {"last": {**agent, "inner": 3}}
+    convert, calls = msgspec.convert, []
+
+    def counted(data: Any, cls: Any) -> Any:
+        calls.append(cls)
+        return convert(data, cls)
+
+    monkeypatch.setattr(msgspec, "convert", counted)
+    assert refusal(edited("agents", many)) == "RM404 agents.last.inner: expected a string, found 3"
+    assert 1 < len(calls) < 20
 
 
 def numbers(node: inspect.Type, path: str) -> Iterator[tuple[str, inspect.Type]]:

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import sys
+from bisect import bisect_left
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, TypeVar
 
@@ -146,7 +147,7 @@ def _explained(cls: Any, data: object, refusal: str) -> str:
     try:
         keys, node, value = _follow(cls, data, path, refusal)
     except (LookupError, TypeError, ValueError, StopIteration):
-        return refusal  # an unknown key that looks like a place
+        return _cut(refusal)  # an unknown key that looks like a place
     if isinstance(node, inspect.UnionType) and isinstance(value, dict):
         structs = [kind for kind in node.types if isinstance(kind, inspect.StructType)]
         wanted = ", ".join(str(kind.tag) for kind in structs)
@@ -176,10 +177,7 @@ def _follow(
                 keys.append(int(index))
                 node = node.item_type
             case inspect.DictType():
-                # msgspec does not say which key: the one that alone gives the same refusal.
-                keys.append(
-                    next(k for k in value if _refusal(cls, data, keys, {k: value[k]}) == refusal)
-                )
+                keys.append(_key_at_fault(cls, data, keys, value, refusal))
                 node = node.value_type
             case _:  # a union of structs, whose tag is at fault
                 break
@@ -188,21 +186,30 @@ def _follow(
     return keys, node, value
 
 
-def _refusal(cls: Any, data: object, keys: list[str | int], value: object) -> str | None:
-    """Return what msgspec says when the value at `keys` is replaced."""
+def _key_at_fault(
+    cls: Any, data: object, keys: list[str | int], table: dict[str, object], refusal: str
+) -> str:
+    """Return the key whose value msgspec refuses: the last of the shortest part refused alike."""
+    names = list(table)
 
-    def replaced(old: Any, keys: list[str | int]) -> Any:
-        if not keys:
-            return value
-        copy = old.copy()
-        copy[keys[0]] = replaced(old[keys[0]], keys[1:])
-        return copy
+    def is_refused(last: int) -> bool:
+        part = {name: table[name] for name in names[: last + 1]}
+        try:
+            msgspec.convert(_with(data, keys, part), cls)
+        except msgspec.ValidationError as error:
+            return str(error) == refusal
+        return False
 
-    try:
-        msgspec.convert(replaced(data, keys), cls)
-    except msgspec.ValidationError as error:
-        return str(error)
-    return None
+    return names[bisect_left(range(len(names)), True, key=is_refused)]
+
+
+def _with(data: Any, keys: list[str | int], value: object) -> Any:
+    """Return parsed JSON with the value at `keys` replaced."""
+    if not keys:
+        return value
+    copy = data.copy()
+    copy[keys[0]] = _with(data[keys[0]], keys[1:], value)
+    return copy
 
 
 _KINDS: Final[dict[type, type[inspect.Type]]] = {
@@ -272,8 +279,7 @@ def _shown(data: object) -> str:
         return "a list"
     if data is None:
         return "nothing"
-    shown = json.dumps(data)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return _cut(json.dumps(data))
 
 
 def _joined(keys: list[str | int]) -> str:
@@ -282,6 +288,9 @@ def _joined(keys: list[str | int]) -> str:
         if isinstance(key, int):
             path += f"[{key}]"
         else:
-            key = key if len(key) <= 60 else f"{key[:57]}..."
-            path += f".{key}" if path else key
+            path += f".{_cut(key)}" if path else _cut(key)
     return path
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -52,7 +53,8 @@ class TensorEntry(StrictStruct, frozen=True, kw_only=True):
     data_offsets: tuple[Size, ...]
 
 
-class Header(StrictStruct, frozen=True, kw_only=True):
+@dataclass(frozen=True, kw_only=True)
+class Header:
     """The header of a safetensors file.
 
     Attributes:
