@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
+from msgspec import structs
 from torch import nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
@@ -15,7 +16,6 @@ from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.sizes import QUANTIZED
 from recmas_compiler.lowering.materialize import MaterializedLink, materialize_links
 from recmas_compiler.lowering.plan import live_backbones
-from recmas_export.fingerprint import sha256_file
 from recmas_export.graph.backbone_graph import (
     CHAT_TEMPLATE,
     CPU_DECODER,
@@ -40,6 +40,7 @@ from recmas_export.precision.rounding import rounded_layers
 from recmas_runtime.checking.placement import refuse_stray_nodes
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.core.progress import Progress
+from recmas_runtime.core.regular_file import sha256_of
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
 from recmas_runtime.engines.onnx.session import Device
 from recmas_runtime.formats.links import load_operands, read_operands
@@ -220,7 +221,7 @@ def _export(backbone: TorchBackbone, root: Path, name: str, precision: str) -> B
     for_cpu = f"{folder}/{CPU_DECODER}"
     return BackboneEntry(
         source=facts.source,
-        digest=sha256_file(root / folder / WEIGHTS),
+        digest=sha256_of(root / folder / WEIGHTS),
         model_type=facts.model_type,
         width=facts.width,
         num_layers=facts.num_layers,
@@ -270,7 +271,7 @@ def _measure(
     tensors, metadata = read_tensors(folder / file)
     operands = read_operands(folder.joinpath, links)
     # Other devices and engines go by the portable decoder, so it is held to the same.
-    forms = [entry, replace(entry, cpu_decoder=None)] if entry.cpu_decoder else [entry]
+    forms = [entry, structs.replace(entry, cpu_decoder=None)] if entry.cpu_decoder else [entry]
     inner = operands[metadata["inner"]]
     found = [measure_backbone_parity(BackboneEngine(e, folder), tensors, inner) for e in forms]
     figures = {name: max(p.figures[name] for p in found) for name in found[0].figures}
@@ -307,7 +308,7 @@ def _with_losses(
             loss = _loss(folder, case, entry, loaded[case.backbone], links, text)
             what = f"backbone {case.backbone!r}"
             problems.extend(beyond_limits(what, loss, precision=entry.precision))
-            measured.append(replace(case, loss=loss))
+            measured.append(structs.replace(case, loss=loss))
             advance()
     refuse(problems)
     return measured

@@ -26,12 +26,13 @@ from recmas_compiler.ir.sizes import (
 from recmas_compiler.lowering.plan import build_plan, live_agents, live_backbones
 from recmas_compiler.spec.spec import Spec
 from recmas_export.bundle_writer import check_target, staged_bundle
-from recmas_export.fingerprint import fingerprint, sha256_file, source_digest, tool_versions
+from recmas_export.fingerprint import fingerprint, source_digest, tool_versions
 from recmas_export.search_corpus import corpus_lines
 from recmas_export.training_receipt import receipts_of, write_receipts
 from recmas_runtime.checking.build_tensorrt import build_engines
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Progress, Silent
+from recmas_runtime.core.regular_file import sha256_of
 from recmas_runtime.engines.tensorrt.engine_cache import find_platform, timing_caches
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.manifest import Manifest
@@ -161,7 +162,7 @@ def _fingerprint(
         )
         sources[name] = source_digest(resolved)
     if links is None:
-        digests = {i: sha256_file(Path(file)) for i, file in _link_files(program).items()}
+        digests = {i: sha256_of(Path(file)) for i, file in _link_files(program).items()}
     else:
         from recmas_compiler.backbones.torch_model import weights_digest
 
@@ -173,7 +174,7 @@ def _fingerprint(
         links=digests,
         corpus=_corpus_digest(program.system.search_corpus),
         loss_text=_loss_text_digest(program),
-        receipts=[sha256_file(receipt) for receipt in receipts_of(_link_files(program).values())],
+        receipts=[sha256_of(receipt) for receipt in receipts_of(_link_files(program).values())],
     )
 
 
@@ -182,7 +183,7 @@ def _loss_text_digest(program: Graph) -> str | None:
     text = program.system.loss_text
     backbones = (program.system.backbones[name] for name in live_backbones(program))
     is_read = text is not None and any(b.precision in QUANTIZED for b in backbones)
-    return sha256_file(Path(text)) if text is not None and is_read else None
+    return sha256_of(Path(text)) if text is not None and is_read else None
 
 
 def _corpus_digest(corpus: str | None) -> str | None:

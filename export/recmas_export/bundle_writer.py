@@ -12,12 +12,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from recmas_export.fingerprint import sha256_file
+from msgspec import structs
+
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.regular_file import sha256_of
 from recmas_runtime.core.staging import clear_away_dead_builds, move_into_place, staged_folder
 from recmas_runtime.core.text import human_bytes
 from recmas_runtime.formats.bundle import is_engine_file
@@ -66,11 +68,11 @@ class StagedBundle:
         _write_json(self.folder / PLAN_NAME, plan)
         (self.folder / SPEC_NAME).write_text(spec_yaml, encoding="utf-8")
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        complete = replace(
+        complete = structs.replace(
             manifest,
             files={
                 path.relative_to(self.folder).as_posix(): FileEntry(
-                    sha256=sha256_file(path), size_bytes=path.stat().st_size
+                    sha256=sha256_of(path), size_bytes=path.stat().st_size
                 )
                 for path in files
             },

@@ -19,6 +19,7 @@ from typing import Any, Final
 from recmas_compiler.backbones.sources import ResolvedSource
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.passes.pipeline import PIPELINE
+from recmas_runtime.core.regular_file import sha256_of
 from recmas_runtime.formats.manifest import MANIFEST_VERSION
 from recmas_runtime.formats.plan import PLAN_VERSION
 
@@ -99,19 +100,13 @@ def tool_versions() -> dict[str, str]:
     return dict(sorted(versions.items()))
 
 
-def sha256_file(path: Path) -> str:
-    """Return the sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def sha256_text(text: str) -> str:
     """Return the sha256 of a text in UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest_of_files(files: Iterable[Path]) -> str:
-    return sha256_text("".join(f"{path.name} {sha256_file(path)}\n" for path in files))
+    return sha256_text("".join(f"{path.name} {sha256_of(path)}\n" for path in files))
 
 
 def _version(distribution: str) -> str:

@@ -6,7 +6,6 @@ hash. Nothing here loads a weight.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from recmas_compiler.spec.schema.link_names import link_ends, outer_link_id
 from recmas_compiler.spec.schema.sections import InnerSection, LinkSection, WeightsSection
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import Problem
+from recmas_runtime.core.regular_file import sha256_of
 
 RECEIPT_NAME: Final = "receipt.json"
 RECEIPT_VERSION: Final = 1
@@ -198,9 +198,8 @@ def _why_unfit(
         kind = link_kind(header, role)
     except LinkFileError as error:
         return str(error)
-    with file.open("rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
-            return "it is not the file that its receipt vouches for"
+    if sha256_of(file) != digest:
+        return "it is not the file that its receipt vouches for"
     if section.kind not in (None, kind):
         return f"it is of kind `{kind}`, the spec says `{section.kind}`"
     for end, backbone in (("source", source), ("target", target)):

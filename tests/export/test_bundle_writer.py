@@ -201,7 +201,7 @@ def kill(*args, **kwargs):
 
 where = {where!r}
 if where == "files":
-    bundle_writer.sha256_file = kill
+    bundle_writer.sha256_of = kill
 elif where == "manifest":
     write_json = bundle_writer._write_json
     def first_plan(path, value):

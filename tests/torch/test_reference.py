@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from msgspec import structs
 
 from ir.graphs import topology
 from recmas_compiler.ir.graph import Graph
@@ -154,17 +155,17 @@ def test_sampling_settings_are_followed(tiny: LoadTiny) -> None:
     graph = GRAPHS["one_round"](steps=STEPS, backbones=[declare("tiny", backbone)])
     program = run_pipeline(graph)
     system = TorchSystem(program, backbones={"tiny": backbone}, links=random_links(graph))
-    plan = replace(program.system.sampling, max_new_tokens=12)
+    plan = structs.replace(program.system.sampling, max_new_tokens=12)
     greedy = system.run(RECORDS, sampling=plan)
-    drawn = system.run(RECORDS, sampling=replace(plan, temperature=1.5, seed=3))
-    again = system.run(RECORDS, sampling=replace(plan, temperature=1.5, seed=3))
-    other = system.run(RECORDS, sampling=replace(plan, temperature=1.5, seed=4))
+    drawn = system.run(RECORDS, sampling=structs.replace(plan, temperature=1.5, seed=3))
+    again = system.run(RECORDS, sampling=structs.replace(plan, temperature=1.5, seed=3))
+    other = system.run(RECORDS, sampling=structs.replace(plan, temperature=1.5, seed=4))
     assert drawn.token_ids == again.token_ids
     assert drawn.token_ids != greedy.token_ids
     assert drawn.token_ids != other.token_ids
     assert greedy.finish_reasons[0] == "length"
     stop = greedy.texts[0][3:5]
-    stopped = system.run(RECORDS[:1], sampling=replace(plan, stop=(stop,)))
+    stopped = system.run(RECORDS[:1], sampling=structs.replace(plan, stop=(stop,)))
     assert stopped.texts == [greedy.texts[0].partition(stop)[0]]
     assert stopped.finish_reasons == ["stop"]
 

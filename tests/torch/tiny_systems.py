@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
+from msgspec import structs
 from torch import nn
 
 from recmas_compiler.backbones.sources import describe_backbone
@@ -67,7 +67,7 @@ def reference_result(
     program: Graph, backbones: Mapping[str, TorchBackbone], links: Mapping[str, nn.Module]
 ) -> ReferenceResult:
     system = TorchSystem(program, backbones=backbones, links=links)
-    sampling = replace(program.system.sampling, max_new_tokens=MAX_NEW_TOKENS)
+    sampling = structs.replace(program.system.sampling, max_new_tokens=MAX_NEW_TOKENS)
     return system.run(RECORDS, sampling=sampling)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from msgspec import structs
 
 from recmas_runtime.bench.cases import TEXT, make_cases
 from recmas_runtime.bench.measure import BenchSettings
@@ -192,7 +194,7 @@ def _settings(plan: Plan, options: BenchOptions, records: tuple[Record, ...]) ->
         )
     sampling = plan.sampling
     if options.max_new_tokens is not None:
-        sampling = replace(sampling, max_new_tokens=options.max_new_tokens)
+        sampling = structs.replace(sampling, max_new_tokens=options.max_new_tokens)
     check_sampling(sampling)
     return BenchSettings(
         records=records,

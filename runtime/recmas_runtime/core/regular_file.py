@@ -1,16 +1,17 @@
-"""Opening files that someone else wrote: regular files only, so that nothing ever hangs."""
+"""Reading files that someone else wrote: regular files only, so that nothing ever hangs."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from recmas_runtime.core.errors import fail
 
 
-def open_regular(path: Path, *, file: str) -> BinaryIO:
+def open_regular(path: Path, *, file: str) -> BufferedReader:
     """Open a regular file for reading in binary mode.
 
     Args:
@@ -34,3 +35,13 @@ def open_regular(path: Path, *, file: str) -> BinaryIO:
         os.close(descriptor)
         raise fail("RM401", "this is not a regular file", file=file, hint=hint)
     return os.fdopen(descriptor, "rb")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 digest of a regular file, hexadecimal.
+
+    Raises:
+        RecmasError: RM401 if it cannot be read.
+    """
+    with open_regular(path, file=str(path)) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

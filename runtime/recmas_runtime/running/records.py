@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.formats.codec import refuse_constant
 from recmas_runtime.prompts.render import field_text
 from recmas_runtime.running.answers import Answer, Record
 
@@ -136,7 +137,7 @@ def _read_line(stream: BinaryIO, *, file: str) -> bytes:
 
 def _parse_record(line: bytes, *, number: int) -> Record:
     try:
-        parsed = json.loads(line.rstrip(b"\r\n").decode("utf-8"), parse_constant=_refuse_constant)
+        parsed = json.loads(line.rstrip(b"\r\n").decode("utf-8"), parse_constant=refuse_constant)
     except UnicodeDecodeError as error:
         raise _unusable(f"not UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
@@ -149,10 +150,6 @@ def _parse_record(line: bytes, *, number: int) -> Record:
     if type(record_id) not in (str, int) or record_id == "":
         raise _unusable(f"id {record_id!r} is neither text nor an integer")
     return as_record(parsed, number - 1)
-
-
-def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _unusable(message: str) -> RecmasError:

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.regular_file import sha256_of
 from recmas_runtime.formats.bundle import (
     ENGINES_FOLDER,
     Bundle,
     inside,
-    sha256_of,
     write_json_atomic,
 )
-from recmas_runtime.formats.codec import read_json_file, to_json
+from recmas_runtime.formats.codec import StrictStruct, Whole, read_json_file, to_json
 from recmas_runtime.formats.manifest import FileEntry
 
 RECORD_NAME: Final = "engines.json"
@@ -117,8 +117,7 @@ def _architecture(cuda: Any) -> str:
     return f"sm{''.join(digits)}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecoderPlan:
+class DecoderPlan(StrictStruct, frozen=True, kw_only=True):
     """A decoder engine.
 
     Attributes:
@@ -126,12 +125,11 @@ class DecoderPlan:
         file: Its plan.
     """
 
-    capacity: int
+    capacity: Whole
     file: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class BackbonePlans:
+class BackbonePlans(StrictStruct, frozen=True, kw_only=True):
     """The engines of one backbone.
 
     Attributes:
@@ -143,12 +141,11 @@ class BackbonePlans:
 
     decoders: tuple[DecoderPlan, ...]
     head: str
-    max_rows: int
-    max_groups: int
+    max_rows: Whole
+    max_groups: Whole
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineRecord:
+class EngineRecord(StrictStruct, frozen=True, kw_only=True):
     """What a folder of engines is good for. Paths are relative to the folder.
 
     Attributes:
@@ -159,7 +156,7 @@ class EngineRecord:
         files: Every plan.
     """
 
-    version: int = ENGINES_VERSION
+    version: Whole = ENGINES_VERSION
     fingerprint: str
     tensorrt: str
     architecture: str
