@@ -1,8 +1,8 @@
 """A backbone's dimensions from its `config.json`, read without transformers.
 
-Configs leave out what equals the default of their family; those defaults are facts about published
-models and are tabled here. Layers are told apart by how they attend, because that is what a target
-can or cannot run.
+Configs leave out what equals the default of their family; a table made from transformers' classes
+holds those defaults. Layers are told apart by how they attend, because that is what a target can or
+cannot run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,50 +36,14 @@ LAYER_KINDS: Final[Mapping[str, AttentionKind]] = {
     "conv": "linear",
 }
 
-# model type -> values that its configs may leave out
-FAMILY_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "gemma2": {
-        "head_dim": 256,
-        "num_key_value_heads": 4,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 2,
-        "tie_word_embeddings": True,
-    },
-    "gemma3_text": {
-        "head_dim": 256,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "max_position_embeddings": 131_072,
-        "num_attention_heads": 8,
-        "num_hidden_layers": 26,
-        "num_key_value_heads": 4,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 6,
-        "tie_word_embeddings": True,
-        "vocab_size": 262_208,
-    },
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {
-        "max_position_embeddings": 32_768,
-        "max_window_layers": 28,
-        "sliding_window": 4096,
-        "use_sliding_window": False,
-    },
-    "qwen3": {
-        "head_dim": 128,
-        "max_position_embeddings": 32_768,
-        "max_window_layers": 28,
-        "sliding_window": 4096,
-        "use_sliding_window": False,
-    },
-    "qwen3_5_text": {"full_attention_interval": 4, "head_dim": 256, "num_key_value_heads": 4},
-    "qwen3_next": {"full_attention_interval": 4, "head_dim": 256, "num_key_value_heads": 2},
-    "smollm3": {
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": True,
-        "use_sliding_window": False,
-    },
-}
+# Made by tests/torch/config_defaults.py from transformers' config classes: by model type what its
+# configs may leave out. `layer_cycle` repeats over the depth; it is empty where only the config can
+# tell; `text_config` is a model type.
+DEFAULTS_FILE: Final = Path(__file__).with_name("config_defaults.json")
+
+# A config states its size itself. Only where it is part of another one transformers writes no more
+# than what differs from the defaults.
+_SIZES: Final = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 
 # Whole families without any attention: their configs do not even name heads.
 STATE_SPACE_FAMILIES: Final = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv"})
@@ -122,8 +87,11 @@ class _Reader:
         config = self.load(path)
         self._check_kind(config)
         text = self._text_part(config)
-        model_type = str(text.get("model_type", ""))
-        values = {**FAMILY_DEFAULTS.get(model_type, {}), **_given(text)}
+        usual_type = family_defaults(str(config.get("model_type"))).get("text_config", "")
+        model_type = str(text.get("model_type", usual_type))
+        defaults = family_defaults(model_type)
+        filled = {k: v for k, v in defaults.items() if text is not config or k not in _SIZES}
+        values = filled | _given(text)
         if model_type in STATE_SPACE_FAMILIES:
             raise self._unsupported(f"`{model_type}` keeps a state instead of a cache")
         width = self._dimension(values, "hidden_size")
@@ -136,7 +104,7 @@ class _Reader:
             raise self._unusable(
                 f"{num_heads} query heads cannot share {num_kv_heads} key/value heads"
             )
-        attention = self._attention(values, num_layers)
+        attention = self._attention(values, num_layers, defaults.get("layer_cycle"))
         is_sliding = "sliding" in attention
         is_tied = bool(values.get("tie_word_embeddings", False))
         return BackboneFacts(
@@ -228,10 +196,14 @@ class _Reader:
             raise self._unusable(f"`{key}` in its config.json is {show(value)}")
         return int(value)
 
-    def _attention(self, values: dict[str, Any], num_layers: int) -> tuple[AttentionKind, ...]:
+    def _attention(
+        self, values: dict[str, Any], num_layers: int, cycle: list[str] | None
+    ) -> tuple[AttentionKind, ...]:
         types = values.get("layer_types")
         if types is None:
-            return _default_attention(values, num_layers)
+            if cycle == []:
+                raise self._unusable("its config.json has no `layer_types`")
+            types = _default_types(values, num_layers, cycle or ["sliding_attention"])
         if not isinstance(types, list) or len(types) != num_layers:
             raise self._unusable(
                 f"`layer_types` in its config.json does not name {num_layers} layers"
@@ -272,26 +244,35 @@ def count_parameters(
     return num_layers * layer + width + tables
 
 
-def _default_attention(values: dict[str, Any], num_layers: int) -> tuple[AttentionKind, ...]:
-    """Return the kinds of layers of a config that does not list them, as its family has them."""
-    layers = range(num_layers)
-    full: AttentionKind = "full"
-    sliding: AttentionKind = "sliding"
-    linear: AttentionKind = "linear"
-    interval = values.get("full_attention_interval")
-    if isinstance(interval, int) and interval > 0:
-        return tuple(full if (i + 1) % interval == 0 else linear for i in layers)
-    if values.get("sliding_window") is None:
-        return (full,) * num_layers
-    if values.get("use_sliding_window") is False:
-        return (full,) * num_layers
-    first = values.get("max_window_layers")
-    if isinstance(first, int):
-        return tuple(sliding if i >= first else full for i in layers)
-    pattern = values.get("sliding_window_pattern")
-    if isinstance(pattern, int) and pattern > 0:
-        return tuple(full if (i + 1) % pattern == 0 else sliding for i in layers)
-    return (sliding,) * num_layers
+def _default_types(values: dict[str, Any], num_layers: int, cycle: list[str]) -> list[str]:
+    """Return the types of layers of a config that does not list them, as its family has them."""
+    for key, usual in (
+        ("sliding_window_pattern", "sliding_attention"),
+        ("full_attention_interval", "linear_attention"),
+    ):
+        every = values.get(key)
+        if isinstance(every, int) and every > 0:
+            cycle = [usual] * (min(every, _MOST_LAYERS + 1) - 1) + ["full_attention"]
+    if "sliding_attention" in cycle:
+        first = values.get("max_window_layers")
+        if values.get("sliding_window") is None or values.get("use_sliding_window") is False:
+            cycle = ["full_attention"]
+        elif isinstance(first, int):
+            return [
+                "sliding_attention" if i >= first else "full_attention" for i in range(num_layers)
+            ]
+    return [cycle[i % len(cycle)] for i in range(num_layers)]
+
+
+@cache
+def _all_defaults() -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = json.loads(DEFAULTS_FILE.read_bytes())
+    return table
+
+
+def family_defaults(model_type: str) -> dict[str, Any]:
+    """Return what configs of a model type may leave out; nothing for an unknown type."""
+    return _all_defaults().get(model_type, {})
 
 
 def _given(config: Mapping[str, Any]) -> dict[str, Any]:
