@@ -72,7 +72,7 @@ def check(path: Path, overrides: Sequence[str]) -> Outcome:
 def explain(path: Path, overrides: Sequence[str]) -> Outcome:
     """Tell what the spec expands to and what each pass does to it."""
     spec, program = _compile(path, overrides)
-    counter = TokenCounter(program.topology.system, base_dir=spec.base_dir)
+    counter = TokenCounter(program.topology.system)
     text = explain_program(program.topology, program.records, count_tokens=counter)
     expanded = spec.resolved_yaml()
     return Outcome(

@@ -141,7 +141,6 @@ def _build_portable(
             program,
             plan,
             staged.folder,
-            base_dir=spec.base_dir,
             backbones=backbones,
             links=links,
             progress=watcher,

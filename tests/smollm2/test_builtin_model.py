@@ -45,7 +45,7 @@ def test_facts_of_the_builtin_are_those_of_its_file() -> None:
 
 def test_tokens_of_the_builtin_are_counted_as_transformers_does() -> None:
     spec = parse_spec(starter_spec("sequential"))
-    counter = TokenCounter(build_topology(spec).system, base_dir=Path())
+    counter = TokenCounter(build_topology(spec).system)
     resolved = resolve_source(SMOLLM2, base_dir=Path())
     reference = AutoTokenizer.from_pretrained(resolved.folder, gguf_file=resolved.gguf_file)
     for text in (
