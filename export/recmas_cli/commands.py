@@ -16,10 +16,9 @@ import click
 
 from recmas_cli.console import Outcome, RichProgress, report
 from recmas_compiler import api
+from recmas_compiler.analysis.draw import program_mermaid, topology_mermaid, topology_svg
 from recmas_compiler.analysis.explain import explain as explain_program
 from recmas_compiler.analysis.memory import memory_plan
-from recmas_compiler.analysis.mermaid import program_mermaid, topology_mermaid
-from recmas_compiler.analysis.svg import topology_svg
 from recmas_compiler.analysis.token_count import TokenCounter
 from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.links.trained import TrainedLinks, has_trained_links

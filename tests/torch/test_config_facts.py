@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from config_defaults import table_text
 from recmas_compiler.backbones.config_facts import DEFAULTS_FILE, LAYER_KINDS, family_defaults
 from recmas_compiler.backbones.sources import describe_backbone
-from recmas_runtime.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError
 
 SMALL = {
     "hidden_size": 64,
