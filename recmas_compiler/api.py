@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.instruments import DumpIR, Instrument, Record, RecordPasses
+from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.links.trained import End, TrainedLinks, find_trained_links
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import Spec
@@ -39,7 +40,7 @@ class Program:
     records: tuple[Record, ...]
 
     def __str__(self) -> str:
-        return str(self.graph)
+        return print_graph(self.graph)
 
 
 def compile(spec: Spec, *, dump_ir: str | Path | None = None, download: bool = False) -> Program:

@@ -169,10 +169,3 @@ class Graph:
         """Return the topology without its feedback links: the order within one round."""
         kept = tuple(e for e in self.edges() if not getattr(e.op, "feedback", False))
         return self.replaced(edges=kept)
-
-    def __str__(self) -> str:
-        from recmas_compiler.ir.printer import (
-            print_graph,
-        )  # the printer reads graphs, not the reverse
-
-        return print_graph(self)
