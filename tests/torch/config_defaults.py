@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from recmas_compiler.backbones.config_facts import DEFAULTS_FILE
+from recmas_compiler.backbones.facts import DEFAULTS_FILE
 
 FIELDS = (
     "head_dim",

@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from config_defaults import table_text
-from recmas_compiler.backbones.config_facts import DEFAULTS_FILE, LAYER_KINDS, family_defaults
+from recmas_compiler.backbones.facts import DEFAULTS_FILE, LAYER_KINDS, family_defaults
 from recmas_compiler.backbones.sources import describe_backbone
 from recmas_runtime.core.errors import RecmasError
 
