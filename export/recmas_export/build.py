@@ -122,7 +122,6 @@ def _build_portable(
             program,
             plan,
             staged.folder,
-            base_dir=spec.base_dir,
             backbones=backbones,
             links=links,
             progress=watcher,

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -331,11 +330,7 @@ def load_backbones(program: Graph, *, progress: Progress) -> dict[str, TorchBack
     system = program.system
     used = {system.backbone_of(agent).name: system.backbone_of(agent) for agent in system.agents}
     return {
-        # Sources are relative to the spec that names them.
-        name: load_backbone(
-            b.facts, base_dir=Path(b.where.file).parent, progress=progress, dtype=b.dtype
-        )
-        for name, b in used.items()
+        name: load_backbone(b.facts, progress=progress, dtype=b.dtype) for name, b in used.items()
     }
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from recmas_compiler.ir.graph import Edge, Graph
 from recmas_compiler.ir.ops import Flow, Level, NodeOp, Prefill, System
-from recmas_compiler.ir.prompt_parts import common_parts
 from recmas_compiler.passes.hoist_prompt_prefix import has_rows
 from recmas_compiler.passes.pass_base import Pass
-from recmas_runtime.formats.plan import Variant
+from recmas_runtime.formats.plan import PromptPart, Variant
 
 # Fields that both prompts begin with, and letters of text.
 Amount = tuple[int, int]
@@ -90,3 +90,20 @@ def common_beginning(
     parts = (*left.system, *begins_alike)
     letters = sum(len(part.value) for part in parts if part.kind == "text")
     return sum(part.kind == "field" for part in parts), letters
+
+
+def common_parts(one: Sequence[PromptPart], other: Sequence[PromptPart]) -> Iterator[PromptPart]:
+    """Yield what two prompts both begin with, before the first slot of either."""
+    for left, right in zip(one, other, strict=False):
+        if "slot" in (left.kind, right.kind):
+            return
+        if left != right:
+            if left.kind == right.kind == "text":
+                pairs = zip(left.value, right.value, strict=False)
+                equal = takewhile(lambda pair: pair[0] == pair[1], pairs)
+                shared = "".join(letter for letter, _ in equal)
+                # Half a word is hardly ever a token of its own.
+                whole_words = shared[: max(map(shared.rfind, " \n")) + 1]
+                yield PromptPart(kind="text", value=whole_words)
+            return
+        yield left

@@ -157,7 +157,7 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 def load_tiny(folder: Path, family: str, **dims: Any) -> TorchBackbone:
     write_tiny_backbone(folder, family, **dims)
     facts = describe_backbone(str(folder), base_dir=folder)
-    return load_backbone(facts, base_dir=folder, progress=Silent())
+    return load_backbone(facts, progress=Silent())
 
 
 def export_tiny(root: Path, name: str) -> Exported:

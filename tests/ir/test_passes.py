@@ -36,14 +36,14 @@ def test_every_pass(name: str, golden: Callable[..., None]) -> None:
     record = RecordPasses()
     topology_graph = EXAMPLES[name]()
     program = run_pipeline(topology_graph, instruments=(record, VerifyPasses()))
-    texts = ["# topology", str(topology_graph)]
+    texts = ["# topology", print_graph(topology_graph)]
     for step in record.records:
         if step.after is step.before:
             texts += [f"# after {step.name}: unchanged\n"]
         elif step.after.level is Level.UNROLLED:
-            _, _, steps = str(step.after).partition("\nprogram\n")
+            _, _, steps = print_graph(step.after).partition("\nprogram\n")
             texts += [f"# after {step.name}", steps]
-    golden("\n".join([*texts, "# in the end", str(program)]))
+    golden("\n".join([*texts, "# in the end", print_graph(program)]))
 
 
 def test_names_and_options_of_the_pipeline() -> None:
@@ -154,7 +154,7 @@ def test_prompts_that_begin_alike_are_copied_until_agents_have_rows_of_their_own
         "r2/b/prefill": None,
         "r2/c/prefill": None,
     }
-    assert "prefix=%r1/a/prefill" in str(program)
+    assert "prefix=%r1/a/prefill" in print_graph(program)
     # Caches are read after their own agents' last step.
     assert program.system.caches["a"].last_step == "r2/a/think"
     once = run_pipeline(topology("a b", "a>b", rounds=1, role=ALIKE))
