@@ -40,15 +40,15 @@ from recmas_export.precision.loss import OWN_TEXT, measure_loss, passages_of
 from recmas_export.precision.rounding import rounded_layers
 from recmas_runtime.checking.placement import refuse_stray_nodes
 from recmas_runtime.core.errors import Problem
+from recmas_runtime.core.files import sha256_of
 from recmas_runtime.core.progress import Progress
-from recmas_runtime.core.regular_file import sha256_of
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
 from recmas_runtime.engines.onnx.session import Device
 from recmas_runtime.formats.links import load_operands, read_operands
 from recmas_runtime.formats.manifest import BackboneEntry, LinkEntry, LossEntry, ParityEntry
 from recmas_runtime.formats.plan import Plan, SendStep
 from recmas_runtime.formats.safetensors_file import read_tensors, write_tensors
-from recmas_runtime.running.devices import choose_provider
+from recmas_runtime.running.open_engines import choose_provider
 from recmas_runtime.running.parity import (
     measure_backbone_parity,
     measure_link_parity,

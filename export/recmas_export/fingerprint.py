@@ -20,7 +20,7 @@ from recmas_compiler.backbones.sources import ResolvedSource
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.passes.pipeline import PIPELINE
-from recmas_runtime.core.regular_file import sha256_of
+from recmas_runtime.core.files import sha256_of
 from recmas_runtime.formats.manifest import MANIFEST_VERSION
 from recmas_runtime.formats.plan import PLAN_VERSION
 

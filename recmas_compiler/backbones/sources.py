@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Final
 
 from recmas_compiler.backbones.facts import BackboneFacts, read_config_facts
-from recmas_compiler.spec.document.paths import is_file, is_folder, path_of
-from recmas_compiler.spec.document.places import UNKNOWN, SourcePosition
+from recmas_compiler.spec.document.places import (
+    UNKNOWN,
+    SourcePosition,
+    is_file,
+    is_folder,
+    path_of,
+)
 from recmas_compiler.spec.document.problems import did_you_mean, problem_at
 from recmas_runtime.core.errors import RecmasError
 

@@ -15,8 +15,7 @@ from recmas_compiler.ir.ops import (
     prefill_id,
     think_id,
 )
-from recmas_compiler.passes.merge_steps import merge_steps
-from recmas_compiler.passes.pass_base import Pass
+from recmas_compiler.passes.pass_base import Pass, merge_steps
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,12 @@ from recmas_compiler.ir.instruments import DumpIR, RecordPasses, VerifyPasses
 from recmas_compiler.ir.ops import Level, Prefill, Send, Think
 from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.passes.batch_parallel_agents import BatchParallelAgents
-from recmas_compiler.passes.hoist_prompt_prefix import HoistPromptPrefix
 from recmas_compiler.passes.pass_base import Pass
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_compiler.passes.plan_caches import PlanCaches
+from recmas_compiler.passes.prompt_prefix import HoistPromptPrefix, SharePromptPrefix
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_compiler.passes.share_backbones import ShareBackbones
-from recmas_compiler.passes.share_prompt_prefix import SharePromptPrefix
 from recmas_compiler.passes.unroll_rounds import UnrollRounds
 from recmas_runtime.core.errors import Exit, RecmasError
 

@@ -14,10 +14,9 @@ from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.lowering.result import ReferenceResult
 from recmas_compiler.passes.batch_parallel_agents import BatchParallelAgents
 from recmas_compiler.passes.fuse_links import FuseLinks
-from recmas_compiler.passes.hoist_prompt_prefix import HoistPromptPrefix
+from recmas_compiler.passes.prompt_prefix import HoistPromptPrefix, SharePromptPrefix
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_compiler.passes.share_backbones import ShareBackbones
-from recmas_compiler.passes.share_prompt_prefix import SharePromptPrefix
 from recmas_runtime.formats.tolerances import TOLERANCES
 from recmas_runtime.running.run_trace import TraceWriter
 from tiny_specs import SPECS

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.files import open_regular, sha256_of
 from recmas_runtime.core.progress import Progress, Silent
-from recmas_runtime.core.regular_file import open_regular, sha256_of
 from recmas_runtime.formats.codec import read_json_file
 from recmas_runtime.formats.consistency import (
     check_consistency,

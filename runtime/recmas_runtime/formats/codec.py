@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Meta, inspect
 
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.core.regular_file import open_regular
+from recmas_runtime.core.files import open_regular
 
 T = TypeVar("T")
 
