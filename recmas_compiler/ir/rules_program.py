@@ -16,7 +16,7 @@ from recmas_compiler.ir.ops import (
     System,
     Think,
 )
-from recmas_compiler.ir.routing import deliveries
+from recmas_compiler.ir.routing import route_messages
 from recmas_compiler.ir.rule import Rule
 from recmas_runtime.formats.plan import CACHE_ROWS_MULTIPLE, Variant
 
@@ -34,7 +34,7 @@ def _not_steps(graph: Graph) -> Iterator[str]:
     yield from (step for step, op in graph.nodes().items() if isinstance(op, Agent))
 
 
-def _steps_of_strangers(graph: Graph) -> Iterator[str]:
+def _unresolved_references(graph: Graph) -> Iterator[str]:
     system = graph.system
     for step, op in graph.nodes().items():
         known = set(_who(op)) <= system.agents.keys()
@@ -120,11 +120,11 @@ def _without_origin(graph: Graph) -> Iterator[str]:
             yield step
 
 
-def _wrong_num_steps(graph: Graph) -> Iterator[str]:
+def _unequal_num_steps(graph: Graph) -> Iterator[str]:
     for step, op in graph.nodes().items():
         if isinstance(op, Think):
             declared = {graph.system.agents[name].latent_steps for name in op.agents}
-            if declared != {op.num_steps} or op.num_steps < 1:
+            if len(declared) != 1 or 0 in declared:
                 yield step
 
 
@@ -181,16 +181,16 @@ def _wrong_messages(graph: Graph) -> Iterator[str]:
             for slot in graph.system.agents[agent].slots(variant)
             if _is_due(graph.system, slot, agent, op.round)
         }
-        found = deliveries(graph, step)
+        found = route_messages(graph, step)
         sends = {source for source in graph.predecessors(step) if _is_send(graph.op(source))}
-        if {(d.agent, d.slot) for d in found} != due or {d.send for d in found} != sends:
+        if {(m.agent, m.slot) for m in found} != due or set(found.values()) != sends:
             yield step
 
 
 def _is_due(system: System, slot: str, agent: str, round_: int) -> bool:
     """Return whether a message was sent for this slot and has any latent steps in it."""
-    seen = round_ - 1 if system.links[f"{slot}->{agent}"].feedback else round_
-    return seen >= 1 and system.agents[slot].latent_steps > 0
+    sent_in = system.links[f"{slot}->{agent}"].sent_in(round_)
+    return sent_in >= 1 and system.agents[slot].latent_steps > 0
 
 
 def _is_send(op: NodeOp) -> bool:
@@ -225,7 +225,7 @@ def _wrong_prefixes(graph: Graph) -> Iterator[str]:
 
 UNROLLED_RULES: tuple[Rule, ...] = (
     Rule("nodes_are_steps", _not_steps, "every node of a program is a step"),
-    Rule("steps_resolve", _steps_of_strangers, "steps name agents and links of the tables"),
+    Rule("steps_resolve", _unresolved_references, "steps name agents and links of the tables"),
     Rule("flow_kinds", _wrong_flows, "steps take from each other only what FLOWS lists"),
     Rule("acyclic", _cycles, "a program has no cycle"),
     Rule("one_decode", _not_one_decode, "the answer agent decodes once, in the last round"),
@@ -234,7 +234,11 @@ UNROLLED_RULES: tuple[Rule, ...] = (
     Rule("rounds_in_order", _rounds_out_of_order, "all steps of a round run before the next round"),
     Rule("one_turn_a_round", _repeated_turns, "an agent does each thing once a round"),
     Rule("steps_have_origin", _without_origin, "Think and Decode follow a Prefill, Send a Think"),
-    Rule("num_steps", _wrong_num_steps, "a Think takes the steps its agents declare, at least one"),
+    Rule(
+        "num_steps",
+        _unequal_num_steps,
+        "agents that think together take equally many steps",
+    ),
     Rule("batches", _mixed_batches, "a batch has one backbone and is the same in every round"),
     Rule("even_fan_out", _uneven_fan_outs, "messages of one Send are equally wide"),
     Rule("inner_once", _inner_not_once, "the inner link is in the Think or in the Send"),

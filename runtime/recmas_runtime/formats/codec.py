@@ -32,12 +32,14 @@ from recmas_runtime.formats.plan import (
     CachePlan,
     DecodeStep,
     Limits,
+    Message,
     Plan,
     PrefillStep,
     PythonPlan,
     SamplingPlan,
     SearchPlan,
     SendStep,
+    SentMessage,
     ThinkStep,
     ToolsPlan,
     WriteStep,
@@ -71,9 +73,10 @@ BOUNDS: Final[dict[tuple[type, str], tuple[int, int]]] = {
     (AgentPlan, "latent_steps"): (0, 4096),
     (CachePlan, "capacity"): (64, 2**24),
     (CachePlan, "bytes_per_sample"): _BYTES,
+    (SentMessage, "round"): _ROUND,
+    (Message, "round"): _ROUND,
     (PrefillStep, "round"): _ROUND,
     (ThinkStep, "round"): _ROUND,
-    (ThinkStep, "num_steps"): (0, 4096),
     (SendStep, "round"): _ROUND,
     (WriteStep, "round"): _ROUND,
     (WriteStep, "max_new_tokens"): (1, 2**24),
@@ -126,7 +129,7 @@ def from_json(cls: type[T], data: object, *, file: str) -> T:
         file: How messages name the file that `data` came from.
 
     Raises:
-        RecmasError: RM403 for a newer format version, RM404 for anything malformed.
+        RecmasError: RM403 for another format version, RM404 for anything malformed.
     """
     return cast("T", _Reader(file).read(cls, data, path="", bounds=_ANY_INTEGER))
 
@@ -261,6 +264,14 @@ class _Reader:
         version = table.get("version")
         if type(version) is not int or version < 1:
             raise self._wrong("version", f"expected a format version, found {_describe(version)}")
+        if version < known:
+            raise fail(
+                "RM403",
+                f"format version {version}; this runtime reads version {known}",
+                hint="Build it again: recmasc build BUNDLE/spec.yaml --out BUNDLE, or from the spec "
+                "it came from, if that names files beside itself.",
+                file=self.file,
+            )
         if version > known:
             raise fail(
                 "RM403",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.formats.plan import AgentPlan, Plan, PrefillStep, PromptPart, Variant
+from recmas_runtime.formats.plan import Plan, PrefillStep, PromptPart, Variant, slot_positions
 from recmas_runtime.prompts.render import ChatTemplate, Prompt, Slot, build_prompt
 from recmas_runtime.prompts.tokenizer import Tokenizer
 from recmas_runtime.running.answers import Record
@@ -55,6 +55,7 @@ class RecordPrompts:
         self._plan = plan
         self._chats = chats
         self._record = record
+        self._slots = slot_positions(plan)
         self._built = {
             (agent, variant): self._build(agent, variant, {})
             for step in plan.steps
@@ -77,18 +78,17 @@ class RecordPrompts:
 
     def _build(self, agent: str, variant: Variant, texts: Mapping[str, str]) -> Prompt:
         spec = self._plan.agents[agent]
-        parts = spec.first if variant == "first" and spec.first is not None else spec.then
         fields = {_field_of(slot): text for slot, text in texts.items()}
         chat = self._chats[spec.backbone]
         prompt = build_prompt(
             system=spec.system,
-            prompt=[_as_text(part) if part.value in texts else part for part in parts],
+            prompt=[_as_text(p) if p.value in texts else p for p in spec.parts(variant)],
             record={**self._record.fields, **fields},
             chat=chat.template,
             tokenizer=chat.tokenizer,
             variables=spec.chat_template,
         )
-        positions = prompt_positions(self._plan, prompt)
+        positions = prompt_positions(prompt, self._slots.get((agent, variant), {}))
         limit = self._plan.limits.max_prompt_tokens
         if positions > limit:
             raise fail(
@@ -109,15 +109,12 @@ def _field_of(slot: str) -> str:
     return f"latent.{slot}"  # no field of a record can have a dot in its name
 
 
-def slots(agent: AgentPlan, variant: Variant) -> tuple[str, ...]:
-    """Return the agents whose messages a prompt has slots for."""
-    parts: Sequence[PromptPart] = agent.then
-    if variant == "first" and agent.first is not None:
-        parts = agent.first
-    return tuple(part.value for part in parts if part.kind == "slot")
+def prompt_positions(prompt: Prompt, slots: Mapping[str, int]) -> int:
+    """Return how many positions a prompt takes with its messages spliced in.
 
-
-def prompt_positions(plan: Plan, prompt: Prompt) -> int:
-    """Return how many positions a prompt takes with its messages spliced in."""
-    spliced = sum(plan.agents[i.agent].latent_steps for i in prompt.items if isinstance(i, Slot))
+    Args:
+        prompt: The prompt.
+        slots: Positions of each slot that thoughts fill.
+    """
+    spliced = sum(slots.get(item.agent, 0) for item in prompt.items if isinstance(item, Slot))
     return prompt.num_tokens + spliced
