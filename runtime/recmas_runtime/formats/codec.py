@@ -268,8 +268,8 @@ class _Reader:
             raise fail(
                 "RM403",
                 f"format version {version}; this runtime reads version {known}",
-                hint="Build it again: recmasc build BUNDLE/spec.yaml --out BUNDLE, or from the spec "
-                "it came from, if that names files beside itself.",
+                hint="Build it again: recmasc build BUNDLE/spec.yaml --out BUNDLE, or from the "
+                "spec it came from, if that names files beside itself.",
                 file=self.file,
             )
         if version > known:
