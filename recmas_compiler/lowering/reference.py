@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -38,15 +37,13 @@ from recmas_runtime.formats.plan import (
     compared_links,
 )
 from recmas_runtime.prompts.render import (
-    ChatTemplate,
+    Chat,
     Prompt,
     Tokens,
     build_prompt,
     common_prefix,
 )
 from recmas_runtime.prompts.sampler import Sampler, StopMatcher
-from recmas_runtime.prompts.tokenizer import Tokenizer
-from recmas_runtime.running.record_prompts import Chat
 
 Record = Mapping[str, object]
 
@@ -328,21 +325,14 @@ def load_backbones(program: Graph, *, progress: Progress) -> dict[str, TorchBack
     system = program.system
     used = {system.backbone_of(agent).name: system.backbone_of(agent) for agent in system.agents}
     return {
-        # Sources are relative to the spec that names them.
-        name: load_backbone(
-            b.facts, base_dir=Path(b.where.file).parent, progress=progress, dtype=b.dtype
-        )
-        for name, b in used.items()
+        name: load_backbone(b.facts, progress=progress, dtype=b.dtype) for name, b in used.items()
     }
 
 
 def make_chats(backbones: Mapping[str, TorchBackbone]) -> dict[str, Chat]:
     """Return what turns conversations into tokens, by backbone."""
     return {
-        name: Chat(
-            template=ChatTemplate(b.chat_template, b.special_tokens),
-            tokenizer=Tokenizer(b.tokenizer_json, b.chat_template),
-        )
+        name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
         for name, b in backbones.items()
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from recmas_compiler.links.trained import links_folder
-from recmas_compiler.spec.document.paths import path_of
+from recmas_compiler.spec.document.places import path_of
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.schema.section import Section
 from recmas_compiler.spec.schema.train import TrainSection

@@ -12,11 +12,11 @@ import pytest
 from hand_bundle import DELETE, edit_json, rehash
 from recmas_runtime.cli.main import main
 from recmas_runtime.core.errors import CODES, RecmasError
+from recmas_runtime.core.files import sha256_of
 from recmas_runtime.core.progress import Silent
 from recmas_runtime.formats.bundle import (
     inside,
     open_bundle,
-    sha256_of,
     unlisted_files,
     write_json_atomic,
 )
@@ -208,7 +208,7 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
     "link that carries text": (
         plan("links/planner->solver/carries", "text"), "RM404", "plan.json", "thoughts, not text"),
     "link that carries a mood": (
-        plan("links/planner->solver/carries", "mood"), "RM404", "plan.json", "'thoughts' or"),
+        plan("links/planner->solver/carries", "mood"), "RM404", "plan.json", 'found "mood"'),
     "link the other way": (
         plan("links/planner->solver/source", "solver"), "RM404", "plan.json",
         "expected planner->solver"),

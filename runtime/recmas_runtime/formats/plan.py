@@ -7,12 +7,17 @@ format lives here once. A plan holds no tensors; names in it are resolved by the
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
+
+from msgspec import Meta, field
+
+from recmas_runtime.formats.codec import Count, Finite, Size, StrictStruct, Whole
 
 PLAN_VERSION = 2
 
 Variant = Literal["first", "then"]
+Round = Annotated[int, Meta(ge=1, le=64)]
+LatentSteps = Annotated[int, Meta(ge=0, le=4096)]
 
 # Engines see few distinct capacities, and attention kernels want aligned lengths.
 CACHE_ROWS_MULTIPLE = 64
@@ -23,8 +28,7 @@ def cache_capacity(rows: int) -> int:
     return -(-rows // CACHE_ROWS_MULTIPLE) * CACHE_ROWS_MULTIPLE
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptPart:
+class PromptPart(StrictStruct, frozen=True, kw_only=True):
     """A piece of a prompt: literal text, a field of the input record, or a slot.
 
     Attributes:
@@ -36,8 +40,7 @@ class PromptPart:
     value: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class AgentPlan:
+class AgentPlan(StrictStruct, frozen=True, kw_only=True):
     """What the runtime needs to know of an agent.
 
     Attributes:
@@ -55,8 +58,8 @@ class AgentPlan:
     first: tuple[PromptPart, ...] | None
     then: tuple[PromptPart, ...]
     inner: str
-    latent_steps: int
-    chat_template: dict[str, bool | int | float | str] = field(default_factory=dict)
+    latent_steps: LatentSteps
+    chat_template: dict[str, bool | Whole | Finite | str] = field(default_factory=dict)
 
     def parts(self, variant: Variant) -> tuple[PromptPart, ...]:
         """Return the parts of a prompt; `first` is `then` where there is no other."""
@@ -67,8 +70,7 @@ class AgentPlan:
         return tuple(part.value for part in self.parts(variant) if part.kind == "slot")
 
 
-@dataclass(frozen=True, kw_only=True)
-class LinkPlan:
+class LinkPlan(StrictStruct, frozen=True, kw_only=True):
     """A way on which messages go from one agent to another.
 
     Attributes:
@@ -83,8 +85,7 @@ class LinkPlan:
     carries: Literal["thoughts", "text"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CachePlan:
+class CachePlan(StrictStruct, frozen=True, kw_only=True):
     """A key/value cache: rows for one agent, or for agents that run as one batch.
 
     Attributes:
@@ -98,12 +99,11 @@ class CachePlan:
 
     backbone: str
     agents: tuple[str, ...]
-    capacity: int
-    bytes_per_sample: int
+    capacity: Annotated[int, Meta(ge=64, le=2**24)]
+    bytes_per_sample: Size
 
 
-@dataclass(frozen=True, kw_only=True)
-class SentMessage:
+class SentMessage(StrictStruct, frozen=True, kw_only=True):
     """A message, told apart from all others of a run.
 
     Where an early exit has left out its round, it is the latest one sent over the link.
@@ -114,11 +114,10 @@ class SentMessage:
     """
 
     link: str
-    round: int
+    round: Round
 
 
-@dataclass(frozen=True, kw_only=True)
-class Message:
+class Message(StrictStruct, frozen=True, kw_only=True):
     """What fills a slot.
 
     Attributes:
@@ -131,15 +130,34 @@ class Message:
     agent: str
     slot: str
     link: str
-    round: int
+    round: Round
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrefillStep:
-    """Run the prompts of `agents` (one batch) into their cache.
+class PlanStep(
+    StrictStruct,
+    frozen=True,
+    kw_only=True,
+    tag_field="op",
+    tag=lambda name: name.removesuffix("Step").lower(),
+):
+    """A step; in JSON `op` says which.
 
     Attributes:
         round: From 1.
+    """
+
+    round: Round
+
+    @property
+    def op(self) -> str:
+        """The kind of the step, such as `prefill`."""
+        return str(self.__struct_config__.tag)
+
+
+class PrefillStep(PlanStep, frozen=True, kw_only=True):
+    """Run the prompts of `agents` (one batch) into their cache.
+
+    Attributes:
         variants: Which prompt each agent uses.
         messages: What fills the slots, in the order of agents and slots. A slot without a message
             stays empty: its agent takes no latent steps.
@@ -153,8 +171,6 @@ class PrefillStep:
         snapshot: Id of the snapshot to make of layer states; likewise.
     """
 
-    op: Literal["prefill"] = "prefill"
-    round: int
     agents: tuple[str, ...]
     variants: tuple[Variant, ...]
     messages: tuple[Message, ...]
@@ -165,23 +181,19 @@ class PrefillStep:
     snapshot: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ThinkStep:
+class ThinkStep(PlanStep, frozen=True, kw_only=True):
     """Roll out the latent steps of `agents`, equally many, from their last prefill.
 
     Attributes:
         fused: The inner link runs inside the step graph; otherwise as a call of its own.
     """
 
-    op: Literal["think"] = "think"
-    round: int
     agents: tuple[str, ...]
     fused: bool
     cache: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class SendStep:
+class SendStep(PlanStep, frozen=True, kw_only=True):
     """Map the source's thoughts of this round through outer links into messages.
 
     Attributes:
@@ -190,16 +202,13 @@ class SendStep:
         apply_inner: Compute R_k(H) here; otherwise take it from the fused think step.
     """
 
-    op: Literal["send"] = "send"
-    round: int
     source: str
     targets: tuple[str, ...]
     links: tuple[str, ...]
     apply_inner: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class WriteStep:
+class WriteStep(PlanStep, frozen=True, kw_only=True):
     """Write text from the last prefill of `agents`, to be put into the slots of other agents.
 
     Latent systems have none; systems whose agents hand over text, the baselines, consist of them.
@@ -208,15 +217,12 @@ class WriteStep:
         max_new_tokens: Most tokens of each text; None for as many as an answer may have.
     """
 
-    op: Literal["write"] = "write"
-    round: int
     agents: tuple[str, ...]
     cache: str
-    max_new_tokens: int | None = None
+    max_new_tokens: Count | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecodeStep:
+class DecodeStep(PlanStep, frozen=True, kw_only=True):
     """Write the answer's text from the agent's last prefill.
 
     Attributes:
@@ -225,8 +231,6 @@ class DecodeStep:
             Empty for fewer than three rounds, of which none can be left out.
     """
 
-    op: Literal["decode"] = "decode"
-    round: int
     agent: str
     cache: str
     exits: tuple[SentMessage, ...] = ()
@@ -235,8 +239,7 @@ class DecodeStep:
 Step = PrefillStep | ThinkStep | SendStep | WriteStep | DecodeStep
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingPlan:
+class SamplingPlan(StrictStruct, frozen=True, kw_only=True):
     """How the answer's tokens are chosen; the defaults that a caller may override.
 
     Attributes:
@@ -251,18 +254,17 @@ class SamplingPlan:
         stop: Strings that end the answer; they are not part of it.
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
+    max_new_tokens: Count = 256
+    temperature: Finite = 0.0
+    top_p: Finite = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    min_p: Finite = 0.0
+    repetition_penalty: Finite = 1.0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     stop: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class StopPlan:
+class StopPlan(StrictStruct, frozen=True, kw_only=True):
     """When the recursion may end before its last round.
 
     Attributes:
@@ -270,11 +272,10 @@ class StopPlan:
             to the same link's message of the round before. Its next round is then its last.
     """
 
-    cosine: float
+    cosine: Annotated[float, Meta(gt=0.0, le=1.0)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchPlan:
+class SearchPlan(StrictStruct, frozen=True, kw_only=True):
     """The tool `search`.
 
     Attributes:
@@ -285,22 +286,20 @@ class SearchPlan:
 
     backend: Literal["local", "tavily"]
     corpus: str | None
-    top_k: int
+    top_k: Annotated[int, Meta(ge=1, le=1000)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PythonPlan:
+class PythonPlan(StrictStruct, frozen=True, kw_only=True):
     """The tool `python`: code that the model wrote, in a sandbox or not at all.
 
     Attributes:
         memory_mb: Most memory of the program, in MiB.
     """
 
-    memory_mb: int
+    memory_mb: Annotated[int, Meta(ge=16, le=2**20)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ToolsPlan:
+class ToolsPlan(StrictStruct, frozen=True, kw_only=True):
     """What the answer agent may call while it writes, and the bounds of it.
 
     Attributes:
@@ -317,13 +316,12 @@ class ToolsPlan:
     python: PythonPlan | None = None
     ask: bool = False
     functions: tuple[str, ...] = ()
-    max_calls: int = 4
-    timeout_s: float = 10.0
-    max_result_chars: int = 2000
+    max_calls: Annotated[int, Meta(ge=1, le=1000)] = 4
+    timeout_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 10.0
+    max_result_chars: Count = 2000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
+class Limits(StrictStruct, frozen=True, kw_only=True):
     """Bounds the bundle was compiled for.
 
     Attributes:
@@ -331,12 +329,11 @@ class Limits:
         max_batch: Most records in one batch.
     """
 
-    max_prompt_tokens: int
-    max_batch: int
+    max_prompt_tokens: Count
+    max_batch: Annotated[int, Meta(ge=1, le=2**16)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(StrictStruct, frozen=True, kw_only=True):
     """The whole plan.
 
     Attributes:
@@ -354,9 +351,11 @@ class Plan:
         tools: Tools of the answer agent; None for none.
     """
 
+    newest_version: ClassVar = PLAN_VERSION
+
     version: int = PLAN_VERSION
     name: str
-    rounds: int
+    rounds: Round
     answer_agent: str
     agents: dict[str, AgentPlan]
     links: dict[str, LinkPlan]

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Final
+
+from msgspec import structs
 
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.manifest import Manifest
@@ -91,7 +93,7 @@ def _shuffled_latents(plan: Plan, manifest: Manifest, _: int | None) -> Baseline
     """The same run, but the answer is written from another record's messages."""
     if not plan.agents[plan.answer_agent].slots("then"):
         raise _unusable("shuffled-latents: the answer agent has no slot")
-    return Baseline(plan=replace(plan, stop_when=None), exchanges_messages=True)
+    return Baseline(plan=structs.replace(plan, stop_when=None), exchanges_messages=True)
 
 
 def _text(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
@@ -106,7 +108,7 @@ def _text(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
         for step in plan.steps
         if not isinstance(step, SendStep)
     ]
-    links = {name: replace(link, carries="text") for name, link in plan.links.items()}
+    links = {name: structs.replace(link, carries="text") for name, link in plan.links.items()}
     return Baseline(plan=_with_text(plan, manifest, plan.agents, links, steps))
 
 
@@ -122,7 +124,9 @@ def _moa(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
     agents = {}
     for name, agent in plan.agents.items():
         alone = _without_slots(agent)
-        agents[name] = replace(alone, first=alone.then, then=alone.then + _answers_of(others))
+        agents[name] = structs.replace(
+            alone, first=alone.then, then=alone.then + _answers_of(others)
+        )
     by_backbone = [
         tuple(group)
         for _, group in groupby(
@@ -162,14 +166,14 @@ def _moa(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
             steps.append(WriteStep(round=round_, agents=group, cache=cache, max_new_tokens=limit))
     answer = (plan.answer_agent,)
     steps += _answer_steps(plan.answer_agent, plan.rounds, seen(answer, plan.rounds))
-    whole = replace(_with_text(plan, manifest, agents, links, steps), caches=caches)
+    whole = structs.replace(_with_text(plan, manifest, agents, links, steps), caches=caches)
     return Baseline(plan=whole)
 
 
 def _only_answer(plan: Plan, manifest: Manifest, agent: AgentPlan) -> Plan:
     """Return a plan of one round in which the answer agent answers at once, its slots empty."""
     name = plan.answer_agent
-    return replace(
+    return structs.replace(
         plan,
         rounds=1,
         agents={name: agent},
@@ -203,13 +207,13 @@ def _with_text(
     """Return a plan whose prompts may grow: half of a backbone's positions are left to text."""
     positions = min(manifest.backbones[agent.backbone].max_positions for agent in agents.values())
     longest = max(plan.limits.max_prompt_tokens, positions // 2)
-    return replace(
+    return structs.replace(
         plan,
         agents=dict(agents),
         links=dict(links),
         steps=tuple(steps),
         fields=prompt_fields(agents.values()),
-        limits=replace(plan.limits, max_prompt_tokens=longest),
+        limits=structs.replace(plan.limits, max_prompt_tokens=longest),
         stop_when=None,
     )
 
@@ -250,7 +254,7 @@ def without_slots(prompt: Parts) -> Parts:
 
 
 def _without_slots(agent: AgentPlan) -> AgentPlan:
-    return replace(agent, first=None, then=without_slots(agent.then))
+    return structs.replace(agent, first=None, then=without_slots(agent.then))
 
 
 def _answers_of(agents: Sequence[str]) -> Parts:

@@ -1,24 +1,22 @@
-"""The prompts of one record, checked and built once; where text is handed over, as it comes."""
+"""The prompts of one record: checked and built once, or each time where agents send text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.plan import Plan, PrefillStep, PromptPart, Variant, slot_positions
-from recmas_runtime.prompts.render import ChatTemplate, Prompt, Slot, build_prompt
-from recmas_runtime.prompts.tokenizer import Tokenizer
+from recmas_runtime.prompts.render import Chat, Prompt, Slot, build_prompt
 from recmas_runtime.running.answers import Record
 from recmas_runtime.running.records import check_record
 
-# Builds a prompt of the batch at hand: the record's place in the batch, the agent, which of its
+# Returns a prompt of the current batch: the record's place in the batch, the agent, which of its
 # prompts, and by slot the text that stands there instead of a message.
 PromptSource = Callable[[int, str, Variant, Mapping[str, str]], Prompt]
 
 
 class RecordError(RecmasError):
-    """What only shows while a batch runs, and concerns one record of it.
+    """An error of one record that shows only while its batch runs.
 
     Attributes:
         record: Its place in the batch.
@@ -29,16 +27,8 @@ class RecordError(RecmasError):
         self.record = record
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chat:
-    """What turns a conversation into a backbone's tokens."""
-
-    template: ChatTemplate
-    tokenizer: Tokenizer
-
-
 class RecordPrompts:
-    """Every prompt that a plan asks of one record.
+    """Every prompt of a plan for one record.
 
     Args:
         plan: The plan.
@@ -101,7 +91,7 @@ class RecordPrompts:
 
 
 def _as_text(part: PromptPart) -> PromptPart:
-    """Return a field in the place of a slot, so that text in it never becomes control tokens."""
+    """Return a field in place of a slot, so that its text never becomes control tokens."""
     return PromptPart(kind="field", value=_field_of(part.value)) if part.kind == "slot" else part
 
 
