@@ -19,7 +19,7 @@ from recmas_compiler.ir.ops import (
     System,
     Think,
 )
-from recmas_compiler.ir.routing import deliveries
+from recmas_compiler.ir.routing import route_messages
 from recmas_compiler.ir.sizes import DTYPE_BYTES, QUANTIZED
 from recmas_runtime.formats.plan import CACHE_ROWS_MULTIPLE, Variant
 
@@ -269,11 +269,11 @@ def _without_origin(graph: Graph) -> Iterator[str]:
             yield step
 
 
-def _wrong_num_steps(graph: Graph) -> Iterator[str]:
+def _unequal_num_steps(graph: Graph) -> Iterator[str]:
     for step, op in graph.nodes().items():
         if isinstance(op, Think):
             declared = {graph.system.agents[name].latent_steps for name in op.agents}
-            if declared != {op.num_steps} or op.num_steps < 1:
+            if len(declared) != 1 or 0 in declared:
                 yield step
 
 
@@ -330,16 +330,16 @@ def _wrong_messages(graph: Graph) -> Iterator[str]:
             for slot in graph.system.agents[agent].slots(variant)
             if _is_due(graph.system, slot, agent, op.round)
         }
-        found = deliveries(graph, step)
+        found = route_messages(graph, step)
         sends = {source for source in graph.predecessors(step) if _is_send(graph.op(source))}
-        if {(d.agent, d.slot) for d in found} != due or {d.send for d in found} != sends:
+        if {(m.agent, m.slot) for m in found} != due or set(found.values()) != sends:
             yield step
 
 
 def _is_due(system: System, slot: str, agent: str, round_: int) -> bool:
     """Return whether a message was sent for this slot and has any latent steps in it."""
-    seen = round_ - 1 if system.links[f"{slot}->{agent}"].feedback else round_
-    return seen >= 1 and system.agents[slot].latent_steps > 0
+    sent_in = system.links[f"{slot}->{agent}"].sent_in(round_)
+    return sent_in >= 1 and system.agents[slot].latent_steps > 0
 
 
 def _is_send(op: NodeOp) -> bool:
@@ -383,7 +383,11 @@ UNROLLED_RULES: tuple[Rule, ...] = (
     Rule("rounds_in_order", _rounds_out_of_order, "all steps of a round run before the next round"),
     Rule("one_turn_a_round", _repeated_turns, "an agent does each thing once a round"),
     Rule("steps_have_origin", _without_origin, "Think and Decode follow a Prefill, Send a Think"),
-    Rule("num_steps", _wrong_num_steps, "a Think takes the steps its agents declare, at least one"),
+    Rule(
+        "num_steps",
+        _unequal_num_steps,
+        "agents that think together take equally many steps",
+    ),
     Rule("batches", _mixed_batches, "a batch has one backbone and is the same in every round"),
     Rule("even_fan_out", _uneven_fan_outs, "messages of one Send are equally wide"),
     Rule("inner_once", _inner_not_once, "the inner link is in the Think or in the Send"),
