@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from recmas_runtime.core.errors import Exit, Problem, RecmasError
-from recmas_runtime.core.progress import Advance, Silent
+from recmas_runtime.core.progress import Advance
+
+# Where nobody watches a bar, a line now and then shows that it is alive.
+LINE_EVERY_S: Final = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +99,27 @@ def report(problems: tuple[Problem, ...], *, as_json: bool) -> None:
 
 
 class RichProgress:
-    """Progress bars on stderr; plain lines where stderr is not a terminal."""
+    """Bars on stderr; where that is no terminal, a line at the start and one now and then.
+
+    Args:
+        clock: Seconds.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
 
     @contextmanager
-    def stage(self, title: str, total: int | None = None) -> Iterator[Advance]:
+    def stage(self, title: str, total: int | None = None, *, done: int = 0) -> Iterator[Advance]:
         """Show one stage until the context is left; the yielded function advances it."""
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        show = self._bar if console.is_terminal else self._lines
+        with show(title, total, done) as advance:
+            yield advance
+
+    @contextmanager
+    def _bar(self, title: str, total: int | None, done: int) -> Iterator[Advance]:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -107,23 +127,42 @@ class RichProgress:
             SpinnerColumn,
             TextColumn,
             TimeElapsedColumn,
+            TimeRemainingColumn,
         )
         from rich.progress import Progress as Bars
 
-        console = Console(stderr=True)
-        if not console.is_terminal:
-            click.echo(f"{title} ...", err=True)
-            with Silent().stage(title, total) as advance:
-                yield advance
-            return
         columns = [SpinnerColumn(), TextColumn("{task.description}")]
         if total is not None:
             columns += [BarColumn(), MofNCompleteColumn()]
-        with Bars(*columns, TimeElapsedColumn(), console=console) as bars:
-            task = bars.add_task(title, total=total)
+        columns += [TextColumn("{task.fields[note]}"), TimeElapsedColumn()]
+        if total is not None:
+            columns.append(TimeRemainingColumn())
+        with Bars(*columns, console=Console(stderr=True)) as bars:
+            task = bars.add_task(title, total=total, completed=done, note="")
 
-            def count(num_units: int = 1, /) -> None:
-                bars.advance(task, num_units)
+            def advance(num_units: int = 1, /, *, note: str = "") -> None:
+                bars.update(task, advance=num_units, note=note)
 
-            yield count
-            bars.update(task, completed=total if total is not None else 1, total=total or 1)
+            yield advance
+            if total is None:  # a spinner ends as a full bar of one
+                bars.update(task, completed=1, total=1)
+
+    @contextmanager
+    def _lines(self, title: str, total: int | None, done: int) -> Iterator[Advance]:
+        click.echo(f"{title} ...", err=True)
+        started = shown = self._clock()
+        counted = done
+
+        def advance(num_units: int = 1, /, *, note: str = "") -> None:
+            nonlocal counted, shown
+            counted += num_units
+            now = self._clock()
+            if now - shown < LINE_EVERY_S or total is None or counted == done:
+                return
+            shown = now
+            left_s = (now - started) / (counted - done) * (total - counted)
+            told = f"{note}, " if note else ""
+            line = f"{title}: {counted}/{total}, {told}{left_s / 60:.1f} min left"
+            click.echo(line, err=True)
+
+        yield advance

@@ -16,9 +16,9 @@ class Recorded:
         self.told: list[str] = []
 
     @contextmanager
-    def stage(self, title: str, total: int | None = None) -> Iterator[Advance]:
+    def stage(self, title: str, total: int | None = None, *, done: int = 0) -> Iterator[Advance]:
         self.told.append(f"open {title} /{total}")
-        yield lambda num_units=1: self.told.append(f"step {title}")
+        yield lambda num_units=1, *, note="": self.told.append(f"step {title}")
         self.told.append(f"close {title}")
 
 

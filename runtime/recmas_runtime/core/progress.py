@@ -11,24 +11,29 @@ from typing import Protocol, TextIO
 class Advance(Protocol):
     """Counts finished units of a stage."""
 
-    def __call__(self, num_units: int = 1, /) -> None:
-        """Count `num_units` more units as done."""
+    def __call__(self, num_units: int = 1, /, *, note: str = "") -> None:
+        """Count `num_units` more units as done; `note` stands beside the count, if not empty."""
 
 
 class Progress(Protocol):
     """What work that takes a while reports to."""
 
-    def stage(self, title: str, total: int | None = None) -> AbstractContextManager[Advance]:
-        """Open a stage of `total` units (None: not known); leaving the context closes it."""
+    def stage(
+        self, title: str, total: int | None = None, *, done: int = 0
+    ) -> AbstractContextManager[Advance]:
+        """Open a stage of `total` units (None: not known), of which `done` are there already.
+
+        Leaving the context closes it.
+        """
 
 
 class Silent:
     """Reports nothing."""
 
     @contextmanager
-    def stage(self, title: str, total: int | None = None) -> Iterator[Advance]:
+    def stage(self, title: str, total: int | None = None, *, done: int = 0) -> Iterator[Advance]:
         """Open a stage that shows nothing."""
-        yield lambda num_units=1: None
+        yield lambda num_units=1, *, note="": None
 
 
 class LineProgress:
@@ -42,27 +47,29 @@ class LineProgress:
         self._stream = sys.stderr if stream is None else stream
 
     @contextmanager
-    def stage(self, title: str, total: int | None = None) -> Iterator[Advance]:
+    def stage(self, title: str, total: int | None = None, *, done: int = 0) -> Iterator[Advance]:
         """Open a stage whose line reads `TITLE 3/10`."""
         if not self._stream.isatty():
-            yield lambda num_units=1: None
+            with Silent().stage(title, total) as silent:
+                yield silent
             return
-        done = 0
+        shown = done
 
-        def advance(num_units: int = 1) -> None:
-            nonlocal done
-            done += num_units
-            self._show(title, done, total)
+        def advance(num_units: int = 1, /, *, note: str = "") -> None:
+            nonlocal shown
+            shown += num_units
+            self._show(title, shown, total, note)
 
-        self._show(title, done, total)
+        self._show(title, shown, total, "")
         try:
             yield advance
         finally:
             self._stream.write("\n")
             self._stream.flush()
 
-    def _show(self, title: str, done: int, total: int | None) -> None:
+    def _show(self, title: str, done: int, total: int | None, note: str) -> None:
         count = f" {done}/{total}" if total is not None else f" {done}" if done else ""
+        count += f", {note}" if note else ""
         # \x1b[K clears what a longer line left behind.
         self._stream.write(f"\r{title}{count}\x1b[K")
         self._stream.flush()
