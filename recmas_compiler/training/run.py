@@ -68,7 +68,7 @@ class RunReport:
         stages: Figures by stage.
         starts: By link id: where its weights came from before the last stage.
         trained: Ids of the links that learned, in this folder's earlier runs too.
-        interrupted: Whether somebody stopped it.
+        interrupted: Whether the user stopped it.
     """
 
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -303,7 +303,7 @@ def _run_loop(
     levels: Mapping[str, float] | None = None,
     own: tuple[Section, ...] = (),
 ) -> LoopResult:
-    """Train a task to its end, or until somebody interrupts; leave costs and curves in its folder.
+    """Train a task to its end, or until it is interrupted; leave costs and curves in its folder.
 
     Args:
         session: What the task was made from.

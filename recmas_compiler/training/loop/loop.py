@@ -98,7 +98,7 @@ class LoopResult:
 
     Attributes:
         steps: Steps done.
-        interrupted: Whether somebody stopped it before the last one.
+        interrupted: Whether the user stopped it before the last one.
         loss: Running mean of the training loss.
         first: The first measurement, before any step.
         last: The last one.
@@ -249,7 +249,7 @@ class Loop:
         )
 
     def run(self, *, resume: bool, title: str, progress: Progress) -> LoopResult:
-        """Train to the last step, or until somebody interrupts.
+        """Train to the last step, or until it is interrupted.
 
         Args:
             resume: Go on from the last checkpoint, if there is one.

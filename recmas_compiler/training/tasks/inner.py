@@ -5,7 +5,7 @@ Shape legend: N target tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -91,7 +91,7 @@ class InnerTask:
 
 
 @torch.no_grad()
-def mean_cosine(link: nn.Module, states: HiddenStates, world: World) -> float:
+def mean_cosine(link: Callable[[Tensor], Tensor], states: HiddenStates, world: World) -> float:
     """Return the mean cosine between a link's answers and the embeddings they should be."""
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     batches = range(0, len(states), _MEASURED_AT_ONCE)
@@ -168,8 +168,8 @@ def inner_baselines(
             aligned = make_link(kind, "inner", width, width)
             align_inner(aligned, calibration, link_id=inner_link_id(agent))
         figures["aligned"] = mean_cosine(aligned.to(device), held_out, world)
-    constant = _Constant(calibration.next_ND.mean(0).to(device))
-    figures["constant"] = mean_cosine(constant, held_out, world)
+    mean_D = calibration.next_ND.mean(0).to(device)
+    figures["constant"] = mean_cosine(mean_D.expand_as, held_out, world)
     figures["expectation"] = _expectation_cosine(held_out)
     return figures
 
@@ -184,17 +184,6 @@ def can_align(calibration: Calibration) -> bool:
 def embeddings(backbone: TorchBackbone, ids_N: Tensor) -> Tensor:
     """Return the input embeddings [N, D] of tokens in float32."""
     return backbone.embed(ids_N).float()
-
-
-class _Constant(nn.Module):
-    """Gives the same for every hidden state."""
-
-    def __init__(self, answer_D: Tensor) -> None:
-        super().__init__()
-        self._answer_D = answer_D
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self._answer_D.expand_as(h)
 
 
 def _expectation_cosine(held_out: HiddenStates) -> float:
