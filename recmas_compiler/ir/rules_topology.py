@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import Agent, Link, LinkWeights
+from recmas_compiler.ir.ops import Agent, Link
 from recmas_compiler.ir.rule import Rule
 from recmas_compiler.ir.sizes import DTYPE_BYTES, QUANTIZED
+from recmas_compiler.links.files import LinkWeights
+from recmas_runtime.formats.ids import inner_link_id, outer_link_id, path_text
 
 MAX_ROUNDS = 64
 MAX_LATENT_STEPS = 4096
@@ -65,7 +67,7 @@ def _misfitting_links(graph: Graph) -> Iterator[str]:
     width = {name: system.backbone_of(name).facts.width for name in system.agents}
     for name, agent in system.agents.items():
         if _ends(agent.inner) != (width[name], width[name]):
-            yield f"{name}.inner"
+            yield inner_link_id(name)
     for link in system.links.values():
         if _ends(link.weights) != (width[link.source], width[link.target]):
             yield link.id
@@ -78,7 +80,7 @@ def _ends(weights: LinkWeights) -> tuple[int, int]:
 def _slots_without_link(graph: Graph) -> Iterator[str]:
     for agent in graph.system.agents.values():
         for slot in (*agent.slots("first"), *agent.slots("then")):
-            if f"{slot}->{agent.name}" not in graph.system.links:
+            if outer_link_id(slot, agent.name) not in graph.system.links:
                 yield agent.name
 
 
@@ -91,7 +93,7 @@ def _links_without_slot(graph: Graph) -> Iterator[str]:
 def _never_filled(graph: Graph) -> Iterator[str]:
     for agent in graph.system.agents.values():
         for slot in agent.slots("first"):
-            if graph.system.links[f"{slot}->{agent.name}"].feedback:
+            if graph.system.links[outer_link_id(slot, agent.name)].feedback:
                 yield agent.name
 
 
@@ -117,7 +119,7 @@ def _not_the_agents(graph: Graph) -> Iterator[str]:
 
 
 def _not_the_links(graph: Graph) -> Iterator[str]:
-    edges = {f"{edge.source}->{edge.target}": edge.op for edge in graph.edges()}
+    edges = {outer_link_id(edge.source, edge.target): edge.op for edge in graph.edges()}
     links = graph.system.links
     for link_id, op in edges.items():
         if not isinstance(op, Link) or op != links.get(link_id):
@@ -126,7 +128,7 @@ def _not_the_links(graph: Graph) -> Iterator[str]:
 
 
 def _cycles_within_round(graph: Graph) -> Iterator[str]:
-    yield from (" -> ".join((*cycle, cycle[0])) for cycle in graph.without_feedback().cycles())
+    yield from (path_text(*cycle, cycle[0]) for cycle in graph.without_feedback().cycles())
 
 
 def _planned_caches(graph: Graph) -> Iterator[str]:

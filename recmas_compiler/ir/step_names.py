@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from recmas_runtime.formats.ids import outer_link_id
+
 
 def prefill_id(round_: int, agents: tuple[str, ...]) -> str:
     """Return the id of a Prefill: `r1/planner/prefill`, or `r1/a+b/prefill` for a batch."""
@@ -15,7 +17,7 @@ def think_id(round_: int, agents: tuple[str, ...]) -> str:
 
 def send_id(round_: int, source: str, targets: tuple[str, ...]) -> str:
     """Return the id of a Send: `r1/planner->critic/send`, or `r1/planner->critic+solver/send`."""
-    return f"r{round_}/{source}->{'+'.join(targets)}/send"
+    return f"r{round_}/{outer_link_id(source, '+'.join(targets))}/send"
 
 
 def decode_id(round_: int, agent: str) -> str:

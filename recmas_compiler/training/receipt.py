@@ -14,16 +14,16 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from recmas_compiler.links.checkpoint import save_link
+from recmas_compiler.links.modules import save_link
 from recmas_compiler.links.trained import (
     RECEIPT_NAME,
     RECEIPT_VERSION,
-    link_file_name,
 )
 from recmas_compiler.spec.spec import Spec
 from recmas_compiler.training.data.examples import Examples
 from recmas_compiler.training.loop.checkpoint import unwritable
 from recmas_compiler.training.settings import TrainSettings
+from recmas_runtime.formats.ids import link_file_name
 
 _VERSIONS = ("recmas", "torch", "transformers", "tokenizers", "numpy")
 

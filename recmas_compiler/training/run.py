@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from recmas_compiler.links.trained import link_file_name
-from recmas_compiler.lowering.materialize import MaterializedLink, inner_link_id
+from recmas_compiler.lowering.materialize import MaterializedLink
 from recmas_compiler.spec.document.problems import problem_at
-from recmas_compiler.spec.schema.link_names import canonical_link_name, outer_link_id
 from recmas_compiler.spec.schema.train import TrainSection
 from recmas_compiler.training.data.hidden_state_cache import Thoughts, ThoughtsPart, thoughts_of
 from recmas_compiler.training.loop.run_loop import RunOptions, figures_of, run_loop
@@ -20,6 +18,13 @@ from recmas_compiler.training.task import LoopResult
 from recmas_compiler.training.tasks.inner import InnerTask, inner_baselines
 from recmas_compiler.training.tasks.outer import OuterTask
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.formats.ids import (
+    canonical_link_name,
+    inner_link_id,
+    link_ends,
+    link_file_name,
+    outer_link_id,
+)
 
 Stage = Literal["inner", "outer", "all"]
 
@@ -215,7 +220,7 @@ def _learning(session: Session) -> tuple[str, ...]:
 def _link_id(name: str) -> str:
     """Return the id of what `train.outer.freeze` names: a link, or an agent for its inner link."""
     link = canonical_link_name(name)
-    return inner_link_id(name) if link is None else outer_link_id(link)
+    return inner_link_id(name) if link is None else outer_link_id(*link_ends(link))
 
 
 def _keep(

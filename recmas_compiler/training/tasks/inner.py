@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.ir.ops import LinkKind
 from recmas_compiler.links.closed_form.aligned import align_inner
 from recmas_compiler.links.closed_form.calibration import HELD_OUT_EVERY, Calibration
 from recmas_compiler.links.modules import make_link, randomize
 from recmas_compiler.training.data.hidden_state_cache import Thoughts
 from recmas_compiler.training.loop.distributed import World
+from recmas_runtime.formats.ids import inner_link_id
+from recmas_runtime.formats.link_kinds import LinkKind
 
 # Pairs to align from: where thoughts have to be computed for it, and where they are on disk. Twice
 # the pairs are worth about 0.01 of cosine.
@@ -70,7 +71,7 @@ class InnerTask:
         mse_weight: float,
     ) -> None:
         self.name = f"the inner link of `{agent}`"
-        self.links: Mapping[str, nn.Module] = {f"{agent}.inner": link}
+        self.links: Mapping[str, nn.Module] = {inner_link_id(agent): link}
         self.num_examples = len(train)
         self._link = link
         self._backbone = backbone
@@ -173,12 +174,12 @@ def inner_baselines(
     width, device = backbone.facts.width, world.device
     calibration = calibration_of(backbone, train)
     link = make_link(kind, "inner", width, width).to(device)
-    randomize(link, link_id=f"{agent}.inner")
+    randomize(link, link_id=inner_link_id(agent))
     figures = {"random": mean_cosine(link, backbone, held_out, world)}
     if can_align(calibration):
         if aligned is None:
             aligned = make_link(kind, "inner", width, width)
-            align_inner(aligned, calibration, link_id=f"{agent}.inner")
+            align_inner(aligned, calibration, link_id=inner_link_id(agent))
         figures["aligned"] = mean_cosine(aligned.to(device), backbone, held_out, world)
     constant = _Constant(calibration.next_ND.mean(0).to(device))
     figures["constant"] = mean_cosine(constant, backbone, held_out, world)
