@@ -25,8 +25,7 @@ from recmas_compiler.links.files import (
     fitting_kind,
     read_link_header,
 )
-from recmas_compiler.spec.document.paths import is_file, is_folder, path_of
-from recmas_compiler.spec.document.places import Loc
+from recmas_compiler.spec.document.places import Loc, is_file, is_folder, path_of
 from recmas_compiler.spec.document.problems import in_reading_order, problem_at
 from recmas_compiler.spec.schema.answer import ToolsSection
 from recmas_compiler.spec.schema.sections import WeightsSection

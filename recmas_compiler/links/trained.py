@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from recmas_compiler.links.files import End, LinkFileError, fitting_kind, read_link_header
-from recmas_compiler.spec.document.paths import is_file, path_of
-from recmas_compiler.spec.document.places import Loc
+from recmas_compiler.spec.document.places import Loc, is_file, path_of
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.schema.sections import InnerSection, LinkSection, WeightsSection
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import Problem
-from recmas_runtime.core.regular_file import sha256_of
+from recmas_runtime.core.files import sha256_of
 from recmas_runtime.formats.ids import inner_link_id, link_ends, link_file_name, outer_link_id
 from recmas_runtime.formats.link_kinds import LinkRole
 

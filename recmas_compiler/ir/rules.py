@@ -1,24 +1,31 @@
-"""Rules for programs: unrolled, and with caches planned."""
+"""Rules for the tables of a system, for its topology, and for programs: unrolled, and planned."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import (
     Agent,
     Decode,
     Flow,
+    Link,
     NodeOp,
     Prefill,
     Send,
     System,
     Think,
 )
-from recmas_compiler.ir.routing import deliveries
-from recmas_compiler.ir.rule import Rule
+from recmas_compiler.ir.routing import route_messages
+from recmas_compiler.ir.sizes import DTYPE_BYTES, QUANTIZED
+from recmas_compiler.links.files import LinkWeights
+from recmas_runtime.formats.ids import inner_link_id, outer_link_id, path_text
 from recmas_runtime.formats.plan import CACHE_ROWS_MULTIPLE, Variant
+
+MAX_ROUNDS = 64
+MAX_LATENT_STEPS = 4096
 
 # (type of the step, type of the step that takes from it) -> what flows
 FLOWS: dict[tuple[type[NodeOp], type[NodeOp]], str] = {
@@ -30,11 +37,154 @@ FLOWS: dict[tuple[type[NodeOp], type[NodeOp]], str] = {
 }
 
 
+class Rule(NamedTuple):
+    """Something that holds for every graph of a level.
+
+    Attributes:
+        name: What errors and tests call it.
+        broken_at: Yields each node, edge (`a -> b`) or table entry where it does not hold. Rules
+            are checked in order and may rely on the earlier ones of their table.
+        message: What must hold.
+    """
+
+    name: str
+    broken_at: Callable[[Graph], Iterable[str]]
+    message: str
+
+
+def _unresolved_names(graph: Graph) -> Iterator[str]:
+    system = graph.system
+    if system.answer_agent not in system.agents:
+        yield system.answer_agent
+    for key, backbone in system.backbones.items():
+        if key != backbone.name or backbone.shared_as not in system.backbones:
+            yield key
+    for key, agent in system.agents.items():
+        if key != agent.name or agent.backbone not in system.backbones:
+            yield key
+    for key, link in system.links.items():
+        if key != link.id or not {link.source, link.target} <= system.agents.keys():
+            yield key
+
+
+def _unequal_shares(graph: Graph) -> Iterator[str]:
+    backbones = graph.system.backbones
+    for name, backbone in backbones.items():
+        owner = backbones[backbone.shared_as]
+        equal = owner.engine_identity == backbone.engine_identity
+        if not equal or owner.shared_as != owner.name:
+            yield name
+
+
+def _unbounded(graph: Graph) -> Iterator[str]:
+    system = graph.system
+    bounded = {
+        "rounds": 1 <= system.rounds <= MAX_ROUNDS,
+        "max_prompt_tokens": system.build.max_prompt_tokens >= 1,
+        "max_batch": system.build.max_batch >= 1,
+        "max_new_tokens": system.sampling.max_new_tokens >= 1,
+    }
+    yield from (name for name, holds in bounded.items() if not holds)
+    for name, agent in system.agents.items():
+        if not 0 <= agent.latent_steps <= MAX_LATENT_STEPS:
+            yield name
+
+
+def _unknown_dtypes(graph: Graph) -> Iterator[str]:
+    yield from (n for n, b in graph.system.backbones.items() if b.dtype not in DTYPE_BYTES)
+
+
+def _unknown_precisions(graph: Graph) -> Iterator[str]:
+    known = ("float32", *QUANTIZED)
+    yield from (n for n, b in graph.system.backbones.items() if b.precision not in known)
+
+
+def _misfitting_links(graph: Graph) -> Iterator[str]:
+    system = graph.system
+    width = {name: system.backbone_of(name).facts.width for name in system.agents}
+    for name, agent in system.agents.items():
+        if _ends(agent.inner) != (width[name], width[name]):
+            yield inner_link_id(name)
+    for link in system.links.values():
+        if _ends(link.weights) != (width[link.source], width[link.target]):
+            yield link.id
+
+
+def _ends(weights: LinkWeights) -> tuple[int, int]:
+    return weights.in_dim, weights.out_dim
+
+
+def _slots_without_link(graph: Graph) -> Iterator[str]:
+    for agent in graph.system.agents.values():
+        for slot in (*agent.slots("first"), *agent.slots("then")):
+            if outer_link_id(slot, agent.name) not in graph.system.links:
+                yield agent.name
+
+
+def _links_without_slot(graph: Graph) -> Iterator[str]:
+    for link in graph.system.links.values():
+        if link.source not in graph.system.agents[link.target].slots("then"):
+            yield link.id
+
+
+def _never_filled(graph: Graph) -> Iterator[str]:
+    for agent in graph.system.agents.values():
+        for slot in agent.slots("first"):
+            if graph.system.links[outer_link_id(slot, agent.name)].feedback:
+                yield agent.name
+
+
+SYSTEM_RULES: tuple[Rule, ...] = (
+    Rule("names_resolve", _unresolved_names, "every name in the tables is that of an entry"),
+    Rule("equal_share", _unequal_shares, "a backbone uses the weights of an equal one"),
+    Rule("bounds", _unbounded, "counts and limits are in bounds"),
+    Rule("known_dtype", _unknown_dtypes, "a backbone's dtype is one with a known size"),
+    Rule("known_precision", _unknown_precisions, "a backbone's precision can be built"),
+    Rule("link_widths", _misfitting_links, "a link is as wide as the backbones at its ends"),
+    Rule("slots_have_links", _slots_without_link, "every slot of a prompt has its link"),
+    Rule("links_have_slots", _links_without_slot, "every link has its slot in `then`"),
+    Rule("first_is_filled", _never_filled, "a round without feedback fills every slot in use"),
+)
+
+
+def _not_the_agents(graph: Graph) -> Iterator[str]:
+    nodes = graph.nodes()
+    yield from (name for name, op in nodes.items() if not isinstance(op, Agent))
+    agents = graph.system.agents
+    yield from (name for name in nodes if nodes[name] != agents.get(name))
+    yield from (name for name in agents if name not in nodes)
+
+
+def _not_the_links(graph: Graph) -> Iterator[str]:
+    edges = {outer_link_id(edge.source, edge.target): edge.op for edge in graph.edges()}
+    links = graph.system.links
+    for link_id, op in edges.items():
+        if not isinstance(op, Link) or op != links.get(link_id):
+            yield link_id
+    yield from (link_id for link_id in links if link_id not in edges)
+
+
+def _cycles_within_round(graph: Graph) -> Iterator[str]:
+    yield from (path_text(*cycle, cycle[0]) for cycle in graph.without_feedback().cycles())
+
+
+def _planned_caches(graph: Graph) -> Iterator[str]:
+    yield from graph.system.caches
+
+
+TOPOLOGY_RULES: tuple[Rule, ...] = (
+    Rule("nodes_are_agents", _not_the_agents, "the nodes are the agents of the table"),
+    Rule("edges_are_links", _not_the_links, "the edges are the links of the table"),
+    Rule("cycles_by_feedback", _cycles_within_round, "every cycle has a feedback link"),
+    Rule("no_caches_yet", _planned_caches, "caches are planned for a program only"),
+)
+
+
 def _not_steps(graph: Graph) -> Iterator[str]:
     yield from (step for step, op in graph.nodes().items() if isinstance(op, Agent))
 
 
-def _steps_of_strangers(graph: Graph) -> Iterator[str]:
+def _unresolved_references(graph: Graph) -> Iterator[str]:
     system = graph.system
     for step, op in graph.nodes().items():
         known = set(_who(op)) <= system.agents.keys()
@@ -63,11 +213,11 @@ def _wrong_flows(graph: Graph) -> Iterator[str]:
     for edge in graph.edges():
         ends = (type(graph.op(edge.source)), type(graph.op(edge.target)))
         if not isinstance(edge.op, Flow) or FLOWS.get(ends) != edge.op.carries:
-            yield f"{edge.source} -> {edge.target}"
+            yield path_text(edge.source, edge.target)
 
 
 def _cycles(graph: Graph) -> Iterator[str]:
-    yield from (" -> ".join((*cycle, cycle[0])) for cycle in graph.cycles())
+    yield from (path_text(*cycle, cycle[0]) for cycle in graph.cycles())
 
 
 def _not_one_decode(graph: Graph) -> Iterator[str]:
@@ -120,11 +270,11 @@ def _without_origin(graph: Graph) -> Iterator[str]:
             yield step
 
 
-def _wrong_num_steps(graph: Graph) -> Iterator[str]:
+def _unequal_num_steps(graph: Graph) -> Iterator[str]:
     for step, op in graph.nodes().items():
         if isinstance(op, Think):
             declared = {graph.system.agents[name].latent_steps for name in op.agents}
-            if declared != {op.num_steps} or op.num_steps < 1:
+            if len(declared) != 1 or 0 in declared:
                 yield step
 
 
@@ -167,7 +317,7 @@ def _wrong_variants(graph: Graph) -> Iterator[str]:
 
 def _variant(system: System, name: str, round_: int) -> Variant:
     agent = system.agents[name]
-    feedback = any(system.links[f"{slot}->{name}"].feedback for slot in agent.slots("then"))
+    feedback = any(system.links[outer_link_id(slot, name)].feedback for slot in agent.slots("then"))
     return "first" if round_ == 1 and feedback and agent.first is not None else "then"
 
 
@@ -181,16 +331,16 @@ def _wrong_messages(graph: Graph) -> Iterator[str]:
             for slot in graph.system.agents[agent].slots(variant)
             if _is_due(graph.system, slot, agent, op.round)
         }
-        found = deliveries(graph, step)
+        found = route_messages(graph, step)
         sends = {source for source in graph.predecessors(step) if _is_send(graph.op(source))}
-        if {(d.agent, d.slot) for d in found} != due or {d.send for d in found} != sends:
+        if {(m.agent, m.slot) for m in found} != due or set(found.values()) != sends:
             yield step
 
 
 def _is_due(system: System, slot: str, agent: str, round_: int) -> bool:
     """Return whether a message was sent for this slot and has any latent steps in it."""
-    seen = round_ - 1 if system.links[f"{slot}->{agent}"].feedback else round_
-    return seen >= 1 and system.agents[slot].latent_steps > 0
+    sent_in = system.links[outer_link_id(slot, agent)].sent_in(round_)
+    return sent_in >= 1 and system.agents[slot].latent_steps > 0
 
 
 def _is_send(op: NodeOp) -> bool:
@@ -225,7 +375,7 @@ def _wrong_prefixes(graph: Graph) -> Iterator[str]:
 
 UNROLLED_RULES: tuple[Rule, ...] = (
     Rule("nodes_are_steps", _not_steps, "every node of a program is a step"),
-    Rule("steps_resolve", _steps_of_strangers, "steps name agents and links of the tables"),
+    Rule("steps_resolve", _unresolved_references, "steps name agents and links of the tables"),
     Rule("flow_kinds", _wrong_flows, "steps take from each other only what FLOWS lists"),
     Rule("acyclic", _cycles, "a program has no cycle"),
     Rule("one_decode", _not_one_decode, "the answer agent decodes once, in the last round"),
@@ -234,7 +384,11 @@ UNROLLED_RULES: tuple[Rule, ...] = (
     Rule("rounds_in_order", _rounds_out_of_order, "all steps of a round run before the next round"),
     Rule("one_turn_a_round", _repeated_turns, "an agent does each thing once a round"),
     Rule("steps_have_origin", _without_origin, "Think and Decode follow a Prefill, Send a Think"),
-    Rule("num_steps", _wrong_num_steps, "a Think takes the steps its agents declare, at least one"),
+    Rule(
+        "num_steps",
+        _unequal_num_steps,
+        "agents that think together take equally many steps",
+    ),
     Rule("batches", _mixed_batches, "a batch has one backbone and is the same in every round"),
     Rule("even_fan_out", _uneven_fan_outs, "messages of one Send are equally wide"),
     Rule("inner_once", _inner_not_once, "the inner link is in the Think or in the Send"),
