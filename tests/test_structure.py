@@ -87,8 +87,6 @@ PENDING: set[tuple[str, str]] = {
     ("recmas_compiler.bench.engines.plot", "recmas_compiler.bench.plot"),
     ("recmas_compiler.evaluation.checks.registry", "recmas_compiler.evaluation.protocol"),
     ("recmas_compiler.evaluation.data.data_file", "recmas_compiler.evaluation.protocol"),
-    ("recmas_compiler.links.checkpoint", "recmas_compiler.ir.ops"),
-    ("recmas_compiler.links.modules", "recmas_compiler.ir.ops"),
     ("recmas_compiler.lowering.training_graph.calls", "recmas_compiler.training.data.examples"),
     ("recmas_compiler.lowering.training_graph.graph", "recmas_compiler.training.data.examples"),
     ("recmas_export.graph.attention", "recmas_export.passes.tidy"),

@@ -17,6 +17,7 @@ from recmas_runtime.cli.reports import loss_text
 from recmas_runtime.engines.tensorrt.engine_cache import find_platform
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.codec import to_json
+from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.manifest import MANIFEST_NAME, SPEC_NAME, ParityEntry
 
 
@@ -106,7 +107,7 @@ def _losses_note(parity: Sequence[ParityEntry], program: Program) -> str:
 def _links_note(program: Program) -> str:
     """Say which links are trained, and which are not."""
     system, trained = program.graph.system, program.trained
-    weights = {f"{name}.inner": agent.inner for name, agent in system.agents.items()}
+    weights = {inner_link_id(name): agent.inner for name, agent in system.agents.items()}
     weights |= {link_id: link.weights for link_id, link in system.links.items()}
     started = () if trained is None else trained.untrained
     untrained = [name for name, link in weights.items() if link.file is None or name in started]

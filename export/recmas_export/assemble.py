@@ -44,6 +44,7 @@ from recmas_runtime.core.files import sha256_of
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
 from recmas_runtime.engines.onnx.session import Device
+from recmas_runtime.formats.ids import link_file_name
 from recmas_runtime.formats.links import load_operands, read_operands
 from recmas_runtime.formats.manifest import BackboneEntry, LinkEntry, LossEntry, ParityEntry
 from recmas_runtime.formats.plan import Plan, SendStep
@@ -177,10 +178,9 @@ def _write_links(folder: Path, links: Mapping[str, MaterializedLink]) -> dict[st
     (folder / "links").mkdir()
     entries = {}
     for link_id, link in links.items():
-        ends = link_id.removesuffix(".inner").replace("->", ".")
         start = link.weights.file
         entry = LinkEntry(
-            file=f"links/{link.role}.{ends}.safetensors",
+            file=f"links/{link_file_name(link_id)}",
             kind=link.weights.kind,
             role=link.role,
             in_dim=link.weights.in_dim,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from recmas_compiler.api import BuildResult
 from recmas_compiler.backbones.sources import resolve_source
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import SEARCH_CORPUS, LinkWeights
+from recmas_compiler.ir.ops import SEARCH_CORPUS
 from recmas_compiler.ir.sizes import (
     ENGINE_DTYPE,
     QUANTIZED,
@@ -23,6 +23,7 @@ from recmas_compiler.ir.sizes import (
     dtype_bytes,
     weights_bytes,
 )
+from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.lowering.plan import build_plan, live_agents, live_backbones
 from recmas_compiler.spec.spec import Spec
 from recmas_export.bundle_writer import check_target, staged_bundle
@@ -35,6 +36,7 @@ from recmas_runtime.core.files import sha256_of
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.engines.tensorrt.engine_cache import find_platform, timing_caches
 from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -215,7 +217,7 @@ def _bundle_with(identity: str, out: Path) -> Manifest | None:
 
 def _links(program: Graph) -> dict[str, LinkWeights]:
     system = program.system
-    inner = {f"{name}.inner": system.agents[name].inner for name in live_agents(program)}
+    inner = {inner_link_id(name): system.agents[name].inner for name in live_agents(program)}
     return {**inner, **{link.id: link.weights for link in system.links.values()}}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from recmas_compiler.links.trained import RECEIPT_NAME, read_receipt, vouched_digests
+from recmas_compiler.links.trained import RECEIPT_NAME, read_receipt, verified_digests
 from recmas_runtime.core.files import sha256_of
 
 FOLDER: Final = "training"
@@ -25,7 +25,7 @@ def receipts_of(link_files: Iterable[str]) -> tuple[Path, ...]:
     found = []
     for folder, used in digests.items():
         receipt = read_receipt(folder / RECEIPT_NAME)
-        if receipt is not None and used & set(vouched_digests(receipt).values()):
+        if receipt is not None and used & set(verified_digests(receipt).values()):
             found.append(folder / RECEIPT_NAME)
     return tuple(found)
 

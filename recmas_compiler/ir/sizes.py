@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from recmas_compiler.backbones.facts import BackboneFacts
-from recmas_compiler.ir.ops import LinkWeights
+from recmas_compiler.links.files import LinkWeights
+from recmas_runtime.formats.link_kinds import FORMS, LinkRole
 
 # In which engines compute: activations, caches, link operands, and weights once they are in memory.
 ENGINE_DTYPE = "float32"
@@ -83,16 +84,6 @@ def dtype_bytes(dtype: str) -> int:
     return DTYPE_BYTES[dtype]
 
 
-def link_num_parameters(weights: LinkWeights, *, role: Literal["inner", "outer"]) -> int:
-    """Return how many parameters a link has; the forms are those of the specs' README."""
-    d_in, d_out = weights.in_dim, weights.out_dim
-    skip = 0 if role == "inner" else d_in * d_out
-    match weights.kind:
-        case "residual":
-            return d_in * d_out + d_out * d_out + skip
-        case "ln_residual":
-            hidden = d_out if role == "inner" else 2 * d_out
-            biases = hidden + d_out + (0 if role == "inner" else d_out)
-            return d_in * hidden + hidden * d_out + skip + biases + 2 * d_in + 2 * d_out
-        case "projected":
-            return d_in * d_out + d_out * d_out + d_in * d_out + 3 * d_out + 2 * d_in
+def link_num_parameters(weights: LinkWeights, role: LinkRole) -> int:
+    """Return how many parameters a link has."""
+    return FORMS[weights.kind, role].num_parameters(weights.in_dim, weights.out_dim)

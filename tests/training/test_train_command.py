@@ -181,7 +181,7 @@ def test_links_of_another_kind_are_left_aside(
     here.write_text(changed(("planner -> solver: {}", "planner -> solver: {kind: residual}")))
     built = recmasc(capsys, "build", here, "--quiet", "-o", "bundle")
     (warning,) = [p for p in built["problems"] if p["code"] == "RM751"]
-    assert "it is of kind `projected`, the spec says `residual`" in warning["message"]
+    assert "it is of kind `projected`, not `residual`" in warning["message"]
     assert (warning["line"], warning["column"]) == (18, 3)
     assert "planner->solver" not in built["data"]["trained_links"]
     measured = recmasc(capsys, "train", here, "--quiet", "--eval-only")

@@ -17,8 +17,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from recmas_export.passes.tidy import IR_VERSION, OPSET, strip
-
-LAYER_NORM_EPSILON = 1e-5
+from recmas_runtime.formats.link_kinds import LAYER_NORM_EPSILON
 
 
 @dataclass(frozen=True)

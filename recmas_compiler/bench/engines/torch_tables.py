@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.links.modules import LAYER_NORM_EPS
+from recmas_runtime.formats.link_kinds import LAYER_NORM_EPSILON
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -88,7 +88,7 @@ def apply_inner(hidden_R1d: Tensor, links: Inner) -> Tensor:
 
 
 def _norm(x: Tensor, name: str, links: Inner) -> Tensor:
-    normed = layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
+    normed = layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPSILON)
     return normed * links[f"{name}_scale"] + links[f"{name}_bias"]
 
 

@@ -22,17 +22,16 @@ from recmas_compiler.spec.schema.answer import AnswerSection
 from recmas_compiler.spec.schema.pattern import PatternSection
 from recmas_compiler.spec.schema.section import (
     MAX_AGENTS,
-    SLUG_PATTERN,
     FilePath,
     Given,
     Section,
     Slug,
 )
 from recmas_compiler.spec.schema.train import TrainSection
+from recmas_runtime.formats.ids import LINK_PATTERN
+from recmas_runtime.formats.link_kinds import DEFAULT_INIT, DEFAULT_KIND, LinkInit, LinkKind
 
 LANGUAGE_VERSION: Final = 1
-
-LINK_PATTERN: Final = rf"^\s*({SLUG_PATTERN})\s*->\s*({SLUG_PATTERN})\s*$"
 
 # Variables of the chat template that rendering itself sets.
 RESERVED_TEMPLATE_VARIABLES: Final = frozenset({"messages", "add_generation_prompt"})
@@ -41,8 +40,6 @@ LinkName = Annotated[str, StringConstraints(pattern=LINK_PATTERN)]
 TemplateVariable = Annotated[str, StringConstraints(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
 PromptText = Annotated[str, StringConstraints(min_length=1, max_length=100_000)]
 
-LinkKind = Literal["residual", "ln_residual", "projected"]
-LinkInit = Literal["aligned", "random"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 Target = Literal["onnx", "tensorrt"]
@@ -96,7 +93,7 @@ class WeightsSection(Section):
     def _make_start_explicit(cls, data: object) -> object:
         """Write out the defaults, so that the resolved spec says what is meant."""
         if isinstance(data, dict) and "weights" not in data:
-            return {"kind": "projected", "init": "aligned"} | data
+            return {"kind": DEFAULT_KIND, "init": DEFAULT_INIT} | data
         return data
 
 
