@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent, Link, LinkWeights
 from recmas_compiler.ir.rule import Rule
-from recmas_compiler.ir.sizes import DTYPE_BYTES, QUANTIZED
+from recmas_runtime.formats.precisions import DTYPE_BYTES, buildable
 
 MAX_ROUNDS = 64
 MAX_LATENT_STEPS = 4096
@@ -56,7 +56,7 @@ def _unknown_dtypes(graph: Graph) -> Iterator[str]:
 
 
 def _unknown_precisions(graph: Graph) -> Iterator[str]:
-    known = ("float32", *QUANTIZED)
+    known = buildable()
     yield from (n for n, b in graph.system.backbones.items() if b.precision not in known)
 
 

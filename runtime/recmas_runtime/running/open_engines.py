@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.engines.interface import Backbone
@@ -18,9 +18,8 @@ from recmas_runtime.engines.tensorrt.engine_cache import (
 )
 from recmas_runtime.formats.bundle import Bundle
 from recmas_runtime.formats.manifest import BackboneEntry
+from recmas_runtime.formats.targets import TENSORRT
 from recmas_runtime.running.devices import choose_provider
-
-TENSORRT: Final = "tensorrt"
 
 
 @dataclass(frozen=True, kw_only=True)
