@@ -17,7 +17,7 @@ from typing import Any, Final
 from recmas_compiler.ir.ops import SEARCH_CORPUS
 from recmas_compiler.links.trained import RECEIPT_NAME, read_receipt, vouched_digests
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.core.regular_file import sha256_of
+from recmas_runtime.core.files import sha256_of
 
 RECEIPTS_FOLDER: Final = "training"
 

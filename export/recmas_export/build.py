@@ -34,8 +34,8 @@ from recmas_export.bundle_writer import check_target, staged_bundle
 from recmas_export.fingerprint import fingerprint, source_digest, tool_versions
 from recmas_runtime.checking.build_tensorrt import build_engines
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.files import sha256_of
 from recmas_runtime.core.progress import Progress, Silent
-from recmas_runtime.core.regular_file import sha256_of
 from recmas_runtime.engines.tensorrt.engine_cache import find_platform, timing_caches
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.manifest import Manifest
@@ -129,7 +129,6 @@ def _build_portable(
             plan,
             staged.folder,
             names=tuple(inputs.backbones),
-            base_dir=spec.base_dir,
             backbones=backbones,
             links=links,
             progress=watcher,

@@ -9,8 +9,7 @@ from typing import Final, get_args
 
 from torch import Tensor
 
-from recmas_compiler.backbones.config_facts import stored_dtype
-from recmas_compiler.backbones.facts import BackboneFacts
+from recmas_compiler.backbones.facts import BackboneFacts, stored_dtype
 from recmas_compiler.backbones.sources import describe_backbone, resolve_source
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.links.checkpoint import save_link_tensors
@@ -20,9 +19,9 @@ from recmas_compiler.released.placing import check_free, placed_together
 from recmas_compiler.released.repositories import Repositories
 from recmas_compiler.released.spec_text import spec_text
 from recmas_compiler.released.styles import Style, check_task
-from recmas_compiler.spec.schema.sections import Dtype
 from recmas_compiler.spec.spec import parse_spec
 from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.formats.precisions import Dtype
 
 # A spec may name a model whose layers this version cannot run; another one may.
 _LAYERS: Final = "RM203"
