@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from recmas_runtime.core.errors import CODES, Exit, Problem, RecmasError, fail
 from recmas_runtime.core.terminal import lasting_interrupts
+from recmas_runtime.formats.targets import DEVICES
 
 
 @dataclass(kw_only=True)
@@ -244,7 +245,7 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "tensorrt"))
+    parser.add_argument("--device", default="auto", choices=DEVICES)
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: physical cores")
     parser.add_argument("--quiet", action="store_true", help="no progress, no summary")
 

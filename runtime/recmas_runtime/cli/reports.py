@@ -20,7 +20,7 @@ from recmas_runtime.formats.plan import (
     WriteStep,
     feedback_links,
 )
-from recmas_runtime.formats.tolerances import tolerances
+from recmas_runtime.formats.precisions import PRECISIONS
 from recmas_runtime.running.records import Answer
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def loss_text(loss: LossEntry, precision: str) -> str:
 
 
 def _figures_text(figures: Mapping[str, float], precision: str) -> str:
-    allowed = tolerances(precision)
+    allowed = PRECISIONS[precision].tolerances
     return ", ".join(
         f"{name} {value:.1e} (allowed {allowed[name]:.0e})" for name, value in figures.items()
     )

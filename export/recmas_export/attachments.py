@@ -1,14 +1,25 @@
-"""The passages that an answer agent may search, as JSON lines of one form."""
+"""What a bundle carries beside its engines: passages to search, and receipts of trained links.
+
+Passages are written as JSON lines of one form. A receipt says of the training that made links what
+it was made from.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from recmas_compiler.ir.ops import SEARCH_CORPUS
+from recmas_compiler.links.trained import RECEIPT_NAME, read_receipt, verified_digests
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.files import sha256_of
+
+RECEIPTS_FOLDER: Final = "training"
 
 _TEXT_SUFFIXES: Final = (".md", ".txt")
 
@@ -43,6 +54,54 @@ def corpus_lines(corpus: Path) -> Iterator[str]:
             file=str(corpus),
             hint="Give JSON lines with a `text` each, or a folder with .txt and .md files.",
         )
+
+
+def corpus_digest(corpus: Path) -> str:
+    """Return the sha256 of the passages as the bundle will have them, all of them checked."""
+    digest = hashlib.sha256()
+    for line in corpus_lines(corpus):
+        digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def corpus_bytes(corpus: Path) -> int:
+    """Return the bytes of a corpus as it is found; in the bundle it takes about as many."""
+    files = corpus.rglob("*") if corpus.is_dir() else [corpus]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def write_corpus(corpus: Path, folder: Path) -> None:
+    """Write the passages into a bundle."""
+    path = folder / SEARCH_CORPUS
+    path.parent.mkdir()
+    with path.open("w", encoding="utf-8", newline="") as file:
+        file.writelines(corpus_lines(corpus))
+
+
+def receipts_of(link_files: Iterable[Path]) -> tuple[Path, ...]:
+    """Return the training receipts that vouch for at least one of the files, in order.
+
+    Args:
+        link_files: Absolute paths; a receipt lies beside the links it vouches for.
+    """
+    digests: dict[Path, set[str]] = {}
+    for file in link_files:
+        digests.setdefault(file.parent, set()).add(sha256_of(file))
+    found = []
+    for folder, used in digests.items():
+        receipt = read_receipt(folder / RECEIPT_NAME)
+        if receipt is not None and used & set(verified_digests(receipt).values()):
+            found.append(folder / RECEIPT_NAME)
+    return tuple(found)
+
+
+def write_receipts(receipts: Iterable[Path], folder: Path) -> None:
+    """Copy receipts into a bundle: `training/receipt.json`, then `receipt-2.json` and so on."""
+    for number, receipt in enumerate(receipts, start=1):
+        name = RECEIPT_NAME if number == 1 else f"receipt-{number}.json"
+        target = folder / RECEIPTS_FOLDER / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(receipt, target)
 
 
 def _of_folder(folder: Path) -> Iterator[str]:
