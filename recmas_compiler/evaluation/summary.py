@@ -1,16 +1,80 @@
-"""From judged answers to the figures of a report."""
+"""From checked answers to the figures of a report."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import stdev
+from statistics import NormalDist, stdev
 from typing import Any, Final
 
-from recmas_compiler.evaluation.answer_log import Judged
-from recmas_compiler.evaluation.runner import SystemAnswers
-from recmas_compiler.evaluation.statistics import Interval, mcnemar, mean, pass_at, wilson
+from recmas_compiler.evaluation.runner import Judged, SystemAnswers
+
+CONFIDENCE: Final = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Bounds of a share, from 0 to 1."""
+
+    low: float
+    high: float
+
+
+def wilson(num_right: float, num: int, *, confidence: float = CONFIDENCE) -> Interval:
+    """Return Wilson's score interval of a share.
+
+    Args:
+        num_right: May be fractional: the mean over repeated answers to the same questions.
+        num: Questions, not answers: several answers to one question are no new questions.
+        confidence: Share of such intervals that hold the true value.
+
+    Source: Wilson 1927; Brown, Cai and DasGupta 2001 recommend it for small samples.
+    """
+    if num == 0:
+        return Interval(0.0, 1.0)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = num_right / num
+    center = (share + z * z / (2 * num)) / (1 + z * z / num)
+    half = z / (1 + z * z / num) * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
+    # The bounds enclose the share; rounding must not deny it at 0 and 1.
+    return Interval(max(0.0, min(share, center - half)), min(1.0, max(share, center + half)))
+
+
+def pass_at(k: int, *, num_answers: int, num_right: int) -> float:
+    """Return the chance that at least one of `k` answers to a question is right, without bias.
+
+    Args:
+        k: At most `num_answers`.
+        num_answers: Answers drawn.
+        num_right: How many of them were right.
+
+    Source: Chen et al. 2021, arXiv 2107.03374, equation 1.
+    """
+    assert 1 <= k <= num_answers
+    return 1.0 - math.comb(num_answers - num_right, k) / math.comb(num_answers, k)
+
+
+def mcnemar(num_only_first: int, num_only_second: int) -> float:
+    """Return the exact two-sided p of McNemar's test: could chance alone divide them so?
+
+    Args:
+        num_only_first: Questions that only the first system has right.
+        num_only_second: Questions that only the second has right.
+    """
+    num = num_only_first + num_only_second
+    fewer = min(num_only_first, num_only_second)
+    tail = sum(math.comb(num, i) for i in range(fewer + 1))
+    # Both may be larger than any float; the division of integers is exact until its end.
+    return min(1.0, 2 * tail / (1 << num))
+
+
+def mean(values: Iterable[float]) -> float:
+    """Return the mean; 0 of nothing."""
+    listed = list(values)
+    return math.fsum(listed) / len(listed) if listed else 0.0
+
 
 # Tokens that somebody had to write: what a latent system saves.
 _WRITTEN: Final = ("handover_tokens", "completion_tokens")

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recmas_cli.evaluation_command import EvalOptions, evaluate
 
 import recmas_runtime as rt
-from recmas_compiler.evaluation.checks.text_checks import extract_words
+from recmas_cli.evaluate import shown
+from recmas_compiler.evaluation.checks.text import extract_words
+from recmas_compiler.evaluation.evaluate import EvalOptions, evaluate
 from recmas_runtime.core.errors import Exit, RecmasError
+from recmas_runtime.core.progress import Silent
 from record_files import WriteRecords
 
 PROTOCOL = """
@@ -82,11 +84,10 @@ def run(tiny_bundle: Path, data: Path, protocol: Path, tmp_path: Path) -> Evalua
             "batch": 4,
             "out": tmp_path / out,
             "resume": False,
-            "quiet": True,
             "device": "cpu",
             "threads": 1,
         }
-        return evaluate(EvalOptions(**(given | changes)))
+        return shown(evaluate(EvalOptions(**(given | changes)), progress=Silent()))
 
     return call
 
@@ -337,7 +338,7 @@ def test_evaluation_needs_no_torch() -> None:
     code = (
         "import sys\n"
         "import recmas_compiler.evaluation\n"
-        "import recmas_compiler.evaluation.checks.code_check\n"
+        "import recmas_compiler.evaluation.checks.code\n"
         "heavy = ('torch', 'transformers', 'onnx', 'matplotlib', 'math_verify', 'sympy')\n"
         "print([m for m in heavy if m in sys.modules])"
     )

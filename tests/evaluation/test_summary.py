@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 
 from recmas_cli.console import LINE_EVERY_S, RichProgress
-from recmas_compiler.evaluation.answer_log import Judged
-from recmas_compiler.evaluation.runner import SystemAnswers
-from recmas_compiler.evaluation.statistics import wilson
-from recmas_compiler.evaluation.summary import compare, savings, summarize
+from recmas_compiler.evaluation.runner import Judged, SystemAnswers
+from recmas_compiler.evaluation.summary import compare, savings, summarize, wilson
 from recmas_runtime.core.text import markdown_table
 
 

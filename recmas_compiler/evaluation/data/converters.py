@@ -16,10 +16,10 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from recmas_compiler.evaluation.checks.choice_check import LETTERS
-
 Values = dict[str, Any]
 Converter = Callable[[Values], Values]
+
+LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # Larger than the tests of any problem; a compressed text may unpack to anything.
 MAX_TESTS_BYTES: Final = 512 * 2**20
