@@ -139,7 +139,7 @@ OLD_UNTRAINED: Final = "frozen-links"  # its name in version 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions:
-    """What the command line says.
+    """What to evaluate, and how.
 
     Attributes:
         bundle: Folder of the system.

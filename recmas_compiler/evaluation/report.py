@@ -89,7 +89,7 @@ def make_report(
         threads: As given; None for the physical cores.
         date: ISO 8601.
     """
-    answered = [system for system in evaluation.systems if system.judged]
+    answered = [system for system in evaluation.systems if system.scored]
     summaries = tuple(summarize(system) for system in answered)
     return Report(
         is_complete=not evaluation.interrupted and all(s.is_complete for s in summaries),
@@ -199,12 +199,12 @@ def comparison_text(report: Report) -> str:
         for c in report.comparisons
     ]
     for saving in report.savings:
-        told = [f"{saving.speed_up:.2f} times as fast"] if saving.speed_up is not None else []
+        parts = [f"{saving.speed_up:.2f} times as fast"] if saving.speed_up is not None else []
         if saving.written_tokens is not None:
-            told.append(f"{saving.written_tokens:+.1%} written tokens")
+            parts.append(f"{saving.written_tokens:+.1%} written tokens")
         if saving.all_tokens is not None:
-            told.append(f"{saving.all_tokens:+.1%} tokens in all")
-        lines.append(f"- {saving.system} beside {saving.against}: {', '.join(told)}")
+            parts.append(f"{saving.all_tokens:+.1%} tokens in all")
+        lines.append(f"- {saving.system} beside {saving.against}: {', '.join(parts)}")
     return "\n".join(lines)
 
 

@@ -62,7 +62,7 @@ def plan_jobs(
 
 
 def sampling_of(job: Job, protocol: Protocol, bundle: SamplingPlan) -> SamplingPlan:
-    """Return how a job's answers are drawn: as the protocol says, for the rest as the bundle."""
+    """Return a job's sampling settings: the protocol's, and the bundle's where it has none."""
     return structs.replace(
         bundle,
         max_new_tokens=protocol.max_new_tokens or bundle.max_new_tokens,
@@ -76,8 +76,8 @@ def sampling_of(job: Job, protocol: Protocol, bundle: SamplingPlan) -> SamplingP
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """An answer and what the check said of it; or why there is none.
+class ScoredAnswer:
+    """An answer with its verdict, or why there is none.
 
     Attributes:
         id: The record's.
@@ -111,7 +111,7 @@ class AnswerLog:
         resume: Keep what is there.
 
     Attributes:
-        judged: All answers so far, those read at the start included.
+        scored: All answers so far, those read at the start included.
         num_jobs: Jobs that are done.
 
     Raises:
@@ -120,7 +120,7 @@ class AnswerLog:
 
     def __init__(self, path: Path, jobs: Sequence[Job], *, resume: bool) -> None:
         self._path = path
-        self.judged: list[Judged] = []
+        self.scored: list[ScoredAnswer] = []
         self.num_jobs = 0
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -134,13 +134,13 @@ class AnswerLog:
             os.close(self._descriptor)
             raise
 
-    def append(self, judged: Sequence[Judged]) -> None:
+    def append(self, scored: Sequence[ScoredAnswer]) -> None:
         """Write the answers of the next job.
 
         Raises:
             RecmasError: RM503; the jobs before it are kept.
         """
-        lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in judged)
+        lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in scored)
         start = os.lseek(self._descriptor, 0, os.SEEK_CUR)
         rest = memoryview(lines.encode("utf-8", "backslashreplace"))
         try:
@@ -149,7 +149,7 @@ class AnswerLog:
         except OSError as error:
             os.ftruncate(self._descriptor, start)
             raise self._unwritable(error) from error
-        self.judged += judged
+        self.scored += scored
         self.num_jobs += 1
 
     def __enter__(self) -> Self:
@@ -171,15 +171,15 @@ class AnswerLog:
             wanted = [(q.record.id, job.seed, job.rollout) for q in job.questions]
             if [(one.id, one.seed, one.rollout) for one in found] != wanted:
                 raise self._foreign(taken + 1)
-            self.judged += found
+            self.scored += found
             self.num_jobs += 1
             taken += len(part)
             kept_bytes += sum(map(len, part))
         return kept_bytes
 
-    def _read(self, line: bytes, number: int) -> Judged:
+    def _read(self, line: bytes, number: int) -> ScoredAnswer:
         try:
-            return Judged(**json.loads(line))
+            return ScoredAnswer(**json.loads(line))
         except (ValueError, TypeError) as error:
             raise self._foreign(number) from error
 
@@ -207,18 +207,18 @@ class SystemAnswers:
 
     Attributes:
         name: `latent` or the baseline's name.
-        judged: In the order of the jobs.
+        scored: In the order of the jobs.
         num_wanted: Answers of the whole evaluation; there are fewer after an interruption.
     """
 
     name: str
-    judged: tuple[Judged, ...]
+    scored: tuple[ScoredAnswer, ...]
     num_wanted: int
 
     @property
     def is_complete(self) -> bool:
         """Whether every question was asked as often as it should be."""
-        return len(self.judged) == self.num_wanted
+        return len(self.scored) == self.num_wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,26 +278,26 @@ def run_systems(
         interrupted = False
         with AnswerLog(folder / f"answers-{name}.jsonl", jobs, resume=resume) as log:
             try:
-                title, before = f"{protocol.name} {name}", len(log.judged)
+                title, before = f"{protocol.name} {name}", len(log.scored)
                 with progress.stage(title, num_wanted, done=before) as advance:
                     left = jobs[log.num_jobs :]
                     system = make() if left else None
                     for job in left:
                         assert system is not None
-                        judged = _run_job(system, job, protocol, check)
-                        log.append(judged)
-                        num_right = sum(one.correct for one in log.judged)
-                        note = f"{num_right / len(log.judged):.1%} right"
-                        advance(len(judged), note=note)
+                        scored = _run_job(system, job, protocol, check)
+                        log.append(scored)
+                        num_right = sum(one.correct for one in log.scored)
+                        note = f"{num_right / len(log.scored):.1%} right"
+                        advance(len(scored), note=note)
             except KeyboardInterrupt:
                 interrupted = True
-            done.append(SystemAnswers(name=name, judged=tuple(log.judged), num_wanted=num_wanted))
+            done.append(SystemAnswers(name=name, scored=tuple(log.scored), num_wanted=num_wanted))
         if interrupted:
             return Evaluation(systems=tuple(done), interrupted=True)
     return Evaluation(systems=tuple(done), interrupted=False)
 
 
-def _run_job(system: System, job: Job, protocol: Protocol, check: Check) -> list[Judged]:
+def _run_job(system: System, job: Job, protocol: Protocol, check: Check) -> list[ScoredAnswer]:
     sampling = sampling_of(job, protocol, system.plan.sampling)
     results: list[Answer | RecmasError]
     try:
@@ -310,16 +310,16 @@ def _run_job(system: System, job: Job, protocol: Protocol, check: Check) -> list
     # Records that cannot be run share neither the batch nor its time.
     batch_size = sum(isinstance(result, Answer) for result in results)
     return [
-        _judge(result, question, job, check, batch_size)
+        _score(result, question, job, check, batch_size)
         for result, question in zip(results, job.questions, strict=True)
     ]
 
 
-def _judge(
+def _score(
     result: Answer | RecmasError, question: Question, job: Job, check: Check, batch_size: int
-) -> Judged:
+) -> ScoredAnswer:
     if isinstance(result, RecmasError):
-        return Judged(
+        return ScoredAnswer(
             id=question.record.id,
             seed=job.seed,
             rollout=job.rollout,
@@ -331,7 +331,7 @@ def _judge(
             failure=result.problems[0].message,
         )
     verdict = check(result.answer, question)
-    return Judged(
+    return ScoredAnswer(
         id=question.record.id,
         seed=job.seed,
         rollout=job.rollout,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, stdev
 from typing import Any, Final
 
-from recmas_compiler.evaluation.runner import Judged, SystemAnswers
+from recmas_compiler.evaluation.runner import ScoredAnswer, SystemAnswers
 
 CONFIDENCE: Final = 0.95
 
@@ -76,7 +76,7 @@ def mean(values: Iterable[float]) -> float:
     return math.fsum(listed) / len(listed) if listed else 0.0
 
 
-# Tokens that somebody had to write: what a latent system saves.
+# Generated tokens, which a latent system saves.
 _WRITTEN: Final = ("handover_tokens", "completion_tokens")
 _ALL_TOKENS: Final = ("prompt_tokens", *_WRITTEN)
 
@@ -169,30 +169,30 @@ class Saving:
 
 def summarize(answers: SystemAnswers) -> SystemSummary:
     """Return the figures of one system; at least one answer must be there."""
-    judged = answers.judged
-    right = right_by_question(judged)
+    scored = answers.scored
+    right = right_by_question(scored)
     accuracy = mean(right.values())
     by_seed = {
-        str(seed): mean(one.correct for one in judged if one.seed == seed)
-        for seed in dict.fromkeys(one.seed for one in judged)
+        str(seed): mean(one.correct for one in scored if one.seed == seed)
+        for seed in dict.fromkeys(one.seed for one in scored)
     }
-    ran = [(one, one.answer) for one in judged if one.answer is not None]
+    ran = [(one, one.answer) for one in scored if one.answer is not None]
     return SystemSummary(
         name=answers.name,
         is_complete=answers.is_complete,
         num_questions=len(right),
-        num_answers=len(judged),
-        num_right=sum(one.correct for one in judged),
+        num_answers=len(scored),
+        num_right=sum(one.correct for one in scored),
         accuracy=accuracy,
         interval=wilson(accuracy * len(right), len(right)),
-        score=mean(one.score for one in judged),
+        score=mean(one.score for one in scored),
         by_seed=by_seed,
         sd=stdev(by_seed.values()) if len(by_seed) > 1 else None,
-        pass_at=_pass_at(judged),
+        pass_at=_pass_at(scored),
         num_no_answer=sum(one.extracted is None for one, _ in ran),
         num_cut_off=sum(answer["finish_reason"] == "length" for _, answer in ran),
         failed=tuple(
-            {"id": one.id, "reason": one.failure} for one in judged if one.failure is not None
+            {"id": one.id, "reason": one.failure} for one in scored if one.failure is not None
         ),
         usage=_means(answer["usage"] for _, answer in ran),
         rounds=mean(answer["rounds"] for _, answer in ran) if ran else None,
@@ -208,10 +208,10 @@ def compare(systems: Sequence[SystemAnswers]) -> tuple[Comparison, ...]:
     if not systems:
         return ()
     first, *others = systems
-    base = right_by_question(first.judged)
+    base = right_by_question(first.scored)
     found = []
     for other in others:
-        right = right_by_question(other.judged)
+        right = right_by_question(other.scored)
         shared = [question for question in base if question in right]
         only_system = sum(right[question] > base[question] for question in shared)
         only_against = sum(right[question] < base[question] for question in shared)
@@ -248,18 +248,18 @@ def savings(systems: Sequence[SystemSummary]) -> tuple[Saving, ...]:
     )
 
 
-def right_by_question(judged: Iterable[Judged]) -> dict[str, float]:
+def right_by_question(scored: Iterable[ScoredAnswer]) -> dict[str, float]:
     """Return the share of right answers to every question, in the order of the questions."""
     answers: defaultdict[str, list[bool]] = defaultdict(list)
-    for one in judged:
+    for one in scored:
         answers[one.id].append(one.correct)
     return {question: mean(verdicts) for question, verdicts in answers.items()}
 
 
-def _pass_at(judged: Sequence[Judged]) -> dict[str, float]:
+def _pass_at(scored: Sequence[ScoredAnswer]) -> dict[str, float]:
     """Return pass@k for powers of two and for all answers; questions asked less often are out."""
     answers: defaultdict[str, list[bool]] = defaultdict(list)
-    for one in judged:
+    for one in scored:
         answers[one.id].append(one.correct)
     num = max(map(len, answers.values()), default=0)
     if num < 2:

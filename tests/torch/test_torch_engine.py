@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.bench.engines.torch_engine import TorchEngine, apply_inner
+from recmas_compiler.bench.torch_engine import TorchEngine, apply_inner
 from recmas_compiler.links.checkpoint import save_link
 from recmas_compiler.links.modules import LINKS, make_link, randomize
 from recmas_runtime.formats.links import Operands, load_operands, stack_operands

@@ -14,9 +14,9 @@ from recmas_compiler.evaluation.checks.verdict import (
     NO_ANSWER,
     StatelessCheck,
     Verdict,
-    spoken,
     unusable_gold,
     verdict,
+    without_thinking,
 )
 from recmas_compiler.evaluation.data.data_file import Question
 from recmas_runtime.core.errors import fail
@@ -52,7 +52,7 @@ class CodeCheck(StatelessCheck):
         """Judge an answer."""
         if not any(_tests(question, kind) for kind in ("tests", "calls", "inputs")):
             raise unusable_gold(question, "has no unit tests")
-        code = extract_code(spoken(answer))
+        code = extract_code(without_thinking(answer))
         if code is None:
             return NO_ANSWER
         return verdict(correct=all(map(self._passes, _runs(code, question))), extracted=code)
@@ -145,7 +145,7 @@ for _arguments, _wanted in _json.loads({cases!r}):
 def extract_code(text: str) -> str | None:
     """Return the Python code of a model's text: its last fenced block, or all of it if it is code.
 
-    A block that defines something goes before a later one that only shows how it is used. A fence
+    A block that defines something is preferred to a later one that only uses it. A fence
     that was never closed, because the text was cut off, reaches to the end.
     """
     blocks = [code for language, code in _FENCED.findall(text) if language.lower() in _PYTHON]

@@ -19,11 +19,11 @@ from recmas_compiler.evaluation.checks.verdict import (
     NO_ANSWER,
     Verdict,
     after_phrases,
-    bare,
     gold_text,
     last_box,
-    spoken,
+    stripped,
     verdict,
+    without_thinking,
 )
 from recmas_compiler.evaluation.data.data_file import Question
 
@@ -79,7 +79,7 @@ def extract_math(text: str, *, wants_number: bool) -> str | None:
         wants_number: Whether the right answer is a number: then only numbers are looked for where
             the text does not mark its answer.
     """
-    text = spoken(text)
+    text = without_thinking(text)
     boxed = last_box(text)
     if boxed is not None:
         return boxed
@@ -110,10 +110,10 @@ def _in_sentence(rest: str, *, wants_number: bool) -> str | None:
         end = _SENTENCE_END.search(rest)
         sentence = rest[: end.start()] if end else rest
     if not wants_number:
-        return bare(sentence) or None
+        return stripped(sentence) or None
     sentence = sentence.rpartition("=")[2]
-    if read_number(bare(sentence)) is not None:
-        return bare(sentence)
+    if read_number(stripped(sentence)) is not None:
+        return stripped(sentence)
     numbers = numbers_in(sentence)
     return numbers[0] if numbers else None
 
@@ -130,7 +130,7 @@ WORKER: Final = Path(__file__).with_name("math_worker.py")
 # Importing computer algebra takes seconds on a busy machine, once.
 START_TIMEOUT_S: Final = 60.0
 # A line longer than a pipe's buffer could block both ends, and no final answer is that long.
-MAX_CHARACTERS: Final = 2000
+MAX_QUESTION_CHARACTERS: Final = 2000
 
 
 class MathProcess:
@@ -151,7 +151,7 @@ class MathProcess:
 
     def equal(self, gold: str, answer: str) -> bool | None:
         """Tell whether two expressions are equal; None if that was not to be found out."""
-        if not self.is_available or len(gold) + len(answer) > MAX_CHARACTERS:
+        if not self.is_available or len(gold) + len(answer) > MAX_QUESTION_CHARACTERS:
             return None
         if self._process is None and not self._start():
             return None
@@ -242,30 +242,12 @@ _IN_TEXT: Final = re.compile(
     r"(?:\s?\\?%)?"
 )
 # Longer texts are no numbers.
-_MAX_CHARACTERS: Final = 200
+_MAX_NUMBER_CHARACTERS: Final = 200
 # Words that make what follows a number part of a formula and not a unit.
-_NOT_UNITS: Final = frozenset(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "log",
-        "ln",
-        "exp",
-        "sqrt",
-        "pi",
-        "mod",
-        "or",
-        "and",
-        "i",
-        "e",
-        "x",
-        "y",
-    ]
-)
+_NOT_UNITS: Final = frozenset((
+    "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "sqrt", "pi", "mod",
+    "or", "and", "i", "e", "x", "y",
+))  # fmt: skip
 _THOUSANDS: Final = re.compile(r"(?<=\d)(?:,|\{,\})\s?(?=\d{3}(?!\d))")
 _WRAPPED: Final = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _SPACES: Final = re.compile(r"\\[,;: ]|\\q?quad|~|\u00a0|\u202f")
@@ -297,7 +279,7 @@ def clean(text: str) -> str:
 
 def read_number(text: str) -> Number | None:
     """Return the number that the whole text is, a unit after it aside; None if it is none."""
-    if len(text) > _MAX_CHARACTERS:
+    if len(text) > _MAX_NUMBER_CHARACTERS:
         return None
     text = clean(text).rpartition("=")[2].strip()
     for form, pattern in _FORMS.items():

@@ -13,14 +13,14 @@ from recmas_compiler.evaluation.checks.verdict import (
     StatelessCheck,
     Verdict,
     after_phrases,
-    bare,
     gold_text,
     gold_texts,
     last_box,
     last_tagged,
-    spoken,
+    stripped,
     unusable_gold,
     verdict,
+    without_thinking,
 )
 from recmas_compiler.evaluation.data.converters import LETTERS
 from recmas_compiler.evaluation.data.data_file import Question
@@ -87,15 +87,15 @@ def f1(said: str, gold: str) -> float:
 
 def extract_words(text: str) -> str | None:
     """Return a model's short answer: marked as such, or its last line."""
-    text = spoken(text).strip()
+    text = without_thinking(text).strip()
     marked = last_tagged(text) or last_box(text)
     if marked is not None:
-        return bare(_without_command(marked)) or None
+        return stripped(_without_command(marked)) or None
     rests = after_phrases(text)
     lines = [line for line in text.splitlines() if line.strip()]
     for line in (*reversed(rests), *lines[-1:]):
-        if bare(line):
-            return bare(line)
+        if stripped(line):
+            return stripped(line)
     return None
 
 
@@ -105,7 +105,7 @@ def extract_among(text: str, among: Sequence[str]) -> str | None:
     Where the text marks its answer, that part decides; then its first word, its last line, and at
     last whether only one of them occurs at all.
     """
-    text = spoken(text).strip()
+    text = without_thinking(text).strip()
     rests = after_phrases(text)
     lines = [line for line in text.splitlines() if line.strip()]
     for part in (last_tagged(text), last_box(text), *rests[-1:]):
@@ -170,7 +170,7 @@ def extract_letter(text: str, choices: Sequence[str]) -> str | None:
     line that is a letter, the only letter that begins a line or is marked as a choice, or the only
     choice whose words it repeats.
     """
-    text = spoken(text).strip()
+    text = without_thinking(text).strip()
     for marked in (last_box(text), last_tagged(text)):
         if marked is not None:
             return _whole(marked, choices) or _by_words(marked, choices)
@@ -183,7 +183,7 @@ def extract_letter(text: str, choices: Sequence[str]) -> str | None:
         if by_words := _by_words(rest, choices):
             return by_words
     lines = [line for line in text.splitlines() if line.strip()]
-    if lines and (letter := _whole(lines[-1], choices)) and len(bare(lines[-1])) <= len("(A)"):
+    if lines and (letter := _whole(lines[-1], choices)) and len(stripped(lines[-1])) <= len("(A)"):
         return letter
     # A text that repeats the choices, each with its letter, has not chosen yet.
     letters = {letter for line in lines if (letter := _whole(line, choices))}
@@ -208,7 +208,7 @@ def _whole(line: str, choices: Sequence[str]) -> str | None:
 
 def _spelled(rest: str, choices: Sequence[str]) -> str | None:
     """Return the letter of the choice that a text is, word for word; "D-dimer" is no D."""
-    said = normalize(bare(rest))
+    said = normalize(stripped(rest))
     equal = [i for i, choice in enumerate(choices) if normalize(choice) == said]
     return LETTERS[equal[0]] if len(equal) == 1 and len(said) > 1 else None
 
@@ -247,7 +247,7 @@ def _only_marked(text: str, choices: Sequence[str]) -> str | None:
 
 def _by_words(text: str, choices: Sequence[str]) -> str | None:
     """Return the letter of the only choice whose words stand in the text."""
-    said = f" {normalize(bare(text))} "
+    said = f" {normalize(stripped(text))} "
     spelled = [normalize(choice) for choice in choices]
     found = [i for i, words in enumerate(spelled) if words and f" {words} " in said]
     # "red fox" also says "fox"; the longer choice is meant.

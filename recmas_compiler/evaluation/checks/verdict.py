@@ -12,7 +12,7 @@ from recmas_runtime.core.errors import RecmasError, fail
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a check says of an answer.
+    """How a check scores an answer.
 
     Attributes:
         correct: Whether it counts as right.
@@ -113,7 +113,7 @@ _TAGGED: Final = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL
 _RESULT: Final = re.compile(r"<result>.*?</result>", re.DOTALL)
 
 
-def spoken(text: str) -> str:
+def without_thinking(text: str) -> str:
     """Return what the model says: without its thinking before, and without results of tools."""
     return _RESULT.sub("\n", text.rpartition("</think>")[2])
 
@@ -149,7 +149,7 @@ def last_tagged(text: str) -> str | None:
     return found[-1].strip() or None if found else None
 
 
-def bare(text: str) -> str:
+def stripped(text: str) -> str:
     """Return a short answer without the marks around it: emphasis, quotes, a final stop."""
     return text.strip().strip("*_`\"'").strip().rstrip(".!").strip().strip("*_`\"'").strip()
 

@@ -92,7 +92,7 @@ def passages(values: Values) -> Values:
 def assertions(values: Values) -> Values:
     """MBPP: imports, set-up code and assertions become tests; the assertions may be shown.
 
-    Without an example nobody could know what the function is called. MBPP+ brings its own, longer
+    Without an example a model cannot know the function's name. MBPP+ brings its own, longer
     tests, which are not shown.
     """
     tests = values.get("plus") or values["tests"]

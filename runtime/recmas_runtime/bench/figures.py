@@ -33,6 +33,13 @@ class Spread:
             "max": round(self.max, 6),
         }
 
+    def to_text(self, form: str, *, unit: str = "") -> str:
+        """Return the median, and the least and the most where they differ."""
+        middle = f"{self.median:{form}}{unit}"
+        if self.min == self.max:
+            return middle
+        return f"{middle} ({self.min:{form}} to {self.max:{form}})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:

@@ -194,8 +194,8 @@ def _cells(row: Row) -> list[str]:
     texts, cut = cost.counts["texts"], cost.counts["cut_texts"]
     return [
         *_label(row),
-        _spread(Spread.of(cost.seconds), ".3g"),
-        "" if compared is None else _spread(compared.speed_up, ".2f", unit=" x"),
+        Spread.of(cost.seconds).to_text(".3g"),
+        "" if compared is None else compared.speed_up.to_text(".2f", unit=" x"),
         "" if paper is None else f"{paper[0]:.1f} x",
         f"{cost.generated_tokens:.0f}",
         "" if compared is None else f"{compared.token_reduction:.1%}",
@@ -213,10 +213,3 @@ def _label(row: Row) -> list[str]:
 
 def _is_there(phase: str, rows: Sequence[Row]) -> bool:
     return any(row.cost.phases_ms[phase] for row in rows)
-
-
-def _spread(spread: Spread, form: str, *, unit: str = "") -> str:
-    middle = f"{spread.median:{form}}{unit}"
-    if spread.min == spread.max:
-        return middle
-    return f"{middle} ({spread.min:{form}} to {spread.max:{form}})"
