@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ from recmas_compiler.evaluation.summary import (
     savings,
     summarize,
 )
+from recmas_runtime.checking.machine import package_versions
 from recmas_runtime.core.errors import fail
 from recmas_runtime.core.text import markdown_table
 from recmas_runtime.formats.bundle import Bundle
@@ -91,6 +91,7 @@ def make_report(
     """
     answered = [system for system in evaluation.systems if system.scored]
     summaries = tuple(summarize(system) for system in answered)
+    versions = package_versions(("recmas", "onnxruntime", "onnxruntime-gpu", "math-verify"))
     return Report(
         is_complete=not evaluation.interrupted and all(s.is_complete for s in summaries),
         protocol={**protocol.model_dump(mode="json"), "digest": protocol.digest()},
@@ -115,21 +116,14 @@ def make_report(
             "machine": platform.machine(),
             "cores": os.cpu_count(),
             "python": platform.python_version(),
-            "recmas": _version("recmas"),
-            "onnxruntime": _version("onnxruntime") or _version("onnxruntime-gpu"),
-            "math_verify": _version("math-verify"),
+            "recmas": versions["recmas"],
+            "onnxruntime": versions["onnxruntime"] or versions["onnxruntime-gpu"],
+            "math_verify": versions["math-verify"],
         },
         systems=summaries,
         comparisons=compare(answered),
         savings=savings(summaries),
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def report_markdown(report: Report) -> str:

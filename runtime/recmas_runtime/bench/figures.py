@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from recmas_runtime.bench.cases import Case
-from recmas_runtime.bench.measure import COUNTS, BenchSettings, Run, RunKey, distinct_places
+from recmas_runtime.bench.measure import COUNTS, BenchSettings, Case, Run, RunKey, distinct_places
 from recmas_runtime.running.batch import PHASES
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from recmas_runtime.bench.cases import Case
 from recmas_runtime.bench.figures import Figures, Row, Spread, figures
-from recmas_runtime.bench.measure import BenchSettings, Run, RunKey, measure
+from recmas_runtime.bench.measure import BenchSettings, Case, Run, RunKey, measure
 from recmas_runtime.checking.machine import describe_machine
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.progress import Progress
@@ -116,7 +115,7 @@ def run_bench(
         cases: The systems, the first one of the bundle that the report is about.
         settings: How.
         threads: As the engines were loaded with; None for the physical cores.
-        progress: Is told of every run.
+        progress: Receives every run.
 
     Raises:
         RecmasError: RM508 for a batch that a baseline cannot run; if nothing could be answered,
