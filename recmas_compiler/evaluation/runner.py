@@ -18,7 +18,7 @@ from recmas_compiler.evaluation.data.protocol import MAX_ROLLOUTS, Protocol
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.formats.plan import SamplingPlan
-from recmas_runtime.running.answers import Answer
+from recmas_runtime.running.records import Answer
 from recmas_runtime.running.system import System
 
 # Record i of a run draws from stream seed + i. Runs whose seeds lie this far apart share none.

@@ -34,7 +34,7 @@ LoadTiny = Callable[..., TorchBackbone]
 def load_folder(folder: Path) -> TorchBackbone:
     """Load a backbone as the compiler does, from its folder."""
     facts = describe_backbone(str(folder), base_dir=folder)
-    return load_backbone(facts, base_dir=folder, progress=Silent())
+    return load_backbone(facts, progress=Silent())
 
 
 def declare(name: str, backbone: TorchBackbone) -> Backbone:

@@ -11,7 +11,6 @@ from recmas_compiler.ir.ops import Level
 from recmas_compiler.lowering.reference import TorchSystem
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
-from recmas_compiler.training.tolerances import TOLERANCES
 from tiny_systems import LoadTiny, declare, random_links
 from training_systems import (
     STEPS,
@@ -21,6 +20,7 @@ from training_systems import (
     on_one,
     training_graph,
 )
+from training_tolerances import TOLERANCES
 
 MODES = ["teacher_forced", "rollout"]
 
@@ -161,7 +161,7 @@ def test_lengths_are_those_of_the_calls(tiny: LoadTiny, mode: str) -> None:
     record = examples(graph)[0]
     batch = trained.prepare([record])
     lengths = trained.lengths(record)
-    assert set(lengths) == {(s.agent, s.round) for s in trained.schedule.thinking} | {("solver", 3)}
+    assert set(lengths) == {(s.agent, s.round) for s in trained.thinking} | {("solver", 3)}
     latents = trained.latents(batch)
     first = batch.calls["planner", "first", "prompt"][0].num_positions({})
     turn = batch.calls["solver", "then", "turn"][0]

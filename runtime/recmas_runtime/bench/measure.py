@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.formats.plan import Plan, SamplingPlan, ThinkStep
-from recmas_runtime.running.answers import Answer, Record
 from recmas_runtime.running.baselines import LATENT
 from recmas_runtime.running.batch import PHASES
+from recmas_runtime.running.records import Answer, Record
 from recmas_runtime.running.run_trace import StepEvent
 from recmas_runtime.running.system import System
 
@@ -88,7 +88,7 @@ def _case(name: str, system: System, *, rounds: int | None = None) -> Case:
 def most_latent_steps(plan: Plan) -> int:
     """Return the latent steps of the plan's longest rollout."""
     thinks = (step for step in plan.steps if isinstance(step, ThinkStep))
-    return max((step.num_steps for step in thinks), default=0)
+    return max((plan.num_latent_steps(step) for step in thinks), default=0)
 
 
 # Of `Usage`, and what else is counted of a run.

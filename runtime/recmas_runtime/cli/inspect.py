@@ -11,11 +11,13 @@ from recmas_runtime.formats.codec import to_json
 from recmas_runtime.formats.manifest import LossEntry
 from recmas_runtime.formats.plan import (
     DecodeStep,
+    Plan,
     PrefillStep,
     SendStep,
     Step,
     ThinkStep,
     WriteStep,
+    feedback_links,
 )
 from recmas_runtime.formats.tolerances import tolerances
 
@@ -45,6 +47,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         }
         for name, agent in plan.agents.items()
     }
+    fed_back = feedback_links(plan)
     return {
         "name": plan.name,
         "fingerprint": manifest.fingerprint,
@@ -54,10 +57,10 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "backbones": backbones,
         "agents": agents,
         "links": {
-            name: {**to_json(link), "feedback": name in plan.feedback_links}
+            name: {**to_json(link), "feedback": name in fed_back}
             for name, link in manifest.links.items()
         },
-        "steps": [{**to_json(step), "text": step_text(step)} for step in plan.steps],
+        "steps": [{**to_json(step), "text": step_text(plan, step)} for step in plan.steps],
         "caches": to_json(plan.caches),
         "cache_bytes_per_sample": sum(c.bytes_per_sample for c in plan.caches.values()),
         "size_bytes": sum(entry.size_bytes for entry in manifest.files.values()),
@@ -107,13 +110,13 @@ def bundle_text(bundle: Bundle) -> str:
             name,
             f"{link.kind} {link.in_dim} -> {link.out_dim}",
             link.init if link.cosine is None else f"{link.init}, cosine {link.cosine:.3f}",
-            "feedback" if name in plan.feedback_links else "",
+            "feedback" if facts["links"][name]["feedback"] else "",
         )
         for name, link in manifest.links.items()
     )
     for number in range(1, plan.rounds + 1):
         lines += ["", f"round {number}"]
-        lines += [f"  {step_text(step)}" for step in plan.steps if step.round == number]
+        lines += [f"  {step_text(plan, step)}" for step in plan.steps if step.round == number]
     lines += [
         "",
         f"limits      {plan.limits.max_prompt_tokens} prompt tokens, batches of "
@@ -129,7 +132,7 @@ def bundle_text(bundle: Bundle) -> str:
     return "\n".join(lines)
 
 
-def step_text(step: Step) -> str:
+def step_text(plan: Plan, step: Step) -> str:
     """Return a step in words."""
     match step:
         case PrefillStep():
@@ -140,7 +143,8 @@ def step_text(step: Step) -> str:
             return f"prefill {prompts}{kept}{copied}"
         case ThinkStep():
             how = "fused" if step.fused else "inner link apart"
-            return f"think {' + '.join(step.agents)}, {counted(step.num_steps, 'step')}, {how}"
+            steps = counted(plan.num_latent_steps(step), "step")
+            return f"think {' + '.join(step.agents)}, {steps}, {how}"
         case SendStep():
             return f"send {step.source} -> {', '.join(step.targets)}"
         case WriteStep():
