@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -16,6 +15,7 @@ from recmas_compiler.evaluation.checks.verdict import Check
 from recmas_compiler.evaluation.data.data_file import Question
 from recmas_compiler.evaluation.data.protocol import MAX_ROLLOUTS, Protocol
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.jsonl import JsonLines
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.formats.plan import SamplingPlan
 from recmas_runtime.running.records import Answer
@@ -103,7 +103,7 @@ class ScoredAnswer:
 
 
 class AnswerLog:
-    """Answers on disk. What is in it is whole batches; the rest of a torn one is cut off.
+    """The file of all answers of a system: whole jobs only, an unfinished one is cut off.
 
     Args:
         path: The file.
@@ -123,15 +123,13 @@ class AnswerLog:
         self.scored: list[ScoredAnswer] = []
         self.num_jobs = 0
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._file = JsonLines(path)
         except OSError as error:
             raise self._unwritable(error) from error
         try:
-            kept_bytes = self._keep(jobs) if resume else 0
-            os.ftruncate(self._descriptor, kept_bytes)
-            os.lseek(self._descriptor, kept_bytes, os.SEEK_SET)
+            self._file.keep(self._read_jobs(jobs) if resume else 0)
         except BaseException:
-            os.close(self._descriptor)
+            self._file.close()
             raise
 
     def append(self, scored: Sequence[ScoredAnswer]) -> None:
@@ -140,14 +138,9 @@ class AnswerLog:
         Raises:
             RecmasError: RM503; the jobs before it are kept.
         """
-        lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in scored)
-        start = os.lseek(self._descriptor, 0, os.SEEK_CUR)
-        rest = memoryview(lines.encode("utf-8", "backslashreplace"))
         try:
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
+            self._file.append(*map(asdict, scored))
         except OSError as error:
-            os.ftruncate(self._descriptor, start)
             raise self._unwritable(error) from error
         self.scored += scored
         self.num_jobs += 1
@@ -156,13 +149,12 @@ class AnswerLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        os.close(self._descriptor)
+        self._file.close()
 
-    def _keep(self, jobs: Sequence[Job]) -> int:
+    def _read_jobs(self, jobs: Sequence[Job]) -> int:
         """Read whole jobs back; returns the bytes that they take."""
-        with os.fdopen(os.dup(self._descriptor), "rb") as stream:
-            lines = [line for line in stream if line.endswith(b"\n")]
-        taken = kept_bytes = 0
+        lines = list(self._file.lines())
+        taken = 0
         for job in jobs:
             part = lines[taken : taken + len(job.questions)]
             if len(part) < len(job.questions):
@@ -174,8 +166,7 @@ class AnswerLog:
             self.scored += found
             self.num_jobs += 1
             taken += len(part)
-            kept_bytes += sum(map(len, part))
-        return kept_bytes
+        return sum(map(len, lines[:taken]))
 
     def _read(self, line: bytes, number: int) -> ScoredAnswer:
         try:

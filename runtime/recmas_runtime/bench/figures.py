@@ -193,7 +193,7 @@ def _cost(repeats: Sequence[Sequence[Run]], questions: int) -> Cost:
 
 
 def _compare(ours: Cost, theirs: Cost, *, against: str) -> Comparison:
-    # Systems took turns, so the machine's mood cancels out within a repeat.
+    # Systems took turns, so slow moments of the machine cancel out within a repeat.
     pairs = zip(ours.seconds, theirs.seconds, strict=True)
     return Comparison(
         against=against,
