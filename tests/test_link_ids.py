@@ -36,7 +36,7 @@ OTHER_ARROWS = {
     "recmas_compiler.spec.document.yaml_source": {
         ")?( (->|"
     },  # plain text that may be a link's name
-    "recmas_runtime.cli.reports": {" -> "},  # widths, and who sends to whom
+    "recmas_runtime.cli.inspect": {" -> "},  # widths, and who sends to whom
 }
 # Modules that still spell ids.
 PENDING = {

@@ -78,7 +78,7 @@ def bench_systems(
     *, rounds: str | None, latent_steps: str | None, quiet: bool, **options: Any
 ) -> Outcome:
     """Measure time, tokens and speed-up of a BUNDLE beside its baselines."""
-    from recmas_compiler.bench.plot import draw_report
+    from recmas_compiler.bench.plots import draw_report
     from recmas_runtime.bench.command import BenchOptions
     from recmas_runtime.bench.command import bench as run_bench
     from recmas_runtime.core.errors import Problem
@@ -213,9 +213,9 @@ def bench_engines(
 
     The floor is the time of reading a step's weights once, measured in the same run.
     """
-    from recmas_compiler.bench.engines.measure import EngineOptions, measure_engines
-    from recmas_compiler.bench.engines.plot import draw_engines
-    from recmas_compiler.bench.engines.report import engine_report
+    from recmas_compiler.bench.engine_report import engine_report
+    from recmas_compiler.bench.engines import EngineOptions, measure_engines
+    from recmas_compiler.bench.plots import draw_engines
     from recmas_runtime.bench.command import make_folder, unwritable
     from recmas_runtime.formats.bundle import write_json_atomic
 

@@ -13,7 +13,7 @@ from recmas_compiler.api import Program, build_bundle, load_and_compile
 from recmas_compiler.links.trained import has_trained_links
 from recmas_compiler.links.untrained import untrained_links
 from recmas_compiler.spec.spec import Spec, load_spec
-from recmas_runtime.cli.reports import loss_text
+from recmas_runtime.cli.inspect import loss_text
 from recmas_runtime.engines.tensorrt.engine_cache import find_platform
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.codec import to_json

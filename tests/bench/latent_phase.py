@@ -28,7 +28,7 @@ from msgspec import structs
 
 import recmas_runtime as rt
 from recmas_compiler import api
-from recmas_compiler.bench.engines.torch_system import load_bundle_backbones, load_torch_system
+from recmas_compiler.bench.open_torch import load_bundle_backbones, load_torch_system
 from recmas_compiler.links.modules import load_link
 from recmas_compiler.lowering.naive import run_naive
 from recmas_compiler.lowering.reference import TorchSystem

@@ -23,7 +23,7 @@ from recmas_export.backbone_graph import DECODER, EMBED, HEAD, WEIGHTS
 from recmas_export.build import build
 from recmas_export.replan import Replanner
 from recmas_runtime.checking.verify import verify_bundle
-from recmas_runtime.cli.reports import bundle_text
+from recmas_runtime.cli.inspect import bundle_text
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.manifest import ParityEntry

@@ -1,21 +1,22 @@
-"""The picture of a measurement, in the form of the paper's: time and tokens by rounds."""
+"""The pictures of `recmasc bench`: systems by rounds and steps, engines by batch and capacity."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from recmas_compiler.analysis.plots import COLOURS, save_figure
 from recmas_runtime.bench.figures import Row, Spread
 from recmas_runtime.bench.report import PAPER, PAPER_SOURCE, BenchReport
 from recmas_runtime.core.text import counted
 from recmas_runtime.running.baselines import LATENT
 
-# Okabe and Ito's colours, which people with colour blindness tell apart.
-COLOURS: Final = (
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999",
-)  # fmt: skip
+if TYPE_CHECKING:
+    from recmas_compiler.bench.engine_report import EngineReport, EngineRow
+
 _WIDTH_OF_A_GROUP: Final = 0.8
 
 
@@ -25,37 +26,24 @@ def draw_report(report: BenchReport, path: Path) -> bool:
     Returns:
         Whether there is a picture: not without matplotlib, and not without figures.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     rows = report.figures.rows
     if not rows:
         return False
     swept = _swept(rows)
     by_rounds = [row for row in rows if row not in swept[1:]]
-    # Not pyplot: it keeps figures and picks a window system.
-    num_panels = 3 if swept else 2
-    figure = Figure(figsize=(5.2 * num_panels, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, num_panels)
-    _bars(panels[0], by_rounds, lambda row: Spread.of(row.cost.seconds), _speed_up)
-    panels[0].set_ylabel("seconds per question")
-    panels[0].legend(frameon=False, fontsize="small")
-    _bars(panels[1], by_rounds, _generated, _saved)
-    panels[1].set_ylabel("generated tokens per question")
+    panels = [partial(_time_by_rounds, by_rounds), partial(_tokens_by_rounds, by_rounds)]
     if swept:
-        _sweep(panels[2], swept, rows)
-    partial = ", interrupted" if report.interrupted else ""
+        panels.append(partial(_time_by_steps, swept, rows))
+    interrupted = ", interrupted" if report.interrupted else ""
     questions = counted(report.figures.questions, "question")
-    figure.suptitle(
-        f"{report.about['name']}, {questions}{partial}; "
-        "labels: against the text system of the same rounds"
+    return save_figure(
+        path,
+        panels,
+        panel_size=(5.2, 4.4),
+        title=f"{report.about['name']}, {questions}{interrupted}; "
+        "labels: against the text system of the same rounds",
+        footnote=f"paper: {PAPER_SOURCE}; its own models and hardware",
     )
-    figure.supxlabel(f"paper: {PAPER_SOURCE}; its own models and hardware", fontsize="x-small")
-    figure.savefig(path, dpi=150)
-    return True
 
 
 def _swept(rows: Sequence[Row]) -> list[Row]:
@@ -64,6 +52,17 @@ def _swept(rows: Sequence[Row]) -> list[Row]:
     most_rounds = max(row.case.rounds for row in latent)
     found = [row for row in latent if row.case.rounds == most_rounds]
     return found if len(found) > 1 else []
+
+
+def _time_by_rounds(rows: Sequence[Row], axes: Any) -> None:
+    _bars(axes, rows, lambda row: Spread.of(row.cost.seconds), _speed_up)
+    axes.set_ylabel("seconds per question")
+    axes.legend(frameon=False, fontsize="small")
+
+
+def _tokens_by_rounds(rows: Sequence[Row], axes: Any) -> None:
+    _bars(axes, rows, lambda row: Spread.of([row.cost.generated_tokens]), _saved)
+    axes.set_ylabel("generated tokens per question")
 
 
 def _bars(
@@ -85,8 +84,9 @@ def _bars(
         middles = [spread.median for spread in spreads]
         axes.bar(places, middles, width, color=colour, label=name)
         if any(spread.min < spread.max for spread in spreads):
-            errors = [[s.median - s.min for s in spreads], [s.max - s.median for s in spreads]]
-            axes.errorbar(places, middles, yerr=errors, fmt="none", ecolor="black", capsize=2)
+            axes.errorbar(
+                places, middles, yerr=_errors(spreads), fmt="none", ecolor="black", capsize=2
+            )
         for row, place, spread in zip(mine, places, spreads, strict=True):
             ours, paper = label(row)
             papers[row.case.rounds] = papers[row.case.rounds] or paper
@@ -99,7 +99,6 @@ def _bars(
         [f"{counted(count, 'round')}\n{papers[count]}" for count in rounds],
     )
     axes.margins(y=0.12)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _speed_up(row: Row) -> tuple[str, str]:
@@ -120,18 +119,20 @@ def _has_paper(row: Row) -> bool:
     return row.case.name == LATENT and row.case.rounds in PAPER
 
 
-def _generated(row: Row) -> Spread:
-    return Spread.of([row.cost.generated_tokens])
-
-
-def _sweep(axes: Any, swept: Sequence[Row], rows: Sequence[Row]) -> None:
+def _time_by_steps(swept: Sequence[Row], rows: Sequence[Row], axes: Any) -> None:
     """Draw time by latent steps, and the text system's beside it."""
     ordered = sorted(swept, key=lambda row: row.case.latent_steps)
     steps = [row.case.latent_steps for row in ordered]
     spreads = [Spread.of(row.cost.seconds) for row in ordered]
-    middles = [spread.median for spread in spreads]
-    errors = [[s.median - s.min for s in spreads], [s.max - s.median for s in spreads]]
-    axes.errorbar(steps, middles, yerr=errors, fmt="o-", color=COLOURS[0], capsize=3, label=LATENT)
+    axes.errorbar(
+        steps,
+        [spread.median for spread in spreads],
+        yerr=_errors(spreads),
+        fmt="o-",
+        color=COLOURS[0],
+        capsize=3,
+        label=LATENT,
+    )
     rounds = ordered[0].case.rounds
     text = next((r for r in rows if r.case.writes_handover and r.case.rounds == rounds), None)
     if text is not None:
@@ -142,4 +143,50 @@ def _sweep(axes: Any, swept: Sequence[Row], rows: Sequence[Row]) -> None:
     axes.set_xticks(steps)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize="small")
-    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_engines(report: EngineReport, path: Path) -> bool:
+    """Draw the time of a step, one panel for each batch and number of used rows.
+
+    Returns:
+        Whether there is a picture: not without matplotlib, and not without steps.
+    """
+    rows = [row for row in report.rows if "step_ms" in row.figures]
+    panels = sorted({(row.cell.batch, row.cell.used) for row in rows})
+    return save_figure(
+        path,
+        [partial(_steps, rows, batch, used) for batch, used in panels],
+        panel_size=(4.8, 4.2),
+        title=f"{report.about['machine']['cpu']}, {report.about['threads']} threads",
+    )
+
+
+def _steps(all_rows: Sequence[EngineRow], batch: int, used: int, axes: Any) -> None:
+    """Draw a bar for each engine and capacity, and the floor of its precision across it."""
+    rows = [row for row in all_rows if (row.cell.batch, row.cell.used) == (batch, used)]
+    names = list(dict.fromkeys(_name(row) for row in rows))
+    labels = []
+    for place, row in enumerate(rows):
+        step = row.figures["step_ms"]
+        colour = COLOURS[names.index(_name(row)) % len(COLOURS)]
+        axes.bar(place, step.median, color=colour)
+        axes.errorbar(
+            place, step.median, yerr=_errors([step]), fmt="none", ecolor="black", capsize=2
+        )
+        floor = row.figures["floor_ms"].median
+        axes.hlines(floor, place - 0.45, place + 0.45, colors="black", linestyles="--")
+        capacity = "" if row.cell.capacity is None else f"\n{row.cell.capacity}"
+        labels.append(f"{_name(row)}{capacity}")
+    axes.set_xticks(range(len(rows)), labels, fontsize="x-small", rotation=45, ha="right")
+    axes.set_yscale("log")
+    axes.set_ylabel("ms per latent step (log scale); dashed: its floor")
+    axes.set_title(f"batch {batch}, {used} rows used", fontsize="medium")
+
+
+def _name(row: EngineRow) -> str:
+    return f"{row.worker.key.engine} {row.worker.about['precision']}"
+
+
+def _errors(spreads: Sequence[Spread]) -> list[list[float]]:
+    """Return error bars from the least to the most, about the median."""
+    return [[s.median - s.min for s in spreads], [s.max - s.median for s in spreads]]

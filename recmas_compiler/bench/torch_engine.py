@@ -16,20 +16,138 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import gelu, layer_norm
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.bench.engines.packed_linear import pack_linear_layers
-from recmas_compiler.bench.engines.torch_tables import (
-    Floats,
-    Indices,
-    Inner,
-    Operands,
-    TorchTables,
-    apply_inner,
-    to_numpy,
-)
 from recmas_compiler.lowering.static_cache import static_cache, use_static_attention
+from recmas_runtime.formats.link_kinds import LAYER_NORM_EPSILON
+
+
+# Weights in the layout of oneDNN's kernels, packed once for all shapes. `torch.compile` packs them
+# too when told to freeze a model, but anew for every shape, with a copy of all weights each time;
+# as one operator of its own a packed product fits into any graph. On an AMD EPYC with AVX-512 it
+# takes 0.4 of the time of a plain product of 8 or 1024 rows; for one row both read the weights at
+# the speed of the memory.
+@torch.library.custom_op("recmas::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply [..., in] with a packed weight; returns [..., out]."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return y
+
+
+@packed_linear.register_fake
+def _(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+class PackedLinear(nn.Module):
+    """A linear layer without gradients; it does not keep the weight of the original.
+
+    Args:
+        linear: A layer on the CPU.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self._bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
+        y: Tensor = packed_linear(x, self._packed, self._bias)
+        return y
+
+
+def pack_linear_layers(model: nn.Module) -> None:
+    """Replace every linear layer of a model, where this build of torch has oneDNN."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, PackedLinear(child))
+
+
+Floats = NDArray[np.float32]
+Indices = NDArray[np.int64]
+Operands = Mapping[str, NDArray[Any]]
+Inner = Mapping[str, Tensor]
+
+
+class TorchTables:
+    """A backbone in torch, without the way it runs its layers.
+
+    Args:
+        backbone: Its model moves to `device` and `dtype`.
+        device: `cpu` or `cuda`.
+        dtype: Element type of weights and activations.
+    """
+
+    def __init__(
+        self, backbone: TorchBackbone, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.entry = backbone.facts
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._backbone = backbone
+        self._bound: tuple[Operands, Inner] = ({}, {})
+        backbone.model.to(device=self.device, dtype=dtype)
+
+    @torch.no_grad()
+    def embed(self, input_ids: Indices) -> Floats:
+        """Return the input embeddings [R, S, d] of token ids [R, S]."""
+        return to_numpy(self._backbone.embed(torch.from_numpy(input_ids).to(self.device)))
+
+    @torch.no_grad()
+    def logits(self, hidden: Floats) -> Floats:
+        """Return the logits [R, V] of final hidden states [R, d]."""
+        return to_numpy(self._backbone.logits(self.tensor(hidden)))
+
+    def tensor(self, array: Floats) -> Tensor:
+        """Return an array on the device, in the engine's element type."""
+        return torch.from_numpy(array).to(device=self.device, dtype=self.dtype)
+
+    def bind(self, operands: Operands) -> Inner:
+        """Return inner links on the device, the same tensors while the links stay the same."""
+        if self._bound[0] is not operands:
+            tensors = {
+                name: torch.from_numpy(array).to(
+                    device=self.device,
+                    dtype=torch.bool if array.dtype == np.bool_ else self.dtype,
+                )
+                for name, array in operands.items()
+            }
+            self._bound = operands, tensors
+        return self._bound[1]
+
+
+def apply_inner(hidden_R1d: Tensor, links: Inner) -> Tensor:
+    """Return the inner links' outputs [R, 1, d], in the runtime's unified form of a link.
+
+    Args:
+        hidden_R1d: Rows of G groups, group by group.
+        links: Operands with a leading axis G, as `recmas_runtime.formats.links` describes them.
+    """
+    width = hidden_R1d.shape[-1]
+    x = hidden_R1d.reshape(links["w1"].shape[0], -1, width)
+    normed = torch.where(links["pre_norm"], _norm(x, "pre", links), x)
+    y = torch.bmm(gelu(torch.bmm(normed, links["w1"]) + links["b1"]), links["w2"])
+    y = y + torch.bmm(x, links["w3"]) + links["bias"]
+    y = torch.where(links["post_norm"], _norm(y, "post", links), y)
+    return y.reshape(hidden_R1d.shape)
+
+
+def _norm(x: Tensor, name: str, links: Inner) -> Tensor:
+    normed = layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPSILON)
+    return normed * links[f"{name}_scale"] + links[f"{name}_bias"]
+
+
+def to_numpy(tensor: Tensor) -> Floats:
+    """Return a tensor on the host in float32."""
+    array: Floats = tensor.to("cpu", torch.float32).numpy()
+    return array
+
 
 # Steps are compiled anew for every batch and capacity: fixed shapes are what they gain from.
 MOST_STEP_SHAPES: Final = 64
@@ -149,17 +267,10 @@ class TorchEngine(TorchTables):
         last_index: Indices,
         inner: Operands,
     ) -> tuple[Floats, Floats, Floats]:
-        """Run S positions of every sequence and extend the cache.
-
-        Args:
-            cache: Is written at `write_index .. write_index + S`.
-            inputs_embeds: [R, S, d].
-            write_index: [R], the position of each sequence's first input.
-            last_index: [R], each sequence's last real input, counted within S.
-            inner: Operands of the inner links in the runtime's unified form, G groups.
+        """Run S positions of every sequence from `write_index` on; extends the cache.
 
         Returns:
-            Hidden states [R, S, d], the last real one [R, 1, d], and its inner link's output
+            Hidden states [R, S, d], the one at `last_index` [R, 1, d], and its inner link's output
             [R, 1, d].
         """
         links, embeds_RSd = self.bind(inner), self.tensor(inputs_embeds)
@@ -185,18 +296,11 @@ class TorchEngine(TorchTables):
         inner: Operands,
         num_steps: int,
     ) -> tuple[Floats, Floats]:
-        """Continue latent steps from a prefill's last position.
-
-        Args:
-            cache: Is extended by `num_steps - 1` positions.
-            thought: [R, 1, d], the hidden state at the last prompt position.
-            next_embeds: [R, 1, d], its inner link's output.
-            write_index: [R], the position after the prompt.
-            inner: As in `forward`.
-            num_steps: Latent steps M, at least 1.
+        """Continue latent steps from `write_index` on, the position after the prompt.
 
         Returns:
-            Thoughts and their inner links' outputs, both [M, R, d].
+            Hidden states and their inner links' outputs, both [M, R, d]; the first ones are
+            `thought` and `next_embeds`, [R, 1, d].
         """
         links, first_R1d = self.bind(inner), self.tensor(next_embeds)
         cache.write_index.copy_(torch.from_numpy(write_index))

@@ -1,10 +1,9 @@
-"""What commands print for people, and the facts behind it."""
+"""`recmas inspect` and `recmas verify`: what is in a bundle, and whether it is right."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from recmas_runtime.core.text import aligned, counted, human_bytes
 from recmas_runtime.formats.bundle import Bundle
@@ -21,26 +20,9 @@ from recmas_runtime.formats.plan import (
     feedback_links,
 )
 from recmas_runtime.formats.precisions import PRECISIONS
-from recmas_runtime.running.records import Answer
 
 if TYPE_CHECKING:
     from recmas_runtime.checking.verify import VerifyReport
-
-# Phases that most systems do not have.
-_SILENT: Final = ("write", "tools")
-
-
-def answer_summary(answer: Answer) -> str:
-    """Return one line on what an answer took."""
-    usage, ms = answer.usage, answer.timing_ms
-    phases = {name: value for name, value in asdict(ms).items() if name not in _SILENT or value}
-    times = ", ".join(f"{phase} {value / 1e3:.2f} s" for phase, value in phases.items())
-    handed_over = f"{usage.handover_tokens} hand-over tokens, " if usage.handover_tokens else ""
-    return (
-        f"[{answer.finish_reason}] {counted(answer.rounds, 'round')}, "
-        f"{usage.prompt_tokens} prompt tokens, {usage.latent_steps} latent steps, {handed_over}"
-        f"{usage.completion_tokens} answer tokens | {times}"
-    )
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, Any]:
@@ -185,25 +167,6 @@ def verify_text(report: VerifyReport) -> str:
         )
     verdict = "the bundle is whole and right" if report.ok else "the bundle is not right"
     return "\n".join([*lines, f"{verdict} on {report.device}"])
-
-
-def machine_text(facts: Mapping[str, Any]) -> str:
-    """Return what `doctor` prints."""
-    available = human_bytes(facts["memory_available_bytes"])
-    rows = [("python", facts["python"]), ("platform", facts["platform"])]
-    rows += [(name, version or "not installed") for name, version in facts["packages"].items()]
-    rows += [
-        ("providers", ", ".join(facts["providers"]) or "none"),
-        ("cpu", f"{facts['cpu']}, {facts['logical_cpus']} logical"),
-        ("threads", f"{facts['default_threads']} by default"),
-        ("memory", f"{available} of {human_bytes(facts['memory_bytes'])}"),
-        ("disk free", human_bytes(facts["disk_free_bytes"])),
-        ("telemetry", "on" if facts["telemetry"] else "off"),
-        ("sandbox", facts["sandbox"] or "none: the tool `python` refuses to run programs"),
-    ]
-    rows += [(f"- {name}", reason) for name, reason in facts["sandboxes_not_used"].items()]
-    rows.append(("web search", f"TAVILY_API_KEY is {'' if facts['web_search_key'] else 'not '}set"))
-    return "\n".join(f"{name:<16}{value}" for name, value in rows)
 
 
 def loss_text(loss: LossEntry, precision: str) -> str:

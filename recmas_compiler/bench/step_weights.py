@@ -83,6 +83,28 @@ def _read(part: NDArray[np.uint64]) -> None:
     np.bitwise_or.reduce(part)
 
 
+class DeviceReader:
+    """Reads a block of the memory of the current CUDA device (untried on hardware).
+
+    Args:
+        num_bytes: Of the block.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        import torch
+
+        self._block = torch.ones(num_bytes // 4, device="cuda")
+        self._synchronize = torch.cuda.synchronize
+
+    def seconds(self) -> float:
+        """Return the time of reading the block once."""
+        self._synchronize()
+        start = time.perf_counter()
+        self._block.sum()
+        self._synchronize()
+        return time.perf_counter() - start
+
+
 def _num_bytes(tensor: onnx.TensorProto) -> int:
     for entry in tensor.external_data:
         if entry.key == "length":

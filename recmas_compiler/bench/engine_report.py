@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from recmas_compiler.bench.engines.measure import Cell, EngineOptions, Measured, Timings
-from recmas_compiler.bench.engines.workers import Worker
+from recmas_compiler.bench.engines import Cell, EngineOptions, Measured, Timings, Worker
 from recmas_runtime.bench.figures import Spread
 from recmas_runtime.bench.report import machine_facts
 from recmas_runtime.core.text import markdown_table
@@ -157,18 +156,14 @@ def _line(row: EngineRow) -> Sequence[str]:
         str(row.cell.batch),
         "" if row.cell.capacity is None else str(row.cell.capacity),
         str(row.cell.used),
-        _spread(row.figures.get("step_ms"), ".2f"),
-        _spread(share, ".0%"),
+        _text(row.figures.get("step_ms"), ".2f"),
+        _text(share, ".0%"),
         "" if outside is None else f"{outside.median:.1%}",
-        _spread(row.figures.get("prefill_tokens_per_s"), ".0f"),
-        _spread(row.figures.get("decode_tokens_per_s"), ".1f"),
+        _text(row.figures.get("prefill_tokens_per_s"), ".0f"),
+        _text(row.figures.get("decode_tokens_per_s"), ".1f"),
         f"{row.memory_mb:.0f}",
     ]
 
 
-def _spread(spread: Spread | None, form: str) -> str:
-    if spread is None:
-        return ""
-    if spread.min == spread.max:
-        return f"{spread.median:{form}}"
-    return f"{spread.median:{form}} ({spread.min:{form}} to {spread.max:{form}})"
+def _text(spread: Spread | None, form: str) -> str:
+    return "" if spread is None else spread.to_text(form)

@@ -1,34 +1,35 @@
-"""What can take a latent step, in one form: prompt, steps and tokens over some backbone.
+"""What can take a latent step, behind one interface: prompt, steps and tokens of some backbone.
 
-Shape legend: R rows, S positions, d model width.
+Shape legend: R rows, S positions of a call, C cache rows, d model width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from recmas_compiler.bench.engines.genai_model import MODEL, GenaiModel
-from recmas_compiler.bench.engines.step_weights import weight_bytes, weight_precision
+from recmas_compiler.bench.step_weights import weight_bytes, weight_precision
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, Floats, Indices, LinkEngine
-from recmas_runtime.engines.onnx.session import resolve_device
+from recmas_runtime.engines.onnx.session import make_session, onnx_runtime, resolve_device
 from recmas_runtime.formats.bundle import Bundle, open_bundle
 from recmas_runtime.formats.links import Operands, load_operands, stack_operands
 from recmas_runtime.formats.manifest import BackboneEntry
 
+_MODEL: Final = "model.onnx"
 ENGINES: Final = ("onnx", "torch", "huggingface", "naive", "genai")
 # Their caches grow with what is used: the capacity of a cell means nothing to them.
 WITHOUT_CAPACITY: Final = frozenset({"huggingface", "naive"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class FormKey:
-    """Which form to open.
+class EngineKey:
+    """Which engine to open.
 
     Attributes:
         engine: One of `ENGINES`.
@@ -47,7 +48,7 @@ class FormKey:
     threads: int
 
 
-class Form(Protocol):
+class EngineAdapter(ABC):
     """One engine, ready to be timed.
 
     Attributes:
@@ -59,36 +60,32 @@ class Form(Protocol):
 
     precision: str
     step_bytes: int
-    can_step: bool
-    can_write: bool
+    can_step: bool = True
+    can_write: bool = True
 
+    @abstractmethod
     def prepare(self, batch: int, capacity: int, used: int) -> None:
-        """Take a new cache and a prompt of `used` positions, the same in every form."""
+        """Take a new cache and a prompt of `used` positions, the same for every engine."""
 
+    @abstractmethod
     def prefill(self) -> None:
         """Run the prompt."""
 
+    @abstractmethod
     def step(self, count: int) -> None:
         """Take latent steps behind the prompt."""
 
+    @abstractmethod
     def write(self, count: int) -> None:
         """Write tokens behind the prompt, the likeliest each time."""
 
-    def inside_s(self) -> float:
-        """Return the seconds spent in the engine's own calls; NaN where nobody counts them."""
+    def inside_s(self) -> float | None:
+        """Return the seconds spent in the engine's own calls; None where they are not timed."""
+        return None
 
 
-class EngineForm:
-    """Anything with the methods of the runtime's `BackboneEngine`.
-
-    Args:
-        engine: The engine.
-        inner: Operands of one inner link.
-        precision: How it holds its weights.
-        step_bytes: Bytes of the weights that a step reads.
-    """
-
-    can_step = can_write = True
+class BackboneAdapter(EngineAdapter):
+    """Anything with the methods of the runtime's `BackboneEngine`, and one inner link."""
 
     def __init__(self, engine: Any, *, inner: Operands, precision: str, step_bytes: int) -> None:
         self.precision, self.step_bytes = precision, step_bytes
@@ -127,12 +124,8 @@ class EngineForm:
                 self._cache, embeds, self._used + position, zero, self._inner
             )
 
-    def inside_s(self) -> float:
-        """Return NaN: nobody counts."""
-        return math.nan
 
-
-class OnnxForm(EngineForm):
+class OnnxAdapter(BackboneAdapter):
     """A bundle's own engine; tells apart what ONNX Runtime takes and what Python adds."""
 
     def __init__(self, engine: BackboneEngine, **about: Any) -> None:
@@ -163,12 +156,17 @@ class _Clock:
         self.seconds += time.perf_counter() - start
 
 
-class GenaiForm:
-    """A model of onnxruntime-genai's builder.
+class GenaiAdapter(EngineAdapter):
+    """A model that onnxruntime-genai's builder wrote, run with its caches bound in place.
+
+    Plain ONNX Runtime drives it: the package itself is needed to build such a model, not to run it.
+    Two kinds are known by their inputs. The body (`exclude_embeds`, `exclude_lm_head`) maps
+    embeddings to hidden states and so can take latent steps; a whole model maps tokens to logits
+    and writes text.
 
     Args:
         folder: The model's folder.
-        entry: The same backbone in a bundle.
+        entry: The same backbone in a bundle; the model's graphs do not say how wide a head is.
         link: Applies the inner link behind a body, which has none of its own.
         inner: Its operands.
         threads: Threads within an operator.
@@ -177,46 +175,62 @@ class GenaiForm:
     def __init__(
         self, folder: Path, *, entry: BackboneEntry, link: LinkEngine, inner: Operands, threads: int
     ) -> None:
-        self._model = GenaiModel(
-            folder, num_kv_heads=entry.num_kv_heads, head_dim=entry.head_dim, threads=threads
-        )
-        self.can_write = self._model.takes_tokens
+        self.precision = weight_precision(folder / _MODEL)
+        self.step_bytes = weight_bytes(folder / _MODEL)
+        self._entry, self._link, self._inner = entry, link, inner
+        self._session = make_session(folder / _MODEL, threads=threads)
+        inputs = [value.name for value in self._session.get_inputs()]
+        self.can_write = "input_ids" in inputs
         self.can_step = not self.can_write
-        self.precision = weight_precision(folder / MODEL)
-        self.step_bytes = weight_bytes(folder / MODEL)
-        self._link, self._inner = link, inner
-        self._entry = entry
+        self._caches = [name for name in inputs if name.startswith("past")]
+        # The caches follow it.
+        self._output = self._session.get_outputs()[0].name
 
     def prepare(self, batch: int, capacity: int, used: int) -> None:
-        """Take a new cache and a prompt."""
+        """Take a new cache and a prompt; past and present are one buffer."""
         self._used = used
-        self._model.new_cache(batch, capacity)
         self._prompt: Floats | Indices = prompt(batch, used, self._entry.vocab_size)
         if self.can_step:
             draw = np.random.default_rng(0)
             shape = (batch, used, self._entry.width)
             self._prompt = draw.standard_normal(shape, np.float32) / np.float32(8)
+        self._binding = self._session.io_binding()
+        self._bound: list[Any] = []  # keeps the buffers alive
+        for name in self._caches:
+            cache_shape = (batch, self._entry.num_kv_heads, capacity, self._entry.head_dim)
+            zeros = np.zeros(cache_shape, np.float32)
+            value = onnx_runtime().OrtValue.ortvalue_from_numpy(zeros)
+            self._bound.append((zeros, value))
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
 
     def prefill(self) -> None:
         """Run the prompt."""
-        self._last = self._model.run(self._prompt, 0)
+        self._last = self._run(self._prompt, 0)
 
     def step(self, count: int) -> None:
         """Take latent steps."""
-        thought = self._last
+        hidden = self._last
         for position in range(count):
-            following = self._link.apply(thought[None], self._inner)[0]
-            thought = self._model.run(following[:, None], self._used + position)
+            following = self._link.apply(hidden[None], self._inner)[0]
+            hidden = self._run(following[:, None], self._used + position)
 
     def write(self, count: int) -> None:
         """Write tokens."""
         logits = self._last
         for position in range(count):
-            logits = self._model.run(logits.argmax(-1)[:, None], self._used + position)
+            logits = self._run(logits.argmax(-1)[:, None], self._used + position)
 
-    def inside_s(self) -> float:
-        """Return NaN: nobody counts."""
-        return math.nan
+    def _run(self, inputs: Floats | Indices, used: int) -> Floats:
+        """Run positions behind the first `used`; returns hidden states or logits of the last."""
+        rows, positions = inputs.shape[:2]
+        binding = self._binding
+        binding.bind_cpu_input("input_ids" if self.can_write else "inputs_embeds", inputs)
+        binding.bind_cpu_input("attention_mask", np.ones((rows, used + positions), np.int64))
+        binding.bind_output(self._output, "cpu")
+        self._session.run_with_iobinding(binding)
+        output: NDArray[Any] = binding.get_outputs()[-1].numpy()
+        return np.ascontiguousarray(output[:, -1], dtype=np.float32)
 
 
 def prompt(batch: int, positions: int, vocab_size: int) -> Indices:
@@ -224,7 +238,7 @@ def prompt(batch: int, positions: int, vocab_size: int) -> Indices:
     return np.random.default_rng(0).integers(0, vocab_size, (batch, positions))
 
 
-def open_form(key: FormKey) -> Form:
+def open_engine(key: EngineKey) -> EngineAdapter:
     """Open what a key names.
 
     Raises:
@@ -237,23 +251,25 @@ def open_form(key: FormKey) -> Form:
     if key.engine == "genai":
         assert key.genai is not None, "genai needs a model"
         link = LinkEngine(bundle.file(bundle.manifest.link_engine), threads=key.threads)
-        return GenaiForm(Path(key.genai), entry=entry, link=link, inner=inner, threads=key.threads)
+        return GenaiAdapter(
+            Path(key.genai), entry=entry, link=link, inner=inner, threads=key.threads
+        )
     if key.engine == "onnx":
         engine = BackboneEngine(
             entry, bundle.root, threads=key.threads, device=resolve_device(key.device)
         )
-        return OnnxForm(
+        return OnnxAdapter(
             engine,
             inner=inner,
             precision=entry.precision,
             step_bytes=weight_bytes(bundle.file(entry.decoder)) + inner_bytes,
         )
-    from recmas_compiler.bench.engines.torch_system import open_torch_engine
+    from recmas_compiler.bench.open_torch import open_torch_engine
 
     torch_engine, precision, body_bytes = open_torch_engine(
         bundle.root, key.backbone, kind=key.engine, device=key.device, threads=key.threads
     )
-    return EngineForm(
+    return BackboneAdapter(
         torch_engine, inner=inner, precision=precision, step_bytes=body_bytes + inner_bytes
     )
 

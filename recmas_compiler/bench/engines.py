@@ -1,21 +1,117 @@
-"""`recmasc bench engines`: every engine of a backbone beside the floor, in one run."""
+"""`recmasc bench engines`: every engine of a backbone beside the floor, in one run.
+
+Every engine has a process of its own, so that its memory is its own and no other engine's threads
+wait beside it.
+"""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from recmas_compiler.bench.engines.engine_adapters import ENGINES, WITHOUT_CAPACITY, FormKey
-from recmas_compiler.bench.engines.step_weights import HostReader, Reader
-from recmas_compiler.bench.engines.workers import Worker, running
-from recmas_runtime.core.errors import fail
+from recmas_compiler.bench.engine_adapters import ENGINES, WITHOUT_CAPACITY, EngineKey
+from recmas_compiler.bench.step_weights import DeviceReader, HostReader, Reader
+from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.engines.onnx.session import physical_cores, resolve_device
 from recmas_runtime.formats.bundle import open_bundle
+
+_MODULE: Final = "recmas_compiler.bench.engine_worker"
+_SECONDS_TO_END: Final = 5.0
+
+
+class Worker:
+    """One engine in a process of its own.
+
+    Args:
+        key: What it opens.
+
+    Attributes:
+        key: What it opened.
+        about: What it says of itself: precision, bytes that a step reads, what it can do.
+
+    Raises:
+        RecmasError: What opening the engine raised; RM507 if the process died.
+    """
+
+    def __init__(self, key: EngineKey) -> None:
+        self.key = key
+        # A session of its own: Ctrl-C is for the process that asks, which ends this one.
+        self._process = subprocess.Popen(  # noqa: S603  # our own module, our own arguments
+            [sys.executable, "-m", _MODULE, json.dumps(asdict(key))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.about: Mapping[str, Any] = {}
+
+    def wait_until_open(self) -> None:
+        """Return once the engine is open."""
+        self.about = self._reply()
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Put a request and return the reply."""
+        assert self._process.stdin is not None, "stdin is a pipe"
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._reply()
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None, "stdin is a pipe"
+        assert self._process.stdout is not None, "stdout is a pipe"
+        self._process.terminate()
+        try:
+            self._process.wait(_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            stream.close()
+
+    def _reply(self) -> dict[str, Any]:
+        assert self._process.stdout is not None, "stdout is a pipe"
+        line = self._process.stdout.readline()
+        if not line:
+            raise fail(
+                "RM507",
+                f"the process of engine {self.key.engine!r} ended with status "
+                f"{self._process.wait()}",
+                hint="What it printed on stderr says why; leave it out with --engine otherwise.",
+            )
+        reply: dict[str, Any] = json.loads(line)
+        if "problems" in reply:
+            raise RecmasError(Problem(**problem) for problem in reply["problems"])
+        return reply
+
+
+@contextmanager
+def running(keys: Sequence[EngineKey], progress: Progress) -> Iterator[list[Worker]]:
+    """Run a worker for each key until the context is left.
+
+    They open one after the other: opening side by side takes as long, and peaks in memory.
+    """
+    workers: list[Worker] = []
+    try:
+        with progress.stage("Opening engines", len(keys)) as advance:
+            for key in keys:
+                workers.append(Worker(key))
+                workers[-1].wait_until_open()
+                advance()
+        yield workers
+    finally:
+        for worker in workers:
+            worker.close()
+
 
 # Reads of the weights before and behind each visit; the fastest of them is its floor.
 _READS: Final = 3
@@ -115,7 +211,7 @@ def measure_engines(options: EngineOptions, *, progress: Progress) -> Measured:
 
     Args:
         options: What to measure, and how.
-        progress: Is told of every visit.
+        progress: Receives every visit.
 
     Raises:
         RecmasError: RM506 for options that make no sense, and what opening an engine raises.
@@ -193,7 +289,7 @@ def _cells(options: EngineOptions, engine: str) -> list[Cell]:
     )
 
 
-def _keys(options: EngineOptions, *, device: str, threads: int) -> Iterator[FormKey]:
+def _keys(options: EngineOptions, *, device: str, threads: int) -> Iterator[EngineKey]:
     """Yield the engines to open: each bundle's own, then the others over the first bundle."""
     others = [name for name in options.engines or ENGINES if name != "genai"]
     wanted = (*others, "genai") if options.genai else others
@@ -202,7 +298,7 @@ def _keys(options: EngineOptions, *, device: str, threads: int) -> Iterator[Form
         for number, bundle in enumerate(bundles if engine == "onnx" else bundles[:1]):
             for backbone in bundle.manifest.backbones:
                 for model in options.genai if engine == "genai" else (None,):
-                    yield FormKey(
+                    yield EngineKey(
                         engine=engine,
                         bundle=str(options.bundles[number]),
                         backbone=backbone,
@@ -215,8 +311,6 @@ def _keys(options: EngineOptions, *, device: str, threads: int) -> Iterator[Form
 def _reader(num_bytes: int, found: Measured) -> Reader:
     if found.device == "cpu":
         return HostReader(num_bytes, threads=found.threads)
-    from recmas_compiler.bench.engines.device_reader import DeviceReader
-
     return DeviceReader(num_bytes)
 
 

@@ -1,12 +1,106 @@
-"""From a model's text to a program that tests it."""
+"""Programs: the unit tests of a record, run in the sandbox and nowhere else."""
 
 from __future__ import annotations
 
 import ast
 import json
 import re
-from collections.abc import Sequence
-from typing import Final
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from recmas_compiler.evaluation.checks.verdict import (
+    NO_ANSWER,
+    StatelessCheck,
+    Verdict,
+    unusable_gold,
+    verdict,
+    without_thinking,
+)
+from recmas_compiler.evaluation.data.data_file import Question
+from recmas_runtime.core.errors import fail
+from recmas_runtime.tools.sandbox import Sandbox, find_sandbox
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of a program: what it reads, and what it must write."""
+
+    program: str
+    stdin: str
+    stdout: str
+
+
+class CodeCheck(StatelessCheck):
+    """Runs a record's unit tests against the code of an answer; all must pass.
+
+    Args:
+        timeout_s: For one run: all assertions of a record, or one input.
+        memory_mb: Most memory of a run, in MiB.
+
+    Raises:
+        RecmasError: RM602 if this machine has no sandbox.
+    """
+
+    def __init__(self, *, timeout_s: float, memory_mb: int) -> None:
+        self._sandbox = require_sandbox()
+        self._timeout_s = timeout_s
+        self._memory_mb = memory_mb
+
+    def __call__(self, answer: str, question: Question) -> Verdict:
+        """Judge an answer."""
+        if not any(_tests(question, kind) for kind in ("tests", "calls", "inputs")):
+            raise unusable_gold(question, "has no unit tests")
+        code = extract_code(without_thinking(answer))
+        if code is None:
+            return NO_ANSWER
+        return verdict(correct=all(map(self._passes, _runs(code, question))), extracted=code)
+
+    def _passes(self, run: _Run) -> bool:
+        result = self._sandbox.run(
+            run.program, stdin=run.stdin, timeout_s=self._timeout_s, memory_mb=self._memory_mb
+        )
+        return result.status == "ok" and equal_output(result.stdout, run.stdout)
+
+
+def require_sandbox() -> Sandbox:
+    """Return this machine's sandbox.
+
+    Raises:
+        RecmasError: RM602 if it has none.
+    """
+    sandbox = find_sandbox()
+    if sandbox is None:
+        raise fail(
+            "RM602",
+            "this protocol runs code that models write, and there is no sandbox here to run it in",
+            hint="Install bubblewrap, docker or podman; `recmas doctor` says what it finds.",
+        )
+    return sandbox
+
+
+def _runs(code: str, question: Question) -> Iterator[_Run]:
+    """Yield what must succeed for the code to be right."""
+    gold = question.gold
+    prompt, entry_point = gold.get("prompt"), gold.get("entry_point")
+    if isinstance(prompt, str) and isinstance(entry_point, str):
+        code = with_prompt(code, prompt, entry_point)
+    mark = secrets.token_hex(16)
+    if asserted := _tests(question, "tests"):
+        program = assertion_program(code, [str(test) for test in asserted])
+        yield _Run(program, f"{mark}\n", mark)
+    if calls := _tests(question, "calls"):
+        cases = [(case["arguments"], case["result"]) for case in calls]
+        yield _Run(call_program(code, str(gold["function"]), cases), f"{mark}\n", mark)
+    for case in _tests(question, "inputs"):
+        yield _Run(input_program(code), case["input"], case["output"])
+
+
+def _tests(question: Question, kind: str) -> Sequence[Any]:
+    tests: Any = question.gold.get(kind) or ()
+    return (tests,) if isinstance(tests, str) else tests
+
 
 _FENCE: Final = r"^[ \t]*(?:```|~~~)[ \t]*"
 _FENCED: Final = re.compile(rf"{_FENCE}(\w*)[^\n]*\n(.*?){_FENCE}", re.MULTILINE | re.DOTALL)
@@ -51,7 +145,7 @@ for _arguments, _wanted in _json.loads({cases!r}):
 def extract_code(text: str) -> str | None:
     """Return the Python code of a model's text: its last fenced block, or all of it if it is code.
 
-    A block that defines something goes before a later one that only shows how it is used. A fence
+    A block that defines something is preferred to a later one that only uses it. A fence
     that was never closed, because the text was cut off, reaches to the end.
     """
     blocks = [code for language, code in _FENCED.findall(text) if language.lower() in _PYTHON]
