@@ -103,24 +103,24 @@ class BackboneAdapter(EngineAdapter):
     def prefill(self) -> None:
         """Run the prompt."""
         zero = np.zeros_like(self._used)
-        _, self._thought, self._following = self._engine.forward(
+        _, self._hidden, self._next_embeds = self._engine.forward(
             self._cache, self._embeds, zero, self._used - 1, self._inner
         )
 
     def step(self, count: int) -> None:
         """Take latent steps."""
-        # The first thought is the prompt's own: one call less than thoughts.
+        # The first hidden state is the prompt's own: one call less than there are states.
         self._engine.rollout(
-            self._cache, self._thought, self._following, self._used, self._inner, count + 1
+            self._cache, self._hidden, self._next_embeds, self._used, self._inner, count + 1
         )
 
     def write(self, count: int) -> None:
         """Write tokens."""
-        zero, thought = np.zeros_like(self._used), self._thought
+        zero, hidden = np.zeros_like(self._used), self._hidden
         for position in range(count):
-            logits = self._engine.logits(np.ascontiguousarray(thought[:, 0]))
+            logits = self._engine.logits(np.ascontiguousarray(hidden[:, 0]))
             embeds = self._engine.embed(logits.argmax(-1)[:, None])
-            _, thought, _ = self._engine.forward(
+            _, hidden, _ = self._engine.forward(
                 self._cache, embeds, self._used + position, zero, self._inner
             )
 
@@ -183,7 +183,7 @@ class GenaiAdapter(EngineAdapter):
         self.can_write = "input_ids" in inputs
         self.can_step = not self.can_write
         self._caches = [name for name in inputs if name.startswith("past")]
-        # The caches follow it.
+        # The other outputs are the caches.
         self._output = self._session.get_outputs()[0].name
 
     def prepare(self, batch: int, capacity: int, used: int) -> None:
@@ -192,13 +192,13 @@ class GenaiAdapter(EngineAdapter):
         self._prompt: Floats | Indices = prompt(batch, used, self._entry.vocab_size)
         if self.can_step:
             draw = np.random.default_rng(0)
-            shape = (batch, used, self._entry.width)
-            self._prompt = draw.standard_normal(shape, np.float32) / np.float32(8)
+            embeds = draw.standard_normal((batch, used, self._entry.width), np.float32)
+            self._prompt = embeds / np.float32(8)
         self._binding = self._session.io_binding()
         self._bound: list[Any] = []  # keeps the buffers alive
+        shape = (batch, self._entry.num_kv_heads, capacity, self._entry.head_dim)
         for name in self._caches:
-            cache_shape = (batch, self._entry.num_kv_heads, capacity, self._entry.head_dim)
-            zeros = np.zeros(cache_shape, np.float32)
+            zeros = np.zeros(shape, np.float32)
             value = onnx_runtime().OrtValue.ortvalue_from_numpy(zeros)
             self._bound.append((zeros, value))
             self._binding.bind_ortvalue_input(name, value)

@@ -16,15 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.bench.torch_engine import (
-    Floats,
-    Indices,
-    Operands,
-    TorchEngine,
-    TorchTables,
-    apply_inner,
-    to_numpy,
-)
+from recmas_compiler.bench.torch_engine import TorchEngine, TorchTables, apply_inner, to_numpy
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.links.untrained import without_link_files
 from recmas_compiler.lowering.reference import load_backbones
@@ -32,7 +24,7 @@ from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import load_spec
 from recmas_runtime.core.progress import Silent
 from recmas_runtime.engines.interface import Backbone
-from recmas_runtime.engines.onnx.backbone import LinkEngine
+from recmas_runtime.engines.onnx.backbone import Floats, Indices, LinkEngine, Operands
 from recmas_runtime.formats.bundle import inside, open_bundle
 from recmas_runtime.formats.manifest import SPEC_NAME
 from recmas_runtime.running.open_engines import OpenedEngines
@@ -100,8 +92,8 @@ class TransformersEngine(TorchTables):
         """Run S positions behind the first `write_index`; as the runtime's engines do."""
         hidden_RSd = self._run(cache, int(write_index[0]), self.tensor(inputs_embeds))
         last_R1d = hidden_RSd[:, -1:]
-        following_R1d = apply_inner(last_R1d, self.bind(inner))
-        return to_numpy(hidden_RSd), to_numpy(last_R1d), to_numpy(following_R1d)
+        next_R1d = apply_inner(last_R1d, self.bind(inner))
+        return to_numpy(hidden_RSd), to_numpy(last_R1d), to_numpy(next_R1d)
 
     @torch.no_grad()
     def rollout(

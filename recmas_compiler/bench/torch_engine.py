@@ -21,6 +21,7 @@ from torch.nn.functional import gelu, layer_norm
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.lowering.static_cache import static_cache, use_static_attention
+from recmas_runtime.engines.onnx.backbone import Floats, Indices, Operands
 from recmas_runtime.formats.link_kinds import LAYER_NORM_EPSILON
 
 
@@ -69,9 +70,6 @@ def pack_linear_layers(model: nn.Module) -> None:
                 setattr(parent, name, PackedLinear(child))
 
 
-Floats = NDArray[np.float32]
-Indices = NDArray[np.int64]
-Operands = Mapping[str, NDArray[Any]]
 Inner = Mapping[str, Tensor]
 
 
@@ -276,15 +274,15 @@ class TorchEngine(TorchTables):
         links, embeds_RSd = self.bind(inner), self.tensor(inputs_embeds)
         cache.write_index.copy_(torch.from_numpy(write_index))
         if embeds_RSd.shape[1] == 1:
-            thought_R1d, next_R1d = self._step(embeds_RSd, *_state(cache), links)
-            hidden_RSd = thought_R1d
+            last_R1d, next_R1d = self._step(embeds_RSd, *_state(cache), links)
+            hidden_RSd = last_R1d
         else:
             hidden_RSd = self._run_body(embeds_RSd, *_state(cache))
             last_R = torch.from_numpy(last_index).to(self.device)
             row_R = torch.arange(cache.rows, device=self.device)
-            thought_R1d = hidden_RSd[row_R, last_R][:, None]
-            next_R1d = apply_inner(thought_R1d, links)
-        return to_numpy(hidden_RSd), to_numpy(thought_R1d), to_numpy(next_R1d)
+            last_R1d = hidden_RSd[row_R, last_R][:, None]
+            next_R1d = apply_inner(last_R1d, links)
+        return to_numpy(hidden_RSd), to_numpy(last_R1d), to_numpy(next_R1d)
 
     @torch.no_grad()
     def rollout(
@@ -305,11 +303,11 @@ class TorchEngine(TorchTables):
         links, first_R1d = self.bind(inner), self.tensor(next_embeds)
         cache.write_index.copy_(torch.from_numpy(write_index))
         if self.device.type == "cuda" and num_steps > 1:
-            thoughts, embeds = self._captured(cache, links, num_steps)(first_R1d)
+            hidden, embeds = self._captured(cache, links, num_steps)(first_R1d)
         else:
-            thoughts, embeds = self._roll(first_R1d, cache, links, num_steps)
+            hidden, embeds = self._roll(first_R1d, cache, links, num_steps)
         return (
-            np.concatenate([thought[None, :, 0], to_numpy(thoughts[:, :, 0])]),
+            np.concatenate([thought[None, :, 0], to_numpy(hidden[:, :, 0])]),
             np.concatenate([next_embeds[None, :, 0], to_numpy(embeds[:, :, 0])]),
         )
 
@@ -323,15 +321,15 @@ class TorchEngine(TorchTables):
     def _roll(
         self, embeds_R1d: Tensor, cache: TorchCache, links: Inner, num_steps: int
     ) -> tuple[Tensor, Tensor]:
-        """Run the steps after the first; their thoughts and embeddings, both [M - 1, R, 1, d]."""
+        """Run the steps after the first; hidden states and embeddings, both [M - 1, R, 1, d]."""
         shape = (num_steps - 1, *embeds_R1d.shape)
-        thoughts, embeds = embeds_R1d.new_empty(shape), embeds_R1d.new_empty(shape)
+        hidden, embeds = embeds_R1d.new_empty(shape), embeds_R1d.new_empty(shape)
         for step in range(num_steps - 1):
-            thought_R1d, embeds_R1d = self._step(embeds_R1d, *_state(cache), links)
-            thoughts[step], embeds[step] = thought_R1d, embeds_R1d
+            last_R1d, embeds_R1d = self._step(embeds_R1d, *_state(cache), links)
+            hidden[step], embeds[step] = last_R1d, embeds_R1d
             # On the device, so that a captured graph moves on too.
             cache.write_index.add_(1)
-        return thoughts, embeds
+        return hidden, embeds
 
     def _run_step(
         self,

@@ -63,8 +63,11 @@ def package_versions(names: Iterable[str]) -> dict[str, str | None]:
 
 
 def total_memory_bytes() -> int | None:
-    """Return the memory of the machine; None where it does not say."""
-    return _meminfo_bytes("MemTotal")
+    """Return the memory of the machine; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def machine_text(facts: Mapping[str, Any]) -> str:
