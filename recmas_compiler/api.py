@@ -1,4 +1,4 @@
-"""The Python door: spec -> program -> torch module or bundle.
+"""The Python door: spec -> program -> torch module or bundle; the command line goes through it.
 
 Torch, transformers and ONNX are imported only by the functions that need them, so that checking a
 spec stays fast and works where they are not installed.
@@ -6,20 +6,29 @@ spec stays fast and works where they are not installed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Protocol
 
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.instruments import DumpIR, Instrument, Record, RecordPasses
+from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.links.trained import End, TrainedLinks, find_trained_links
 from recmas_compiler.passes.pipeline import run_pipeline
-from recmas_compiler.spec.spec import Spec
+from recmas_compiler.spec.spec import Spec, load_spec
+from recmas_runtime.core.errors import fail
 from recmas_runtime.core.progress import Progress, Silent
+from recmas_runtime.formats.manifest import ParityEntry
 
 if TYPE_CHECKING:
     from recmas_compiler.lowering.reference import TorchSystem
+    from recmas_runtime.checking.build_tensorrt import EngineBuild
+
+# Where a package says that it builds bundles; recmas_export does.
+BUILDERS: Final = "recmas.builders"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,15 +40,55 @@ class Program:
         topology: The declared graph.
         graph: The unrolled program; `print(program)` shows it.
         records: The graph before and after every pass, in order.
+        trained: The links that `recmasc train` left beside the spec, where the program uses them.
     """
 
     spec: Spec
     topology: Graph
     graph: Graph
     records: tuple[Record, ...]
+    trained: TrainedLinks | None = None
 
     def __str__(self) -> str:
-        return str(self.graph)
+        return print_graph(self.graph)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildResult:
+    """What a builder gave.
+
+    Attributes:
+        path: The bundle's folder.
+        fingerprint: Identifies what it was made from.
+        reused: The bundle was there already; nothing was done.
+        parity: How far the engines are from the reference, one case per backbone.
+        seconds: Wall time by stage: fingerprint, load, links, export, parity, write.
+        engines: The TensorRT engines in it, if the spec's target is TensorRT.
+    """
+
+    path: Path
+    fingerprint: str
+    reused: bool
+    parity: tuple[ParityEntry, ...]
+    seconds: dict[str, float]
+    engines: EngineBuild | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltBundle:
+    """A bundle, and the program it is of: with the trained links where there were some."""
+
+    program: Program
+    built: BuildResult
+
+
+class Builder(Protocol):
+    """Exports engines and writes a bundle: what an entry point of `recmas.builders` names."""
+
+    def __call__(
+        self, program: Graph, *, spec: Spec, out: Path, progress: Progress | None, reuse: bool
+    ) -> BuildResult:
+        """Build; as `build` below."""
 
 
 def compile(spec: Spec, *, dump_ir: str | Path | None = None, download: bool = False) -> Program:
@@ -63,12 +112,51 @@ def compile(spec: Spec, *, dump_ir: str | Path | None = None, download: bool = F
     return Program(spec=spec, topology=topology, graph=graph, records=tuple(recorder.records))
 
 
-def trained_links(program: Program) -> TrainedLinks | None:
-    """Return what `recmasc train` left beside a program's spec, and the spec that uses it."""
+def load_and_compile(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    dump_ir: str | Path | None = None,
+    progress: Progress | None = None,
+    change: Callable[[Spec], Spec] | None = None,
+) -> Program:
+    """Load a spec from a file and compile it.
+
+    Args:
+        path: The YAML file.
+        overrides: `key.path=value`, as of `--set`.
+        dump_ir: As of `compile`.
+        progress: Where to report to; missing `hf:` backbones are fetched only if it is given.
+        change: What to make of the spec before it is compiled.
+
+    Raises:
+        RecmasError: As of `load_spec` and `compile`.
+    """
+    spec = load_spec(path, overrides=overrides)
+    if change is not None:
+        spec = change(spec)
+    sources = [section.source for section in spec.document.backbones.values()]
+    if progress is None or not any(source.startswith("hf:") for source in sources):
+        return compile(spec, dump_ir=dump_ir)
+    with progress.stage("Fetching backbones"):
+        return compile(spec, dump_ir=dump_ir, download=True)
+
+
+def with_trained_links(program: Program, *, dump_ir: str | Path | None = None) -> Program:
+    """Return the program with the links that `recmasc train` left beside its spec.
+
+    What is there and does not fit is ignored, with a warning RM751 in the spec's `warnings`; the
+    same program comes back where nothing was trained.
+    """
+    if program.trained is not None:
+        return program
     system = program.graph.system
     facts = {name: system.backbone_of(name).facts for name in system.agents}
     ends = {name: End(width=f.width, identity=f.identity) for name, f in facts.items()}
-    return find_trained_links(program.spec, ends)
+    trained = find_trained_links(program.spec, ends)
+    if trained is None:
+        return program
+    return replace(compile(trained.spec, dump_ir=dump_ir), trained=trained)
 
 
 def to_torch(program: Program) -> TorchSystem:
@@ -79,7 +167,12 @@ def to_torch(program: Program) -> TorchSystem:
 
 
 def build(
-    program: Program, out: str | Path, *, progress: Progress | None = None, reuse: bool = True
+    program: Program,
+    out: str | Path,
+    *,
+    progress: Progress | None = None,
+    reuse: bool = True,
+    trained_links: bool = True,
 ) -> Path:
     """Export engines, check them against the reference and write a bundle; returns its folder.
 
@@ -88,18 +181,47 @@ def build(
         out: The bundle's folder. An older bundle there is replaced in one rename.
         progress: Where to report stages to.
         reuse: Return at once if `out` already holds the bundle of this very program.
+        trained_links: Use the links that `recmasc train` left beside the spec, as
+            `recmasc build` does.
 
     Raises:
-        RecmasError: RM301 if an engine disagrees with the reference, RM302 if `out` is in the way,
-            RM303 if the disk is full.
+        RecmasError: RM201 if no builder is installed, RM301 if an engine disagrees with the
+            reference, RM302 if something else is at `out`, RM303 if the disk is full.
     """
-    from recmas_export.build import build as export
+    done = build_bundle(program, out, progress=progress, reuse=reuse, trained_links=trained_links)
+    return done.built.path
 
-    result = export(
+
+def build_bundle(
+    program: Program,
+    out: str | Path,
+    *,
+    progress: Progress | None = None,
+    reuse: bool = True,
+    trained_links: bool = True,
+    dump_ir: str | Path | None = None,
+) -> BuiltBundle:
+    """Build as `build` does; returns the program that was built and what is known of the bundle."""
+    builder = _builder()
+    if trained_links:
+        program = with_trained_links(program, dump_ir=dump_ir)
+    built = builder(
         program.graph,
         spec=program.spec,
         out=Path(out),
         progress=progress or Silent(),
         reuse=reuse,
     )
-    return result.path
+    return BuiltBundle(program=program, built=built)
+
+
+def _builder() -> Builder:
+    """Return the installed builder; the compiler itself knows none, so nothing here imports it."""
+    for entry in importlib.metadata.entry_points(group=BUILDERS):
+        builder: Builder = entry.load()
+        return builder
+    raise fail(
+        "RM201",
+        "no package that builds bundles is installed",
+        hint="Install recmas with its extra `compile`: pip install 'recmas[compile]'.",
+    )

@@ -91,7 +91,6 @@ PENDING: set[tuple[str, str]] = {
     ("recmas_compiler.links.modules", "recmas_compiler.ir.ops"),
     ("recmas_compiler.lowering.training_graph.calls", "recmas_compiler.training.data.examples"),
     ("recmas_compiler.lowering.training_graph.graph", "recmas_compiler.training.data.examples"),
-    ("recmas_compiler.spec.schema.json_schema", "recmas_compiler.spec.patterns.starter_specs"),
     ("recmas_export.graph.attention", "recmas_export.passes.tidy"),
     ("recmas_export.graph.backbone_graph", "recmas_export.passes"),
     ("recmas_export.graph.backbone_graph", "recmas_export.passes.grouped_attention"),

@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import ClassVar
 
+import numpy as np
+
 __version__: str
 
-class DataType:
-    name: str
+class DataType: ...
+
+def nptype(trt_type: DataType) -> type[np.generic]: ...
 
 class TensorIOMode:
     INPUT: ClassVar[TensorIOMode]
@@ -73,6 +76,8 @@ class Builder:
 
 class ParserError:
     def desc(self) -> str: ...
+    def node_name(self) -> str: ...
+    def node_operator(self) -> str: ...
 
 class OnnxParser:
     num_errors: int

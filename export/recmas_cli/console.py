@@ -1,4 +1,4 @@
-"""What the command line shows: one outcome on stdout, everything else on stderr."""
+"""What all commands share: arguments, one outcome on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -10,15 +10,36 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import click
 
-from recmas_runtime.core.errors import Exit, Problem, RecmasError
-from recmas_runtime.core.progress import Advance
+from recmas_runtime.core.errors import Exit, Problem, RecmasError, fail
+from recmas_runtime.core.progress import Advance, Progress, Silent
 
 # Where nobody watches a bar, a line now and then shows that it is alive.
 LINE_EVERY_S: Final = 30.0
+
+SPEC = click.argument("spec", type=click.Path(path_type=Path))
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY.PATH=VALUE",
+    help="Override a key of the spec; may be repeated.",
+)
+DUMP_IR = click.option(
+    "--dump-ir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write the IR after every pass into this folder.",
+)
+QUIET = click.option("--quiet", is_flag=True, help="No progress on stderr.")
+DEVICE = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto"
+)
+THREADS = click.option("--threads", type=click.IntRange(1, 4096), metavar="N")
+BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,3 +187,22 @@ class RichProgress:
             click.echo(line, err=True)
 
         yield advance
+
+
+def shown_progress(*, quiet: bool) -> Progress:
+    """Return bars on stderr, or nothing for `--quiet`."""
+    return Silent() if quiet else RichProgress()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file the user asked for.
+
+    Raises:
+        RecmasError: RM303 if the folder is not there, not writable, or full.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise fail(
+            "RM303", f"cannot write {path}: {error.strerror}", hint="Choose another --out."
+        ) from error

@@ -5,17 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
+from msgspec import structs
 from torch import nn
 
-from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
+from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.sizes import QUANTIZED
 from recmas_compiler.lowering.materialize import MaterializedLink, materialize_links
 from recmas_compiler.lowering.plan import live_backbones
-from recmas_export.fingerprint import sha256_file
+from recmas_compiler.lowering.reference import load_backbones
 from recmas_export.graph.backbone_graph import (
     CHAT_TEMPLATE,
     CPU_DECODER,
@@ -39,6 +40,7 @@ from recmas_export.precision.loss import OWN_TEXT, measure_loss, passages_of
 from recmas_export.precision.rounding import rounded_layers
 from recmas_runtime.checking.placement import refuse_stray_nodes
 from recmas_runtime.core.errors import Problem
+from recmas_runtime.core.files import sha256_of
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
 from recmas_runtime.engines.onnx.session import Device
@@ -46,7 +48,7 @@ from recmas_runtime.formats.links import load_operands, read_operands
 from recmas_runtime.formats.manifest import BackboneEntry, LinkEntry, LossEntry, ParityEntry
 from recmas_runtime.formats.plan import Plan, SendStep
 from recmas_runtime.formats.safetensors_file import read_tensors, write_tensors
-from recmas_runtime.running.devices import choose_provider
+from recmas_runtime.running.open_engines import choose_provider
 from recmas_runtime.running.parity import (
     measure_backbone_parity,
     measure_link_parity,
@@ -95,7 +97,6 @@ def assemble(
     plan: Plan,
     folder: Path,
     *,
-    base_dir: Path,
     backbones: Mapping[str, TorchBackbone] | None,
     links: Mapping[str, MaterializedLink] | None,
     progress: Progress,
@@ -106,7 +107,6 @@ def assemble(
         program: Of level PLANNED.
         plan: Its plan.
         folder: An empty folder.
-        base_dir: Folder that relative sources start from.
         backbones: Loaded already, by shared name; None loads them.
         links: Materialized already, by id; None makes them.
         progress: Is told about stages.
@@ -120,7 +120,7 @@ def assemble(
     watch = _Watch()
     names = live_backbones(program)
     with watch("load"):
-        loaded = backbones or _load(program, base_dir, progress)
+        loaded = backbones or load_backbones(program, progress=progress)
     with watch("links"):
         made = links or materialize_links(program, loaded, progress=progress)
         entries = _write_links(folder, {i: made[i] for i in _link_ids(plan)})
@@ -166,21 +166,6 @@ def assemble(
     )
 
 
-def _load(program: Graph, base_dir: Path, progress: Progress) -> dict[str, TorchBackbone]:
-    """Load each shared backbone once, also those that only links of dead agents refer to."""
-    system = program.system
-    shared = dict.fromkeys(system.backbone_of(agent).name for agent in system.agents)
-    return {
-        name: load_backbone(
-            system.backbones[name].facts,
-            base_dir=base_dir,
-            progress=progress,
-            dtype=system.backbones[name].dtype,
-        )
-        for name in shared
-    }
-
-
 def _link_ids(plan: Plan) -> tuple[str, ...]:
     """Return the links that the plan names: its agents' inner links, the outer ones it uses."""
     inner = [agent.inner for agent in plan.agents.values()]
@@ -220,7 +205,7 @@ def _export(backbone: TorchBackbone, root: Path, name: str, precision: str) -> B
     for_cpu = f"{folder}/{CPU_DECODER}"
     return BackboneEntry(
         source=facts.source,
-        digest=sha256_file(root / folder / WEIGHTS),
+        digest=sha256_of(root / folder / WEIGHTS),
         model_type=facts.model_type,
         width=facts.width,
         num_layers=facts.num_layers,
@@ -270,7 +255,7 @@ def _measure(
     tensors, metadata = read_tensors(folder / file)
     operands = read_operands(folder.joinpath, links)
     # Other devices and engines go by the portable decoder, so it is held to the same.
-    forms = [entry, replace(entry, cpu_decoder=None)] if entry.cpu_decoder else [entry]
+    forms = [entry, structs.replace(entry, cpu_decoder=None)] if entry.cpu_decoder else [entry]
     inner = operands[metadata["inner"]]
     found = [measure_backbone_parity(BackboneEngine(e, folder), tensors, inner) for e in forms]
     figures = {name: max(p.figures[name] for p in found) for name in found[0].figures}
@@ -307,7 +292,7 @@ def _with_losses(
             loss = _loss(folder, case, entry, loaded[case.backbone], links, text)
             what = f"backbone {case.backbone!r}"
             problems.extend(beyond_limits(what, loss, precision=entry.precision))
-            measured.append(replace(case, loss=loss))
+            measured.append(structs.replace(case, loss=loss))
             advance()
     refuse(problems)
     return measured

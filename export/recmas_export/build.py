@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recmas_compiler.api import BuildResult
 from recmas_compiler.backbones.sources import resolve_source
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import SEARCH_CORPUS, LinkWeights
@@ -25,41 +26,20 @@ from recmas_compiler.ir.sizes import (
 from recmas_compiler.lowering.plan import build_plan, live_agents, live_backbones
 from recmas_compiler.spec.spec import Spec
 from recmas_export.bundle_writer import check_target, staged_bundle
-from recmas_export.fingerprint import fingerprint, sha256_file, source_digest, tool_versions
+from recmas_export.fingerprint import fingerprint, source_digest, tool_versions
 from recmas_export.search_corpus import corpus_lines
 from recmas_export.training_receipt import receipts_of, write_receipts
-from recmas_runtime.checking.build_tensorrt import EngineBuild, build_engines
+from recmas_runtime.checking.build_tensorrt import build_engines
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.files import sha256_of
 from recmas_runtime.core.progress import Progress, Silent
-from recmas_runtime.engines.tensorrt.availability import find_platform
-from recmas_runtime.engines.tensorrt.engine_cache import timing_caches
+from recmas_runtime.engines.tensorrt.engine_cache import find_platform, timing_caches
 from recmas_runtime.formats.bundle import open_bundle
-from recmas_runtime.formats.manifest import Manifest, ParityEntry
+from recmas_runtime.formats.manifest import Manifest
 
 if TYPE_CHECKING:
     from recmas_compiler.backbones.torch_model import TorchBackbone
     from recmas_compiler.lowering.materialize import MaterializedLink
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildResult:
-    """What a build gave.
-
-    Attributes:
-        path: The bundle's folder.
-        fingerprint: Identifies what it was made from.
-        reused: The bundle was there already; nothing was done.
-        parity: How far the engines are from the reference, one case per backbone.
-        seconds: Wall time by stage: fingerprint, load, links, export, parity, write.
-        engines: The TensorRT engines in it, if the spec's target is TensorRT.
-    """
-
-    path: Path
-    fingerprint: str
-    reused: bool
-    parity: tuple[ParityEntry, ...]
-    seconds: dict[str, float]
-    engines: EngineBuild | None = None
 
 
 def build(
@@ -82,7 +62,7 @@ def build(
         out: The bundle's folder; an older bundle there is replaced whole.
         backbones: Loaded already, by shared name; None loads them.
         links: Materialized already, by id; None makes them.
-        progress: Is told about stages.
+        progress: Where stages are reported.
         reuse: Return at once if `out` holds the bundle of this very program and these weights.
 
     Raises:
@@ -142,7 +122,6 @@ def _build_portable(
             program,
             plan,
             staged.folder,
-            base_dir=spec.base_dir,
             backbones=backbones,
             links=links,
             progress=watcher,
@@ -182,7 +161,7 @@ def _fingerprint(
         )
         sources[name] = source_digest(resolved)
     if links is None:
-        digests = {i: sha256_file(Path(file)) for i, file in _link_files(program).items()}
+        digests = {i: sha256_of(Path(file)) for i, file in _link_files(program).items()}
     else:
         from recmas_compiler.backbones.torch_model import weights_digest
 
@@ -194,7 +173,7 @@ def _fingerprint(
         links=digests,
         corpus=_corpus_digest(program.system.search_corpus),
         loss_text=_loss_text_digest(program),
-        receipts=[sha256_file(receipt) for receipt in receipts_of(_link_files(program).values())],
+        receipts=[sha256_of(receipt) for receipt in receipts_of(_link_files(program).values())],
     )
 
 
@@ -203,7 +182,7 @@ def _loss_text_digest(program: Graph) -> str | None:
     text = program.system.loss_text
     backbones = (program.system.backbones[name] for name in live_backbones(program))
     is_read = text is not None and any(b.precision in QUANTIZED for b in backbones)
-    return sha256_file(Path(text)) if text is not None and is_read else None
+    return sha256_of(Path(text)) if text is not None and is_read else None
 
 
 def _corpus_digest(corpus: str | None) -> str | None:

@@ -12,13 +12,20 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from recmas_export.fingerprint import sha256_file
+from msgspec import structs
+
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.core.staging import clear_away_dead_builds, move_into_place, staged_folder
+from recmas_runtime.core.files import (
+    clear_away_dead_builds,
+    move_into_place,
+    sha256_of,
+    staged_folder,
+)
+from recmas_runtime.core.text import human_bytes
 from recmas_runtime.formats.bundle import is_engine_file
 from recmas_runtime.formats.codec import read_json_file, to_json
 from recmas_runtime.formats.manifest import MANIFEST_NAME, PLAN_NAME, SPEC_NAME, FileEntry, Manifest
@@ -65,11 +72,11 @@ class StagedBundle:
         _write_json(self.folder / PLAN_NAME, plan)
         (self.folder / SPEC_NAME).write_text(spec_yaml, encoding="utf-8")
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        complete = replace(
+        complete = structs.replace(
             manifest,
             files={
                 path.relative_to(self.folder).as_posix(): FileEntry(
-                    sha256=sha256_file(path), size_bytes=path.stat().st_size
+                    sha256=sha256_of(path), size_bytes=path.stat().st_size
                 )
                 for path in files
             },
@@ -111,7 +118,7 @@ def staged_bundle(target: Path, *, needed_bytes: int) -> Iterator[StagedBundle]:
         raise fail(
             "RM303",
             f"cannot write the bundle {target}: {error.strerror}; it needs about "
-            f"{_megabytes(needed_bytes)}, {_megabytes(free)} are free.",
+            f"{human_bytes(needed_bytes)}, {human_bytes(free)} are free.",
             hint="Free some space, or choose another output folder.",
         ) from error
 
@@ -153,8 +160,8 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise fail(
             "RM303",
-            f"the bundle needs about {_megabytes(needed_bytes)}, but {folder} has "
-            f"{_megabytes(free)} free.",
+            f"the bundle needs about {human_bytes(needed_bytes)}, but {folder} has "
+            f"{human_bytes(free)} free.",
             hint="Free some space, or choose an output folder on another disk.",
         )
 
@@ -163,10 +170,6 @@ def _free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
-
-
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:.0f} MB"
 
 
 def _move_into_place(folder: Path, target: Path) -> None:

@@ -18,7 +18,9 @@ from typing import Any, Final
 
 from recmas_compiler.backbones.sources import ResolvedSource
 from recmas_compiler.ir.graph import Graph
+from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.passes.pipeline import PIPELINE
+from recmas_runtime.core.files import sha256_of
 from recmas_runtime.formats.manifest import MANIFEST_VERSION
 from recmas_runtime.formats.plan import PLAN_VERSION
 
@@ -59,7 +61,7 @@ def fingerprint(
         receipts: Digests of the training receipts that the bundle carries.
     """
     inputs: dict[str, Any] = {
-        "program": str(program),
+        "program": print_graph(program),
         "passes": [repr(p) for p in PIPELINE],
         "spec": spec_yaml,
         "backbones": dict(backbones),
@@ -99,19 +101,13 @@ def tool_versions() -> dict[str, str]:
     return dict(sorted(versions.items()))
 
 
-def sha256_file(path: Path) -> str:
-    """Return the sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def sha256_text(text: str) -> str:
     """Return the sha256 of a text in UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest_of_files(files: Iterable[Path]) -> str:
-    return sha256_text("".join(f"{path.name} {sha256_file(path)}\n" for path in files))
+    return sha256_text("".join(f"{path.name} {sha256_of(path)}\n" for path in files))
 
 
 def _version(distribution: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from recmas_compiler.links.trained import RECEIPT_NAME, read_receipt, vouched_digests
-from recmas_export.fingerprint import sha256_file
+from recmas_runtime.core.files import sha256_of
 
 FOLDER: Final = "training"
 
@@ -21,7 +21,7 @@ def receipts_of(link_files: Iterable[str]) -> tuple[Path, ...]:
     """
     digests: dict[Path, set[str]] = {}
     for file in link_files:
-        digests.setdefault(Path(file).parent, set()).add(sha256_file(Path(file)))
+        digests.setdefault(Path(file).parent, set()).add(sha256_of(Path(file)))
     found = []
     for folder, used in digests.items():
         receipt = read_receipt(folder / RECEIPT_NAME)

@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.instruments import Record
-from recmas_compiler.ir.ops import Agent, Link, Prefill, Send, System, Think
+from recmas_compiler.ir.ops import Agent, Link, Prefill, Send, System, Think, prefill_id, send_id
 from recmas_compiler.ir.printer import prompt_text
-from recmas_compiler.ir.prompt_parts import common_parts
-from recmas_compiler.ir.sizes import human_bytes, weights_bytes
-from recmas_compiler.ir.step_names import prefill_id, send_id
-from recmas_compiler.ir.text_table import counted, listed
-from recmas_compiler.passes.share_prompt_prefix import common_beginning
+from recmas_compiler.ir.sizes import weights_bytes
+from recmas_compiler.passes.prompt_prefix import common_beginning, common_parts
+from recmas_runtime.core.text import counted, human_bytes, listed
 from recmas_runtime.formats.plan import PromptPart, Variant
 
 # (backbone's name, text) -> its number of tokens, or None where no tokenizer is at hand

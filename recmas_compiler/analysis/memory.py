@@ -16,11 +16,10 @@ from recmas_compiler.ir.sizes import (
     ENGINE_DTYPE,
     angle_tables_bytes,
     dtype_bytes,
-    human_bytes,
     link_num_parameters,
     weights_bytes,
 )
-from recmas_compiler.ir.text_table import aligned
+from recmas_runtime.core.text import aligned, human_bytes
 from recmas_runtime.formats.plan import cache_capacity
 from recmas_runtime.running.sequence_batch import ROOM_FOR_TEXT
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers
 
 from recmas_compiler.backbones.gguf_tokenizer import read_gguf_tokenizer
-from recmas_compiler.backbones.sources import resolve_source
+from recmas_compiler.backbones.sources import files_of
 from recmas_compiler.ir.ops import System
 from recmas_compiler.spec.checks.prefix_reuse import count_tokens
 
@@ -18,17 +18,14 @@ class TokenCounter:
 
     Args:
         system: Any system.
-        base_dir: Folder that relative sources start from.
     """
 
-    def __init__(self, system: System, *, base_dir: Path) -> None:
+    def __init__(self, system: System) -> None:
         self._system = system
-        self._base_dir = base_dir
 
     def __call__(self, backbone: str, text: str) -> int | None:
         """Return the tokens of `text`, or None if the backbone has no tokenizer that can count."""
-        source = self._system.backbones[backbone].facts.source
-        resolved = resolve_source(source, base_dir=self._base_dir)
+        resolved = files_of(self._system.backbones[backbone].facts)
         if resolved.gguf_file is None:
             return count_tokens(resolved.folder / "tokenizer.json", text)
         tokenizer = _gguf_tokenizer(resolved.folder / resolved.gguf_file)

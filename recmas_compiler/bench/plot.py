@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from recmas_runtime.bench.figures import Row, Spread
 from recmas_runtime.bench.report import PAPER, PAPER_SOURCE, BenchReport
+from recmas_runtime.core.text import counted
 from recmas_runtime.running.baselines import LATENT
 
 # Okabe and Ito's colours, which people with colour blindness tell apart.
@@ -47,7 +48,7 @@ def draw_report(report: BenchReport, path: Path) -> bool:
     if swept:
         _sweep(panels[2], swept, rows)
     partial = ", interrupted" if report.interrupted else ""
-    questions = _counted(report.figures.questions, "question")
+    questions = counted(report.figures.questions, "question")
     figure.suptitle(
         f"{report.about['name']}, {questions}{partial}; "
         "labels: against the text system of the same rounds"
@@ -95,7 +96,7 @@ def _bars(
             )  # fmt: skip
     axes.set_xticks(
         range(len(rounds)),
-        [f"{_counted(count, 'round')}\n{papers[count]}" for count in rounds],
+        [f"{counted(count, 'round')}\n{papers[count]}" for count in rounds],
     )
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
@@ -119,10 +120,6 @@ def _has_paper(row: Row) -> bool:
     return row.case.name == LATENT and row.case.rounds in PAPER
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 def _generated(row: Row) -> Spread:
     return Spread.of([row.cost.generated_tokens])
 
@@ -140,7 +137,7 @@ def _sweep(axes: Any, swept: Sequence[Row], rows: Sequence[Row]) -> None:
     if text is not None:
         seconds = Spread.of(text.cost.seconds).median
         axes.axhline(seconds, color=COLOURS[1], linestyle="--", label=text.case.name)
-    axes.set_xlabel(f"latent steps, {_counted(rounds, 'round')}")
+    axes.set_xlabel(f"latent steps, {counted(rounds, 'round')}")
     axes.set_ylabel("seconds per question")
     axes.set_xticks(steps)
     axes.set_ylim(bottom=0)

@@ -24,7 +24,7 @@ class Identity:
         data: sha256 of the data file.
         bundle: The bundle's fingerprint.
         prompts: sha256 of the prompts.
-        frozen_bundle: The fingerprint of the bundle with untrained links; None without one.
+        untrained_bundle: The fingerprint of the bundle with untrained links; None without one.
         batch_size: Most records per batch.
     """
 
@@ -32,7 +32,7 @@ class Identity:
     data: str
     bundle: str
     prompts: str
-    frozen_bundle: str | None
+    untrained_bundle: str | None
     batch_size: int
 
 
@@ -41,7 +41,7 @@ _WORDS: Final = {
     "data": "the data",
     "bundle": "the bundle",
     "prompts": "the bundle's prompts",
-    "frozen_bundle": "the bundle with frozen links",
+    "untrained_bundle": "the bundle with untrained links",
     "batch_size": "the batch size",
 }
 

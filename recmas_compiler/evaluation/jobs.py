@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
+
+from msgspec import structs
 
 from recmas_compiler.evaluation.checks.verdict import Question
 from recmas_compiler.evaluation.protocol import MAX_ROLLOUTS, Protocol
@@ -53,7 +55,7 @@ def plan_jobs(
 
 def sampling_of(job: Job, protocol: Protocol, bundle: SamplingPlan) -> SamplingPlan:
     """Return how a job's answers are drawn: as the protocol says, for the rest as the bundle."""
-    return replace(
+    return structs.replace(
         bundle,
         max_new_tokens=protocol.max_new_tokens or bundle.max_new_tokens,
         temperature=protocol.temperature,

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints
+
+from recmas_compiler.spec.schema.section import Section, Slug
 
 MAX_SEED: Final = 2**20
 MAX_ROLLOUTS: Final = 1024
@@ -18,14 +20,6 @@ Names = Annotated[list[str], Field(min_length=1)]
 """Where a record's value may stand, best first; `meta.level` is `level` inside of `meta`."""
 
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-
-
-class Section(BaseModel):
-    """A mapping of a protocol."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class DataSection(Section):
@@ -37,7 +31,7 @@ class DataSection(Section):
     split: str
     """The split that the protocol means, such as `test`."""
 
-    id: Names = ["id"]
+    id: Names = Field(default=["id"])
     """The record's name; its line number where it has none."""
 
     fields: dict[str, Names]
@@ -49,7 +43,7 @@ class DataSection(Section):
     convert: str | None = None
     """What brings the values of a published form into ours, by name."""
 
-    append: dict[str, str] = {}
+    append: dict[str, str] = Field(default={})
     """Fields, with a line to introduce each, that are added to the question unless the bundle's
     prompts show them in a place of their own."""
 
@@ -112,7 +106,7 @@ CheckSection = Annotated[
 class Protocol(Section):
     """A whole protocol."""
 
-    name: Annotated[str, StringConstraints(pattern="^[a-z0-9][a-z0-9_-]*$", max_length=64)]
+    name: Slug
     """What `--protocol` calls it."""
 
     version: Annotated[int, Field(ge=1)]
@@ -128,7 +122,7 @@ class Protocol(Section):
 
     selection: SelectionSection = SelectionSection()
 
-    seeds: Annotated[list[Seed], Field(min_length=1, max_length=64)] = [0]
+    seeds: list[Seed] = Field(default=[0], min_length=1, max_length=64)
     """Every record is asked once with each."""
 
     rollouts: int = Field(default=1, ge=1, le=MAX_ROLLOUTS)

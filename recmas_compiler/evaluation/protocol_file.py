@@ -3,44 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from recmas_compiler.evaluation.data.converters import CONVERTERS
-from recmas_compiler.evaluation.protocol import (
-    ChoiceSection,
-    CodeSection,
-    DataSection,
-    ExactSection,
-    F1Section,
-    MathSection,
-    Protocol,
-    Section,
-    SelectionSection,
-)
-from recmas_compiler.spec.document.places import Loc, Places
-from recmas_compiler.spec.document.position import SourcePosition
+from recmas_compiler.evaluation.protocol import CheckSection, Protocol
+from recmas_compiler.spec.document.places import Places
 from recmas_compiler.spec.document.problems import (
-    SET_PREFIX,
+    Language,
     did_you_mean,
     in_reading_order,
-    problem_at,
+    schema_errors,
+    schema_problem,
+    sections_of,
     show,
 )
-from recmas_compiler.spec.document.yaml_source import parse_yaml
+from recmas_compiler.spec.document.yaml_source import Value, parse_mapping, read_text
 from recmas_compiler.spec.overrides import apply_overrides
+from recmas_compiler.spec.schema.section import Section
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 
 FOLDER: Final = Path(__file__).parent / "protocols"
-MAX_BYTES: Final = 1 << 16
+
+# kind of a check -> its section
+_CHECKS: Final[dict[str, type[Section]]] = {
+    kind: section
+    for section in get_args(get_args(CheckSection)[0])
+    for kind in get_args(section.model_fields["kind"].annotation)
+}
 
 
 def protocol_names() -> tuple[str, ...]:
     """Return the names of the protocols that come with recmas."""
     return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+
+
+_PROTOCOLS: Final = Language(
+    noun="protocol",
+    start_hint="Begin with `name: NAME`.",
+    file_hint=f"Give a .yaml file or one of {', '.join(protocol_names())}.",
+    code="RM600",
+    sections=sections_of(Protocol),
+    missing_hints={("check", "kind"): f"Known here: {', '.join(_CHECKS)}."},
+)
 
 
 def load_protocol(name: str, *, overrides: Iterable[str] = ()) -> Protocol:
@@ -61,7 +70,8 @@ def load_protocol(name: str, *, overrides: Iterable[str] = ()) -> Protocol:
     else:
         hint = did_you_mean(name, protocol_names())
         raise fail("RM600", f"no protocol is called {name!r}", hint=f"{hint} Or give a .yaml file.")
-    return parse_protocol(_read(path), file=str(path), overrides=overrides)
+    text = read_text(path, file=str(path), language=_PROTOCOLS)
+    return parse_protocol(text, file=str(path), overrides=overrides)
 
 
 def parse_protocol(text: str, *, file: str, overrides: Iterable[str] = ()) -> Protocol:
@@ -75,38 +85,19 @@ def parse_protocol(text: str, *, file: str, overrides: Iterable[str] = ()) -> Pr
     Raises:
         RecmasError: As `load_protocol`.
     """
-    if all(line.strip() == "" or line.lstrip().startswith("#") for line in text.splitlines()):
-        raise fail("RM600", "the protocol is empty", file=file, hint="Begin with `name: NAME`.")
-    source = parse_yaml(text, file=file)
-    if not isinstance(source.value, dict):
-        raise fail("RM600", "a protocol is a mapping", file=file, hint="Begin with `name: NAME`.")
-    problems = [*source.problems, *apply_overrides(source.value, source.places, overrides)]
+    root, places, problems = parse_mapping(text, file=file, language=_PROTOCOLS)
+    problems += apply_overrides(root, places, overrides)
     try:
-        protocol = Protocol.model_validate(source.value)
+        protocol = Protocol.model_validate(root)
     except ValidationError as error:
-        details = error.errors(include_url=False)
-        problems += [_problem(detail, source.places) for detail in details]
+        language = _with_check(root.get("check"))
+        details = map(_without_kind, schema_errors(error))
+        problems += [schema_problem(detail, places, language) for detail in details]
         raise RecmasError(in_reading_order(problems)) from None
-    problems += _cross_checks(protocol, source.places)
+    problems += _cross_checks(protocol, places)
     if problems:
         raise RecmasError(in_reading_order(problems))
     return protocol
-
-
-def _read(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_BYTES + 1)
-        if len(raw) <= MAX_BYTES:
-            return raw.decode("utf-8")
-        reason = f"it is larger than {MAX_BYTES} bytes"
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-    raise fail(
-        "RM600",
-        f"cannot read the protocol {path}: {reason}",
-        hint=f"Give a .yaml file or one of {', '.join(protocol_names())}.",
-    )
 
 
 def _cross_checks(protocol: Protocol, places: Places) -> list[Problem]:
@@ -116,93 +107,53 @@ def _cross_checks(protocol: Protocol, places: Places) -> list[Problem]:
     if "question" not in data.fields:
         place = places.key(("data", "fields"))
         hint = "Say where the question stands."
-        problems.append(_problem_at(place, "`data.fields` has no `question`.", hint))
+        problems.append(
+            _PROTOCOLS.problem(place, "RM600", "`data.fields` has no `question`.", hint)
+        )
     for name in sorted(set(data.append) - set(data.fields)):
         place = places.key(("data", "append", name))
         hint = did_you_mean(name, data.fields)
-        problems.append(_problem_at(place, f"`{name}` is not one of `data.fields`.", hint))
+        problems.append(
+            _PROTOCOLS.problem(place, "RM600", f"`{name}` is not one of `data.fields`.", hint)
+        )
     if data.convert is not None and data.convert not in CONVERTERS:
         place = places.value(("data", "convert"))
         hint = did_you_mean(data.convert, CONVERTERS)
-        problems.append(_problem_at(place, f"no converter is called {show(data.convert)}.", hint))
+        problems.append(
+            _PROTOCOLS.problem(
+                place, "RM600", f"no converter is called {show(data.convert)}.", hint
+            )
+        )
     if len(set(seeds)) < len(seeds):
         place = places.value(("seeds",))
-        problems.append(_problem_at(place, f"the seeds {seeds} are not distinct.", "Drop one."))
+        problems.append(
+            _PROTOCOLS.problem(place, "RM600", f"the seeds {seeds} are not distinct.", "Drop one.")
+        )
     elif protocol.temperature == 0 and (protocol.rollouts > 1 or len(seeds) > 1):
         key = "rollouts" if protocol.rollouts > 1 else "seeds"
         message = f"`{key}` asks for several answers, and at temperature 0 all are the same."
         hint = "Set `temperature`, or ask once."
-        problems.append(_problem_at(places.key((key,)), message, hint))
+        problems.append(_PROTOCOLS.problem(places.key((key,)), "RM600", message, hint))
     return problems
 
 
-_SECTIONS: Final[dict[Loc, type[Section]]] = {
-    ("data",): DataSection,
-    ("selection",): SelectionSection,
-}
-_CHECKS: Final[dict[str, type[Section]]] = {
-    "math": MathSection,
-    "choice": ChoiceSection,
-    "exact": ExactSection,
-    "f1": F1Section,
-    "code": CodeSection,
-}
-# pydantic's error type -> what the value should be. `{...}` is filled from the error's context.
-_WANTED: Final = {
-    "bool_type": "true or false",
-    "dict_type": "a mapping",
-    "finite_number": "a finite number",
-    "float_type": "a number",
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "int_type": "a whole number",
-    "less_than_equal": "at most {le}",
-    "list_type": "a list",
-    "literal_error": "{expected}",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
-    "string_pattern_mismatch": "text of the form {pattern}",
-    "string_too_long": "text of at most {max_length} characters",
-    "string_type": "text",
-    "too_long": "at most {max_length} entries",
-}
+def _with_check(check: Value) -> Language:
+    """Return the language with the section for the kind of a protocol's check."""
+    kind = check.get("kind") if isinstance(check, dict) else None
+    section = _CHECKS.get(kind, Section) if isinstance(kind, str) else Section
+    return replace(_PROTOCOLS, sections={**_PROTOCOLS.sections, ("check",): section})
 
 
-def _problem(detail: ErrorDetails, places: Places) -> Problem:
-    """Return what pydantic found, in plain words and at its place."""
-    loc = tuple(detail["loc"])
-    section = _SECTIONS.get(loc[:-1], Protocol)
-    if loc[0] == "check" and len(loc) > 1:
-        # The kind of the check is part of pydantic's path, but not of the file's.
-        section, loc = _CHECKS[str(loc[1])], (loc[0], *loc[2:])
-    path, key = ".".join(map(str, loc)), str(loc[-1])
+def _without_kind(detail: ErrorDetails) -> ErrorDetails:
+    """Return pydantic's error with its path in the file, and `kind` as a key like any other."""
+    loc, context = detail["loc"], detail.get("ctx", {})
     match detail["type"]:
-        case "extra_forbidden":
-            place, message = places.key(loc), f"unknown key `{path}`."
-            hint = did_you_mean(key, section.model_fields)
-        case "missing":
-            where = f"`{'.'.join(map(str, loc[:-1]))}`" if loc[:-1] else "the protocol"
-            place, message = places.key(loc[:-1]), f"{where} has no `{key}`."
-            hint = f"Add `{key}: ...`."
-        case "union_tag_invalid" | "union_tag_not_found":
-            kinds = ", ".join(_CHECKS)
-            place, hint = places.value((*loc, "kind")), f"Known here: {kinds}."
-            given = detail.get("ctx", {}).get("tag")
-            message = f"`{path}` has {f'the unknown kind {given!r}' if given else 'no `kind`'}."
-        case "too_short":
-            place, hint = places.value(loc), ""
-            context = detail["ctx"]
-            message = f"`{path}` has {context['actual_length']} entries, fewer than "
-            message += f"{context['min_length']}."
-        case kind:
-            numbers = detail.get("ctx", {}).items()
-            context = {k: f"{v:g}" if isinstance(v, float) else v for k, v in numbers}
-            wanted = _WANTED.get(kind, detail["msg"].lower()).format_map(context)
-            place, hint = places.value(loc), ""
-            message = f"`{path}` should be {wanted}, is {show(detail['input'])}."
-    return _problem_at(place, message, hint)
-
-
-def _problem_at(place: SourcePosition, message: str, hint: str) -> Problem:
-    from_command_line = place.file.startswith(SET_PREFIX)
-    return problem_at(place, "RM122" if from_command_line else "RM600", message, hint=hint)
+        case "union_tag_not_found":
+            return {**detail, "type": "missing", "loc": (*loc, "kind")}
+        case "union_tag_invalid":
+            expected = {"expected": context["expected_tags"]}
+            loc, kind = (*loc, "kind"), context["tag"]
+            return {**detail, "type": "literal_error", "loc": loc, "input": kind, "ctx": expected}
+        case _ if loc[0] == "check":
+            return {**detail, "loc": (loc[0], *loc[2:])}
+    return detail

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from recmas_compiler.evaluation.report import Report
 from recmas_compiler.evaluation.summary import SystemSummary
+from recmas_runtime.core.text import markdown_table
 
 
 def report_markdown(report: Report) -> str:
@@ -82,19 +83,6 @@ def comparison_text(report: Report) -> str:
             told.append(f"{saving.all_tokens:+.1%} tokens in all")
         lines.append(f"- {saving.system} beside {saving.against}: {', '.join(told)}")
     return "\n".join(lines)
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return an aligned Markdown table; the first column is text, the others are figures."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
-        return f"| {' | '.join(padded)} |"
-
-    rule = [f"{'-' * widths[0]}--", *(f"{'-' * width}-:" for width in widths[1:])]
-    return "\n".join([line(head), f"|{'|'.join(rule)}|", *map(line, rows)])
 
 
 def _phases(systems: Sequence[SystemSummary]) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 from recmas_compiler.evaluation.answer_log import AnswerLog, Judged
 from recmas_compiler.evaluation.checks.verdict import Check, Question
 from recmas_compiler.evaluation.jobs import Job, plan_jobs, sampling_of
-from recmas_compiler.evaluation.progress import EvaluationProgress
 from recmas_compiler.evaluation.protocol import Protocol
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.progress import Progress
 from recmas_runtime.running.answers import Answer
 from recmas_runtime.running.system import System
 
@@ -68,7 +68,7 @@ def run_systems(
     batch_size: int,
     folder: Path,
     resume: bool,
-    progress: EvaluationProgress,
+    progress: Progress,
 ) -> Evaluation:
     """Ask one system after the other.
 
@@ -80,7 +80,7 @@ def run_systems(
         batch_size: Most records per batch.
         folder: Gets `answers-NAME.jsonl`.
         resume: Go on from the answers that are there.
-        progress: Is told of every batch.
+        progress: Counts answers.
 
     Raises:
         RecmasError: What concerns the whole run, such as sampling settings out of bounds or an
@@ -93,14 +93,17 @@ def run_systems(
         interrupted = False
         with AnswerLog(folder / f"answers-{name}.jsonl", jobs, resume=resume) as log:
             try:
-                with progress.system(name, num_wanted, log.judged) as advance:
+                title, before = f"{protocol.name} {name}", len(log.judged)
+                with progress.stage(title, num_wanted, done=before) as advance:
                     left = jobs[log.num_jobs :]
                     system = make() if left else None
                     for job in left:
                         assert system is not None
                         judged = _run_job(system, job, protocol, check)
                         log.append(judged)
-                        advance(judged)
+                        num_right = sum(one.correct for one in log.judged)
+                        note = f"{num_right / len(log.judged):.1%} right"
+                        advance(len(judged), note=note)
             except KeyboardInterrupt:
                 interrupted = True
             done.append(SystemAnswers(name=name, judged=tuple(log.judged), num_wanted=num_wanted))

@@ -12,7 +12,7 @@ from enum import IntEnum
 from typing import Final, Literal
 
 from recmas_compiler.backbones.facts import BackboneFacts
-from recmas_compiler.spec.document.position import SourcePosition
+from recmas_compiler.spec.document.places import SourcePosition
 from recmas_runtime.formats.plan import (
     Limits,
     PromptPart,
@@ -288,3 +288,26 @@ class System:
         """Return the backbone whose weights and engine `agent` uses, after sharing."""
         declared = self.backbones[self.agents[agent].backbone]
         return self.backbones[declared.shared_as]
+
+
+# Ids of program steps: `ROUND/WHO/WHAT`, so that a printed program reads without a legend.
+
+
+def prefill_id(round_: int, agents: tuple[str, ...]) -> str:
+    """Return the id of a Prefill: `r1/planner/prefill`, or `r1/a+b/prefill` for a batch."""
+    return f"r{round_}/{'+'.join(agents)}/prefill"
+
+
+def think_id(round_: int, agents: tuple[str, ...]) -> str:
+    """Return the id of a Think: `r1/planner/think`."""
+    return f"r{round_}/{'+'.join(agents)}/think"
+
+
+def send_id(round_: int, source: str, targets: tuple[str, ...]) -> str:
+    """Return the id of a Send: `r1/planner->critic/send`, or `r1/planner->critic+solver/send`."""
+    return f"r{round_}/{source}->{'+'.join(targets)}/send"
+
+
+def decode_id(round_: int, agent: str) -> str:
+    """Return the id of the Decode: `r3/solver/decode`."""
+    return f"r{round_}/{agent}/decode"

@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import PurePath
-from typing import Any
+
+from msgspec import Struct, structs
 
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import (
     Agent,
     Backbone,
+    BuildOptions,
     Cache,
     Decode,
     Level,
@@ -31,7 +33,7 @@ from recmas_compiler.ir.ops import (
     Think,
 )
 from recmas_compiler.ir.routing import deliveries
-from recmas_compiler.ir.text_table import aligned
+from recmas_runtime.core.text import aligned
 from recmas_runtime.formats.plan import PromptPart
 
 Row = tuple[str, ...]
@@ -94,12 +96,12 @@ def _tool_rows(system: System) -> Iterator[Row]:
     yield ("tool calls", " ".join(f"{name}={getattr(tools, name)}" for name in bounds))
 
 
-def _options(options: Any) -> Iterator[str]:
-    """Yield `name=value` for each field of a dataclass; strings are quoted where ambiguous."""
-    for option in fields(options):
-        value = getattr(options, option.name)
+def _options(options: Struct | BuildOptions) -> Iterator[str]:
+    """Yield `name=value` for each field; strings are quoted where ambiguous."""
+    values = structs.asdict(options) if isinstance(options, Struct) else asdict(options)
+    for name, value in values.items():
         shown = json.dumps(value, ensure_ascii=True) if isinstance(value, str | tuple) else value
-        yield f"{option.name}={shown}"
+        yield f"{name}={shown}"
 
 
 def _backbone_row(backbone: Backbone) -> Row:

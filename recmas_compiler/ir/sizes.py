@@ -96,16 +96,3 @@ def link_num_parameters(weights: LinkWeights, *, role: Literal["inner", "outer"]
             return d_in * hidden + hidden * d_out + skip + biases + 2 * d_in + 2 * d_out
         case "projected":
             return d_in * d_out + d_out * d_out + d_in * d_out + 3 * d_out + 2 * d_in
-
-
-def human_bytes(num_bytes: int) -> str:
-    """Return a size with three digits and a decimal unit: `538 MB`."""
-    value, unit = float(num_bytes), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    if unit == "B":
-        return f"{num_bytes} B"
-    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
-    return f"{value:.{digits}f} {unit}"

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Level
-from recmas_compiler.ir.rule import Rule
-from recmas_compiler.ir.rules_program import PLANNED_RULES, UNROLLED_RULES
-from recmas_compiler.ir.rules_topology import SYSTEM_RULES, TOPOLOGY_RULES
+from recmas_compiler.ir.rules import (
+    PLANNED_RULES,
+    SYSTEM_RULES,
+    TOPOLOGY_RULES,
+    UNROLLED_RULES,
+    Rule,
+)
 from recmas_runtime.core.errors import Problem, RecmasError
 
 RULES: dict[Level, tuple[Rule, ...]] = {

@@ -19,7 +19,7 @@ from recmas_compiler.links.link_file import (
     read_link_header,
 )
 from recmas_compiler.links.modules import LINKS, Role, make_link
-from recmas_compiler.spec.document.position import UNKNOWN, SourcePosition
+from recmas_compiler.spec.document.places import UNKNOWN, SourcePosition
 from recmas_runtime.core.errors import RecmasError, fail
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from recmas_compiler.spec.schema.sections import LinkKind
+from recmas_runtime.core.errors import RecmasError
 
 Role = Literal["inner", "outer"]
 
-_LARGEST_HEADER_BYTES = 1 << 20
 _DTYPES: Final = frozenset({"F32", "F16", "BF16", "F64"})
 
 
@@ -69,38 +68,22 @@ def read_link_header(path: Path) -> LinkHeader:
     Raises:
         LinkFileError: There is no such file, or it is not safetensors.
     """
-    try:
-        with path.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            if not 0 < size <= _LARGEST_HEADER_BYTES:
-                raise LinkFileError("it is not a safetensors file")
-            header = json.loads(stream.read(size))
-            data_bytes = path.stat().st_size - 8 - size
-    except FileNotFoundError as error:
-        raise LinkFileError("there is no such file") from error
-    except OSError as error:
-        raise LinkFileError(f"it cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise LinkFileError("it is not a safetensors file") from error
-    return _header(header, data_bytes)
+    # It imports numpy, which only specs that name link files should wait for.
+    from recmas_runtime.formats.safetensors_file import read_header
 
-
-def _header(header: object, data_bytes: int) -> LinkHeader:
-    if not isinstance(header, dict):
-        raise LinkFileError("it is not a safetensors file")
-    metadata = header.pop("__metadata__", {})
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, str] = {}
+    if not path.exists():
+        raise LinkFileError("there is no such file")
     try:
-        for name, entry in header.items():
-            shapes[name] = tuple(int(size) for size in entry["shape"])
-            dtypes[name] = str(entry["dtype"])
-            if not 0 <= entry["data_offsets"][0] <= entry["data_offsets"][1] <= data_bytes:
-                raise LinkFileError(f"it is cut off: `{name}` lies beyond its end")
-        texts = {str(key): str(value) for key, value in dict(metadata).items()}
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise LinkFileError("its header is malformed") from error
-    return LinkHeader(shapes=shapes, dtypes=dtypes, metadata=texts)
+        header = read_header(path)
+    except RecmasError as error:
+        (problem,) = error.problems
+        what = "it cannot be read" if problem.code == "RM401" else "it is not a safetensors file"
+        raise LinkFileError(f"{what}: {problem.message}") from error
+    return LinkHeader(
+        shapes={name: entry.shape for name, entry in header.tensors.items()},
+        dtypes={name: entry.dtype for name, entry in header.tensors.items()},
+        metadata=header.metadata,
+    )
 
 
 def link_kind(header: LinkHeader, role: Role) -> LinkKind:

@@ -6,7 +6,6 @@ hash. Nothing here loads a weight.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,13 +19,13 @@ from recmas_compiler.links.link_file import (
     misfit,
     read_link_header,
 )
-from recmas_compiler.spec.document.paths import is_file, path_of
-from recmas_compiler.spec.document.places import Loc
+from recmas_compiler.spec.document.places import Loc, is_file, path_of
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.schema.link_names import link_ends, outer_link_id
 from recmas_compiler.spec.schema.sections import InnerSection, LinkSection, WeightsSection
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import Problem
+from recmas_runtime.core.files import sha256_of
 
 RECEIPT_NAME: Final = "receipt.json"
 RECEIPT_VERSION: Final = 1
@@ -198,9 +197,8 @@ def _why_unfit(
         kind = link_kind(header, role)
     except LinkFileError as error:
         return str(error)
-    with file.open("rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
-            return "it is not the file that its receipt vouches for"
+    if sha256_of(file) != digest:
+        return "it is not the file that its receipt vouches for"
     if section.kind not in (None, kind):
         return f"it is of kind `{kind}`, the spec says `{section.kind}`"
     for end, backbone in (("source", source), ("target", target)):

@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import TypeVar, cast
 
 from recmas_compiler.links.link_file import LinkFileError, Role, link_kind, read_link_header
-from recmas_compiler.spec.document.paths import path_of
-from recmas_compiler.spec.document.places import Loc
+from recmas_compiler.spec.document.places import Loc, path_of
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.schema.link_names import outer_link_id
 from recmas_compiler.spec.schema.sections import InnerSection, LinkKind, LinkSection, WeightsSection
@@ -21,7 +20,7 @@ Link = TypeVar("Link", InnerSection, LinkSection)
 KindOf = Callable[[str, Role, Loc, WeightsSection], LinkKind]
 
 
-def frozen_links(spec: Spec, *, kinds: Mapping[str, str] | None = None) -> Spec:
+def untrained_links(spec: Spec, *, kinds: Mapping[str, str] | None = None) -> Spec:
     """Return the spec with every trained link set back to its start, everything else as it is.
 
     The start is the closed form, as for a link that was never trained.
@@ -39,13 +38,13 @@ def frozen_links(spec: Spec, *, kinds: Mapping[str, str] | None = None) -> Spec:
         known = section.kind or cast("LinkKind | None", (kinds or {}).get(link_id))
         return known or _kind_in_file(spec, role, loc, section)
 
-    frozen = without_link_files(spec, kind_of)
-    if frozen == spec:
+    untrained = without_link_files(spec, kind_of)
+    if untrained == spec:
         place = spec.position("links" if spec.document.links else "agents")
-        message = "no link of this spec has trained weights, so freezing them changes nothing."
+        message = "no link of this spec has trained weights, so there is nothing to set back."
         hint = "Give links `weights`, or compare with the other baselines."
         raise RecmasError(problem_at(place, "RM508", message, hint=hint))
-    return frozen
+    return untrained
 
 
 def without_link_files(spec: Spec, kind_of: KindOf) -> Spec:

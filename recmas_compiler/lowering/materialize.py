@@ -15,7 +15,7 @@ from recmas_compiler.links.checkpoint import load_declared_link
 from recmas_compiler.links.closed_form.aligned import Alignment, align_inner, align_outer
 from recmas_compiler.links.closed_form.calibration import Calibration, calibrate
 from recmas_compiler.links.modules import Role, make_link, randomize
-from recmas_compiler.spec.document.position import SourcePosition
+from recmas_compiler.spec.document.places import SourcePosition
 from recmas_runtime.core.progress import Progress
 
 

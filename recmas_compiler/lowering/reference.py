@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -28,7 +27,7 @@ from recmas_compiler.lowering.result import FinishReason, RecordResult, Referenc
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.formats.plan import SamplingPlan, Variant
 from recmas_runtime.prompts.render import (
-    ChatTemplate,
+    Chat,
     Prompt,
     Slot,
     Tokens,
@@ -36,7 +35,6 @@ from recmas_runtime.prompts.render import (
     common_prefix,
 )
 from recmas_runtime.prompts.sampler import Sampler, StopMatcher
-from recmas_runtime.prompts.tokenizer import Tokenizer
 
 Record = Mapping[str, object]
 
@@ -98,11 +96,9 @@ class TorchSystem(nn.Module):
         self.backbones = dict(backbones)
         self.frozen = nn.ModuleDict({name: b.model for name, b in backbones.items()})
         self.links = nn.ModuleDict({module_name(name): link for name, link in links.items()})
-        self._tokenizers = {
-            name: Tokenizer(b.tokenizer_json, b.chat_template) for name, b in backbones.items()
-        }
         self._chats = {
-            name: ChatTemplate(b.chat_template, b.special_tokens) for name, b in backbones.items()
+            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
+            for name, b in backbones.items()
         }
         steps = [(step, op) for step, op in program.in_order() if not isinstance(op, Agent)]
         self._rounds = [(n, list(of_round)) for n, of_round in groupby(steps, lambda s: s[1].round)]
@@ -125,15 +121,15 @@ class TorchSystem(nn.Module):
     def prompt(self, agent: str, variant: Variant, record: Record) -> Prompt:
         """Return an agent's prompt for a record as tokens and slots."""
         declared = self.system.agents[agent]
-        backbone = self.system.backbone_of(agent).name
+        chat = self._chats[self.system.backbone_of(agent).name]
         parts = declared.first if variant == "first" else declared.then
         assert parts is not None, f"{agent} has no prompt {variant!r}"
         return build_prompt(
             system=declared.system,
             prompt=parts,
             record=record,
-            chat=self._chats[backbone],
-            tokenizer=self._tokenizers[backbone],
+            chat=chat.template,
+            tokenizer=chat.tokenizer,
             variables=declared.chat_template,
         )
 
@@ -278,7 +274,7 @@ class TorchSystem(nn.Module):
         """Return the answer's ids, its text and why it ended."""
         agent = self.system.answer_agent
         backbone, lane = self._backbone(agent), state.lanes[agent]
-        tokenizer = self._tokenizers[self.system.backbone_of(agent).name]
+        tokenizer = self._chats[self.system.backbone_of(agent).name].tokenizer
         sampler = Sampler(sampling, [seed])
         ids: list[int] = []
         while len(ids) < sampling.max_new_tokens:
@@ -334,11 +330,7 @@ def load_backbones(program: Graph, *, progress: Progress) -> dict[str, TorchBack
     system = program.system
     used = {system.backbone_of(agent).name: system.backbone_of(agent) for agent in system.agents}
     return {
-        # Sources are relative to the spec that names them.
-        name: load_backbone(
-            b.facts, base_dir=Path(b.where.file).parent, progress=progress, dtype=b.dtype
-        )
-        for name, b in used.items()
+        name: load_backbone(b.facts, progress=progress, dtype=b.dtype) for name, b in used.items()
     }
 
 

@@ -5,8 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from recmas_compiler.ir.graph import Edge, Graph
-from recmas_compiler.ir.ops import Agent, Decode, Flow, Level, NodeOp, Prefill, Send, System, Think
-from recmas_compiler.ir.step_names import decode_id, prefill_id, send_id, think_id
+from recmas_compiler.ir.ops import (
+    Agent,
+    Decode,
+    Flow,
+    Level,
+    NodeOp,
+    Prefill,
+    Send,
+    System,
+    Think,
+    decode_id,
+    prefill_id,
+    send_id,
+    think_id,
+)
 from recmas_compiler.passes.pass_base import Pass
 from recmas_runtime.formats.plan import Variant
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from recmas_compiler.spec.document.places import Places
-from recmas_compiler.spec.document.position import SourcePosition
+from recmas_compiler.spec.document.places import Places, SourcePosition
 from recmas_compiler.spec.document.problems import SET_PREFIX, problem_at
-from recmas_compiler.spec.document.scalars import resolve
-from recmas_compiler.spec.document.yaml_source import Value, parse_yaml
+from recmas_compiler.spec.document.yaml_source import Value, parse_yaml, resolve
 from recmas_compiler.spec.schema.link_names import canonical_link_name
 from recmas_runtime.core.errors import Problem, RecmasError
 

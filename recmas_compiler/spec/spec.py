@@ -9,18 +9,24 @@ from functools import cached_property
 from pathlib import Path
 
 from recmas_compiler.spec.checks.table import run_checks
-from recmas_compiler.spec.document.places import Places
-from recmas_compiler.spec.document.position import SourcePosition
-from recmas_compiler.spec.document.problems import in_reading_order, problem_at, show
-from recmas_compiler.spec.document.yaml_source import parse_yaml, read_text
+from recmas_compiler.spec.document.places import Places, SourcePosition
+from recmas_compiler.spec.document.problems import in_reading_order
+from recmas_compiler.spec.document.yaml_source import parse_mapping, read_text, write_yaml
 from recmas_compiler.spec.overrides import apply_overrides
 from recmas_compiler.spec.patterns.layouts import expand_pattern
-from recmas_compiler.spec.resolved import resolved_yaml
 from recmas_compiler.spec.schema.declared import Declared
 from recmas_compiler.spec.schema.link_names import normalize_link_names
 from recmas_compiler.spec.schema.sections import SpecDocument
-from recmas_compiler.spec.schema.validate import validate
+from recmas_compiler.spec.schema.validate import SPECS, validate
 from recmas_runtime.core.errors import Problem, RecmasError
+
+
+def resolved_yaml(document: SpecDocument) -> str:
+    """Return the spec with its pattern expanded and every default written out.
+
+    Equal documents give equal text, and the text loads back to an equal spec.
+    """
+    return write_yaml(document.model_dump(mode="python", exclude_none=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +61,7 @@ class Spec:
         return self.places.value(loc) if loc in self.places.spans else self.places.key(loc)
 
     def resolved_yaml(self) -> str:
-        """Return the spec with its pattern expanded and all defaults written out.
-
-        Equal specs give equal text, and the text loads back to an equal spec.
-        """
+        """Return the spec with its pattern expanded and all defaults written out."""
         return resolved_yaml(self.document)
 
     def system_yaml(self) -> str:
@@ -82,7 +85,7 @@ def load_spec(path: str | Path, *, overrides: Iterable[str] = ()) -> Spec:
         RecmasError: Everything that is wrong with the spec (RM1xx), in the order of the file.
     """
     path = Path(path)
-    text = read_text(path, file=str(path))
+    text = read_text(path, file=str(path), language=SPECS)
     return _check(text, file=str(path), path=path, base_dir=path.parent, overrides=overrides)
 
 
@@ -107,13 +110,7 @@ def parse_spec(
 def _check(
     text: str, *, file: str, path: Path | None, base_dir: Path, overrides: Iterable[str]
 ) -> Spec:
-    source = parse_yaml(text, file=file)
-    root, places = source.value, source.places
-    problems = list(source.problems)
-    if not isinstance(root, dict):
-        message = f"a spec is a mapping of sections, this is {show(root)}."
-        hint = "`recmasc init sequential` writes a spec to begin with."
-        raise RecmasError(problem_at(places.value(()), "RM105", message, hint=hint))
+    root, places, problems = parse_mapping(text, file=file, language=SPECS)
     problems += normalize_link_names(root, places)
     problems += apply_overrides(root, places, overrides)
     unexpanded = expand_pattern(root, places)

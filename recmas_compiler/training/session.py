@@ -26,7 +26,7 @@ from recmas_compiler.lowering.materialize import (
 from recmas_compiler.lowering.reference import load_backbones
 from recmas_compiler.lowering.training_graph.calls import CallWriter
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
-from recmas_compiler.spec.document.paths import path_of
+from recmas_compiler.spec.document.places import path_of
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.schema.section import Section
 from recmas_compiler.spec.schema.train import BackboneDtype, TrainSection

@@ -14,10 +14,10 @@ import argparse
 import json
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from msgspec import structs
 
 import recmas_runtime as rt
 from recmas_compiler import api
@@ -41,7 +41,7 @@ def main() -> int:
     lines = arguments.data.read_text().splitlines()[: arguments.limit]
     records = [json.loads(line) for line in lines]
     system = rt.load(arguments.bundle)
-    sampling = replace(
+    sampling = structs.replace(
         system.plan.sampling, temperature=0.0, max_new_tokens=arguments.max_new_tokens, stop=()
     )
     questions = [rt.Record(id=r["id"], fields=r, index=i) for i, r in enumerate(records)]

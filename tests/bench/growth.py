@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 import recmas_runtime as rt
 from recmas_runtime.checking.machine import describe_machine
@@ -97,7 +98,7 @@ def measure(base: rt.System, sizes: Sequence[Size], repeats: int) -> list[float]
     """Return the median seconds of the latent phase of each size; sizes take turns."""
     found: list[list[float]] = [[] for _ in sizes]
     systems = [on_ring(base, size) for size in sizes]
-    one_token = replace(base.plan.sampling, max_new_tokens=1)
+    one_token = structs.replace(base.plan.sampling, max_new_tokens=1)
     systems[0].run("warm up", sampling=one_token)
     for _ in range(repeats):
         for size, system, seconds in zip(sizes, systems, found, strict=True):
@@ -164,7 +165,7 @@ def ring(plan: Plan, size: Size) -> Plan:
                         links=(links[i],), apply_inner=False,
                     )
                 )  # fmt: skip
-    return replace(
+    return structs.replace(
         plan,
         rounds=size.rounds,
         answer_agent=f"a{size.agents - 1}",

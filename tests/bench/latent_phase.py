@@ -18,13 +18,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from msgspec import structs
 
 import recmas_runtime as rt
 from recmas_compiler import api
@@ -93,7 +93,7 @@ def time_system(
     form: str, system: rt.System, arguments: argparse.Namespace, expected: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Time every batch size; sizes take turns, so that all see the same machine."""
-    one_token = replace(system.plan.sampling, max_new_tokens=1)
+    one_token = structs.replace(system.plan.sampling, max_new_tokens=1)
     seconds: dict[int, list[float]] = {batch: [] for batch in arguments.batch}
     parts: dict[int, list[dict[str, float]]] = {batch: [] for batch in arguments.batch}
     messages = Messages()
@@ -177,7 +177,7 @@ class Messages:
 def count_tokens(system: rt.System, question: str) -> dict[int, dict[str, int]]:
     """Return by round the prompt tokens that run, and how many would without reuse."""
     messages = Messages()
-    one_token = replace(system.plan.sampling, max_new_tokens=1)
+    one_token = structs.replace(system.plan.sampling, max_new_tokens=1)
     system.run_batch(records(question, 1), sampling=one_token, trace=messages)
     return {
         round_: {"prefilled": prefilled, "without_reuse": prefilled + reused}

@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from latent_phase import QUESTION
+from msgspec import structs
 
 import recmas_runtime as rt
 from recmas_runtime.engines.onnx.session import physical_cores
@@ -62,16 +62,16 @@ def numbers(text: str) -> list[int]:
 def without_copies(plan: Plan) -> Plan:
     """Return the plan in which every agent runs its own first prompt whole."""
     steps = (
-        replace(step, prefix_from=None) if isinstance(step, PrefillStep) else step
+        structs.replace(step, prefix_from=None) if isinstance(step, PrefillStep) else step
         for step in plan.steps
     )
-    return replace(plan, steps=tuple(steps))
+    return structs.replace(plan, steps=tuple(steps))
 
 
 def prompt_tokens(system: rt.System, batch: int, times: int) -> int:
     """Answer a batch of questions that differ in their first word; return one record's tokens."""
     questions = [f"{i}. {' '.join([QUESTION] * times)}" for i in range(batch)]
-    sampling = replace(system.plan.sampling, max_new_tokens=1)
+    sampling = structs.replace(system.plan.sampling, max_new_tokens=1)
     answers = system.run(questions, sampling=sampling)
     return answers[0].usage.prompt_tokens
 

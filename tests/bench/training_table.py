@@ -208,7 +208,7 @@ def accuracies(arguments: argparse.Namespace, row: Row, out: Path) -> dict[str, 
     elif row.links is not None:
         overrides = (*overrides, f"train.links_dir={row.links}")
     else:
-        frozen = ("--frozen-links",)
+        frozen = ("--untrained-links",)
     report = folder / "report.json"
     if not report.exists() or not json.loads(report.read_text())["is_complete"]:
         recmasc("build", arguments.spec, "-o", bundle, *frozen, *sets(overrides))

@@ -163,9 +163,9 @@ def test_report_files(
 def test_a_second_bundle_with_untrained_links(
     hand_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--frozen-bundle", hand_bundle, "--question", "7", "--repeats", "1"]
+    arguments = ["--untrained-bundle", hand_bundle, "--question", "7", "--repeats", "1"]
     body = bench_json(capsys, hand_bundle, *arguments)
-    assert [row["system"] for row in body["data"]["rows"]] == ["latent", "frozen-links", "text"]
+    assert [row["system"] for row in body["data"]["rows"]] == ["latent", "untrained-links", "text"]
 
 
 @pytest.mark.parametrize("having", [("one",), ("two",), ("one", "two")])
@@ -176,7 +176,7 @@ def test_what_either_bundle_warns_of_is_reported_once(
     for name in having:  # engines that no machine can use
         (bundles[name] / "engines/any").mkdir(parents=True)
         (bundles[name] / "engines/any/engines.json").write_text("{}")
-    arguments = ["--frozen-bundle", bundles["two"], "--question", "7", "--repeats", "1"]
+    arguments = ["--untrained-bundle", bundles["two"], "--question", "7", "--repeats", "1"]
     body = bench_json(capsys, bundles["one"], *arguments)
     messages = [problem["message"] for problem in body["problems"]]
     assert messages
@@ -197,7 +197,7 @@ def test_what_either_bundle_warns_of_is_reported_once(
         (["--baseline", "shuffled-latents"], "RM508", "there is only one"),
         (["--data", "/nowhere.jsonl"], "RM502", "cannot be read"),
         (["--question", " "], "RM500", "empty question"),
-        (["--frozen-bundle", "/nowhere"], "RM400", "not a bundle"),
+        (["--untrained-bundle", "/nowhere"], "RM400", "not a bundle"),
         (["--out", "/dev/null/report"], "RM503", "cannot be written"),
         (["--rounds", "2"], "RM506", "--rounds"),
     ],

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recmas_cli.evaluation_command import EvalOptions, evaluate
 
 import recmas_runtime as rt
-from recmas_cli.evaluation_command import EvalOptions, evaluate
 from recmas_compiler.evaluation.checks.text_checks import extract_words
 from recmas_runtime.core.errors import Exit, RecmasError
 from record_files import WriteRecords
@@ -77,7 +77,7 @@ def run(tiny_bundle: Path, data: Path, protocol: Path, tmp_path: Path) -> Evalua
             "data": data,
             "protocol": str(protocol),
             "baselines": (),
-            "frozen_bundle": None,
+            "untrained_bundle": None,
             "overrides": (),
             "batch": 4,
             "out": tmp_path / out,
@@ -289,11 +289,11 @@ def test_other_prompts_than_the_protocol_names_are_told(run: Evaluate) -> None:
     assert same.problems == ()
 
 
-def test_frozen_links_come_from_a_bundle_of_their_own(run: Evaluate, tiny_bundle: Path) -> None:
+def test_untrained_links_come_from_a_bundle_of_their_own(run: Evaluate, tiny_bundle: Path) -> None:
     report = run(
-        baselines=("latent", "frozen-links"), frozen_bundle=tiny_bundle, overrides=("n=2",)
+        baselines=("latent", "untrained-links"), untrained_bundle=tiny_bundle, overrides=("n=2",)
     ).data
-    assert [system["name"] for system in report["systems"]] == ["latent", "frozen-links"]
+    assert [system["name"] for system in report["systems"]] == ["latent", "untrained-links"]
     (comparison,) = report["comparisons"]
     assert (comparison["num_only_system"], comparison["p"]) == (0, 1.0)
 
@@ -302,8 +302,8 @@ def test_frozen_links_come_from_a_bundle_of_their_own(run: Evaluate, tiny_bundle
     ("changes", "message"),
     [
         ({"baselines": ("nonsense",)}, "RM508"),
-        ({"baselines": ("frozen-links",)}, "without --frozen-bundle"),
-        ({"frozen_bundle": Path("x")}, "without --baseline frozen-links"),
+        ({"baselines": ("untrained-links",)}, "without --untrained-bundle"),
+        ({"untrained_bundle": Path("x")}, "without --baseline untrained-links"),
         ({"batch": 99}, "--batch 99, the bundle takes 1 to 8"),
         ({"protocol": "gsm"}, "no protocol is called 'gsm'"),
         ({"data": Path("nowhere.jsonl")}, "RM502"),

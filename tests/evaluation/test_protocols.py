@@ -108,7 +108,7 @@ def test_malformed_protocols(golden: Callable[..., None]) -> None:
     ("name", "message"),
     [
         ("gsm8", "Did you mean `gsm8k`?"),
-        ("nowhere.yaml", "No such file"),
+        ("nowhere.yaml", "no such file"),
         ("../gsm8k", "no protocol"),
     ],
 )

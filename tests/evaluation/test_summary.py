@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from recmas_cli.console import LINE_EVERY_S, RichProgress
 from recmas_compiler.evaluation.answer_log import Judged
-from recmas_compiler.evaluation.progress import LINE_EVERY_S, ShownEvaluation
-from recmas_compiler.evaluation.report_text import markdown_table
 from recmas_compiler.evaluation.runner import SystemAnswers
 from recmas_compiler.evaluation.statistics import wilson
 from recmas_compiler.evaluation.summary import compare, savings, summarize
+from recmas_runtime.core.text import markdown_table
 
 
 def judged(
@@ -138,17 +138,17 @@ def test_a_line_every_half_minute_where_there_is_no_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     now = 0.0
-    shown = ShownEvaluation("gsm8k", clock=lambda: now)
-    with shown.system("latent", 8, [judged(0, correct=True), judged(1, correct=True)]) as advance:
+    with RichProgress(clock=lambda: now).stage("gsm8k latent", 8, done=2) as advance:
+        assert capsys.readouterr().err == "gsm8k latent ...\n"
         now = LINE_EVERY_S - 1
-        advance([judged(2, correct=True)])
+        advance(note="100.0% right")
         assert capsys.readouterr().err == ""
         now = LINE_EVERY_S
-        advance([judged(3, correct=False)])
+        advance(note="75.0% right")
         # two in half a minute: the other four take a minute
         assert capsys.readouterr().err == "gsm8k latent: 4/8, 75.0% right, 1.0 min left\n"
         now = LINE_EVERY_S + 1
-        advance([judged(4, correct=False)])
+        advance(note="60.0% right")
     assert capsys.readouterr().err == ""
 
 
@@ -157,8 +157,8 @@ def test_a_bar_on_a_terminal(
 ) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with ShownEvaluation("gsm8k").system("latent", 2, []) as advance:
-        advance([judged(0, correct=True), judged(1, correct=False)])
+    with RichProgress().stage("gsm8k latent", 2) as advance:
+        advance(2, note="50.0% right")
     shown = capsys.readouterr().err
     assert "gsm8k latent" in shown
     assert "2/2" in shown

@@ -20,8 +20,7 @@ from recmas_compiler.links.modules import make_link, randomize
 from recmas_export.graph.backbone_graph import CPU_DECODER, DECODER, EMBED, HEAD, export_backbone
 from recmas_runtime.core.progress import Silent
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
-from recmas_runtime.engines.onnx.buffers import Memory
-from recmas_runtime.engines.onnx.caches import CachePool
+from recmas_runtime.engines.onnx.caches import CachePool, Memory
 from recmas_runtime.formats.links import load_operands, stack_operands
 from recmas_runtime.formats.manifest import BackboneEntry, LinkEntry
 from tiny_models import write_tiny_backbone
@@ -157,7 +156,7 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 def load_tiny(folder: Path, family: str, **dims: Any) -> TorchBackbone:
     write_tiny_backbone(folder, family, **dims)
     facts = describe_backbone(str(folder), base_dir=folder)
-    return load_backbone(facts, base_dir=folder, progress=Silent())
+    return load_backbone(facts, progress=Silent())
 
 
 def export_tiny(root: Path, name: str) -> Exported:

@@ -291,9 +291,7 @@ def test_given_links_are_part_of_the_identity(
     """Trained links come as modules; other weights must make another bundle."""
     spec, program = compile_system(system)
     backbones = {
-        name: load_backbone(
-            program.system.backbones[name].facts, base_dir=spec.base_dir, progress=Silent()
-        )
+        name: load_backbone(program.system.backbones[name].facts, progress=Silent())
         for name in ("small", "other")
     }
     links = materialize_links(program, backbones, progress=Silent())

@@ -201,7 +201,7 @@ def kill(*args, **kwargs):
 
 where = {where!r}
 if where == "files":
-    bundle_writer.sha256_file = kill
+    bundle_writer.sha256_of = kill
 elif where == "manifest":
     write_json = bundle_writer._write_json
     def first_plan(path, value):
@@ -303,7 +303,7 @@ def test_folders_that_cannot_be_locked_are_refused(
     def flock(file: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("recmas_runtime.core.staging.fcntl.flock", flock)
+    monkeypatch.setattr("recmas_runtime.core.files.fcntl.flock", flock)
     target = tmp_path / "out"
     with (
         pytest.raises(RecmasError, match=r"RM303.*No locks available"),

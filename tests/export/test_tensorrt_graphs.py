@@ -1,6 +1,6 @@
 """Graphs in the form for TensorRT: covered by its parser's documentation, and computing the same.
 
-The documentation's list is data in `recmas_runtime.engines.tensorrt.parser_support`.
+The documentation's list is data in `tests/tensorrt_engines/parser_documentation.py`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from export_cases import CASES, Exported, random_ids, relative
+from parser_documentation import OPSETS, element_types, refused_nodes
 from recmas_export.graph.backbone_graph import DECODER, EMBED, HEAD
 from recmas_runtime.core.errors import RecmasError
-from recmas_runtime.engines.tensorrt.parser_support import element_types, unsupported
-from recmas_runtime.engines.tensorrt.static_graph import (
-    cache_pairs,
-    check_readable,
-    input_shapes,
-    read_graph,
-    static_decoder,
-)
+from recmas_runtime.engines.tensorrt.static_graph import input_shapes, read_graph, static_decoder
 from recmas_runtime.formats.tolerances import TOLERANCES
 
 CAPACITY = 64
@@ -53,7 +47,9 @@ def test_the_parser_reads_every_family(exported: Get, name: str) -> None:
         read_graph(folder / EMBED),
         read_graph(folder / HEAD),
     ):
-        assert unsupported(with_all_types(model)) == []
+        assert refused_nodes(with_all_types(model)) == []
+        (opset,) = [each.version for each in model.opset_import if each.domain == ""]
+        assert opset in OPSETS
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -101,7 +97,8 @@ def test_the_capacity_is_fixed_and_nothing_else(exported: Get) -> None:
         for node in model.graph.node
         if node.op_type == "TensorScatter"
     }
-    assert writes == cache_pairs(after)
+    caches = [name for name in after if name.startswith(("key.", "value."))]
+    assert writes == {f"present_{name}": name for name in caches}
     assert writes.keys() <= outputs
 
 
@@ -124,68 +121,19 @@ def test_queries_are_scaled_and_keys_are_not(exported: Get) -> None:
         np.testing.assert_allclose(constants[scaled.input[1]], 16**-0.5)
 
 
-def attention(
-    *, inputs: tuple[str, ...] = ("q", "k", "v", "mask"), outputs: int = 1, **attributes: object
-) -> onnx.NodeProto:
-    return helper.make_node(
-        "Attention", inputs, [f"out{i}" for i in range(outputs)], scale=1.0, **attributes
-    )
-
-
-SCATTER = ("TensorScatter", ["cache", "rows", "index"], ["updated"])
-
-
 @pytest.mark.parametrize(
-    ("node", "reason"),
+    "inputs",
     [
-        (attention(), None),
-        (attention(inputs=("q", "k", "v")), "operator Attention without an explicit mask"),
-        (
-            attention(inputs=("q", "k", "v", "mask", "", "", "lengths")),
-            "operator Attention with past, present or key lengths",
-        ),
-        (attention(outputs=3), "operator Attention with past, present or key lengths"),
-        (attention(softcap=50.0), "operator Attention with softcap"),
-        (attention(softcap=0.0), None),
-        (attention(q_num_heads=4), "operator Attention on three-dimensional inputs"),
-        (helper.make_node(*SCATTER, axis=-2, mode="linear"), None),
-        (helper.make_node(*SCATTER, axis=2), "operator TensorScatter on another axis than -2"),
-        (
-            helper.make_node(*SCATTER, axis=-2, mode="circular"),
-            "operator TensorScatter in circular mode",
-        ),
-        (helper.make_node("LinearAttention", ["q"], ["y"]), "operator LinearAttention"),
-        (
-            helper.make_node("MatMulNBits", ["q"], ["y"], domain="com.microsoft"),
-            "operator com.microsoft.MatMulNBits",
-        ),
-        (helper.make_node("MatMul", ["index", "index"], ["y"]), "operator MatMul on int64"),
-        (
-            helper.make_node("ReduceMean", ["q", "index"], ["y"]),
-            "operator ReduceMean with axes that are computed",
-        ),
+        ("q", "k", "v"),
+        ("q", "k", "v", ""),
+        ("q", "k", "v", "mask", "past_key", "past_value"),
+        ("q", "k", "v", "mask", "", "", "lengths"),
     ],
 )
-def test_what_the_parser_does_not_read_is_named(node: onnx.NodeProto, reason: str | None) -> None:
-    value = helper.make_tensor_value_info
-    model = helper.make_model(
-        helper.make_graph(
-            [node],
-            "graph",
-            [value("q", TensorProto.FLOAT, [1, 1]), value("index", TensorProto.INT64, [1])],
-            [],
-        ),
-        opset_imports=[helper.make_opsetid("", 24)],
-    )
-    assert unsupported(model) == ([] if reason is None else [reason])
-    if reason is not None:
-        with pytest.raises(RecmasError, match="RM203") as refused:
-            check_readable(model, file="decoder.onnx")
-        assert reason in str(refused.value)
-
-
-def test_an_opset_beyond_the_parser() -> None:
-    model = helper.make_model(
-        helper.make_graph([], "graph", [], []), opset_imports=[helper.make_opsetid("", 27)]
-    )
-    assert unsupported(model) == ["opset 27"]
+def test_attention_that_an_engine_would_compute_wrongly(inputs: tuple[str, ...]) -> None:
+    node = helper.make_node("Attention", inputs, ["y"], name="layer.0", scale=1.0)
+    keys = helper.make_tensor_value_info("k", TensorProto.FLOAT, [1, 1, 1, 1])
+    model = helper.make_model(helper.make_graph([node], "graph", [], [keys]))
+    with pytest.raises(RecmasError, match=r"RM203.*operator Attention \(layer.0\)") as refused:
+        static_decoder(model, CAPACITY, file="decoder.onnx")
+    assert refused.value.problems[0].file == "decoder.onnx"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.ir.graph import Edge, Graph
 from recmas_compiler.ir.ops import Agent, Backbone, BuildOptions, Level, Link, LinkWeights, System
-from recmas_compiler.spec.document.position import UNKNOWN
+from recmas_compiler.spec.document.places import UNKNOWN
 from recmas_runtime.formats.plan import PromptPart, SamplingPlan
 
 

@@ -14,9 +14,9 @@ from recmas_compiler.analysis.memory import memory_plan
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.instruments import RecordPasses
 from recmas_compiler.ir.ops import LinkWeights
-from recmas_compiler.ir.sizes import human_bytes, link_num_parameters
-from recmas_compiler.ir.text_table import counted, listed
+from recmas_compiler.ir.sizes import link_num_parameters
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
+from recmas_runtime.core.text import counted, human_bytes, listed
 from recmas_runtime.formats.plan import PromptPart, cache_capacity
 from recmas_runtime.running.sequence_batch import ROOM_FOR_TEXT
 

@@ -48,6 +48,7 @@ def test_special_tokens_are_variables_that_settings_override() -> None:
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages.append(1) }}", "append"),
+        ("{{ dict.update(messages[0], role='x') }}", "update"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{% set ns = namespace() %}{% set ns._x = 1 %}", "'_x'"),
         ("{{ namespace(__class__=1) }}", "'__class__'"),
@@ -77,6 +78,18 @@ def test_a_long_conversation_has_room() -> None:
     )
     messages = [{"role": "user", "content": "x" * 40_000}] * 100
     assert len(ChatTemplate(text).render(messages, add_generation_prompt=True)) > 4_000_000
+
+
+def test_a_long_conversation_may_be_cleaned_turn_by_turn() -> None:
+    tags = "".join(f".replace('<|reserved_special_token_{i}|>', '')" for i in range(9))
+    text = (
+        r"{% for m in messages %}{% set content = m.content.replace('\r\n', '\n')"
+        + tags
+        + r" %}{{ m.role + ': ' + content.replace('\n\n', '\n').strip() ~ '\n' }}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "one\r\n\r\ntwo\r\n" * 100}] * 2000
+    expected = ("user: " + ("one\ntwo\n" * 100).strip() + "\n") * 2000
+    assert ChatTemplate(text).render(messages, add_generation_prompt=False) == expected
 
 
 def test_output_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

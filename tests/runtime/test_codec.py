@@ -1,27 +1,30 @@
 from __future__ import annotations
 
-import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
+import msgspec
 import pytest
+from msgspec import inspect
 
 from hand_bundle import DELETE, make_plan
 from recmas_runtime.core.errors import Exit, RecmasError
-from recmas_runtime.formats import codec, manifest, plan
-from recmas_runtime.formats.codec import BOUNDS, from_json, parse_json, read_json_file, to_json
+from recmas_runtime.engines.tensorrt.engine_cache import EngineRecord
+from recmas_runtime.formats import codec
+from recmas_runtime.formats.codec import from_json, parse_json, read_json_file, to_json
 from recmas_runtime.formats.manifest import Manifest
 from recmas_runtime.formats.plan import Plan
 
 STEPS = "prefill, think, send, write, decode"
 VARIABLE = "agents.solver.chat_template.x"
 SCALAR = "expected true or false or an integer or a number or a string"
-KIND = "expected 'text' or 'field' or 'slot'"
+KIND = "expected 'field' or 'slot' or 'text'"
 
 
 def edited(keys: str, value: Any) -> Any:
-    whole = to_json(make_plan())
+    whole = json.loads(json.dumps(to_json(make_plan())))
     *parents, last = keys.split("/")
     place = whole
     for key in parents:
@@ -142,19 +145,59 @@ def test_huge_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         read_json_file(Plan, tmp_path / "plan.json", file="plan.json")
 
 
-def integer_fields() -> set[tuple[type, str]]:
-    found = set()
-    for module in (plan, manifest):
-        for cls in vars(module).values():
-            if dataclasses.is_dataclass(cls) and isinstance(cls, type):
-                for name, hint in get_type_hints(cls).items():
-                    if hint in (int, int | None) or (
-                        get_origin(hint) is tuple and get_args(hint)[0] is int
-                    ):
-                        found.add((cls, name))
-    return found
+def test_an_unknown_key_that_looks_like_a_place_is_refused() -> None:
+    for key in ("x - at `$.rounds", "x` - at `$.steps[9]", "x` - at `$.agents[...].y", "` - at `$"):
+        assert refusal(edited(key, 1)).startswith("RM404 ")
 
 
-def test_every_integer_of_the_formats_is_bounded() -> None:
-    versions = {(Plan, "version"), (Manifest, "version")}
-    assert set(BOUNDS) == integer_fields() - versions
+def test_the_key_of_a_table_is_named_wherever_it_stands(hand_bundle: Path) -> None:
+    whole = json.loads((hand_bundle / "manifest.json").read_text())
+    whole["parity"][0]["figures"]["last.of[2]"] = "low"
+    with pytest.raises(RecmasError) as caught:
+        from_json(Manifest, whole, file="manifest.json")
+    (problem,) = caught.value.problems
+    assert problem.message == ('parity[0].figures.last.of[2]: expected a number, found "low"')
+
+
+def test_one_wrong_value_among_many_is_found_without_trying_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    agent = edited("name", "x")["agents"]["solver"]
+    many = {f"agent{i}": agent for i in range(1000)} | {"last": {**agent, "inner": 3}}
+    convert, calls = msgspec.convert, []
+
+    def counted(data: Any, cls: Any) -> Any:
+        calls.append(cls)
+        return convert(data, cls)
+
+    monkeypatch.setattr(msgspec, "convert", counted)
+    assert refusal(edited("agents", many)) == "RM404 agents.last.inner: expected a string, found 3"
+    assert 1 < len(calls) < 20
+
+
+def numbers(node: inspect.Type, path: str) -> Iterator[tuple[str, inspect.Type]]:
+    match node:
+        case inspect.StructType():
+            for field in node.fields:
+                yield from numbers(field.type, f"{path}.{field.name}")
+        case inspect.UnionType():
+            for kind in node.types:
+                yield from numbers(kind, path)
+        case inspect.VarTupleType():
+            yield from numbers(node.item_type, path)
+        case inspect.DictType():
+            yield from numbers(node.value_type, path)
+        case inspect.IntType() | inspect.FloatType():
+            yield path, node
+
+
+@pytest.mark.parametrize("cls", [Plan, Manifest, EngineRecord])
+def test_every_number_of_the_formats_is_bounded(cls: type) -> None:
+    found = dict(numbers(inspect.type_info(cls), cls.__name__))
+    assert len(found) >= 5
+    for path, node in found.items():
+        if path.count(".") == 1 and path.endswith(".version"):
+            continue
+        assert isinstance(node, inspect.IntType | inspect.FloatType)
+        assert node.ge is not None or node.gt is not None, path
+        assert node.le is not None, path

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from recmas_runtime.core.interrupts import lasting_interrupts
+from recmas_runtime.core.terminal import lasting_interrupts
 
 
 class Finalized:

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from hand_bundle import write_link
 from recmas_runtime.core.errors import RecmasError
@@ -147,7 +147,7 @@ def test_another_link_than_announced_is_refused(tmp_path: Path, change: Any, mes
 def test_unknown_kinds_are_refused(tmp_path: Path) -> None:
     path, entry = make_link(tmp_path, "projected", "outer")
     with pytest.raises(RecmasError, match="no link is of kind 'linear'"):
-        load_operands(path, replace(entry, kind="linear"))
+        load_operands(path, structs.replace(entry, kind="linear"))
 
 
 def test_names_are_those_of_the_released_checkpoints() -> None:

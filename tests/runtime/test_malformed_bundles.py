@@ -12,11 +12,11 @@ import pytest
 from hand_bundle import DELETE, edit_json, rehash
 from recmas_runtime.cli.main import main
 from recmas_runtime.core.errors import CODES, RecmasError
+from recmas_runtime.core.files import sha256_of
 from recmas_runtime.core.progress import Silent
 from recmas_runtime.formats.bundle import (
     inside,
     open_bundle,
-    sha256_of,
     unlisted_files,
     write_json_atomic,
 )

@@ -13,7 +13,15 @@ import pytest
 import recmas_runtime
 
 PACKAGE = Path(recmas_runtime.__file__).parent
-ALLOWED = {"numpy", "onnxruntime", "tokenizers", "jinja2", "recmas_runtime"}
+ALLOWED = {
+    "jinja2",
+    "msgspec",
+    "numpy",
+    "onnxruntime",
+    "recmas_runtime",
+    "safetensors",
+    "tokenizers",
+}
 # What files, or all files of a folder, may import that comes with an extra.
 OPTIONAL = {
     "tensorrt": {"tensorrt", "cuda", "onnx"},

@@ -71,6 +71,9 @@ def entry(**changes: Any) -> dict[str, Any]:
     return {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | changes}
 
 
+TWICE = json.dumps(entry() | {"y": entry()["x"]}).replace('"y"', '"x"').encode()
+
+
 @pytest.mark.parametrize(
     ("header", "data"),
     [
@@ -84,6 +87,8 @@ def entry(**changes: Any) -> dict[str, Any]:
         (entry(extra=1), bytes(4)),
         (entry(dtype="F4"), bytes(4)),
         (entry(dtype=[]), bytes(4)),
+        (entry(dtype="F8_E4M3", shape=[4]), bytes(4)),
+        (TWICE, bytes(4)),
         (entry(shape=[-1]), bytes(4)),
         (entry(shape=[True]), bytes(4)),
         (entry(shape=[2**62, 2**62]), bytes(4)),

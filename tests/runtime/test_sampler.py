@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.formats.plan import SamplingPlan
@@ -40,7 +40,7 @@ def test_what_is_kept_is_what_transformers_keeps(settings: dict[str, Any]) -> No
     torch = pytest.importorskip("torch", reason="compares with transformers, which needs torch")
     from transformers.generation import logits_process as reference
 
-    sampling = replace(WARM, **settings)
+    sampling = structs.replace(WARM, **settings)
     logits = random_logits(4, 1000)
     written = [[1, 5, 5], [2, 900, 3], [7, 7, 7], [0, 1, 2]]
     expected = torch.from_numpy(logits.copy())
@@ -70,7 +70,7 @@ def test_what_is_kept_is_what_transformers_keeps(settings: dict[str, Any]) -> No
 
 
 def test_ties_at_the_edge_of_top_k_stay() -> None:
-    kept = warp(np.array([[1.0, 2.0, 2.0, 3.0]]), replace(WARM, top_k=2))
+    kept = warp(np.array([[1.0, 2.0, 2.0, 3.0]]), structs.replace(WARM, top_k=2))
     assert np.isfinite(kept).tolist() == [[False, True, True, True]]
 
 
@@ -95,8 +95,8 @@ def test_equal_seeds_give_equal_tokens() -> None:
 
 def test_a_sample_does_not_depend_on_its_neighbours() -> None:
     logits = random_logits(3, 500)
-    together = Sampler(replace(WARM, repetition_penalty=1.3), [10, 11, 12])
-    alone = Sampler(replace(WARM, repetition_penalty=1.3), [11])
+    together = Sampler(structs.replace(WARM, repetition_penalty=1.3), [10, 11, 12])
+    alone = Sampler(structs.replace(WARM, repetition_penalty=1.3), [11])
     batched = [together.choose(logits) for _ in range(30)]
     for tokens in batched:
         assert tokens[1] == alone.choose(logits[1:2])[0]
@@ -152,7 +152,7 @@ def test_logits_that_are_not_finite_are_an_engine_failure(bad: float) -> None:
 )
 def test_settings_out_of_bounds_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(RecmasError) as caught:
-        check_sampling(replace(SamplingPlan(), **settings))
+        check_sampling(structs.replace(SamplingPlan(), **settings))
     (problem,) = caught.value.problems
     ((name, value),) = settings.items()
     assert problem.code == "RM505"

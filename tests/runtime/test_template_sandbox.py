@@ -52,6 +52,7 @@ MULTIPLIED = [
     f"[1] | slice({HUGE}) | list",
     "[[1], [2]] | sum(start=[])",
     f"1 | round({HUGE}, 'ceil')",
+    f"1 | round(-{HUGE})",
     f"(1).to_bytes({HUGE}, 'big')",
     f"'x'.encode().center({HUGE})",
     f"[1] | tojson(indent={HUGE})",
@@ -183,6 +184,12 @@ def test_much_that_comes_little_by_little_is_refused(
             "dce",
         ),
         ("{% set c = cycler('a', 'b') %}{{ c.next() }}{{ c.next() }}{{ c.next() }}", "aba"),
+        # From within a loop or block, Jinja hands the names in scope to every call.
+        (
+            "{% for x in ['a-b'] %}{{ x.replace('-', '+') }}{{ '{}'.format(x) }}{{ x.center(5) }}|"
+            "{{ '-'.join(x) }}{% endfor %}{% block b %}{{ 'a'.replace('a', 'b') }}{% endblock %}",
+            "a+ba-b a-b |a---bb",
+        ),
     ],
 )
 def test_counting_changes_nothing(text: str, expected: str) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 import recmas_runtime as rt
 from recmas_runtime.running.run_trace import EVENTS_NAME, MESSAGES_NAME, TraceWriter
@@ -33,8 +33,8 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
 
 def test_rounds_that_start_over_are_traced_once(hand_bundle: Path, tmp_path: Path) -> None:
     text = rt.load(hand_bundle).baseline("text")
-    limits = replace(text.plan.limits, max_prompt_tokens=128)
-    system = text.with_plan(replace(text.plan, limits=limits))
+    limits = structs.replace(text.plan.limits, max_prompt_tokens=128)
+    system = text.with_plan(structs.replace(text.plan, limits=limits))
     # After a "C" the planner writes 18 letters, which the solver's prompt has no room for.
     asked = records(good="7", long="x" * 100 + "C", other="8")
     good, long, other = trace_of(system, asked, tmp_path / "over")

@@ -11,10 +11,9 @@ import jsonschema
 import pytest
 
 from recmas_compiler.spec.document.yaml_source import parse_yaml
-from recmas_compiler.spec.patterns.starter_specs import STARTERS, starter_spec
+from recmas_compiler.spec.patterns.starter_specs import STARTERS, ready_specs, starter_spec
 from recmas_compiler.spec.schema.json_schema import (
     json_schema,
-    ready_specs,
     schema_text,
     with_tables,
 )
@@ -24,7 +23,7 @@ from spec_texts import CHAIN, PAIR
 from test_malformed_specs import CASES
 
 SPECS = Path(__file__).parents[2] / "specs"
-UPDATE = "run: python -m recmas_compiler.spec.schema.json_schema"
+UPDATE = "run: python -m recmas_compiler.spec.patterns.starter_specs"
 
 # What a schema can find: shapes and bounds, but not names, links and prompts.
 SHAPES = ("RM103", "RM104", "RM105", "RM106")

@@ -9,13 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recmas_compiler.spec.document.scalars import (
-    fits_literal_block,
-    literal_header,
-    resolve,
-    write_scalar,
-)
-from recmas_compiler.spec.document.yaml_source import Value, parse_yaml
+from recmas_compiler.spec.document.yaml_source import Value, parse_yaml, resolve, write_yaml
 from recmas_compiler.spec.spec import parse_spec
 from recmas_runtime.core.errors import RecmasError
 from spec_texts import PAIR
@@ -76,25 +70,17 @@ def test_written_scalars_read_back(value: bool | int | float | str | None) -> No
         return  # no character of its own; no file can hold it
     if isinstance(value, float) and math.isinf(value):
         return  # no setting is infinite
-    written = write_scalar(value)
-    for quoted in (written, f"[{write_scalar(value, quoted=True)}]"):
-        read = parse_yaml(f"key: {quoted}\n", file="f").value
-        assert isinstance(read, dict)
-        found = read["key"]
-        assert (found[0] if isinstance(found, list) else found) == value
+    written = write_yaml({"key": value, "list": (value,)})
+    assert parse_yaml(written, file="f").value == {"key": value, "list": [value]}
     if isinstance(value, str):  # nor do readers of YAML 1.1 take text for anything else
-        assert yaml.safe_load(f"key: {written}") == {"key": value}
+        assert yaml.safe_load(written) == {"key": value, "list": [value]}
 
 
 @settings(deadline=None)
-@given(st.text(alphabet="ab \n\t\"'#:-{}|\xa0\x85\u2028", max_size=12))
-def test_written_blocks_read_back(text: str) -> None:
-    if fits_literal_block(text):
-        body = "".join(
-            f"  {line}\n" if line else "\n" for line in text.removesuffix("\n").split("\n")
-        )
-        source = f"a: {literal_header(text)}\n{body}b: 1\n"
-        assert parse_yaml(source, file="f").value == {"a": text, "b": 1}
+@given(st.text(alphabet="ab \n\t\"'#:-{}|\xa0\x85\u2028\ufeff\U0001f600", max_size=12))
+def test_written_text_reads_back(text: str) -> None:
+    written = write_yaml({"a": text, "b": {"c": text}, "d": 1})
+    assert parse_yaml(written, file="f").value == {"a": text, "b": {"c": text}, "d": 1}
 
 
 def nested() -> st.SearchStrategy[Value]:
@@ -125,6 +111,23 @@ def test_places() -> None:
     assert str(spec.position("answer", "seed")) == "demo.yaml:18:1"
     assert str(spec.position("agents", "solver", "inner", "kind")) == "demo.yaml:12:3"
     assert str(spec.position("build", "target")) == "demo.yaml:1:1"
+
+
+def test_an_anchor_may_be_given_again() -> None:
+    source = parse_yaml("a: &x 1\nb: &x [&x 2, *x]\nc: *x\n", file="f")
+    assert source.value == {"a": 1, "b": [2, 2], "c": [2, 2]}
+    assert str(source.places.values["c",]) == "f:3:4"
+    assert str(source.places.values["c", 1]) == "f:2:14"
+
+
+def test_depth_counts_what_aliases_stand_for() -> None:
+    deep = "a: &a " + "[" * 20 + "]" * 20 + "\nb: "
+    assert parse_yaml(deep + "[" * 11 + "*a" + "]" * 11, file="f")
+    with pytest.raises(RecmasError) as refused:
+        parse_yaml(deep + "[" * 12 + "*a" + "]" * 12, file="f")
+    problem = refused.value.problems[0]
+    assert (problem.code, problem.line, problem.column) == ("RM101", 2, 16)
+    assert "levels deep" in problem.message
 
 
 PROMPTS = {

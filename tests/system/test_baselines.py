@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 
 import recmas_runtime as rt
 from built import BuildTiny, Built
@@ -68,7 +68,7 @@ def built(request: pytest.FixtureRequest, build_tiny: BuildTiny) -> Built:
 def answers(
     system: rt.System, records: list[rt.Record] = RECORDS, *, batch: int = 8, **sampling: object
 ) -> list[rt.Answer]:
-    settings = replace(system.plan.sampling, **sampling)
+    settings = structs.replace(system.plan.sampling, **sampling)
     found: list[rt.Answer] = []
     for start in range(0, len(records), batch):
         for result in system.run_batch(records[start : start + batch], sampling=settings):
@@ -314,7 +314,7 @@ def test_the_limit_of_text_is_half_of_the_positions(build_tiny: BuildTiny) -> No
         ("text@many", "there is no baseline 'text@many'"),
         ("text@5@6", "there is no baseline 'text@5@6'"),
         ("single@5", "'single@5': only text and moa take a limit of tokens"),
-        ("frozen-links", "there is no baseline 'frozen-links'"),
+        ("untrained-links", "there is no baseline 'untrained-links'"),
         ("moa", "moa: there is no agent besides the answer agent"),
     ],
 )
@@ -343,8 +343,10 @@ answer: {agent: solver, max_new_tokens: 4}
     with pytest.raises(rt.RecmasError, match=r"RM508.*there is only one"):
         shuffled.stream("What?")
     # Cut into batches of at most two, three records leave one alone.
-    limits = replace(shuffled.plan.limits, max_batch=2)
-    pairs = build_tiny(SPECS["loop"]).system.with_plan(replace(shuffled.plan, limits=limits))
+    limits = structs.replace(shuffled.plan.limits, max_batch=2)
+    pairs = build_tiny(SPECS["loop"]).system.with_plan(
+        structs.replace(shuffled.plan, limits=limits)
+    )
     pairs = pairs.baseline("shuffled-latents")
     assert len(pairs.run(["a", "b", "c", "d"])) == 4
     with pytest.raises(rt.RecmasError, match=r"RM508.*there is only one"):

@@ -16,14 +16,15 @@ from typing import Any
 import pytest
 
 from recmas_runtime.core.errors import RecmasError
-from recmas_runtime.engines.tensorrt.availability import Platform, parse_version
 from recmas_runtime.engines.tensorrt.engine_cache import (
     RECORD_NAME,
     TIMING_CACHE_NAME,
     BackbonePlans,
     DecoderPlan,
+    Platform,
     choose_engines,
     engine_folders,
+    parse_version,
     staged_engines,
     timing_caches,
     write_record,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from recmas_runtime.engines.tensorrt.profiles import (
+from recmas_runtime.engines.tensorrt.static_graph import (
     Shapes,
     choose_capacity,
     decoder_ranges,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from recmas_runtime.core.errors import RecmasError
-from recmas_runtime.engines.tensorrt.availability import _architecture
+from recmas_runtime.engines.tensorrt.engine_cache import _architecture
 from simulated_commands import run_python
 from tiny_bundle import write_spec
 
@@ -63,7 +63,7 @@ def test_a_folder_of_the_same_name_is_no_tensorrt(tmp_path: Path) -> None:
     (tmp_path / "tensorrt").mkdir()
     ran = run_python(
         "-c",
-        "from recmas_runtime.engines.tensorrt.availability import find_platform; find_platform()",
+        "from recmas_runtime.engines.tensorrt.engine_cache import find_platform; find_platform()",
         paths=(str(tmp_path),),
     )
     assert "tensorrt is not installed" in ran.stderr

@@ -178,10 +178,10 @@ import numpy as np
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.links import load_operands, stack_operands
 from recmas_runtime.running.open_engines import open_engines
-from recmas_runtime.engines.tensorrt import workspace
+from recmas_runtime.engines.tensorrt import execution
 from recmas_runtime.engines.tensorrt.device_memory import Stream
 
-workspace.MOST_STEPS_OF_A_GRAPH = 2
+execution.MOST_STEPS_OF_A_GRAPH = 2
 bundle = open_bundle(sys.argv[1])
 backbone = open_engines(bundle, device="tensorrt", threads=1).backbones["small"]
 link = bundle.manifest.links["one.inner"]

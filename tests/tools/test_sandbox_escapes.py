@@ -20,25 +20,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from refused_calls import REFUSED
 
 from recmas_runtime.tools.sandbox import Sandbox, SandboxResult, find_sandbox, survey_sandboxes
-from recmas_runtime.tools.sandbox.result import (
+from recmas_runtime.tools.sandbox.program import (
     MAX_FILE_BYTES,
     MAX_OUTPUT_BYTES,
     MAX_PROCESSES,
     MAX_TMP_BYTES,
     MAX_TMP_FILES,
 )
-from recmas_runtime.tools.sandbox.seccomp import MACHINES, REFUSED
+from recmas_runtime.tools.sandbox.seccomp import MACHINES, NEWEST
 
 pytestmark = pytest.mark.skipif(
     find_sandbox() is None, reason=f"no sandbox here: {dict(survey_sandboxes().reasons)}"
 )
 REPOSITORY = Path(__file__).parents[2]
+COLUMN = 1 if platform.machine() == "aarch64" else 0  # of `REFUSED`
 
 # A container of an image has some more files, ends itself what uses too much, and starts slowly.
 IS_BUBBLEWRAP = getattr(find_sandbox(), "name", None) == "bubblewrap"
-STOP_AFTER_S = 3 if IS_BUBBLEWRAP else 8
+STOP_AFTER_S = 2 if IS_BUBBLEWRAP else 8
 
 PRELUDE = """
 import ctypes, errno, mmap, os, resource, signal, socket, stat, subprocess, sys, threading, time
@@ -50,6 +52,10 @@ def syscall(number, *arguments):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
 """
+
+
+OS_ERRORS = ("PermissionError", "FileNotFoundError", "OSError", "ProcessLookupError")
+FORBIDDEN = ("PermissionError",)
 
 
 def sandbox() -> Sandbox:
@@ -72,10 +78,14 @@ def attempt(attack: str) -> str:
     )
 
 
-def assert_held(attack: str, *errors: str) -> None:
-    result = run(attempt(attack))
+def assert_held(*attacks: str, errors: tuple[str, ...] = OS_ERRORS) -> None:
+    """Try the attacks one after the other, in one program: each must fail with one of `errors`."""
+    result = run("".join(map(attempt, attacks)))
     assert result.status == "ok", result
-    assert result.stdout.split()[0] in (errors or OS_ERRORS), result.stdout
+    outcomes = result.stdout.splitlines()
+    assert len(outcomes) == len(attacks), outcomes
+    for attack, outcome in zip(attacks, outcomes, strict=True):
+        assert outcome.split()[0] in errors, (attack, outcome)
 
 
 def assert_works_outside(attack: str) -> None:
@@ -89,9 +99,6 @@ def assert_works_outside(attack: str) -> None:
     assert ran.stdout == "ESCAPED\n", ran.stdout
 
 
-OS_ERRORS = ("PermissionError", "FileNotFoundError", "OSError", "ProcessLookupError")
-
-
 # The network
 
 
@@ -100,7 +107,7 @@ def test_tcp_to_the_host() -> None:
         server.setblocking(False)
         port = server.getsockname()[1]
         attack = f"socket.create_connection(('127.0.0.1', {port}), timeout=3)"
-        assert_held(attack, *OS_ERRORS, "ConnectionRefusedError")
+        assert_held(attack, errors=(*OS_ERRORS, "ConnectionRefusedError"))
         with pytest.raises(BlockingIOError):
             server.accept()
         assert_works_outside(attack)
@@ -122,7 +129,7 @@ def test_udp_to_the_host() -> None:
 
 
 def test_dns() -> None:
-    assert_held("socket.getaddrinfo('example.com', 80)", "gaierror", *OS_ERRORS)
+    assert_held("socket.getaddrinfo('example.com', 80)", errors=("gaierror", *OS_ERRORS))
     assert_held(
         "with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:\n"
         "    s.connect(('8.8.8.8', 53))\n    s.send(b'x')"
@@ -149,7 +156,7 @@ def test_unix_socket_of_the_host(tmp_path: Path, kind: str) -> None:
         server.listen()
         server.setblocking(False)
         attack = f"socket.socket(socket.AF_UNIX).connect({name!r})"
-        assert_held(attack, *OS_ERRORS, "ConnectionRefusedError")
+        assert_held(attack, errors=(*OS_ERRORS, "ConnectionRefusedError"))
         with pytest.raises(BlockingIOError):
             server.accept()
         assert_works_outside(attack)
@@ -202,8 +209,7 @@ def test_the_repository() -> None:
 
 
 def test_installed_packages() -> None:
-    assert_held("import numpy", "ModuleNotFoundError")
-    assert_held("import recmas_runtime", "ModuleNotFoundError")
+    assert_held("import numpy", "import recmas_runtime", errors=("ModuleNotFoundError",))
     assert_works_outside("import numpy")
 
 
@@ -234,17 +240,19 @@ def test_writing_outside_of_tmp(place: str) -> None:
 
 def test_writing_to_the_interpreter() -> None:
     before = Path(os.__file__).read_bytes()
-    assert_held("open(os.__file__, 'a').write('import evil')")
-    assert_held("os.unlink(os.__file__)")
-    assert_held("os.chmod(os.__file__, 0o777)")
-    assert_held("open(os.path.join(os.path.dirname(os.__file__), 'site-packages', 'x.pth'), 'w')")
+    assert_held(
+        "open(os.__file__, 'a').write('import evil')",
+        "os.unlink(os.__file__)",
+        "os.chmod(os.__file__, 0o777)",
+        "open(os.path.join(os.path.dirname(os.__file__), 'site-packages', 'x.pth'), 'w')",
+    )
     assert Path(os.__file__).read_bytes() == before
 
 
 def test_tmp_is_private(tmp_path: Path) -> None:
     name = f"recmas-{secrets.token_hex(8)}"
     write = f"open('/tmp/{name}', 'w').write('x'); print(os.listdir('/tmp'))"
-    assert run(write).stdout == f"['main.py', '{name}']\n" or name in run(write).stdout
+    assert name in run(write).stdout
     assert not Path("/tmp", name).exists()
     assert name not in run("print(os.listdir('/tmp'))").stdout
 
@@ -256,24 +264,27 @@ def test_symbolic_links_to_the_host(tmp_path: Path, path: str) -> None:
     secret = tmp_path / "secret"
     secret.write_text("secret")
     target = path.format(secret=secret)
-    assert_held(f"os.symlink({target!r}, '/tmp/link')\nopen('/tmp/link').read()")
-    assert_held(f"os.symlink({target!r}, '/tmp/link')\nopen('/tmp/link', 'w').write('changed')")
-    assert_held(f"os.link({str(secret)!r}, '/tmp/hard')")
+    assert_held(
+        f"os.symlink({target!r}, '/tmp/read')\nopen('/tmp/read').read()",
+        f"os.symlink({target!r}, '/tmp/write')\nopen('/tmp/write', 'w').write('changed')",
+        f"os.link({str(secret)!r}, '/tmp/hard')",
+    )
     assert secret.read_text() == "secret"
 
 
 def test_device_files() -> None:
-    assert_held("os.mknod('/tmp/disk', stat.S_IFBLK | 0o666, os.makedev(254, 0))")
-    assert_held("open('/dev/mem', 'rb').read(1)")
-    assert_held("open('/dev/kmsg').read(1)")
-    assert_held("open('/dev/tty')")
+    assert_held(
+        "os.mknod('/tmp/disk', stat.S_IFBLK | 0o666, os.makedev(254, 0))",
+        "open('/dev/mem', 'rb').read(1)",
+        "open('/dev/kmsg').read(1)",
+        "open('/dev/tty')",
+    )
 
 
 def test_files_by_handle() -> None:
     """Handles lead past mount namespaces: how an early container escape worked."""
-    column = MACHINES[platform.machine()].column
-    number = REFUSED["open_by_handle_at"][column]
-    assert_held(f"syscall({number}, 0, 0, 0)", "PermissionError")
+    number = REFUSED["open_by_handle_at"][COLUMN]
+    assert_held(f"syscall({number}, 0, 0, 0)", errors=FORBIDDEN)
 
 
 # Processes and privileges
@@ -300,32 +311,39 @@ def test_killing_processes_of_the_host() -> None:
 
 
 def test_tracing_the_parent() -> None:
-    ptrace = REFUSED["ptrace"][MACHINES[platform.machine()].column]
-    assert_held(f"syscall({ptrace}, 16, os.getppid() or 1, 0, 0)", "PermissionError")
-    assert_held(f"syscall({ptrace}, 0, 0, 0, 0)", "PermissionError")
+    ptrace = REFUSED["ptrace"][COLUMN]
+    attach, trace_me = (16, "os.getppid() or 1"), (0, 0)
+    attacks = [f"syscall({ptrace}, {what}, {pid}, 0, 0)" for what, pid in (attach, trace_me)]
+    assert_held(*attacks, errors=FORBIDDEN)
 
 
 def test_reading_the_memory_of_others() -> None:
-    assert_held("open('/proc/1/mem', 'rb').read(1)")
-    assert_held(f"open('/proc/{os.getpid()}/mem', 'rb').read(1)")
-    assert_held(f"open('/proc/{os.getpid()}/environ', 'rb').read()")
+    assert_held(
+        "open('/proc/1/mem', 'rb').read(1)",
+        f"open('/proc/{os.getpid()}/mem', 'rb').read(1)",
+        f"open('/proc/{os.getpid()}/environ', 'rb').read()",
+    )
 
 
 def test_mounting() -> None:
-    assert_held("if libc.mount(b'none', b'/tmp', b'tmpfs', 0, 0): raise PermissionError")
-    assert_held("if libc.umount2(b'/tmp', 2): raise PermissionError")
-    remount = "if libc.mount(b'none', b'/', b'none', 0x1020, 0): raise PermissionError"
-    assert_held(remount)
-    assert_held("os.chroot('/tmp')")
+    assert_held(
+        "if libc.mount(b'none', b'/tmp', b'tmpfs', 0, 0): raise PermissionError",
+        "if libc.umount2(b'/tmp', 2): raise PermissionError",
+        "if libc.mount(b'none', b'/', b'none', 0x1020, 0): raise PermissionError",  # remount
+        "os.chroot('/tmp')",
+    )
 
 
 def test_new_namespaces() -> None:
     machine = MACHINES[platform.machine()]
     user = 0x10000000
-    assert_held(f"if libc.unshare({user}): raise PermissionError", "PermissionError")
-    for flag in (user, 0x00020000, 0x20000000, 0x40000000, user | 0x00020000):
-        assert_held(f"syscall({machine.clone}, {flag} | 17, 0, 0, 0, 0)", "PermissionError")
-    assert_held("if libc.setns(0, 0): raise PermissionError", "PermissionError")
+    flags = (user, 0x00020000, 0x20000000, 0x40000000, user | 0x00020000)
+    assert_held(
+        f"if libc.unshare({user}): raise PermissionError",
+        *(f"syscall({machine.clone}, {flag} | 17, 0, 0, 0, 0)" for flag in flags),
+        "if libc.setns(0, 0): raise PermissionError",
+        errors=FORBIDDEN,
+    )
 
 
 def test_clone3_cannot_smuggle_flags_past_the_filter() -> None:
@@ -334,14 +352,73 @@ def test_clone3_cannot_smuggle_flags_past_the_filter() -> None:
     assert "Function not implemented" in result.stdout
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
-def test_refused_system_calls(name: str) -> None:
-    number = REFUSED[name][MACHINES[platform.machine()].column]
-    if number is None:
-        pytest.skip(f"{platform.machine()} has no {name}")
-    if name in ("statmount", "listmount", "open_tree_attr") and not IS_BUBBLEWRAP:
-        pytest.skip("newer than the library by which many engines translate names")
-    assert_held(f"syscall({number}, 0, 0, 0, 0, 0)", "PermissionError")
+def test_refused_system_calls() -> None:
+    # Engines answer ENOSYS to these where they, or the library below them, do not know them yet.
+    left_out = () if IS_BUBBLEWRAP else ("statmount", "listmount", "open_tree_attr")
+    numbers = [row[COLUMN] for name, row in REFUSED.items() if name not in left_out]
+    attacks = [f"syscall({n}, 0, 0, 0, 0, 0)" for n in numbers if n is not None]
+    assert len(attacks) > 50
+    assert_held(*attacks, errors=FORBIDDEN)
+
+
+def test_a_harmless_call_that_is_not_listed() -> None:
+    """Nothing speaks against inotify but that no program needs it: refused all the same."""
+    attack = f"syscall({(294, 26)[COLUMN]}, 0)"  # inotify_init1
+    assert_held(attack, errors=FORBIDDEN)
+    assert_works_outside(attack)
+
+
+def test_a_call_newer_than_the_filter() -> None:
+    """It is missing, not forbidden, so that C libraries use the older one."""
+    result = run(attempt(f"syscall({NEWEST + 1}, 0, 0, 0, 0, 0)"))
+    assert "Function not implemented" in result.stdout
+
+
+def test_ordinary_programs() -> None:
+    """What Python's own modules do with the kernel must stay possible."""
+    result = run(
+        """
+        import asyncio, decimal, multiprocessing, pathlib, shutil, sqlite3, tempfile
+        sys.setrecursionlimit(20_000)
+        def depth(n): return 0 if n == 0 else 1 + depth(n - 1)
+        threading.stack_size(64 << 20)
+        found = []
+        thread = threading.Thread(target=lambda: found.append(depth(15_000)))
+        thread.start()
+        thread.join()
+        print(found, decimal.Decimal(2).sqrt(decimal.Context(prec=20)))
+        child = multiprocessing.get_context('fork').Process(target=os._exit, args=(3,))
+        child.start()
+        child.join()
+        print(child.exitcode, subprocess.check_output([sys.executable, '-c', 'print(4)']))
+        async def ask():
+            command = [sys.executable, '-c', 'print(5)']
+            process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+            return await process.communicate()
+        print(asyncio.run(ask()))
+        with sqlite3.connect('/tmp/table.db') as connection:
+            connection.execute('create table t (x)')
+            connection.execute('insert into t values (6)')
+            print(*connection.execute('select x from t'))
+        with tempfile.TemporaryDirectory() as folder:
+            pathlib.Path(folder, 'a').write_text('x')
+            shutil.copy2(folder + '/a', folder + '/b')
+            os.symlink('b', folder + '/c')
+            shutil.copytree(folder, '/tmp/copied', symlinks=True)
+        print(sorted(os.listdir('/tmp/copied')))
+        signal.signal(signal.SIGALRM, lambda *_: print('alarm'))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        time.sleep(0.05)
+        """
+    )
+    assert result.stdout.splitlines() == [
+        "[15000] 1.4142135623730950488",
+        "3 b'4\\n'",
+        "(b'5\\n', None)",
+        "(6,)",
+        "['a', 'b', 'c']",
+        "alarm",
+    ], result
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="ways around the filter of x86_64")
@@ -363,10 +440,8 @@ def test_other_system_call_tables(way: str) -> None:
 
 
 def test_becoming_root() -> None:
-    assert_held("os.setuid(0)")
-    assert_held("os.setgid(0)")
-    assert_held("os.setgroups([0])")
-    assert_held("os.chown('/tmp/main.py', 0, 0)")
+    chown = "os.chown('/tmp/main.py', 0, 0)"
+    assert_held("os.setuid(0)", "os.setgid(0)", "os.setgroups([0])", chown)
     assert run("print(os.getuid() == 0 or os.geteuid() == 0 or 0 in os.getgroups())").stdout == (
         "False\n"
     )
@@ -385,17 +460,19 @@ def test_no_capability_is_left() -> None:
 
 
 def test_raising_limits() -> None:
-    for limit in ("AS", "NPROC", "FSIZE", "NOFILE", "CPU", "CORE"):
-        attack = f"resource.setrlimit(resource.RLIMIT_{limit}, (2**40, 2**40))"
-        assert_held(attack, "ValueError", *OS_ERRORS)
+    limits = ("AS", "NPROC", "FSIZE", "NOFILE", "CPU", "CORE")
+    attacks = [f"resource.setrlimit(resource.RLIMIT_{name}, (2**40, 2**40))" for name in limits]
+    assert_held(*attacks, errors=("ValueError", *OS_ERRORS))
 
 
 def test_kernel_settings() -> None:
     before = Path("/proc/sys/kernel/core_pattern").read_text()
-    assert_held("open('/proc/sys/kernel/core_pattern', 'w').write('|/tmp/evil')")
-    assert_held("open('/proc/sysrq-trigger', 'w').write('h')")
-    assert_held("open('/sys/kernel/uevent_helper', 'w').write('/tmp/evil')")
-    assert_held("open('/sys/fs/cgroup/release_agent', 'w').write('/tmp/evil')")
+    assert_held(
+        "open('/proc/sys/kernel/core_pattern', 'w').write('|/tmp/evil')",
+        "open('/proc/sysrq-trigger', 'w').write('h')",
+        "open('/sys/kernel/uevent_helper', 'w').write('/tmp/evil')",
+        "open('/sys/fs/cgroup/release_agent', 'w').write('/tmp/evil')",
+    )
     assert Path("/proc/sys/kernel/core_pattern").read_text() == before
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from recmas_compiler.ir.ops import LinkWeights
 from recmas_compiler.links.checkpoint import load_declared_link, load_link, save_link
 from recmas_compiler.links.modules import LINKS, make_link, randomize
-from recmas_compiler.spec.document.position import UNKNOWN, SourcePosition
+from recmas_compiler.spec.document.places import UNKNOWN, SourcePosition
 from recmas_runtime.core.errors import RecmasError
 
 KINDS = sorted(LINKS)

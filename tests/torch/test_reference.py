@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from msgspec import structs
 
 from ir.graphs import topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Level
+from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.lowering.reference import TorchSystem
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from tiny_models import FAMILIES
@@ -70,8 +72,8 @@ def test_every_graph_after_every_pass(tiny: LoadTiny, family: str, name: str) ->
     seen = set()
     for end in range(len(PIPELINE) + 1):
         program = run_pipeline(graph, passes=PIPELINE[:end])
-        if program.level >= Level.UNROLLED and str(program) not in seen:
-            seen.add(str(program))
+        if program.level >= Level.UNROLLED and print_graph(program) not in seen:
+            seen.add(print_graph(program))
             assert_agree(reference_result(program, backbones, links), naive)
 
 
@@ -154,17 +156,17 @@ def test_sampling_settings_are_followed(tiny: LoadTiny) -> None:
     graph = GRAPHS["one_round"](steps=STEPS, backbones=[declare("tiny", backbone)])
     program = run_pipeline(graph)
     system = TorchSystem(program, backbones={"tiny": backbone}, links=random_links(graph))
-    plan = replace(program.system.sampling, max_new_tokens=12)
+    plan = structs.replace(program.system.sampling, max_new_tokens=12)
     greedy = system.run(RECORDS, sampling=plan)
-    drawn = system.run(RECORDS, sampling=replace(plan, temperature=1.5, seed=3))
-    again = system.run(RECORDS, sampling=replace(plan, temperature=1.5, seed=3))
-    other = system.run(RECORDS, sampling=replace(plan, temperature=1.5, seed=4))
+    drawn = system.run(RECORDS, sampling=structs.replace(plan, temperature=1.5, seed=3))
+    again = system.run(RECORDS, sampling=structs.replace(plan, temperature=1.5, seed=3))
+    other = system.run(RECORDS, sampling=structs.replace(plan, temperature=1.5, seed=4))
     assert drawn.token_ids == again.token_ids
     assert drawn.token_ids != greedy.token_ids
     assert drawn.token_ids != other.token_ids
     assert greedy.finish_reasons[0] == "length"
     stop = greedy.texts[0][3:5]
-    stopped = system.run(RECORDS[:1], sampling=replace(plan, stop=(stop,)))
+    stopped = system.run(RECORDS[:1], sampling=structs.replace(plan, stop=(stop,)))
     assert stopped.texts == [greedy.texts[0].partition(stop)[0]]
     assert stopped.finish_reasons == ["stop"]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from msgspec import structs
 
 from ir.graphs import topology
 from recmas_compiler.backbones.torch_model import TorchBackbone
@@ -72,7 +73,7 @@ def run(
 ) -> Found:
     links, backbones = random_links(graph), {"tiny": backbone}
     program = run_pipeline(graph, passes=passes)
-    sampling = replace(program.system.sampling, max_new_tokens=MAX_NEW_TOKENS)
+    sampling = structs.replace(program.system.sampling, max_new_tokens=MAX_NEW_TOKENS)
     reference = TorchSystem(program, backbones=backbones, links=links)
     return Found(
         reference=reference.run([record], sampling=sampling),

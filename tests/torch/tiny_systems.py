@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
+from msgspec import structs
 from torch import nn
 
 from recmas_compiler.backbones.sources import describe_backbone
@@ -17,7 +17,7 @@ from recmas_compiler.lowering.materialize import inner_link_id
 from recmas_compiler.lowering.naive import run_naive
 from recmas_compiler.lowering.reference import TorchSystem
 from recmas_compiler.lowering.result import ReferenceResult
-from recmas_compiler.spec.document.position import UNKNOWN
+from recmas_compiler.spec.document.places import UNKNOWN
 from recmas_runtime.core.progress import Silent
 
 RECORDS = [
@@ -34,7 +34,7 @@ LoadTiny = Callable[..., TorchBackbone]
 def load_folder(folder: Path) -> TorchBackbone:
     """Load a backbone as the compiler does, from its folder."""
     facts = describe_backbone(str(folder), base_dir=folder)
-    return load_backbone(facts, base_dir=folder, progress=Silent())
+    return load_backbone(facts, progress=Silent())
 
 
 def declare(name: str, backbone: TorchBackbone) -> Backbone:
@@ -67,7 +67,7 @@ def reference_result(
     program: Graph, backbones: Mapping[str, TorchBackbone], links: Mapping[str, nn.Module]
 ) -> ReferenceResult:
     system = TorchSystem(program, backbones=backbones, links=links)
-    sampling = replace(program.system.sampling, max_new_tokens=MAX_NEW_TOKENS)
+    sampling = structs.replace(program.system.sampling, max_new_tokens=MAX_NEW_TOKENS)
     return system.run(RECORDS, sampling=sampling)
 
 

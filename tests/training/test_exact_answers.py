@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from msgspec import structs
 
 from recmas_compiler.lowering.reference import TorchSystem
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
@@ -28,7 +29,7 @@ def test_what_greedy_decoding_writes_is_exact(tiny: LoadTiny) -> None:
     answer = program.system.answer_agent
     records = [{"id": str(i), "question": question} for i, question in enumerate(QUESTIONS)]
     system = TorchSystem(program, backbones=backbones, links=links)
-    sampling = replace(program.system.sampling, max_new_tokens=NUM_TOKENS)
+    sampling = structs.replace(program.system.sampling, max_new_tokens=NUM_TOKENS)
     written = system.run(records, sampling=sampling).token_ids
 
     def exact(change: int) -> list[bool]:

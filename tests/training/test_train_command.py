@@ -145,7 +145,7 @@ def test_the_build_takes_trained_links(here: Path, capsys: pytest.CaptureFixture
     # How a system was trained is in its links; settings alone change nothing.
     again = recmasc(capsys, "build", here, "--quiet", "-o", "bundle", "--set", "train.seed=9")
     assert again["data"]["reused"]
-    frozen = recmasc(capsys, "build", here, "--quiet", "-o", "before", "--frozen-links")["data"]
+    frozen = recmasc(capsys, "build", here, "--quiet", "-o", "before", "--untrained-links")["data"]
     assert frozen["reused"]
     assert not Path("before/training").exists()
 

@@ -10,7 +10,8 @@ from typing import Any, Final
 from recmas_compiler.bench.engines.measure import Cell, EngineOptions, Measured, Timings
 from recmas_compiler.bench.engines.workers import Worker
 from recmas_runtime.bench.figures import Spread
-from recmas_runtime.bench.report import machine_facts, markdown_table
+from recmas_runtime.bench.report import machine_facts
+from recmas_runtime.core.text import markdown_table
 
 _FIGURES: Final = (
     *("step_ms", "floor_ms", "floor_share", "outside_share"),
@@ -96,7 +97,7 @@ class EngineReport:
             lines.append("- **interrupted: only what ended before counts**")
         if not self.rows:
             return "\n".join([*lines, "", "Nothing was measured."])
-        return "\n".join([*lines, "", *markdown_table(_HEAD, map(_line, self.rows))])
+        return "\n".join([*lines, "", markdown_table(_HEAD, map(_line, self.rows))])
 
 
 def engine_report(options: EngineOptions, found: Measured) -> EngineReport:

@@ -11,8 +11,7 @@ from recmas_compiler.ir.ops import System
 from recmas_compiler.training.data.examples import TrainExample
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.plan import Variant
-from recmas_runtime.prompts.render import ChatTemplate, Slot, Tokens, build_prompt, build_turn
-from recmas_runtime.prompts.tokenizer import Tokenizer
+from recmas_runtime.prompts.render import Chat, Slot, Tokens, build_prompt, build_turn
 
 Form = Literal["prompt", "turn"]
 CallKey = tuple[str, Variant, Form]
@@ -78,11 +77,9 @@ class CallWriter:
 
     def __init__(self, system: System, backbones: Mapping[str, TorchBackbone]) -> None:
         self._system = system
-        self._tokenizers = {
-            name: Tokenizer(b.tokenizer_json, b.chat_template) for name, b in backbones.items()
-        }
         self._chats = {
-            name: ChatTemplate(b.chat_template, b.special_tokens) for name, b in backbones.items()
+            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
+            for name, b in backbones.items()
         }
 
     def write(self, agent: str, variant: Variant, form: Form, example: TrainExample) -> Call:
@@ -101,8 +98,7 @@ class CallWriter:
         declared = self._system.agents[agent]
         parts = declared.first if variant == "first" else declared.then
         assert parts is not None, f"{agent} has no prompt {variant!r}"
-        backbone = self._system.backbone_of(agent).name
-        chat, tokenizer = self._chats[backbone], self._tokenizers[backbone]
+        chat = self._chats[self._system.backbone_of(agent).name]
         record = {**example.fields, "id": example.id}
         try:
             if form == "prompt":
@@ -110,8 +106,8 @@ class CallWriter:
                     system=declared.system,
                     prompt=parts,
                     record=record,
-                    chat=chat,
-                    tokenizer=tokenizer,
+                    chat=chat.template,
+                    tokenizer=chat.tokenizer,
                     variables=declared.chat_template,
                 )
                 return Call(items=prompt.items, num_target_tokens=0)
@@ -120,8 +116,8 @@ class CallWriter:
                 prompt=parts,
                 target=self._target(agent, example),
                 record=record,
-                chat=chat,
-                tokenizer=tokenizer,
+                chat=chat.template,
+                tokenizer=chat.tokenizer,
                 variables=declared.chat_template,
             )
         except RecmasError as error:
@@ -137,7 +133,7 @@ class CallWriter:
         a turn of their own only where it is another one.
         """
         declared = self._system.agents[agent]
-        tokenizer = self._tokenizers[self._system.backbone_of(agent).name]
+        tokenizer = self._chats[self._system.backbone_of(agent).name].tokenizer
         before = {
             link.source
             for link in self._system.links.values()

@@ -14,7 +14,7 @@ Ends = tuple[str, str]
 def closing_links(links: Mapping[Ends, LinkSection]) -> list[list[Ends]]:
     """Return cycles of links without feedback, each ending with the link declared last in it.
 
-    Marking every cycle's last link as feedback leaves no cycle, so the list is one set of mends
+    Marking every cycle's last link as feedback leaves no cycle, so the list is one set of fixes
     rather than the (possibly huge) set of all cycles.
     """
     remaining = [ends for ends, link in links.items() if not link.feedback]

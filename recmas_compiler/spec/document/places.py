@@ -1,17 +1,36 @@
-"""Where every key and value of a spec stands, down to a piece of text inside of a block."""
+"""Where every key and value of a YAML file stands, down to a piece of text inside of a block."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
-
-from recmas_compiler.spec.document.position import SourcePosition
+from pathlib import Path
+from typing import Any
 
 Loc = tuple[str | int, ...]
 """A path into the document, such as `("agents", "solver", "prompt")`."""
 
-_T = TypeVar("_T")
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class SourcePosition:
+    """A place in a file.
+
+    Attributes:
+        file: As the user named it; `<string>` for specs that never were a file.
+        line: From 1.
+        column: From 1.
+    """
+
+    file: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+UNKNOWN = SourcePosition(file="<unknown>", line=1, column=1)
 
 
 def position_of(source: str, index: int, file: str) -> SourcePosition:
@@ -71,9 +90,12 @@ class Places:
 
     def rename(self, parent: Loc, names: Mapping[str, str]) -> None:
         """Let everything known of a key of `parent` also hold for its new name."""
-        _rename(self.keys, parent, names)
-        _rename(self.values, parent, names)
-        _rename(self.spans, parent, names)
+        depth = len(parent)
+        tables: tuple[dict[Loc, Any], ...] = (self.keys, self.values, self.spans)
+        for table in tables:
+            for loc in [loc for loc in table if len(loc) > depth and loc[:depth] == parent]:
+                if loc[depth] in names:
+                    table[(*parent, names[str(loc[depth])], *loc[depth + 1 :])] = table[loc]
 
     def overwrite(self, loc: Loc, position: SourcePosition) -> None:
         """Forget `loc` and what is below it: it now comes from `position`."""
@@ -85,10 +107,23 @@ class Places:
         self.values[loc] = position
 
 
-def _rename(table: dict[Loc, _T], parent: Loc, names: Mapping[str, str]) -> None:
-    depth = len(parent)
-    below = [loc for loc in table if len(loc) > depth and loc[:depth] == parent]
-    for loc in below:
-        name = names.get(str(loc[depth]))
-        if name is not None:
-            table[(*parent, name, *loc[depth + 1 :])] = table[loc]
+def path_of(name: str, base_dir: Path) -> Path:
+    """Return the absolute path of what a spec names, relative to its folder; `~` is the home."""
+    # os.path leaves an unknown `~user` as it is; pathlib raises
+    return Path(base_dir, os.path.expanduser(name)).absolute()  # noqa: PTH111
+
+
+def is_file(path: Path) -> bool:
+    """Tell whether there is such a file; names that no file system allows are not there."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Tell whether there is such a folder; names that no file system allows are not there."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False

@@ -1,31 +1,63 @@
-"""YAML text to plain values, with the place of every key and value.
+"""YAML text to plain values, with the place of every key and value; and values back to text.
 
-PyYAML's C parser supplies events; what they mean is decided here: YAML 1.2 scalars, no tags, no
-duplicate keys, and bounds on size, depth and aliases so that no text can exhaust the compiler.
+PyYAML composes the nodes from the events of its C parser; what they mean is decided here: YAML 1.2
+scalars, no tags, no duplicate keys, and bounds on size, depth and aliases so that no text can
+exhaust the compiler.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
+from yaml.composer import Composer, ComposerError
 
-from recmas_compiler.spec.document.places import Loc, Places, position_of
-from recmas_compiler.spec.document.position import SourcePosition
-from recmas_compiler.spec.document.problems import problem_at
-from recmas_compiler.spec.document.scalars import Scalar, resolve
+from recmas_compiler.spec.document.places import Loc, Places, SourcePosition, position_of
+from recmas_compiler.spec.document.problems import Language, problem_at, show
 from recmas_runtime.core.errors import Problem, RecmasError
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_NODES = 20_000
 
+Scalar = None | bool | int | float | str
 Value = Scalar | list["Value"] | dict[str, "Value"]
+_Mark = Any  # a place of PyYAML's, whose own class and the C parser's are not related
 
 _NOT_IN_YAML = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_START_HINT = "`recmasc init sequential` writes a spec to begin with."
+_VALUE = Language(noun="value")
+
+# Plain words of the core schema of YAML 1.2.2, chapter 10.3.2. It differs from what PyYAML resolves
+# by itself (YAML 1.1): `no` and `on` are text, `5e-4` is a number, `0o17` is octal and `017` is
+# seventeen.
+_WORDS: dict[str, Scalar] = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    **dict.fromkeys((".nan", ".NaN", ".NAN"), math.nan),
+}
+_DECIMAL = re.compile(r"[-+]?[0-9]+\Z")
+_WITH_BASE = re.compile(r"0(o[0-7]+|x[0-9a-fA-F]+)\Z")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z")
+_INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)\Z")
+
+# Python refuses to parse integers of thousands of digits. Numbers this long are out of every bound
+# anyway, and as a float they still compare correctly with the bounds.
+_LONGEST_INTEGER = 100
+
+# Plain text that every YAML reader takes as text: words without indicators, or a link's name.
+_WORD = "[A-Za-z0-9_./@:-]*[A-Za-z0-9_./@-]"
+_PLAIN = re.compile(rf"[A-Za-z]({_WORD})?( (->|{_WORD}))*\Z")
+# Words that readers of YAML 1.1 take for something else; quoted so that all readers agree.
+_YAML_1_1_WORDS = frozenset({"y", "n", "yes", "no", "on", "off"})
+# Line breaks of YAML 1.1 and the byte order mark, which do not come back out of a block.
+_NOT_IN_BLOCKS = re.compile("[\x85\u2028\u2029\ufeff]")
 
 
 @dataclass(frozen=True)
@@ -43,36 +75,60 @@ class Source:
     problems: tuple[Problem, ...]
 
 
-def read_text(path: Path, *, file: str) -> str:
-    """Return the text of a spec file.
+def read_text(path: Path, *, file: str, language: Language) -> str:
+    """Return the text of a file.
 
     Raises:
         RecmasError: RM100: not there, not a file, too large, not UTF-8.
     """
+    code = language.code or "RM100"
     try:
         with path.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = str(getattr(error, "strerror", None) or error)
-        message = f"cannot read the spec: {reason[:1].lower()}{reason[1:]}."
-        hint = f"Give the path of a YAML file; {_START_HINT}"
-        raise RecmasError(Problem(code="RM100", message=message, hint=hint, file=file)) from error
+        message = f"cannot read the {language.noun}: {reason[:1].lower()}{reason[1:]}."
+        problem = Problem(code=code, message=message, hint=language.file_hint, file=file)
+        raise RecmasError(problem) from error
     if len(raw) > MAX_BYTES:
-        raise _too_large(file)
+        raise _too_large(file, language)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         before = raw[: error.start].decode("utf-8")
         place = position_of(before, len(before), file)
-        message = (
-            f"the spec is not UTF-8: byte 0x{raw[error.start]:02x} is not part of a character."
-        )
+        byte = f"byte 0x{raw[error.start]:02x}"
+        message = f"the {language.noun} is not UTF-8: {byte} is not part of a character."
         hint = "Save the file as UTF-8."
-        raise RecmasError(problem_at(place, "RM100", message, hint=hint)) from error
+        raise RecmasError(problem_at(place, code, message, hint=hint)) from error
 
 
-def parse_yaml(text: str, *, file: str) -> Source:
+def parse_mapping(
+    text: str, *, file: str, language: Language
+) -> tuple[dict[str, Value], Places, list[Problem]]:
+    """Parse one YAML document that is a mapping.
+
+    Returns:
+        The mapping, its places, and its duplicate keys.
+
+    Raises:
+        RecmasError: As `parse_yaml`; RM105 for anything but a mapping.
+    """
+    source = parse_yaml(text, file=file, language=language)
+    if not isinstance(source.value, dict):
+        message = f"a {language.noun} is a mapping of sections, this is {show(source.value)}."
+        place = source.places.value(())
+        raise RecmasError(language.problem(place, "RM105", message, language.start_hint))
+    return source.value, source.places, list(source.problems)
+
+
+def parse_yaml(text: str, *, file: str, language: Language = _VALUE) -> Source:
     """Parse one YAML document.
+
+    Args:
+        text: YAML.
+        file: What to call it in messages.
+        language: What kind of file it is.
 
     Raises:
         RecmasError: RM100 or RM101: characters that YAML forbids, an empty file, invalid YAML,
@@ -81,193 +137,137 @@ def parse_yaml(text: str, *, file: str) -> Source:
     # YAML reads every line break as "\n"; doing so first keeps all positions simple.
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if len(text) > MAX_BYTES:
-        raise _too_large(file)
+        raise _too_large(file, language)
     forbidden = _NOT_IN_YAML.search(text)
     if forbidden:
         place = position_of(text, forbidden.start(), file)
         message = f"the character U+{ord(forbidden.group()):04X} is not allowed in YAML."
         hint = "Remove it, or write it as an escape inside of double quotes."
         raise RecmasError(problem_at(place, "RM100", message, hint=hint))
-    root = _Composer(text, file).compose()
+    root = _compose(text, file, language)
     places = Places(file=file, source=text)
     problems: list[Problem] = []
-    value = _plain(root, (), places, problems)
+    value = None if root is None else _plain(root, (), places, problems)
+    if value is None:
+        message = f"the {language.noun} is empty."
+        raise RecmasError(
+            language.problem(_place(None, file), "RM100", message, language.start_hint)
+        )
     return Source(value=value, places=places, problems=tuple(problems))
 
 
-def _too_large(file: str) -> RecmasError:
-    start = SourcePosition(file=file, line=1, column=1)
-    hint = "Specs are small texts: is this the right file?"
-    return RecmasError(
-        problem_at(start, "RM100", f"the spec is larger than {MAX_BYTES} bytes.", hint=hint)
-    )
+def _too_large(file: str, language: Language) -> RecmasError:
+    message = f"the {language.noun} is larger than {MAX_BYTES} bytes."
+    hint = f"{language.noun.capitalize()}s are small texts: is this the right file?"
+    return RecmasError(language.problem(_place(None, file), "RM100", message, hint))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Node:
-    """A YAML node. `size` and `height` count an aliased node each time it is used."""
+class _Loader(Composer, yaml.CSafeLoader):
+    """PyYAML's composer over the events of libyaml, without tags and with bounds.
 
-    place: SourcePosition
-    size: int = 1
-    height: int = 1
+    An alias becomes a node of its own, whose value is the node that it stands for: so its place is
+    known, and what it stands for counts each time.
+    """
 
-
-@dataclass(frozen=True, kw_only=True)
-class _ScalarNode(_Node):
-    value: Scalar
-    text: str
-    span: tuple[int, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _SequenceNode(_Node):
-    items: tuple[_Node, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _MappingNode(_Node):
-    pairs: tuple[tuple[_Node, _Node], ...]
-
-
-@dataclass
-class _Open:
-    """A sequence or mapping whose end has not been read yet."""
-
-    event: yaml.CollectionStartEvent
-    children: list[_Node] = field(default_factory=list)
-    size: int = 1
-    height: int = 1
-
-    def close(self, place: SourcePosition) -> _Node:
-        if isinstance(self.event, yaml.SequenceStartEvent):
-            items = tuple(self.children)
-            return _SequenceNode(place=place, size=self.size, height=self.height, items=items)
-        pairs = tuple(zip(self.children[::2], self.children[1::2], strict=True))
-        return _MappingNode(place=place, size=self.size, height=self.height, pairs=pairs)
-
-
-class _Composer:
-    """Builds the node graph from the parser's events, without recursion."""
-
-    def __init__(self, text: str, file: str) -> None:
-        self._text = text
+    def __init__(self, text: str, file: str, noun: str) -> None:
+        yaml.CSafeLoader.__init__(self, text)
+        Composer.__init__(self)
         self._file = file
-        self._open: list[_Open] = []
-        self._anchors: dict[str, _Node | None] = {}  # None while its node is still open
-        self._root: _Node | None = None
+        self._noun = noun
+        self._depth = 0  # sequences and mappings that are still open
+        self._height = 0  # levels of the highest node so far inside of the innermost of them
+        self._num_nodes = 0
+        # by anchor: its node, how many nodes and levels that is; None while the node is still open
+        self._anchored: dict[str, tuple[yaml.Node, int, int] | None] = {}
 
-    def compose(self) -> _Node:
-        try:
-            for event in yaml.parse(self._text, Loader=yaml.CSafeLoader):
-                self._take(event)
-        except yaml.MarkedYAMLError as error:
-            raise self._invalid(error) from error
-        root = self._root
-        if root is None or (isinstance(root, _ScalarNode) and root.value is None):
-            raise RecmasError(
-                problem_at(self._at(0, 0), "RM100", "the spec is empty.", hint=_START_HINT)
-            )
-        return root
-
-    def _take(self, event: yaml.Event) -> None:
-        match event:
-            case yaml.AliasEvent():
-                self._add(self._aliased(event))
-            case yaml.ScalarEvent():
-                self._refuse_tag(event)
-                scalar = self._scalar(event)
-                self._define(event, scalar)
-                self._add(scalar)
-            case yaml.SequenceStartEvent() | yaml.MappingStartEvent():
-                self._refuse_tag(event)
-                self._define(event, None)
-                self._open.append(_Open(event))
-                if len(self._open) > MAX_DEPTH:
-                    raise self._too_deep(event)
-            case yaml.SequenceEndEvent() | yaml.MappingEndEvent():
-                closed = self._open.pop()
-                node = closed.close(self._place(closed.event))
-                self._define(closed.event, node)
-                self._add(node)
-            case yaml.DocumentStartEvent() if self._root is not None:
-                message = "a second YAML document begins here."
-                hint = "A spec is one document: remove everything from this `---` on."
-                raise self._error(event, message, hint=hint)
-
-    def _scalar(self, event: yaml.ScalarEvent) -> _ScalarNode:
-        assert event.start_mark is not None
-        assert event.end_mark is not None
-        return _ScalarNode(
-            place=self._place(event),
-            value=event.value if event.style else resolve(event.value),
-            text=event.value,
-            span=(event.start_mark.index, event.end_mark.index),
-        )
-
-    def _at(self, line: int, column: int) -> SourcePosition:
-        return SourcePosition(file=self._file, line=line + 1, column=column + 1)
-
-    def _place(self, event: yaml.Event) -> SourcePosition:
-        assert event.start_mark is not None, "the parser marks every event"
-        return self._at(event.start_mark.line, event.start_mark.column)
-
-    def _add(self, node: _Node) -> None:
-        if not self._open:
-            self._root = node
-            return
-        top = self._open[-1]
-        top.children.append(node)
-        top.size += node.size
-        top.height = max(top.height, node.height + 1)
-        if top.size > MAX_NODES:
-            message = f"more than {MAX_NODES} keys and values, counting aliases each time."
-            raise self._error(top.event, message, hint="Specs are small: use fewer aliases.")
-        if len(self._open) + node.height > MAX_DEPTH + 1:
-            raise self._too_deep(top.event)
-
-    def _aliased(self, event: yaml.AliasEvent) -> _Node:
-        name = event.anchor
-        if name not in self._anchors:
-            message = f"the alias `*{name}` has no anchor `&{name}` before it."
-            raise self._error(event, message, hint="Define the anchor first, or write the value.")
-        node = self._anchors[name]
-        if node is None:
-            message = f"the alias `*{name}` stands inside of its own anchor."
-            raise self._error(event, message, hint="Write the value out instead.")
-        return replace(node, place=self._place(event))
-
-    def _define(self, event: yaml.NodeEvent, node: _Node | None) -> None:
-        if event.anchor is not None:
-            self._anchors[event.anchor] = node
-
-    def _refuse_tag(self, event: yaml.ScalarEvent | yaml.CollectionStartEvent) -> None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        assert isinstance(event, yaml.NodeEvent)
+        if isinstance(event, yaml.AliasEvent):
+            return self._compose_alias(event)
+        assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
         if event.tag is not None:
             shown = event.tag.replace("tag:yaml.org,2002:", "!!")
-            message = f"the tag `{shown}` is refused: specs are plain data."
-            raise self._error(event, message, hint="Remove the tag.")
+            message = f"the tag `{shown}` is refused: {self._noun}s are plain data."
+            raise _refused(event.start_mark, self._file, message, "Remove the tag.")
+        is_collection = isinstance(event, yaml.CollectionStartEvent)
+        nodes_before, height_before = self._num_nodes, self._height
+        self._count(event, num_nodes=1, height=int(is_collection))
+        self._depth += is_collection
+        self._height = 0
+        if event.anchor is not None:
+            self._anchored[event.anchor] = None
+            # YAML lets an anchor take the name of an earlier one; PyYAML by itself does not
+            self.anchors.clear()
+        node = super().compose_node(parent, index)
+        self._depth -= is_collection
+        height = self._height + is_collection
+        self._height = max(height_before, height)
+        if event.anchor is not None and node is not None:
+            self._anchored[event.anchor] = (node, self._num_nodes - nodes_before, height)
+        return node
 
-    def _too_deep(self, event: yaml.Event) -> RecmasError:
-        message = f"nested more than {MAX_DEPTH} levels deep."
-        return self._error(
-            event, message, hint="No part of a spec is that deep: check the brackets."
-        )
+    def _compose_alias(self, event: yaml.AliasEvent) -> yaml.Node:
+        self.get_event()
+        name = event.anchor
+        if name not in self._anchored:
+            message = f"the alias `*{name}` has no anchor `&{name}` before it."
+            hint = "Define the anchor first, or write the value."
+            raise _refused(event.start_mark, self._file, message, hint)
+        anchored = self._anchored[name]
+        if anchored is None:
+            message = f"the alias `*{name}` stands inside of its own anchor."
+            raise _refused(event.start_mark, self._file, message, "Write the value out instead.")
+        node, num_nodes, height = anchored
+        self._count(event, num_nodes=num_nodes, height=height)
+        self._height = max(self._height, height)
+        mark: _Mark = event.start_mark
+        return yaml.Node("alias", node, mark, mark)
 
-    def _error(self, event: yaml.Event, message: str, *, hint: str) -> RecmasError:
-        return RecmasError(problem_at(self._place(event), "RM101", message, hint=hint))
+    def _count(self, event: yaml.NodeEvent, *, num_nodes: int, height: int) -> None:
+        if self._depth + height > MAX_DEPTH:
+            message = f"nested more than {MAX_DEPTH} levels deep."
+            hint = f"No part of a {self._noun} is that deep: check the brackets."
+            raise _refused(event.start_mark, self._file, message, hint)
+        self._num_nodes += num_nodes
+        if self._num_nodes > MAX_NODES:
+            message = f"more than {MAX_NODES} keys and values, counting aliases each time."
+            hint = f"{self._noun.capitalize()}s are small: use fewer aliases."
+            raise _refused(event.start_mark, self._file, message, hint)
 
-    def _invalid(self, error: yaml.MarkedYAMLError) -> RecmasError:
-        begun, found = error.context_mark, error.problem_mark
-        problem, context = error.problem or "unreadable", error.context or ""
-        # what is never closed is found missing at the end of the file, but mended where it begins
-        is_unclosed = begun is not None and "end of stream" in problem
-        mark = begun if is_unclosed else found or begun
-        place = self._at(mark.line, mark.column) if mark else self._at(0, 0)
-        if begun and begun.line + 1 != place.line:
-            context += f" that begins in line {begun.line + 1}"
-        line = self._text.split("\n")[place.line - 1 : place.line]
-        message = f"not valid YAML{' ' if context else ''}{context}: {problem}."
-        hint = _advice("".join(line), problem)
-        return RecmasError(problem_at(place, "RM101", message, hint=hint))
+
+def _compose(text: str, file: str, language: Language) -> yaml.Node | None:
+    try:
+        return _Loader(text, file, language.noun).get_single_node()
+    except ComposerError as error:
+        message = "a second YAML document begins here."
+        hint = f"A {language.noun} is one document: remove everything from this `---` on."
+        raise _refused(error.problem_mark, file, message, hint) from error
+    except yaml.MarkedYAMLError as error:
+        raise _invalid(error, text, file) from error
+
+
+def _place(mark: _Mark, file: str) -> SourcePosition:
+    line, column = (mark.line, mark.column) if mark else (0, 0)
+    return SourcePosition(file=file, line=line + 1, column=column + 1)
+
+
+def _refused(mark: _Mark, file: str, message: str, hint: str) -> RecmasError:
+    return RecmasError(problem_at(_place(mark, file), "RM101", message, hint=hint))
+
+
+def _invalid(error: yaml.MarkedYAMLError, text: str, file: str) -> RecmasError:
+    begun, found = error.context_mark, error.problem_mark
+    problem, context = error.problem or "unreadable", error.context or ""
+    # what is never closed is found missing at the end of the file, but fixed where it begins
+    is_unclosed = begun is not None and "end of stream" in problem
+    mark = begun if is_unclosed else found or begun
+    place = _place(mark, file)
+    if begun and begun.line + 1 != place.line:
+        context += f" that begins in line {begun.line + 1}"
+    line = text.split("\n")[place.line - 1 : place.line]
+    message = f"not valid YAML{' ' if context else ''}{context}: {problem}."
+    return _refused(mark, file, message, _advice("".join(line), problem))
 
 
 def _advice(line: str, problem: str) -> str:
@@ -280,36 +280,99 @@ def _advice(line: str, problem: str) -> str:
     return "Check the indentation, the quotes and the brackets up to this place."
 
 
-def _plain(node: _Node, loc: Loc, places: Places, problems: list[Problem]) -> Value:
-    """Turn a node into plain values; its depth and size are bounded by the composer."""
-    places.values[loc] = node.place
-    match node:
-        case _ScalarNode():
-            places.spans[loc] = node.span
-            return node.value
-        case _SequenceNode():
-            items = enumerate(node.items)
-            return [_plain(item, (*loc, i), places, problems) for i, item in items]
-        case _MappingNode():
-            return _plain_mapping(node, loc, places, problems)
-    raise AssertionError(f"not a node: {node!r}")
+def _plain(node: yaml.Node, loc: Loc, places: Places, problems: list[Problem]) -> Value:
+    """Return what a node says, and enter the places of it; an alias stands where it is used.
 
-
-def _plain_mapping(
-    node: _MappingNode, loc: Loc, places: Places, problems: list[Problem]
-) -> dict[str, Value]:
+    Depth and size are bounded by the loader, aliases included.
+    """
+    places.values[loc] = _place(node.start_mark, places.file)
+    node = _aliased(node)
+    if isinstance(node, yaml.ScalarNode):
+        places.spans[loc] = (node.start_mark.index, node.end_mark.index)
+        text: str = node.value
+        return text if node.style else resolve(text)
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, (*loc, i), places, problems) for i, item in enumerate(node.value)]
     mapping: dict[str, Value] = {}
-    for key, item in node.pairs:
-        if not isinstance(key, _ScalarNode):
+    for key, item in node.value:
+        name, place = _aliased(key), _place(key.start_mark, places.file)
+        if not isinstance(name, yaml.ScalarNode):
             message = "a key must be a plain word, and this is a mapping or a list."
             hint = "Put text that begins with `{` or `[` into quotes, or into a block (`|`)."
-            raise RecmasError(problem_at(key.place, "RM101", message, hint=hint))
-        if key.text in mapping:
-            first = places.keys[(*loc, key.text)]
-            message = f"`{key.text}` is given a second time, first in line {first.line}."
-            hint = "Remove one of the two."
-            problems.append(problem_at(key.place, "RM102", message, hint=hint))
+            raise _refused(key.start_mark, places.file, message, hint)
+        item_loc = (*loc, name.value)
+        if name.value in mapping:
+            message = f"`{name.value}` is given a second time, first in line "
+            message += f"{places.keys[item_loc].line}."
+            problems.append(problem_at(place, "RM102", message, hint="Remove one of the two."))
             continue
-        places.keys[(*loc, key.text)] = key.place
-        mapping[key.text] = _plain(item, (*loc, key.text), places, problems)
+        places.keys[item_loc] = place
+        mapping[name.value] = _plain(item, item_loc, places, problems)
     return mapping
+
+
+def _aliased(node: yaml.Node) -> yaml.Node:
+    is_alias = not isinstance(node, yaml.ScalarNode | yaml.CollectionNode)
+    return node.value if is_alias else node
+
+
+def resolve(text: str) -> Scalar:
+    """Return the value of a plain scalar."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if _DECIMAL.match(text):
+        return int(text) if len(text) <= _LONGEST_INTEGER else float(text)
+    if _WITH_BASE.match(text):
+        return int(text, base=0) if len(text) <= _LONGEST_INTEGER else math.inf
+    if _FLOAT.match(text):
+        return float(text)
+    if _INFINITE.match(text):
+        return float(text.replace(".", "").lower())
+    return text
+
+
+def write_yaml(values: Mapping[str, Any]) -> str:
+    """Return a mapping as YAML 1.2, without its empty lists and mappings.
+
+    The text is deterministic, and reads back to equal values.
+    """
+    return yaml.dump(values, Dumper=_Dumper, allow_unicode=True, width=math.inf)
+
+
+class _Dumper(yaml.BaseDumper):
+    """PyYAML's emitter with the styles of a spec written by hand.
+
+    Every scalar goes out as text, in a style that reads back as what it was; so no tag is written.
+    """
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+    def represent_data(self, data: Any) -> yaml.Node:
+        match data:
+            case Mapping():
+                items = [(key, value) for key, value in data.items() if value not in ({}, ())]
+                return self.represent_mapping("tag:yaml.org,2002:map", items, flow_style=False)
+            case str():
+                return self._text(data, _style_of(data))
+            case Sequence():
+                node = self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+                # flow collections give `,` and brackets a meaning; quoted text is safe from it
+                for value, item in zip(data, node.value, strict=True):
+                    item.style = '"' if isinstance(value, str) else None
+                return node
+            case None | bool():
+                return self._text(json.dumps(data))
+        return self._text(repr(data))
+
+    def _text(self, text: str, style: str | None = None) -> yaml.Node:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+def _style_of(text: str) -> str | None:
+    """Return the indicator of the style in which `text` stays what it is; None is plain."""
+    is_plain = _PLAIN.match(text) and text.lower() not in _YAML_1_1_WORDS
+    if is_plain and resolve(text) == text:
+        return None
+    is_block = "\n" in text and text[0] not in " \n" and not _NOT_IN_BLOCKS.search(text)
+    return "|" if is_block else '"'

@@ -13,8 +13,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from recmas_compiler.spec.document.places import Loc, Places
-from recmas_compiler.spec.document.position import SourcePosition
+from recmas_compiler.spec.document.places import Loc, Places, SourcePosition
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.document.yaml_source import Value
 from recmas_compiler.spec.patterns.prompts import RoleName, role_prompts

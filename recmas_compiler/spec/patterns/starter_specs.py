@@ -1,17 +1,24 @@
-"""Commented specs to begin with, one per pattern and one written out."""
+"""Commented specs to begin with, one per pattern and one written out.
+
+`python -m recmas_compiler.spec.patterns.starter_specs SPECS` rewrites what is generated in the
+folder `specs`: the specs that are starters, the JSON schema and the tables; a test keeps them
+current.
+"""
 
 from __future__ import annotations
 
+import sys
 from importlib.resources import files
+from pathlib import Path
 from typing import Final, get_args
 
 from recmas_compiler.spec.document.problems import did_you_mean
+from recmas_compiler.spec.schema.json_schema import SCHEMA_FILE, schema_text, with_tables
 from recmas_compiler.spec.schema.pattern import PATTERN_NAMES, Task
 from recmas_runtime.core.errors import fail
 
 STARTERS: Final = (*PATTERN_NAMES, "custom")
 TASK_NAMES: Final = get_args(Task)
-SCHEMA_FILE: Final = "recmas.v1.json"
 
 # The line of a starter that `--task` changes.
 _TASK_LINE: Final = "  task: general "
@@ -55,3 +62,28 @@ def _with_task(text: str, pattern: str, task: str) -> str:
         hint = "Its prompts are written out: say there what the answer is to look like."
         raise fail("RM118", f"`{pattern}` takes no task.", hint=hint)
     return text.replace(_TASK_LINE, f"  task: {task:<8}", 1)
+
+
+def ready_specs() -> dict[str, str]:
+    """Return the specs of the folder `specs` that are starters, by file name.
+
+    `sequential.yaml` is none: it is written out, to show the whole language at work.
+    """
+    return {
+        f"{name}.yaml": starter_spec(name, schema=f"schema/{SCHEMA_FILE}")
+        for name in ("mixture", "distillation", "deliberation")
+    }
+
+
+def write(specs: Path) -> None:
+    """Rewrite the generated files in the folder `specs`."""
+    (specs / "schema").mkdir(exist_ok=True)
+    (specs / "schema" / SCHEMA_FILE).write_text(schema_text())
+    for name, text in ready_specs().items():
+        (specs / name).write_text(text)
+    readme = specs / "README.md"
+    readme.write_text(with_tables(readme.read_text()))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1] if len(sys.argv) > 1 else "specs"))

@@ -8,8 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from recmas_compiler.spec.document.places import Loc, Places
-from recmas_compiler.spec.document.position import SourcePosition
+from recmas_compiler.spec.document.places import Loc, Places, SourcePosition
 from recmas_compiler.spec.schema.link_names import link_ends
 from recmas_compiler.spec.schema.prompt_syntax import Prompt, parse_prompt
 from recmas_compiler.spec.schema.sections import LinkSection, SpecDocument

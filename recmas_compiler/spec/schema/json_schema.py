@@ -1,21 +1,16 @@
-"""The JSON schema of the language, for editors, and the key tables of `specs/README.md`.
-
-`python -m recmas_compiler.spec.schema.json_schema SPECS` rewrites both in the folder `specs`; a
-test keeps them current.
-"""
+"""The JSON schema of the language, for editors, and the key tables of `specs/README.md`."""
 
 from __future__ import annotations
 
 import json
 import re
-import sys
-from pathlib import Path
 from typing import Any, Final
 
-from recmas_compiler.spec.patterns.starter_specs import SCHEMA_FILE, starter_spec
 from recmas_compiler.spec.schema.pattern import PATTERN_NAMES
 from recmas_compiler.spec.schema.sections import SECTIONS, SpecDocument
 from recmas_runtime.core.errors import CODES
+
+SCHEMA_FILE: Final = "recmas.v1.json"
 
 _CODES = re.compile(r"(<!-- codes -->\n).*?(<!-- end of codes -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- keys of (\S+) -->\n).*?(<!-- end of keys -->)", re.DOTALL)
@@ -137,32 +132,7 @@ def _simplified(node: Any) -> Any:
     return node
 
 
-def ready_specs() -> dict[str, str]:
-    """Return the specs of the folder `specs` that are starters, by file name.
-
-    `sequential.yaml` is none: it is written out, to show the whole language at work.
-    """
-    return {
-        f"{name}.yaml": starter_spec(name, schema=f"schema/{SCHEMA_FILE}")
-        for name in ("mixture", "distillation", "deliberation")
-    }
-
-
-def write(specs: Path) -> None:
-    """Rewrite the generated files in the folder `specs`."""
-    (specs / "schema").mkdir(exist_ok=True)
-    (specs / "schema" / SCHEMA_FILE).write_text(schema_text())
-    for name, text in ready_specs().items():
-        (specs / name).write_text(text)
-    readme = specs / "README.md"
-    readme.write_text(with_tables(readme.read_text()))
-
-
 def with_tables(text: str) -> str:
     """Return `text` with every table between `<!-- ... -->` marks made anew."""
     text = _TABLE.sub(lambda m: f"{m.group(1)}{key_table(m.group(2))}{m.group(3)}", text)
     return _CODES.sub(lambda m: f"{m.group(1)}{_code_table()}{m.group(2)}", text)
-
-
-if __name__ == "__main__":
-    write(Path(sys.argv[1] if len(sys.argv) > 1 else "specs"))

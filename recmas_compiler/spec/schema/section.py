@@ -10,9 +10,10 @@ from pydantic_core import PydanticCustomError
 MAX_AGENTS: Final = 64
 
 SLUG_PATTERN: Final = "[a-z0-9][a-z0-9_-]*"
+PATH_PATTERN: Final = r"^[^\x00-\x1f]+$"
 
 Slug = Annotated[str, StringConstraints(pattern=f"^{SLUG_PATTERN}$", max_length=64)]
-FilePath = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]+$", max_length=4096)]
+FilePath = Annotated[str, StringConstraints(pattern=PATH_PATTERN, max_length=4096)]
 
 _T = TypeVar("_T")
 

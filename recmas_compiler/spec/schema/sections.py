@@ -17,19 +17,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from recmas_compiler.spec.schema.answer import (
-    AnswerSection,
-    PythonSection,
-    SearchSection,
-    StopSection,
-    ToolsSection,
-)
-from recmas_compiler.spec.schema.pattern import (
-    DeliberationSection,
-    DistillationSection,
-    MixtureSection,
-    PatternSection,
-)
+from recmas_compiler.spec.document.problems import sections_of
+from recmas_compiler.spec.schema.answer import AnswerSection
+from recmas_compiler.spec.schema.pattern import PatternSection
 from recmas_compiler.spec.schema.section import (
     MAX_AGENTS,
     SLUG_PATTERN,
@@ -38,13 +28,7 @@ from recmas_compiler.spec.schema.section import (
     Section,
     Slug,
 )
-from recmas_compiler.spec.schema.train import (
-    InnerStageSection,
-    LoraSection,
-    OuterStageSection,
-    SftSection,
-    TrainSection,
-)
+from recmas_compiler.spec.schema.train import TrainSection
 
 LANGUAGE_VERSION: Final = 1
 
@@ -144,6 +128,10 @@ class PromptSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _accept_plain_text(cls, data: object) -> object:
+        if not isinstance(data, str | dict | cls):
+            raise PydanticCustomError(
+                "prompt", "should be text, or a mapping of `first` and `then`"
+            )
         return {"then": data} if isinstance(data, str) else data
 
     @model_serializer
@@ -237,30 +225,8 @@ class SpecDocument(Section):
     """What to train the links on, and how; only `recmasc train` needs it."""
 
 
-# Every mapping with fixed keys, by its path; `*` stands for any name.
-SECTIONS: Final[dict[tuple[str, ...], type[Section]]] = {
-    (): SpecDocument,
-    ("pattern",): PatternSection,
-    ("pattern", "mixture"): MixtureSection,
-    ("pattern", "distillation"): DistillationSection,
-    ("pattern", "deliberation"): DeliberationSection,
-    ("backbones", "*"): BackboneSection,
-    ("agents", "*"): AgentSection,
-    ("agents", "*", "prompt"): PromptSection,
-    ("agents", "*", "inner"): InnerSection,
-    ("links", "*"): LinkSection,
-    ("answer",): AnswerSection,
-    ("answer", "stop_when"): StopSection,
-    ("answer", "tools"): ToolsSection,
-    ("answer", "tools", "search"): SearchSection,
-    ("answer", "tools", "python"): PythonSection,
-    ("build",): BuildSection,
-    ("train",): TrainSection,
-    ("train", "inner"): InnerStageSection,
-    ("train", "outer"): OuterStageSection,
-    ("train", "lora"): LoraSection,
-    ("train", "sft"): SftSection,
-}
+SECTIONS: Final = sections_of(SpecDocument)
+"""Every mapping with fixed keys, by its path."""
 
 # Mappings whose keys are names that the user chooses.
 NAMED: Final[dict[tuple[str, ...], str]] = {
@@ -270,18 +236,3 @@ NAMED: Final[dict[tuple[str, ...], str]] = {
     ("agents", "*", "chat_template"): "template variable",
     ("train", "targets"): "agent",
 }
-
-
-def section_at(loc: tuple[str | int, ...]) -> type[Section] | None:
-    """Return the section whose keys are fixed at `loc`, if there is one."""
-    for pattern, section in SECTIONS.items():
-        if matches(loc, pattern):
-            return section
-    return None
-
-
-def matches(loc: tuple[str | int, ...], pattern: tuple[str, ...]) -> bool:
-    """Tell whether a path is one of those that `pattern` stands for."""
-    return len(loc) == len(pattern) and all(
-        wanted in ("*", part) for part, wanted in zip(loc, pattern, strict=True)
-    )

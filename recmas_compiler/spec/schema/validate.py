@@ -6,12 +6,39 @@ from copy import deepcopy
 from typing import Final
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from recmas_compiler.spec.document.places import Loc, Places
+from recmas_compiler.spec.document.problems import (
+    Language,
+    matches,
+    schema_errors,
+    schema_problem,
+    show,
+)
 from recmas_compiler.spec.document.yaml_source import Value
-from recmas_compiler.spec.schema.schema_errors import schema_problems
-from recmas_compiler.spec.schema.sections import SpecDocument, matches
+from recmas_compiler.spec.schema.pattern import PATTERN_NAMES
+from recmas_compiler.spec.schema.section import PATH_PATTERN, SLUG_PATTERN
+from recmas_compiler.spec.schema.sections import LANGUAGE_VERSION, NAMED, SECTIONS, SpecDocument
 from recmas_runtime.core.errors import Problem
+
+_SLUG_RULE: Final = "lower-case letters, digits, `-` and `_`, beginning with a letter or digit"
+_START_HINT: Final = "`recmasc init sequential` writes a spec to begin with."
+
+SPECS: Final = Language(
+    noun="spec",
+    start_hint=_START_HINT,
+    file_hint=f"Give the path of a YAML file; {_START_HINT}",
+    sections=SECTIONS,
+    missing_hints={
+        ("recmas",): f"Begin the file with `recmas: {LANGUAGE_VERSION}`.",
+        ("agents",): "Write the agents out, or use `pattern`.",
+        ("answer",): "Add `answer: {agent: NAME}`.",
+        ("train", "data"): "Add `data: FILE.jsonl`, relative to the spec.",
+        ("train", "targets"): "Add `targets: {AGENT: FIELD}` with the texts to learn.",
+    },
+    text_rules={f"^{SLUG_PATTERN}$": f"a name ({_SLUG_RULE})", PATH_PATTERN: "a path"},
+)
 
 # Settings that have a default and that no check between sections looks at: with a wrong one put
 # aside, the other findings are still true. Never so: names, prompts and links.
@@ -42,11 +69,16 @@ def validate(root: dict[str, Value], places: Places) -> tuple[SpecDocument | Non
     try:
         return SpecDocument.model_validate(root), []
     except ValidationError as error:
-        problems, locs = schema_problems(error, places)
+        details = schema_errors(error)
+    if any(detail["loc"][:1] == ("pattern",) for detail in details):
+        # what a pattern would have filled in is missing when the pattern is malformed
+        filled_in = ("agents", "answer")
+        details = [d for d in details if d["type"] != "missing" or d["loc"][0] not in filled_in]
+    problems = [_problem(detail, places) for detail in details]
     unknown_version = [p for p in problems if p.code == "RM106"]
     if unknown_version:
         return None, unknown_version  # of a language we do not know nothing else can be said
-    prunable = [_prunable(loc) for loc in locs]
+    prunable = [_prunable(detail["loc"]) for detail in details]
     sound = deepcopy(root)
     for loc in prunable:
         if loc is None or not _remove(sound, loc):
@@ -55,6 +87,29 @@ def validate(root: dict[str, Value], places: Places) -> tuple[SpecDocument | Non
         return SpecDocument.model_validate(sound), problems
     except ValidationError:
         return None, problems
+
+
+def _problem(detail: ErrorDetails, places: Places) -> Problem:
+    """Return the finding for an error; here stand those that only specs have."""
+    loc = detail["loc"]
+    if detail["type"] == "one_pattern":
+        given = detail["ctx"]["given"]
+        place = places.key(("pattern", *given[1:2]))
+        if given:
+            message = f"`pattern` names {' and '.join(f'`{name}`' for name in given)}."
+            return SPECS.problem(place, "RM118", message, "Keep one of them.")
+        hint = f"Name one: {', '.join(f'`{name}`' for name in PATTERN_NAMES)}."
+        return SPECS.problem(place, "RM118", "`pattern` names no pattern.", hint)
+    if loc[-1] == "[key]":  # so pydantic's paths end where a name is wrong
+        kind = next(kind for pattern, kind in NAMED.items() if matches(loc[:-2], pattern))
+        rule = "an identifier" if kind == "template variable" else _SLUG_RULE
+        message = f"{show(loc[-2])} is not a name for a {kind}."
+        return SPECS.problem(places.key(loc[:-1]), "RM105", message, f"Use {rule}.")
+    if loc == ("recmas",) and detail["type"] != "missing":
+        message = f"language version {show(detail['input'])} is not known to this recmas."
+        hint = f"Write `recmas: {LANGUAGE_VERSION}`, or install the recmas the spec was made for."
+        return SPECS.problem(places.value(loc), "RM106", message, hint)
+    return schema_problem(detail, places, SPECS)
 
 
 def _prunable(loc: Loc) -> Loc | None:

@@ -9,7 +9,7 @@ from recmas_runtime.formats.plan import Plan, ThinkStep
 from recmas_runtime.running.baselines import LATENT
 from recmas_runtime.running.system import System
 
-FROZEN = "frozen-links"
+UNTRAINED = "untrained-links"
 TEXT = "text"
 
 
@@ -18,7 +18,7 @@ class Case:
     """A row of the table.
 
     Attributes:
-        name: `latent`, `frozen-links`, or the baseline's name.
+        name: `latent`, `untrained-links`, or the baseline's name.
         rounds: Rounds that were asked for; a baseline may need fewer.
         latent_steps: Most latent steps of one rollout; 0 for none.
         system: What runs. Rows that would run the very same thing share one.
@@ -40,7 +40,7 @@ def make_cases(
     *,
     baselines: Sequence[str],
     sweep: Sequence[System] = (),
-    frozen: Sequence[System] = (),
+    untrained: Sequence[System] = (),
 ) -> tuple[Case, ...]:
     """Return the rows of a table, all rows of one kind together.
 
@@ -48,13 +48,13 @@ def make_cases(
         systems: The system in different numbers of rounds.
         baselines: Names of what to measure beside each of them.
         sweep: The system in different numbers of latent steps.
-        frozen: Systems with untrained links, like `systems`.
+        untrained: Systems with untrained links, like `systems`.
 
     Raises:
         RecmasError: RM508 for a baseline that does not exist or does not fit.
     """
     cases = [_case(LATENT, system) for system in (*systems, *sweep)]
-    cases += [_case(FROZEN, system) for system in frozen]
+    cases += [_case(UNTRAINED, system) for system in untrained]
     for name in dict.fromkeys(baselines):
         same_kind: list[Case] = []
         for system in systems:

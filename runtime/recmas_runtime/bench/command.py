@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from msgspec import structs
 
 from recmas_runtime.bench.cases import TEXT, make_cases
 from recmas_runtime.bench.measure import BenchSettings
@@ -34,7 +36,7 @@ class BenchOptions:
         questions: Texts to ask instead; with neither, recmas asks its own.
         limit: Most records; None for all.
         baselines: Names of what to compare with; none for `text`.
-        frozen_bundle: A bundle of the same spec with untrained links.
+        untrained_bundle: A bundle of the same spec with untrained links.
         batch: Records that run together.
         max_new_tokens: Instead of the bundle's.
         warmup: Repeats that do not count.
@@ -49,7 +51,7 @@ class BenchOptions:
     questions: tuple[str, ...]
     limit: int | None
     baselines: tuple[str, ...]
-    frozen_bundle: Path | None
+    untrained_bundle: Path | None
     batch: int
     max_new_tokens: int | None
     warmup: int
@@ -102,11 +104,11 @@ def bench(
     system = load(options.bundle, device=options.device, threads=options.threads)
     loaded = [system]
     forms = forms_of(options.bundle, system)
-    frozen: tuple[System, ...] = ()
-    if options.frozen_bundle is not None:
-        untrained = load(options.frozen_bundle, device=options.device, threads=options.threads)
-        loaded.append(untrained)
-        frozen = forms_of(options.frozen_bundle, untrained).by_rounds
+    untrained: tuple[System, ...] = ()
+    if options.untrained_bundle is not None:
+        other = load(options.untrained_bundle, device=options.device, threads=options.threads)
+        loaded.append(other)
+        untrained = forms_of(options.untrained_bundle, other).by_rounds
     plans = [form.plan for form in (*forms.by_rounds, *forms.by_steps)]
     fields = tuple(dict.fromkeys(name for plan in plans for name in plan.fields))
     settings = _settings(system.plan, options, _gather_records(options, fields, problems))
@@ -115,7 +117,7 @@ def bench(
             forms.by_rounds,
             baselines=options.baselines or (TEXT,),
             sweep=forms.by_steps,
-            frozen=frozen,
+            untrained=untrained,
         ),
         settings,
         threads=options.threads,
@@ -192,7 +194,7 @@ def _settings(plan: Plan, options: BenchOptions, records: tuple[Record, ...]) ->
         )
     sampling = plan.sampling
     if options.max_new_tokens is not None:
-        sampling = replace(sampling, max_new_tokens=options.max_new_tokens)
+        sampling = structs.replace(sampling, max_new_tokens=options.max_new_tokens)
     check_sampling(sampling)
     return BenchSettings(
         records=records,

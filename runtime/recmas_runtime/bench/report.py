@@ -13,6 +13,7 @@ from recmas_runtime.bench.measure import BenchSettings, Run, RunKey, measure
 from recmas_runtime.checking.machine import describe_machine
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.progress import Progress
+from recmas_runtime.core.text import counted, markdown_table
 from recmas_runtime.engines.onnx.session import physical_cores
 from recmas_runtime.running.baselines import LATENT
 
@@ -75,29 +76,29 @@ class BenchReport:
             "",
             "## Time and tokens of a question",
             "",
-            *markdown_table(_HEAD, map(_cells, rows)),
+            markdown_table(_HEAD, map(_cells, rows)),
         ]
         if any(row.case.name == LATENT and row.case.rounds in PAPER for row in rows):
             lines += ["", f"paper: {PAPER_SOURCE}; its own models, data and hardware."]
         phases = [name for name in rows[0].cost.phases_ms if _is_there(name, rows)]
         head = ["system", "rounds", "steps", *(f"{name} ms" for name in phases)]
         cells = ([*_label(row), *(f"{row.cost.phases_ms[n]:.1f}" for n in phases)] for row in rows)
-        lines += ["", "## Where the time goes", "", *markdown_table(head, cells)]
+        lines += ["", "## Where the time goes", "", markdown_table(head, cells)]
         return "\n".join(lines)
 
     def _circumstances(self) -> list[str]:
         """Return what the figures hold for, as a list."""
         about, machine, sampling = self.about, self.about["machine"], self.about["sampling"]
         packages = {"python": machine["python"], **machine["packages"]}
-        questions = _counted(self.figures.questions, "question")
+        questions = counted(self.figures.questions, "question")
         return [
             f"- {about['date']}, bundle {about['fingerprint'][:12]}",
             f"- {machine['cpu']}, {machine['logical_cpus']} logical CPUs; ran on "
-            f"{about['device']} with {_counted(about['threads'], 'thread')}",
+            f"{about['device']} with {counted(about['threads'], 'thread')}",
             "- " + ", ".join(f"{name} {v}" for name, v in packages.items() if v is not None),
             f"- {questions} in batches of {about['batch']}, texts of at most "
             f"{sampling['max_new_tokens']} tokens, temperature {sampling['temperature']:g}",
-            f"- median of {_counted(self.figures.repeats, 'repeat')} (least to most), "
+            f"- median of {counted(self.figures.repeats, 'repeat')} (least to most), "
             f"{about['warmup']} before them to warm up; systems took turns on every batch",
         ]
 
@@ -210,10 +211,6 @@ def _label(row: Row) -> list[str]:
     return [row.case.name, str(row.case.rounds), steps]
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 def _is_there(phase: str, rows: Sequence[Row]) -> bool:
     return any(row.cost.phases_ms[phase] for row in rows)
 
@@ -223,14 +220,3 @@ def _spread(spread: Spread, form: str, *, unit: str = "") -> str:
     if spread.min == spread.max:
         return middle
     return f"{middle} ({spread.min:{form}} to {spread.max:{form}})"
-
-
-def markdown_table(head: Sequence[str], rows: Any) -> list[str]:
-    """Return a Markdown table whose columns stand in line."""
-    cells = [list(head), *rows]
-    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(f"{c:<{w}}" for c, w in zip(line, widths, strict=True)) + " |"
-        for line in cells
-    ]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]

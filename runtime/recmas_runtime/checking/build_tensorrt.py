@@ -11,30 +11,26 @@ from recmas_runtime.checking.verify import out_of_tolerance, read_case
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.engines.interface import Backbone
-from recmas_runtime.engines.tensorrt.availability import Platform, find_platform
 from recmas_runtime.engines.tensorrt.engine_cache import (
     TIMING_CACHE_NAME,
     BackbonePlans,
     DecoderPlan,
     EngineFolder,
+    EngineRecord,
     choose_engines,
+    find_platform,
     staged_engines,
     timing_caches,
     write_record,
 )
-from recmas_runtime.engines.tensorrt.loading import open_backbones
-from recmas_runtime.engines.tensorrt.profiles import (
-    ProfileShapes,
-    Shapes,
+from recmas_runtime.engines.tensorrt.static_graph import (
+    Ranges,
     decoder_ranges,
     head_ranges,
-    profile_shapes,
-    shapes_of,
-)
-from recmas_runtime.engines.tensorrt.static_graph import (
-    check_readable,
     input_shapes,
+    profile_shapes,
     read_graph,
+    shapes_of,
     static_decoder,
 )
 from recmas_runtime.formats.bundle import ENGINES_FOLDER, Bundle, open_bundle
@@ -53,26 +49,29 @@ class EngineBuild:
 
     Attributes:
         path: The folder in the bundle.
-        platform: What the engines are good for.
+        record: What the engines are good for.
         reused: They were there already; nothing was done.
-        capacities: By backbone, the cache capacities that have an engine.
         figures: By backbone, how far the engines are from the reference.
     """
 
     path: Path
-    platform: Platform
+    record: EngineRecord
     reused: bool
-    capacities: dict[str, tuple[int, ...]]
     figures: dict[str, dict[str, float]]
+
+    @property
+    def capacities(self) -> dict[str, list[int]]:
+        """By backbone, the cache capacities that have an engine."""
+        backbones = self.record.backbones
+        return {name: [plan.capacity for plan in backbones[name].decoders] for name in backbones}
 
     @property
     def text(self) -> str:
         """What commands print for people."""
         lines = [f"Engines {self.path} {'are current' if self.reused else 'written'}."]
         for name, capacities in self.capacities.items():
-            found = ", ".join(
-                f"{key} {value:.1e}" for key, value in self.figures.get(name, {}).items()
-            )
+            figures = self.figures.get(name, {})
+            found = ", ".join(f"{key} {value:.1e}" for key, value in figures.items())
             sizes = ", ".join(str(capacity) for capacity in capacities)
             lines.append(f"{name}: {sizes} cache rows" + (f"; {found}" if found else ""))
         return "\n".join(lines)
@@ -81,10 +80,10 @@ class EngineBuild:
         """Return the form that `--json` prints."""
         return {
             "path": str(self.path),
-            "tensorrt": self.platform.tensorrt,
-            "architecture": self.platform.architecture,
+            "tensorrt": self.record.tensorrt,
+            "architecture": self.record.architecture,
             "reused": self.reused,
-            "capacities": {name: list(rows) for name, rows in self.capacities.items()},
+            "capacities": self.capacities,
             "figures": self.figures,
         }
 
@@ -114,35 +113,21 @@ def build_engines(
     """
     platform = find_platform()
     bundle = open_bundle(root)
-    path = root / ENGINES_FOLDER / platform.key
-    engines, _ = choose_engines(root, bundle.manifest.fingerprint, platform)
+    fingerprint = bundle.manifest.fingerprint
+    engines, _ = choose_engines(root, fingerprint, platform)
     if reuse and engines is not None:
-        return EngineBuild(
-            path=engines.path,
-            platform=platform,
-            reused=True,
-            capacities=_capacities(engines.record.backbones),
-            figures={},
-        )
+        return EngineBuild(path=engines.path, record=engines.record, reused=True, figures={})
     kept = {**(kept_timing or {}), **timing_caches(root)}
     with staged_engines(root, platform) as folder:
         builder = _Builder(bundle, folder, kept.get(platform.key, b""), progress)
         backbones = {name: builder.build(name) for name in bundle.manifest.backbones}
         (folder / TIMING_CACHE_NAME).write_bytes(builder.timing_cache)
         record = write_record(
-            folder,
-            fingerprint=bundle.manifest.fingerprint,
-            platform=platform,
-            backbones=backbones,
+            folder, fingerprint=fingerprint, platform=platform, backbones=backbones
         )
         figures = _check(bundle, EngineFolder(folder, record), progress)
-    return EngineBuild(
-        path=path,
-        platform=platform,
-        reused=False,
-        capacities=_capacities(backbones),
-        figures=figures,
-    )
+    path = root / ENGINES_FOLDER / platform.key
+    return EngineBuild(path=path, record=record, reused=False, figures=figures)
 
 
 class _Builder:
@@ -158,55 +143,40 @@ class _Builder:
 
     def build(self, name: str) -> BackbonePlans:
         """Build a backbone's decoders, one for each capacity, and its head."""
-        entry = self._bundle.manifest.backbones[name]
-        shapes = shapes_of(
-            self._bundle.plan,
-            self._bundle.manifest,
-            name,
-            case_positions=_case_positions(self._bundle, name),
-        )
-        decoders = tuple(
-            DecoderPlan(capacity=capacity, file=self._build_decoder(name, entry, shapes, capacity))
-            for capacity in shapes.capacities
-        )
+        bundle = self._bundle
+        entry = bundle.manifest.backbones[name]
+        positions = _case_positions(bundle, name)
+        shapes = shapes_of(bundle.plan, bundle.manifest, name, case_positions=positions)
+        decoder, head = read_graph(bundle.file(entry.decoder)), read_graph(bundle.file(entry.head))
+        decoders = []
+        for capacity in shapes.capacities:
+            model = static_decoder(decoder, capacity, file=entry.decoder)
+            ranges = decoder_ranges(shapes, capacity)
+            file = self._write(f"{name}.{capacity}", model, entry.decoder, ranges)
+            decoders.append(DecoderPlan(capacity=capacity, file=file))
         return BackbonePlans(
-            decoders=decoders,
-            head=self._build_head(name, entry, shapes),
+            decoders=tuple(decoders),
+            head=self._write(f"{name}.head", head, entry.head, (head_ranges(shapes),)),
             max_rows=shapes.max_rows,
             max_groups=shapes.max_groups,
         )
 
-    def _build_decoder(self, name: str, entry: BackboneEntry, shapes: Shapes, capacity: int) -> str:
-        path = self._bundle.file(entry.decoder)
-        model = static_decoder(read_graph(path), capacity, file=entry.decoder)
-        profiles = [
-            profile_shapes(input_shapes(model), ranges)
-            for ranges in decoder_ranges(shapes, capacity)
-        ]
-        return self._build(f"{name}.{capacity}", model, path, profiles)
-
-    def _build_head(self, name: str, entry: BackboneEntry, shapes: Shapes) -> str:
-        path = self._bundle.file(entry.head)
-        model = read_graph(path)
-        check_readable(model, file=entry.head)
-        profile = profile_shapes(input_shapes(model), head_ranges(shapes))
-        return self._build(f"{name}.head", model, path, [profile])
-
-    def _build(
-        self, stem: str, model: onnx.ModelProto, path: Path, profiles: Sequence[ProfileShapes]
+    def _write(
+        self, stem: str, model: onnx.ModelProto, source: str, ranges: Sequence[Ranges]
     ) -> str:
-        from recmas_runtime.engines.tensorrt.network import build_plan
+        from recmas_runtime.engines.tensorrt.network import serialize_engine
 
-        plan, self.timing_cache = build_plan(
+        inputs = input_shapes(model)
+        engine, self.timing_cache = serialize_engine(
             model,
-            path,
-            profiles,
+            self._bundle.file(source),
+            [profile_shapes(inputs, each) for each in ranges],
             timing_cache=self.timing_cache,
             progress=self._progress,
             title=stem,
         )
         file = f"{stem}.plan"
-        (self._folder / file).write_bytes(plan)
+        (self._folder / file).write_bytes(engine)
         return file
 
 
@@ -221,12 +191,6 @@ def _case_positions(bundle: Bundle, backbone: str) -> int:
     return longest
 
 
-def _capacities(backbones: Mapping[str, BackbonePlans]) -> dict[str, tuple[int, ...]]:
-    return {
-        name: tuple(plan.capacity for plan in plans.decoders) for name, plans in backbones.items()
-    }
-
-
 def _check(
     bundle: Bundle, engines: EngineFolder, progress: Progress
 ) -> dict[str, dict[str, float]]:
@@ -235,6 +199,7 @@ def _check(
     Raises:
         RecmasError: RM405 for figures beyond their tolerance.
     """
+    from recmas_runtime.engines.tensorrt.backbone import open_backbones
 
     def no_other_engine(entry: BackboneEntry) -> Backbone[Any]:
         raise AssertionError("engines are built large enough for their parity case")

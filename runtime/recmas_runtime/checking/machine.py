@@ -26,7 +26,7 @@ def describe_machine() -> dict[str, Any]:
     """Return versions, providers, CPU, memory, disk and tools; works without ONNX Runtime."""
     from recmas_runtime.engines.onnx.session import onnx_runtime, physical_cores
     from recmas_runtime.tools.sandbox import survey_sandboxes
-    from recmas_runtime.tools.tavily import KEY_VARIABLE
+    from recmas_runtime.tools.search import KEY_VARIABLE
 
     sandboxes = survey_sandboxes()
     versions = {name: _version(name) for name in PACKAGES}

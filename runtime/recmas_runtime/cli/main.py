@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from recmas_runtime.core.errors import CODES, Exit, Problem, RecmasError, fail
-from recmas_runtime.core.interrupts import lasting_interrupts
+from recmas_runtime.core.terminal import lasting_interrupts
 
 
 @dataclass(kw_only=True)
@@ -193,7 +193,11 @@ def _parser() -> argparse.ArgumentParser:
         help="what to compare with, as of `recmas run` [default: text]; may be repeated",
     )
     bench.add_argument(
-        "--frozen-bundle", type=Path, metavar="DIR", help="the same system with untrained links"
+        "--untrained-bundle",
+        "--frozen-bundle",  # the name of version 0.1
+        type=Path,
+        metavar="DIR",
+        help="the same system with untrained links",
     )
     bench.add_argument("--batch", type=int, default=1, metavar="N", help="records per batch")
     bench.add_argument("--max-new-tokens", type=int, metavar="N", help="of every text")
@@ -267,7 +271,7 @@ def _bench(options: argparse.Namespace, outcome: Outcome) -> None:
         questions=tuple(options.question or ()),
         limit=options.limit,
         baselines=tuple(options.baseline or ()),
-        frozen_bundle=options.frozen_bundle,
+        untrained_bundle=options.untrained_bundle,
         batch=options.batch,
         max_new_tokens=options.max_new_tokens,
         warmup=options.warmup,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
+from recmas_runtime.core.text import aligned, counted, human_bytes
 from recmas_runtime.formats.bundle import Bundle
 from recmas_runtime.formats.codec import to_json
 from recmas_runtime.formats.manifest import LossEntry
@@ -34,7 +35,7 @@ def answer_summary(answer: Answer) -> str:
     times = ", ".join(f"{phase} {value / 1e3:.2f} s" for phase, value in phases.items())
     handed_over = f"{usage.handover_tokens} hand-over tokens, " if usage.handover_tokens else ""
     return (
-        f"[{answer.finish_reason}] {_counted(answer.rounds, 'round')}, "
+        f"[{answer.finish_reason}] {counted(answer.rounds, 'round')}, "
         f"{usage.prompt_tokens} prompt tokens, {usage.latent_steps} latent steps, {handed_over}"
         f"{usage.completion_tokens} answer tokens | {times}"
     )
@@ -91,35 +92,35 @@ def bundle_text(bundle: Bundle) -> str:
     manifest, plan = bundle.manifest, bundle.plan
     facts = bundle_facts(bundle)
     lines = [
-        f"{plan.name}: {_counted(len(plan.agents), 'agent')}, {_counted(plan.rounds, 'round')}, "
-        f"{_counted(len(manifest.files), 'file')}, {_size(facts['size_bytes'])}",
+        f"{plan.name}: {counted(len(plan.agents), 'agent')}, {counted(plan.rounds, 'round')}, "
+        f"{counted(len(manifest.files), 'file')}, {human_bytes(facts['size_bytes'])}",
         f"fingerprint {manifest.fingerprint}",
         "",
         "backbones",
     ]
-    lines += _table(
+    lines += _indented(
         (
             name,
             b["source"],
             b["model_type"],
             f"{b['num_layers']} layers x {b['width']}",
             b["precision"],
-            _size(b["weights_bytes"]),
+            human_bytes(b["weights_bytes"]),
         )
         for name, b in facts["backbones"].items()
     )
     lines += ["", "agents"]
-    lines += _table(
+    lines += _indented(
         (
             name,
             f"on {agent.backbone}",
-            _counted(agent.latent_steps, "latent step"),
+            counted(agent.latent_steps, "latent step"),
             "answers" if name == plan.answer_agent else "",
         )
         for name, agent in plan.agents.items()
     )
     lines += ["", "links"]
-    lines += _table(
+    lines += _indented(
         (
             name,
             f"{link.kind} {link.in_dim} -> {link.out_dim}",
@@ -135,7 +136,7 @@ def bundle_text(bundle: Bundle) -> str:
         "",
         f"limits      {plan.limits.max_prompt_tokens} prompt tokens, batches of "
         f"{plan.limits.max_batch}, answers of {plan.sampling.max_new_tokens} tokens",
-        f"caches      {_size(facts['cache_bytes_per_sample'])} per record at the limits",
+        f"caches      {human_bytes(facts['cache_bytes_per_sample'])} per record at the limits",
         f"fields      {', '.join(plan.fields)}",
     ]
     for case in manifest.parity:
@@ -157,7 +158,7 @@ def step_text(step: Step) -> str:
             return f"prefill {prompts}{kept}{copied}"
         case ThinkStep():
             how = "fused" if step.fused else "inner link apart"
-            return f"think {' + '.join(step.agents)}, {_counted(step.num_steps, 'step')}, {how}"
+            return f"think {' + '.join(step.agents)}, {counted(step.num_steps, 'step')}, {how}"
         case SendStep():
             return f"send {step.source} -> {', '.join(step.targets)}"
         case WriteStep():
@@ -184,14 +185,15 @@ def verify_text(report: VerifyReport) -> str:
 
 def machine_text(facts: Mapping[str, Any]) -> str:
     """Return what `doctor` prints."""
+    available = human_bytes(facts["memory_available_bytes"])
     rows = [("python", facts["python"]), ("platform", facts["platform"])]
     rows += [(name, version or "not installed") for name, version in facts["packages"].items()]
     rows += [
         ("providers", ", ".join(facts["providers"]) or "none"),
         ("cpu", f"{facts['cpu']}, {facts['logical_cpus']} logical"),
         ("threads", f"{facts['default_threads']} by default"),
-        ("memory", f"{_size(facts['memory_available_bytes'])} of {_size(facts['memory_bytes'])}"),
-        ("disk free", _size(facts["disk_free_bytes"])),
+        ("memory", f"{available} of {human_bytes(facts['memory_bytes'])}"),
+        ("disk free", human_bytes(facts["disk_free_bytes"])),
         ("telemetry", "on" if facts["telemetry"] else "off"),
         ("sandbox", facts["sandbox"] or "none: the tool `python` refuses to run programs"),
     ]
@@ -217,27 +219,5 @@ def _figures_text(figures: Mapping[str, float], precision: str) -> str:
     )
 
 
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _size(num_bytes: int | None) -> str:
-    if num_bytes is None:
-        return "unknown"
-    value = float(num_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"
-
-
-def _table(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return rows indented, their columns in line."""
-    found = list(rows)
-    widths = [max(map(len, column)) for column in zip(*found, strict=True)]
-    return [
-        "  "
-        + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in found
-    ]
+def _indented(rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"  {line}" for line in aligned(rows)]

@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from msgspec import structs
 
 from recmas_runtime.cli.reports import answer_summary
 from recmas_runtime.core.errors import Problem, RecmasError, fail
@@ -22,7 +23,7 @@ from recmas_runtime.running.answers import Answer, Record
 from recmas_runtime.running.records import AnswerWriter, question_record, read_records
 from recmas_runtime.running.run_trace import TraceWriter
 from recmas_runtime.running.system import System, load
-from recmas_runtime.tools.ask import terminal_ask
+from recmas_runtime.tools.toolbox import terminal_ask
 
 STANDARD_STREAM = "-"
 
@@ -40,11 +41,11 @@ def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Proble
     """
     _check_usage(options)
     overrides = _sampling_overrides(options)
-    check_sampling(replace(SamplingPlan(), **overrides))  # before anything takes long
+    check_sampling(structs.replace(SamplingPlan(), **overrides))  # before anything takes long
     system = load(
         options.bundle, device=options.device, threads=options.threads, ask=terminal_ask()
     ).baseline(options.baseline)
-    sampling = replace(system.plan.sampling, **overrides)
+    sampling = structs.replace(system.plan.sampling, **overrides)
     max_batch = system.plan.limits.max_batch
     if options.batch is not None and not 1 <= options.batch <= max_batch:
         raise fail(

@@ -1,4 +1,4 @@
-"""How long-running work tells whoever watches how far it has come."""
+"""How long-running work reports its progress."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Advance(Protocol):
 
 
 class Progress(Protocol):
-    """What work that takes a while reports to."""
+    """Receives the progress of long-running work."""
 
     def stage(
         self, title: str, total: int | None = None, *, done: int = 0
@@ -40,7 +40,7 @@ class LineProgress:
     """Keeps one line up to date on a terminal; shows nothing where there is none.
 
     Args:
-        stream: Where the line goes; standard error unless told otherwise.
+        stream: Where the line goes; standard error by default.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:

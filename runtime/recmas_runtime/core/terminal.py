@@ -1,12 +1,18 @@
-"""Text of models and of the world on its way to a terminal, which obeys some characters."""
+"""What a terminal gets and sends: foreign text that cannot steer it, Ctrl-C that is not lost."""
 
 from __future__ import annotations
 
+import _thread
+import sys
+import threading
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final, TextIO
 
 # Line breaks and tabs, and the joiners that scripts and emoji are spelled with.
 _HARMLESS: Final = "\n\t\u200c\u200d"
+_AGAIN_AFTER_S: Final = 0.05
 
 
 def harmless(text: str) -> str:
@@ -15,12 +21,41 @@ def harmless(text: str) -> str:
 
 
 def shown_on(stream: TextIO, text: str) -> str:
-    """Return what to write of a foreign text: all of it as it is, unless to a terminal."""
+    """Return foreign text as it can be written to `stream`: harmless if that is a terminal."""
     return harmless(text) if stream.isatty() else text
 
 
 def _is_harmless(character: str) -> bool:
-    # Every space counts as not printable but the ASCII one.
+    # Of all spaces, only the ASCII one counts as printable.
     return (
         character.isprintable() or character in _HARMLESS or unicodedata.category(character) == "Zs"
     )
+
+
+@contextmanager
+def lasting_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt again where Python drops it.
+
+    That is in a finalizer or a callback, where Python prints what is raised as ignored and the
+    program goes on as if nobody had pressed a key.
+    """
+    before = sys.unraisablehook
+    again: list[threading.Timer] = []
+
+    def note(unraisable: sys.UnraisableHookArgs) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            before(unraisable)
+            return
+        # Later, because Python also drops what is raised in this hook.
+        timer = threading.Timer(_AGAIN_AFTER_S, _thread.interrupt_main)
+        timer.daemon = True
+        again.append(timer)
+        timer.start()
+
+    sys.unraisablehook = note
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for timer in again:
+            timer.cancel()

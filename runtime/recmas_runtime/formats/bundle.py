@@ -7,7 +7,6 @@ opened, and nothing of it is used before sizes (and, on request, hashes) are wha
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.files import open_regular, sha256_of
 from recmas_runtime.core.progress import Progress, Silent
-from recmas_runtime.core.regular_file import open_regular
 from recmas_runtime.formats.codec import read_json_file
 from recmas_runtime.formats.consistency import (
     check_consistency,
@@ -29,7 +28,6 @@ from recmas_runtime.formats.plan import Plan
 # Files below this are hashed at every load, and whatever their size graphs, tokenizers, chat
 # templates and the plan: it takes milliseconds. Weights are hashed by `recmas verify`.
 SMALL_FILE_BYTES: Final = 2**20
-_CHUNK_BYTES: Final = 2**22
 # Engines that were built on some machine are a cache beside what the manifest lists.
 ENGINES_FOLDER: Final = "engines"
 _COPY_AGAIN: Final = "Copy the bundle again, or build it again."
@@ -141,15 +139,6 @@ def inside(root: Path, relative: str) -> Path:
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
         raise fail("RM402", f"path {relative!r} leads out of the bundle by a link", file=relative)
     return path
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 digest of a regular file, read in chunks."""
-    digest = hashlib.sha256()
-    with open_regular(path, file=str(path)) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

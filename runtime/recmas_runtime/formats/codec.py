@@ -1,134 +1,75 @@
-"""Dataclasses to JSON and back, by their type hints: the one reader of manifests and plans.
+"""JSON to typed structs and back: the one reader of manifests and plans.
 
-Reading is strict, because a bundle may come from anywhere: unknown and missing keys, wrong types,
-NaN and numbers that no real bundle has are refused with the file and the path of the key.
+Reading is strict, because a bundle may come from anywhere: unknown keys, duplicate keys, wrong
+types, NaN and numbers that no real bundle has are refused with the file, the path of the key and
+the value. msgspec does the checking; a field's bounds stand where the field is declared.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import types
-from collections.abc import Callable
-from functools import cache
+import re
+import sys
+from bisect import bisect_left
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Final, TypeVar
+
+import msgspec
+from msgspec import Meta, inspect
 
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.core.regular_file import open_regular
-from recmas_runtime.formats.manifest import (
-    MANIFEST_VERSION,
-    BackboneEntry,
-    FileEntry,
-    LinkEntry,
-    LossEntry,
-    Manifest,
-    ParityEntry,
-)
-from recmas_runtime.formats.plan import (
-    PLAN_VERSION,
-    AgentPlan,
-    CachePlan,
-    DecodeStep,
-    Limits,
-    Plan,
-    PrefillStep,
-    PythonPlan,
-    SamplingPlan,
-    SearchPlan,
-    SendStep,
-    ThinkStep,
-    ToolsPlan,
-    WriteStep,
-)
+from recmas_runtime.core.files import open_regular
 
 T = TypeVar("T")
 
 # Larger than any manifest or plan: a thousand agents of 64 rounds take a few MiB.
 MAX_JSON_BYTES: Final = 64 * 2**20
 
-VERSIONS: Final[dict[type, int]] = {Manifest: MANIFEST_VERSION, Plan: PLAN_VERSION}
+# Bounds of the formats' numbers. They follow the specs' own bounds where there are any and
+# otherwise stop only what would exhaust memory or never end.
+Size = Annotated[int, Meta(ge=0, le=2**50)]
+Dim = Annotated[int, Meta(ge=1, le=2**20)]
+Count = Annotated[int, Meta(ge=1, le=2**24)]
+Whole = Annotated[int, Meta(ge=-(2**53), le=2**53)]
+# msgspec takes an infinity for a float; JSON has none.
+Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 
-_ROUND: Final = (1, 64)
-_DIM: Final = (1, 2**20)
-_BYTES: Final = (0, 2**50)
 
-# Inclusive bounds of every integer in the formats. They follow the specs' own bounds where there
-# are any and otherwise stop only what would exhaust memory or never end.
-BOUNDS: Final[dict[tuple[type, str], tuple[int, int]]] = {
-    (FileEntry, "size_bytes"): _BYTES,
-    (BackboneEntry, "width"): _DIM,
-    (BackboneEntry, "num_layers"): (1, 4096),
-    (BackboneEntry, "num_kv_heads"): (1, 2**16),
-    (BackboneEntry, "head_dim"): (1, 2**16),
-    (BackboneEntry, "vocab_size"): (1, 2**24),
-    (BackboneEntry, "max_positions"): (1, 2**31),
-    (BackboneEntry, "eos_token_ids"): (0, 2**24),
-    (LossEntry, "num_tokens"): (1, 2**32),
-    (LinkEntry, "in_dim"): _DIM,
-    (LinkEntry, "out_dim"): _DIM,
-    (AgentPlan, "latent_steps"): (0, 4096),
-    (CachePlan, "capacity"): (64, 2**24),
-    (CachePlan, "bytes_per_sample"): _BYTES,
-    (PrefillStep, "round"): _ROUND,
-    (ThinkStep, "round"): _ROUND,
-    (ThinkStep, "num_steps"): (0, 4096),
-    (SendStep, "round"): _ROUND,
-    (WriteStep, "round"): _ROUND,
-    (WriteStep, "max_new_tokens"): (1, 2**24),
-    (DecodeStep, "round"): _ROUND,
-    (SamplingPlan, "max_new_tokens"): (1, 2**24),
-    (SamplingPlan, "top_k"): (0, 2**31),
-    (SamplingPlan, "seed"): (0, 2**63 - 1),
-    (SearchPlan, "top_k"): (1, 1000),
-    (PythonPlan, "memory_mb"): (16, 2**20),
-    (ToolsPlan, "max_calls"): (1, 1000),
-    (ToolsPlan, "max_result_chars"): (1, 2**24),
-    (Limits, "max_prompt_tokens"): (1, 2**24),
-    (Limits, "max_batch"): (1, 2**16),
-    (Plan, "rounds"): _ROUND,
-}
-_ANY_INTEGER: Final = (-(2**53), 2**53)
+class StrictStruct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of everything that is stored as JSON; a key that has a default may be left out.
 
-# Keys that bundles of this version may lack, because they were written before there was a choice;
-# the fields' defaults say what those bundles are.
-_LATER_KEYS: Final[frozenset[tuple[type, str]]] = frozenset(
-    {
-        (BackboneEntry, "precision"),
-        (BackboneEntry, "cpu_decoder"),
-        (ParityEntry, "loss"),
-        (PrefillStep, "prefix_from"),
-        (Plan, "stop_when"),
-        (Plan, "tools"),
-    }
-)
+    Attributes:
+        newest_version: Of files that have a `version`: the newest that this runtime reads.
+    """
+
+    newest_version: ClassVar[int | None] = None
 
 
 def to_json(value: object) -> Any:
-    """Return the form of a format dataclass that `json.dumps` takes."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key: to_json(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [to_json(item) for item in value]
-    assert value is None or isinstance(value, bool | int | float | str), f"{value!r} in a format"
-    return value
+    """Return the form of a struct, or of a collection of structs, that `json.dumps` takes."""
+    return msgspec.to_builtins(value)
 
 
 def from_json(cls: type[T], data: object, *, file: str) -> T:
     """Build `cls` from parsed JSON.
 
     Args:
-        cls: A dataclass of `manifest` or `plan`.
+        cls: A struct, or a collection of structs.
         data: What `parse_json` returned.
         file: How messages name the file that `data` came from.
 
     Raises:
         RecmasError: RM403 for a newer format version, RM404 for anything malformed.
     """
-    return cast("T", _Reader(file).read(cls, data, path="", bounds=_ANY_INTEGER))
+    # First, because a newer version may well have keys that this one does not know.
+    newest = getattr(cls, "newest_version", None)
+    if newest is not None and isinstance(data, dict):
+        _check_version(data.get("version"), newest, file)
+    try:
+        return msgspec.convert(data, cls)
+    except msgspec.ValidationError as error:
+        raise malformed(file, _explained(cls, data, str(error))) from None
 
 
 def parse_json(raw: bytes, *, file: str) -> object:
@@ -137,9 +78,10 @@ def parse_json(raw: bytes, *, file: str) -> object:
     Raises:
         RecmasError: RM404.
     """
+    # Not by msgspec, which keeps the last of several equal keys.
     try:
         return json.loads(
-            raw.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys
+            raw.decode("utf-8"), parse_constant=refuse_constant, object_pairs_hook=_unique_keys
         )
     except RecursionError:
         reason = "nested too deeply"
@@ -149,170 +91,26 @@ def parse_json(raw: bytes, *, file: str) -> object:
         reason = f"{error.msg} at line {error.lineno}, column {error.colno}"
     except ValueError as error:  # from the two hooks, and integers of thousands of digits
         reason = str(error)
-    raise _malformed(file, f"not valid JSON: {reason}")
+    raise malformed(file, f"not valid JSON: {reason}")
 
 
 def read_json_file(cls: type[T], path: Path, *, file: str) -> T:
-    """Read a format dataclass from a file; see `from_json` and `parse_json` for what is refused."""
+    """Read a struct from a file; see `from_json` and `parse_json` for what is refused."""
     with open_regular(path, file=file) as stream:
         raw = stream.read(MAX_JSON_BYTES + 1)
     if len(raw) > MAX_JSON_BYTES:
-        raise _malformed(file, f"larger than {MAX_JSON_BYTES} bytes")
+        raise malformed(file, f"larger than {MAX_JSON_BYTES} bytes")
     return from_json(cls, parse_json(raw, file=file), file=file)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """Reads values of one file; `path` is where in it a value stands, such as `agents.solver`."""
-
-    file: str
-
-    def read(self, hint: Any, data: object, *, path: str, bounds: tuple[int, int]) -> object:
-        origin = get_origin(hint)
-        if hint in _SCALARS:
-            return self._scalar(hint, data, path, bounds)
-        if origin is Literal:
-            if not any(type(data) is type(choice) and data == choice for choice in get_args(hint)):
-                wanted = " or ".join(repr(choice) for choice in get_args(hint))
-                raise self._wrong(path, f"expected {wanted}, found {_describe(data)}")
-            return data
-        if origin is Union or origin is types.UnionType:
-            return self._union(get_args(hint), data, path, bounds)
-        if origin is tuple:
-            if not isinstance(data, list):
-                raise self._wrong(path, f"expected a list, found {_describe(data)}")
-            (item_hint, _) = get_args(hint)
-            return tuple(
-                self.read(item_hint, item, path=f"{path}[{i}]", bounds=bounds)
-                for i, item in enumerate(data)
-            )
-        if origin is dict:
-            table = self._table(data, path)
-            (_, item_hint) = get_args(hint)
-            return {
-                key: self.read(item_hint, item, path=_join(path, key), bounds=bounds)
-                for key, item in table.items()
-            }
-        return self._dataclass(hint, data, path)
-
-    def _scalar(self, hint: type, data: object, path: str, bounds: tuple[int, int]) -> object:
-        if hint is float and type(data) in (int, float):
-            value = _finite(cast("float", data))
-            if value is None:
-                raise self._wrong(path, f"{_describe(data)} is not a finite number")
-            return value
-        if type(data) is not hint:  # exact: True is no integer here
-            raise self._wrong(path, f"expected {_SCALARS[hint]}, found {_describe(data)}")
-        if hint is int and not bounds[0] <= cast("int", data) <= bounds[1]:
-            raise self._wrong(
-                path, f"{_describe(data)} is out of bounds, {bounds[0]} to {bounds[1]}"
-            )
-        return data
-
-    def _union(
-        self, hints: tuple[Any, ...], data: object, path: str, bounds: tuple[int, int]
-    ) -> object:
-        if data is None and types.NoneType in hints:
-            return None
-        hints = tuple(hint for hint in hints if hint is not types.NoneType)
-        if len(hints) == 1:
-            return self.read(hints[0], data, path=path, bounds=bounds)
-        if all(hint in _SCALARS for hint in hints):
-            exact = [hint for hint in hints if type(data) is hint]
-            if not exact:
-                wanted = " or ".join(_SCALARS[hint] for hint in hints)
-                raise self._wrong(path, f"expected {wanted}, found {_describe(data)}")
-            return self._scalar(exact[0], data, path, bounds)
-        by_op = {_op_of(hint): hint for hint in hints}
-        op = self._table(data, path).get("op")
-        if not isinstance(op, str) or op not in by_op:
-            wanted = ", ".join(by_op)
-            raise self._wrong(_join(path, "op"), f"expected one of {wanted}, found {_describe(op)}")
-        return self._dataclass(by_op[op], data, path)
-
-    def _dataclass(self, cls: Any, data: object, path: str) -> object:
-        table = self._table(data, path)
-        if cls in VERSIONS:
-            self._check_version(table, VERSIONS[cls])
-        hints = _field_hints(cls)
-        for key in sorted(table.keys() - hints.keys()):
-            raise self._wrong(_join(path, key), "unknown key")
-        for key in hints:
-            if key not in table and (cls, key) not in _LATER_KEYS:
-                raise self._wrong(_join(path, key), "missing")
-        values = {
-            key: self.read(
-                hint,
-                table[key],
-                path=_join(path, key),
-                bounds=BOUNDS.get((cls, key), _ANY_INTEGER),
-            )
-            for key, hint in hints.items()
-            if key in table
-        }
-        return cast("Callable[..., object]", cls)(**values)
-
-    def _table(self, data: object, path: str) -> dict[str, object]:
-        if not isinstance(data, dict):
-            raise self._wrong(path, f"expected a table, found {_describe(data)}")
-        return data
-
-    def _check_version(self, table: dict[str, object], known: int) -> None:
-        version = table.get("version")
-        if type(version) is not int or version < 1:
-            raise self._wrong("version", f"expected a format version, found {_describe(version)}")
-        if version > known:
-            raise fail(
-                "RM403",
-                f"format version {_describe(version)}; this runtime reads up to version {known}",
-                hint="Install a newer recmas, or build the bundle with this one.",
-                file=self.file,
-            )
-
-    def _wrong(self, path: str, message: str) -> RecmasError:
-        return _malformed(self.file, f"{path}: {message}" if path else message)
+def malformed(file: str, message: str) -> RecmasError:
+    """Return RM404 for a file of a bundle."""
+    return fail("RM404", message, file=file, hint="Build the bundle again, or copy it afresh.")
 
 
-_SCALARS: Final[dict[Any, str]] = {
-    str: "a string",
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-}
-
-
-@cache
-def _field_hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
-
-
-def _op_of(cls: type) -> str:
-    (op,) = get_args(_field_hints(cls)["op"])
-    return str(op)
-
-
-def _finite(number: float) -> float | None:
-    try:
-        value = float(number)
-    except OverflowError:  # an integer beyond every float
-        return None
-    return value if math.isfinite(value) else None
-
-
-def _describe(data: object) -> str:
-    if isinstance(data, dict):
-        return "a table"
-    if isinstance(data, list):
-        return "a list"
-    if data is None:
-        return "nothing"
-    shown = json.dumps(data)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
-
-
-def _join(path: str, key: str) -> str:
-    key = key if len(key) <= 60 else f"{key[:57]}..."
-    return f"{path}.{key}" if path else key
+def refuse_constant(name: str) -> object:
+    """Refuse NaN and infinities, as `parse_constant` of `json.loads`."""
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -324,9 +122,175 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return table
 
 
-def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is not a JSON number")
+def _check_version(version: object, newest: int, file: str) -> None:
+    if type(version) is not int or version < 1:
+        raise malformed(file, f"version: expected a format version, found {_shown(version)}")
+    if version > newest:
+        raise fail(
+            "RM403",
+            f"format version {_shown(version)}; this runtime reads up to version {newest}",
+            hint="Install a newer recmas, or build the bundle with this one.",
+            file=file,
+        )
 
 
-def _malformed(file: str, message: str) -> RecmasError:
-    return fail("RM404", message, file=file, hint="Build the bundle again, or copy it afresh.")
+# Where msgspec's messages say a value stands, such as `$.agents[...].then[0].kind`.
+_PLACE: Final = re.compile(r"(?P<what>.*) - at `\$(?P<path>(?:\.\w+|\[\d+\]|\[\.\.\.\])+)`", re.S)
+_STEP: Final = re.compile(r"\.(\w+)|\[(\d+|\.\.\.)\]")
+_KEY: Final = re.compile(r"Object (missing required|contains unknown) field `(.*)`", re.S)
+
+
+def _explained(cls: Any, data: object, refusal: str) -> str:
+    """Put a refusal of msgspec, which shows no values, in our words: path, expected, found."""
+    place = _PLACE.fullmatch(refusal)
+    what, path = (place["what"], place["path"]) if place else (refusal, "")
+    try:
+        keys, node, value = _follow(cls, data, path, refusal)
+    except (LookupError, TypeError, ValueError, StopIteration):
+        return _cut(refusal)  # an unknown key that looks like a place
+    if isinstance(node, inspect.UnionType) and isinstance(value, dict):
+        structs = [kind for kind in node.types if isinstance(kind, inspect.StructType)]
+        wanted = ", ".join(str(kind.tag) for kind in structs)
+        tag = str(structs[0].tag_field)
+        found = _shown(value.get(tag))
+        return f"{_joined([*keys, tag])}: expected one of {wanted}, found {found}"
+    if key := _KEY.fullmatch(what):
+        how = "missing" if key[1].startswith("missing") else "unknown key"
+        return f"{_joined([*keys, key[2]])}: {how}"
+    complaint = _complaint(node, value)
+    return f"{_joined(keys)}: {complaint}" if keys else complaint
+
+
+def _follow(
+    cls: Any, data: object, path: str, refusal: str
+) -> tuple[list[str | int], inspect.Type, object]:
+    """Return the keys of a path, and the type and the value at its end."""
+    keys: list[str | int] = []
+    value: Any = data
+    node = _chosen(inspect.type_info(cls), value)
+    for name, index in _STEP.findall(path):
+        match node:
+            case inspect.StructType():
+                keys.append(name)
+                node = next(field.type for field in node.fields if field.name == name)
+            case inspect.VarTupleType():
+                keys.append(int(index))
+                node = node.item_type
+            case inspect.DictType():
+                keys.append(_key_at_fault(cls, data, keys, value, refusal))
+                node = node.value_type
+            case _:  # a union of structs, whose tag is at fault
+                break
+        value = value[keys[-1]]
+        node = _chosen(node, value)
+    return keys, node, value
+
+
+def _key_at_fault(
+    cls: Any, data: object, keys: list[str | int], table: dict[str, object], refusal: str
+) -> str:
+    """Return the key whose value msgspec refuses: the last of the shortest part refused alike."""
+    names = list(table)
+
+    def is_refused(last: int) -> bool:
+        part = {name: table[name] for name in names[: last + 1]}
+        try:
+            msgspec.convert(_with(data, keys, part), cls)
+        except msgspec.ValidationError as error:
+            return str(error) == refusal
+        return False
+
+    return names[bisect_left(range(len(names)), True, key=is_refused)]
+
+
+def _with(data: Any, keys: list[str | int], value: object) -> Any:
+    """Return parsed JSON with the value at `keys` replaced."""
+    if not keys:
+        return value
+    copy = data.copy()
+    copy[keys[0]] = _with(data[keys[0]], keys[1:], value)
+    return copy
+
+
+_KINDS: Final[dict[type, type[inspect.Type]]] = {
+    bool: inspect.BoolType,
+    int: inspect.IntType,
+    float: inspect.FloatType,
+    str: inspect.StrType,
+}
+_WORDS: Final[dict[type[inspect.Type], str]] = {
+    inspect.BoolType: "true or false",
+    inspect.IntType: "an integer",
+    inspect.FloatType: "a number",
+    inspect.StrType: "a string",
+    inspect.VarTupleType: "a list",
+    inspect.DictType: "a table",
+    inspect.StructType: "a table",
+}
+
+
+def _chosen(node: inspect.Type, value: object) -> inspect.Type:
+    """Return the one member of a union that a value can be meant for, or else the union."""
+    if not isinstance(node, inspect.UnionType):
+        return node
+    kinds = [kind for kind in node.types if not isinstance(kind, inspect.NoneType)]
+    for kind in kinds:
+        if isinstance(kind, inspect.StructType) and isinstance(value, dict):
+            if kind.tag_field is not None and value.get(kind.tag_field) == kind.tag:
+                return kind
+        elif type(kind) is _KINDS.get(type(value)):
+            return kind
+    return kinds[0] if len(kinds) == 1 else node
+
+
+def _complaint(node: inspect.Type, value: Any) -> str:
+    found = _shown(value)
+    match node:
+        case inspect.IntType() if type(value) is int:
+            return f"{found} is out of bounds, {node.ge} to {node.le}"
+        case inspect.FloatType() if type(value) in (int, float):
+            if not _is_finite(value):
+                return f"{found} is not a finite number"
+            if node.gt is not None:
+                return f"{found} is not above {node.gt:g} and at most {node.le:g}"
+            return f"{found} is not between {node.ge:g} and {node.le:g}"
+        case inspect.LiteralType():
+            wanted = " or ".join(repr(choice) for choice in node.values)
+        case inspect.UnionType() if inspect.StructType in map(type, node.types):
+            wanted = "a table"
+        case inspect.UnionType():
+            wanted = " or ".join(_WORDS[type(kind)] for kind in node.types)
+        case _:
+            wanted = _WORDS[type(node)]
+    return f"expected {wanted}, found {found}"
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def _shown(data: object) -> str:
+    if isinstance(data, dict):
+        return "a table"
+    if isinstance(data, list):
+        return "a list"
+    if data is None:
+        return "nothing"
+    return _cut(json.dumps(data))
+
+
+def _joined(keys: list[str | int]) -> str:
+    path = ""
+    for key in keys:
+        if isinstance(key, int):
+            path += f"[{key}]"
+        else:
+            path += f".{_cut(key)}" if path else _cut(key)
+    return path
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
+
+from msgspec import Meta, field
+
+from recmas_runtime.formats.codec import Count, Dim, Finite, Size, StrictStruct
 
 MANIFEST_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -10,8 +14,7 @@ PLAN_NAME = "plan.json"
 SPEC_NAME = "spec.yaml"
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileEntry:
+class FileEntry(StrictStruct, frozen=True, kw_only=True):
     """A file of the bundle, by its path relative to the bundle with forward slashes.
 
     Attributes:
@@ -20,11 +23,10 @@ class FileEntry:
     """
 
     sha256: str
-    size_bytes: int
+    size_bytes: Size
 
 
-@dataclass(frozen=True, kw_only=True)
-class BackboneEntry:
+class BackboneEntry(StrictStruct, frozen=True, kw_only=True):
     """A backbone's engines and dimensions. Paths are relative to the bundle.
 
     Attributes:
@@ -56,15 +58,15 @@ class BackboneEntry:
     source: str
     digest: str
     model_type: str
-    width: int
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int
+    width: Dim
+    num_layers: Annotated[int, Meta(ge=1, le=4096)]
+    num_kv_heads: Annotated[int, Meta(ge=1, le=2**16)]
+    head_dim: Annotated[int, Meta(ge=1, le=2**16)]
+    vocab_size: Count
+    max_positions: Annotated[int, Meta(ge=1, le=2**31)]
     dtype: str
     bos_token: str | None
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[Annotated[int, Meta(ge=0, le=2**24)], ...]
     decoder: str
     embed: str
     head: str
@@ -80,8 +82,7 @@ class BackboneEntry:
         return self.cpu_decoder if device == "cpu" and self.cpu_decoder else self.decoder
 
 
-@dataclass(frozen=True, kw_only=True)
-class LinkEntry:
+class LinkEntry(StrictStruct, frozen=True, kw_only=True):
     """A link's weights.
 
     Attributes:
@@ -97,14 +98,13 @@ class LinkEntry:
     file: str
     kind: str
     role: str
-    in_dim: int
-    out_dim: int
+    in_dim: Dim
+    out_dim: Dim
     init: str
-    cosine: float | None = None
+    cosine: Finite | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossEntry:
+class LossEntry(StrictStruct, frozen=True, kw_only=True):
     """What a backbone's precision costs, measured at build over a text, against float32.
 
     Every position is teacher-forced; losses are mean -log p of the next token, in nats.
@@ -119,15 +119,14 @@ class LossEntry:
     """
 
     text: str
-    num_tokens: int
-    hidden_cosine: float
-    greedy_agreement: float
-    reference_loss: float
-    loss: float
+    num_tokens: Annotated[int, Meta(ge=1, le=2**32)]
+    hidden_cosine: Annotated[float, Meta(ge=-1.0, le=1.0)]
+    greedy_agreement: Annotated[float, Meta(ge=0.0, le=1.0)]
+    reference_loss: Finite
+    loss: Finite
 
 
-@dataclass(frozen=True, kw_only=True)
-class ParityEntry:
+class ParityEntry(StrictStruct, frozen=True, kw_only=True):
     """A teacher-forced case: the engine's own error against the reference, measured at build.
 
     Attributes:
@@ -140,13 +139,12 @@ class ParityEntry:
 
     file: str
     backbone: str
-    figures: dict[str, float]
+    figures: dict[str, Finite]
     greedy_tokens_equal: bool
     loss: LossEntry | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
+class Manifest(StrictStruct, frozen=True, kw_only=True):
     """The whole manifest.
 
     Attributes:
@@ -158,6 +156,8 @@ class Manifest:
         probe: `parity/probe.onnx`, the known-answer probe.
         files: Every file of the bundle but the manifest itself.
     """
+
+    newest_version: ClassVar = MANIFEST_VERSION
 
     version: int = MANIFEST_VERSION
     name: str

@@ -7,12 +7,17 @@ format lives here once. A plan holds no tensors; names in it are resolved by the
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
+
+from msgspec import Meta, field
+
+from recmas_runtime.formats.codec import Count, Finite, Size, StrictStruct, Whole
 
 PLAN_VERSION = 1
 
 Variant = Literal["first", "then"]
+Round = Annotated[int, Meta(ge=1, le=64)]
+LatentSteps = Annotated[int, Meta(ge=0, le=4096)]
 
 # Engines see few distinct capacities, and attention kernels want aligned lengths.
 CACHE_ROWS_MULTIPLE = 64
@@ -23,8 +28,7 @@ def cache_capacity(rows: int) -> int:
     return -(-rows // CACHE_ROWS_MULTIPLE) * CACHE_ROWS_MULTIPLE
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptPart:
+class PromptPart(StrictStruct, frozen=True, kw_only=True):
     """A piece of a prompt: literal text, a field of the input record, or a slot.
 
     Attributes:
@@ -36,8 +40,7 @@ class PromptPart:
     value: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class AgentPlan:
+class AgentPlan(StrictStruct, frozen=True, kw_only=True):
     """What the runtime needs to know of an agent.
 
     Attributes:
@@ -55,12 +58,11 @@ class AgentPlan:
     first: tuple[PromptPart, ...] | None
     then: tuple[PromptPart, ...]
     inner: str
-    latent_steps: int
-    chat_template: dict[str, bool | int | float | str] = field(default_factory=dict)
+    latent_steps: LatentSteps
+    chat_template: dict[str, bool | Whole | Finite | str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CachePlan:
+class CachePlan(StrictStruct, frozen=True, kw_only=True):
     """A key/value cache: rows for one agent, or for agents that run as one batch.
 
     Attributes:
@@ -74,16 +76,35 @@ class CachePlan:
 
     backbone: str
     agents: tuple[str, ...]
-    capacity: int
-    bytes_per_sample: int
+    capacity: Annotated[int, Meta(ge=64, le=2**24)]
+    bytes_per_sample: Size
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrefillStep:
-    """Run the prompts of `agents` (one batch) into their cache.
+class PlanStep(
+    StrictStruct,
+    frozen=True,
+    kw_only=True,
+    tag_field="op",
+    tag=lambda name: name.removesuffix("Step").lower(),
+):
+    """A step; in JSON `op` says which.
 
     Attributes:
         round: From 1.
+    """
+
+    round: Round
+
+    @property
+    def op(self) -> str:
+        """The kind of the step, such as `prefill`."""
+        return str(self.__struct_config__.tag)
+
+
+class PrefillStep(PlanStep, frozen=True, kw_only=True):
+    """Run the prompts of `agents` (one batch) into their cache.
+
+    Attributes:
         variants: Which prompt each agent uses.
         reuse_prefix: Keep the cached rows of the leading prompt tokens that are equal to those of
             this agent's previous prefill, up to the first slot of either prompt.
@@ -92,8 +113,6 @@ class PrefillStep:
             of leading tokens that are equal may be copied. None for none.
     """
 
-    op: Literal["prefill"] = "prefill"
-    round: int
     agents: tuple[str, ...]
     variants: tuple[Variant, ...]
     reuse_prefix: bool
@@ -101,24 +120,20 @@ class PrefillStep:
     prefix_from: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ThinkStep:
+class ThinkStep(PlanStep, frozen=True, kw_only=True):
     """Roll out `num_steps` latent steps from the last prefill of the same agents.
 
     Attributes:
         fused: The inner link runs inside the step graph; otherwise as a call of its own.
     """
 
-    op: Literal["think"] = "think"
-    round: int
     agents: tuple[str, ...]
-    num_steps: int
+    num_steps: LatentSteps
     fused: bool
     cache: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class SendStep:
+class SendStep(PlanStep, frozen=True, kw_only=True):
     """Map the source's thoughts of this round through outer links into messages.
 
     Attributes:
@@ -127,16 +142,13 @@ class SendStep:
         apply_inner: Compute R_k(H) here; otherwise take it from the fused think step.
     """
 
-    op: Literal["send"] = "send"
-    round: int
     source: str
     targets: tuple[str, ...]
     links: tuple[str, ...]
     apply_inner: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class WriteStep:
+class WriteStep(PlanStep, frozen=True, kw_only=True):
     """Write text from the last prefill of `agents`, to be put into the slots of other agents.
 
     Latent systems have none; systems whose agents hand over text, the baselines, consist of them.
@@ -145,19 +157,14 @@ class WriteStep:
         max_new_tokens: Most tokens of each text; None for as many as an answer may have.
     """
 
-    op: Literal["write"] = "write"
-    round: int
     agents: tuple[str, ...]
     cache: str
-    max_new_tokens: int | None = None
+    max_new_tokens: Count | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecodeStep:
+class DecodeStep(PlanStep, frozen=True, kw_only=True):
     """Write the answer's text from the agent's last prefill."""
 
-    op: Literal["decode"] = "decode"
-    round: int
     agent: str
     cache: str
 
@@ -165,8 +172,7 @@ class DecodeStep:
 Step = PrefillStep | ThinkStep | SendStep | WriteStep | DecodeStep
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingPlan:
+class SamplingPlan(StrictStruct, frozen=True, kw_only=True):
     """How the answer's tokens are chosen; the defaults that a caller may override.
 
     Attributes:
@@ -181,18 +187,17 @@ class SamplingPlan:
         stop: Strings that end the answer; they are not part of it.
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
+    max_new_tokens: Count = 256
+    temperature: Finite = 0.0
+    top_p: Finite = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=2**31)] = 0
+    min_p: Finite = 0.0
+    repetition_penalty: Finite = 1.0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     stop: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class StopPlan:
+class StopPlan(StrictStruct, frozen=True, kw_only=True):
     """When the recursion may end before its last round.
 
     Attributes:
@@ -200,11 +205,10 @@ class StopPlan:
             the same link's message of the round before. Its next round is then its last.
     """
 
-    cosine: float
+    cosine: Annotated[float, Meta(gt=0.0, le=1.0)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchPlan:
+class SearchPlan(StrictStruct, frozen=True, kw_only=True):
     """The tool `search`.
 
     Attributes:
@@ -215,22 +219,20 @@ class SearchPlan:
 
     backend: Literal["local", "tavily"]
     corpus: str | None
-    top_k: int
+    top_k: Annotated[int, Meta(ge=1, le=1000)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class PythonPlan:
+class PythonPlan(StrictStruct, frozen=True, kw_only=True):
     """The tool `python`: code that the model wrote, in a sandbox or not at all.
 
     Attributes:
         memory_mb: Most memory of the program, in MiB.
     """
 
-    memory_mb: int
+    memory_mb: Annotated[int, Meta(ge=16, le=2**20)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ToolsPlan:
+class ToolsPlan(StrictStruct, frozen=True, kw_only=True):
     """What the answer agent may call while it writes, and the bounds of it.
 
     Attributes:
@@ -247,13 +249,12 @@ class ToolsPlan:
     python: PythonPlan | None = None
     ask: bool = False
     functions: tuple[str, ...] = ()
-    max_calls: int = 4
-    timeout_s: float = 10.0
-    max_result_chars: int = 2000
+    max_calls: Annotated[int, Meta(ge=1, le=1000)] = 4
+    timeout_s: Annotated[float, Meta(gt=0.0, le=3600.0)] = 10.0
+    max_result_chars: Count = 2000
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
+class Limits(StrictStruct, frozen=True, kw_only=True):
     """Bounds the bundle was compiled for.
 
     Attributes:
@@ -261,12 +262,11 @@ class Limits:
         max_batch: Most records in one batch.
     """
 
-    max_prompt_tokens: int
-    max_batch: int
+    max_prompt_tokens: Count
+    max_batch: Annotated[int, Meta(ge=1, le=2**16)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(StrictStruct, frozen=True, kw_only=True):
     """The whole plan.
 
     Attributes:
@@ -284,9 +284,11 @@ class Plan:
         tools: Tools of the answer agent; None for none.
     """
 
+    newest_version: ClassVar = PLAN_VERSION
+
     version: int = PLAN_VERSION
     name: str
-    rounds: int
+    rounds: Round
     answer_agent: str
     agents: dict[str, AgentPlan]
     feedback_links: tuple[str, ...]

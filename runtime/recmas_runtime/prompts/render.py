@@ -1,7 +1,7 @@
 """From a prompt's parts and a record to token ids with slots between them.
 
-The chat template sees the whole conversation, with a unique word in the place of every slot; the
-rendered text is then split at these words and each piece tokenized on its own.
+The chat template sees the whole conversation, with a unique word in place of each slot; the
+rendered text is then split at these words and each piece is tokenized on its own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Final
+from pathlib import Path
+from typing import Final, Self
 
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.plan import PromptPart
@@ -18,6 +19,7 @@ from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.prompts.tokenizer import Span, Tokenizer
 
 __all__ = [
+    "Chat",
     "ChatTemplate",
     "Prompt",
     "Slot",
@@ -35,6 +37,33 @@ DEFAULT_VARIABLES: Final[Mapping[str, bool | int | float | str]] = {"enable_thin
 _LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """What turns a conversation into a backbone's tokens."""
+
+    template: ChatTemplate
+    tokenizer: Tokenizer
+
+    @classmethod
+    def load(
+        cls, tokenizer_json: str | Path, chat_template: str, special_tokens: Mapping[str, str]
+    ) -> Self:
+        """Return what a backbone's files make.
+
+        Args:
+            tokenizer_json: The path of a `tokenizer.json`, or its text.
+            chat_template: The chat template's text.
+            special_tokens: Named special tokens that the template may refer to.
+
+        Raises:
+            RecmasError: RM404 if the tokenizer is malformed, RM206 if the template is.
+        """
+        return cls(
+            tokenizer=Tokenizer(tokenizer_json, chat_template),
+            template=ChatTemplate(chat_template, special_tokens),
+        )
+
+
 @dataclass(frozen=True)
 class Tokens:
     """A piece of text, tokenized; never empty."""
@@ -44,7 +73,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of the message from `agent`."""
+    """Where the message from `agent` goes."""
 
     agent: str
 
@@ -69,12 +98,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Turn:
-    """A prompt with the assistant's text behind it, in the items of one prompt.
+    """A prompt followed by the assistant's text, in the items of one prompt.
 
     Attributes:
         prompt: Ends with a piece of text that holds the end of the prompt and the target.
-        num_target_tokens: How many tokens at the end are the assistant's, what the template
-            writes after the text included; at least one.
+        num_target_tokens: How many of the last tokens are the assistant's, including what the
+            template writes after the text; at least one.
     """
 
     prompt: Prompt
@@ -102,7 +131,7 @@ def build_prompt(
     encoded as plain text.
 
     Args:
-        system: Parts of the system text; no system message if they come to nothing.
+        system: Parts of the system text; there is no system message if the text is empty.
         prompt: Parts of the user's message.
         record: Field values; `id` names the record in errors.
         chat: The backbone's chat template.
@@ -131,7 +160,7 @@ def build_turn(
     tokenizer: Tokenizer,
     variables: Mapping[str, bool | int | float | str] | None = None,
 ) -> Turn:
-    """Render and tokenize a prompt and the text that the assistant says to it, in one piece.
+    """Render and tokenize a prompt and the assistant's text after it as one conversation.
 
     A token is the assistant's if it begins where the prompt ends, or later. The target's text
     never becomes a control token.
@@ -139,22 +168,22 @@ def build_turn(
     Args:
         system: Parts of the system text, as for `build_prompt`.
         prompt: Parts of the user's message.
-        target: What the assistant says.
+        target: The assistant's text.
         record: Field values; `id` names the record in errors.
         chat: The backbone's chat template.
         tokenizer: The backbone's tokenizer.
         variables: Variables of the chat template, over `DEFAULT_VARIABLES`.
 
     Raises:
-        RecmasError: As `build_prompt`; RM206 also if the conversation with the target does not
-            begin with the prompt, or ends with it.
+        RecmasError: As `build_prompt`; RM206 also if the template does not write the target
+            right after the prompt, or leaves it out.
     """
     marks = _Marks(_unused_salt(_joined([*system, *prompt], record) + target, chat))
     messages = _messages(system, prompt, record, chat, tokenizer, marks)
-    said = _mark_controls(target, [(0, len(target))], tokenizer, marks)
+    marked_target = _mark_controls(target, [(0, len(target))], tokenizer, marks)
     values = {**DEFAULT_VARIABLES, **(variables or {})}
     opening = chat.render(messages, add_generation_prompt=True, **values)
-    answered = [*messages, {"role": "assistant", "content": said}]
+    answered = [*messages, {"role": "assistant", "content": marked_target}]
     rendered = chat.render(answered, add_generation_prompt=False, **values)
     if not rendered.startswith(opening):
         raise fail(
@@ -210,10 +239,10 @@ def _unusable(record: Mapping[str, object], message: str) -> RecmasError:
 
 @dataclass
 class _Marks:
-    """Words that stand for slots, and for control tokens that a record spells.
+    """Words in place of slots, and of control tokens that a record spells.
 
-    They survive whatever a template does to text (trimming, escaping), because they are letters
-    and digits, and mean nothing else, because no text of this prompt contains the salt.
+    Templates that trim or escape text do not change them, because they are letters and digits; and
+    no other text of the prompt is taken for one, because none contains the salt.
     """
 
     salt: str
@@ -238,7 +267,7 @@ class _Marks:
 
 
 def _joined(parts: Sequence[PromptPart], record: Mapping[str, object]) -> str:
-    """Return the text of parts as one, without the slots between them."""
+    """Return the text of all parts but slots."""
     return "".join(
         field_text(part.value, record) if part.kind == "field" else part.value
         for part in parts
@@ -247,8 +276,8 @@ def _joined(parts: Sequence[PromptPart], record: Mapping[str, object]) -> str:
 
 
 def _unused_salt(text: str, chat: ChatTemplate) -> str:
-    """Return a salt that cannot stand in a prompt of this text, wherever a template trims it."""
-    # A mark could also form where two parts meet, or two messages that a template strips of space.
+    """Return a salt that no rendering of this text can contain."""
+    # Without space, because a template may strip two messages and so join their ends.
     dense = "".join(text.split())
     number = 0
     while any(f"recmas{number}x" in found for found in (dense, *chat.literals)):
@@ -281,7 +310,7 @@ def _messages(
 def _compose(
     parts: Sequence[PromptPart], record: Mapping[str, object], tokenizer: Tokenizer, marks: _Marks
 ) -> str:
-    """Join parts into a message's content, marks in the place of slots and harmful spellings."""
+    """Join parts into a message's content, with marks in place of slots and control tokens."""
     content = ""
     values: list[Span] = []
     for part in parts:
@@ -300,17 +329,17 @@ def _compose(
 def _mark_controls(
     content: str, values: Sequence[Span], tokenizer: Tokenizer, marks: _Marks
 ) -> str:
-    """Put marks in the place of control tokens that begin or end in the text of `values`."""
-    # Asking the tokenizer finds what searching would miss: tokens that a normalizer makes, or that
-    # begin in a field and end outside.
-    harmful = [
+    """Put marks in place of control tokens that overlap with the text of `values`."""
+    # The tokenizer finds what a search would miss: tokens that a normalizer makes, or that begin in
+    # a field and end outside.
+    spelled = [
         (first, last)
         for first, last in tokenizer.control_spans(content)
         if any(first < value_last and value_first < last for value_first, value_last in values)
     ]
     marked = ""
     position = 0
-    for first, last in harmful:
+    for first, last in spelled:
         marked += content[position:first] + marks.for_spelling(content[first:last])
         position = last
     return marked + content[position:]
@@ -336,7 +365,7 @@ def _tokenize(rendered: str, tokenizer: Tokenizer, marks: _Marks) -> tuple[Token
 
 
 def _restore(piece: str, marks: _Marks) -> tuple[str, list[Span]]:
-    """Put the record's own spellings back and say where they stand."""
+    """Put the spellings back in place of their marks; return the text and where they are."""
     # Text, number of a spelling, text, ..., text, as above.
     parts = marks.spelling_pattern.split(piece)
     text = ""

@@ -1,4 +1,4 @@
-"""Text to token ids and back, with the text of control tokens kept harmless."""
+"""Text to token ids and back, without control tokens that foreign text spells."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ class Tokenizer:
     """A Hugging Face tokenizer without transformers.
 
     A control token is an added token that is special, or whose text the chat template writes:
-    whoever can place one in a prompt can end a turn or open another.
+    with one in a prompt, a text can end a turn or open another.
 
     Args:
         tokenizer_json: The path of a `tokenizer.json`, or its text.
         chat_template: The chat template's text.
+
+    Attributes:
+        control_ids: The control tokens' ids.
 
     Raises:
         RecmasError: RM404 if the tokenizer is malformed, RM206 if the template is.
@@ -49,47 +52,42 @@ class Tokenizer:
         # A saved tokenizer may carry settings that would cut or pad prompts.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._control_ids = self._find_control_ids(ChatTemplate(chat_template).literals)
+        self.control_ids = self._find_control_ids(ChatTemplate(chat_template).literals)
 
     def _find_control_ids(self, literals: Sequence[str]) -> frozenset[int]:
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(
             token_id
             for token_id, token in added.items()
-            # Some tokenizers add runs of white space as tokens; those control nothing.
+            # Some tokenizers add runs of white space as tokens; those are no control tokens.
             if token.special
             or (not token.content.isspace() and any(token.content in text for text in literals))
         )
 
-    @property
-    def control_ids(self) -> frozenset[int]:
-        """The control tokens' ids."""
-        return self._control_ids
-
     def encode(self, text: str) -> tuple[int, ...]:
-        """Encode text in which control tokens mean what they say; adds no tokens of its own."""
+        """Encode text, control tokens included, without adding special tokens."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def control_spans(self, text: str) -> tuple[Span, ...]:
-        """Return where the tokenizer would see control tokens, without the space around them."""
+        """Return where the tokenizer finds control tokens, without the space around them."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         spans = []
         for token_id, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token_id in self._control_ids:
-                # A token may swallow the white space beside it; that is not part of its text.
+            if token_id in self.control_ids:
+                # A token may include the white space beside it; that is not part of its text.
                 matched = text[first:last]
                 first += len(matched) - len(matched.lstrip())
                 spans.append((first, first + len(matched.strip())))
         return tuple(spans)
 
     def encode_piece(self, text: str, plain: Sequence[Span] = ()) -> tuple[int, ...]:
-        """Encode text, but let no control token arise from the characters in `plain`.
+        """Encode text, with ordinary tokens for control tokens that overlap with `plain`.
 
         All other tokens are those of `encode`.
 
         Args:
             text: The piece.
-            plain: Where someone else's text spells control tokens.
+            plain: Where foreign text spells control tokens.
 
         Raises:
             RecmasError: RM500 if a control token cannot be spelled with ordinary tokens.
@@ -99,11 +97,11 @@ class Tokenizer:
         return tuple(token_id for token_id, _ in self.encode_placed(text, plain))
 
     def encode_placed(self, text: str, plain: Sequence[Span] = ()) -> tuple[tuple[int, int], ...]:
-        """Encode text as `encode_piece` does; return each token with the character it begins at.
+        """Encode text as `encode_piece` does; return each token with its first character's index.
 
         Args:
             text: The piece.
-            plain: Where someone else's text spells control tokens.
+            plain: Where foreign text spells control tokens.
 
         Raises:
             RecmasError: RM500 if a control token cannot be spelled with ordinary tokens.
@@ -112,10 +110,10 @@ class Tokenizer:
         placed: list[tuple[int, int]] = []
         end = 0
         for token_id, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
-            # Some tokenizers leave a word's leading space out of its place: it begins where the
-            # token before it ended. Tokens of one character's bytes all have its place.
+            # Some tokenizers leave a word's leading space out of its offsets: it begins where the
+            # token before it ended. Tokens of one character's bytes all have its offsets.
             start, end = min(first, end), last
-            if token_id in self._control_ids and any(
+            if token_id in self.control_ids and any(
                 first < span_last and span_first < last for span_first, span_last in plain
             ):
                 placed += [(spelled, start) for spelled in self._encode_plain(text[first:last])]
@@ -129,14 +127,13 @@ class Tokenizer:
 
     def _encode_plain(self, text: str) -> list[int]:
         """Spell `text` with ordinary tokens, as it would be in the middle of other text."""
-        # Tokenizers of the SentencePiece kind put a space before the first word; after a line break
-        # they do not.
+        # SentencePiece tokenizers put a space before the first word, but not after a line break.
         line_break, ids = self._spell("\n"), self._spell("\n" + text)
         joined = ids[: len(line_break)] != line_break
         ids = self._spell(text) if joined else ids[len(line_break) :]
-        if self._control_ids.isdisjoint(ids):
+        if self.control_ids.isdisjoint(ids):
             return ids
-        # A model that knows the control token as an ordinary word: in two parts it is none.
+        # The vocabulary has the control token as an ordinary word, too: spell it in two parts.
         if len(text) < 2:
             raise fail(
                 "RM500",
@@ -146,7 +143,7 @@ class Tokenizer:
         return self._encode_plain(text[:1]) + self._encode_plain(text[1:])
 
     def _spell(self, text: str) -> list[int]:
-        """Run the tokenizer's own stages without its added tokens."""
+        """Run the tokenizer's stages without its added tokens."""
         if self._tokenizer.normalizer is not None:
             text = self._tokenizer.normalizer.normalize_str(text)
         words = [text]
@@ -157,24 +154,21 @@ class Tokenizer:
 
 
 class IncrementalDecoder:
-    """Turns token ids into text as they come, and never writes half a character.
+    """Decodes token ids one by one; never returns a part of a character.
 
-    What it returns over its life adds up to `tokenizer.decode` of all ids.
-
-    Args:
-        tokenizer: Decodes.
+    All that it returns together is what `tokenizer.decode` returns for all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        # Tokens [_context:_written] are on the page already and are decoded again only so that
-        # those after them know what stands before: some tokenizers drop the first word's space.
+        # The text of tokens [_context:_written] has been returned; they are decoded again with
+        # those after them, because some tokenizers drop the first word's space.
         self._ids: list[int] = []
         self._context = 0
         self._written = 0
 
     def push(self, token_id: int) -> str:
-        """Add a token; return the text that is now certain, possibly none."""
+        """Add a token; return the text that no later token can change, possibly none."""
         self._ids.append(token_id)
         text = self._pending()
         if text.endswith(_REPLACEMENT):

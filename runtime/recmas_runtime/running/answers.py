@@ -1,4 +1,4 @@
-"""What goes into a run and what comes out of it."""
+"""Records and answers: the input and output of a run."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Usage:
     Attributes:
         prompt_tokens: Text tokens that were prefilled, over all agents and rounds, and those of
             tool results.
-        latent_steps: Thoughts, over all agents and rounds.
+        latent_steps: Over all agents and rounds.
         handover_tokens: Tokens of text that agents wrote for each other; latent systems write none.
-        completion_tokens: Tokens of the answer, one that ended it included.
+        completion_tokens: Tokens of the answer, including one that ended it.
     """
 
     prompt_tokens: int
@@ -73,7 +73,7 @@ class Answer:
     """An answer and how it came about.
 
     Attributes:
-        answer: The text, calls of tools and their results included.
+        answer: The text, including tool calls and their results.
         finish_reason: `stop` for a stop token or string, `length` at `max_new_tokens` or where the
             backbone's positions end.
         rounds: Rounds that ran, the answering one included.

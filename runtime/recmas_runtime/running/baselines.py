@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Final
+
+from msgspec import structs
 
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.manifest import Manifest
@@ -83,7 +85,7 @@ def _null_latents(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
     """
     agent = plan.agents[plan.answer_agent]
     senders = {part.value for part in agent.then if part.kind == "slot"}
-    silent = {name: replace(plan.agents[name], latent_steps=0) for name in senders}
+    silent = {name: structs.replace(plan.agents[name], latent_steps=0) for name in senders}
     return Baseline(plan=_only_answer(plan, manifest, {plan.answer_agent: agent} | silent))
 
 
@@ -91,7 +93,7 @@ def _shuffled_latents(plan: Plan, manifest: Manifest, _: int | None) -> Baseline
     """The same run, but the answer is written from another record's messages."""
     if not any(part.kind == "slot" for part in plan.agents[plan.answer_agent].then):
         raise _unusable("shuffled-latents: the answer agent has no slot")
-    return Baseline(plan=replace(plan, stop_when=None), exchanges_messages=True)
+    return Baseline(plan=structs.replace(plan, stop_when=None), exchanges_messages=True)
 
 
 def _text(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
@@ -121,7 +123,9 @@ def _moa(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
     agents = {}
     for name, agent in plan.agents.items():
         alone = _without_slots(agent)
-        agents[name] = replace(alone, first=alone.then, then=alone.then + _answers_of(others))
+        agents[name] = structs.replace(
+            alone, first=alone.then, then=alone.then + _answers_of(others)
+        )
     by_backbone = [
         tuple(group)
         for _, group in groupby(
@@ -145,7 +149,7 @@ def _moa(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
             )
             steps.append(WriteStep(round=round_, agents=group, cache=cache, max_new_tokens=limit))
     steps += _answer_steps(plan.answer_agent, plan.rounds)
-    whole = replace(
+    whole = structs.replace(
         _with_text(plan, manifest, agents, steps),
         caches=caches,
         feedback_links=tuple(f"{source}->{target}" for source in others for target in others),
@@ -156,7 +160,7 @@ def _moa(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
 def _only_answer(plan: Plan, manifest: Manifest, agents: Mapping[str, AgentPlan]) -> Plan:
     """Return a plan of one round in which the answer agent answers at once."""
     name = plan.answer_agent
-    return replace(
+    return structs.replace(
         plan,
         rounds=1,
         agents=dict(agents),
@@ -181,12 +185,12 @@ def _with_text(
     """Return a plan whose prompts may grow: half of a backbone's positions are left to text."""
     positions = min(manifest.backbones[agent.backbone].max_positions for agent in agents.values())
     longest = max(plan.limits.max_prompt_tokens, positions // 2)
-    return replace(
+    return structs.replace(
         plan,
         agents=dict(agents),
         steps=tuple(steps),
         fields=prompt_fields(agents.values()),
-        limits=replace(plan.limits, max_prompt_tokens=longest),
+        limits=structs.replace(plan.limits, max_prompt_tokens=longest),
         stop_when=None,
     )
 
@@ -227,7 +231,7 @@ def without_slots(prompt: Parts) -> Parts:
 
 
 def _without_slots(agent: AgentPlan) -> AgentPlan:
-    return replace(agent, first=None, then=without_slots(agent.then))
+    return structs.replace(agent, first=None, then=without_slots(agent.then))
 
 
 def _answers_of(agents: Sequence[str]) -> Parts:

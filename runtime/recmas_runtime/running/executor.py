@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any, TypedDict
 
 import numpy as np
+from msgspec import structs
 
 from recmas_runtime.engines.interface import Backbone
 from recmas_runtime.engines.onnx.backbone import Floats, Indices, LinkEngine, Operands
@@ -281,7 +282,7 @@ class Execution:
         scribe = Scribe(
             self._lanes[step.cache],
             voice=self._voice(step.agents[0]),
-            sampling=replace(
+            sampling=structs.replace(
                 self.sampling, max_new_tokens=step.max_new_tokens or self.sampling.max_new_tokens
             ),
             seeds=[

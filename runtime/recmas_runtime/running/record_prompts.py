@@ -1,24 +1,22 @@
-"""The prompts of one record, checked and built once; where text is handed over, as it comes."""
+"""The prompts of one record: checked and built once, or each time where agents send text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.plan import AgentPlan, Plan, PrefillStep, PromptPart, Variant
-from recmas_runtime.prompts.render import ChatTemplate, Prompt, Slot, build_prompt
-from recmas_runtime.prompts.tokenizer import Tokenizer
+from recmas_runtime.prompts.render import Chat, Prompt, Slot, build_prompt
 from recmas_runtime.running.answers import Record
 from recmas_runtime.running.records import check_record
 
-# Builds a prompt of the batch at hand: the record's place in the batch, the agent, which of its
+# Returns a prompt of the current batch: the record's place in the batch, the agent, which of its
 # prompts, and by slot the text that stands there instead of a message.
 PromptSource = Callable[[int, str, Variant, Mapping[str, str]], Prompt]
 
 
 class RecordError(RecmasError):
-    """What only shows while a batch runs, and concerns one record of it.
+    """An error of one record that shows only while its batch runs.
 
     Attributes:
         record: Its place in the batch.
@@ -29,16 +27,8 @@ class RecordError(RecmasError):
         self.record = record
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chat:
-    """What turns a conversation into a backbone's tokens."""
-
-    template: ChatTemplate
-    tokenizer: Tokenizer
-
-
 class RecordPrompts:
-    """Every prompt that a plan asks of one record.
+    """Every prompt of a plan for one record.
 
     Args:
         plan: The plan.
@@ -77,12 +67,13 @@ class RecordPrompts:
 
     def _build(self, agent: str, variant: Variant, texts: Mapping[str, str]) -> Prompt:
         spec = self._plan.agents[agent]
-        parts = spec.first if variant == "first" and spec.first is not None else spec.then
         fields = {_field_of(slot): text for slot, text in texts.items()}
         chat = self._chats[spec.backbone]
         prompt = build_prompt(
             system=spec.system,
-            prompt=[_as_text(part) if part.value in texts else part for part in parts],
+            prompt=[
+                _as_text(part) if part.value in texts else part for part in _parts(spec, variant)
+            ],
             record={**self._record.fields, **fields},
             chat=chat.template,
             tokenizer=chat.tokenizer,
@@ -101,7 +92,7 @@ class RecordPrompts:
 
 
 def _as_text(part: PromptPart) -> PromptPart:
-    """Return a field in the place of a slot, so that text in it never becomes control tokens."""
+    """Return a field in place of a slot, so that its text never becomes control tokens."""
     return PromptPart(kind="field", value=_field_of(part.value)) if part.kind == "slot" else part
 
 
@@ -109,15 +100,16 @@ def _field_of(slot: str) -> str:
     return f"latent.{slot}"  # no field of a record can have a dot in its name
 
 
+def _parts(agent: AgentPlan, variant: Variant) -> tuple[PromptPart, ...]:
+    return agent.first if variant == "first" and agent.first is not None else agent.then
+
+
 def slots(agent: AgentPlan, variant: Variant) -> tuple[str, ...]:
     """Return the agents whose messages a prompt has slots for."""
-    parts: Sequence[PromptPart] = agent.then
-    if variant == "first" and agent.first is not None:
-        parts = agent.first
-    return tuple(part.value for part in parts if part.kind == "slot")
+    return tuple(part.value for part in _parts(agent, variant) if part.kind == "slot")
 
 
 def prompt_positions(plan: Plan, prompt: Prompt) -> int:
-    """Return how many positions a prompt takes with its messages spliced in."""
-    spliced = sum(plan.agents[i.agent].latent_steps for i in prompt.items if isinstance(i, Slot))
-    return prompt.num_tokens + spliced
+    """Return how many positions a prompt takes, its messages included."""
+    messages = sum(plan.agents[i.agent].latent_steps for i in prompt.items if isinstance(i, Slot))
+    return prompt.num_tokens + messages

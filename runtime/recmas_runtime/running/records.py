@@ -1,4 +1,4 @@
-"""Records in, answers out: JSON lines, where one bad line never costs the others."""
+"""Records and answers as JSON lines, where one bad line does not affect the others."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.formats.codec import refuse_constant
 from recmas_runtime.prompts.render import field_text
 from recmas_runtime.running.answers import Answer, Record
 
@@ -21,10 +22,10 @@ Question = str | Mapping[str, object] | Record
 
 
 def as_record(question: Question, index: int) -> Record:
-    """Return the record that is meant by a text or a mapping of fields.
+    """Return a question as a record.
 
     Args:
-        question: What to answer.
+        question: Its text, its fields, or a record already.
         index: Its place in the input, from 0; where no id is given, ids count from 1.
     """
     if isinstance(question, Record):
@@ -72,7 +73,7 @@ def read_records(
     """Read records from JSON lines; a bad line yields a problem and reading goes on.
 
     A record without `id` gets its line number, and its index counts lines too, so that neither
-    changes when another line is mended. Blank lines are skipped.
+    changes when another line is fixed. Blank lines are skipped.
 
     Args:
         stream: Bytes; a byte order mark is tolerated.
@@ -136,7 +137,7 @@ def _read_line(stream: BinaryIO, *, file: str) -> bytes:
 
 def _parse_record(line: bytes, *, number: int) -> Record:
     try:
-        parsed = json.loads(line.rstrip(b"\r\n").decode("utf-8"), parse_constant=_refuse_constant)
+        parsed = json.loads(line.rstrip(b"\r\n").decode("utf-8"), parse_constant=refuse_constant)
     except UnicodeDecodeError as error:
         raise _unusable(f"not UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
@@ -151,18 +152,14 @@ def _parse_record(line: bytes, *, number: int) -> Record:
     return as_record(parsed, number - 1)
 
 
-def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is not a JSON number")
-
-
 def _unusable(message: str) -> RecmasError:
     return fail("RM500", message, hint="Correct the line; the other records are not affected.")
 
 
 class AnswerWriter:
-    """Writes answers as JSON lines: each whole, in one call, or not at all.
+    """Writes answers as JSON lines, each whole or not at all.
 
-    Whatever goes wrong, the output ends with a complete line.
+    A file ends with a complete line even after an error.
 
     Args:
         path: Output file, or None for standard output.

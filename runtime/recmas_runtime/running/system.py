@@ -15,16 +15,15 @@ from recmas_runtime.formats.bundle import Bundle, open_bundle
 from recmas_runtime.formats.links import read_operands
 from recmas_runtime.formats.manifest import Manifest
 from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant
-from recmas_runtime.prompts.render import ChatTemplate, Prompt
+from recmas_runtime.prompts.render import Chat, Prompt
 from recmas_runtime.prompts.sampler import check_sampling
-from recmas_runtime.prompts.tokenizer import Tokenizer
 from recmas_runtime.running.answers import Answer, Record
 from recmas_runtime.running.baselines import apply_baseline
 from recmas_runtime.running.batch import AnswerStream, Batch
 from recmas_runtime.running.executor import Engines, Execution
 from recmas_runtime.running.generation import Voice
 from recmas_runtime.running.open_engines import OpenedEngines, open_engines
-from recmas_runtime.running.record_prompts import Chat, RecordError, RecordPrompts
+from recmas_runtime.running.record_prompts import RecordError, RecordPrompts
 from recmas_runtime.running.records import Question, as_record
 from recmas_runtime.running.run_trace import Trace
 from recmas_runtime.tools.toolbox import Toolbox
@@ -317,12 +316,9 @@ def load_machinery(bundle: Bundle, opened: OpenedEngines) -> Machinery:
     chats, voices = {}, {}
     for name, entry in manifest.backbones.items():
         template = bundle.file(entry.chat_template).read_text(encoding="utf-8")
-        tokenizer = Tokenizer(bundle.file(entry.tokenizer), template)
-        chats[name] = Chat(
-            template=ChatTemplate(template, entry.special_tokens), tokenizer=tokenizer
-        )
+        chats[name] = Chat.load(bundle.file(entry.tokenizer), template, entry.special_tokens)
         voices[name] = Voice(
-            tokenizer=tokenizer,
+            tokenizer=chats[name].tokenizer,
             eos_token_ids=frozenset(entry.eos_token_ids),
             max_positions=entry.max_positions,
         )

@@ -1,9 +1,8 @@
 """Tools that an answer agent calls while it writes: search, Python, a human, functions."""
 
-from recmas_runtime.tools.ask import terminal_ask
 from recmas_runtime.tools.calls import CallScanner, ToolCall, ToolResult, result_block
 from recmas_runtime.tools.sandbox import Sandbox, SandboxResult, find_sandbox
-from recmas_runtime.tools.toolbox import Toolbox
+from recmas_runtime.tools.toolbox import Toolbox, terminal_ask
 
 __all__ = [
     "CallScanner",

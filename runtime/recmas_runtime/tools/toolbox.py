@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.terminal import harmless
 from recmas_runtime.formats.plan import PythonPlan, SearchPlan, ToolsPlan
 from recmas_runtime.tools.calls import (
     JSON_FORM,
@@ -23,13 +25,14 @@ from recmas_runtime.tools.calls import (
 )
 from recmas_runtime.tools.sandbox import find_sandbox
 from recmas_runtime.tools.search import (
+    TAVILY_ENDPOINT,
     LocalSearch,
     Search,
     SearchFailedError,
+    TavilySearch,
     passages_text,
     shortened,
 )
-from recmas_runtime.tools.tavily import TAVILY_ENDPOINT, TavilySearch
 
 Outcome = tuple[Status, str]
 
@@ -84,7 +87,7 @@ class Toolbox:
         return CallScanner(self.names)
 
     def run(self, call: ToolCall, *, num_earlier: int) -> ToolResult:
-        """Run one call; whatever goes wrong in it is told in the result.
+        """Run one call; its errors are in the result.
 
         Args:
             call: The call.
@@ -168,6 +171,25 @@ class Toolbox:
 
     def _too_long(self) -> str:
         return f"stopped: it took longer than {self._plan.timeout_s:g} s"
+
+
+def terminal_ask() -> Callable[[str], str] | None:
+    """Return a function that asks on standard error and reads a line of standard input.
+
+    Returns:
+        None where either is no terminal: nobody would see the question.
+    """
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return None
+    return _ask
+
+
+def _ask(question: str) -> str:
+    print(f"\nThe agent asks: {harmless(question)}\n> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError("nobody answered: the input has ended")
+    return line.strip()
 
 
 def _find(search: Search, query: str, plan: ToolsPlan) -> Outcome:

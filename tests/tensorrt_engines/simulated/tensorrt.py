@@ -3,6 +3,7 @@
 It keeps TensorRT's documented rules where the code could break them: caches are written in place
 and their input and output must be one address; addresses are multiples of 256; shapes lie within
 the context's optimization profile; a call cannot be captured before it has run once in that shape.
+The parser refuses what its documentation does not list, and reports every node at once.
 The version can be set, to see what happens with another one.
 """
 
@@ -19,15 +20,22 @@ import numpy as np
 import onnx
 import onnxruntime
 from cuda.bindings import runtime as cudart
+from google.protobuf.message import DecodeError
+
+from parser_documentation import refused_nodes
 
 __version__ = os.environ.get("SIMULATED_TENSORRT", "11.4.0.106")
 
-_NUMPY = {1: ("FLOAT", np.float32), 7: ("INT64", np.int64), 9: ("BOOL", np.bool_)}
+_NUMPY = {1: np.float32, 7: np.int64, 9: np.bool_}
 
 
 class DataType:
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+def nptype(trt_type: DataType) -> type[np.generic]:
+    return _NUMPY[trt_type.code]
 
 
 class TensorIOMode(IntEnum):
@@ -125,50 +133,72 @@ class Builder:
         self, network: INetworkDefinition, config: IBuilderConfig
     ) -> bytes | None:
         assert not config.flags, "float32 is float32"
+        for node in network.model.graph.node:
+            names = {attribute.name for attribute in node.attribute}
+            if node.op_type == "Attention" and "TRT_decomposable" not in names:
+                self.logger.log(ILogger.Severity.ERROR, "no fused kernel for float32")
+                return None
         monitor = config.progress_monitor
         monitor.phase_start("Building", None, 2)
         monitor.phase_start("Timing", "Building", 3)
+        monitor.phase_start("Tactic", "Timing", 500)
+        goes_on = monitor.step_complete("Tactic", 0)
+        monitor.phase_finish("Tactic")
         for step in range(3):
-            monitor.step_complete("Timing", step)
+            goes_on = goes_on and monitor.step_complete("Timing", step)
         monitor.phase_finish("Timing")
+        goes_on = goes_on and monitor.step_complete("Building", 0)
         monitor.phase_finish("Building")
+        if not goes_on:
+            return None
         config.cache.blob += b"."
         header = {"path": str(network.path.resolve()), "profiles": config.profiles}
         return json.dumps(header).encode() + b"\0" + network.model.SerializeToString()
 
 
 class ParserError:
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, node: onnx.NodeProto | None = None) -> None:
         self.text = text
+        self.node = node
 
     def desc(self) -> str:
         return self.text
+
+    def node_name(self) -> str:
+        return self.node.name if self.node is not None else ""
+
+    def node_operator(self) -> str:
+        return self.node.op_type if self.node is not None else ""
 
 
 class OnnxParser:
     def __init__(self, network: INetworkDefinition, logger: ILogger) -> None:
         self.network = network
-        self.errors: list[str] = []
+        self.errors: list[ParserError] = []
 
     @property
     def num_errors(self) -> int:
         return len(self.errors)
 
     def get_error(self, index: int) -> ParserError:
-        return ParserError(self.errors[index])
+        return self.errors[index]
 
     def parse(self, model: bytes, path: str = "") -> bool:
-        self.network.model = onnx.load_from_string(model)
+        try:
+            self.network.model = onnx.load_from_string(model)
+        except DecodeError:
+            self.errors.append(ParserError("Failed to parse the ONNX model."))
+            return False
         self.network.path = Path(path)
-        inputs = {value.name: value for value in self.network.model.graph.input}
-        for node in self.network.model.graph.node:
-            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            if node.op_type == "TensorScatter":
+        graph = self.network.model.graph
+        inputs = {value.name: value for value in graph.input}
+        refused = refused_nodes(self.network.model)
+        for node in graph.node:
+            if node.op_type == "TensorScatter" and node.input[0] in inputs:
                 cache = inputs[node.input[0]].type.tensor_type.shape.dim[2]
-                if attributes["axis"] != -2 or cache.HasField("dim_param"):
-                    self.errors.append(f"{node.op_type}: static rows on axis -2 are needed")
-            if node.op_type == "Attention" and attributes.get("TRT_decomposable") != 1:
-                self.errors.append("Attention: no fused kernel for float32")
+                if cache.HasField("dim_param"):
+                    refused.append((node, "the rows of a cache must be static"))
+        self.errors += [ParserError(reason, node) for node, reason in refused]
         return not self.errors
 
 
@@ -219,7 +249,7 @@ class ICudaEngine:
         return TensorIOMode.INPUT if is_input else TensorIOMode.OUTPUT
 
     def get_tensor_dtype(self, name: str) -> DataType:
-        return DataType(_NUMPY[self.values[name].type.tensor_type.elem_type][0])
+        return DataType(self.values[name].type.tensor_type.elem_type)
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         dims = self.values[name].type.tensor_type.shape.dim
@@ -275,7 +305,7 @@ class IExecutionContext:
         engine = self.engine
         feeds = {}
         for value in engine.graph.input:
-            dtype = np.dtype(_NUMPY[value.type.tensor_type.elem_type][1])
+            dtype = np.dtype(_NUMPY[value.type.tensor_type.elem_type])
             shape = shapes.get(value.name, engine.get_tensor_shape(value.name))
             size = int(np.prod(shape)) * dtype.itemsize
             assert cudart.owns(addresses[value.name], size), value.name

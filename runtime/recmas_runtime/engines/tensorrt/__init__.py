@@ -1,6 +1,6 @@
 """TensorRT: a bundle's graphs built into engines on a GPU machine, and run there without torch.
 
-`availability`, `engine_cache`, `profiles`, `static_graph`, `parser_support` and `phase_progress`
-are plain logic. `device_memory` imports CUDA's bindings, `network` and `backbone` TensorRT's; these
-three are imported by `building` and `loading` once `availability` has found both packages.
+`engine_cache` and `static_graph` import neither TensorRT nor CUDA's bindings. `device_memory`
+imports CUDA's bindings, `network`, `execution` and `backbone` TensorRT's; they are imported once
+`engine_cache.find_platform` has found both packages.
 """

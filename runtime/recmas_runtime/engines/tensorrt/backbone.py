@@ -1,6 +1,6 @@
 """A backbone on TensorRT: caches written in place, a latent rollout as one CUDA graph.
 
-Imported only where `availability` has found TensorRT and CUDA's bindings. Token embeddings are
+Imported only where `engine_cache` has found TensorRT and CUDA's bindings. Token embeddings are
 looked up on the host, in the table that is mapped from the bundle: a few rows a call, which is no
 reason to hold the whole table on the device a second time.
 
@@ -11,26 +11,74 @@ width, d model width, V vocabulary, M latent steps.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from recmas_runtime.core.errors import Problem
 from recmas_runtime.engines.interface import Backbone, KeyValueRows
 from recmas_runtime.engines.onnx.backbone import Floats, Indices, Operands
 from recmas_runtime.engines.onnx.session import call_onnx, make_session
 from recmas_runtime.engines.tensorrt.device_memory import Stream
-from recmas_runtime.engines.tensorrt.engine_cache import BackbonePlans, EngineFolder
-from recmas_runtime.engines.tensorrt.execution import Call, Engine, HeadCall
-from recmas_runtime.engines.tensorrt.profiles import PREFILL, STEP, choose_capacity
-from recmas_runtime.engines.tensorrt.workspace import Workspace
+from recmas_runtime.engines.tensorrt.engine_cache import BackbonePlans, EngineFolder, no_engine
+from recmas_runtime.engines.tensorrt.execution import Call, Engine, Workspace
+from recmas_runtime.engines.tensorrt.static_graph import PREFILL, STEP, choose_capacity
+from recmas_runtime.formats.bundle import Bundle
 from recmas_runtime.formats.manifest import BackboneEntry
+
+OpenOnnx = Callable[[BackboneEntry], Backbone[Any]]
 
 # Workspaces that wait for the next batch. Their caches are the largest buffers there are, but what
 # they hold besides is costly to make again: a captured rollout.
 _MOST_WAITING: Final = 4
+
+
+def open_backbones(
+    bundle: Bundle, engines: EngineFolder, open_onnx: OpenOnnx, problems: list[Problem]
+) -> Mapping[str, Backbone[Any]]:
+    """Open every backbone of a bundle on TensorRT.
+
+    Args:
+        bundle: The bundle.
+        engines: Those that this machine can use.
+        open_onnx: Opens a backbone on ONNX Runtime.
+        problems: Gets a warning when a batch needs more than the engines take.
+
+    Raises:
+        RecmasError: RM510 if TensorRT refuses a plan, RM511 if a backbone has none.
+    """
+
+    def beyond(name: str, entry: BackboneEntry) -> Backbone[Any]:
+        plans = engines.record.backbones[name]
+        problems.append(
+            Problem(
+                code="RM550",
+                message=f"backbone {name!r}: a batch needs more than its TensorRT engines take "
+                f"({plans.max_rows} rows, {plans.decoders[-1].capacity} positions); it ran on ONNX "
+                "Runtime",
+                hint="Build with a larger build.max_batch or answer.max_new_tokens.",
+                severity="warning",
+            )
+        )
+        return open_onnx(entry)
+
+    entries = bundle.manifest.backbones
+    for name in sorted(entries.keys() - engines.record.backbones.keys()):
+        raise no_engine(f"there is no TensorRT engine of backbone {name!r}", bundle.root)
+    return {
+        name: TensorrtBackbone(
+            entry,
+            bundle.root,
+            engines=engines,
+            plans=engines.record.backbones[name],
+            fallback=partial(beyond, name, entry),
+        )
+        for name, entry in entries.items()
+    }
 
 
 class TensorrtCache:
@@ -102,7 +150,7 @@ class TensorrtBackbone:
         self._waiting: list[Workspace] = []
         self._open_fallback = fallback
         self._fallback: Backbone[Any] | None = None
-        self._head = HeadCall(Engine(engines.file(plans.head)), self._stream)
+        self._head = Call(Engine(engines.file(plans.head)), 0, self._stream)
         self._embed = make_session(
             root / entry.embed, device="cpu", options={"session.disable_prepacking": "1"}
         )
@@ -116,7 +164,9 @@ class TensorrtBackbone:
         """Return the logits [R, V] of final hidden states [R, d]."""
         if len(hidden) > self._plans.max_rows:
             return self._beyond().logits(hidden)
-        return self._head.run(hidden)
+        shape = (len(hidden), self._head.engine.tensors["logits"].shape[1])
+        (logits,) = self._head.run({"hidden": hidden}, {"logits": shape})
+        return logits
 
     def new_cache(self, rows: int, capacity: int) -> KeyValueRows:
         """Return a cache for `rows` sequences of at least `capacity` positions."""
@@ -148,13 +198,18 @@ class TensorrtBackbone:
         """Run S positions of every sequence; returns hidden, last hidden, next embeddings."""
         if not isinstance(cache, TensorrtCache):
             return self._beyond().forward(cache, inputs_embeds, write_index, last_index, inner)
-        positions = inputs_embeds.shape[1]
+        rows, positions, width = inputs_embeds.shape
         assert int(write_index.max()) + positions <= cache.capacity, "cache overflow"
         workspace = cache.workspace
         workspace.bind_inner(inner)
         decoder = self._decoders[cache.capacity]
         call = decoder.step if positions == 1 else decoder.prefill
-        return call.run(workspace, inputs_embeds, write_index, last_index)
+        call.bind(workspace)
+        workspace.write_indices(write_index, last_index)
+        last = (rows, 1, width)
+        shapes = {"hidden": (rows, positions, width), "thought": last, "next_embeds": last}
+        hidden, thought, following = call.run({"inputs_embeds": inputs_embeds}, shapes)
+        return hidden, thought, following
 
     def rollout(
         self,

@@ -1,12 +1,13 @@
 """Memory, a stream and captured graphs on the GPU, through CUDA's own Python bindings.
 
-Imported only where `availability` has found the bindings.
+Imported only where `engine_cache` has found the bindings.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -16,12 +17,15 @@ from numpy.typing import NDArray
 from recmas_runtime.core.errors import fail
 
 # TensorRT wants tensor addresses to be multiples of this.
-ALIGNMENT: Final = 256
+_ALIGNMENT: Final = 256
 
 
-def aligned(num_bytes: int) -> int:
-    """Return the next multiple of the alignment."""
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+@dataclass(frozen=True)
+class Binding:
+    """Where a tensor lies, and the shape it has there."""
+
+    address: int
+    shape: tuple[int, ...]
 
 
 def check(result: tuple[Any, ...]) -> Any:
@@ -139,20 +143,23 @@ class DeviceMemory:
 class DeviceTable:
     """Equal arrays on the device, each at an address that engines take: rows of a padded table.
 
+    Attributes:
+        shape: Of each array.
+
     Args:
         num_entries: Arrays.
         shape: Of each.
-        dtype: What stands for their element type on the host.
+        dtype: Their element type.
         stream: For all copies.
     """
 
     def __init__(
         self, num_entries: int, shape: tuple[int, ...], dtype: np.dtype[Any], stream: Stream
     ) -> None:
-        self._shape = shape
+        self.shape = shape
         self._dtype = dtype
         self._entry_bytes = int(np.prod(shape)) * dtype.itemsize
-        self._pitch = aligned(self._entry_bytes)
+        self._pitch = -(-self._entry_bytes // _ALIGNMENT) * _ALIGNMENT
         self._num_entries = num_entries
         self._stream = stream
         self._memory = DeviceMemory(num_entries * self._pitch, stream)
@@ -162,19 +169,21 @@ class DeviceTable:
         assert 0 <= index < self._num_entries, f"entry {index} of {self._num_entries}"
         return self._memory.address + index * self._pitch
 
-    def write(self, index: int, array: NDArray[Any]) -> None:
-        """Overwrite one array."""
-        assert array.shape == self._shape, f"{array.shape} into {self._shape}"
-        assert array.dtype == self._dtype, f"{array.dtype} into {self._dtype}"
-        self._stream.write(self.address(index), array)
+    def binding(self, index: int = 0) -> Binding:
+        """Return one array as a context takes it."""
+        return Binding(self.address(index), self.shape)
+
+    def write(self, array: NDArray[Any]) -> None:
+        """Overwrite the first array; TensorRT converts nothing, so the element type is set here."""
+        assert array.shape == self.shape, f"{array.shape} into {self.shape}"
+        self._stream.write(self.address(0), np.ascontiguousarray(array, self._dtype))
 
     def write_all(self, arrays: NDArray[Any]) -> None:
         """Overwrite all arrays, [num_entries, *shape], in one copy."""
-        assert arrays.shape == (self._num_entries, *self._shape), f"{arrays.shape}"
-        assert arrays.dtype == self._dtype, f"{arrays.dtype} into {self._dtype}"
+        assert arrays.shape == (self._num_entries, *self.shape), f"{arrays.shape}"
         padded = np.zeros((self._num_entries, self._pitch), np.uint8)
-        entries = np.ascontiguousarray(arrays).reshape(self._num_entries, -1).view(np.uint8)
-        padded[:, : self._entry_bytes] = entries
+        entries = np.ascontiguousarray(arrays, self._dtype).reshape(self._num_entries, -1)
+        padded[:, : self._entry_bytes] = entries.view(np.uint8)
         self._stream.write(self._memory.address, padded)
 
     def read(self) -> NDArray[Any]:
@@ -182,4 +191,4 @@ class DeviceTable:
         padded = np.empty((self._num_entries, self._pitch), np.uint8)
         self._stream.read(self._memory.address, padded)
         entries = np.ascontiguousarray(padded[:, : self._entry_bytes])
-        return entries.view(self._dtype).reshape(self._num_entries, *self._shape)
+        return entries.view(self._dtype).reshape(self._num_entries, *self.shape)

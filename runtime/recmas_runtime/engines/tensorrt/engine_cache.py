@@ -11,25 +11,113 @@ has their hashes; plans that are damaged, or that another machine built, are nev
 from __future__ import annotations
 
 import errno
+import importlib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.engines.tensorrt.availability import Platform
-from recmas_runtime.formats.bundle import ENGINES_FOLDER, inside, sha256_of, write_json_atomic
-from recmas_runtime.formats.codec import read_json_file, to_json
+from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.files import sha256_of
+from recmas_runtime.formats.bundle import (
+    ENGINES_FOLDER,
+    Bundle,
+    inside,
+    write_json_atomic,
+)
+from recmas_runtime.formats.codec import StrictStruct, Whole, read_json_file, to_json
 from recmas_runtime.formats.manifest import FileEntry
 
 RECORD_NAME: Final = "engines.json"
 TIMING_CACHE_NAME: Final = "timing.cache"
 ENGINES_VERSION: Final = 1
 
+# The first version whose parser reads TensorScatter, the cache write of every decoder graph.
+OLDEST_VERSION: Final = (10, 15)
+
+_INSTALL: Final = "Install it with `pip install recmas[tensorrt]`, or use target onnx."
+
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderPlan:
+class Platform:
+    """What engines are good for: they run on nothing else.
+
+    Attributes:
+        tensorrt: Full version; plans of another build of TensorRT are refused by it.
+        architecture: Compute capability of the GPU, such as `sm90`.
+    """
+
+    tensorrt: str
+    architecture: str
+
+    @property
+    def key(self) -> str:
+        """The name of the folder that holds such engines."""
+        return f"tensorrt-{self.tensorrt}-{self.architecture}"
+
+
+def find_platform() -> Platform:
+    """Return what this machine has.
+
+    Raises:
+        RecmasError: RM201 for a package that is missing or cannot be imported, RM509 for a TensorRT
+            that is too old, RM504 for a GPU or driver that is not there.
+    """
+    version = str(_package("tensorrt", "tensorrt").__version__)
+    if parse_version(version) < OLDEST_VERSION:
+        raise fail(
+            "RM509",
+            f"TensorRT {version} is installed; its parser does not read TensorScatter",
+            hint="Install TensorRT 10.15 or newer, or use target onnx.",
+        )
+    cuda = _package("cuda.bindings.runtime", "cuda-bindings")
+    return Platform(tensorrt=version, architecture=_architecture(cuda))
+
+
+def parse_version(version: str) -> tuple[int, int]:
+    """Return major and minor; what does not look like a version counts as the oldest."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def _package(name: str, distribution: str) -> Any:
+    missing = fail("RM201", f"{distribution} is not installed", hint=_INSTALL)
+    try:
+        module = importlib.import_module(name)
+    # A package whose shared libraries are missing fails to import in ways of its own.
+    except (ImportError, OSError, RuntimeError) as error:
+        if isinstance(error, ModuleNotFoundError) and name.startswith(str(error.name)):
+            raise missing from None
+        raise fail(
+            "RM201", f"{distribution} is installed but cannot be imported: {error}", hint=_INSTALL
+        ) from error
+    if module.__file__ is None:  # any folder of this name that happens to be on the path
+        raise missing
+    return module
+
+
+def _architecture(cuda: Any) -> str:
+    error, num_devices = cuda.cudaGetDeviceCount()
+    if error != cuda.cudaError_t.cudaSuccess or num_devices == 0:
+        _, text = cuda.cudaGetErrorString(error)
+        reason = text.decode() if num_devices is None else "there is no device"
+        raise fail(
+            "RM504",
+            f"CUDA finds no GPU: {reason}",
+            hint="Check the driver (CUDA 13 needs r580 or newer), or use target onnx.",
+        )
+    digits = []
+    for part in ("Major", "Minor"):
+        attribute = getattr(cuda.cudaDeviceAttr, f"cudaDevAttrComputeCapability{part}")
+        error, value = cuda.cudaDeviceGetAttribute(attribute, 0)
+        assert error == cuda.cudaError_t.cudaSuccess, "a device has a compute capability"
+        digits.append(str(value))
+    return f"sm{''.join(digits)}"
+
+
+class DecoderPlan(StrictStruct, frozen=True, kw_only=True):
     """A decoder engine.
 
     Attributes:
@@ -37,12 +125,11 @@ class DecoderPlan:
         file: Its plan.
     """
 
-    capacity: int
+    capacity: Whole
     file: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class BackbonePlans:
+class BackbonePlans(StrictStruct, frozen=True, kw_only=True):
     """The engines of one backbone.
 
     Attributes:
@@ -54,12 +141,11 @@ class BackbonePlans:
 
     decoders: tuple[DecoderPlan, ...]
     head: str
-    max_rows: int
-    max_groups: int
+    max_rows: Whole
+    max_groups: Whole
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineRecord:
+class EngineRecord(StrictStruct, frozen=True, kw_only=True):
     """What a folder of engines is good for. Paths are relative to the folder.
 
     Attributes:
@@ -70,7 +156,7 @@ class EngineRecord:
         files: Every plan.
     """
 
-    version: int = ENGINES_VERSION
+    version: Whole = ENGINES_VERSION
     fingerprint: str
     tensorrt: str
     architecture: str
@@ -111,7 +197,8 @@ def choose_engines(
     # The folder that is named after this machine most probably fits.
     for path in sorted(engine_folders(root), key=lambda path: path.name != platform.key):
         try:
-            record = read_json_file(EngineRecord, path / RECORD_NAME, file=_shown(path))
+            shown = f"{ENGINES_FOLDER}/{path.name}/{RECORD_NAME}"
+            record = read_json_file(EngineRecord, path / RECORD_NAME, file=shown)
             reason = _why_unusable(record, fingerprint, platform) or _why_damaged(path, record)
         except RecmasError as error:
             reason = error.problems[0].message
@@ -152,6 +239,52 @@ def _why_damaged(path: Path, record: EngineRecord) -> str | None:
     return None
 
 
+def find_engines(bundle: Bundle) -> EngineFolder:
+    """Return the engines of a bundle that this machine can use.
+
+    Raises:
+        RecmasError: RM201, RM504 or RM509 if it has no TensorRT, RM511 with every reason why it can
+            use none of the engines that are there.
+    """
+    platform = find_platform()
+    engines, reasons = choose_engines(bundle.root, bundle.manifest.fingerprint, platform)
+    if engines is None:
+        why = "; ".join(reasons) if reasons else "the bundle holds none"
+        raise no_engine(f"no TensorRT engine of this bundle can be used here: {why}", bundle.root)
+    return engines
+
+
+def no_engine(message: str, root: Path) -> RecmasError:
+    """Return the error for a bundle without the engines that are needed."""
+    hint = f"Build engines for this machine with `recmas engines {root}`."
+    return fail("RM511", message, hint=hint)
+
+
+def find_engines_or_say_why(bundle: Bundle, problems: list[Problem]) -> EngineFolder | None:
+    """Return engines for this machine, or None where ONNX Runtime is to be used.
+
+    A bundle without engines gives no warning. One with engines that cannot be used does: who built
+    them expects them to run.
+
+    Args:
+        bundle: The bundle.
+        problems: Gets a warning with the reasons.
+    """
+    if not engine_folders(bundle.root):
+        return None
+    try:
+        return find_engines(bundle)
+    except RecmasError as error:
+        problems += [as_warning(problem) for problem in error.problems]
+        return None
+
+
+def as_warning(problem: Problem) -> Problem:
+    """Return an error as the reason why ONNX Runtime is used instead."""
+    message = f"{problem.message}; ONNX Runtime is used"
+    return replace(problem, code="RM550", message=message, severity="warning")
+
+
 def timing_caches(root: Path) -> dict[str, bytes]:
     """Return the timing caches of a bundle by the name of their folder.
 
@@ -169,7 +302,7 @@ def staged_engines(root: Path, platform: Platform) -> Iterator[Path]:
         RecmasError: RM303 if the bundle cannot be written to.
     """
     # Its locks are not there on every system that loads engines.
-    from recmas_runtime.core.staging import clear_away_dead_builds, move_into_place, staged_folder
+    from recmas_runtime.core.files import clear_away_dead_builds, move_into_place, staged_folder
 
     engines = root / ENGINES_FOLDER
     target = engines / platform.key
@@ -213,7 +346,3 @@ def write_record(
     )
     write_json_atomic(folder / RECORD_NAME, to_json(record))
     return record
-
-
-def _shown(path: Path) -> str:
-    return f"{ENGINES_FOLDER}/{path.name}/{RECORD_NAME}"

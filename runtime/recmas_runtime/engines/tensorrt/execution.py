@@ -1,31 +1,45 @@
-"""Engines and calls: what is bound to what, and when.
+"""Engines on the device: execution contexts, what is bound to them, caches, captured rollouts.
 
-Imported only where `availability` has found TensorRT and CUDA's bindings.
+Imported only where `engine_cache` has found TensorRT and CUDA's bindings. Element types are those
+of the engine; results are float32.
 
-Shape legend: R rows, S positions of a call, d model width, V vocabulary.
+Shape legend: R rows, S positions of a call, C cache rows per sample, H key/value heads, D head
+width, d model width, V vocabulary, M latent steps.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import tensorrt as trt
 from numpy.typing import NDArray
 
-from recmas_runtime.engines.onnx.backbone import Floats, Indices
-from recmas_runtime.engines.tensorrt.device_memory import DeviceMemory, Stream
-from recmas_runtime.engines.tensorrt.element_types import HOST_TYPES, from_engine, to_engine
+from recmas_runtime.engines.onnx.backbone import Floats, Indices, Operands
+from recmas_runtime.engines.tensorrt.device_memory import (
+    Binding,
+    CapturedGraph,
+    DeviceMemory,
+    DeviceTable,
+    Stream,
+)
 from recmas_runtime.engines.tensorrt.network import Log
+from recmas_runtime.engines.tensorrt.static_graph import STEP
+from recmas_runtime.formats.manifest import BackboneEntry
 
-if TYPE_CHECKING:
-    from recmas_runtime.engines.tensorrt.workspace import Workspace
+# A graph has a node for every kernel of every step: longer rollouts are several graphs, so that
+# CUDA need not set up a million nodes at once.
+MOST_STEPS_OF_A_GRAPH: Final = 256
 
 _CACHE_PREFIX: Final = "present_"
+_INNER_PREFIX: Final = "inner."
+# Where the graph says int64, TensorRT reads eight bytes an index.
+_INDEX: Final = np.dtype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,30 +47,20 @@ class Tensor:
     """An input or output of an engine.
 
     Attributes:
-        element_type: TensorRT's name of it, such as `BF16`.
+        dtype: Numpy's equivalent of its element type.
         shape: Free axes are -1.
     """
 
     is_input: bool
-    element_type: str
-    shape: tuple[int, ...]
-
-    @property
-    def host_type(self) -> np.dtype[Any]:
-        """What stands for the element type on the host."""
-        return HOST_TYPES[self.element_type]
-
-
-@dataclass(frozen=True)
-class Binding:
-    """Where a tensor lies, and the shape it has there."""
-
-    address: int
+    dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
 
 class Engine:
     """A plan that TensorRT has read.
+
+    Attributes:
+        tensors: Its inputs and outputs by name.
 
     Args:
         path: The plan.
@@ -77,16 +81,11 @@ class Engine:
         self.tensors = {
             name: Tensor(
                 is_input=engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
-                element_type=engine.get_tensor_dtype(name).name,
+                dtype=np.dtype(trt.nptype(engine.get_tensor_dtype(name))),
                 shape=tuple(engine.get_tensor_shape(name)),
             )
             for name in names
         }
-
-    @property
-    def cache_outputs(self) -> tuple[str, ...]:
-        """The outputs that are caches."""
-        return tuple(name for name in self.tensors if name.startswith(_CACHE_PREFIX))
 
     def check_decoder(self) -> None:
         """Make sure that caches are written in place and that a step can feed the next one.
@@ -94,12 +93,12 @@ class Engine:
         Raises:
             RecmasError: RM510; such an engine would copy its caches or read the wrong ones.
         """
-        for name in self.cache_outputs:
-            expected = name.removeprefix(_CACHE_PREFIX)
-            if self._engine.get_aliased_input_tensor(name) != expected:
-                raise self._log.failure(f"does not write {expected} in place", file=self._file)
-        ends = {self.tensors[name].element_type for name in ("inputs_embeds", "next_embeds")}
-        if len(ends) > 1:
+        for name in self.tensors:
+            if name.startswith(_CACHE_PREFIX):
+                expected = name.removeprefix(_CACHE_PREFIX)
+                if self._engine.get_aliased_input_tensor(name) != expected:
+                    raise self._log.failure(f"does not write {expected} in place", file=self._file)
+        if self.tensors["inputs_embeds"].dtype != self.tensors["next_embeds"].dtype:
             raise self._log.failure("has a step that cannot feed the next one", file=self._file)
 
     def context(self, profile: int, stream: Stream) -> trt.IExecutionContext:
@@ -136,93 +135,240 @@ class Engine:
             raise self._log.failure("failed", file=self._file)
 
 
-class _Buffers:
-    """Device memory by tensor; grows, and moves when it does."""
-
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-        self._memory: dict[str, DeviceMemory] = {}
-
-    def place(self, name: str, array: NDArray[Any]) -> Binding:
-        """Return room for an array."""
-        memory = self._memory.get(name)
-        if memory is None or memory.num_bytes < array.nbytes:
-            memory = self._memory[name] = DeviceMemory(array.nbytes, self._stream)
-        return Binding(memory.address, array.shape)
-
-
 class Call:
-    """A decoder's call in one optimization profile, for all workspaces in turn.
+    """Calls of an engine in one optimization profile, one after the other.
 
     Args:
-        engine: A decoder.
+        engine: The engine.
         profile: The optimization profile.
         stream: Where it runs.
     """
 
     def __init__(self, engine: Engine, profile: int, stream: Stream) -> None:
-        self._engine = engine
+        self.engine = engine
         self._stream = stream
         self._context = engine.context(profile, stream)
-        self._buffers = _Buffers(stream)
+        self._buffers: dict[str, DeviceMemory] = {}
         # Weak, so that a call does not keep the last caches alive.
         self._bound: tuple[weakref.ref[Workspace], int] | None = None
 
-    def run(
-        self,
-        workspace: Workspace,
-        inputs_embeds: Floats,
-        write_index: Indices,
-        last_index: Indices,
-    ) -> tuple[Floats, Floats, Floats]:
-        """Run S positions of every sequence; returns hidden, last hidden, next embeddings."""
-        rows, positions, width = inputs_embeds.shape
+    def bind(self, workspace: Workspace) -> None:
+        """Take the caches, indices and inner links of a workspace for the next runs."""
         if self._bound != (weakref.ref(workspace), workspace.version):
-            self._engine.bind(self._context, workspace.bindings())
+            self.engine.bind(self._context, workspace.bindings())
             self._bound = weakref.ref(workspace), workspace.version
-        workspace.write_indices(write_index, last_index)
-        tensors = self._engine.tensors
-        embeds = to_engine(inputs_embeds, tensors["inputs_embeds"].element_type)
-        outputs = {
-            name: np.empty((rows, length, width), tensors[name].host_type)
-            for name, length in (("hidden", positions), ("thought", 1), ("next_embeds", 1))
+
+    def run(
+        self, inputs: Mapping[str, NDArray[Any]], shapes: Mapping[str, tuple[int, ...]]
+    ) -> list[Floats]:
+        """Run the engine on host arrays and return its outputs of the given shapes, in order."""
+        tensors = self.engine.tensors
+        given = {
+            name: np.ascontiguousarray(array, tensors[name].dtype) for name, array in inputs.items()
         }
-        arrays = {"inputs_embeds": embeds, **outputs}
-        bindings = {name: self._buffers.place(name, array) for name, array in arrays.items()}
-        self._engine.bind(self._context, bindings)
-        self._stream.write(bindings["inputs_embeds"].address, embeds)
-        self._engine.enqueue(self._context, self._stream)
-        for name, array in outputs.items():
+        results = {name: np.empty(shape, tensors[name].dtype) for name, shape in shapes.items()}
+        bindings = {name: self._place(name, array) for name, array in {**given, **results}.items()}
+        self.engine.bind(self._context, bindings)
+        for name, array in given.items():
+            self._stream.write(bindings[name].address, array)
+        self.engine.enqueue(self._context, self._stream)
+        for name, array in results.items():
             self._stream.read(bindings[name].address, array)
-        hidden, thought, following = (
-            from_engine(array, tensors[name].element_type) for name, array in outputs.items()
-        )
-        return hidden, thought, following
+        return [array.astype(np.float32, copy=False) for array in results.values()]
+
+    def _place(self, name: str, array: NDArray[Any]) -> Binding:
+        """Return room for an array; a buffer grows, and moves when it does."""
+        memory = self._buffers.get(name)
+        if memory is None or memory.num_bytes < array.nbytes:
+            memory = self._buffers[name] = DeviceMemory(array.nbytes, self._stream)
+        return Binding(memory.address, array.shape)
 
 
-class HeadCall:
-    """The language-model head.
+class Workspace:
+    """Device memory for R sequences of C positions: caches, indices, inner links, rollouts.
+
+    Attributes:
+        version: Changes when something has moved and must be bound again.
 
     Args:
-        engine: The head's.
+        engine: The decoder of this capacity.
         stream: Where it runs.
+        entry: The backbone.
+        rows: Sequences, R.
+        capacity: Positions per sequence, C.
     """
 
-    def __init__(self, engine: Engine, stream: Stream) -> None:
+    def __init__(
+        self, engine: Engine, stream: Stream, entry: BackboneEntry, *, rows: int, capacity: int
+    ) -> None:
+        self.rows = rows
+        self.capacity = capacity
+        self.version = 0
         self._engine = engine
         self._stream = stream
-        self._context = engine.context(0, stream)
-        self._buffers = _Buffers(stream)
+        self._shape = (rows, entry.num_kv_heads, capacity, entry.head_dim)
+        names = [f"{kind}.{i}" for i in range(entry.num_layers) for kind in ("key", "value")]
+        self._dtype = engine.tensors[names[0]].dtype
+        num_bytes = int(np.prod(self._shape)) * self._dtype.itemsize
+        self._caches = {name: DeviceMemory(num_bytes, stream) for name in names}
+        self._indices = {
+            name: DeviceTable(1, (rows,), _INDEX, stream) for name in ("write_index", "last_index")
+        }
+        self._inner: Operands | None = None
+        self._inner_tables: dict[str, DeviceTable] = {}
+        self._rollouts: dict[int, _Rollout] = {}
 
-    def run(self, hidden: Floats) -> Floats:
-        """Return the logits [R, V] of hidden states [R, d]."""
-        tensors = self._engine.tensors
-        states = to_engine(hidden, tensors["hidden"].element_type)
-        logits = np.empty((len(hidden), tensors["logits"].shape[1]), tensors["logits"].host_type)
-        arrays = {"hidden": states, "logits": logits}
-        bindings = {name: self._buffers.place(name, array) for name, array in arrays.items()}
-        self._engine.bind(self._context, bindings)
-        self._stream.write(bindings["hidden"].address, states)
-        self._engine.enqueue(self._context, self._stream)
-        self._stream.read(bindings["logits"].address, logits)
-        return from_engine(logits, tensors["logits"].element_type)
+    def bindings(self) -> dict[str, Binding]:
+        """Return where everything lies that stays where it is from call to call."""
+        tables = {**self._indices, **self._inner_tables}
+        bindings = {name: table.binding() for name, table in tables.items()}
+        for name, memory in self._caches.items():
+            # Input and output are one buffer; TensorRT refuses anything else.
+            cache = Binding(memory.address, self._shape)
+            bindings |= {name: cache, f"{_CACHE_PREFIX}{name}": cache}
+        return bindings
+
+    def bind_inner(self, inner: Operands) -> None:
+        """Hold the operands of the inner links; nothing happens if they are here already."""
+        if self._inner is inner:
+            return
+        arrays = {f"{_INNER_PREFIX}{name}": array for name, array in inner.items()}
+        shapes = {name: array.shape for name, array in arrays.items()}
+        if shapes != {name: table.shape for name, table in self._inner_tables.items()}:
+            self._inner_tables = {
+                name: DeviceTable(1, shape, self._engine.tensors[name].dtype, self._stream)
+                for name, shape in shapes.items()
+            }
+            self._rollouts.clear()
+            self.version += 1
+        for name, array in arrays.items():
+            self._inner_tables[name].write(array)
+        self._inner = inner
+
+    def write_indices(self, write_index: Indices, last_index: Indices) -> None:
+        """Say where the next call writes, and which of its positions is each row's last."""
+        self._indices["write_index"].write(write_index)
+        self._indices["last_index"].write(last_index)
+
+    def copy_rows(self, source: Workspace, rows: Sequence[int], positions: int) -> None:
+        """Take the first `positions` of the given rows of another workspace, in this order."""
+        _, heads, capacity, width = self._shape
+        position_bytes = width * self._dtype.itemsize
+        pitches = capacity * position_bytes, source.capacity * position_bytes
+        for name, memory in self._caches.items():
+            for index, row in enumerate(rows):
+                self._stream.copy_blocks(
+                    memory.address + index * heads * pitches[0],
+                    source._caches[name].address + row * heads * pitches[1],
+                    pitches=pitches,
+                    width=positions * position_bytes,
+                    height=heads,
+                )
+
+    def read_rows(self, rows: Sequence[int], positions: int) -> list[NDArray[Any]]:
+        """Return copies [n, H, positions, D] on the host: keys, values of each layer in turn."""
+        copies = []
+        for memory in self._caches.values():
+            whole = np.empty(self._shape, self._dtype)
+            self._stream.read(memory.address, whole)
+            copies.append(whole[list(rows), :, :positions].astype(np.float32, copy=False))
+        return copies
+
+    def write_rows(self, values: Sequence[NDArray[Any]]) -> None:
+        """Overwrite the beginning of all rows with what `read_rows` of some cache returned."""
+        for memory, array in zip(self._caches.values(), values, strict=True):
+            whole = np.zeros(self._shape, self._dtype)
+            whole[:, :, : array.shape[2]] = array
+            self._stream.write(memory.address, whole)
+
+    def rollout(
+        self, thought: Floats, next_embeds: Floats, write_index: Indices, num_steps: int
+    ) -> tuple[Floats, Floats]:
+        """Continue latent steps; returns thoughts and next embeddings, both [M, R, d]."""
+        if num_steps == 1:  # the prefill's own thought
+            return thought[:, 0][None], next_embeds[:, 0][None]
+        rollout = self._rollouts.get(num_steps)
+        if rollout is None:
+            rollout = _Rollout(self._engine, self._stream, self, thought.shape[2], num_steps)
+            self._rollouts[num_steps] = rollout
+        return rollout.run(thought, next_embeds, write_index)
+
+
+class _Rollout:
+    """The calls of a rollout, captured once and then launched as one.
+
+    Every step has its own addresses, because a captured call always reads and writes where it did
+    when it was captured: it reads the embedding that the step before wrote, and its write index
+    from a table that is filled before the launch. So nothing is computed between two steps.
+    """
+
+    def __init__(
+        self, engine: Engine, stream: Stream, workspace: Workspace, width: int, num_steps: int
+    ) -> None:
+        rows = workspace.rows
+        vector = (rows, 1, width)
+        tensors = engine.tensors
+        self._engine = engine
+        self._stream = stream
+        self._num_steps = num_steps
+        self._thoughts = DeviceTable(num_steps, vector, tensors["thought"].dtype, stream)
+        self._embeds = DeviceTable(num_steps, vector, tensors["inputs_embeds"].dtype, stream)
+        self._hidden = DeviceTable(1, vector, tensors["hidden"].dtype, stream)
+        self._positions = DeviceTable(num_steps, (rows,), _INDEX, stream)
+        # Memory is zeroed: the last of one input is input 0.
+        self._last_index = DeviceTable(1, (rows,), _INDEX, stream)
+        # A context of its own: another call of it would change what the graph launches.
+        self._context = engine.context(STEP, stream)
+        engine.bind(
+            self._context,
+            {
+                **workspace.bindings(),
+                "last_index": self._last_index.binding(),
+                "inputs_embeds": self._embeds.binding(),
+                "hidden": self._hidden.binding(),
+            },
+        )
+        self._graphs: list[CapturedGraph] = []
+
+    def run(
+        self, thought: Floats, next_embeds: Floats, write_index: Indices
+    ) -> tuple[Floats, Floats]:
+        """Roll out from a prefill's last position."""
+        self._thoughts.write(thought)
+        self._embeds.write(next_embeds)
+        # Step 1 writes at the index; entry 0 is the prefill's and is not read.
+        self._positions.write_all(write_index + np.arange(-1, self._num_steps - 1)[:, None])
+        if not self._graphs:
+            self._capture()
+        for graph in self._graphs:
+            graph.launch()
+        thoughts, embeds = (
+            table.read()[:, :, 0].astype(np.float32, copy=False)
+            for table in (self._thoughts, self._embeds)
+        )
+        return thoughts, embeds
+
+    def _capture(self) -> None:
+        # The first call of a shape sets things up in ways that cannot be captured. It is the real
+        # first step, which the graph then runs again with the same result.
+        self._enqueue(range(1, 2))
+        self._stream.wait()
+        steps = range(1, self._num_steps)
+        # Assigned when all are there: half a rollout must never wait to be launched.
+        self._graphs = [
+            self._stream.capture(
+                partial(self._enqueue, steps[index : index + MOST_STEPS_OF_A_GRAPH])
+            )
+            for index in range(0, len(steps), MOST_STEPS_OF_A_GRAPH)
+        ]
+
+    def _enqueue(self, steps: range) -> None:
+        for step in steps:
+            addresses = {
+                "write_index": self._positions.address(step),
+                "inputs_embeds": self._embeds.address(step - 1),
+                "next_embeds": self._embeds.address(step),
+                "thought": self._thoughts.address(step),
+            }
+            self._engine.move(self._context, addresses)
+            self._engine.enqueue(self._context, self._stream)

@@ -1,23 +1,29 @@
-"""One plan from one graph, by TensorRT's builder.
+"""One engine from one graph, by TensorRT's parser and builder.
 
-Imported only where `availability` has found TensorRT.
+Imported only where `engine_cache` has found TensorRT.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import tensorrt as trt
 
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.core.progress import Progress
-from recmas_runtime.engines.tensorrt.phase_progress import PhaseProgress
-from recmas_runtime.engines.tensorrt.profiles import ProfileShapes
+from recmas_runtime.core.progress import Advance, Progress
+from recmas_runtime.engines.tensorrt.static_graph import ProfileShapes, unsupported
 
 if TYPE_CHECKING:
     import onnx
+
+# Deeper phases come by the hundred and last milliseconds.
+_DEPTH_SHOWN: Final = 2
+# Nodes that a message names: a decoder has the same ones in every layer.
+_NAMES_SHOWN: Final = 4
 
 
 class Log(trt.ILogger):
@@ -43,34 +49,64 @@ class Log(trt.ILogger):
         )
 
 
-class _Monitor(trt.IProgressMonitor):
-    """TensorRT's callbacks; an interrupt must not leave them as an exception."""
+class BuildMonitor(trt.IProgressMonitor):
+    """TensorRT's nested phases as stages of the project's progress.
 
-    def __init__(self, phases: PhaseProgress) -> None:
+    TensorRT calls from several threads, and no exception may leave a callback: an interrupt makes
+    it give up at its next step.
+
+    Attributes:
+        was_interrupted: The user gave up.
+
+    Args:
+        progress: Where stages are shown.
+        title: Put before the names of phases.
+    """
+
+    def __init__(self, progress: Progress, title: str) -> None:
         trt.IProgressMonitor.__init__(self)
-        self._phases = phases
+        self.was_interrupted = False
+        self._progress = progress
+        self._title = title
+        self._lock = threading.Lock()
+        self._depths: dict[str, int] = {}
+        self._shown: dict[str, tuple[ExitStack, Advance]] = {}
+
+    @contextmanager
+    def _callback(self) -> Iterator[None]:
+        try:
+            with self._lock:
+                yield
+        except KeyboardInterrupt:
+            self.was_interrupted = True
 
     def phase_start(self, phase_name: str, parent_phase: str, num_steps: int) -> None:
-        try:
-            self._phases.start(phase_name, parent_phase or None, num_steps)
-        except KeyboardInterrupt:
-            self._phases.interrupt()
+        """Open a stage, unless it lies too deep; the outermost phase has no parent."""
+        with self._callback():
+            depth = self._depths.get(parent_phase, 0) + 1
+            self._depths[phase_name] = depth
+            if depth <= _DEPTH_SHOWN:
+                stack = ExitStack()
+                stage = self._progress.stage(f"{self._title}: {phase_name}", num_steps)
+                self._shown[phase_name] = stack, stack.enter_context(stage)
 
     def step_complete(self, phase_name: str, step: int) -> bool:
-        try:
-            return self._phases.step(phase_name)
-        except KeyboardInterrupt:
-            self._phases.interrupt()
-            return False
+        """Count a step; returns False to make TensorRT give up."""
+        with self._callback():
+            if phase_name in self._shown:
+                self._shown[phase_name][1]()
+        return not self.was_interrupted
 
     def phase_finish(self, phase_name: str) -> None:
-        try:
-            self._phases.finish(phase_name)
-        except KeyboardInterrupt:
-            self._phases.interrupt()
+        """Close a phase's stage."""
+        with self._callback():
+            self._depths.pop(phase_name, None)
+            stack, _ = self._shown.pop(phase_name, (None, None))
+            if stack is not None:
+                stack.close()
 
 
-def build_plan(
+def serialize_engine(
     model: onnx.ModelProto,
     path: Path,
     profiles: Sequence[ProfileShapes],
@@ -90,10 +126,11 @@ def build_plan(
         title: What is built, for progress.
 
     Returns:
-        The plan, and the timing cache with what this build measured.
+        The serialized engine, and the timing cache with what this build measured.
 
     Raises:
-        RecmasError: RM510 if TensorRT refuses the graph or finds no kernels.
+        RecmasError: RM203 with the nodes that TensorRT's parser does not read, RM510 if TensorRT
+            refuses the graph for another reason or finds no kernels.
         KeyboardInterrupt: The user gave up.
     """
     log = Log()
@@ -103,15 +140,13 @@ def build_plan(
     network = builder.create_network(typed)
     parser = trt.OnnxParser(network, log)
     if not parser.parse(model.SerializeToString(), str(path)):
-        log.errors += [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise log.failure("refuses the graph", file=str(path))
+        raise _refusal(parser, log, file=str(path))
     config = builder.create_builder_config()
     # On by default, it would round float32 factors to 10 bits. Workspace is left unlimited: a limit
     # of 1 GB, as is often seen, hides the kernels that a decoder needs.
     config.clear_flag(trt.BuilderFlag.TF32)
     config.set_timing_cache(config.create_timing_cache(timing_cache), ignore_mismatch=False)
-    phases = PhaseProgress(progress, title)
-    monitor = _Monitor(phases)  # must outlive the config, which keeps no reference
+    monitor = BuildMonitor(progress, title)  # must outlive the config, which keeps no reference
     config.progress_monitor = monitor
     for shapes in profiles:
         profile = builder.create_optimization_profile()
@@ -119,9 +154,31 @@ def build_plan(
             profile.set_shape(name, least, typical, most)
         if config.add_optimization_profile(profile) < 0:
             raise log.failure("refuses the shapes", file=str(path))
-    plan = builder.build_serialized_network(network, config)
-    if phases.was_interrupted:
+    engine = builder.build_serialized_network(network, config)
+    if monitor.was_interrupted:
         raise KeyboardInterrupt
-    if plan is None:
+    if engine is None:
         raise log.failure("built no engine", file=str(path))
-    return bytes(plan), bytes(config.get_timing_cache().serialize())
+    return bytes(engine), bytes(config.get_timing_cache().serialize())
+
+
+def _refusal(parser: trt.OnnxParser, log: Log, *, file: str) -> RecmasError:
+    """Return what the parser says of the nodes that it does not read, or else of the graph.
+
+    It checks every node before it gives up, so that one message holds all of them.
+    """
+    nodes: dict[tuple[str, str], list[str]] = {}
+    for error in (parser.get_error(i) for i in range(parser.num_errors)):
+        reason = " ".join(error.desc().split())
+        if error.node_operator():
+            nodes.setdefault((error.node_operator(), reason), []).append(error.node_name())
+        else:  # no node's: a model or weights that cannot be read
+            log.errors.append(reason)
+    if not nodes:
+        return log.failure("refuses the graph", file=file)
+    found = []
+    for (operator, reason), names in nodes.items():
+        more = len(names) - _NAMES_SHOWN
+        shown = ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        found.append(f"operator {operator} ({shown}): {reason}")
+    return unsupported(f"TensorRT's parser does not read {'; '.join(found)}", file=file)

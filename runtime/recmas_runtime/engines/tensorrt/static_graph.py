@@ -1,25 +1,140 @@
-"""A decoder graph in the form that TensorRT takes: one capacity, and what its parser insists on.
+"""What an engine is built from: the graph in TensorRT's form, and the shapes of its profiles.
 
-The graph is edited as a protobuf; its weights stay in the bundle's file and are read from there.
+A graph is edited as a protobuf; its weights stay in the bundle's file and are read from there. An
+optimization profile gives every input a smallest, a typical and a largest shape. Kernels are chosen
+for the typical one; anything from smallest to largest runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from recmas_runtime.core.errors import fail
-from recmas_runtime.engines.tensorrt.parser_support import element_types, unsupported
+from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.formats.links import expected_tensors
+from recmas_runtime.formats.manifest import Manifest
+from recmas_runtime.formats.plan import Plan, cache_capacity
 
 if TYPE_CHECKING:
     import onnx
 
-    from recmas_runtime.engines.tensorrt.profiles import Symbols
+# Index of the optimization profile in every decoder engine.
+PREFILL: Final = 0
+STEP: Final = 1
 
-CAPACITY: Final = "capacity"
+_CAPACITY: Final = "capacity"
 
-_PROTOBUF_NAMES: Final = {"float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
+Dims = tuple[int, ...]
+Symbols = tuple[int | str, ...]
+# by input: smallest, typical, largest shape
+ProfileShapes = Mapping[str, tuple[Dims, Dims, Dims]]
+
+
+class Range(NamedTuple):
+    """Sizes of an axis."""
+
+    least: int
+    typical: int
+    most: int
+
+
+Ranges = Mapping[str, Range]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """What one backbone's engines must take.
+
+    Attributes:
+        capacities: Cache rows per sample, ascending; each is an engine of its own.
+        max_rows: Most rows of a call: agents that run as one batch, times records.
+        max_groups: Most agents that run as one batch.
+        link_hidden: Least and greatest hidden width of the inner links.
+        prompt_positions: Most positions of a prompt.
+    """
+
+    capacities: tuple[int, ...]
+    max_rows: int
+    max_groups: int
+    link_hidden: tuple[int, int]
+    prompt_positions: int
+
+
+def shapes_of(plan: Plan, manifest: Manifest, backbone: str, *, case_positions: int) -> Shapes:
+    """Return the shapes that a plan needs of a backbone at the limits of its bundle.
+
+    A cache is an engine's input with a size that is fixed when the engine is built, so there is an
+    engine for each capacity that the plan's caches have; see `CachePlan.capacity`. The largest also
+    holds the backbone's parity case, which every engine has to pass.
+
+    Args:
+        plan: The plan.
+        manifest: Of the same bundle.
+        backbone: Whose engines.
+        case_positions: Most positions of a call sequence in the backbone's parity case.
+    """
+    caches = [cache for cache in plan.caches.values() if cache.backbone == backbone]
+    groups = max(len(cache.agents) for cache in caches)
+    capacities = {cache.capacity for cache in caches}
+    needed = max(*capacities, cache_capacity(case_positions))
+    hidden = [
+        expected_tensors(manifest.links[agent.inner])["proj1.weight"][0]
+        for agent in plan.agents.values()
+        if agent.backbone == backbone
+    ]
+    return Shapes(
+        capacities=tuple(sorted(capacities - {max(capacities)} | {needed})),
+        max_rows=groups * plan.limits.max_batch,
+        max_groups=groups,
+        link_hidden=(min(hidden), max(hidden)),
+        prompt_positions=plan.limits.max_prompt_tokens,
+    )
+
+
+def decoder_ranges(shapes: Shapes, capacity: int) -> tuple[Ranges, Ranges]:
+    """Return the ranges of a decoder's free axes: for prompts, and for single positions.
+
+    One record is the typical batch, because that is where somebody waits for a step; every rows
+    count is a multiple of the groups in all three shapes, as the graph's reshape wants it.
+    """
+    common = {
+        "batch": Range(1, shapes.max_groups, shapes.max_rows),
+        "groups": Range(1, shapes.max_groups, shapes.max_groups),
+        "link_hidden": Range(shapes.link_hidden[0], shapes.link_hidden[1], shapes.link_hidden[1]),
+    }
+    typical = min(shapes.prompt_positions, capacity)
+    prefill = {**common, "positions": Range(1, typical, capacity)}
+    step = {**common, "positions": Range(1, 1, 1)}
+    return prefill, step
+
+
+def head_ranges(shapes: Shapes) -> Ranges:
+    """Return the ranges of the head's free axes."""
+    return {"batch": Range(1, 1, shapes.max_rows)}
+
+
+def profile_shapes(inputs: Mapping[str, Symbols], ranges: Ranges) -> ProfileShapes:
+    """Return the smallest, typical and largest shape of every input that has a free axis.
+
+    Args:
+        inputs: Shapes by input, free axes by their names in the graph.
+        ranges: By axis name.
+    """
+    shapes = {}
+    for name, dims in inputs.items():
+        if any(isinstance(dim, str) for dim in dims):
+            parts = [Range(dim, dim, dim) if isinstance(dim, int) else ranges[dim] for dim in dims]
+            assert all(1 <= least <= typical <= most for least, typical, most in parts), name
+            least, typical, most = zip(*parts, strict=True)
+            shapes[name] = (least, typical, most)
+    return shapes
+
+
+def choose_capacity(capacities: Sequence[int], needed: int) -> int | None:
+    """Return the smallest capacity that holds `needed` positions: attention pays for every row."""
+    return min((capacity for capacity in capacities if capacity >= needed), default=None)
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
@@ -49,20 +164,47 @@ def input_shapes(model: onnx.ModelProto) -> dict[str, Symbols]:
     }
 
 
-def fix_capacity(model: onnx.ModelProto, capacity: int) -> None:
-    """Make the caches' capacity a constant of the graph, in place.
+def static_decoder(model: onnx.ModelProto, capacity: int, *, file: str) -> onnx.ModelProto:
+    """Return a copy of a decoder graph for one cache capacity.
+
+    Args:
+        model: The portable graph.
+        capacity: Cache rows per sample.
+        file: Where the graph lies, for messages.
+
+    Raises:
+        RecmasError: RM203 for attention that an engine would compute wrongly.
+    """
+    import onnx
+
+    static = onnx.ModelProto()
+    static.CopyFrom(model)
+    _fix_capacity(static, capacity)
+    _adapt_cache_writes(static)
+    _adapt_attention(static, file=file)
+    return static
+
+
+def unsupported(message: str, *, file: str) -> RecmasError:
+    """Return the error for operators of a graph that TensorRT cannot run."""
+    hint = "Use target onnx, or a backbone with plain softmax attention."
+    return fail("RM203", message, file=file, hint=hint)
+
+
+def _fix_capacity(model: onnx.ModelProto, capacity: int) -> None:
+    """Make the caches' capacity a constant of the graph.
 
     TensorRT writes a cache in place only if its rows are a static axis (KVCacheUpdate: S_max).
     """
     graph = model.graph
     for value in (*graph.input, *graph.output, *graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param == CAPACITY:
+            if dim.dim_param == _CAPACITY:
                 dim.dim_value = capacity  # dim_param and dim_value are one field: this clears it
 
 
-def adapt_cache_writes(model: onnx.ModelProto) -> None:
-    """Count the axis of every cache write from the end, in place: the parser takes -2 only."""
+def _adapt_cache_writes(model: onnx.ModelProto) -> None:
+    """Count the axis of every cache write from the end: the parser takes -2 only."""
     for node in model.graph.node:
         if node.op_type == "TensorScatter":
             for attribute in node.attribute:
@@ -70,8 +212,8 @@ def adapt_cache_writes(model: onnx.ModelProto) -> None:
                     attribute.i = -2
 
 
-def adapt_attention(model: onnx.ModelProto) -> None:
-    """Scale queries before attention instead of within it, and let it fall apart, in place.
+def _adapt_attention(model: onnx.ModelProto, *, file: str) -> None:
+    """Scale queries before attention instead of within it, and make attention decomposable.
 
     The parser turns an attribute `scale` into multiplications of queries *and* keys by its root,
     and the keys here are the whole cache: every step would read and write all of it once more. With
@@ -80,63 +222,33 @@ def adapt_attention(model: onnx.ModelProto) -> None:
     Without `TRT_decomposable`, an attribute of the parser's own, a build fails where TensorRT has
     no fused kernel for a shape or an element type; float32 has none.
     """
-    from onnx import TensorProto, helper
+    from onnx import helper
 
-    types = element_types(model)
+    graph = model.graph
+    # A factor must have the element type of what it scales. That of the keys is known, because
+    # updated caches are outputs of the graph.
+    values = (*graph.output, *graph.value_info)
+    element_types = {value.name: value.type.tensor_type.elem_type for value in values}
     nodes = []
-    for node in model.graph.node:
+    for node in graph.node:
         if node.op_type == "Attention":
+            # The parser takes key lengths, but engines gave wrong tokens with them, and no error.
+            if not any(node.input[3:4]) or any(node.input[4:]):
+                raise unsupported(
+                    f"TensorRT needs an explicit mask, and neither past keys nor key lengths, for "
+                    f"operator Attention ({node.name})",
+                    file=file,
+                )
             scale = next((a for a in node.attribute if a.name == "scale"), None)
             assert scale is not None, "the exporter writes every scale out"
-            # In a strongly typed network a factor must have the element type of what it scales; the
-            # keys' type is known, because updated caches are outputs of the graph.
-            element_type = TensorProto.DataType.Value(_PROTOBUF_NAMES[types[node.input[1]]])
             factor = f"{node.output[0]}.scale"
             scaled = f"{node.output[0]}.scaled_query"
-            model.graph.initializer.append(helper.make_tensor(factor, element_type, (), [scale.f]))
+            element_type = element_types[node.input[1]]
+            graph.initializer.append(helper.make_tensor(factor, element_type, (), [scale.f]))
             nodes.append(helper.make_node("Mul", [node.input[0], factor], [scaled]))
             node.input[0] = scaled
             scale.f = 1.0
             node.attribute.append(helper.make_attribute("TRT_decomposable", 1))
         nodes.append(node)
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-
-
-def check_readable(model: onnx.ModelProto, *, file: str) -> None:
-    """Make sure that the parser's documentation covers a graph.
-
-    Raises:
-        RecmasError: RM203 that names what it does not cover.
-    """
-    reasons = unsupported(model)
-    if reasons:
-        raise fail(
-            "RM203",
-            f"TensorRT's parser does not read {', '.join(reasons)}",
-            file=file,
-            hint="Use target onnx, or a backbone with plain softmax attention.",
-        )
-
-
-def static_decoder(model: onnx.ModelProto, capacity: int, *, file: str) -> onnx.ModelProto:
-    """Return a copy of a decoder graph for one cache capacity.
-
-    Raises:
-        RecmasError: RM203 where TensorRT's parser does not read it.
-    """
-    import onnx
-
-    static = onnx.ModelProto()
-    static.CopyFrom(model)
-    fix_capacity(static, capacity)
-    adapt_cache_writes(static)
-    adapt_attention(static)
-    check_readable(static, file=file)
-    return static
-
-
-def cache_pairs(inputs: Mapping[str, Symbols]) -> dict[str, str]:
-    """Return the cache inputs by the output that must be the same memory."""
-    kinds = ("key.", "value.")
-    return {f"present_{name}": name for name in inputs if name.startswith(kinds)}
+    del graph.node[:]
+    graph.node.extend(nodes)

@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import secrets
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Final
 
-from recmas_runtime.tools.sandbox.interpreter import Interpreter, this_interpreter
-from recmas_runtime.tools.sandbox.process import run_bounded
 from recmas_runtime.tools.sandbox.program import (
-    encoded,
-    process_limits,
-    python_arguments,
-    sandbox_result,
-)
-from recmas_runtime.tools.sandbox.result import (
-    MAX_OUTPUT_BYTES,
     MAX_PROCESSES,
     MAX_TMP_BYTES,
+    MAX_TMP_FILES,
     SandboxResult,
+    run_python,
 )
 from recmas_runtime.tools.sandbox.seccomp import MACHINES, filter_program
-from recmas_runtime.tools.sandbox.watch import excess
 
 _DEVICES: Final = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _NOBODY: Final = 65534
 # Numbers that no user, container or service has (systemd's table of user numbers, docs/UIDS-GIDS).
 _UNUSED_USERS: Final = range(0x7000_0000, 0x7FFF_0000)
+
+# Asks an interpreter where its standard library is and which shared libraries its own extension
+# modules load. Windows, tests and examples are left out: tkinter alone would bring all of X11.
+_PROBE: Final = """
+import contextlib, importlib, json, pathlib, sysconfig
+folders = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
+for module in sorted(pathlib.Path(folders[1], "lib-dynload").glob("*.so")):
+    name = module.name.partition(".")[0]
+    if not name.startswith(("_tkinter", "_test", "_xx", "xx", "_ctypes_test")):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+maps = pathlib.Path("/proc/self/maps").read_text().splitlines()
+mapped = sorted({line.split(maxsplit=5)[5] for line in maps if "/" in line and ".so" in line})
+print(json.dumps([folders, mapped]))
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,38 +58,32 @@ class Bubblewrap:
 
     def run(self, code: str, *, stdin: str = "", timeout_s: float, memory_mb: int) -> SandboxResult:
         """Run Python code (see `Sandbox.run`)."""
-        program = encoded(code)
-        limits = process_limits(timeout_s=timeout_s, memory_mb=memory_mb)
-        limits["RLIMIT_NPROC"] = MAX_PROCESSES
         interpreter = this_interpreter()
         with _filter_file() as filter_fd:
-            argv = [
-                self.executable,
-                *_isolation(filter_fd),
-                *_file_system(interpreter),
-                "--",
-                str(interpreter.executable),
-                *python_arguments(program, user=_unused_user(), limits=limits),
-            ]
-            ran = run_bounded(
-                argv,
-                stdin=program + encoded(stdin),
+            return run_python(
+                [
+                    self.executable,
+                    *_isolation(filter_fd),
+                    *_file_system(interpreter),
+                    "--",
+                    str(interpreter.executable),
+                ],
+                code,
+                stdin=stdin,
+                user=_unused_user(),
                 timeout_s=timeout_s,
-                max_output_bytes=MAX_OUTPUT_BYTES,
+                memory_mb=memory_mb,
+                max_processes=MAX_PROCESSES,
                 env={},
                 pass_fds=(filter_fd,),
-                watch=partial(excess, max_bytes=memory_mb << 20),
+                watch=partial(_excess, max_bytes=memory_mb << 20),
             )
-        return sandbox_result(ran)
 
-
-def missing() -> str:
-    """Return what bubblewrap lacks on this machine, apart from its program; empty for nothing."""
-    if platform.machine() not in MACHINES:
-        return f"no seccomp filter for {platform.machine()}, only for {', '.join(MACHINES)}"
-    if not Path("/proc/thread-self/children").exists():
+    def missing(self) -> str:
+        """Return what bubblewrap lacks here, apart from its program; empty for nothing."""
+        if Path("/proc/thread-self/children").exists():
+            return ""
         return "this kernel does not list a process's children in /proc, so memory goes uncounted"
-    return ""
 
 
 def _isolation(filter_fd: int) -> list[str]:
@@ -134,3 +138,136 @@ def _unused_user() -> int:
     rows = (line.split() for line in Path("/proc/self/uid_map").read_text().splitlines())
     has_all = any(int(first) + int(count) >= _UNUSED_USERS.stop for first, _, count in rows)
     return secrets.choice(_UNUSED_USERS) if has_all else _NOBODY
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """An interpreter's files; every path is absolute.
+
+    Attributes:
+        executable: The program, links resolved and outside of any virtual environment.
+        folders: Its standard library.
+        hidden: Folders of installed packages inside `folders`.
+        libraries: The dynamic loader and the shared libraries, under every name they go by.
+    """
+
+    executable: Path
+    folders: tuple[Path, ...]
+    hidden: tuple[Path, ...]
+    libraries: tuple[Path, ...]
+
+
+@cache
+def this_interpreter() -> Interpreter:
+    """Find out the files of the interpreter that runs recmas.
+
+    Raises:
+        OSError: The interpreter cannot be started.
+        subprocess.SubprocessError: It fails or takes more than a minute.
+    """
+    # Outside of a virtual environment, which holds a link and no library.
+    executable = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
+    # -S: without site, so that no installed package's start-up code runs.
+    ran = subprocess.run(  # noqa: S603 - our own interpreter and program
+        [str(executable), "-I", "-S", "-c", _PROBE],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={},
+    )
+    folders, mapped = json.loads(ran.stdout)
+    stdlib = tuple(dict.fromkeys(Path(folder) for folder in folders))
+    libraries = {
+        name
+        for library in map(Path, mapped)
+        if not any(library.is_relative_to(folder) for folder in stdlib)
+        for name in _names_of(library)
+    }
+    packages = (folder / name for folder in stdlib for name in ("site-packages", "dist-packages"))
+    return Interpreter(
+        executable=executable,
+        folders=stdlib,
+        hidden=tuple(folder for folder in packages if folder.is_dir()),
+        libraries=tuple(sorted(libraries | set(Path("/").glob("lib*/ld-*.so.*")))),
+    )
+
+
+def _names_of(library: Path) -> set[Path]:
+    """Return the library and the links beside it that lead to it, `libz.so.1` to `libz.so.1.3`."""
+    stem = library.name.partition(".so")[0].partition("-")[0]
+    links = (path for path in library.parent.glob(f"{stem}*.so*") if path.is_symlink())
+    return {library} | {link for link in links if link.resolve() == library}
+
+
+def _excess(pid: int, *, max_bytes: int) -> str:
+    """Return why the processes below `pid` must be stopped; empty if they need not be.
+
+    Limits count each process alone; this reads what all hold together, from outside.
+
+    Args:
+        pid: The sandbox's outermost process.
+        max_bytes: Of memory of all together that is no file's.
+    """
+    members = tuple(_descendants(pid))
+    # Resident sizes are quick to read but count what forks share once for each; proportional ones
+    # are right but slow.
+    if all(
+        sum(map(bytes_of, members)) > max_bytes
+        for bytes_of in (_resident_bytes, _proportional_bytes)
+    ):
+        return f"stopped: its processes together use more than {max_bytes >> 20} MiB"
+    if members and _files_in_tmp(members[-1]) > MAX_TMP_FILES:
+        return f"stopped: it made more than {MAX_TMP_FILES} files"
+    return ""
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    for child in _children(pid):
+        yield child
+        yield from _descendants(child)
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    try:
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            found += map(int, (thread / "children").read_text(encoding="ascii").split())
+    except OSError:  # It has ended meanwhile.
+        pass
+    return found
+
+
+def _resident_bytes(pid: int) -> int:
+    """Return the anonymous and shared memory of a process; 0 once it has ended."""
+    try:
+        return _sum_bytes(Path(f"/proc/{pid}/status"), "RssAnon:", "RssShmem:")
+    except OSError:
+        return 0
+
+
+def _proportional_bytes(pid: int) -> int:
+    """Return the same with each page divided by the number of processes that share it."""
+    try:
+        shared = _sum_bytes(Path(f"/proc/{pid}/smaps_rollup"), "Pss_Anon:", "Pss_Shmem:")
+    except PermissionError:
+        return _resident_bytes(pid)
+    except OSError:
+        return 0
+    return shared or _resident_bytes(pid)  # older kernels do not say
+
+
+def _sum_bytes(table: Path, *keys: str) -> int:
+    lines = table.read_text(encoding="utf-8", errors="replace").splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(keys))
+
+
+def _files_in_tmp(pid: int) -> int:
+    """Return how many files the sandbox's /tmp holds; 0 where the kernel does not say."""
+    try:
+        found = os.statvfs(f"/proc/{pid}/root/tmp")
+    except OSError:
+        return 0
+    # While a sandbox is being set up, the path may still lead to the machine's own /tmp.
+    is_ours = found.f_blocks * found.f_frsize == MAX_TMP_BYTES
+    return found.f_files - found.f_ffree if is_ours else 0

