@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from recmas_cli.console import Outcome, RichProgress
+from recmas_cli.console import Outcome, shown_progress
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.spec.spec import Spec
 from recmas_compiler.training.loop.distributed import joined_world, launch
@@ -26,7 +26,6 @@ from recmas_compiler.training.session import Session, open_session, train_settin
 from recmas_compiler.training.tasks.finetuning import MODEL, MethodName
 from recmas_compiler.training.tasks.outer import record_losses
 from recmas_runtime.core.errors import fail
-from recmas_runtime.core.progress import Silent
 
 # What every process of `--nproc` runs.
 PROCESS_MODULE: Final = "recmas_cli.training_main"
@@ -85,7 +84,7 @@ def train(spec: Spec, program: Graph, options: TrainOptions) -> Outcome:
             program,
             settings,
             world=world,
-            progress=RichProgress() if world.is_main and not options.quiet else Silent(),
+            progress=shown_progress(quiet=options.quiet or not world.is_main),
             # Steps of usual length are lost in the rounding of bfloat16 weights.
             weights="float32" if options.method == "sft" else None,
         )
@@ -112,7 +111,10 @@ def train_in_processes(
         RecmasError: RM104 without `train`, RM704 for too many processes.
     """
     check_processes(train_settings(spec).section, stage, num_processes)
-    sys.exit(launch(num_processes, PROCESS_MODULE, without_option(arguments, "--nproc")))
+    ended = launch(num_processes, PROCESS_MODULE, without_option(arguments, "--nproc"))
+    sys.stdout.write(ended.stdout)
+    sys.stderr.write(ended.stderr)
+    sys.exit(ended.status)
 
 
 def without_option(arguments: Sequence[str], option: str) -> list[str]:
@@ -175,8 +177,10 @@ def _method_trained(
 ) -> Outcome:
     agent, figures = session.system.answer_agent, report.stages[method]
     costs, model = _costs(options.out), options.out / method / MODEL
-    lines = [f"{method} of `{agent}` alone: {figures['steps']} steps"]
-    lines.append(f"  held-out loss {_change(figures, 'alone')}")
+    lines = [
+        f"{method} of `{agent}` alone: {figures['steps']} steps",
+        f"  held-out loss {_change(figures, 'alone')}",
+    ]
     if method in costs:
         learning = costs[method]["trainable_parameters"]
         memory, seconds = costs[method]["peak_memory_mb"], costs[method]["step_seconds"]
