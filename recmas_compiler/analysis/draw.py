@@ -280,7 +280,7 @@ def program_mermaid(program: Graph) -> str:
         lines.append(f'  subgraph r{round_}["round {round_}"]')
         for step, op in program.in_order():
             if not isinstance(op, Agent) and op.round == round_:
-                lines.append(f"    {ids[step]}{_shape(op)}")
+                lines.append(f"    {ids[step]}{_shape(op, program.system)}")
         lines.append("  end")
     for edge in program.edges():
         arrow = "-.->" if edge.op == Flow(carries="cache") else "-->"
@@ -288,11 +288,12 @@ def program_mermaid(program: Graph) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _shape(op: NodeOp) -> str:
+def _shape(op: NodeOp, system: System) -> str:
     match op:
         case Prefill(agents=agents):
             return f'["prefill {", ".join(agents)}"]'
-        case Think(agents=agents, num_steps=steps):
+        case Think(agents=agents):
+            steps = system.agents[agents[0]].latent_steps
             return f'["think {", ".join(agents)}<br/>{counted(steps, "step")}"]'
         case Send(source=source, targets=targets):
             return f'(["{source} to {", ".join(targets)}"])'

@@ -102,7 +102,7 @@ def _merged_steps(
                 members = tuple(think_id(op.round, (name,)) for name in agents)
                 merged[think_id(op.round, agents)] = (
                     members,
-                    Think(agents=agents, round=op.round, num_steps=op.num_steps, fused=op.fused),
+                    Think(agents=agents, round=op.round, fused=op.fused),
                 )
             case _:
                 pass

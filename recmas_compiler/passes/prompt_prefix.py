@@ -123,7 +123,7 @@ def common_beginning(
     )
     if (left.system, left.chat_template) != (right.system, right.chat_template):  # 2
         return 0, 0
-    begins_alike = common_parts(left.prompt(left_variant), right.prompt(right_variant))
+    begins_alike = common_parts(left.parts(left_variant), right.parts(right_variant))
     parts = (*left.system, *begins_alike)
     letters = sum(len(part.value) for part in parts if part.kind == "text")
     return sum(part.kind == "field" for part in parts), letters

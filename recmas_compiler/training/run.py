@@ -158,7 +158,7 @@ def _check_learning(session: Session, stage: Stage) -> None:
     Raises:
         RecmasError: RM705.
     """
-    reached = session.graph.schedule.links
+    reached = session.graph.used_links
     hint = "Take a link out of `train.outer.freeze`, or raise `latent_steps` or `rounds`."
     setting: tuple[str, ...] = ("outer", "freeze")
     if stage == "inner" and not session.thinkers:

@@ -287,7 +287,7 @@ class Breaking(Pass):
         nodes = graph.nodes()
         think = nodes["r1/planner/think"]
         assert isinstance(think, Think)
-        return graph.replaced(nodes=nodes | {"r1/planner/think": replace(think, num_steps=1)})
+        return graph.replaced(nodes=nodes | {"r1/planner/think": replace(think, fused=True)})
 
 
 def test_a_failing_pass_is_named_with_those_before_it() -> None:
@@ -315,9 +315,9 @@ def test_a_pass_at_the_wrong_level_is_refused() -> None:
 
 def test_a_broken_rule_is_found_at_the_next_level() -> None:
     passes = (UnrollRounds(), Breaking(), PlanCaches())
-    with pytest.raises(RecmasError, match="after PlanCaches, rule num_steps"):
+    with pytest.raises(RecmasError, match="after PlanCaches, rule inner_once"):
         run_pipeline(sequential(), passes=passes)
-    with pytest.raises(RecmasError, match="after Breaking, rule num_steps"):
+    with pytest.raises(RecmasError, match="after Breaking, rule inner_once"):
         run_pipeline(sequential(), passes=passes, instruments=(VerifyPasses(),))
 
 

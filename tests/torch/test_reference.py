@@ -141,7 +141,7 @@ def test_gradients_reach_every_link_that_matters_and_no_backbone(tiny: LoadTiny)
     assert system.train() is system
     assert not backbone.model.training
     state = system(RECORDS[0])
-    state.lanes["solver"].hidden_11D.square().sum().backward()
+    state.sequences["solver"].hidden_11D.square().sum().backward()
     for name, parameter in system.named_parameters():
         if name.startswith("links."):
             assert parameter.grad is not None, name

@@ -87,9 +87,9 @@ def test_gradients_reach_every_link_in_every_round(tiny: LoadTiny, name: str, mo
     graph(batch, watch=True).mean.backward()
     norms = graph.round_gradients()
     expected = set()
-    for site in (*graph.schedule.thinking, graph.schedule.answer):
-        for slot, link, round_ in site.links():
-            expected |= {(link, round_), (f"{slot}.inner", round_)}
+    for turn in (*graph.thinking, graph.answer):
+        for m in turn.messages:
+            expected |= {(m.link, m.round), (f"{m.slot}.inner", m.round)}
     assert set(norms) == expected
     assert min(norms.values()) > 0
     rounds = {round_ for _, round_ in norms}

@@ -161,7 +161,7 @@ def test_lengths_are_those_of_the_calls(tiny: LoadTiny, mode: str) -> None:
     record = examples(graph)[0]
     batch = trained.prepare([record])
     lengths = trained.lengths(record)
-    assert set(lengths) == {(s.agent, s.round) for s in trained.schedule.thinking} | {("solver", 3)}
+    assert set(lengths) == {(s.agent, s.round) for s in trained.thinking} | {("solver", 3)}
     latents = trained.latents(batch)
     first = batch.calls["planner", "first", "prompt"][0].num_positions({})
     turn = batch.calls["solver", "then", "turn"][0]
