@@ -232,13 +232,7 @@ def open_session(
 ) -> Session:
     """Read the data, load the backbones, and leave out records that are too long.
 
-    Args:
-        spec: What is trained.
-        program: Compiled from it.
-        settings: How.
-        world: The processes that share the work.
-        progress: Counts what takes long.
-        weights: Element type of the backbones; None for that of the settings.
+    The backbones have the element type `weights`, or that of the settings.
 
     Raises:
         RecmasError: RM700 for data that cannot be used, RM500 or RM206 for a call that cannot be
