@@ -89,8 +89,6 @@ PENDING: set[tuple[str, str]] = {
     ("recmas_compiler.evaluation.data.data_file", "recmas_compiler.evaluation.protocol"),
     ("recmas_compiler.links.checkpoint", "recmas_compiler.ir.ops"),
     ("recmas_compiler.links.modules", "recmas_compiler.ir.ops"),
-    ("recmas_compiler.lowering.training_graph.calls", "recmas_compiler.training.data.examples"),
-    ("recmas_compiler.lowering.training_graph.graph", "recmas_compiler.training.data.examples"),
     ("recmas_compiler.training.data.examples", "recmas_compiler.training.settings"),
     (
         "recmas_compiler.training.data.hidden_state_cache",

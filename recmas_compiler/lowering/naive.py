@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent, Level
-from recmas_compiler.lowering.result import FinishReason, RecordResult, ReferenceResult, gather
+from recmas_compiler.lowering.reference import FinishReason, RecordResult, ReferenceResult, gather
 from recmas_runtime.formats.plan import PromptPart
 
 Record = Mapping[str, object]
