@@ -16,9 +16,9 @@ from torch._dynamo.utils import counters
 from recmas_compiler.lowering.training_graph.agent_calls import Compiled, CompileWarning
 from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
-from recmas_compiler.training.tolerances import TOLERANCES
 from tiny_systems import LoadTiny, random_links
 from training_systems import TOPOLOGIES, examples, on_one, training_graph
+from training_tolerances import TOLERANCES
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ from plain_training import PlainTraining
 from recmas_compiler.lowering.training_graph.latents import controlled
 from recmas_compiler.training.loop.distributed import World
 from recmas_compiler.training.tasks.outer import OuterTask
-from recmas_compiler.training.tolerances import TOLERANCES
 from tiny_systems import LoadTiny, random_links
 from training_systems import examples, on_one, training_graph
+from training_tolerances import TOLERANCES
 
 MODES = ["teacher_forced", "rollout"]
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))

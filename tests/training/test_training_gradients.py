@@ -10,9 +10,9 @@ from torch import Tensor
 
 from plain_training import PlainTraining
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
-from recmas_compiler.training.tolerances import TOLERANCES
 from tiny_systems import LoadTiny, random_links
 from training_systems import examples, in_float64, on_one, training_graph
+from training_tolerances import TOLERANCES
 
 MODES = ["teacher_forced", "rollout"]
 STEP = 1e-4

@@ -11,7 +11,6 @@ from recmas_compiler.ir.ops import Level
 from recmas_compiler.lowering.reference import TorchSystem
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
-from recmas_compiler.training.tolerances import TOLERANCES
 from tiny_systems import LoadTiny, declare, random_links
 from training_systems import (
     STEPS,
@@ -21,6 +20,7 @@ from training_systems import (
     on_one,
     training_graph,
 )
+from training_tolerances import TOLERANCES
 
 MODES = ["teacher_forced", "rollout"]
 

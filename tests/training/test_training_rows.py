@@ -12,9 +12,9 @@ from recmas_compiler.lowering.training_graph.agent_calls import (
     Row,
     pad_rows,
 )
-from recmas_compiler.training.tolerances import TOLERANCES
 from tiny_systems import LoadTiny, declare
 from training_systems import STEPS, examples, training_graph
+from training_tolerances import TOLERANCES
 
 LEAD = tuple(range(1, FEWEST_CONSTANT_COLUMNS + 5))
 
