@@ -41,7 +41,6 @@ OTHER_ARROWS = {
 # Modules that still spell ids.
 PENDING = {
     "recmas_compiler.lowering.materialize",
-    "recmas_compiler.lowering.naive",
     "recmas_compiler.lowering.plan",
     "recmas_runtime.formats.consistency",
     "recmas_runtime.running.baselines",
