@@ -115,7 +115,7 @@ def test_build_gives_another_bundle_with_the_same_plan(
     monkeypatch.chdir(tmp_path)
     assert build(capsys, trained / "trained.yaml")["ok"]
     assert build(capsys, trained / "trained.yaml", "--frozen-links")["ok"]  # its old name
-    whole, frozen = open_bundle("out/sequential"), open_bundle("out/sequential-frozen")
+    whole, frozen = open_bundle("out/sequential"), open_bundle("out/sequential-untrained")
     assert frozen.plan == whole.plan
     assert frozen.manifest.fingerprint != whole.manifest.fingerprint
     for link in whole.manifest.links:
