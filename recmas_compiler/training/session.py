@@ -14,13 +14,13 @@ from torch import nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import LinkWeights, System, Think
+from recmas_compiler.ir.ops import System, Think
 from recmas_compiler.links.closed_form.calibration import Calibration
-from recmas_compiler.links.modules import Role, make_link
-from recmas_compiler.links.trained import link_file_name, links_folder
+from recmas_compiler.links.files import LinkWeights
+from recmas_compiler.links.modules import make_link
+from recmas_compiler.links.trained import links_folder
 from recmas_compiler.lowering.materialize import (
     MaterializedLink,
-    inner_link_id,
     materialize_links,
 )
 from recmas_compiler.lowering.reference import load_backbones
@@ -42,6 +42,8 @@ from recmas_compiler.training.loop.distributed import World
 from recmas_compiler.training.tasks.inner import calibration_of, can_align
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Progress
+from recmas_runtime.formats.ids import inner_link_id, link_file_name
+from recmas_runtime.formats.link_kinds import LinkRole
 from recmas_runtime.prompts.render import Tokens
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -293,7 +295,7 @@ def _blank_links(program: Graph) -> list[tuple[str, nn.Module]]:
     """Return a link of the declared form for every agent and edge; weights come later."""
     system = program.system
 
-    def blank(weights: LinkWeights, role: Role) -> nn.Module:
+    def blank(weights: LinkWeights, role: LinkRole) -> nn.Module:
         return make_link(weights.kind, role, weights.in_dim, weights.out_dim)
 
     inner = [(inner_link_id(name), blank(a.inner, "inner")) for name, a in system.agents.items()]

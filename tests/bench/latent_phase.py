@@ -28,8 +28,8 @@ from msgspec import structs
 
 import recmas_runtime as rt
 from recmas_compiler import api
-from recmas_compiler.bench.engines.torch_system import load_bundle_backbones, load_torch_system
-from recmas_compiler.links.checkpoint import load_link
+from recmas_compiler.bench.open_torch import load_bundle_backbones, load_torch_system
+from recmas_compiler.links.modules import load_link
 from recmas_compiler.lowering.naive import run_naive
 from recmas_compiler.lowering.reference import TorchSystem
 from recmas_compiler.spec.spec import load_spec
@@ -152,7 +152,10 @@ def time_cached(bundle: Path, question: str) -> float:
 
 def in_torch(bundle: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     manifest = open_bundle(bundle).manifest
-    links = {name: load_link(bundle / entry.file) for name, entry in manifest.links.items()}
+    links = {
+        name: load_link(bundle / link.file, link.kind, link.role, link.in_dim, link.out_dim)
+        for name, link in manifest.links.items()
+    }
     return load_bundle_backbones(bundle), links
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import recmas_runtime as rt
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.links.checkpoint import load_link
+from recmas_compiler.links.modules import load_link
 from recmas_compiler.lowering.naive import run_naive
 from recmas_compiler.lowering.reference import TorchSystem, load_backbones
 from recmas_compiler.lowering.result import ReferenceResult
@@ -27,7 +27,9 @@ class Built:
 
     def _in_torch(self) -> dict[str, dict[str, object]]:
         links = {
-            name: load_link(self.bundle / entry.file)
+            name: load_link(
+                self.bundle / entry.file, entry.kind, entry.role, entry.in_dim, entry.out_dim
+            )
             for name, entry in self.system.manifest.links.items()
         }
         return {"backbones": load_backbones(self.program, progress=Silent()), "links": links}

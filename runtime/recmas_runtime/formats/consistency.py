@@ -21,10 +21,8 @@ from recmas_runtime.formats.plan import (
     ThinkStep,
     WriteStep,
 )
+from recmas_runtime.formats.precisions import DTYPE_BYTES, buildable
 from recmas_runtime.formats.tolerances import TOLERANCES
-
-DTYPES: Final = ("float32", "float16", "bfloat16")
-PRECISIONS: Final = ("float32", "int8", "int4")
 
 # Yields (where in the file, what is wrong).
 Rule = Callable[[Manifest, Plan], Iterator[tuple[str, str]]]
@@ -70,9 +68,9 @@ def check_consistency(manifest: Manifest, plan: Plan) -> tuple[Problem, ...]:
 def backbones_are_usable(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
     """Element types and precisions are known and end tokens are in the vocabulary."""
     for name, backbone in manifest.backbones.items():
-        if backbone.dtype not in DTYPES:
+        if backbone.dtype not in DTYPE_BYTES:
             yield f"backbones.{name}.dtype", f"unknown element type {backbone.dtype!r}"
-        if backbone.precision not in PRECISIONS:
+        if backbone.precision not in buildable():
             yield f"backbones.{name}.precision", f"unknown precision {backbone.precision!r}"
         for token_id in backbone.eos_token_ids:
             if token_id >= backbone.vocab_size:
