@@ -22,7 +22,7 @@ from recmas_compiler.ir.sizes import (
 from recmas_runtime.core.text import aligned, human_bytes
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.plan import cache_capacity
-from recmas_runtime.running.sequence_batch import ROOM_FOR_TEXT
+from recmas_runtime.running.sequence_batch import DECODE_HEADROOM
 
 # Measured on Linux with ONNX Runtime 1.31 and SmolLM2 (docs/performance.md). Python, numpy, ONNX
 # Runtime and the other packages; and what an engine holds beside its weights.
@@ -198,7 +198,7 @@ def _cache_bytes(system: System, cache: Cache, prompt_tokens: int | None) -> int
         return cache.bytes_per_sample
     appended = max(system.agents[name].latent_steps for name in cache.agents)
     if system.answer_agent in cache.agents:
-        appended = max(appended, min(system.sampling.max_new_tokens, ROOM_FOR_TEXT))
+        appended = max(appended, min(system.sampling.max_new_tokens, DECODE_HEADROOM))
     # Exact: the bytes at the limits are that many rows of the same size.
     return cache.bytes_per_sample // cache.capacity * cache_capacity(prompt_tokens + appended)
 

@@ -28,7 +28,7 @@ from recmas_runtime.engines.onnx.backbone import Floats, Indices, LinkEngine, Op
 from recmas_runtime.formats.bundle import inside, open_bundle
 from recmas_runtime.formats.manifest import SPEC_NAME
 from recmas_runtime.running.open_engines import OpenedEngines
-from recmas_runtime.running.system import System, load_machinery
+from recmas_runtime.running.system import System, load_parts
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -174,7 +174,7 @@ def load_torch_system(
         provider="cpu",
         problems=[],
     )
-    return System(bundle.plan, load_machinery(bundle, opened))
+    return System(bundle.plan, load_parts(bundle, opened))
 
 
 def open_torch_engine(

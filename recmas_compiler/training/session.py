@@ -24,7 +24,7 @@ from recmas_compiler.lowering.materialize import (
     materialize_links,
 )
 from recmas_compiler.lowering.reference import load_backbones
-from recmas_compiler.lowering.training_graph.calls import CallWriter
+from recmas_compiler.lowering.training_graph.calls import CallWriter, TrainExample
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.spec.document.places import path_of
 from recmas_compiler.spec.document.problems import problem_at
@@ -33,7 +33,6 @@ from recmas_compiler.spec.schema.train import BackboneDtype, TrainSection
 from recmas_compiler.spec.spec import Spec
 from recmas_compiler.training.data.examples import (
     Examples,
-    TrainExample,
     leave_out_long,
     load_examples,
 )

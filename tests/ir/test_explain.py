@@ -18,7 +18,7 @@ from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_runtime.core.text import counted, human_bytes, listed
 from recmas_runtime.formats.plan import PromptPart, cache_capacity
-from recmas_runtime.running.sequence_batch import ROOM_FOR_TEXT
+from recmas_runtime.running.sequence_batch import DECODE_HEADROOM
 
 
 def words(backbone: str, text: str) -> int:
@@ -117,7 +117,7 @@ def test_shorter_prompts_take_the_caches_that_a_run_takes() -> None:
     most, less = memory_plan(program), memory_plan(program, prompt_tokens=100)
     by_agent = {cache.agents[0]: cache for cache in program.system.caches.values()}
     row_bytes = by_agent["a"].bytes_per_sample // by_agent["a"].capacity
-    text = min(program.system.sampling.max_new_tokens, ROOM_FOR_TEXT)
+    text = min(program.system.sampling.max_new_tokens, DECODE_HEADROOM)
     steps = program.system.agents["a"].latent_steps
     rows = cache_capacity(100 + steps) + cache_capacity(100 + max(text, steps))
     assert less.cache_bytes(batch=1) == rows * row_bytes

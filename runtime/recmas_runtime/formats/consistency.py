@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from recmas_runtime.core.errors import Problem
+from recmas_runtime.formats.ids import inner_link_id, outer_link_id
 from recmas_runtime.formats.links import FORMS
 from recmas_runtime.formats.manifest import MANIFEST_NAME, PLAN_NAME, SPEC_NAME, Manifest
 from recmas_runtime.formats.plan import (
@@ -109,10 +110,10 @@ def agents_have_what_they_name(manifest: Manifest, plan: Plan) -> Iterator[tuple
             continue
         inner = manifest.links.get(agent.inner)
         if inner is None or inner.role != "inner":
-            yield f"agents.{name}.inner", f"unknown inner link {agent.inner!r}"
+            yield f"agents.{inner_link_id(name)}", f"unknown inner link {agent.inner!r}"
         elif inner.in_dim != backbone.width:
             yield (
-                f"agents.{name}.inner",
+                f"agents.{inner_link_id(name)}",
                 f"width {inner.in_dim} on a backbone of width {backbone.width}",
             )
 
@@ -223,7 +224,7 @@ def sends_use_their_links(manifest: Manifest, plan: Plan) -> Iterator[tuple[str,
             if name in plan.links
         ]
         if not step.targets or ends != [(step.source, target) for target in step.targets]:
-            wanted = ", ".join(f"{step.source}->{target}" for target in step.targets)
+            wanted = ", ".join(outer_link_id(step.source, target) for target in step.targets)
             found = ", ".join(step.links)
             yield f"steps[{index}].links", f"expected {wanted}; found {found}"
 

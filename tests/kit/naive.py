@@ -1,8 +1,9 @@
-"""Run a topology the way its meaning is written down, and no faster: the oracle of the oracle.
+"""The numeric oracle: a topology run the way its meaning is written down, and no faster.
 
-No passes, no cache, no program: every latent step and every token recomputes the whole sequence.
+No passes, no cache, no plan: every latent step and every token recomputes the whole sequence.
 Prompts go through Hugging Face's own template and tokenizer. Nothing here is shared with the
-reference but the links and the weights.
+reference but the links and the weights: which message is seen, which prompt is used and when the
+rounds end is stated here once more, in the words of the specs.
 
 Shape legend: T positions, M latent steps, D width of the agent, E width of a target.
 """
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent, Level
-from recmas_compiler.lowering.result import FinishReason, RecordResult, ReferenceResult, gather
+from recmas_compiler.lowering.reference import FinishReason, RecordResult, ReferenceResult, gather
 from recmas_runtime.formats.plan import PromptPart
 
 Record = Mapping[str, object]
@@ -59,12 +60,12 @@ class _Naive:
         system = self.topology.system
         within_round = self.topology.without_feedback()
         needed = within_round.ancestors(system.answer_agent)
-        heard = self._heard()
+        required = self._required()
         thoughts: dict[str, Tensor] = {}
         messages: dict[str, Tensor] = {}
-        settled_in: int | None = None
+        converged_in: int | None = None
         for round_ in range(1, system.rounds + 1):
-            if settled_in is not None and round_ < system.rounds:
+            if converged_in is not None and round_ < system.rounds:
                 continue
             for name in within_round.order():
                 agent = system.agents[name]
@@ -72,17 +73,17 @@ class _Naive:
                     continue  # the answer agent itself decodes below
                 if agent.latent_steps == 0:
                     continue  # says nothing, and nobody else sees its state
-                embeds_TD = self._embed(agent, record, round_, messages, settled_in)
+                embeds_TD = self._embed(agent, record, round_, messages, converged_in)
                 thoughts_MD = self._think(agent, embeds_TD)
                 thoughts[f"{name}@{round_}"] = thoughts_MD
                 for link in system.links.values():
                     if link.source == name:
                         inner, outer = self.links[f"{name}.inner"], self.links[link.id]
                         messages[f"{link.id}@{round_}"] = outer(inner(thoughts_MD))
-            if settled_in is None and self._is_settled(round_, messages, heard):
-                settled_in = round_
+            if converged_in is None and self._has_converged(round_, messages, required):
+                converged_in = round_
         answerer = system.agents[system.answer_agent]
-        embeds_TD = self._embed(answerer, record, system.rounds, messages, settled_in)
+        embeds_TD = self._embed(answerer, record, system.rounds, messages, converged_in)
         ids, finish_reason = self._decode(answerer, embeds_TD, max_new_tokens)
         return RecordResult(
             messages=messages,
@@ -90,13 +91,13 @@ class _Naive:
             token_ids=ids,
             text=self._backbone(answerer).tokenizer.decode(ids, skip_special_tokens=True),
             finish_reason=finish_reason,
-            rounds=system.rounds if settled_in is None else settled_in + 1,
+            rounds=system.rounds if converged_in is None else converged_in + 1,
         )
 
-    def _heard(self) -> set[str]:
+    def _required(self) -> set[str]:
         """Return `LINK@ROUND` of every message that the answer depends on, from its end back."""
         system = self.topology.system
-        heard: set[str] = set()
+        required: set[str] = set()
         turns = [(system.answer_agent, system.rounds)]
         while turns:
             name, round_ = turns.pop()
@@ -107,12 +108,14 @@ class _Naive:
             for slot in slots:
                 message = f"{slot}->{name}@{sent_in[slot]}"
                 is_sent = sent_in[slot] >= 1 and system.agents[slot].latent_steps > 0
-                if is_sent and message not in heard:
-                    heard.add(message)
+                if is_sent and message not in required:
+                    required.add(message)
                     turns.append((slot, sent_in[slot]))
-        return heard
+        return required
 
-    def _is_settled(self, round_: int, messages: Mapping[str, Tensor], heard: set[str]) -> bool:
+    def _has_converged(
+        self, round_: int, messages: Mapping[str, Tensor], required: set[str]
+    ) -> bool:
         """Tell whether the messages of a round are those of the round before, nearly."""
         system = self.topology.system
         if system.stop_when is None or not 2 <= round_ < system.rounds:
@@ -120,9 +123,13 @@ class _Naive:
         cosines: list[float] = []
         for link in system.links.values():
             now, before = f"{link.id}@{round_}", f"{link.id}@{round_ - 1}"
-            if link.feedback and f"{link.id}@{system.rounds - 1}" in heard and now not in heard:
+            if (
+                link.feedback
+                and f"{link.id}@{system.rounds - 1}" in required
+                and now not in required
+            ):
                 return False  # the last round could not follow this one
-            if now in heard and before in heard:
+            if now in required and before in required:
                 cosine_M = torch.cosine_similarity(messages[now], messages[before], dim=-1)
                 cosines.append(float(cosine_M.mean()))
         return bool(cosines) and min(cosines) >= system.stop_when.cosine
@@ -138,11 +145,11 @@ class _Naive:
         record: Record,
         round_: int,
         messages: Mapping[str, Tensor],
-        settled_in: int | None,
+        converged_in: int | None,
     ) -> Tensor:
         """Return the prompt's input embeddings [T, D] with the messages of this round in place."""
         backbone = self._backbone(agent)
-        follows = settled_in if round_ == self.topology.system.rounds else None
+        follows = converged_in if round_ == self.topology.system.rounds else None
         seen = {
             slot: self._message(slot, agent, round_, messages, follows)
             for slot in agent.slots("then")
