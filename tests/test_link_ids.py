@@ -33,7 +33,9 @@ OTHER_ARROWS = {
         "(<!-- codes -->\\n).*?(<!-- end of codes -->)",
         "(<!-- keys of (\\S+) -->\\n).*?(<!-- end of keys -->)",
     },
-    "recmas_compiler.spec.document.yaml_source": {")?( (->|"},  # plain text that may be a link's name
+    "recmas_compiler.spec.document.yaml_source": {
+        ")?( (->|"
+    },  # plain text that may be a link's name
     "recmas_runtime.cli.reports": {" -> "},  # widths, and who sends to whom
 }
 # Modules that still spell ids.

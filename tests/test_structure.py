@@ -216,6 +216,7 @@ def test_public_doors() -> None:
         "load_spec",
         "parse_spec",
         "to_torch",
+        "train",
     ]
     assert recmas_runtime.__all__ == [
         "Answer",

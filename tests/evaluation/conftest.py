@@ -13,7 +13,7 @@ from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import parse_spec
 from recmas_export.build import build
-from recmas_runtime.running.answers import Record
+from recmas_runtime.running.records import Record
 from record_files import WriteRecords
 from tiny_models import write_tiny_backbone
 from tiny_specs import SEQUENTIAL

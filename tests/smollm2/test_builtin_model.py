@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from recmas_compiler.analysis.token_count import TokenCounter
+from recmas_compiler.analysis.token_count import TokenCounter, read_gguf_values
 from recmas_compiler.backbones.facts import count_parameters
-from recmas_compiler.backbones.gguf_tokenizer import read_gguf_values
 from recmas_compiler.backbones.sources import BUILTINS, SMOLLM2, resolve_source
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.spec.patterns.starter_specs import starter_spec

@@ -13,8 +13,7 @@ from recmas_compiler.spec.document.problems import problem_at, show
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress
-from recmas_runtime.running.answers import Record
-from recmas_runtime.running.records import read_records
+from recmas_runtime.running.records import Record, read_records
 
 # A file with one mistake often has it in every line.
 MAX_PROBLEMS: Final = 20

@@ -21,7 +21,7 @@ from recmas_runtime.formats.plan import (
     feedback_links,
 )
 from recmas_runtime.formats.tolerances import tolerances
-from recmas_runtime.running.answers import Answer
+from recmas_runtime.running.records import Answer
 
 if TYPE_CHECKING:
     from recmas_runtime.checking.verify import VerifyReport

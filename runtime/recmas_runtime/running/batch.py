@@ -10,9 +10,9 @@ import numpy as np
 
 from recmas_runtime.core.errors import fail
 from recmas_runtime.formats.plan import ThinkStep
-from recmas_runtime.running.answers import Answer, Record, Timing, Usage
 from recmas_runtime.running.executor import Execution, tool_events
 from recmas_runtime.running.generation import TextWriter
+from recmas_runtime.running.records import Answer, Record, Timing, Usage
 from recmas_runtime.running.run_trace import StepEvent, Trace
 
 PHASES = ("prefill", "think", "send", "write", "decode", "tools")

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.plan import Plan, PrefillStep, PromptPart, Variant, slot_positions
 from recmas_runtime.prompts.render import Chat, Prompt, Slot, build_prompt
-from recmas_runtime.running.answers import Record
-from recmas_runtime.running.records import check_record
+from recmas_runtime.running.records import Record, check_record
 
 # Returns a prompt of the current batch: the record's place in the batch, the agent, which of its
 # prompts, and by slot the text that stands there instead of a message.
