@@ -145,7 +145,10 @@ def _train_in_processes(
     from recmas_compiler.training.session import train_settings
 
     check_processes(train_settings(spec).section, stage, num_processes)
-    sys.exit(launch(num_processes, PROCESS_MODULE, without_option(arguments, "--nproc")))
+    ended = launch(num_processes, PROCESS_MODULE, without_option(arguments, "--nproc"))
+    sys.stdout.write(ended.stdout)
+    sys.stderr.write(ended.stderr)
+    sys.exit(ended.status)
 
 
 def without_option(arguments: Sequence[str], option: str) -> list[str]:

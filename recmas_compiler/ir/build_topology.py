@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
 
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.sources import describe_backbone
@@ -34,12 +33,7 @@ from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.formats.ids import link_name
 from recmas_runtime.formats.link_kinds import LinkRole
 from recmas_runtime.formats.plan import PythonPlan, SamplingPlan, SearchPlan, StopPlan, ToolsPlan
-
-# The layer kinds that a target has operators for.
-TARGET_LAYERS: Final[Mapping[str, frozenset[str]]] = {
-    "onnx": frozenset({"full", "sliding"}),
-    "tensorrt": frozenset({"full", "sliding"}),
-}
+from recmas_runtime.formats.targets import TARGETS
 
 
 def build_topology(
@@ -98,7 +92,7 @@ def _beyond_backbone(spec: Spec, name: str, facts: BackboneFacts) -> list[Proble
     document = spec.document
     problems = []
     target = document.build.target
-    foreign = [i for i, kind in enumerate(facts.attention) if kind not in TARGET_LAYERS[target]]
+    foreign = [i for i, kind in enumerate(facts.attention) if kind not in TARGETS[target].layers]
     if foreign:
         message = (
             f"{len(foreign)} of {facts.num_layers} layers of `{name}` ({facts.model_type}) keep a "

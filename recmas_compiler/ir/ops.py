@@ -149,7 +149,7 @@ class Prefill:
         reuse: Id of the earlier Prefill of the same agents whose leading rows are kept; None
             recomputes everything.
         prefix_of: Id of an earlier Prefill of other agents, whose leading rows are copied as far as
-            prompts begin alike; None for none.
+            prompts share a prefix; None for none.
         cache: Set by PlanCaches.
     """
 

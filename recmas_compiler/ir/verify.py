@@ -20,11 +20,11 @@ from recmas_compiler.ir.ops import (
     Think,
 )
 from recmas_compiler.ir.routing import route_messages
-from recmas_compiler.ir.sizes import DTYPE_BYTES, QUANTIZED
 from recmas_compiler.links.files import LinkWeights
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.formats.ids import inner_link_id, outer_link_id, path_text
 from recmas_runtime.formats.plan import CACHE_ROWS_MULTIPLE, Variant
+from recmas_runtime.formats.precisions import DTYPE_BYTES, buildable
 
 MAX_ROUNDS = 64
 MAX_LATENT_STEPS = 4096
@@ -97,7 +97,7 @@ def _unknown_dtypes(graph: Graph) -> Iterator[str]:
 
 
 def _unknown_precisions(graph: Graph) -> Iterator[str]:
-    known = ("float32", *QUANTIZED)
+    known = buildable()
     yield from (n for n, b in graph.system.backbones.items() if b.precision not in known)
 
 

@@ -95,7 +95,7 @@ def _add_think_and_sends(
 
 
 def _variant(system: System, agent: Agent, round_: int) -> Variant:
-    # 5: every agent that can deliver took its turn in the round asked for, so "sent yet" is only
+    # 5: every agent that can send took its turn in the round asked for, so "sent yet" is only
     # a matter of that round having been.
     links = (system.links[outer_link_id(slot, agent.name)] for slot in agent.slots("then"))
     missing = any(link.sent_in(round_) < 1 for link in links)

@@ -19,12 +19,12 @@ from recmas_compiler.links.modules import link_widths, save_link_tensors
 from recmas_compiler.released.link_tensors import read_pickled_link
 from recmas_compiler.released.repositories import Repositories, inner_link_file, outer_link_files
 from recmas_compiler.released.styles import Style, check_task
-from recmas_compiler.spec.schema.sections import Dtype
 from recmas_compiler.spec.spec import parse_spec
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.files import check_free, placed_together
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.link_kinds import RELEASED_KIND
+from recmas_runtime.formats.precisions import Dtype
 
 # A spec may name a model whose layers this version cannot run; another one may.
 _LAYERS: Final = "RM203"

@@ -339,8 +339,8 @@ def _run_loop(
         with writing(folder):
             write_cost(folder, task.links, world)
             if levels:
-                text = json.dumps(dict(levels), indent=1)
-                (folder / BASELINES).write_text(text + "\n", encoding="utf-8")
+                text = json.dumps(dict(levels), indent=1) + "\n"
+                (folder / BASELINES).write_text(text, encoding="utf-8")
             draw_curves(folder, title=f"{session.system.name}: {title}", levels=levels)
     return result
 
@@ -393,9 +393,8 @@ def _write_links(
             "start": report.starts[link_id],
             "trained": link_id in report.trained,
         }
-    receipt = {**_receipt(session, report), "links": entries}
+    text = json.dumps({**_receipt(session, report), "links": entries}, indent=1, ensure_ascii=False)
     staged = folder / f".{RECEIPT_NAME}.writing"
-    text = json.dumps(receipt, indent=1, ensure_ascii=False)
     staged.write_text(text + "\n", encoding="utf-8")
     staged.replace(folder / RECEIPT_NAME)
 

@@ -24,7 +24,7 @@ from recmas_compiler.lowering.materialize import (
     materialize_links,
 )
 from recmas_compiler.lowering.reference import load_backbones
-from recmas_compiler.lowering.training_graph.calls import CallWriter
+from recmas_compiler.lowering.training_graph.calls import CallWriter, TrainExample
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.spec.document.places import path_of
 from recmas_compiler.spec.document.problems import problem_at
@@ -33,7 +33,6 @@ from recmas_compiler.spec.schema.train import BackboneDtype, TrainSection
 from recmas_compiler.spec.spec import Spec
 from recmas_compiler.training.data.examples import (
     Examples,
-    TrainExample,
     leave_out_long,
     load_examples,
 )
@@ -232,13 +231,7 @@ def open_session(
 ) -> Session:
     """Read the data, load the backbones, and leave out records that are too long.
 
-    Args:
-        spec: What is trained.
-        program: Compiled from it.
-        settings: How.
-        world: The processes that share the work.
-        progress: Counts what takes long.
-        weights: Element type of the backbones; None for that of the settings.
+    The backbones have the element type `weights`, or that of the settings.
 
     Raises:
         RecmasError: RM700 for data that cannot be used, RM500 or RM206 for a call that cannot be

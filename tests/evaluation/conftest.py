@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recmas_compiler.evaluation.checks.verdict import Question
+from recmas_compiler.evaluation.data.data_file import Question
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import parse_spec

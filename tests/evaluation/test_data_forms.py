@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from recmas_compiler.evaluation.data.data_file import load_data
-from recmas_compiler.evaluation.protocol_file import load_protocol
+from recmas_compiler.evaluation.data.protocol import load_protocol
 from recmas_runtime.core.errors import RecmasError
 from record_files import WriteRecords
 

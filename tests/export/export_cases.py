@@ -16,7 +16,7 @@ from torch import nn
 from recmas_compiler.backbones.sources import describe_backbone
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone, weights_digest
 from recmas_compiler.links.modules import make_link, randomize, save_link
-from recmas_export.graph.backbone_graph import CPU_DECODER, DECODER, EMBED, HEAD, export_backbone
+from recmas_export.backbone_graph import CPU_DECODER, DECODER, EMBED, HEAD, export_backbone
 from recmas_runtime.core.progress import Silent
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.engines.onnx.caches import CachePool, Memory

@@ -24,7 +24,7 @@ from export_cases import (
     relative,
     weights_bytes,
 )
-from recmas_export.graph.backbone_graph import (
+from recmas_export.backbone_graph import (
     CHAT_TEMPLATE,
     DECODER,
     EMBED,

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import recmas_runtime as rt
+from kit.naive import run_naive
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.links.modules import load_link
-from recmas_compiler.lowering.naive import run_naive
-from recmas_compiler.lowering.reference import TorchSystem, load_backbones
-from recmas_compiler.lowering.result import ReferenceResult
+from recmas_compiler.lowering.reference import ReferenceResult, TorchSystem, load_backbones
 from recmas_runtime.core.progress import Silent
 from recmas_runtime.formats.safetensors_file import read_tensors
 

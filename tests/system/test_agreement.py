@@ -11,7 +11,7 @@ import recmas_runtime as rt
 from built import BuildTiny, Built
 from recmas_compiler.ir.ops import Prefill, Think
 from recmas_compiler.ir.printer import print_graph
-from recmas_compiler.lowering.result import ReferenceResult
+from recmas_compiler.lowering.reference import ReferenceResult
 from recmas_compiler.passes.batch_parallel_agents import BatchParallelAgents
 from recmas_compiler.passes.fuse_links import FuseLinks
 from recmas_compiler.passes.prompt_prefix import HoistPromptPrefix, SharePromptPrefix

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ from recmas_compiler.ir.ops import Prefill
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import parse_spec
 from recmas_export import assemble
+from recmas_export.backbone_graph import export_backbone
 from recmas_export.build import build
-from recmas_export.graph.backbone_graph import export_backbone
 from recmas_runtime.formats.tolerances import TOLERANCES
 from recmas_runtime.running.run_trace import TraceWriter
 from tiny_models import write_tiny_backbone
@@ -194,11 +195,13 @@ def _export_each_backbone_once(tmp_path_factory: pytest.TempPathFactory) -> Iter
     """Exporting takes seconds and depends on the backbone alone: later builds copy its files."""
     exported: dict[tuple[str, str], Path] = {}
 
-    def export_once(backbone: TorchBackbone, folder: Path, *, precision: str) -> None:
+    def export_once(
+        backbone: TorchBackbone, folder: Path, *, precision: str, **options: Any
+    ) -> None:
         key = backbone.facts.identity, precision
         if key not in exported:
             exported[key] = tmp_path_factory.mktemp("exported") / "backbone"
-            export_backbone(backbone, exported[key], precision=precision)
+            export_backbone(backbone, exported[key], precision=precision, **options)
         shutil.copytree(exported[key], folder)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.bench.engines.torch_engine import TorchEngine, apply_inner
+from recmas_compiler.bench.torch_engine import TorchEngine, apply_inner
 from recmas_compiler.links.modules import make_link, randomize, save_link
 from recmas_runtime.formats.link_kinds import LinkKind
 from recmas_runtime.formats.links import Operands, load_operands, stack_operands

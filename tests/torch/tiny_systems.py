@@ -8,14 +8,13 @@ from pathlib import Path
 from msgspec import structs
 from torch import nn
 
+from kit.naive import run_naive
 from recmas_compiler.backbones.sources import describe_backbone
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Backbone
 from recmas_compiler.links.modules import make_link, randomize
-from recmas_compiler.lowering.naive import run_naive
-from recmas_compiler.lowering.reference import TorchSystem
-from recmas_compiler.lowering.result import ReferenceResult
+from recmas_compiler.lowering.reference import ReferenceResult, TorchSystem
 from recmas_compiler.spec.document.places import UNKNOWN
 from recmas_runtime.core.progress import Silent
 from recmas_runtime.formats.ids import inner_link_id

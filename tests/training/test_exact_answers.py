@@ -8,9 +8,9 @@ import torch
 from msgspec import structs
 
 from recmas_compiler.lowering.reference import TorchSystem
+from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.passes.pipeline import run_pipeline
-from recmas_compiler.training.data.examples import TrainExample
 from recmas_compiler.training.tasks.outer import CONTROLS, exact_answers
 from tiny_systems import LoadTiny, random_links
 from training_systems import on_one

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from recmas_compiler.lowering.training_graph.calls import Call, CallWriter
-from recmas_compiler.training.data.examples import TrainExample
+from recmas_compiler.lowering.training_graph.calls import Call, CallWriter, TrainExample
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.plan import PromptPart
 from recmas_runtime.prompts.render import Slot, Tokens

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plain_training import PlainTraining
-from recmas_compiler.lowering.training_graph.controls import controlled
+from recmas_compiler.lowering.training_graph.latents import controlled
 from recmas_compiler.training.loop.distributed import World
 from recmas_compiler.training.tasks.outer import OuterTask
 from tiny_systems import LoadTiny, random_links

@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from ir.graphs import topology
-from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls
-from recmas_compiler.lowering.training_graph.rows import FEWEST_CONSTANT_COLUMNS, Row, pad_rows
+from recmas_compiler.lowering.training_graph.agent_calls import (
+    FEWEST_CONSTANT_COLUMNS,
+    AgentCalls,
+    Row,
+    pad_rows,
+)
 from tiny_systems import LoadTiny, declare
 from training_systems import STEPS, examples, training_graph
 from training_tolerances import TOLERANCES

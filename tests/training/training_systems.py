@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ir.graphs import topology
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
+from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.passes.pipeline import run_pipeline
-from recmas_compiler.training.data.examples import TrainExample
 from tiny_systems import declare, random_links
 
 STEPS = 4

@@ -6,7 +6,7 @@ here are what users read. All models are frozen and refuse unknown keys.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
 from pydantic import (
     BeforeValidator,
@@ -30,6 +30,8 @@ from recmas_compiler.spec.schema.section import (
 from recmas_compiler.spec.schema.train import TrainSection
 from recmas_runtime.formats.ids import LINK_PATTERN
 from recmas_runtime.formats.link_kinds import DEFAULT_INIT, DEFAULT_KIND, LinkInit, LinkKind
+from recmas_runtime.formats.precisions import Dtype, PrecisionName
+from recmas_runtime.formats.targets import TargetName
 
 LANGUAGE_VERSION: Final = 1
 
@@ -39,10 +41,6 @@ RESERVED_TEMPLATE_VARIABLES: Final = frozenset({"messages", "add_generation_prom
 LinkName = Annotated[str, StringConstraints(pattern=LINK_PATTERN)]
 TemplateVariable = Annotated[str, StringConstraints(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
 PromptText = Annotated[str, StringConstraints(min_length=1, max_length=100_000)]
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-Precision = Literal["float32", "bfloat16", "float16", "int8", "int4"]
-Target = Literal["onnx", "tensorrt"]
 
 
 def _blank_is_default(value: object) -> object:
@@ -70,7 +68,7 @@ class BackboneSection(Section):
     """Element type that its weights are rounded to and stored in. Engines compute in float32
     whatever it is; `bfloat16` and `float16` halve the bundle."""
 
-    precision: Given[Precision] = None
+    precision: Given[PrecisionName] = None
     """Precision of this backbone's engines instead of `build.precision`."""
 
 
@@ -162,11 +160,11 @@ class AgentSection(Section):
 class BuildSection(Section):
     """What to build, and the limits to build it for."""
 
-    target: Target = "onnx"
+    target: TargetName = "onnx"
     """Kind of engine: `onnx` runs anywhere; `tensorrt` adds engines for the GPU that it is built
     on, and needs TensorRT there."""
 
-    precision: Precision = "float32"
+    precision: PrecisionName = "float32"
     """How engines hold weights: `float32`, or `int8` or `int4` in blocks of 32, which are smaller
     and faster and lose a little. This version builds these three."""
 
