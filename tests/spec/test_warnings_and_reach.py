@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from recmas_compiler.analysis.token_count import TokenCounter
 from recmas_compiler.ir.build_topology import build_topology
-from recmas_compiler.spec.checks.reach import closing_links, feedbacks_to
+from recmas_compiler.spec.checks.table import closing_links, feedbacks_to
 from recmas_compiler.spec.schema.sections import LinkSection
 from recmas_compiler.spec.spec import parse_spec
 from recmas_runtime.core.errors import RecmasError

@@ -127,7 +127,7 @@ class Execution:
             self._find_converged(round_)
 
     def answer(self) -> TextGenerator:
-        """Return what decodes the answers, one for each record; their sequences are then used up."""
+        """Return what decodes the answers, one a record; their sequences are then used up."""
         step = self.plan.steps[-1]
         assert isinstance(step, DecodeStep), "a plan ends with its decode"
         return TextGenerator(
