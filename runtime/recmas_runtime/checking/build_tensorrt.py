@@ -102,7 +102,7 @@ def build_engines(
 
     Args:
         root: The bundle.
-        progress: Is told about TensorRT's phases.
+        progress: Receives TensorRT's phases.
         reuse: Do nothing if the bundle holds engines for this machine.
         kept_timing: Timing caches by folder name, of a bundle that this one has replaced.
 

@@ -100,7 +100,7 @@ def verify_bundle(
         path: The bundle.
         device: `auto`, `cpu`, `cuda` or `tensorrt`.
         threads: Threads within an operator; None takes the physical cores.
-        progress: Is told how far it has come.
+        progress: Receives how far it has come.
 
     Raises:
         RecmasError: If the bundle cannot be opened or run at all; figures out of tolerance are
