@@ -38,13 +38,6 @@ OTHER_ARROWS = {
     },  # plain text that may be a link's name
     "recmas_runtime.cli.inspect": {" -> "},  # widths, and who sends to whom
 }
-# Modules that still spell ids.
-PENDING = {
-    "recmas_compiler.lowering.materialize",
-    "recmas_compiler.lowering.plan",
-    "recmas_runtime.formats.consistency",
-    "recmas_runtime.running.baselines",
-}
 
 
 def literals(path: Path) -> Iterator[str]:
@@ -61,13 +54,12 @@ def spelled(module: str) -> set[str]:
     return found - OTHER_ARROWS.get(module, set())
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - PENDING - {IDS}))
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {IDS}))
 def test_ids_are_spelled_in_one_place(module: str) -> None:
     assert not spelled(module)
 
 
 def test_exceptions_are_needed() -> None:
-    assert all(spelled(module) for module in PENDING)
     for module, allowed in OTHER_ARROWS.items():
         assert allowed <= set(literals(MODULES[module]))
 

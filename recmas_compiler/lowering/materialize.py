@@ -16,6 +16,7 @@ from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.links.modules import load_declared_link, make_link, randomize
 from recmas_compiler.spec.document.places import SourcePosition
 from recmas_runtime.core.progress import Progress
+from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.link_kinds import LinkRole
 
 
@@ -45,11 +46,6 @@ class MaterializedLink:
     def cosine(self) -> float | None:
         """Cosine of the closed form on held-out samples."""
         return None if self.alignment is None else self.alignment.cosine
-
-
-def inner_link_id(agent: str) -> str:
-    """Return the id of an agent's inner link."""
-    return f"{agent}.inner"
 
 
 def materialize_links(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from recmas_runtime.core.errors import Problem
+from recmas_runtime.formats.ids import outer_link_id
 from recmas_runtime.formats.links import FORMS
 from recmas_runtime.formats.manifest import MANIFEST_NAME, PLAN_NAME, SPEC_NAME, Manifest
 from recmas_runtime.formats.plan import (
@@ -223,7 +224,7 @@ def sends_use_their_links(manifest: Manifest, plan: Plan) -> Iterator[tuple[str,
             if name in plan.links
         ]
         if not step.targets or ends != [(step.source, target) for target in step.targets]:
-            wanted = ", ".join(f"{step.source}->{target}" for target in step.targets)
+            wanted = ", ".join(outer_link_id(step.source, target) for target in step.targets)
             found = ", ".join(step.links)
             yield f"steps[{index}].links", f"expected {wanted}; found {found}"
 
