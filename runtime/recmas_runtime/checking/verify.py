@@ -12,13 +12,13 @@ from typing import Any
 from recmas_runtime.checking.placement import StrayNode, find_stray_nodes
 from recmas_runtime.core.errors import Exit, Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress, Silent
-from recmas_runtime.engines.interface import Backbone
-from recmas_runtime.engines.onnx.backbone import LinkEngine, Operands
+from recmas_runtime.engines.interface import Backbone, Operands
+from recmas_runtime.engines.onnx.backbone import LinkEngine
 from recmas_runtime.formats.bundle import Bundle, open_bundle, unlisted_files
 from recmas_runtime.formats.links import read_operands
 from recmas_runtime.formats.manifest import LinkEntry, ParityEntry
+from recmas_runtime.formats.precisions import beyond_tolerance
 from recmas_runtime.formats.safetensors_file import read_tensors
-from recmas_runtime.formats.tolerances import beyond_tolerance
 from recmas_runtime.running.open_engines import open_engines
 from recmas_runtime.running.parity import (
     BACKBONE_CASE,

@@ -22,8 +22,7 @@ from recmas_runtime.formats.plan import (
     ThinkStep,
     WriteStep,
 )
-from recmas_runtime.formats.precisions import DTYPE_BYTES, buildable
-from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.formats.precisions import DTYPE_BYTES, TOLERANCES, buildable
 
 # Yields (where in the file, what is wrong).
 Rule = Callable[[Manifest, Plan], Iterator[tuple[str, str]]]

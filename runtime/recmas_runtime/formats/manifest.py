@@ -132,7 +132,7 @@ class ParityEntry(StrictStruct, frozen=True, kw_only=True):
     Attributes:
         file: safetensors file with inputs and expected outputs, relative to the bundle.
         backbone: Which backbone's engines it runs.
-        figures: Measured differences by the names of `tolerances.TOLERANCES`.
+        figures: Measured differences by the names of `precisions.TOLERANCES`.
         greedy_tokens_equal: Whether the reference's greedy continuation was reproduced.
         loss: What the precision costs; None in float32.
     """

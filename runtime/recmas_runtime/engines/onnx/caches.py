@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from recmas_runtime.engines.interface import Operands
 from recmas_runtime.engines.onnx.session import NO_GRAPH, call_onnx, onnx_runtime, run_options
 from recmas_runtime.formats.manifest import BackboneEntry
 
@@ -195,9 +196,6 @@ def _ort_value(array: NDArray[Any], kind: str) -> Any:
     if kind == "tensor(bfloat16)":
         return ort_value.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
     return ort_value.ortvalue_from_numpy(array)
-
-
-Operands = Mapping[str, NDArray[Any]]
 
 
 class Cache:

@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recmas_runtime.core.errors import Problem
-from recmas_runtime.engines.interface import Backbone, KeyValueRows
-from recmas_runtime.engines.onnx.backbone import Floats, Indices, Operands
+from recmas_runtime.engines.interface import Backbone, Floats, Indices, KeyValueRows, Operands
 from recmas_runtime.engines.onnx.session import call_onnx, make_session
 from recmas_runtime.engines.tensorrt.device_memory import Stream
 from recmas_runtime.engines.tensorrt.engine_cache import BackbonePlans, EngineFolder, no_engine

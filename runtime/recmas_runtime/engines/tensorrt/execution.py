@@ -20,7 +20,7 @@ import numpy as np
 import tensorrt as trt
 from numpy.typing import NDArray
 
-from recmas_runtime.engines.onnx.backbone import Floats, Indices, Operands
+from recmas_runtime.engines.interface import Floats, Indices, Operands
 from recmas_runtime.engines.tensorrt.device_memory import (
     Binding,
     CapturedGraph,
