@@ -48,9 +48,6 @@ class EngineBuild:
     """What a build of engines gave.
 
     Attributes:
-        path: The folder in the bundle.
-        record: What the engines are good for.
-        reused: They were there already; nothing was done.
         figures: By backbone, how far the engines are from the reference.
     """
 
@@ -101,8 +98,6 @@ def build_engines(
     for the same machine stays until then, and goes when they are there.
 
     Args:
-        root: The bundle.
-        progress: Is told about TensorRT's phases.
         reuse: Do nothing if the bundle holds engines for this machine.
         kept_timing: Timing caches by folder name, of a bundle that this one has replaced.
 

@@ -47,13 +47,7 @@ _INSERTED_CAST: Final = "InsertedPrecisionFreeCast_"
 
 
 class StrayNode(NamedTuple):
-    """An operator of a step that does not run where it should.
-
-    Attributes:
-        op_type: Operator.
-        name: Name in the profile.
-        reason: What is wrong with it.
-    """
+    """An operator of a step that does not run where it should."""
 
     op_type: str
     name: str
@@ -73,8 +67,6 @@ def find_stray_nodes(
 
     Args:
         path: An ONNX file; its inputs are fed zeros.
-        threads: Threads within an operator; None takes the physical cores.
-        device: Where it should run.
 
     Raises:
         RecmasError: RM504 if the device cannot be used, RM507 if the graph is refused.

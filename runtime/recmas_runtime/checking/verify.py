@@ -34,10 +34,7 @@ class CaseReport:
     """What one parity case gave here.
 
     Attributes:
-        backbone: Whose engines ran.
-        precision: Of those engines.
         figures: Differences by the names of `TOLERANCES`.
-        greedy_tokens_equal: Whether the greedy continuation is the reference's.
     """
 
     backbone: str
@@ -51,11 +48,7 @@ class VerifyReport:
     """What was found out about a bundle.
 
     Attributes:
-        num_files: Files whose hashes are right.
-        device: Where the engines ran.
         probe_absolute: The probe's distance from its known answer.
-        cases: One per parity case.
-        problems: Errors if something is wrong, and warnings.
     """
 
     num_files: int
@@ -97,10 +90,7 @@ def verify_bundle(
     """Hash every file, run the known-answer probe and every parity case.
 
     Args:
-        path: The bundle.
-        device: `auto`, `cpu`, `cuda` or `tensorrt`.
         threads: Threads within an operator; None takes the physical cores.
-        progress: Is told how far it has come.
 
     Raises:
         RecmasError: If the bundle cannot be opened or run at all; figures out of tolerance are

@@ -124,13 +124,8 @@ class Problem:
     """One finding about something the user gave: what, where, what to do.
 
     Attributes:
-        code: Stable code, a key of `CODES`.
-        message: What is wrong, with the offending value.
         hint: What to do about it; a full sentence, or empty.
         severity: Only errors stop anything.
-        file: The file it is in, as the user named it.
-        line: Line, from 1.
-        column: Column, from 1.
     """
 
     code: str
@@ -167,11 +162,7 @@ class Problem:
 
 
 class RecmasError(Exception):
-    """Something the user can mend. Carries one or more problems, errors first.
-
-    Args:
-        problems: At least one, of which at least one is an error.
-    """
+    """Something the user can correct: one or more problems, of which at least one is an error."""
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         found = (problems,) if isinstance(problems, Problem) else tuple(problems)

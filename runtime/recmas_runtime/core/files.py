@@ -24,7 +24,6 @@ def open_regular(path: Path, *, file: str) -> BufferedReader:
     """Open a regular file for reading in binary mode.
 
     Args:
-        path: Where it is.
         file: How messages name it.
 
     Raises:
@@ -106,7 +105,6 @@ def clear_away_dead_builds(folder: Path, names: str = "*") -> None:
     """Remove what killed builds left in a folder, and undo replacements cut off in the middle.
 
     Args:
-        folder: Where the builds' targets are.
         names: A pattern for the names of the targets.
     """
     for what in (_REPLACED, _BUILDING):

@@ -37,11 +37,7 @@ class Silent:
 
 
 class LineProgress:
-    """Keeps one line up to date on a terminal; shows nothing where there is none.
-
-    Args:
-        stream: Where the line goes; standard error by default.
-    """
+    """Keeps one line up to date on a terminal; shows nothing where there is none."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream

@@ -35,13 +35,7 @@ _COPY_AGAIN: Final = "Copy the bundle again, or build it again."
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """An opened bundle.
-
-    Attributes:
-        root: Its folder.
-        manifest: What it holds.
-        plan: What to run.
-    """
+    """An opened bundle."""
 
     root: Path
     manifest: Manifest
@@ -67,9 +61,7 @@ def open_bundle(
     """Open a bundle and check that it is whole and makes sense.
 
     Args:
-        path: The bundle's folder.
         verify_hashes: Hash every file; otherwise only small ones and those that say what is done.
-        progress: Is told about hashing.
 
     Raises:
         RecmasError: RM400 if it is no bundle, RM401 for missing or altered files, RM402 for paths

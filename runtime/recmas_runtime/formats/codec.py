@@ -55,8 +55,6 @@ def from_json(cls: type[T], data: object, *, file: str) -> T:
     """Build `cls` from parsed JSON.
 
     Args:
-        cls: A struct, or a collection of structs.
-        data: What `parse_json` returned.
         file: How messages name the file that `data` came from.
 
     Raises:

@@ -30,7 +30,6 @@ def load_operands(path: Path, entry: LinkEntry) -> Operands:
 
     Args:
         path: safetensors file with the released tensor names, linear layers as [out, in].
-        entry: What the manifest says of the link.
 
     Returns:
         float32 arrays without the G axis (`pre_norm` and `post_norm`: bool): pre_norm [1, 1],
@@ -76,7 +75,6 @@ def read_operands(
 
     Args:
         path_of: Gives the path of a file of the bundle, and refuses what is none.
-        links: Entries of the manifest.
 
     Raises:
         RecmasError: As `load_operands` and `path_of`.

@@ -32,7 +32,6 @@ class PromptPart(StrictStruct, frozen=True, kw_only=True):
     """A piece of a prompt: literal text, a field of the input record, or a slot.
 
     Attributes:
-        kind: What `value` is.
         value: The text itself, the record field's name, or the agent whose message goes here.
     """
 
@@ -44,12 +43,9 @@ class AgentPlan(StrictStruct, frozen=True, kw_only=True):
     """What the runtime needs to know of an agent.
 
     Attributes:
-        backbone: Id of its backbone in the manifest.
         system: System text, parts of kind text or field; empty for no system message.
         first: Prompt while a slot has no message yet; None if it is never used.
         then: Prompt with all slots filled.
-        inner: Id of its inner link in the manifest.
-        latent_steps: Latent steps per rollout.
         chat_template: Extra variables for the chat template, such as `enable_thinking`.
     """
 
@@ -74,7 +70,6 @@ class LinkPlan(StrictStruct, frozen=True, kw_only=True):
     """A way on which messages go from one agent to another.
 
     Attributes:
-        source: The agent that sends.
         target: The agent whose prompt has the slot.
         carries: `thoughts`, hidden states that an outer link of the manifest maps, or `text`, what
             the source writes.
@@ -89,7 +84,6 @@ class CachePlan(StrictStruct, frozen=True, kw_only=True):
     """A key/value cache: rows for one agent, or for agents that run as one batch.
 
     Attributes:
-        backbone: The backbone whose layers it caches.
         agents: The agents whose rows it holds, in row order (agent-major: all samples of the first
             agent, then all of the second).
         capacity: Rows per sample at the limits of the bundle, a multiple of 64. A run allocates
@@ -107,10 +101,6 @@ class SentMessage(StrictStruct, frozen=True, kw_only=True):
     """A message, told apart from all others of a run.
 
     Where an early exit has left out its round, it is the latest one sent over the link.
-
-    Attributes:
-        link: Id of the link.
-        round: In which it is sent.
     """
 
     link: str
@@ -121,8 +111,6 @@ class Message(StrictStruct, frozen=True, kw_only=True):
     """What fills a slot.
 
     Attributes:
-        agent: Whose prompt.
-        slot: The slot's name.
         link: Id of the link that the message comes over.
         round: In which it is sent; see `SentMessage`.
     """
@@ -163,7 +151,6 @@ class PrefillStep(PlanStep, frozen=True, kw_only=True):
             stays empty: its agent takes no latent steps.
         reuse_prefix: Keep the cached rows of the leading prompt tokens that are equal to those of
             this agent's previous prefill, up to the first slot of either prompt.
-        cache: Id of the cache in the plan.
         prefix_from: Id of the cache of other agents on the same backbone, filled before: its rows
             of leading tokens that are equal may be copied. None for none.
         restore: Id of the snapshot of layer states to begin with. None for none; no layer that
@@ -198,7 +185,6 @@ class SendStep(PlanStep, frozen=True, kw_only=True):
 
     Attributes:
         targets: One or more receiving agents, served by one call (their widths are equal).
-        links: Id of the outer link for each target.
         apply_inner: Compute R_k(H) here; otherwise take it from the fused think step.
     """
 
@@ -243,7 +229,6 @@ class SamplingPlan(StrictStruct, frozen=True, kw_only=True):
     """How the answer's tokens are chosen; the defaults that a caller may override.
 
     Attributes:
-        max_new_tokens: Most tokens of an answer.
         temperature: 0 is greedy.
         top_p: Nucleus mass, in (0, 1].
         top_k: Keep the k likeliest; 0 keeps all.
@@ -281,7 +266,6 @@ class SearchPlan(StrictStruct, frozen=True, kw_only=True):
     Attributes:
         backend: `local`, an index over `corpus`, or `tavily`, a web service.
         corpus: JSON lines `{id, title, text}` in the bundle; None for a web service.
-        top_k: Passages that a search returns.
     """
 
     backend: Literal["local", "tavily"]
@@ -303,10 +287,6 @@ class ToolsPlan(StrictStruct, frozen=True, kw_only=True):
     """What the answer agent may call while it writes, and the bounds of it.
 
     Attributes:
-        search: None if it may not search.
-        python: None if it may not run code.
-        ask: Whether it may ask a human.
-        functions: Names of functions that the caller of the runtime provides.
         max_calls: Most calls of one answer; later ones are answered with a refusal.
         timeout_s: Most seconds of one call.
         max_result_chars: Most characters of a result; a longer one says how much was left out.
@@ -326,7 +306,6 @@ class Limits(StrictStruct, frozen=True, kw_only=True):
 
     Attributes:
         max_prompt_tokens: Most positions of one agent's prompt, messages included.
-        max_batch: Most records in one batch.
     """
 
     max_prompt_tokens: Count
@@ -337,18 +316,8 @@ class Plan(StrictStruct, frozen=True, kw_only=True):
     """The whole plan.
 
     Attributes:
-        name: Name of the system.
-        rounds: Number of rounds.
-        answer_agent: The agent that writes the text.
-        agents: By name.
-        links: By id: how messages get from agent to agent.
-        caches: By id.
-        steps: In execution order.
-        sampling: Defaults of the final decode.
-        limits: Bounds.
         fields: Record fields that the prompts use; `question` first where it is used.
         stop_when: Early end of the recursion; None runs all rounds.
-        tools: Tools of the answer agent; None for none.
     """
 
     newest_version: ClassVar = PLAN_VERSION

@@ -44,7 +44,6 @@ class Precision:
 
     Attributes:
         layer_bits: Per weight of the matrices of the decoder's layers, without scales.
-        table_bits: Per weight of the input embedding and the head.
         block_size: Weights that share a scale; None where weights are floating-point numbers.
         targets: Those that can build it (`targets.TARGETS`).
         refusals: By each other target, why its engines cannot have it.
@@ -172,7 +171,6 @@ def beyond_tolerance(figures: Mapping[str, float], *, precision: str) -> Iterato
 
     Args:
         figures: By the names of `TOLERANCES`; one that is not a number is beyond.
-        precision: Whose tolerances count.
     """
     allowed = PRECISIONS[precision].tolerances
     for name, value in figures.items():

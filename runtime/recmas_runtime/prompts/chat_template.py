@@ -24,10 +24,6 @@ MAX_OUTPUT_CHARS: Final = 16_000_000
 class ChatTemplate:
     """A compiled chat template.
 
-    Args:
-        text: The template.
-        special_tokens: Variables such as `bos_token` that every rendering sees.
-
     Raises:
         RecmasError: RM206 if it is not valid Jinja.
     """
@@ -53,9 +49,7 @@ class ChatTemplate:
         """Return the conversation as the text that the model was trained on.
 
         Args:
-            messages: Each with `role` and `content`.
             add_generation_prompt: End with the opening of the assistant's turn.
-            variables: More variables of the template, such as `enable_thinking`.
 
         Raises:
             RecmasError: RM206 if the template refuses these messages, fails or does not end.

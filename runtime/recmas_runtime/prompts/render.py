@@ -52,8 +52,6 @@ class Chat:
 
         Args:
             tokenizer_json: The path of a `tokenizer.json`, or its text.
-            chat_template: The chat template's text.
-            special_tokens: Named special tokens that the template may refer to.
 
         Raises:
             RecmasError: RM404 if the tokenizer is malformed, RM206 if the template is.
@@ -101,7 +99,6 @@ class Turn:
     """A prompt followed by the assistant's text, in the items of one prompt.
 
     Attributes:
-        prompt: Ends with a piece of text that holds the end of the prompt and the target.
         num_target_tokens: How many of the last tokens are the assistant's, including what the
             template writes after the text; at least one.
     """
@@ -132,10 +129,7 @@ def build_prompt(
 
     Args:
         system: Parts of the system text; there is no system message if the text is empty.
-        prompt: Parts of the user's message.
         record: Field values; `id` names the record in errors.
-        chat: The backbone's chat template.
-        tokenizer: The backbone's tokenizer.
         variables: Variables of the chat template, over `DEFAULT_VARIABLES`.
 
     Raises:
@@ -164,15 +158,6 @@ def build_turn(
 
     A token is the assistant's if it begins where the prompt ends, or later. The target's text
     never becomes a control token.
-
-    Args:
-        system: Parts of the system text, as for `build_prompt`.
-        prompt: Parts of the user's message.
-        target: The assistant's text.
-        record: Field values; `id` names the record in errors.
-        chat: The backbone's chat template.
-        tokenizer: The backbone's tokenizer.
-        variables: Variables of the chat template, over `DEFAULT_VARIABLES`.
 
     Raises:
         RecmasError: As `build_prompt`; RM206 also if the template does not write the target

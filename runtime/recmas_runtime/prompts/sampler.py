@@ -54,10 +54,6 @@ class Sampler:
 
     Each sample has its own random stream, so what it draws does not depend on its neighbours.
 
-    Args:
-        sampling: The settings.
-        seeds: One per sample.
-
     Raises:
         RecmasError: RM505 for settings that mean nothing.
     """
@@ -72,7 +68,6 @@ class Sampler:
         """Choose one token per row; the lowest id wins a tie of greedy choice.
 
         Args:
-            logits: [R, V].
             rows: The sample that each row belongs to; all in order if None.
 
         Returns:
@@ -123,10 +118,6 @@ def penalize(scores: Scores, written: set[int], penalty: float) -> None:
 def warp(scores: Scores, sampling: SamplingPlan) -> Scores:
     """Apply temperature, top-k, top-p and min-p; what falls away becomes -inf.
 
-    Args:
-        scores: Logits [R, V].
-        sampling: Settings with a temperature above 0.
-
     Returns:
         [R, V], shifted so that every row's largest is 0.
     """
@@ -165,9 +156,6 @@ class StopMatcher:
 
     The stop string that is complete first ends the text, so that the result does not depend on how
     the text was cut into pieces.
-
-    Args:
-        stop: Strings that end the text; none of them empty.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:

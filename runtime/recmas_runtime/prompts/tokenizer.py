@@ -25,10 +25,6 @@ class Tokenizer:
 
     Args:
         tokenizer_json: The path of a `tokenizer.json`, or its text.
-        chat_template: The chat template's text.
-
-    Attributes:
-        control_ids: The control tokens' ids.
 
     Raises:
         RecmasError: RM404 if the tokenizer is malformed, RM206 if the template is.
@@ -86,7 +82,6 @@ class Tokenizer:
         All other tokens are those of `encode`.
 
         Args:
-            text: The piece.
             plain: Where foreign text spells control tokens.
 
         Raises:
@@ -98,10 +93,6 @@ class Tokenizer:
 
     def encode_placed(self, text: str, plain: Sequence[Span] = ()) -> tuple[tuple[int, int], ...]:
         """Encode text as `encode_piece` does; return each token with its first character's index.
-
-        Args:
-            text: The piece.
-            plain: Where foreign text spells control tokens.
 
         Raises:
             RecmasError: RM500 if a control token cannot be spelled with ordinary tokens.

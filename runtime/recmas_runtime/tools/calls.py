@@ -29,7 +29,6 @@ class ToolCall:
 
     Attributes:
         name: The tool; `tool_call` where JSON did not say which.
-        argument: Its text, without the white space around it.
     """
 
     name: str
@@ -41,11 +40,8 @@ class ToolResult:
     """What came of a call.
 
     Attributes:
-        call: The call.
         status: `refused` if the tool may not or cannot run here, `limit` if the answer has used up
             its calls.
-        text: What the model reads.
-        ms: Milliseconds it took.
     """
 
     call: ToolCall

@@ -46,8 +46,6 @@ class Passage:
 
     Attributes:
         source: Where it is from: a passage's `id`, or a web address.
-        title: Its title; may be empty.
-        text: Its text.
     """
 
     source: str
@@ -176,12 +174,7 @@ def _read_passage(line: str, corpus: Path, number: int) -> Passage:
 
 @dataclass(frozen=True)
 class TavilySearch:
-    """Searches the web with Tavily.
-
-    Attributes:
-        top_k: Most passages to return.
-        endpoint: Address of the service.
-    """
+    """Searches the web with Tavily."""
 
     top_k: int
     endpoint: str = TAVILY_ENDPOINT

@@ -43,11 +43,8 @@ class Toolbox:
     """Runs an answer agent's calls. Safe to use from many threads.
 
     Args:
-        plan: Which tools there are, and the bounds.
         corpus: The local corpus, JSON lines; None where the plan has none.
-        functions: What the caller of the runtime provides for the names in `plan.functions`.
         ask: Asks a human and returns the reply; None if nobody is there.
-        tavily_endpoint: Address of the web search.
     """
 
     def __init__(
@@ -90,7 +87,6 @@ class Toolbox:
         """Run one call; its errors are in the result.
 
         Args:
-            call: The call.
             num_earlier: Calls that the same answer has made before, limited ones included.
         """
         start = time.perf_counter()

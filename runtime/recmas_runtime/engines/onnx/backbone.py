@@ -27,14 +27,8 @@ class BackboneEngine:
     """One backbone's engines. Agents that share a backbone share this object and its weights.
 
     Args:
-        entry: Its entry in the manifest.
-        root: Folder that the entry's paths are relative to.
         threads: Threads within an operator; None takes the physical cores.
-        device: Where to run.
         problems: Gets a warning where CUDA graphs are refused, at any time.
-
-    Attributes:
-        uses_graphs: Steps are captured into CUDA graphs, until one is refused.
 
     Raises:
         RecmasError: RM404 if the decoder has other caches than the entry says, RM504 if the device
@@ -242,9 +236,7 @@ class LinkEngine:
     """The link graph: serves every link of a bundle, their weights are inputs.
 
     Args:
-        path: `link.onnx`.
         threads: Threads within an operator; None takes the physical cores.
-        device: Where to run.
     """
 
     def __init__(self, path: Path, *, threads: int | None = None, device: Device = "cpu") -> None:

@@ -65,8 +65,6 @@ class DeviceArray:
 
     Args:
         array: Contents; with shared memory the buffer is this array itself.
-        kind: One of `NUMPY_TYPES`, the array's own type.
-        memory: Where the buffer lives.
     """
 
     def __init__(self, array: NDArray[Any], kind: str, memory: Memory) -> None:
@@ -159,9 +157,7 @@ class Series:
     """Arrays of one shape that are stored and loaded one by one, and read together.
 
     Args:
-        memory: Where they live.
         initial: [N, ...], their contents.
-        kind: One of `NUMPY_TYPES`.
     """
 
     def __init__(self, memory: Memory, initial: NDArray[Any], kind: str = "tensor(float)") -> None:
@@ -209,11 +205,6 @@ class Cache:
     positions binds what depends on their number.
 
     Args:
-        session: The decoder; calls go to this attribute.
-        entry: Its backbone.
-        memory: Where buffers live.
-        rows: Sequences, R.
-        capacity: Positions per sequence, C.
         layers: The rows themselves, by name; None makes them.
     """
 
@@ -348,11 +339,6 @@ class CachePool:
     """Makes caches, and hands those out again that were given back.
 
     What is kept for later never makes the total larger than what was once in use at the same time.
-
-    Args:
-        session: The decoder.
-        entry: Its backbone.
-        memory: Where buffers live.
     """
 
     def __init__(

@@ -85,10 +85,8 @@ def make_session(
     """Open a graph.
 
     Args:
-        path: An ONNX file.
         threads: Threads within an operator; None takes the physical cores.
         device: Where to run, from `resolve_device`.
-        options: ONNX Runtime session configuration entries.
         cuda_graphs: Let runs be captured into CUDA graphs, see `run_options`; only runs with bound
             buffers are then possible. Devices without them ignore it.
         profile: Start of the name of a file that every kernel is recorded in; None for no record.

@@ -42,9 +42,6 @@ def open_backbones(
     """Open every backbone of a bundle on TensorRT.
 
     Args:
-        bundle: The bundle.
-        engines: Those that this machine can use.
-        open_onnx: Opens a backbone on ONNX Runtime.
         problems: Gets a warning when a batch needs more than the engines take.
 
     Raises:
@@ -85,7 +82,6 @@ class TensorrtCache:
 
     Args:
         workspace: The memory; it goes back to `give_back` with the end of this object.
-        give_back: Takes the workspace.
     """
 
     def __init__(self, workspace: Workspace, give_back: Callable[[Workspace], None]) -> None:
@@ -120,10 +116,6 @@ class TensorrtBackbone:
     """One backbone's engines on TensorRT; the calls mean what they do in `BackboneEngine`.
 
     Args:
-        entry: Its entry in the manifest.
-        root: The bundle.
-        engines: Engines that were built on a machine like this one.
-        plans: This backbone's among them.
         fallback: Opens the same backbone on ONNX Runtime, for what is larger than the engines.
 
     Raises:

@@ -83,11 +83,7 @@ class Stream:
         """Copy `height` blocks of `width` bytes within the device.
 
         Args:
-            target: Address of the first block's copy.
-            source: Address of the first block.
             pitches: Bytes from block to block, in the target and in the source.
-            width: Bytes of a block.
-            height: Number of blocks.
         """
         kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         check(
@@ -126,12 +122,7 @@ class CapturedGraph:
 
 
 class DeviceMemory:
-    """Zeroed device memory; freed with the object.
-
-    Args:
-        num_bytes: Size, at least 1.
-        stream: Where it is zeroed.
-    """
+    """Zeroed device memory; freed with the object."""
 
     def __init__(self, num_bytes: int, stream: Stream) -> None:
         self.num_bytes = num_bytes
@@ -145,12 +136,6 @@ class DeviceTable:
 
     Attributes:
         shape: Of each array.
-
-    Args:
-        num_entries: Arrays.
-        shape: Of each.
-        dtype: Their element type.
-        stream: For all copies.
     """
 
     def __init__(

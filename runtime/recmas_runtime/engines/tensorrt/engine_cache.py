@@ -122,7 +122,6 @@ class DecoderPlan(StrictStruct, frozen=True, kw_only=True):
 
     Attributes:
         capacity: Cache rows per sample that it was built for.
-        file: Its plan.
     """
 
     capacity: Whole
@@ -134,9 +133,6 @@ class BackbonePlans(StrictStruct, frozen=True, kw_only=True):
 
     Attributes:
         decoders: By ascending capacity.
-        head: The plan of the language-model head.
-        max_rows: Most rows of a call.
-        max_groups: Most agents that run as one batch.
     """
 
     decoders: tuple[DecoderPlan, ...]
@@ -150,10 +146,6 @@ class EngineRecord(StrictStruct, frozen=True, kw_only=True):
 
     Attributes:
         fingerprint: Of the bundle that the engines were built from.
-        tensorrt: Version that built them.
-        architecture: Of the GPU that they were built on.
-        backbones: By name.
-        files: Every plan.
     """
 
     version: Whole = ENGINES_VERSION
@@ -186,13 +178,7 @@ def engine_folders(root: Path) -> tuple[Path, ...]:
 def choose_engines(
     root: Path, fingerprint: str, platform: Platform
 ) -> tuple[EngineFolder | None, tuple[str, ...]]:
-    """Return engines that this machine can use, or else why it cannot use each there is.
-
-    Args:
-        root: The bundle.
-        fingerprint: Of the bundle.
-        platform: This machine.
-    """
+    """Return engines that this machine can use, or else why it cannot use each there is."""
     reasons = []
     # The folder that is named after this machine most probably fits.
     for path in sorted(engine_folders(root), key=lambda path: path.name != platform.key):
@@ -267,7 +253,6 @@ def find_engines_or_say_why(bundle: Bundle, problems: list[Problem]) -> EngineFo
     them expects them to run.
 
     Args:
-        bundle: The bundle.
         problems: Gets a warning with the reasons.
     """
     if not engine_folders(bundle.root):

@@ -47,7 +47,6 @@ class Tensor:
     """An input or output of an engine.
 
     Attributes:
-        dtype: Numpy's equivalent of its element type.
         shape: Free axes are -1.
     """
 
@@ -58,12 +57,6 @@ class Tensor:
 
 class Engine:
     """A plan that TensorRT has read.
-
-    Attributes:
-        tensors: Its inputs and outputs by name.
-
-    Args:
-        path: The plan.
 
     Raises:
         RecmasError: RM510 if TensorRT refuses it.
@@ -136,13 +129,7 @@ class Engine:
 
 
 class Call:
-    """Calls of an engine in one optimization profile, one after the other.
-
-    Args:
-        engine: The engine.
-        profile: The optimization profile.
-        stream: Where it runs.
-    """
+    """Calls of an engine in one optimization profile, one after the other."""
 
     def __init__(self, engine: Engine, profile: int, stream: Stream) -> None:
         self.engine = engine
@@ -189,13 +176,6 @@ class Workspace:
 
     Attributes:
         version: Changes when something has moved and must be bound again.
-
-    Args:
-        engine: The decoder of this capacity.
-        stream: Where it runs.
-        entry: The backbone.
-        rows: Sequences, R.
-        capacity: Positions per sequence, C.
     """
 
     def __init__(

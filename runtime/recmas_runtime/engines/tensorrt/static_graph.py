@@ -50,9 +50,7 @@ class Shapes:
     Attributes:
         capacities: Cache rows per sample, ascending; each is an engine of its own.
         max_rows: Most rows of a call: agents that run as one batch, times records.
-        max_groups: Most agents that run as one batch.
         link_hidden: Least and greatest hidden width of the inner links.
-        prompt_positions: Most positions of a prompt.
     """
 
     capacities: tuple[int, ...]
@@ -70,9 +68,6 @@ def shapes_of(plan: Plan, manifest: Manifest, backbone: str, *, case_positions: 
     holds the backbone's parity case, which every engine has to pass.
 
     Args:
-        plan: The plan.
-        manifest: Of the same bundle.
-        backbone: Whose engines.
         case_positions: Most positions of a call sequence in the backbone's parity case.
     """
     caches = [cache for cache in plan.caches.values() if cache.backbone == backbone]
@@ -120,7 +115,6 @@ def profile_shapes(inputs: Mapping[str, Symbols], ranges: Ranges) -> ProfileShap
 
     Args:
         inputs: Shapes by input, free axes by their names in the graph.
-        ranges: By axis name.
     """
     shapes = {}
     for name, dims in inputs.items():
@@ -168,8 +162,6 @@ def static_decoder(model: onnx.ModelProto, capacity: int, *, file: str) -> onnx.
     """Return a copy of a decoder graph for one cache capacity.
 
     Args:
-        model: The portable graph.
-        capacity: Cache rows per sample.
         file: Where the graph lies, for messages.
 
     Raises:

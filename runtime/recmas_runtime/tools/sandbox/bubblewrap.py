@@ -47,11 +47,7 @@ print(json.dumps([folders, mapped]))
 
 @dataclass(frozen=True, kw_only=True)
 class Bubblewrap:
-    """Runs programs under bubblewrap.
-
-    Attributes:
-        executable: Path of `bwrap`.
-    """
+    """Runs programs under bubblewrap."""
 
     executable: str
     name: str = "bubblewrap"
@@ -145,8 +141,6 @@ class Interpreter:
     """An interpreter's files; every path is absolute.
 
     Attributes:
-        executable: The program, links resolved and outside of any virtual environment.
-        folders: Its standard library.
         hidden: Folders of installed packages inside `folders`.
         libraries: The dynamic loader and the shared libraries, under every name they go by.
     """
@@ -207,7 +201,6 @@ def _excess(pid: int, *, max_bytes: int) -> str:
 
     Args:
         pid: The sandbox's outermost process.
-        max_bytes: Of memory of all together that is no file's.
     """
     members = tuple(_descendants(pid))
     # Resident sizes are quick to read but count what forks share once for each; proportional ones

@@ -35,7 +35,6 @@ class Container:
 
     Attributes:
         name: `docker` or `podman`.
-        executable: Path of that program.
         image: An image with `python3`.
     """
 

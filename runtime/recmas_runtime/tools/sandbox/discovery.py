@@ -30,7 +30,6 @@ class Survey:
     """Which sandboxes this machine has.
 
     Attributes:
-        sandbox: The one to use; None for none.
         reasons: Backend -> why it is not used; empty for the one that is.
     """
 

@@ -47,9 +47,6 @@ class Machine:
         oci_name: What container engines call it.
         audit: Its AUDIT_ARCH number.
         allowed: System call -> its number, of those that are allowed whatever their arguments.
-        clone: Number of clone.
-        clone3: Number of clone3.
-        socketpair: Number of socketpair.
     """
 
     oci_name: str
