@@ -45,11 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineBuild:
-    """What a build of engines gave.
-
-    Attributes:
-        figures: By backbone, how far the engines are from the reference.
-    """
+    """What a build gave; `figures` say by backbone how far its engines are from the reference."""
 
     path: Path
     record: EngineRecord
@@ -189,11 +185,7 @@ def _case_positions(bundle: Bundle, backbone: str) -> int:
 def _check(
     bundle: Bundle, engines: EngineFolder, progress: Progress
 ) -> dict[str, dict[str, float]]:
-    """Run every parity case on the new engines.
-
-    Raises:
-        RecmasError: RM405 for figures beyond their tolerance.
-    """
+    """Run every parity case on the new engines; RM405 for figures beyond their tolerance."""
     from recmas_runtime.engines.tensorrt.backbone import open_backbones
 
     def no_other_engine(entry: BackboneEntry) -> Backbone[Any]:

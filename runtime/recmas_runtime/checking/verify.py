@@ -31,11 +31,7 @@ from recmas_runtime.running.parity import (
 
 @dataclass(frozen=True, kw_only=True)
 class CaseReport:
-    """What one parity case gave here.
-
-    Attributes:
-        figures: Differences by the names of `TOLERANCES`.
-    """
+    """What one parity case gave here; the figures are those of `TOLERANCES`."""
 
     backbone: str
     precision: str
@@ -45,11 +41,7 @@ class CaseReport:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What was found out about a bundle.
-
-    Attributes:
-        probe_absolute: The probe's distance from its known answer.
-    """
+    """What was found out about a bundle; the probe's figure is its distance from the answer."""
 
     num_files: int
     device: str
@@ -88,9 +80,6 @@ def verify_bundle(
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Hash every file, run the known-answer probe and every parity case.
-
-    Args:
-        threads: Threads within an operator; None takes the physical cores.
 
     Raises:
         RecmasError: If the bundle cannot be opened or run at all; figures out of tolerance are

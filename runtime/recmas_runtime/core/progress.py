@@ -21,10 +21,7 @@ class Progress(Protocol):
     def stage(
         self, title: str, total: int | None = None, *, done: int = 0
     ) -> AbstractContextManager[Advance]:
-        """Open a stage of `total` units (None: not known), of which `done` are there already.
-
-        Leaving the context closes it.
-        """
+        """Open a stage of `total` units (None: not known), of which `done` are there already."""
 
 
 class Silent:

@@ -60,8 +60,7 @@ def open_bundle(
 ) -> Bundle:
     """Open a bundle and check that it is whole and makes sense.
 
-    Args:
-        verify_hashes: Hash every file; otherwise only small ones and those that say what is done.
+    Without `verify_hashes` only small files and those that say what is done are hashed.
 
     Raises:
         RecmasError: RM400 if it is no bundle, RM401 for missing or altered files, RM402 for paths

@@ -71,10 +71,7 @@ def load_operands(path: Path, entry: LinkEntry) -> Operands:
 def read_operands(
     path_of: Callable[[str], Path], links: Mapping[str, LinkEntry]
 ) -> dict[str, Operands]:
-    """Return the operands of every link of a bundle, by id.
-
-    Args:
-        path_of: Gives the path of a file of the bundle, and refuses what is none.
+    """Return the operands of every link of a bundle, by id; `path_of` is its `Bundle.file`.
 
     Raises:
         RecmasError: As `load_operands` and `path_of`.
@@ -83,13 +80,10 @@ def read_operands(
 
 
 def stack_operands(links: Sequence[Mapping[str, NDArray[Any]]]) -> Operands:
-    """Give operands the leading G axis, one entry per link.
+    """Give the operands of one or more links of equal widths the leading G axis.
 
     Hidden widths may differ: zeros fill up to the widest, and gelu(0) = 0 adds nothing. A single
     link's operands are not copied.
-
-    Args:
-        links: Operands from `load_operands`; at least one, of equal input and output widths.
     """
     if len(links) == 1:
         return {name: operand[None] for name, operand in links[0].items()}

@@ -17,8 +17,7 @@ SPEC_NAME = "spec.yaml"
 class FileEntry(StrictStruct, frozen=True, kw_only=True):
     """A file of the bundle, by its path relative to the bundle with forward slashes.
 
-    Attributes:
-        sha256: Lower-case hexadecimal digest.
+    Its SHA-256 digest is in lower-case hexadecimal.
     """
 
     sha256: str

@@ -31,8 +31,7 @@ def cache_capacity(rows: int) -> int:
 class PromptPart(StrictStruct, frozen=True, kw_only=True):
     """A piece of a prompt: literal text, a field of the input record, or a slot.
 
-    Attributes:
-        value: The text itself, the record field's name, or the agent whose message goes here.
+    Its value is the text, the field's name, or the agent whose message goes here.
     """
 
     kind: Literal["text", "field", "slot"]
@@ -108,12 +107,7 @@ class SentMessage(StrictStruct, frozen=True, kw_only=True):
 
 
 class Message(StrictStruct, frozen=True, kw_only=True):
-    """What fills a slot.
-
-    Attributes:
-        link: Id of the link that the message comes over.
-        round: In which it is sent; see `SentMessage`.
-    """
+    """What fills a slot: a message, told apart as `SentMessage` says."""
 
     agent: str
     slot: str
@@ -128,11 +122,7 @@ class PlanStep(
     tag_field="op",
     tag=lambda name: name.removesuffix("Step").lower(),
 ):
-    """A step; in JSON `op` says which.
-
-    Attributes:
-        round: From 1.
-    """
+    """A step; in JSON `op` says which. Rounds count from 1."""
 
     round: Round
 
@@ -171,8 +161,7 @@ class PrefillStep(PlanStep, frozen=True, kw_only=True):
 class ThinkStep(PlanStep, frozen=True, kw_only=True):
     """Roll out the latent steps of `agents`, equally many, from their last prefill.
 
-    Attributes:
-        fused: The inner link runs inside the step graph; otherwise as a call of its own.
+    If it is fused, the inner link runs inside the step graph; otherwise as a call of its own.
     """
 
     agents: tuple[str, ...]
@@ -276,8 +265,7 @@ class SearchPlan(StrictStruct, frozen=True, kw_only=True):
 class PythonPlan(StrictStruct, frozen=True, kw_only=True):
     """The tool `python`: code that the model wrote, in a sandbox or not at all.
 
-    Attributes:
-        memory_mb: Most memory of the program, in MiB.
+    It may use `memory_mb` MiB.
     """
 
     memory_mb: Annotated[int, Meta(ge=16, le=2**20)]
@@ -302,11 +290,7 @@ class ToolsPlan(StrictStruct, frozen=True, kw_only=True):
 
 
 class Limits(StrictStruct, frozen=True, kw_only=True):
-    """Bounds the bundle was compiled for.
-
-    Attributes:
-        max_prompt_tokens: Most positions of one agent's prompt, messages included.
-    """
+    """Bounds the bundle was compiled for; messages count among the tokens of a prompt."""
 
     max_prompt_tokens: Count
     max_batch: Annotated[int, Meta(ge=1, le=2**16)]
@@ -315,9 +299,8 @@ class Limits(StrictStruct, frozen=True, kw_only=True):
 class Plan(StrictStruct, frozen=True, kw_only=True):
     """The whole plan.
 
-    Attributes:
-        fields: Record fields that the prompts use; `question` first where it is used.
-        stop_when: Early end of the recursion; None runs all rounds.
+    The fields are those of records that the prompts use, `question` first where it is used; without
+    `stop_when` all rounds run.
     """
 
     newest_version: ClassVar = PLAN_VERSION

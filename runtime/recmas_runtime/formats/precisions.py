@@ -167,11 +167,7 @@ def buildable(target: str | None = None) -> tuple[str, ...]:
 
 
 def beyond_tolerance(figures: Mapping[str, float], *, precision: str) -> Iterator[str]:
-    """Yield what is wrong with each figure that is not within its tolerance.
-
-    Args:
-        figures: By the names of `TOLERANCES`; one that is not a number is beyond.
-    """
+    """Yield what is wrong with each figure that is not a number within its tolerance."""
     allowed = PRECISIONS[precision].tolerances
     for name, value in figures.items():
         if not value <= allowed[name]:

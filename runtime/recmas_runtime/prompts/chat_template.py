@@ -48,8 +48,7 @@ class ChatTemplate:
     ) -> str:
         """Return the conversation as the text that the model was trained on.
 
-        Args:
-            add_generation_prompt: End with the opening of the assistant's turn.
+        With a generation prompt it ends with the opening of the assistant's turn.
 
         Raises:
             RecmasError: RM206 if the template refuses these messages, fails or does not end.

@@ -48,10 +48,7 @@ class Chat:
     def load(
         cls, tokenizer_json: str | Path, chat_template: str, special_tokens: Mapping[str, str]
     ) -> Self:
-        """Return what a backbone's files make.
-
-        Args:
-            tokenizer_json: The path of a `tokenizer.json`, or its text.
+        """Return what the path or the text of a `tokenizer.json` and a chat template's text make.
 
         Raises:
             RecmasError: RM404 if the tokenizer is malformed, RM206 if the template is.

@@ -65,13 +65,10 @@ class Sampler:
         self._written: list[set[int]] = [set() for _ in seeds]
 
     def choose(self, logits: Floats, rows: Sequence[int] | None = None) -> Indices:
-        """Choose one token per row; the lowest id wins a tie of greedy choice.
+        """Choose one token per row, [R]; the lowest id wins a tie of greedy choice.
 
         Args:
             rows: The sample that each row belongs to; all in order if None.
-
-        Returns:
-            Token ids [R].
 
         Raises:
             RecmasError: RM507 if logits are not numbers.
@@ -116,10 +113,9 @@ def penalize(scores: Scores, written: set[int], penalty: float) -> None:
 
 
 def warp(scores: Scores, sampling: SamplingPlan) -> Scores:
-    """Apply temperature, top-k, top-p and min-p; what falls away becomes -inf.
+    """Apply temperature, top-k, top-p and min-p to logits [R, V].
 
-    Returns:
-        [R, V], shifted so that every row's largest is 0.
+    What falls away becomes -inf; every row is shifted so that its largest is 0.
     """
     with np.errstate(over="ignore"):  # a tiny temperature makes losers -inf, as it should
         scores = (scores - scores.max(axis=1, keepdims=True)) / sampling.temperature

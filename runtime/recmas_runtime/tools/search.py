@@ -42,11 +42,7 @@ class SearchFailedError(Exception):
 
 @dataclass(frozen=True)
 class Passage:
-    """One thing that was found.
-
-    Attributes:
-        source: Where it is from: a passage's `id`, or a web address.
-    """
+    """One thing that was found; its source is a passage's `id`, or a web address."""
 
     source: str
     title: str

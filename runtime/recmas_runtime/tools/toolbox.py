@@ -43,7 +43,7 @@ class Toolbox:
     """Runs an answer agent's calls. Safe to use from many threads.
 
     Args:
-        corpus: The local corpus, JSON lines; None where the plan has none.
+        corpus: JSON lines; None where the plan has no local search.
         ask: Asks a human and returns the reply; None if nobody is there.
     """
 
@@ -86,8 +86,7 @@ class Toolbox:
     def run(self, call: ToolCall, *, num_earlier: int) -> ToolResult:
         """Run one call; its errors are in the result.
 
-        Args:
-            num_earlier: Calls that the same answer has made before, limited ones included.
+        Calls that the same answer has made before are `num_earlier`, limited ones included.
         """
         start = time.perf_counter()
         status, text = self._outcome(call, num_earlier)
@@ -172,8 +171,7 @@ class Toolbox:
 def terminal_ask() -> Callable[[str], str] | None:
     """Return a function that asks on standard error and reads a line of standard input.
 
-    Returns:
-        None where either is no terminal: nobody would see the question.
+    None where either is no terminal: nobody would see the question.
     """
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return None

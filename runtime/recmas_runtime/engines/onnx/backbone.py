@@ -27,7 +27,6 @@ class BackboneEngine:
     """One backbone's engines. Agents that share a backbone share this object and its weights.
 
     Args:
-        threads: Threads within an operator; None takes the physical cores.
         problems: Gets a warning where CUDA graphs are refused, at any time.
 
     Raises:
@@ -233,11 +232,7 @@ def _check_caches(decoder: onnxruntime.InferenceSession, entry: BackboneEntry, f
 
 
 class LinkEngine:
-    """The link graph: serves every link of a bundle, their weights are inputs.
-
-    Args:
-        threads: Threads within an operator; None takes the physical cores.
-    """
+    """The link graph: serves every link of a bundle, their weights are inputs."""
 
     def __init__(self, path: Path, *, threads: int | None = None, device: Device = "cpu") -> None:
         self._session = make_session(path, threads=threads, device=device)

@@ -60,11 +60,8 @@ class Memory:
 class DeviceArray:
     """A contiguous array at a fixed address, which binds to a graph's input or output.
 
-    Where memory is shared it is a numpy array; elsewhere `write` and `numpy` copy over the bus and
-    `copy` stays on the device.
-
-    Args:
-        array: Contents; with shared memory the buffer is this array itself.
+    Where memory is shared the buffer is the numpy array itself; elsewhere `write` and `numpy` copy
+    over the bus and `copy` stays on the device.
     """
 
     def __init__(self, array: NDArray[Any], kind: str, memory: Memory) -> None:
@@ -104,8 +101,7 @@ class DeviceArray:
     def take(self, array: NDArray[Any]) -> bool:
         """Overwrite the buffer if that is better than another buffer for this array.
 
-        Returns:
-            False where memory is shared, for an array is a buffer there, or if it does not fit.
+        It is not where memory is shared, for an array is a buffer there, or where it does not fit.
         """
         if self._host is not None or array.shape != self.shape:
             return False
@@ -154,11 +150,7 @@ class DeviceArray:
 
 
 class Series:
-    """Arrays of one shape that are stored and loaded one by one, and read together.
-
-    Args:
-        initial: [N, ...], their contents.
-    """
+    """Arrays [N, ...] that are stored and loaded one by one, and read together."""
 
     def __init__(self, memory: Memory, initial: NDArray[Any], kind: str = "tensor(float)") -> None:
         self._whole = initial.astype(NUMPY_TYPES[kind]) if memory.shared else None
@@ -260,16 +252,13 @@ class Cache:
         return self._of_row[row]
 
     def narrowed(self, rows: Sequence[int], positions: int) -> Cache | None:
-        """Move some sequences to the beginning, and return those as a cache over the same memory.
+        """Move the first positions of some sequences to the beginning; return a cache of those.
 
-        The other sequences are lost, and this cache must outlive the one that is returned.
+        It lies in this one's memory, which must outlive it; the other sequences are lost. In memory
+        of a device nothing is moved and None returned: parts of its buffers have no handle.
 
         Args:
             rows: Sequences to go on with, in ascending order.
-            positions: Of each that are needed.
-
-        Returns:
-            None, with nothing moved, in memory of a device: parts of its buffers have no handle.
         """
         if not self._memory.shared:
             return None

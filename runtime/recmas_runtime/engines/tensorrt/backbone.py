@@ -80,8 +80,7 @@ def open_backbones(
 class TensorrtCache:
     """Keys and values of R sequences on the device; see `recmas_runtime.engines.onnx.caches.Cache`.
 
-    Args:
-        workspace: The memory; it goes back to `give_back` with the end of this object.
+    The workspace goes back to `give_back` with the end of this object.
     """
 
     def __init__(self, workspace: Workspace, give_back: Callable[[Workspace], None]) -> None:
@@ -113,10 +112,7 @@ class _Decoder:
 
 
 class TensorrtBackbone:
-    """One backbone's engines on TensorRT; the calls mean what they do in `BackboneEngine`.
-
-    Args:
-        fallback: Opens the same backbone on ONNX Runtime, for what is larger than the engines.
+    """One backbone's engines on TensorRT; `fallback` opens it on ONNX Runtime for what is larger.
 
     Raises:
         RecmasError: RM510 if TensorRT refuses a plan.

@@ -82,8 +82,7 @@ class Stream:
     ) -> None:
         """Copy `height` blocks of `width` bytes within the device.
 
-        Args:
-            pitches: Bytes from block to block, in the target and in the source.
+        Pitches are bytes from block to block, in the target and in the source.
         """
         kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         check(
@@ -132,11 +131,7 @@ class DeviceMemory:
 
 
 class DeviceTable:
-    """Equal arrays on the device, each at an address that engines take: rows of a padded table.
-
-    Attributes:
-        shape: Of each array.
-    """
+    """Arrays of one shape on the device, each at an address that engines take: a padded table."""
 
     def __init__(
         self, num_entries: int, shape: tuple[int, ...], dtype: np.dtype[Any], stream: Stream

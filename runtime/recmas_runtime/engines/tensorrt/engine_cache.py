@@ -118,22 +118,14 @@ def _architecture(cuda: Any) -> str:
 
 
 class DecoderPlan(StrictStruct, frozen=True, kw_only=True):
-    """A decoder engine.
-
-    Attributes:
-        capacity: Cache rows per sample that it was built for.
-    """
+    """A decoder engine; its capacity is the cache rows per sample that it was built for."""
 
     capacity: Whole
     file: str
 
 
 class BackbonePlans(StrictStruct, frozen=True, kw_only=True):
-    """The engines of one backbone.
-
-    Attributes:
-        decoders: By ascending capacity.
-    """
+    """The engines of one backbone; decoders by ascending capacity."""
 
     decoders: tuple[DecoderPlan, ...]
     head: str
@@ -144,8 +136,7 @@ class BackbonePlans(StrictStruct, frozen=True, kw_only=True):
 class EngineRecord(StrictStruct, frozen=True, kw_only=True):
     """What a folder of engines is good for. Paths are relative to the folder.
 
-    Attributes:
-        fingerprint: Of the bundle that the engines were built from.
+    The fingerprint is that of the bundle that they were built from.
     """
 
     version: Whole = ENGINES_VERSION
@@ -249,11 +240,8 @@ def no_engine(message: str, root: Path) -> RecmasError:
 def find_engines_or_say_why(bundle: Bundle, problems: list[Problem]) -> EngineFolder | None:
     """Return engines for this machine, or None where ONNX Runtime is to be used.
 
-    A bundle without engines gives no warning. One with engines that cannot be used does: who built
-    them expects them to run.
-
-    Args:
-        problems: Gets a warning with the reasons.
+    A bundle without engines gives no warning. One with engines that cannot be used adds the reasons
+    to `problems`: who built them expects them to run.
     """
     if not engine_folders(bundle.root):
         return None

@@ -44,11 +44,7 @@ _INDEX: Final = np.dtype(np.int64)
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """An input or output of an engine.
-
-    Attributes:
-        shape: Free axes are -1.
-    """
+    """An input or output of an engine; free axes are -1."""
 
     is_input: bool
     dtype: np.dtype[Any]
@@ -174,8 +170,7 @@ class Call:
 class Workspace:
     """Device memory for R sequences of C positions: caches, indices, inner links, rollouts.
 
-    Attributes:
-        version: Changes when something has moved and must be bound again.
+    Its version changes when something has moved and must be bound again.
     """
 
     def __init__(

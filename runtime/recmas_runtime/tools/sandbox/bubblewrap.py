@@ -198,9 +198,6 @@ def _excess(pid: int, *, max_bytes: int) -> str:
     """Return why the processes below `pid` must be stopped; empty if they need not be.
 
     Limits count each process alone; this reads what all hold together, from outside.
-
-    Args:
-        pid: The sandbox's outermost process.
     """
     members = tuple(_descendants(pid))
     # Resident sizes are quick to read but count what forks share once for each; proportional ones
