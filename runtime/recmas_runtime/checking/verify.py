@@ -16,7 +16,7 @@ from recmas_runtime.engines.interface import Backbone, Operands
 from recmas_runtime.engines.onnx.backbone import LinkEngine
 from recmas_runtime.formats.bundle import Bundle, open_bundle, unlisted_files
 from recmas_runtime.formats.links import read_operands
-from recmas_runtime.formats.manifest import LinkEntry, ParityEntry
+from recmas_runtime.formats.manifest import ParityEntry
 from recmas_runtime.formats.precisions import beyond_tolerance
 from recmas_runtime.formats.safetensors_file import read_tensors
 from recmas_runtime.running.open_engines import open_engines
@@ -150,23 +150,17 @@ def read_case(bundle: Bundle, entry: ParityEntry) -> tuple[Mapping[str, Any], st
         RecmasError: RM404 for a case that lacks what is measured.
     """
     tensors, metadata = read_tensors(bundle.file(entry.file))
-    _check_case(entry.file, tensors, metadata.get("inner"), bundle.manifest.links)
-    return tensors, metadata["inner"]
-
-
-def _check_case(
-    file: str, tensors: Mapping[str, Any], inner: str | None, links: Mapping[str, LinkEntry]
-) -> None:
-    """Demand that a parity case holds what is measured, for links of this bundle."""
+    inner = metadata.get("inner", "")
     lacking = sorted(BACKBONE_CASE - tensors.keys())
-    unknown = sorted({*case_links(tensors), inner or ""} - links.keys())
+    unknown = sorted({*case_links(tensors), inner} - bundle.manifest.links.keys())
     if lacking or unknown:
         raise fail(
             "RM404",
             f"the parity case lacks tensors {lacking} or names unknown links {unknown}",
-            file=file,
+            file=entry.file,
             hint="Build the bundle again with one version of recmas.",
         )
+    return tensors, inner
 
 
 def out_of_tolerance(file: str, figures: Mapping[str, float], *, precision: str) -> list[Problem]:

@@ -7,7 +7,7 @@ nothing here imports anything else of recmas.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Literal
 
@@ -129,9 +129,9 @@ class Problem:
     """
 
     code: str
+    severity: Literal["error", "warning"] = "error"
     message: str
     hint: str = ""
-    severity: Literal["error", "warning"] = "error"
     file: str | None = None
     line: int | None = None
     column: int | None = None
@@ -150,15 +150,7 @@ class Problem:
 
     def to_json(self) -> dict[str, str | int | None]:
         """Return the form that `--json` prints."""
-        return {
-            "code": self.code,
-            "severity": self.severity,
-            "message": self.message,
-            "hint": self.hint,
-            "file": self.file,
-            "line": self.line,
-            "column": self.column,
-        }
+        return asdict(self)
 
 
 class RecmasError(Exception):

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.formats.link_kinds import FORMS as FORMS  # consistency takes it from here
-from recmas_runtime.formats.link_kinds import PROJ1, PROJ2, SKIP, LinkForm
+from recmas_runtime.formats.link_kinds import FORMS, PROJ1, PROJ2, SKIP, LinkForm
 from recmas_runtime.formats.manifest import LinkEntry
 from recmas_runtime.formats.safetensors_file import read_tensors
 

@@ -18,19 +18,6 @@ from recmas_runtime.formats.plan import PromptPart
 from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.prompts.tokenizer import Span, Tokenizer
 
-__all__ = [
-    "Chat",
-    "ChatTemplate",
-    "Prompt",
-    "Slot",
-    "Tokens",
-    "Turn",
-    "build_prompt",
-    "build_turn",
-    "common_prefix",
-    "field_text",
-]
-
 # Reasoning models think in text unless an agent asks otherwise; here they think in latent steps.
 DEFAULT_VARIABLES: Final[Mapping[str, bool | int | float | str]] = {"enable_thinking": False}
 

@@ -107,10 +107,12 @@ def passages_text(passages: Sequence[Passage], *, max_chars: int) -> str:
         return "nothing found"
     gap = "\n\n"
     share = max(1, (max_chars + len(gap)) // len(passages) - len(gap))
-    return gap.join(
-        shortened(_heading(number, passage) + passage.text.strip(), share)
-        for number, passage in enumerate(passages, start=1)
-    )
+    texts = []
+    for number, passage in enumerate(passages, start=1):
+        title = f"{passage.title} " if passage.title else ""
+        text = f"[{number}] {title}({passage.source})\n{passage.text.strip()}"
+        texts.append(shortened(text, share))
+    return gap.join(texts)
 
 
 def shortened(text: str, max_chars: int) -> str:
@@ -124,11 +126,6 @@ def shortened(text: str, max_chars: int) -> str:
 
 def _left_out(count: int) -> str:
     return f" [... {count} characters left out]"
-
-
-def _heading(number: int, passage: Passage) -> str:
-    title = f"{passage.title} " if passage.title else ""
-    return f"[{number}] {title}({passage.source})\n"
 
 
 def _words(text: str) -> list[str]:

@@ -70,7 +70,7 @@ class DeviceArray:
         self._memory = memory
         self._host = array if memory.shared else None
         # On the host the value points into the array, which must outlive it.
-        self._value = _ort_value(array, kind)
+        self._value = ort_value(array, kind)
         if not memory.shared:
             element = _BFLOAT16 if kind == "tensor(bfloat16)" else array.dtype.type
             make = onnx_runtime().OrtValue.ortvalue_from_shape_and_type
@@ -89,7 +89,7 @@ class DeviceArray:
         else:
             whole = np.empty(self.shape, NUMPY_TYPES[self.kind])
             whole[...] = array
-            self._value.update_inplace(_ort_value(whole, self.kind))
+            self._value.update_inplace(ort_value(whole, self.kind))
 
     def copy(self, source: DeviceArray) -> None:
         """Overwrite the buffer with another one of the same place, shape and type."""
@@ -137,7 +137,7 @@ class DeviceArray:
         if self._host is not None:
             return self._host
         array = np.empty(self.shape, NUMPY_TYPES[self.kind])
-        _ort_value(array, self.kind).update_inplace(self._value)
+        ort_value(array, self.kind).update_inplace(self._value)
         return array
 
     def bind_input(self, binding: Any, name: str) -> None:
@@ -178,12 +178,12 @@ class Series:
         )
 
 
-def _ort_value(array: NDArray[Any], kind: str) -> Any:
+def ort_value(array: NDArray[Any], kind: str) -> Any:
     """Return a value of ONNX Runtime that is the memory of an array."""
-    ort_value = onnx_runtime().OrtValue
+    make = onnx_runtime().OrtValue
     if kind == "tensor(bfloat16)":
-        return ort_value.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
-    return ort_value.ortvalue_from_numpy(array)
+        return make.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+    return make.ortvalue_from_numpy(array)
 
 
 class Cache:

@@ -21,12 +21,7 @@ from typing import Any, Final
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.files import sha256_of
-from recmas_runtime.formats.bundle import (
-    ENGINES_FOLDER,
-    Bundle,
-    inside,
-    write_json_atomic,
-)
+from recmas_runtime.formats.bundle import ENGINES_FOLDER, Bundle, inside, write_json_atomic
 from recmas_runtime.formats.codec import StrictStruct, Whole, read_json_file, to_json
 from recmas_runtime.formats.manifest import FileEntry
 

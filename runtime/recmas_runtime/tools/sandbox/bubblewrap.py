@@ -9,7 +9,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -213,19 +213,13 @@ def _excess(pid: int, *, max_bytes: int) -> str:
 
 
 def _descendants(pid: int) -> Iterator[int]:
-    for child in _children(pid):
+    children: list[int] = []
+    with suppress(OSError):  # It has ended meanwhile.
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            children += map(int, (thread / "children").read_text(encoding="ascii").split())
+    for child in children:
         yield child
         yield from _descendants(child)
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    try:
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            found += map(int, (thread / "children").read_text(encoding="ascii").split())
-    except OSError:  # It has ended meanwhile.
-        pass
-    return found
 
 
 def _resident_bytes(pid: int) -> int:

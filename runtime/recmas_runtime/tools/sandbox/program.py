@@ -119,7 +119,8 @@ def run_python(
             ended, why = _follow(process, exchange, start + timeout_s, watch)
         finally:
             if process.poll() is None:
-                _kill(process)
+                with suppress(ProcessLookupError):  # the sandbox's own rules end what is inside
+                    os.killpg(process.pid, signal.SIGKILL)
                 if stop is not None:
                     stop()
             exchange.close()
@@ -251,9 +252,3 @@ class _Exchange:
         self._selector.unregister(pipe)
         with suppress(OSError):
             pipe.close()
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End the process and its session; the sandbox's own rules end what is inside."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
