@@ -79,7 +79,6 @@ LAYERS = (
 # Arrows up that the move has left to be turned.
 PENDING: set[tuple[str, str]] = {
     ("recmas_compiler.api", "recmas_export.build"),
-    ("recmas_runtime.engines.interface", "recmas_runtime.engines.onnx.backbone"),
 }
 
 

@@ -23,8 +23,8 @@ from recmas_compiler.lowering.reference import load_backbones
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import load_spec
 from recmas_runtime.core.progress import Silent
-from recmas_runtime.engines.interface import Backbone
-from recmas_runtime.engines.onnx.backbone import Floats, Indices, LinkEngine, Operands
+from recmas_runtime.engines.interface import Backbone, Floats, Indices, Operands
+from recmas_runtime.engines.onnx.backbone import LinkEngine
 from recmas_runtime.formats.bundle import inside, open_bundle
 from recmas_runtime.formats.manifest import SPEC_NAME
 from recmas_runtime.running.open_engines import OpenedEngines

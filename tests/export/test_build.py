@@ -28,8 +28,8 @@ from recmas_runtime.checking.verify import verify_bundle
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.core.progress import Silent
 from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.formats.safetensors_file import read_tensors
-from recmas_runtime.formats.tolerances import TOLERANCES
 
 
 @pytest.fixture(scope="module")

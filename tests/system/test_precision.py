@@ -27,8 +27,7 @@ from recmas_runtime.cli.inspect import bundle_text
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.manifest import ParityEntry
-from recmas_runtime.formats.precisions import PRECISIONS, buildable
-from recmas_runtime.formats.tolerances import TOLERANCES, loss_figures
+from recmas_runtime.formats.precisions import PRECISIONS, TOLERANCES, buildable, loss_figures
 from tiny_specs import on_three_backbones
 
 RECORDS: list[dict[str, object]] = [
