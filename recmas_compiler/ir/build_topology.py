@@ -26,8 +26,7 @@ from recmas_compiler.links.files import (
 )
 from recmas_compiler.spec.document.places import Loc, is_file, is_folder, path_of
 from recmas_compiler.spec.document.problems import in_reading_order, problem_at
-from recmas_compiler.spec.schema.answer import ToolsSection
-from recmas_compiler.spec.schema.sections import WeightsSection
+from recmas_compiler.spec.schema.sections import ToolsSection, WeightsSection
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.formats.ids import link_name

@@ -28,7 +28,7 @@ from recmas_compiler.lowering.training_graph.calls import CallWriter, TrainExamp
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.spec.document.places import path_of
 from recmas_compiler.spec.document.problems import problem_at
-from recmas_compiler.spec.schema.section import Section
+from recmas_compiler.spec.schema.sections import Section
 from recmas_compiler.spec.schema.train import BackboneDtype, TrainSection
 from recmas_compiler.spec.spec import Spec
 from recmas_compiler.training.data.examples import (

@@ -22,13 +22,13 @@ from pydantic import ValidationError
 from recmas_compiler.spec.document.places import Loc, Places, SourcePosition
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.document.yaml_source import Value
-from recmas_compiler.spec.schema.answer import ToolsSection
-from recmas_compiler.spec.schema.pattern import (
+from recmas_compiler.spec.schema.sections import (
     DeliberationSection,
     DistillationSection,
     MixtureSection,
     PatternSection,
     Task,
+    ToolsSection,
 )
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import link_name

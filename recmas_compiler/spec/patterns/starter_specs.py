@@ -14,7 +14,7 @@ from typing import Final, get_args
 
 from recmas_compiler.spec.document.problems import did_you_mean
 from recmas_compiler.spec.schema.json_schema import SCHEMA_FILE, schema_text, with_tables
-from recmas_compiler.spec.schema.pattern import PATTERN_NAMES, Task
+from recmas_compiler.spec.schema.sections import PATTERN_NAMES, Task
 from recmas_runtime.core.errors import fail
 
 STARTERS: Final = (*PATTERN_NAMES, "custom")
