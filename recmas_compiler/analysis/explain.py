@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from recmas_compiler.backbones.facts import weights_bytes
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.instruments import Record
 from recmas_compiler.ir.ops import Agent, Link, Prefill, Send, System, Think, prefill_id, send_id
 from recmas_compiler.ir.printer import prompt_text
-from recmas_compiler.ir.sizes import weights_bytes
+from recmas_compiler.passes.pass_base import Record
 from recmas_compiler.passes.prompt_prefix import common_beginning, common_parts
 from recmas_runtime.core.text import counted, human_bytes, listed
 from recmas_runtime.formats.plan import PromptPart, Variant

@@ -10,15 +10,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import Cache, Level, Send, System, Think
-from recmas_compiler.ir.sizes import (
-    ENGINE_DTYPE,
+from recmas_compiler.backbones.facts import (
+    ENGINE_ELEMENT_BYTES,
     angle_tables_bytes,
-    dtype_bytes,
-    link_num_parameters,
     weights_bytes,
 )
+from recmas_compiler.ir.graph import Graph
+from recmas_compiler.ir.ops import Cache, Level, Send, System, Think
 from recmas_runtime.core.text import aligned, human_bytes
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.plan import cache_capacity
@@ -166,7 +164,7 @@ def memory_plan(program: Graph, *, prompt_tokens: int | None = None) -> MemoryPl
         prompt_tokens=prompt_tokens or system.build.max_prompt_tokens,
         backbones=tuple(_backbones(system, prompt_tokens)),
         num_links=len(links),
-        links_bytes=sum(links.values()) * dtype_bytes(ENGINE_DTYPE),
+        links_bytes=sum(links.values()) * ENGINE_ELEMENT_BYTES,
         max_batch=system.build.max_batch,
     )
 
@@ -177,7 +175,7 @@ def _backbones(system: System, prompt_tokens: int | None) -> Iterator[BackboneMe
         caches = [cache for cache in system.caches.values() if cache.backbone == name]
         if caches:
             most_rows = max(len(cache.agents) for cache in caches)
-            vector_bytes = backbone.facts.width * dtype_bytes(ENGINE_DTYPE)
+            vector_bytes = backbone.facts.width * ENGINE_ELEMENT_BYTES
             yield BackboneMemory(
                 name=name,
                 source=backbone.facts.source,
@@ -210,10 +208,10 @@ def _links_used(program: Graph) -> Iterator[tuple[str, int]]:
             case Think(agents=agents):
                 for name in agents:
                     inner = program.system.agents[name].inner
-                    yield inner_link_id(name), link_num_parameters(inner, "inner")
+                    yield inner_link_id(name), inner.num_parameters("inner")
             case Send(links=links):
                 for link in links:
                     outer = program.system.links[link].weights
-                    yield link, link_num_parameters(outer, "outer")
+                    yield link, outer.num_parameters("outer")
             case _:
                 pass

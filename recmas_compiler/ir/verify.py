@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from recmas_compiler.ir.graph import Graph
+from recmas_compiler.ir.graph import Graph, route_messages
 from recmas_compiler.ir.ops import (
     Agent,
     Decode,
@@ -19,7 +19,6 @@ from recmas_compiler.ir.ops import (
     System,
     Think,
 )
-from recmas_compiler.ir.routing import route_messages
 from recmas_compiler.links.files import LinkWeights
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.formats.ids import inner_link_id, outer_link_id, path_text

@@ -61,6 +61,10 @@ class LinkWeights:
     in_dim: int
     out_dim: int
 
+    def num_parameters(self, role: LinkRole) -> int:
+        """Return how many parameters the link has."""
+        return FORMS[self.kind, role].num_parameters(self.in_dim, self.out_dim)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinkHeader:

@@ -14,7 +14,7 @@ from torch import Tensor
 from recmas_compiler.backbones.sources import ADAPTER_CONFIG, model_files, resolve_source
 from recmas_compiler.links.files import LinkFileError, link_kind, read_link_header
 from recmas_compiler.links.modules import link_widths
-from recmas_compiler.released.link_tensors import read_link_file, write_pickled_link
+from recmas_compiler.released.link_files import read_link_file, write_pickled_link
 from recmas_compiler.released.placing import check_free, placed_together
 from recmas_compiler.released.styles import (
     INNER_CONFIG,

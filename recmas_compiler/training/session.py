@@ -15,7 +15,7 @@ from torch import nn
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import System, Think
-from recmas_compiler.links.closed_form.calibration import Calibration
+from recmas_compiler.links.calibration import Calibration
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.links.modules import make_link
 from recmas_compiler.links.trained import links_folder

@@ -12,8 +12,8 @@ from recmas_compiler.spec.checks.settings import (
     check_stop_when,
     check_support,
     check_tools,
+    check_train,
 )
-from recmas_compiler.spec.checks.train import check_train
 from recmas_compiler.spec.document.problems import did_you_mean, problem_at
 from recmas_compiler.spec.schema.declared import Declared
 from recmas_compiler.spec.schema.sections import LinkSection

@@ -1,16 +1,31 @@
-"""Which file holds which link: the two JSON files of the released form."""
+"""The files of released links: the JSON files that name them, and the tensors in them.
+
+Nothing in a `.pt` file is ever run: torch's restricted reader builds tensors and plain containers
+and refuses all else.
+"""
 
 from __future__ import annotations
 
 import json
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Final
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from recmas_compiler.links.files import LinkHeader, misfit
+from recmas_compiler.links.modules import link_widths
 from recmas_compiler.released.styles import INNER_CONFIG, OUTER_CONFIG, OUTER_TYPE, Style
 from recmas_compiler.spec.document.places import is_file
 from recmas_compiler.spec.document.problems import did_you_mean, show
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.formats.link_kinds import RELEASED_KIND, LinkRole
 
 _LARGEST_CONFIG_BYTES: Final = 1 << 20
 _ADAPTER: Final = "adapter.pt"
@@ -151,3 +166,138 @@ def _is_plain(name: str) -> bool:
 
 def _malformed(path: Path, why: str) -> RecmasError:
     return fail("RM208", f"{path.name} cannot be used: {why}", file=str(path), hint=_COMPLETE)
+
+
+# Released files add a few kilobytes of pickle and padding to their tensors.
+_LARGEST_OVERHEAD_BYTES: Final = 1 << 20
+_DTYPES: Final = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+}
+
+
+def read_pickled_link(
+    path: Path, role: LinkRole, *, in_dim: int | None, out_dim: int | None
+) -> dict[str, Tensor]:
+    """Read a released link: a plain state dict of an `ln_residual` link.
+
+    Nothing in the file is executed: torch's restricted reader builds tensors and plain containers
+    and refuses all else.
+
+    Args:
+        path: The `.pt` file.
+        role: Inner or outer.
+        in_dim: Width it must read; None if nothing tells.
+        out_dim: Width it must write; None if nothing tells.
+
+    Returns:
+        The tensors by name, in the element types of the file.
+
+    Raises:
+        RecmasError: RM208 for anything but the complete, finite tensors of such a link.
+    """
+    _check_archive(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    # A hostile pickle can make the reader raise whatever it likes.
+    except Exception as error:
+        raise _refusal(path, f"it is not a plain state dict ({_line(error)})") from error
+    if type(state) not in (dict, OrderedDict):
+        raise _refusal(path, f"it is not a plain state dict but a {type(state).__name__}")
+    for name, tensor in state.items():
+        _check_tensor(path, name, tensor)
+    return _checked(path, state, role, in_dim=in_dim, out_dim=out_dim)
+
+
+def read_link_file(path: Path, role: LinkRole) -> dict[str, Tensor]:
+    """Read a safetensors file with an `ln_residual` link, whatever its widths.
+
+    Raises:
+        RecmasError: RM208 if it is anything else.
+    """
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _refusal(path, _line(error)) from error
+    return _checked(path, tensors, role, in_dim=None, out_dim=None)
+
+
+def write_pickled_link(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a link in the released form."""
+    torch.save(dict(tensors), path)
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse what could unpack to more than the file itself holds."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise _refusal(path, "it is not a file of torch.save") from error
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise _refusal(path, "it is packed, which files of torch.save are not")
+
+
+def _check_tensor(path: Path, name: object, tensor: object) -> None:
+    if not isinstance(name, str):
+        raise _refusal(path, f"it is not a plain state dict: it has a key {name!r}")
+    if type(tensor) not in (Tensor, nn.Parameter):
+        kind = type(tensor).__name__
+        raise _refusal(path, f"it is not a plain state dict: `{name}` is a {kind}, not a tensor")
+    assert isinstance(tensor, Tensor), "its type was checked"
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise _refusal(path, f"`{name}` is no plain tensor in memory")
+    if tensor.dtype not in _DTYPES:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise _refusal(path, f"`{name}` is stored as {dtype}, not as floating-point numbers")
+
+
+def _checked(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    role: LinkRole,
+    *,
+    in_dim: int | None,
+    out_dim: int | None,
+) -> dict[str, Tensor]:
+    """Return the tensors on their own memory, after refusing what is no such link."""
+    for name in ("proj1.weight", "proj2.weight"):
+        if name not in tensors or tensors[name].ndim != 2:
+            raise _refusal(path, f"it has no matrix `{name}`")
+    widths = link_widths(tensors)
+    # Shapes first: a tensor of the right shape cannot need more memory than the link does.
+    header = LinkHeader(
+        shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        dtypes={name: _DTYPES.get(tensor.dtype, "other") for name, tensor in tensors.items()},
+        metadata={},
+    )
+    why = misfit(
+        header,
+        RELEASED_KIND,
+        role,
+        in_dim=widths[0] if in_dim is None else in_dim,
+        out_dim=widths[1] if out_dim is None else out_dim,
+    )
+    if why is not None:
+        raise _refusal(path, why)
+    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if size_bytes > path.stat().st_size or path.stat().st_size > (
+        size_bytes + _LARGEST_OVERHEAD_BYTES
+    ):
+        raise _refusal(path, "its size is not that of its tensors")
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise _refusal(path, f"`{name}` holds NaN or infinity")
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def _refusal(path: Path, why: str) -> RecmasError:
+    hint = "Get the file again from where it was released."
+    return fail("RM208", f"{path.name} cannot be used: {why}", file=str(path), hint=hint)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
