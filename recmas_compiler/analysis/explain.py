@@ -26,7 +26,6 @@ def explain(
     """Return what the system is and what each pass changed in it, for its author.
 
     Args:
-        topology: The system as declared.
         records: One per pass that ran, in order (`RecordPasses`).
         count_tokens: Counts tokens of prompt text; without it texts are named, not counted.
     """
@@ -39,10 +38,10 @@ def explain(
     )
     lines = [f"{system.name}: {listed(sizes)}; {system.answer_agent} writes the answer."]
     for record in records:
-        title, tell = PASSES.get(record.name, ("", _other_pass))
-        told = list(tell(record, count)) or ["Nothing to do here."]
+        title, describe = PASSES.get(record.name, ("", _other_pass))
+        sentences = list(describe(record, count)) or ["Nothing to do here."]
         lines += ["", f"{record.name}: {title}" if title else record.name]
-        lines += [f"  - {sentence}" for sentence in told]
+        lines += [f"  - {sentence}" for sentence in sentences]
     return "\n".join(lines) + "\n"
 
 
@@ -246,7 +245,7 @@ def _in_rounds(rounds: Iterable[int]) -> str:
     return f"rounds {listed(numbers)}"
 
 
-# pass -> (its purpose in words, what tells of it)
+# pass -> (its purpose in words, what describes its record)
 PASSES: dict[str, tuple[str, Callable[[Record, CountTokens], Iterator[str]]]] = {
     "ShareBackbones": ("equal models are held once", _share_backbones),
     "UnrollRounds": ("the loop becomes a list of steps", _unroll_rounds),

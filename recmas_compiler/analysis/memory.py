@@ -38,15 +38,9 @@ class BackboneMemory:
 
     Attributes:
         name: The backbone; those that use its weights are not listed apart.
-        source: As the spec names it.
         dtype: Element type that float32 engines store weights in; in memory they are float32.
-        precision: How its engines hold weights.
-        agents: Agents that the program runs on it.
-        weights_bytes: Its weights, held once.
         tables_bytes: The most that angles of the CPU's decoder take.
-        cache_bytes: Key/value caches of its agents for one record.
         activation_bytes: What the longest prompt of one record passes through.
-        tokenizer_bytes: Tables of its tokenizer.
     """
 
     name: str
@@ -68,8 +62,6 @@ class MemoryPlan:
     Attributes:
         prompt_tokens: Positions of every prompt, messages included.
         num_links: Inner and outer links that the program uses.
-        links_bytes: Their weights.
-        max_batch: Records in the largest batch.
     """
 
     prompt_tokens: int
@@ -105,22 +97,16 @@ class MemoryPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
-        return asdict(self) | {
-            "weights_bytes": self.weights_bytes,
-            "runtime_bytes": self.runtime_bytes,
-            "cache_bytes": {
-                "one": self.cache_bytes(batch=1),
-                "max": self.cache_bytes(batch=self.max_batch),
-            },
-            "activation_bytes": {
-                "one": self.activation_bytes(batch=1),
-                "max": self.activation_bytes(batch=self.max_batch),
-            },
-            "total_bytes": {
-                "one": self.total_bytes(batch=1),
-                "max": self.total_bytes(batch=self.max_batch),
-            },
+        by_batch = {
+            "cache_bytes": self.cache_bytes,
+            "activation_bytes": self.activation_bytes,
+            "total_bytes": self.total_bytes,
         }
+        return (
+            asdict(self)
+            | {"weights_bytes": self.weights_bytes, "runtime_bytes": self.runtime_bytes}
+            | {k: {"one": f(batch=1), "max": f(batch=self.max_batch)} for k, f in by_batch.items()}
+        )
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [
@@ -153,7 +139,6 @@ def memory_plan(program: Graph, *, prompt_tokens: int | None = None) -> MemoryPl
     """Return the memory that a program with planned caches needs.
 
     Args:
-        program: Of level PLANNED.
         prompt_tokens: Positions of every prompt, messages included; None for the most that the
             build allows, with caches for the longest answer.
     """

@@ -63,12 +63,7 @@ class BackboneFacts:
         source: As the spec names it, e.g. `builtin:smollm2-135m-instruct`.
         identity: Equal for equal weights as far as names can tell: the source with its revision
             resolved, or the folder's absolute path. Link files made for others are refused.
-        model_type: Hugging Face model type.
         width: Hidden width, d. Input embeddings have the same width.
-        num_layers: Decoder layers.
-        num_heads: Query heads.
-        num_kv_heads: Key/value heads.
-        head_dim: Width of a head.
         vocab_size: Rows of the embedding table.
         max_positions: Longest sequence the backbone was made for.
         attention: Kind of each layer, in order; `len(attention) == num_layers`.
@@ -329,8 +324,6 @@ def weights_bytes(facts: BackboneFacts, *, precision: str, dtype: str = "float32
     """Return the bytes of a backbone's weights.
 
     Args:
-        facts: The backbone.
-        precision: Of its engines.
         dtype: What float32 engines store; quantized weights take the same bytes from any.
     """
     bits = PRECISIONS[precision]

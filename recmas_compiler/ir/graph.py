@@ -1,4 +1,4 @@
-"""An immutable graph with one op per node and edge, and its routing. Only this file knows networkx."""
+"""The one file that knows networkx: an immutable graph with one op per node and edge; routing."""
 
 from __future__ import annotations
 
@@ -28,9 +28,6 @@ class Graph:
     """A topology or a program: nodes by string id, deterministic order, never changed in place.
 
     Args:
-        level: How far it has come.
-        system: The tables that nodes refer to by name.
-        nodes: Payload by id.
         edges: Endpoints must be nodes. At most one edge per ordered pair.
     """
 

@@ -34,7 +34,7 @@ INNER_STRENGTHS: Final = (0.1, 0.3, 1.0, 3.0)
 OUTER_STRENGTHS: Final = (0.001, 0.01, 0.1, 1.0)
 # For finding a map that is known to exist: only keeps the equations solvable.
 EXACT: Final = 1e-6
-# With token detectors: they rarely speak together, so there is little to keep apart.
+# With token detectors: they are rarely active together, so there is little to keep apart.
 DETECTOR_STRENGTH: Final = 0.003
 # Samples for each detector and each input; with fewer, they learn the samples by heart.
 SAMPLES_PER_REGRESSOR: Final = 8
@@ -55,8 +55,8 @@ ROWS_AT_ONCE: Final = 4096
 FEWEST_SEEN: Final = 2
 # Added to each input's variance, relative to it: thoughts of rare tokens vary in few directions.
 SHRINKAGE: Final = 0.01
-# Where a unit begins to speak, between the mean of all thoughts (0) and that of its token's (1).
-# Below, everything else is heard too; above, its own token is missed.
+# Where a unit becomes active, between the mean of all thoughts (0) and that of its token's (1).
+# Below, it detects everything else too; above, it misses its own token.
 THRESHOLD: Final = 0.3
 # How far apart these two means are for a unit: gelu tells them apart and is not yet a step.
 SPREAD: Final = 4.0
@@ -69,7 +69,6 @@ class Alignment:
     Attributes:
         cosine: Mean cosine between what the link answers and the embedding it should answer.
         strength: Ridge strength chosen; 0 for the identity.
-        num_held_out: Samples measured on.
         num_detectors: Hidden units that start as detectors of tokens.
     """
 
@@ -109,7 +108,6 @@ def align_inner(link: nn.Module, calibration: Calibration, *, link_id: str) -> A
 
     Args:
         link: Of any kind; changed in place.
-        calibration: Of the agent's backbone.
         link_id: Seeds what stays random.
     """
     samples = _Samples(
@@ -150,8 +148,6 @@ def align_outer(
 
     Args:
         link: Of any kind; changed in place.
-        source: Backbone of the sending agent.
-        target: Backbone of the receiving agent.
         link_id: Seeds what stays random.
 
     Raises:
@@ -217,8 +213,8 @@ def _set_detectors(link: LinkModule, known: _Samples, token_N: Tensor, most: int
     num_detectors = len(bias_U)
     link.proj1.weight[:num_detectors] = weight_UD.float()
     link.proj1.bias[:num_detectors] = bias_U.float()
-    heard_NU = link.branch(known.x_ND)[:, :num_detectors]
-    inputs_NF, truth_NE = torch.cat([known.x_ND, heard_NU], dim=1), known.truth_NE
+    active_NU = link.branch(known.x_ND)[:, :num_detectors]
+    inputs_NF, truth_NE = torch.cat([known.x_ND, active_NU], dim=1), known.truth_NE
     weight_EF, _ = direction_map(inputs_NF, truth_NE, DETECTOR_STRENGTH)
     weight_EF, bias_E = spread_out(
         weight_EF, inputs_NF, truth_NE, mean_E=truth_NE.mean(0, dtype=torch.float64)
@@ -382,8 +378,6 @@ def ridge(
     """Return the weight [E, D] and bias [E] of the ridge regression from x to y, in float64.
 
     Args:
-        x_ND: Inputs.
-        y_NE: Outputs.
         strength: Penalty of each input's weights, relative to the input's sum of squares.
         has_bias: False fits through the origin and returns a bias of zeros.
         weight_N: How much each sample counts; None for all alike.
@@ -424,11 +418,6 @@ def direction_map(x_ND: Tensor, truth_NE: Tensor, strength: float) -> tuple[Tens
     Least squares counts distances, and most of a doubtful answer's distance is that it is short. So
     it is solved twice: the second time for the truth's direction at the length that the first time
     answered with, in units of that length. Answers stay as short as they are doubtful.
-
-    Args:
-        x_ND: Inputs.
-        truth_NE: Outputs.
-        strength: As for `ridge`.
     """
     weight_ED, bias_E = ridge(x_ND, truth_NE, strength)
     length_N1 = torch.cat(
@@ -444,14 +433,7 @@ def direction_map(x_ND: Tensor, truth_NE: Tensor, strength: float) -> tuple[Tens
 def spread_out(
     weight_ED: Tensor, x_ND: Tensor, truth_NE: Tensor, *, mean_E: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the map with a gain: its answers are as far from their mean as the truth from its own.
-
-    Args:
-        weight_ED: The map.
-        x_ND: Its inputs.
-        truth_NE: What it should have answered.
-        mean_E: The mean that its answers are to have.
-    """
+    """Return the map with a gain that lets its answers lie as far from their mean as the truth."""
     x_mean = x_ND.mean(0, dtype=torch.float64)
     answered = sum(
         ((x.double() - x_mean) @ weight_ED.T).square().sum().item()
@@ -471,8 +453,6 @@ def token_detectors(x_ND: Tensor, token_N: Tensor, *, most: int) -> tuple[Tensor
     (R. A. Fisher, 1936), with the covariance of all samples, shrunk.
 
     Args:
-        x_ND: Inputs of the units.
-        token_N: The token that followed each.
         most: The largest U. There are fewer where fewer tokens were seen `FEWEST_SEEN` times.
     """
     tokens, class_N, counts = torch.unique(token_N, return_inverse=True, return_counts=True)

@@ -45,7 +45,6 @@ class TrainedLinks:
     Attributes:
         spec: The spec with the files of these links as their weights, and with a warning RM751 for
             every one that does not fit any more.
-        folder: Where they are.
         used: Ids of the links that learned, in order of declaration.
         untrained: Ids of the links that lie there as they started: no stage has trained them yet.
     """
@@ -71,7 +70,6 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
     """Return the trained links that lie beside a spec; None if nothing was trained.
 
     Args:
-        spec: A checked spec.
         ends: What each agent's backbone is.
     """
     found = _folder_and_receipt(spec)
@@ -189,7 +187,6 @@ def untrained_links(spec: Spec, *, kinds: Mapping[str, str] | None = None) -> Sp
     The start is the closed form, as for a link that was never trained.
 
     Args:
-        spec: A checked spec.
         kinds: Kind by link id, where that is known without the links' files.
 
     Raises:

@@ -20,10 +20,6 @@ class Pass(ABC):
 
     A pass never prints, times, dumps or verifies (instruments do), never changes the graph that it
     is given, and returns that graph itself where it has nothing to do.
-
-    Attributes:
-        requires: Level of the graph it takes.
-        ensures: Level of the graph it returns.
     """
 
     requires: ClassVar[Level]
@@ -43,7 +39,6 @@ def merge_steps(graph: Graph, merged: Mapping[str, tuple[tuple[str, ...], StepOp
     """Return the program with each group replaced by one step that has all its flows.
 
     Args:
-        graph: A program.
         merged: New id -> (ids of the group, payload of the merged step). Groups are disjoint, and
             no step of a group depends on another one of it.
     """
@@ -87,11 +82,7 @@ class VerifyPasses:
 
 
 class DumpIR:
-    """Writes `000_topology.txt`, `001_ShareBackbones.txt`, ... into a folder as passes run.
-
-    Args:
-        folder: Made if it is not there. Files of the same name are overwritten.
-    """
+    """Writes `000_topology.txt`, `001_ShareBackbones.txt`, ... into a folder as passes run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

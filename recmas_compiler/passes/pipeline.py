@@ -35,7 +35,6 @@ def run_pipeline(
     Args:
         graph: What the first pass requires: a topology for the whole pipeline.
         passes: Any part of `PIPELINE`; every pass but UnrollRounds and PlanCaches is optional.
-        instruments: Called before and after each pass.
 
     Raises:
         RecmasError: RM204 for a graph that breaks a rule, RM205 for a pass that fails.

@@ -37,7 +37,6 @@ class OuterFile:
     """Where an outer link is.
 
     Attributes:
-        path: The `.pt` file.
         in_dim: Width it reads, where the config says so.
         out_dim: Width it writes, where the config says so.
     """
@@ -187,8 +186,6 @@ def read_pickled_link(
     and refuses all else.
 
     Args:
-        path: The `.pt` file.
-        role: Inner or outer.
         in_dim: Width it must read; None if nothing tells.
         out_dim: Width it must write; None if nothing tells.
 

@@ -18,12 +18,10 @@ def check_free(place: Path, names: Sequence[str], *, force: bool) -> None:
     """Refuse to write over files, unless the user wants that.
 
     Args:
-        place: Folder that the files go to.
-        names: The files, relative to it.
         force: Existing files may be replaced; folders in their place may not.
 
     Raises:
-        RecmasError: RM302 if something is in the way.
+        RecmasError: RM302 if something is there already.
     """
     found = [n for n in names if os.path.lexists(place / n)]
     taken = [n for n in found if not force or (place / n).is_dir()]

@@ -29,7 +29,6 @@ class ReleasedAgent(Struct, frozen=True, forbid_unknown_fields=True):
     """An agent of a style.
 
     Attributes:
-        role: Its name in specs.
         model: The released model's name, as the repository's name ends.
     """
 
@@ -47,9 +46,6 @@ class ReleasedLink(Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         key: Its name in `outerlink_config.json`, there called `legacy_key`.
-        source: Role of the agent that sends.
-        target: Role of the agent that receives.
-        feedback: Whether its message is seen in the next round.
     """
 
     key: str
@@ -62,12 +58,9 @@ class Style(Struct, frozen=True, forbid_unknown_fields=True):
     """A released arrangement of agents.
 
     Attributes:
-        name: As users choose it.
         paradigm: Arrangement; styles of one paradigm differ in their models only.
         prefix: How the names of its repositories begin.
         agents: In order of their turns.
-        links: In the order of their keys.
-        answer: Role of the agent that writes the answer.
     """
 
     name: str

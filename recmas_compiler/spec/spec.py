@@ -39,11 +39,8 @@ class Spec:
     """A checked spec. Two specs are equal if they mean the same, wherever they are written.
 
     Attributes:
-        document: Typed content: the pattern expanded, all defaults filled in.
         path: The file, or None for a spec from text.
         base_dir: Folder that relative paths in the spec start from.
-        places: Where everything stands.
-        warnings: Findings that stop nothing.
     """
 
     document: SpecDocument
@@ -83,7 +80,6 @@ def load_spec(path: str | Path, *, overrides: Iterable[str] = ()) -> Spec:
     """Read and check a spec file; no backbone or link file is touched.
 
     Args:
-        path: The YAML file.
         overrides: `a.b.c=value`, as given to `--set`; later ones win.
 
     Raises:
@@ -104,10 +100,8 @@ def parse_spec(
     """Check a spec given as text. See `load_spec`.
 
     Args:
-        text: YAML.
         file: What to call it in messages.
         base_dir: Folder that relative paths in the spec start from.
-        overrides: `a.b.c=value`, as given to `--set`.
     """
     return _check(text, file=file, path=None, base_dir=Path(base_dir), overrides=overrides)
 

@@ -200,12 +200,8 @@ def _check_preset(declared: Declared, train: TrainSection) -> Iterator[Problem]:
     wanted = PRESET_KINDS[train.preset]
     if wanted is None:
         return
-    document = declared.document
-    all_links: list[tuple[str, WeightsSection]] = [
-        *((f"the inner link of `{name}`", agent.inner) for name, agent in document.agents.items()),
-        *((f"the link `{name}`", link) for name, link in document.links.items()),
-    ]
-    others = [(what, link.kind) for what, link in all_links if link.kind not in (None, wanted)]
+    links = [(what, link.kind) for _, what, link in _all_weights(declared)]
+    others = [(what, kind) for what, kind in links if kind not in (None, wanted)]
     if not others:
         return
     what, kind = others[0]

@@ -87,9 +87,6 @@ def role_prompts(
     """Return what an agent is asked without and with slots.
 
     Args:
-        role: Its part in the pattern.
-        task: What the answer is to look like.
-        agent: Its name.
         senders: The agents whose messages it has slots for; several are named in the text.
         tools: What it may call, if it answers.
     """
@@ -130,8 +127,6 @@ class Role:
     """An agent of a pattern.
 
     Attributes:
-        agent: Its name.
-        name: What it does.
         loc: Where the pattern names it, below the pattern's own key.
     """
 

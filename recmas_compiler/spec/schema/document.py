@@ -112,8 +112,8 @@ SPECS: Final = Language(
     text_rules={f"^{SLUG_PATTERN}$": f"a name ({_SLUG_RULE})", PATH_PATTERN: "a path"},
 )
 
-# Settings that have a default and that no check between sections looks at: with a wrong one put
-# aside, the other findings are still true. Never so: names, prompts and links.
+# Settings that have a default and that no check between sections looks at: without a wrong one the
+# other findings are still true. Never so: names, prompts and links.
 _INDEPENDENT: Final[tuple[tuple[str, ...], ...]] = (
     ("rounds",),
     ("latent_steps",),
@@ -185,7 +185,7 @@ def _problem(detail: ErrorDetails, places: Places) -> Problem:
 
 
 def _prunable(loc: Loc) -> Loc | None:
-    """Return the setting that an error belongs to, if it can be put aside."""
+    """Return the setting that an error belongs to, if the rest can be checked without it."""
     for length in range(len(loc), 0, -1):
         setting = loc[:length]
         if setting != ("answer", "agent") and any(matches(setting, p) for p in _INDEPENDENT):
