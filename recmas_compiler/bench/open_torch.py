@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.bench.torch_engine import TorchEngine, TorchTables, apply_inner, to_numpy
 from recmas_compiler.ir.build_topology import build_topology
-from recmas_compiler.links.untrained import without_link_files
+from recmas_compiler.links.trained import without_link_files
 from recmas_compiler.lowering.reference import load_backbones
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import load_spec

@@ -10,8 +10,8 @@ from torch import nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.links.closed_form.aligned import Alignment, align_inner, align_outer
-from recmas_compiler.links.closed_form.calibration import Calibration, calibrate
+from recmas_compiler.links.aligned import Alignment, align_inner, align_outer
+from recmas_compiler.links.calibration import Calibration, calibrate
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.links.modules import load_declared_link, make_link, randomize
 from recmas_compiler.spec.document.places import SourcePosition

@@ -19,7 +19,7 @@ from recmas_compiler.links.modules import save_link
 from recmas_compiler.links.trained import RECEIPT_NAME, RECEIPT_VERSION
 from recmas_compiler.lowering.materialize import MaterializedLink
 from recmas_compiler.spec.document.problems import problem_at
-from recmas_compiler.spec.schema.section import Section
+from recmas_compiler.spec.schema.sections import Section
 from recmas_compiler.spec.schema.train import TrainSection
 from recmas_compiler.training.data.hidden_state_cache import HiddenStates, cached_hidden_states
 from recmas_compiler.training.loop.checkpoint import writing

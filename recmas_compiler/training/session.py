@@ -15,7 +15,7 @@ from torch import nn
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import System, Think
-from recmas_compiler.links.closed_form.calibration import Calibration
+from recmas_compiler.links.calibration import Calibration
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.links.modules import make_link
 from recmas_compiler.links.trained import links_folder
@@ -28,7 +28,7 @@ from recmas_compiler.lowering.training_graph.calls import CallWriter, TrainExamp
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.spec.document.places import path_of
 from recmas_compiler.spec.document.problems import problem_at
-from recmas_compiler.spec.schema.section import Section
+from recmas_compiler.spec.schema.sections import Section
 from recmas_compiler.spec.schema.train import BackboneDtype, TrainSection
 from recmas_compiler.spec.spec import Spec
 from recmas_compiler.training.data.examples import (

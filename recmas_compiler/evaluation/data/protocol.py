@@ -27,8 +27,8 @@ from recmas_compiler.spec.document.problems import (
     show,
 )
 from recmas_compiler.spec.document.yaml_source import Value, parse_mapping, read_text
-from recmas_compiler.spec.overrides import apply_overrides
-from recmas_compiler.spec.schema.section import Section, Slug
+from recmas_compiler.spec.schema.sections import Section, Slug
+from recmas_compiler.spec.spec import apply_overrides
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 
 MAX_SEED: Final = 2**20

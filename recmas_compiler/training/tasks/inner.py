@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.links.closed_form.aligned import align_inner
-from recmas_compiler.links.closed_form.calibration import HELD_OUT_EVERY, Calibration
+from recmas_compiler.links.aligned import align_inner
+from recmas_compiler.links.calibration import HELD_OUT_EVERY, Calibration
 from recmas_compiler.links.modules import make_link, randomize
 from recmas_compiler.training.data.hidden_state_cache import HiddenStates
 from recmas_compiler.training.loop.distributed import World
