@@ -219,9 +219,7 @@ def parse_protocol(text: str, *, file: str, overrides: Iterable[str] = ()) -> Pr
     """Parse the text of a protocol file.
 
     Args:
-        text: YAML.
         file: How messages name it.
-        overrides: `KEY.PATH=VALUE`, in order.
 
     Raises:
         RecmasError: As `load_protocol`.

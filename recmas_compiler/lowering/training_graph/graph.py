@@ -45,18 +45,12 @@ class TrainingGraph(nn.Module):
     Args:
         program: Of level UNROLLED or PLANNED, with or without any pass.
         backbones: By the name of the shared backbone; they are frozen here.
-        links: By link id.
         mode: Where thoughts come from: the hidden states over target texts, or a rollout.
         supervise: Whether earlier rounds in which the answer agent runs count too.
         checkpoint_calls: Keep a call's inputs only and compute it again for its gradients: memory
             for about a third more time.
         compile_calls: Run backbones and links as compiled graphs; where that fails, a
             `CompileWarning` says so and they run eagerly.
-
-    Attributes:
-        plan: What is followed.
-        batches: Turns in which agents think, by step.
-        answer: The turn in which the answer agent writes, the last one.
     """
 
     def __init__(
@@ -166,7 +160,6 @@ class TrainingGraph(nn.Module):
         """Return the loss that training lowers, in the graph's mode.
 
         Args:
-            batch: From `prepare`.
             watch: Let `round_gradients` know of this pass.
         """
         latents = self.latents(batch, watch=watch)
@@ -188,8 +181,6 @@ class TrainingGraph(nn.Module):
         add the same to every control.
 
         Args:
-            batch: From `prepare`.
-            controls: What the answer agent's slots get in the last round.
             mode: `rollout` where the graph's own is `teacher_forced`.
         """
         latents = self.latents(batch, mode=mode)
@@ -202,13 +193,7 @@ class TrainingGraph(nn.Module):
         }
 
     def latents(self, batch: Batch, *, mode: Mode | None = None, watch: bool = False) -> Latents:
-        """Run the thinking part: every thought and message that the answer needs.
-
-        Args:
-            batch: From `prepare`.
-            mode: `rollout` where the graph's own is `teacher_forced`.
-            watch: Let `round_gradients` know of this pass.
-        """
+        """Run the thinking part: every thought and message that the answer needs."""
         latents = Latents(
             plan=self.plan,
             batch=batch,

@@ -27,8 +27,6 @@ class RoundLoss:
     """The cross-entropy of one round.
 
     Attributes:
-        sum_B: By record, over its target tokens.
-        tokens: Target tokens by record.
         is_exact_B: By record, whether greedy decoding would write the target.
     """
 
@@ -46,7 +44,6 @@ class Loss:
             so that parts of a batch add up and whoever adds them divides once.
         tokens: Target tokens of the last round: what `total` is divided by.
         per_record_sum: [B], without gradients; adds up to `total`.
-        per_record_tokens: [B], target tokens of the last round.
         per_record_exact: [B], whether greedy decoding would write the target in the last round, up
             to the token that ends it.
         rounds: Unweighted sum and number of tokens by round.
@@ -75,9 +72,7 @@ def turn_loss(
     """Return the loss of target texts.
 
     Args:
-        backbone: Its head gives the logits.
         turns_TD: By record, hidden states from the position before the first target token on.
-        calls: By record, the turns.
         checkpointed: Compute the logits again for their gradients instead of keeping them.
     """
     tokens = tuple(call.num_target_tokens for call in calls)

@@ -43,12 +43,7 @@ class Learner(Protocol):
 
 
 class FullLearner:
-    """All weights of a backbone.
-
-    Args:
-        backbone: Changed in place.
-        section: How to train.
-    """
+    """All weights of a backbone."""
 
     def __init__(self, backbone: TorchBackbone, section: TrainSection) -> None:
         self.settings = section.sft
@@ -67,7 +62,6 @@ class LoraLearner:
     """Low-rank additions to every matrix of a backbone but its embeddings and its head.
 
     Args:
-        backbone: Changed in place.
         section: How to train; the additions are drawn by its seed.
 
     Raises:

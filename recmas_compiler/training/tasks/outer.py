@@ -29,10 +29,7 @@ class OuterTask:
     """Trains all links of a graph together.
 
     Args:
-        graph: The program to train.
         links: What learns, by link id; the graph's other links stay as they are.
-        train: Records to learn from.
-        held_out: Records to measure on.
         batch_size: Records of a measurement's batch.
     """
 

@@ -31,11 +31,6 @@ class SingleAgentTask:
 
     Args:
         writer: Renders the agent's prompt, which has no slots.
-        agent: Its name.
-        backbone: Whose weights learn.
-        learning: What learns, by name.
-        train: Records to learn from.
-        held_out: Records to measure on.
         batch_size: Records of a measurement's batch.
         checkpointed: Compute calls again for their gradients instead of keeping them.
         compute: Element type of products; weights keep theirs.
