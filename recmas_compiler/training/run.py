@@ -26,13 +26,14 @@ from recmas_compiler.training.loop.checkpoint import writing
 from recmas_compiler.training.loop.loop import Loop, LoopResult, Sink, StageSection, Task
 from recmas_compiler.training.loop.metrics import draw_curves, write_cost
 from recmas_compiler.training.session import Session, element_type
-from recmas_compiler.training.tasks.finetuning import METHODS, MethodName
-from recmas_compiler.training.tasks.inner import InnerTask, inner_baselines
-from recmas_compiler.training.tasks.outer import OuterTask
-from recmas_compiler.training.tasks.single_agent_baseline import (
+from recmas_compiler.training.tasks.finetuning import (
+    METHODS,
+    MethodName,
     SingleAgentTask,
     calls_without_slots,
 )
+from recmas_compiler.training.tasks.inner import InnerTask, inner_baselines
+from recmas_compiler.training.tasks.outer import OuterTask
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.ids import (
     canonical_link_name,

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from recmas_compiler.evaluation.data.converters import CONVERTERS, UNREADABLE
-from recmas_compiler.evaluation.data.protocol import DataSection, Protocol
+from recmas_compiler.evaluation.data.protocol import CONVERTERS, UNREADABLE, DataSection, Protocol
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.prompts.render import field_text
 from recmas_runtime.running.records import Record
