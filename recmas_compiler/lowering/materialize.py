@@ -26,12 +26,8 @@ class MaterializedLink:
 
     Attributes:
         module: In float32, trainable.
-        weights: What the spec declares.
-        role: Inner or outer.
         source: Identity of the backbone it reads from.
         target: Identity of the backbone it writes for.
-        init: Where its weights come from.
-        alignment: How good the closed form is; None unless `init` is `aligned`.
     """
 
     module: nn.Module
@@ -58,7 +54,6 @@ def materialize_links(
     """Make every link of a program, inner links first, in order of declaration.
 
     Args:
-        program: Of any level.
         backbones: By the name of the shared backbone.
         progress: Sees the calibration, once per backbone that needs one.
         targets: Takes an agent and gives thoughts to align its inner link to, instead of those over

@@ -71,8 +71,6 @@ class TrainSettings:
     """What to train on and how.
 
     Attributes:
-        section: The resolved section of the spec.
-        data: Absolute path of the records.
         held_out: Absolute path of the held-out records, or the part of `data` that is held out.
         links_dir: Absolute path of the folder that trained links go to.
     """
@@ -132,15 +130,9 @@ class Session:
     """A spec, made ready to train.
 
     Attributes:
-        spec: What is trained.
-        program: Compiled from it.
-        settings: How.
         examples: The data, without records that are too long.
         backbones: By shared name, on the world's device.
         graph: The program as a module; its links have no trained weights yet.
-        calls: Renders what agents read.
-        world: The processes that share the work.
-        progress: Counts what takes long.
     """
 
     spec: Spec
