@@ -36,7 +36,6 @@ OTHER_ARROWS = {
     "recmas_compiler.spec.document.yaml_source": {
         ")?( (->|"
     },  # plain text that may be a link's name
-    "recmas_runtime.formats.consistency": {".inner"},  # a place in the plan: `agents.NAME.inner`
     "recmas_runtime.cli.inspect": {" -> "},  # widths, and who sends to whom
 }
 
