@@ -25,6 +25,7 @@ from recmas_compiler.released.styles import INNER_CONFIG, OUTER_CONFIG, OUTER_TY
 from recmas_compiler.spec.document.places import is_file
 from recmas_compiler.spec.document.problems import did_you_mean, show
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.text import first_line
 from recmas_runtime.formats.link_kinds import RELEASED_KIND, LinkRole
 
 _LARGEST_CONFIG_BYTES: Final = 1 << 20
@@ -200,7 +201,7 @@ def read_pickled_link(
         state = torch.load(path, map_location="cpu", weights_only=True)
     # A hostile pickle can make the reader raise whatever it likes.
     except Exception as error:
-        raise _refusal(path, f"it is not a plain state dict ({_line(error)})") from error
+        raise _refusal(path, f"it is not a plain state dict ({first_line(error)})") from error
     if type(state) not in (dict, OrderedDict):
         raise _refusal(path, f"it is not a plain state dict but a {type(state).__name__}")
     for name, tensor in state.items():
@@ -217,7 +218,7 @@ def read_link_file(path: Path, role: LinkRole) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise _refusal(path, _line(error)) from error
+        raise _refusal(path, first_line(error)) from error
     return _checked(path, tensors, role, in_dim=None, out_dim=None)
 
 
@@ -294,7 +295,3 @@ def _checked(
 def _refusal(path: Path, why: str) -> RecmasError:
     hint = "Get the file again from where it was released."
     return fail("RM208", f"{path.name} cannot be used: {why}", file=str(path), hint=hint)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
