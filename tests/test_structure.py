@@ -20,7 +20,7 @@ SOURCES = sorted(
     for folder in ("recmas_compiler", "runtime/recmas_runtime", "export")
     for path in (ROOT / folder).rglob("*.py")
 )
-BENCH = ROOT / "tests/bench"
+BENCH = ROOT / "benchmarks"
 SCRIPTS = sorted(p.stem for p in BENCH.glob("*.py") if "def main(" in p.read_text(encoding="utf-8"))
 MAX_LINES = 600
 MAX_FILES = 14  # of a folder, its `__init__.py` included
