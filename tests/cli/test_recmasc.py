@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from kit.models import write_tiny_backbone
+from kit.specs import SEQUENTIAL
 from recmas_runtime.core.errors import Exit
 from recmas_runtime.formats.manifest import MANIFEST_NAME
-from tiny_models import write_tiny_backbone
-from tiny_specs import SEQUENTIAL
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ import pytest
 from recmas_cli.evaluation_command import EvalOptions, evaluate
 
 import recmas_runtime as rt
+from kit.files import WriteRecords
 from recmas_compiler.evaluation.checks.text_checks import extract_words
 from recmas_runtime.core.errors import Exit, RecmasError
-from record_files import WriteRecords
 
 PROTOCOL = """
 name: words

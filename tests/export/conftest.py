@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 
-from export_cases import Exported, export_tiny
+from kit.engines import Exported, export_tiny
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from export_cases import CASES, Exported, make_engine, random_ids, random_link
+from kit.engines import CASES, Exported, make_engine, random_ids, random_link
 from recmas_export.graph.backbone_graph import CPU_DECODER, DECODER
 from recmas_export.passes.grouped_attention import use_grouped_attention
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, Operands

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from export_cases import random_link, relative, session
+from kit.engines import random_link, relative, session
 from recmas_export.graph.links import write_link_graph
 from recmas_export.graph.probe import write_probe
 from recmas_runtime.formats.links import stack_operands

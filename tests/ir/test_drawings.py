@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, settings
 
-from graphs import EXAMPLES, sequential, topology
+from kit.graphs import EXAMPLES, sequential, topology
 from recmas_compiler.analysis.mermaid import program_mermaid, topology_mermaid
 from recmas_compiler.analysis.svg import topology_svg
 from recmas_compiler.analysis.svg_layout import Box, Point, lay_out

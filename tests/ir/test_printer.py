@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from graphs import mixture, sequential, topology
+from kit.graphs import mixture, sequential, topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import BuildOptions
 from recmas_compiler.ir.printer import print_graph, prompt_text

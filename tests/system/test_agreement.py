@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import recmas_runtime as rt
-from built import BuildTiny, Built
+from kit.bundles import BuildTiny, Built
+from kit.files import read_messages
+from kit.specs import SPECS
 from recmas_compiler.ir.ops import Prefill, Think
 from recmas_compiler.lowering.result import ReferenceResult
 from recmas_compiler.passes.batch_parallel_agents import BatchParallelAgents
@@ -19,8 +21,6 @@ from recmas_compiler.passes.share_backbones import ShareBackbones
 from recmas_compiler.passes.share_prompt_prefix import SharePromptPrefix
 from recmas_runtime.formats.tolerances import TOLERANCES
 from recmas_runtime.running.run_trace import TraceWriter
-from tiny_specs import SPECS
-from trace_files import read_messages
 
 QUESTIONS = [
     "What is 7 * 8?",

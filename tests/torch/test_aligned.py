@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ir.graphs import topology
+from kit.graphs import topology
+from kit.models import LoadTiny
+from kit.systems import RECORDS, declare
 from recmas_compiler.ir.ops import LinkWeights
 from recmas_compiler.links.checkpoint import save_link
 from recmas_compiler.links.closed_form.aligned import align_inner, align_outer
@@ -23,7 +25,6 @@ from recmas_compiler.lowering.reference import load_backbones, to_torch
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Advance, Silent
-from tiny_systems import RECORDS, LoadTiny, declare
 
 KINDS = ["residual", "ln_residual", "projected"]
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from kit.models import FAMILIES, LoadTiny
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.bench.engines.torch_engine import TorchEngine, apply_inner
 from recmas_compiler.links.checkpoint import save_link
@@ -16,8 +17,6 @@ from recmas_compiler.links.modules import LINKS, make_link, randomize
 from recmas_runtime.formats.links import Operands, load_operands, stack_operands
 from recmas_runtime.formats.manifest import LinkEntry
 from recmas_runtime.formats.tolerances import TOLERANCES
-from tiny_models import FAMILIES
-from tiny_systems import LoadTiny
 
 LENGTHS = np.array([5, 11, 8])
 CAPACITY, NUM_STEPS = 64, 4

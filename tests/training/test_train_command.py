@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kit.training import changed
 from recmas_cli.main import main
 from recmas_compiler.training.loop.metrics import METRICS_NAME, read_metrics
 from recmas_runtime.core.errors import Exit, fail
-from training_specs import changed
 
 COMMAND = [sys.executable, "-m", "recmas_cli.main", "train"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
+from kit.models import LoadTiny
+from kit.systems import random_links
+from kit.training import TOPOLOGIES, examples, on_one, training_graph
 from recmas_compiler.lowering.training_graph.compiled import Compiled, CompileWarning
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.training.data.examples import TrainExample
 from recmas_compiler.training.tolerances import TOLERANCES
-from tiny_systems import LoadTiny, random_links
-from training_systems import TOPOLOGIES, examples, on_one, training_graph
 
 
 @pytest.fixture(autouse=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kit.models import LoadTiny
+from kit.systems import random_links
+from kit.training import examples, on_one, training_graph
 from plain_training import PlainTraining
 from recmas_compiler.lowering.training_graph.controls import controlled
 from recmas_compiler.training.loop.distributed import World
 from recmas_compiler.training.tasks.outer import OuterTask
 from recmas_compiler.training.tolerances import TOLERANCES
-from tiny_systems import LoadTiny, random_links
-from training_systems import examples, on_one, training_graph
 
 MODES = ["teacher_forced", "rollout"]
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))

@@ -13,18 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from recmas_compiler.backbones.sources import describe_backbone
-from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone, weights_digest
+from kit.models import load_tiny
+from recmas_compiler.backbones.torch_model import TorchBackbone, weights_digest
 from recmas_compiler.links.checkpoint import save_link
 from recmas_compiler.links.modules import make_link, randomize
 from recmas_export.graph.backbone_graph import CPU_DECODER, DECODER, EMBED, HEAD, export_backbone
-from recmas_runtime.core.progress import Silent
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.engines.onnx.buffers import Memory
 from recmas_runtime.engines.onnx.caches import CachePool
 from recmas_runtime.formats.links import load_operands, stack_operands
 from recmas_runtime.formats.manifest import BackboneEntry, LinkEntry
-from tiny_models import write_tiny_backbone
 
 Operands = dict[str, NDArray[Any]]
 
@@ -152,12 +150,6 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def load_tiny(folder: Path, family: str, **dims: Any) -> TorchBackbone:
-    write_tiny_backbone(folder, family, **dims)
-    facts = describe_backbone(str(folder), base_dir=folder)
-    return load_backbone(facts, base_dir=folder, progress=Silent())
 
 
 def export_tiny(root: Path, name: str) -> Exported:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 from msgspec import structs
 from torch import nn
 
-from recmas_compiler.backbones.sources import describe_backbone
-from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
+from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Backbone
 from recmas_compiler.links.modules import make_link, randomize
@@ -18,7 +16,6 @@ from recmas_compiler.lowering.naive import run_naive
 from recmas_compiler.lowering.reference import TorchSystem
 from recmas_compiler.lowering.result import ReferenceResult
 from recmas_compiler.spec.document.places import UNKNOWN
-from recmas_runtime.core.progress import Silent
 
 RECORDS = [
     {"id": "1", "question": "What is 7 * 8?"},
@@ -26,15 +23,6 @@ RECORDS = [
 ]
 MAX_NEW_TOKENS = 10
 MESSAGE_TOLERANCE = 1e-4
-
-
-LoadTiny = Callable[..., TorchBackbone]
-
-
-def load_folder(folder: Path) -> TorchBackbone:
-    """Load a backbone as the compiler does, from its folder."""
-    facts = describe_backbone(str(folder), base_dir=folder)
-    return load_backbone(facts, base_dir=folder, progress=Silent())
 
 
 def declare(name: str, backbone: TorchBackbone) -> Backbone:
