@@ -28,8 +28,8 @@ from recmas_compiler.lowering.materialize import materialize_links
 from recmas_compiler.lowering.reference import load_backbones
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.lowering.training_graph.latents import Mode
-from recmas_compiler.training.data.examples import TrainExample, load_examples
-from recmas_compiler.training.settings import train_settings
+from recmas_compiler.training.data.examples import TrainExample
+from recmas_compiler.training.session import train_settings
 from recmas_runtime.core.progress import Silent
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -49,7 +49,7 @@ def main() -> None:
     program = rc.compile(spec).graph
     settings = train_settings(spec)
     size = settings.section.outer.batch_size
-    records = load_examples(settings, spec).train[: arguments.batches * size]
+    records = settings.examples(spec).train[: arguments.batches * size]
     batches = [records[first : first + size] for first in range(0, len(records), size)]
     found = {
         "mode": arguments.mode,

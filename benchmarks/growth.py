@@ -33,6 +33,8 @@ from recmas_runtime.formats.plan import (
     CachePlan,
     DecodeStep,
     Limits,
+    LinkPlan,
+    Message,
     Plan,
     PrefillStep,
     PromptPart,
@@ -148,17 +150,18 @@ def ring(plan: Plan, size: Size) -> Plan:
                 PrefillStep(
                     round=round_, agents=(name,), variants=(variant,), reuse_prefix=round_ > 1,
                     cache=name,
+                    messages=() if variant == "first" else (
+                        Message(
+                            agent=name, slot=f"a{(i - 1) % size.agents}", link=links[i - 1],
+                            round=round_ - 1 if i == 0 else round_,
+                        ),
+                    ),
                 )
             )  # fmt: skip
             if is_last:
                 steps.append(DecodeStep(round=round_, agent=name, cache=name))
             else:
-                steps.append(
-                    ThinkStep(
-                        round=round_, agents=(name,), num_steps=size.latent_steps, fused=True,
-                        cache=name,
-                    )
-                )  # fmt: skip
+                steps.append(ThinkStep(round=round_, agents=(name,), fused=True, cache=name))
                 steps.append(
                     SendStep(
                         round=round_, source=name, targets=(f"a{(i + 1) % size.agents}",),
@@ -170,7 +173,10 @@ def ring(plan: Plan, size: Size) -> Plan:
         rounds=size.rounds,
         answer_agent=f"a{size.agents - 1}",
         agents=agents,
-        feedback_links=(links[-1],),
+        links={
+            link: LinkPlan(source=f"a{i}", target=f"a{(i + 1) % size.agents}", carries="thoughts")
+            for i, link in enumerate(links)
+        },
         caches=caches,
         steps=tuple(steps),
         limits=Limits(max_prompt_tokens=positions, max_batch=1),

@@ -31,14 +31,12 @@ from relay_specs import SMOL, relay_spec, relay_targets, write_codes
 
 import recmas_compiler as rc
 from recmas_compiler.evaluation.statistics import wilson
-from recmas_compiler.training.loop.cost import read_cost
 from recmas_compiler.training.loop.distributed import joined_world
-from recmas_compiler.training.loop.run_loop import RunOptions
-from recmas_compiler.training.run import run_stages
-from recmas_compiler.training.session import open_session
-from recmas_compiler.training.settings import train_settings
+from recmas_compiler.training.loop.metrics import read_cost
+from recmas_compiler.training.run import RunOptions, run_stages
+from recmas_compiler.training.session import open_session, train_settings
 from recmas_compiler.training.tasks.outer import CONTROLS, exact_answers
-from recmas_runtime.core.progress import Silent
+from recmas_runtime.core.progress import LineProgress
 
 # Agents and rounds of each relay.
 RELAYS = {"one": (2, 1), "two": (3, 1), "three": (4, 1), "feedback": (2, 2), "mixed": (2, 1)}
@@ -184,9 +182,9 @@ def train_cell(cell: Cell, plan: Plan, folder: Path) -> dict[str, Any]:
     program = rc.compile(loaded).graph
     with joined_world() as world:
         session = open_session(
-            loaded, program, train_settings(loaded), world=world, progress=Silent()
+            loaded, program, train_settings(loaded), world=world, progress=LineProgress()
         )
-        options = RunOptions(folder=folder, resume=True, quiet=False)
+        options = RunOptions(folder=folder, resume=True)
         report = run_stages(session, "all" if plan.inner_steps else "outer", options)
         if report.interrupted:
             raise SystemExit("stopped; the same command goes on")

@@ -42,10 +42,10 @@ from torch.nn.functional import normalize
 
 import recmas_compiler as rc
 from recmas_compiler.training.loop.distributed import joined_world
-from recmas_compiler.training.loop.metrics import METRICS_NAME, read_metrics
-from recmas_compiler.training.session import open_session
-from recmas_compiler.training.settings import train_settings
+from recmas_compiler.training.loop.metrics import METRICS_NAME
+from recmas_compiler.training.session import open_session, train_settings
 from recmas_compiler.training.tasks.outer import CONTROLS
+from recmas_runtime.core.jsonl import read_json_lines
 from recmas_runtime.core.progress import Silent
 
 STUDIES = ("question", "numbers", "frozen", "warm", "find")
@@ -220,7 +220,7 @@ def train(study: str, spec: Path, out: Path) -> None:
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
     path = folder / "outer" / METRICS_NAME
-    return [row for row in read_metrics(path) if row["kind"] == "eval"] if path.exists() else []
+    return [row for row in read_json_lines(path) if row["kind"] == "eval"] if path.exists() else []
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:

@@ -88,7 +88,7 @@ class GradientWatch:
         self.read: dict[tuple[str, int], float] = defaultdict(float)
         self.given: dict[tuple[str, int], float] = defaultdict(float)
         rounds: dict[str, list[int]] = defaultdict(list)
-        for site in graph.schedule.thinking:
+        for site in graph.thinking:
             rounds[site.agent].append(site.round)
         for agent, own in rounds.items():
             steps = graph.system.agents[agent].latent_steps

@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import recmas_compiler as rc
-from recmas_compiler.training.loop.cost import COST_NAME, read_cost
 from recmas_compiler.training.loop.distributed import joined_world
-from recmas_compiler.training.loop.metrics import METRICS_NAME, read_metrics
-from recmas_compiler.training.session import open_session
-from recmas_compiler.training.settings import train_settings
+from recmas_compiler.training.loop.metrics import COST_NAME, METRICS_NAME, read_cost
+from recmas_compiler.training.session import open_session, train_settings
 from recmas_compiler.training.tasks.outer import CONTROLS, OuterTask
+from recmas_runtime.core.jsonl import read_json_lines
 from recmas_runtime.core.progress import Silent
 
 RECMASC = (sys.executable, "-m", "recmas_cli.main")
@@ -154,7 +153,7 @@ def losses(spec: Path, row: Row, out: Path) -> Mapping[str, float]:
     """Return the held-out loss under every control, computed once."""
     if row.method is not None:
         (loop,) = row.loops
-        measured = [e for e in read_metrics(loop / METRICS_NAME) if e["kind"] == "eval"]
+        measured = [e for e in read_json_lines(loop / METRICS_NAME) if e["kind"] == "eval"]
         return {"alone": measured[-1]["alone"], "alone before": measured[0]["alone"]}
     path = out / "losses" / f"{row.name.replace(', ', '-').replace(' ', '-')}.json"
     if path.exists():

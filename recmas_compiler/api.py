@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.instruments import DumpIR, Instrument, Record, RecordPasses
+from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.links.trained import End, TrainedLinks, find_trained_links
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import Spec, load_spec
@@ -49,7 +50,7 @@ class Program:
     trained: TrainedLinks | None = None
 
     def __str__(self) -> str:
-        return str(self.graph)
+        return print_graph(self.graph)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,9 @@ from pathlib import Path
 import click
 
 from recmas_cli.console import DUMP_IR, SET, SPEC, Outcome, command, write_text
+from recmas_compiler.analysis.draw import program_mermaid, topology_mermaid, topology_svg
 from recmas_compiler.analysis.explain import explain as explain_program
 from recmas_compiler.analysis.memory import memory_plan
-from recmas_compiler.analysis.mermaid import program_mermaid, topology_mermaid
-from recmas_compiler.analysis.svg import topology_svg
 from recmas_compiler.analysis.token_count import TokenCounter
 from recmas_compiler.api import load_and_compile
 from recmas_compiler.ir.printer import print_graph
@@ -24,7 +23,7 @@ from recmas_runtime.core.errors import fail
 def explain(spec: Path, overrides: tuple[str, ...]) -> Outcome:
     """Print the expanded spec and what each pass changes, in words."""
     program = load_and_compile(spec, overrides)
-    counter = TokenCounter(program.topology.system, base_dir=program.spec.base_dir)
+    counter = TokenCounter(program.topology.system)
     text = explain_program(program.topology, program.records, count_tokens=counter)
     expanded = program.spec.resolved_yaml()
     return Outcome(

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from recmas_cli.console import Outcome, RichProgress
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.spec.spec import Spec
-from recmas_compiler.training.loop.cost import COST_NAME, read_cost
-from recmas_compiler.training.loop.distributed import World, joined_world, launch
-from recmas_compiler.training.loop.run_loop import RunOptions
-from recmas_compiler.training.run import RunReport, Stage, check_processes, run_stages
-from recmas_compiler.training.session import Session, element_type, open_session
-from recmas_compiler.training.settings import TrainSettings, train_settings
-from recmas_compiler.training.task import Sink
+from recmas_compiler.training.loop.distributed import joined_world, launch
+from recmas_compiler.training.loop.loop import Sink
+from recmas_compiler.training.loop.metrics import COST_NAME, read_cost
+from recmas_compiler.training.run import (
+    RunOptions,
+    RunReport,
+    Stage,
+    check_processes,
+    run_method,
+    run_stages,
+)
+from recmas_compiler.training.session import Session, open_session, train_settings
 from recmas_compiler.training.tasks.finetuning import MODEL, MethodName
 from recmas_compiler.training.tasks.outer import record_losses
-from recmas_compiler.training.tasks.single_agent_baseline import AloneReport, run_method
 from recmas_runtime.core.errors import fail
-from recmas_runtime.core.progress import Progress, Silent
+from recmas_runtime.core.progress import Silent
+
+# What every process of `--nproc` runs.
+PROCESS_MODULE: Final = "recmas_cli.training_main"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +74,27 @@ def train(spec: Spec, program: Graph, options: TrainOptions) -> Outcome:
             f"--method {options.method} has no inner stage and no --eval-only",
             hint="Leave these options out.",
         )
-    make_sink = None if options.tensorboard is None else _tensorboard(options.tensorboard)
+    run = RunOptions(
+        folder=options.out,
+        resume=options.resume,
+        make_sink=None if options.tensorboard is None else _tensorboard(options.tensorboard),
+    )
     with joined_world() as world:
-        progress: Progress = RichProgress() if world.is_main and not options.quiet else Silent()
-        run = RunOptions(
-            folder=options.out, resume=options.resume, quiet=options.quiet, make_sink=make_sink
+        session = open_session(
+            spec,
+            program,
+            settings,
+            world=world,
+            progress=RichProgress() if world.is_main and not options.quiet else Silent(),
+            # Steps of usual length are lost in the rounding of bfloat16 weights.
+            weights="float32" if options.method == "sft" else None,
         )
         if options.method != "links":
-            compute = element_type(settings.section.backbone_dtype, world.device)
-            settings = _for_method(settings, options.method)
-            session = open_session(spec, program, settings, world=world, progress=progress)
-            found = run_method(session, options.method, run, compute=compute)
-            return _method_trained(session, found, options, options.method, world)
-        session = open_session(spec, program, settings, world=world, progress=progress)
+            report = run_method(session, options.method, run)
+            return _method_trained(session, report, options, options.method)
         if options.eval_only:
             return _evaluated(session)
-        report = run_stages(session, options.stage, run)
-        return _trained(session, report, options, world)
+        return _trained(session, run_stages(session, options.stage, run), options)
 
 
 def train_in_processes(
@@ -101,7 +112,7 @@ def train_in_processes(
         RecmasError: RM104 without `train`, RM704 for too many processes.
     """
     check_processes(train_settings(spec).section, stage, num_processes)
-    sys.exit(launch(num_processes, without_option(arguments, "--nproc")))
+    sys.exit(launch(num_processes, PROCESS_MODULE, without_option(arguments, "--nproc")))
 
 
 def without_option(arguments: Sequence[str], option: str) -> list[str]:
@@ -119,7 +130,7 @@ def without_option(arguments: Sequence[str], option: str) -> list[str]:
 def _evaluated(session: Session) -> Outcome:
     session.start(as_built=True)
     examples = session.examples.train
-    if session.settings.held_out_file is None:
+    if not isinstance(session.settings.held_out, Path):
         examples += session.examples.held_out
     examples = tuple(sorted(examples, key=lambda example: example.index))
     section = session.settings.section
@@ -143,73 +154,69 @@ def _evaluated(session: Session) -> Outcome:
     )
 
 
-def _trained(session: Session, report: RunReport, options: TrainOptions, world: World) -> Outcome:
+def _trained(session: Session, report: RunReport, options: TrainOptions) -> Outcome:
     folder = session.settings.links_dir
-    lines = list(_stage_lines(report.stages))
-    if report.interrupted:
-        lines.append("Stopped before the end. Go on with --resume.")
-    else:
-        lines.append(f"Trained {len(report.trained)} links into {folder}.")
-        lines.append("Next: recmasc build, which takes them from there.")
-    return Outcome(
-        text="\n".join(lines),
-        data={
-            "stage": options.stage,
-            "folder": str(options.out),
-            "links_dir": str(folder),
-            "trained": list(report.trained),
-            "stages": report.stages,
-            "costs": _costs(options.out),
-            "records": _counts(session),
-            "processes": world.size,
-        },
-        problems=session.spec.warnings + session.examples.warnings,
-        interrupted=report.interrupted,
+    done = (
+        f"Trained {len(report.trained)} links into {folder}.\n"
+        "Next: recmasc build, which takes them from there."
     )
-
-
-def _for_method(settings: TrainSettings, method: MethodName) -> TrainSettings:
-    """Return the settings under which weights that are to learn are loaded."""
-    if method == "lora":
-        return settings
-    # Steps of usual length are lost in the rounding of bfloat16 weights.
-    section = settings.section.model_copy(update={"backbone_dtype": "float32"})
-    return replace(settings, section=section)
+    data = {
+        "stage": options.stage,
+        "folder": str(options.out),
+        "links_dir": str(folder),
+        "trained": list(report.trained),
+    }
+    lines = _stage_lines(report.stages)
+    return _outcome(session, report, data, lines, costs=_costs(options.out), done=done)
 
 
 def _method_trained(
-    session: Session,
-    report: AloneReport,
-    options: TrainOptions,
-    method: MethodName,
-    world: World,
+    session: Session, report: RunReport, options: TrainOptions, method: MethodName
 ) -> Outcome:
-    folder = options.out / method
-    costs = _costs(options.out)
-    change = _change(report.figures, "alone")
-    lines = [f"{method} of `{report.agent}` alone: {report.figures['steps']} steps"]
-    lines.append(f"  held-out loss {change}")
+    agent, figures = session.system.answer_agent, report.stages[method]
+    costs, model = _costs(options.out), options.out / method / MODEL
+    lines = [f"{method} of `{agent}` alone: {figures['steps']} steps"]
+    lines.append(f"  held-out loss {_change(figures, 'alone')}")
     if method in costs:
         learning = costs[method]["trainable_parameters"]
         memory, seconds = costs[method]["peak_memory_mb"], costs[method]["step_seconds"]
         lines.append(f"  {learning:,} parameters, {memory:.0f} MiB, {seconds:.2f} s per step")
-    if report.interrupted:
-        lines.append("Stopped before the end. Go on with --resume.")
-    else:
-        lines.append(f"The backbone it gave is {folder / MODEL}; links are as they were.")
+    data = {
+        "method": method,
+        "agent": agent,
+        "folder": str(options.out),
+        "model": None if report.interrupted else str(model),
+    }
+    done = f"The backbone it gave is {model}; links are as they were."
+    return _outcome(session, report, data, lines, costs=costs, done=done)
+
+
+def _outcome(
+    session: Session,
+    report: RunReport,
+    data: Mapping[str, Any],
+    lines: Sequence[str],
+    *,
+    costs: Mapping[str, Any],
+    done: str,
+) -> Outcome:
+    """Return what both kinds of run say, and how they end: with `done` unless interrupted."""
+    examples = session.examples
+    ending = "Stopped before the end. Go on with --resume." if report.interrupted else done
     return Outcome(
-        text="\n".join(lines),
+        text="\n".join([*lines, ending]),
         data={
-            "method": method,
-            "agent": report.agent,
-            "folder": str(options.out),
-            "model": None if report.interrupted else str(folder / MODEL),
-            "stages": {method: dict(report.figures)},
+            **data,
+            "stages": report.stages,
             "costs": costs,
-            "records": _counts(session),
-            "processes": world.size,
+            "records": {
+                "train": len(examples.train),
+                "held_out": len(examples.held_out),
+                "left_out": dict(examples.left_out),
+            },
+            "processes": session.world.size,
         },
-        problems=session.spec.warnings + session.examples.warnings,
+        problems=session.spec.warnings + examples.warnings,
         interrupted=report.interrupted,
     )
 
@@ -218,14 +225,6 @@ def _costs(out: Path) -> dict[str, Any]:
     """Return what every loop in a run's folder took, by its own folder."""
     folders = sorted(path.parent for path in out.glob(f"**/{COST_NAME}"))
     return {str(folder.relative_to(out)): asdict(read_cost(folder)) for folder in folders}
-
-
-def _counts(session: Session) -> dict[str, Any]:
-    return {
-        "train": len(session.examples.train),
-        "held_out": len(session.examples.held_out),
-        "left_out": dict(session.examples.left_out),
-    }
 
 
 def _stage_lines(stages: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:

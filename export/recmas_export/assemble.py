@@ -11,11 +11,12 @@ from pathlib import Path, PurePath
 from msgspec import structs
 from torch import nn
 
-from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
+from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.sizes import QUANTIZED
 from recmas_compiler.lowering.materialize import MaterializedLink, materialize_links
 from recmas_compiler.lowering.plan import live_backbones
+from recmas_compiler.lowering.reference import load_backbones
 from recmas_export.graph.backbone_graph import (
     CHAT_TEMPLATE,
     CPU_DECODER,
@@ -39,15 +40,15 @@ from recmas_export.precision.loss import OWN_TEXT, measure_loss, passages_of
 from recmas_export.precision.rounding import rounded_layers
 from recmas_runtime.checking.placement import refuse_stray_nodes
 from recmas_runtime.core.errors import Problem
+from recmas_runtime.core.files import sha256_of
 from recmas_runtime.core.progress import Progress
-from recmas_runtime.core.regular_file import sha256_of
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
 from recmas_runtime.engines.onnx.session import Device
 from recmas_runtime.formats.links import load_operands, read_operands
 from recmas_runtime.formats.manifest import BackboneEntry, LinkEntry, LossEntry, ParityEntry
 from recmas_runtime.formats.plan import Plan, SendStep
 from recmas_runtime.formats.safetensors_file import read_tensors, write_tensors
-from recmas_runtime.running.devices import choose_provider
+from recmas_runtime.running.open_engines import choose_provider
 from recmas_runtime.running.parity import (
     measure_backbone_parity,
     measure_link_parity,
@@ -96,7 +97,6 @@ def assemble(
     plan: Plan,
     folder: Path,
     *,
-    base_dir: Path,
     backbones: Mapping[str, TorchBackbone] | None,
     links: Mapping[str, MaterializedLink] | None,
     progress: Progress,
@@ -107,7 +107,6 @@ def assemble(
         program: Of level PLANNED.
         plan: Its plan.
         folder: An empty folder.
-        base_dir: Folder that relative sources start from.
         backbones: Loaded already, by shared name; None loads them.
         links: Materialized already, by id; None makes them.
         progress: Is told about stages.
@@ -121,7 +120,7 @@ def assemble(
     watch = _Watch()
     names = live_backbones(program)
     with watch("load"):
-        loaded = backbones or _load(program, base_dir, progress)
+        loaded = backbones or load_backbones(program, progress=progress)
     with watch("links"):
         made = links or materialize_links(program, loaded, progress=progress)
         entries = _write_links(folder, {i: made[i] for i in _link_ids(plan)})
@@ -165,21 +164,6 @@ def assemble(
     return Parts(
         backbones=exported, links=entries, parity=tuple(cases), seconds=dict(watch.seconds)
     )
-
-
-def _load(program: Graph, base_dir: Path, progress: Progress) -> dict[str, TorchBackbone]:
-    """Load each shared backbone once, also those that only links of dead agents refer to."""
-    system = program.system
-    shared = dict.fromkeys(system.backbone_of(agent).name for agent in system.agents)
-    return {
-        name: load_backbone(
-            system.backbones[name].facts,
-            base_dir=base_dir,
-            progress=progress,
-            dtype=system.backbones[name].dtype,
-        )
-        for name in shared
-    }
 
 
 def _link_ids(plan: Plan) -> tuple[str, ...]:

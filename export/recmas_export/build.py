@@ -31,8 +31,8 @@ from recmas_export.search_corpus import corpus_lines
 from recmas_export.training_receipt import receipts_of, write_receipts
 from recmas_runtime.checking.build_tensorrt import build_engines
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.files import sha256_of
 from recmas_runtime.core.progress import Progress, Silent
-from recmas_runtime.core.regular_file import sha256_of
 from recmas_runtime.engines.tensorrt.engine_cache import find_platform, timing_caches
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.manifest import Manifest
@@ -122,7 +122,6 @@ def _build_portable(
             program,
             plan,
             staged.folder,
-            base_dir=spec.base_dir,
             backbones=backbones,
             links=links,
             progress=watcher,

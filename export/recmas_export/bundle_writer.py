@@ -19,8 +19,12 @@ from typing import Final
 from msgspec import structs
 
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.core.regular_file import sha256_of
-from recmas_runtime.core.staging import clear_away_dead_builds, move_into_place, staged_folder
+from recmas_runtime.core.files import (
+    clear_away_dead_builds,
+    move_into_place,
+    sha256_of,
+    staged_folder,
+)
 from recmas_runtime.core.text import human_bytes
 from recmas_runtime.formats.bundle import is_engine_file
 from recmas_runtime.formats.codec import read_json_file, to_json

@@ -18,8 +18,9 @@ from typing import Any, Final
 
 from recmas_compiler.backbones.sources import ResolvedSource
 from recmas_compiler.ir.graph import Graph
+from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.passes.pipeline import PIPELINE
-from recmas_runtime.core.regular_file import sha256_of
+from recmas_runtime.core.files import sha256_of
 from recmas_runtime.formats.manifest import MANIFEST_VERSION
 from recmas_runtime.formats.plan import PLAN_VERSION
 
@@ -60,7 +61,7 @@ def fingerprint(
         receipts: Digests of the training receipts that the bundle carries.
     """
     inputs: dict[str, Any] = {
-        "program": str(program),
+        "program": print_graph(program),
         "passes": [repr(p) for p in PIPELINE],
         "spec": spec_yaml,
         "backbones": dict(backbones),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from recmas_compiler.links.trained import RECEIPT_NAME, read_receipt, vouched_digests
-from recmas_runtime.core.regular_file import sha256_of
+from recmas_runtime.core.files import sha256_of
 
 FOLDER: Final = "training"
 

@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.instruments import Record
-from recmas_compiler.ir.ops import Agent, Link, Prefill, Send, System, Think
+from recmas_compiler.ir.ops import Agent, Link, Prefill, Send, System, Think, prefill_id, send_id
 from recmas_compiler.ir.printer import prompt_text
-from recmas_compiler.ir.prompt_parts import common_parts
 from recmas_compiler.ir.sizes import weights_bytes
-from recmas_compiler.ir.step_names import prefill_id, send_id
-from recmas_compiler.passes.share_prompt_prefix import common_beginning
+from recmas_compiler.passes.prompt_prefix import common_beginning, common_parts
 from recmas_runtime.core.text import counted, human_bytes, listed
 from recmas_runtime.formats.plan import PromptPart, Variant
 
@@ -135,7 +133,7 @@ def _hoist_prompt_prefix(record: Record, count_tokens: CountTokens) -> Iterator[
                 case = (agent, earlier.variants[i], op.variants[i])
                 kept.setdefault(case, []).append(op.round)
     for agent, old, new in sorted(kept, key=lambda case: list(system.agents).index(case[0])):
-        olds, news = (system.agents[agent].prompt(variant) for variant in (old, new))
+        olds, news = (system.agents[agent].parts(variant) for variant in (old, new))
         what = _kept_text(system, system.agents[agent], olds, news, count_tokens)
         yield f"{agent} in {_in_rounds(kept[agent, old, new])}: keeps {what}."
 
@@ -150,7 +148,7 @@ def _share_prompt_prefix(record: Record, count_tokens: CountTokens) -> Iterator[
         for turn in zip(op.agents, op.variants, strict=True):
             others = zip(source.agents, source.variants, strict=True)
             other = max(others, key=lambda other: common_beginning(system, turn, other))
-            olds, news = (system.agents[name].prompt(variant) for name, variant in (other, turn))
+            olds, news = (system.agents[name].parts(variant) for name, variant in (other, turn))
             what = _kept_text(system, system.agents[turn[0]], olds, news, count_tokens)
             yield f"{turn[0]} in round {op.round}: copies {what} from {other[0]}."
 
@@ -194,7 +192,8 @@ def _end_of(parts: Iterable[PromptPart]) -> str:
 def _fuse_links(record: Record, count_tokens: CountTokens) -> Iterator[str]:
     thinks = [op for op in record.after.nodes().values() if isinstance(op, Think) and op.fused]
     if thinks:
-        calls = sum(op.num_steps * len(op.agents) for op in thinks)
+        agents = record.after.system.agents
+        calls = sum(agents[name].latent_steps for op in thinks for name in op.agents)
         yield (
             "The inner link runs inside the latent step and messages reuse its result: "
             f"{counted(calls, 'separate call')} saved in each run."

@@ -1,11 +1,53 @@
-"""What the compiler knows of a backbone without loading its weights."""
+"""What the compiler knows of a backbone: its `config.json`, read without transformers.
+
+Configs leave out what equals the default of their family; a table made from transformers' classes
+holds those defaults. Layers are told apart by how they attend, because that is what a target can or
+cannot run.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from recmas_compiler.spec.document.places import UNKNOWN, SourcePosition
+from recmas_compiler.spec.document.problems import problem_at, show
+from recmas_runtime.core.errors import RecmasError
 
 AttentionKind = Literal["full", "sliding", "linear"]
+
+_LARGEST_CONFIG_BYTES = 16 << 20
+_LARGEST_DIMENSION = 1 << 31
+_MOST_LAYERS = 4096
+
+# How a layer type of a config attends. Every layer that keeps a state instead of keys and values
+# is "linear" here: what counts is that its memory is not a cache of positions.
+LAYER_KINDS: Final[Mapping[str, AttentionKind]] = {
+    "full_attention": "full",
+    "attention": "full",
+    "sliding_attention": "sliding",
+    "linear_attention": "linear",
+    "mamba": "linear",
+    "mamba2": "linear",
+    "recurrent": "linear",
+    "conv": "linear",
+}
+
+# Made by tests/torch/config_defaults.py from transformers' config classes: by model type what its
+# configs may leave out. `layer_cycle` repeats over the depth; it is empty where only the config can
+# tell; `text_config` is a model type.
+DEFAULTS_FILE: Final = Path(__file__).with_name("config_defaults.json")
+
+# A config states its size itself. Only where it is part of another one transformers writes no more
+# than what differs from the defaults.
+_SIZES: Final = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+
+# Whole families without any attention: their configs do not even name heads.
+STATE_SPACE_FAMILIES: Final = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +87,234 @@ class BackboneFacts:
     sliding_window: int | None
     num_parameters: int
     num_tables: int = 1
+
+
+def read_config_facts(
+    folder: Path, *, source: str, identity: str, position: SourcePosition = UNKNOWN
+) -> BackboneFacts:
+    """Return what `config.json` in `folder` says.
+
+    Raises:
+        RecmasError: RM202 for a model that is quantized, not a causal language model, or described
+            by a config that makes no sense; RM203 for layers of an unknown type.
+    """
+    return _Reader(source=source, position=position).facts(folder / "config.json", identity)
+
+
+def stored_dtype(folder: Path, *, source: str) -> str | None:
+    """Return the element type that `config.json` says its weights have, if it says so.
+
+    Raises:
+        RecmasError: RM202 if it is malformed.
+    """
+    config = _Reader(source=source, position=UNKNOWN).load(folder / "config.json")
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key in ("dtype", "torch_dtype"):  # as newer and older writers call it
+            if isinstance(part.get(key), str):
+                return str(part[key])
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reader:
+    """Reads one config; knows how to name it in errors."""
+
+    source: str
+    position: SourcePosition
+
+    def facts(self, path: Path, identity: str) -> BackboneFacts:
+        config = self.load(path)
+        self._check_kind(config)
+        text = self._text_part(config)
+        usual_type = family_defaults(str(config.get("model_type"))).get("text_config", "")
+        model_type = str(text.get("model_type", usual_type))
+        defaults = family_defaults(model_type)
+        filled = {k: v for k, v in defaults.items() if text is not config or k not in _SIZES}
+        values = filled | _given(text)
+        if model_type in STATE_SPACE_FAMILIES:
+            raise self._unsupported(f"`{model_type}` keeps a state instead of a cache")
+        width = self._dimension(values, "hidden_size")
+        num_heads = self._dimension(values, "num_attention_heads")
+        num_kv_heads = self._dimension(values, "num_key_value_heads", default=num_heads)
+        head_dim = self._dimension(values, "head_dim", default=width // num_heads or None)
+        num_layers = self._dimension(values, "num_hidden_layers", limit=_MOST_LAYERS)
+        vocab_size = self._dimension(values, "vocab_size")
+        if num_heads % num_kv_heads != 0:
+            raise self._unusable(
+                f"{num_heads} query heads cannot share {num_kv_heads} key/value heads"
+            )
+        attention = self._attention(values, num_layers, defaults.get("layer_cycle"))
+        is_sliding = "sliding" in attention
+        is_tied = bool(values.get("tie_word_embeddings", False))
+        return BackboneFacts(
+            source=self.source,
+            identity=identity,
+            model_type=model_type,
+            width=width,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            vocab_size=vocab_size,
+            max_positions=self._dimension(values, "max_position_embeddings"),
+            attention=attention,
+            sliding_window=self._dimension(values, "sliding_window") if is_sliding else None,
+            num_parameters=count_parameters(
+                width=width,
+                num_layers=num_layers,
+                attention_width=num_heads * head_dim,
+                kv_width=num_kv_heads * head_dim,
+                mlp_width=self._dimension(values, "intermediate_size", default=4 * width),
+                vocab_size=vocab_size,
+                is_tied=is_tied,
+            ),
+            num_tables=1 if is_tied else 2,
+        )
+
+    def load(self, path: Path) -> dict[str, Any]:
+        try:
+            with path.open("rb") as stream:
+                raw = stream.read(_LARGEST_CONFIG_BYTES)
+            config = json.loads(raw)
+        except OSError as error:
+            message = f"cannot read {path}: {error.strerror or error}."
+            problem = problem_at(
+                self.position, "RM200", message, hint="Check the file's permissions."
+            )
+            raise RecmasError(problem) from error
+        except (ValueError, RecursionError) as error:
+            raise self._unusable(f"its config.json is not JSON ({error})") from error
+        if not isinstance(config, dict):
+            raise self._unusable("its config.json is not a JSON object")
+        return config
+
+    def _check_kind(self, config: dict[str, Any]) -> None:
+        quantization = config.get("quantization_config")
+        if quantization is not None:
+            named = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            raise self._unusable(
+                f"it is quantized ({named or 'unknown method'})",
+                hint="Name the unquantized model; recmas quantizes engines itself.",
+            )
+        architectures = config.get("architectures") or []
+        names = [str(name) for name in architectures] if isinstance(architectures, list) else []
+        wraps_text = "text_config" in config
+        is_causal = any(
+            name.endswith("ForCausalLM")
+            or (wraps_text and name.endswith("ForConditionalGeneration"))
+            for name in names
+        )
+        if (names and not is_causal) or config.get("is_encoder_decoder") is True:
+            shape = ", ".join(names) or str(config.get("model_type"))
+            raise self._unusable(
+                f"it is not a causal language model ({shape})",
+                hint="Choose a decoder-only text model: its architecture ends in ForCausalLM.",
+            )
+
+    def _text_part(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Models that also see or hear keep their language model's values one level down."""
+        text = config.get("text_config", config)
+        if not isinstance(text, dict):
+            raise self._unusable("`text_config` of its config.json is not an object")
+        outer = {"tie_word_embeddings": config.get("tie_word_embeddings")}
+        return text if text is config else outer | text
+
+    def _dimension(
+        self,
+        values: dict[str, Any],
+        key: str,
+        *,
+        default: int | None = None,
+        limit: int = _LARGEST_DIMENSION,
+    ) -> int:
+        value = values.get(key, default)
+        if value is None:
+            raise self._unusable(f"its config.json has no `{key}`")
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if not is_whole or not 0 < value <= limit:
+            raise self._unusable(f"`{key}` in its config.json is {show(value)}")
+        return int(value)
+
+    def _attention(
+        self, values: dict[str, Any], num_layers: int, cycle: list[str] | None
+    ) -> tuple[AttentionKind, ...]:
+        types = values.get("layer_types")
+        if types is None:
+            if cycle == []:
+                raise self._unusable("its config.json has no `layer_types`")
+            types = _default_types(values, num_layers, cycle or ["sliding_attention"])
+        if not isinstance(types, list) or len(types) != num_layers:
+            raise self._unusable(
+                f"`layer_types` in its config.json does not name {num_layers} layers"
+            )
+        unknown = [str(name) for name in types if name not in LAYER_KINDS]
+        if unknown:
+            raise self._unsupported(f"its layers are of type `{unknown[0]}`")
+        return tuple(LAYER_KINDS[name] for name in types)
+
+    def _unusable(self, why: str, *, hint: str = "Choose another backbone.") -> RecmasError:
+        message = f"recmas cannot use the backbone `{self.source}`: {why}."
+        return RecmasError(problem_at(self.position, "RM202", message, hint=hint))
+
+    def _unsupported(self, why: str) -> RecmasError:
+        message = f"no target can run the backbone `{self.source}`: {why}."
+        hint = "Choose a backbone with full or sliding-window attention."
+        return RecmasError(problem_at(self.position, "RM203", message, hint=hint))
+
+
+def count_parameters(
+    *,
+    width: int,
+    num_layers: int,
+    attention_width: int,
+    kv_width: int,
+    mlp_width: int,
+    vocab_size: int,
+    is_tied: bool,
+) -> int:
+    """Return the parameters of a decoder with gated MLPs.
+
+    Exact for Llama, Mistral and Phi-3. Families with biases or more norms have a few more, by less
+    than one in a thousand.
+    """
+    attention = 2 * width * attention_width + 2 * width * kv_width
+    layer = attention + 3 * width * mlp_width + 2 * width
+    tables = vocab_size * width * (1 if is_tied else 2)
+    return num_layers * layer + width + tables
+
+
+def _default_types(values: dict[str, Any], num_layers: int, cycle: list[str]) -> list[str]:
+    """Return the types of layers of a config that does not list them, as its family has them."""
+    for key, usual in (
+        ("sliding_window_pattern", "sliding_attention"),
+        ("full_attention_interval", "linear_attention"),
+    ):
+        every = values.get(key)
+        if isinstance(every, int) and every > 0:
+            cycle = [usual] * (min(every, _MOST_LAYERS + 1) - 1) + ["full_attention"]
+    if "sliding_attention" in cycle:
+        first = values.get("max_window_layers")
+        if values.get("sliding_window") is None or values.get("use_sliding_window") is False:
+            cycle = ["full_attention"]
+        elif isinstance(first, int):
+            return [
+                "sliding_attention" if i >= first else "full_attention" for i in range(num_layers)
+            ]
+    return [cycle[i % len(cycle)] for i in range(num_layers)]
+
+
+@cache
+def _all_defaults() -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = json.loads(DEFAULTS_FILE.read_bytes())
+    return table
+
+
+def family_defaults(model_type: str) -> dict[str, Any]:
+    """Return what configs of a model type may leave out; nothing for an unknown type."""
+    return _all_defaults().get(model_type, {})
+
+
+def _given(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without its nulls, but for the window: there null means that it has none."""
+    return {k: v for k, v in config.items() if v is not None or k == "sliding_window"}

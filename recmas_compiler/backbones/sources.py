@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from recmas_compiler.backbones.config_facts import read_config_facts
-from recmas_compiler.backbones.facts import BackboneFacts
-from recmas_compiler.spec.document.paths import is_file, is_folder, path_of
-from recmas_compiler.spec.document.places import UNKNOWN, SourcePosition
+from recmas_compiler.backbones.facts import BackboneFacts, read_config_facts
+from recmas_compiler.spec.document.places import (
+    UNKNOWN,
+    SourcePosition,
+    is_file,
+    is_folder,
+    path_of,
+)
 from recmas_compiler.spec.document.problems import did_you_mean, problem_at
 from recmas_runtime.core.errors import RecmasError
 
@@ -134,6 +138,15 @@ def describe_backbone(
     return read_config_facts(
         resolved.folder, source=source, identity=resolved.identity, position=position
     )
+
+
+def files_of(facts: BackboneFacts, *, download: bool = False) -> ResolvedSource:
+    """Find the files that `facts` were read from. See `resolve_source`."""
+    is_named = facts.source.startswith(("builtin:", "hf:"))
+    found = resolve_source(
+        facts.source if is_named else facts.identity, base_dir=Path(), download=download
+    )
+    return replace(found, source=facts.source)
 
 
 def model_files(folder: Path) -> tuple[Path, ...]:

@@ -24,8 +24,8 @@ from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.sources import (
     ADAPTER_CONFIG,
     ResolvedSource,
+    files_of,
     model_files,
-    resolve_source,
 )
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.core.progress import Progress
@@ -86,13 +86,12 @@ class TorchBackbone:
 
 
 def load_backbone(
-    facts: BackboneFacts, *, base_dir: Path, progress: Progress, dtype: str = "float32"
+    facts: BackboneFacts, *, progress: Progress, dtype: str = "float32"
 ) -> TorchBackbone:
     """Load the backbone that `facts` describes, to compute in float32.
 
     Args:
         facts: From `describe_backbone`.
-        base_dir: Folder that relative sources start from.
         progress: Sees one stage.
         dtype: Element type that weights are rounded to.
 
@@ -101,7 +100,7 @@ def load_backbone(
             it (quantized, not causal, weights missing or beyond `dtype`), RM206 without a chat
             template.
     """
-    resolved = resolve_source(facts.source, base_dir=base_dir, download=True)
+    resolved = files_of(facts, download=True)
     with (
         progress.stage(f"loading {facts.source}"),
         _quiet_libraries(),

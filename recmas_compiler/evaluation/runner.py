@@ -12,7 +12,7 @@ from recmas_compiler.evaluation.jobs import Job, plan_jobs, sampling_of
 from recmas_compiler.evaluation.protocol import Protocol
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Progress
-from recmas_runtime.running.answers import Answer
+from recmas_runtime.running.records import Answer
 from recmas_runtime.running.system import System
 
 

@@ -20,8 +20,7 @@ from recmas_compiler.ir.ops import (
     System,
 )
 from recmas_compiler.links.link_file import LinkFileError, Role, link_kind, misfit, read_link_header
-from recmas_compiler.spec.document.paths import is_file, is_folder, path_of
-from recmas_compiler.spec.document.places import Loc
+from recmas_compiler.spec.document.places import Loc, is_file, is_folder, path_of
 from recmas_compiler.spec.document.problems import in_reading_order, problem_at
 from recmas_compiler.spec.schema.answer import ToolsSection
 from recmas_compiler.spec.schema.sections import WeightsSection

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
 import networkx as nx
 
 from recmas_compiler.ir.ops import EdgeOp, Level, NodeOp, System
+
+SWEEPS = 8  # of ordering layers by their neighbours; they settle in two or three
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,29 @@ class Graph:
         layers = nx.topological_generations(self._graph)
         return [sorted(layer, key=rank.__getitem__) for layer in layers]
 
+    def layers(self) -> tuple[list[list[str]], dict[tuple[str, str], list[str]]]:
+        """Lay an acyclic graph out in layers, each node as far from the sources as it must be.
+
+        Returns:
+            The items of each layer in an order in which few edges cross: its nodes, and a place for
+            each edge that skips the layer. And by edge the items on its way, both ends included.
+        """
+        ways: dict[tuple[str, str], list[str]] = {}
+        drawn: nx.DiGraph[str] = nx.DiGraph()
+        drawn.add_nodes_from(self._graph)
+        depth = {n: i for i, layer in enumerate(self.generations()) for n in layer}
+        for source, target in self._graph.edges:
+            skipped = range(depth[source] + 1, depth[target])
+            ways[source, target] = [source, *(f"{source}@{target}@{i}" for i in skipped), target]
+            nx.add_path(drawn, ways[source, target])
+        layers = [list(layer) for layer in nx.topological_generations(drawn)]
+        for sweep in range(SWEEPS):
+            for layer in layers[:: 1 if sweep % 2 == 0 else -1]:
+                height = {n: (k + 0.5) / len(row) for row in layers for k, n in enumerate(row)}
+                around = {n: [height[m] for m in nx.all_neighbors(drawn, n)] for n in layer}
+                layer.sort(key=lambda n: fmean(around[n] or [height[n]]))
+        return layers, ways
+
     def in_order(self) -> Iterator[tuple[str, NodeOp]]:
         """Yield (id, payload) in `order()`."""
         for node_id in self.order():
@@ -143,10 +169,3 @@ class Graph:
         """Return the topology without its feedback links: the order within one round."""
         kept = tuple(e for e in self.edges() if not getattr(e.op, "feedback", False))
         return self.replaced(edges=kept)
-
-    def __str__(self) -> str:
-        from recmas_compiler.ir.printer import (
-            print_graph,
-        )  # the printer reads graphs, not the reverse
-
-        return print_graph(self)

@@ -104,13 +104,13 @@ class Agent:
     chat_template: dict[str, bool | int | float | str] = field(default_factory=dict)
     where: SourcePosition
 
-    def prompt(self, variant: Variant) -> tuple[PromptPart, ...]:
+    def parts(self, variant: Variant) -> tuple[PromptPart, ...]:
         """Return the parts of a prompt; `first` is `then` where it is not declared."""
         return self.first if variant == "first" and self.first is not None else self.then
 
     def slots(self, variant: Variant) -> tuple[str, ...]:
         """Return the agents whose messages the given prompt has slots for, in order."""
-        return tuple(p.value for p in self.prompt(variant) if p.kind == "slot")
+        return tuple(p.value for p in self.parts(variant) if p.kind == "slot")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +131,10 @@ class Link:
     def id(self) -> str:
         """The link's name in logs, traces and bundles: `SOURCE->TARGET`."""
         return f"{self.source}->{self.target}"
+
+    def sent_in(self, round_: int) -> int:
+        """Return the round in which was sent what is seen in `round_`; below 1 for none yet."""
+        return round_ - 1 if self.feedback else round_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +184,9 @@ class Prefill:
 
 @dataclass(frozen=True, kw_only=True)
 class Think:
-    """Roll out latent steps; yields thoughts [B, num_steps, d] per agent (a program node).
+    """Roll out m latent steps; yields thoughts [B, m, d] per agent (a program node).
+
+    Agents run together only if they take equally many.
 
     Attributes:
         fused: The inner link is part of the step graph (set by FuseLinks).
@@ -188,7 +194,6 @@ class Think:
 
     agents: tuple[str, ...]
     round: int
-    num_steps: int
     fused: bool = False
     cache: str | None = None
 
@@ -288,3 +293,26 @@ class System:
         """Return the backbone whose weights and engine `agent` uses, after sharing."""
         declared = self.backbones[self.agents[agent].backbone]
         return self.backbones[declared.shared_as]
+
+
+# Ids of program steps: `ROUND/WHO/WHAT`, so that a printed program reads without a legend.
+
+
+def prefill_id(round_: int, agents: tuple[str, ...]) -> str:
+    """Return the id of a Prefill: `r1/planner/prefill`, or `r1/a+b/prefill` for a batch."""
+    return f"r{round_}/{'+'.join(agents)}/prefill"
+
+
+def think_id(round_: int, agents: tuple[str, ...]) -> str:
+    """Return the id of a Think: `r1/planner/think`."""
+    return f"r{round_}/{'+'.join(agents)}/think"
+
+
+def send_id(round_: int, source: str, targets: tuple[str, ...]) -> str:
+    """Return the id of a Send: `r1/planner->critic/send`, or `r1/planner->critic+solver/send`."""
+    return f"r{round_}/{source}->{'+'.join(targets)}/send"
+
+
+def decode_id(round_: int, agent: str) -> str:
+    """Return the id of the Decode: `r3/solver/decode`."""
+    return f"r{round_}/{agent}/decode"

@@ -32,7 +32,7 @@ from recmas_compiler.ir.ops import (
     System,
     Think,
 )
-from recmas_compiler.ir.routing import deliveries
+from recmas_compiler.ir.routing import route_messages
 from recmas_runtime.core.text import aligned
 from recmas_runtime.formats.plan import PromptPart
 
@@ -205,7 +205,8 @@ def _result(op: NodeOp, system: System) -> str:
     match op:
         case Prefill(agents=agents):
             return f"hidden[{_batch(agents)},{system.backbone_of(agents[0]).facts.width}]"
-        case Think(agents=agents, num_steps=steps):
+        case Think(agents=agents):
+            steps = system.agents[agents[0]].latent_steps
             width = system.backbone_of(agents[0]).facts.width
             return f"thoughts[{_batch(agents)},{steps},{width}]"
         case Send(source=source, targets=targets):
@@ -223,8 +224,8 @@ def _step_call(graph: Graph, step: str, op: NodeOp) -> str:
     match op:
         case Prefill(agents=agents, variants=variants, cache=cache):
             slots = dict.fromkeys(agents, "")
-            for found in deliveries(graph, step):
-                slots[found.agent] += f", {found.slot}=%{found.send}"
+            for message, send in route_messages(graph, step).items():
+                slots[message.agent] += f", {message.slot}=%{send}"
             prompts = [
                 f"{agent}.{variant}({slots[agent].removeprefix(', ')})"
                 for agent, variant in zip(agents, variants, strict=True)
@@ -232,7 +233,8 @@ def _step_call(graph: Graph, step: str, op: NodeOp) -> str:
             kept = [] if op.reuse is None else [f"reuse=%{op.reuse}"]
             kept += [] if op.prefix_of is None else [f"prefix=%{op.prefix_of}"]
             return _call("prefill", *prompts, *kept, *_cache(cache))
-        case Think(num_steps=steps, fused=fused, cache=cache):
+        case Think(agents=agents, fused=fused, cache=cache):
+            steps = graph.system.agents[agents[0]].latent_steps
             link = "inner=fused" if fused else "inner=apart"
             return _call("think", *taken, f"steps={steps}", link, *_cache(cache))
         case Send(links=links, apply_inner=apply_inner):

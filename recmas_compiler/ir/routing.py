@@ -1,50 +1,56 @@
-"""Which message fills which slot of a Prefill."""
+"""Which message fills which slot, and what the last round takes from the round before it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import Prefill, Send
+from recmas_compiler.ir.ops import Decode, Prefill, Send
+from recmas_runtime.formats.plan import Message, SentMessage
 
 
-@dataclass(frozen=True, kw_only=True)
-class Delivery:
-    """A message that a Prefill splices into a prompt.
+def route_messages(graph: Graph, prefill_id: str) -> dict[Message, str]:
+    """Return what a Prefill takes, each message with the Send that yields it.
 
-    Attributes:
-        agent: Whose prompt.
-        slot: The agent that the slot is named after, and that the message is from.
-        send: Id of the Send that yields it.
-        round: Round of that Send: the Prefill's own, or the one before over a feedback link.
-    """
-
-    agent: str
-    slot: str
-    send: str
-    round: int
-
-
-def deliveries(graph: Graph, prefill_id: str) -> tuple[Delivery, ...]:
-    """Return what flows into a Prefill, in the order of its agents and of their slots.
-
-    A slot without a delivery stays empty. Two rounds' Sends of one source can flow into the same
-    Prefill (a batch in which one agent is reached forward and another by feedback), so a message
-    is told apart by its round: a feedback link delivers that of the round before.
+    Messages are in the order of the Prefill's agents and of their slots; a slot without one stays
+    empty. Two rounds' Sends of one source can flow into the same Prefill (a batch in which one
+    agent is reached forward and another by feedback), so a message is told apart by its round.
     """
     op = graph.op(prefill_id)
     assert isinstance(op, Prefill), f"{prefill_id} is not a Prefill"
-    messages: dict[tuple[str, int], str] = {}  # (link, round) -> Send
+    sends: dict[tuple[str, int], str] = {}  # (link, round)
     for predecessor in graph.predecessors(prefill_id):
         send = graph.op(predecessor)
         if isinstance(send, Send):
-            messages |= {(link, send.round): predecessor for link in send.links}
-    found = []
+            sends |= {(link, send.round): predecessor for link in send.links}
+    found = {}
     for agent, variant in zip(op.agents, op.variants, strict=True):
         for slot in dict.fromkeys(graph.system.agents[agent].slots(variant)):
             link = graph.system.links[f"{slot}->{agent}"]
-            round_ = op.round - 1 if link.feedback else op.round
-            source = messages.get((link.id, round_))
-            if source is not None:
-                found.append(Delivery(agent=agent, slot=slot, send=source, round=round_))
-    return tuple(found)
+            round_ = link.sent_in(op.round)
+            if (link.id, round_) in sends:
+                message = Message(agent=agent, slot=slot, link=link.id, round=round_)
+                found[message] = sends[link.id, round_]
+    return found
+
+
+def find_exits(graph: Graph) -> tuple[SentMessage, ...]:
+    """Return the messages that the last round takes from the round before it.
+
+    Empty for fewer than three rounds: none is ever left out, because the messages of two have to be
+    compared before the last one may follow.
+    """
+    system = graph.system
+    if system.rounds < 3:
+        return ()
+    (decode,) = (step for step, op in graph.nodes().items() if isinstance(op, Decode))
+    needed = graph.ancestors(decode)
+    taken = (
+        message
+        for step, op in graph.in_order()
+        if step in needed and isinstance(op, Prefill) and op.round == system.rounds
+        for message in route_messages(graph, step)
+    )
+    return tuple(
+        SentMessage(link=message.link, round=message.round)
+        for message in taken
+        if message.round < system.rounds
+    )

@@ -1,13 +1,466 @@
-"""Checks a graph against the rules of its level."""
+"""What must hold of a graph at each level: one rule table, checked between the stages."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import Level
-from recmas_compiler.ir.rule import Rule
-from recmas_compiler.ir.rules_program import PLANNED_RULES, UNROLLED_RULES
-from recmas_compiler.ir.rules_topology import SYSTEM_RULES, TOPOLOGY_RULES
+from recmas_compiler.ir.ops import (
+    Agent,
+    Decode,
+    Flow,
+    Level,
+    Link,
+    LinkWeights,
+    NodeOp,
+    Prefill,
+    Send,
+    System,
+    Think,
+)
+from recmas_compiler.ir.routing import route_messages
+from recmas_compiler.ir.sizes import DTYPE_BYTES, QUANTIZED
 from recmas_runtime.core.errors import Problem, RecmasError
+from recmas_runtime.formats.plan import CACHE_ROWS_MULTIPLE, Variant
+
+MAX_ROUNDS = 64
+MAX_LATENT_STEPS = 4096
+
+# (type of the step, type of the step that takes from it) -> what flows
+FLOWS: dict[tuple[type[NodeOp], type[NodeOp]], str] = {
+    (Prefill, Think): "hidden",
+    (Prefill, Decode): "hidden",
+    (Prefill, Prefill): "cache",
+    (Think, Send): "thoughts",
+    (Send, Prefill): "message",
+}
+
+
+class Rule(NamedTuple):
+    """Something that holds for every graph of a level.
+
+    Attributes:
+        name: What errors and tests call it.
+        broken_at: Yields each node, edge (`a -> b`) or table entry where it does not hold. Rules
+            are checked in order and may rely on the earlier ones of their table.
+        message: What must hold.
+    """
+
+    name: str
+    broken_at: Callable[[Graph], Iterable[str]]
+    message: str
+
+
+def _unresolved_names(graph: Graph) -> Iterator[str]:
+    system = graph.system
+    if system.answer_agent not in system.agents:
+        yield system.answer_agent
+    for key, backbone in system.backbones.items():
+        if key != backbone.name or backbone.shared_as not in system.backbones:
+            yield key
+    for key, agent in system.agents.items():
+        if key != agent.name or agent.backbone not in system.backbones:
+            yield key
+    for key, link in system.links.items():
+        if key != link.id or not {link.source, link.target} <= system.agents.keys():
+            yield key
+
+
+def _unequal_shares(graph: Graph) -> Iterator[str]:
+    backbones = graph.system.backbones
+    for name, backbone in backbones.items():
+        owner = backbones[backbone.shared_as]
+        equal = owner.engine_identity == backbone.engine_identity
+        if not equal or owner.shared_as != owner.name:
+            yield name
+
+
+def _unbounded(graph: Graph) -> Iterator[str]:
+    system = graph.system
+    bounded = {
+        "rounds": 1 <= system.rounds <= MAX_ROUNDS,
+        "max_prompt_tokens": system.build.max_prompt_tokens >= 1,
+        "max_batch": system.build.max_batch >= 1,
+        "max_new_tokens": system.sampling.max_new_tokens >= 1,
+    }
+    yield from (name for name, holds in bounded.items() if not holds)
+    for name, agent in system.agents.items():
+        if not 0 <= agent.latent_steps <= MAX_LATENT_STEPS:
+            yield name
+
+
+def _unknown_dtypes(graph: Graph) -> Iterator[str]:
+    yield from (n for n, b in graph.system.backbones.items() if b.dtype not in DTYPE_BYTES)
+
+
+def _unknown_precisions(graph: Graph) -> Iterator[str]:
+    known = ("float32", *QUANTIZED)
+    yield from (n for n, b in graph.system.backbones.items() if b.precision not in known)
+
+
+def _misfitting_links(graph: Graph) -> Iterator[str]:
+    system = graph.system
+    width = {name: system.backbone_of(name).facts.width for name in system.agents}
+    for name, agent in system.agents.items():
+        if _ends(agent.inner) != (width[name], width[name]):
+            yield f"{name}.inner"
+    for link in system.links.values():
+        if _ends(link.weights) != (width[link.source], width[link.target]):
+            yield link.id
+
+
+def _ends(weights: LinkWeights) -> tuple[int, int]:
+    return weights.in_dim, weights.out_dim
+
+
+def _slots_without_link(graph: Graph) -> Iterator[str]:
+    for agent in graph.system.agents.values():
+        for slot in (*agent.slots("first"), *agent.slots("then")):
+            if f"{slot}->{agent.name}" not in graph.system.links:
+                yield agent.name
+
+
+def _links_without_slot(graph: Graph) -> Iterator[str]:
+    for link in graph.system.links.values():
+        if link.source not in graph.system.agents[link.target].slots("then"):
+            yield link.id
+
+
+def _never_filled(graph: Graph) -> Iterator[str]:
+    for agent in graph.system.agents.values():
+        for slot in agent.slots("first"):
+            if graph.system.links[f"{slot}->{agent.name}"].feedback:
+                yield agent.name
+
+
+SYSTEM_RULES: tuple[Rule, ...] = (
+    Rule("names_resolve", _unresolved_names, "every name in the tables is that of an entry"),
+    Rule("equal_share", _unequal_shares, "a backbone uses the weights of an equal one"),
+    Rule("bounds", _unbounded, "counts and limits are in bounds"),
+    Rule("known_dtype", _unknown_dtypes, "a backbone's dtype is one with a known size"),
+    Rule("known_precision", _unknown_precisions, "a backbone's precision can be built"),
+    Rule("link_widths", _misfitting_links, "a link is as wide as the backbones at its ends"),
+    Rule("slots_have_links", _slots_without_link, "every slot of a prompt has its link"),
+    Rule("links_have_slots", _links_without_slot, "every link has its slot in `then`"),
+    Rule("first_is_filled", _never_filled, "a round without feedback fills every slot in use"),
+)
+
+
+def _not_the_agents(graph: Graph) -> Iterator[str]:
+    nodes = graph.nodes()
+    yield from (name for name, op in nodes.items() if not isinstance(op, Agent))
+    agents = graph.system.agents
+    yield from (name for name in nodes if nodes[name] != agents.get(name))
+    yield from (name for name in agents if name not in nodes)
+
+
+def _not_the_links(graph: Graph) -> Iterator[str]:
+    edges = {f"{edge.source}->{edge.target}": edge.op for edge in graph.edges()}
+    links = graph.system.links
+    for link_id, op in edges.items():
+        if not isinstance(op, Link) or op != links.get(link_id):
+            yield link_id
+    yield from (link_id for link_id in links if link_id not in edges)
+
+
+def _cycles_within_round(graph: Graph) -> Iterator[str]:
+    yield from (" -> ".join((*cycle, cycle[0])) for cycle in graph.without_feedback().cycles())
+
+
+def _planned_caches(graph: Graph) -> Iterator[str]:
+    yield from graph.system.caches
+
+
+TOPOLOGY_RULES: tuple[Rule, ...] = (
+    Rule("nodes_are_agents", _not_the_agents, "the nodes are the agents of the table"),
+    Rule("edges_are_links", _not_the_links, "the edges are the links of the table"),
+    Rule("cycles_by_feedback", _cycles_within_round, "every cycle has a feedback link"),
+    Rule("no_caches_yet", _planned_caches, "caches are planned for a program only"),
+)
+
+
+def _not_steps(graph: Graph) -> Iterator[str]:
+    yield from (step for step, op in graph.nodes().items() if isinstance(op, Agent))
+
+
+def _unresolved_references(graph: Graph) -> Iterator[str]:
+    system = graph.system
+    for step, op in graph.nodes().items():
+        known = set(_who(op)) <= system.agents.keys()
+        if isinstance(op, Send):
+            known &= set(op.links) <= system.links.keys()
+        if isinstance(op, Prefill):
+            known &= len(op.variants) == len(op.agents)
+        if not known:
+            yield step
+
+
+def _who(op: NodeOp) -> tuple[str, ...]:
+    """Return the agents that a step runs; none twice in a valid program."""
+    match op:
+        case Prefill(agents=agents) | Think(agents=agents):
+            return agents
+        case Send(source=source):
+            return (source,)
+        case Decode(agent=agent):
+            return (agent,)
+        case Agent():
+            return ()
+
+
+def _wrong_flows(graph: Graph) -> Iterator[str]:
+    for edge in graph.edges():
+        ends = (type(graph.op(edge.source)), type(graph.op(edge.target)))
+        if not isinstance(edge.op, Flow) or FLOWS.get(ends) != edge.op.carries:
+            yield f"{edge.source} -> {edge.target}"
+
+
+def _cycles(graph: Graph) -> Iterator[str]:
+    yield from (" -> ".join((*cycle, cycle[0])) for cycle in graph.cycles())
+
+
+def _not_one_decode(graph: Graph) -> Iterator[str]:
+    decodes = {step: op for step, op in graph.nodes().items() if isinstance(op, Decode)}
+    if not decodes:
+        yield "program"
+    yield from list(decodes)[1:]
+    for step, op in decodes.items():
+        if (op.agent, op.round) != (graph.system.answer_agent, graph.system.rounds):
+            yield step
+
+
+def _rounds_out_of_bounds(graph: Graph) -> Iterator[str]:
+    for step, op in graph.nodes().items():
+        if not isinstance(op, Agent) and not 1 <= op.round <= graph.system.rounds:
+            yield step
+
+
+def _rounds_out_of_order(graph: Graph) -> Iterator[str]:
+    latest = 0
+    for step, op in graph.in_order():
+        assert not isinstance(op, Agent)
+        if op.round < latest:
+            yield step
+        latest = max(latest, op.round)
+
+
+def _repeated_turns(graph: Graph) -> Iterator[str]:
+    turns: Counter[tuple[str, int, str]] = Counter()
+    for step, op in graph.nodes().items():
+        assert not isinstance(op, Agent)
+        for what in op.links if isinstance(op, Send) else _who(op):
+            turn = (type(op).__name__, op.round, what)
+            turns[turn] += 1
+            if turns[turn] == 2:
+                yield step
+
+
+def _without_origin(graph: Graph) -> Iterator[str]:
+    for step, op in graph.nodes().items():
+        taken = [graph.op(source) for source in graph.predecessors(step)]
+        match op, taken:
+            case (Think() | Decode(), [Prefill() as prefill]):
+                holds = (prefill.agents, prefill.round) == (_who(op), op.round)
+            case (Send(), [Think() as think]):
+                holds = op.source in think.agents and think.round == op.round
+            case _:
+                holds = isinstance(op, Prefill)
+        if not holds:
+            yield step
+
+
+def _unequal_num_steps(graph: Graph) -> Iterator[str]:
+    for step, op in graph.nodes().items():
+        if isinstance(op, Think):
+            declared = {graph.system.agents[name].latent_steps for name in op.agents}
+            if len(declared) != 1 or 0 in declared:
+                yield step
+
+
+def _mixed_batches(graph: Graph) -> Iterator[str]:
+    system = graph.system
+    batch: dict[str, tuple[str, ...]] = {}
+    for step, op in graph.nodes().items():
+        if isinstance(op, Prefill | Think | Decode):
+            who = _who(op)
+            backbones = {system.backbone_of(name).name for name in who}
+            stable = all(batch.setdefault(name, who) == who for name in who)
+            if len(backbones) != 1 or not stable:
+                yield step
+
+
+def _uneven_fan_outs(graph: Graph) -> Iterator[str]:
+    for step, op in graph.nodes().items():
+        if isinstance(op, Send):
+            widths = {graph.system.links[link].weights.out_dim for link in op.links}
+            if len(widths) != 1:
+                yield step
+
+
+def _inner_not_once(graph: Graph) -> Iterator[str]:
+    for step, op in graph.nodes().items():
+        if isinstance(op, Send):
+            (think,) = (graph.op(source) for source in graph.predecessors(step))
+            assert isinstance(think, Think)
+            if op.apply_inner == think.fused:
+                yield step
+
+
+def _wrong_variants(graph: Graph) -> Iterator[str]:
+    for step, op in graph.nodes().items():
+        if isinstance(op, Prefill):
+            expected = tuple(_variant(graph.system, name, op.round) for name in op.agents)
+            if op.variants != expected:
+                yield step
+
+
+def _variant(system: System, name: str, round_: int) -> Variant:
+    agent = system.agents[name]
+    feedback = any(system.links[f"{slot}->{name}"].feedback for slot in agent.slots("then"))
+    return "first" if round_ == 1 and feedback and agent.first is not None else "then"
+
+
+def _wrong_messages(graph: Graph) -> Iterator[str]:
+    for step, op in graph.nodes().items():
+        if not isinstance(op, Prefill):
+            continue
+        due = {
+            (agent, slot)
+            for agent, variant in zip(op.agents, op.variants, strict=True)
+            for slot in graph.system.agents[agent].slots(variant)
+            if _is_due(graph.system, slot, agent, op.round)
+        }
+        found = route_messages(graph, step)
+        sends = {source for source in graph.predecessors(step) if _is_send(graph.op(source))}
+        if {(m.agent, m.slot) for m in found} != due or set(found.values()) != sends:
+            yield step
+
+
+def _is_due(system: System, slot: str, agent: str, round_: int) -> bool:
+    """Return whether a message was sent for this slot and has any latent steps in it."""
+    sent_in = system.links[f"{slot}->{agent}"].sent_in(round_)
+    return sent_in >= 1 and system.agents[slot].latent_steps > 0
+
+
+def _is_send(op: NodeOp) -> bool:
+    return isinstance(op, Send)
+
+
+def _wrong_reuse(graph: Graph) -> Iterator[str]:
+    latest: dict[tuple[str, ...], str] = {}
+    for step, op in graph.in_order():
+        if not isinstance(op, Prefill):
+            continue
+        kept = {p for p in graph.predecessors(step) if isinstance(graph.op(p), Prefill)}
+        flows = {source for source in (op.reuse, op.prefix_of) if source is not None}
+        if kept != flows or op.reuse not in (None, latest.get(op.agents)):
+            yield step
+        latest[op.agents] = step
+
+
+def _wrong_prefixes(graph: Graph) -> Iterator[str]:
+    for step, op in graph.nodes().items():
+        if not isinstance(op, Prefill) or op.prefix_of is None:
+            continue
+        source = graph.op(op.prefix_of) if op.prefix_of in graph else None
+        if (
+            op.reuse is not None
+            or not isinstance(source, Prefill)
+            or source.agents == op.agents
+            or graph.system.backbone_of(source.agents[0]) != graph.system.backbone_of(op.agents[0])
+        ):
+            yield step
+
+
+UNROLLED_RULES: tuple[Rule, ...] = (
+    Rule("nodes_are_steps", _not_steps, "every node of a program is a step"),
+    Rule("steps_resolve", _unresolved_references, "steps name agents and links of the tables"),
+    Rule("flow_kinds", _wrong_flows, "steps take from each other only what FLOWS lists"),
+    Rule("acyclic", _cycles, "a program has no cycle"),
+    Rule("one_decode", _not_one_decode, "the answer agent decodes once, in the last round"),
+    Rule("rounds_in_bounds", _rounds_out_of_bounds, "a step's round is one of the system's"),
+    # What makes caches safe: an agent's next Prefill cannot overtake its steps of this round.
+    Rule("rounds_in_order", _rounds_out_of_order, "all steps of a round run before the next round"),
+    Rule("one_turn_a_round", _repeated_turns, "an agent does each thing once a round"),
+    Rule("steps_have_origin", _without_origin, "Think and Decode follow a Prefill, Send a Think"),
+    Rule(
+        "num_steps",
+        _unequal_num_steps,
+        "agents that think together take equally many steps",
+    ),
+    Rule("batches", _mixed_batches, "a batch has one backbone and is the same in every round"),
+    Rule("even_fan_out", _uneven_fan_outs, "messages of one Send are equally wide"),
+    Rule("inner_once", _inner_not_once, "the inner link is in the Think or in the Send"),
+    Rule(
+        "variants", _wrong_variants, "`first` is used exactly while a feedback slot has no message"
+    ),
+    Rule(
+        "messages", _wrong_messages, "a Prefill takes exactly the messages that its slots are due"
+    ),
+    Rule("reuse", _wrong_reuse, "a Prefill reuses the rows of the same agents' latest Prefill"),
+    Rule(
+        "prefixes",
+        _wrong_prefixes,
+        "a Prefill without rows of its own copies those of other agents on its backbone",
+    ),
+)
+
+
+def _without_cache(graph: Graph) -> Iterator[str]:
+    for step, op in graph.nodes().items():
+        if isinstance(op, Prefill | Think | Decode):
+            cache = graph.system.caches.get(op.cache or "")
+            if cache is None or cache.agents != _who(op):
+                yield step
+
+
+def _bad_caches(graph: Graph) -> Iterator[str]:
+    for key, cache in graph.system.caches.items():
+        backbones = {graph.system.backbone_of(name).name for name in cache.agents}
+        if key != cache.id or backbones != {cache.backbone}:
+            yield key
+
+
+def _shared_caches(graph: Graph) -> Iterator[str]:
+    owners = Counter(name for cache in graph.system.caches.values() for name in cache.agents)
+    yield from (name for name, count in owners.items() if count > 1)
+
+
+def _small_caches(graph: Graph) -> Iterator[str]:
+    system = graph.system
+    for cache in system.caches.values():
+        steps = [system.agents[name].latent_steps for name in cache.agents]
+        tokens = [system.sampling.max_new_tokens] * (system.answer_agent in cache.agents)
+        needed = system.build.max_prompt_tokens + max(steps + tokens)
+        if cache.capacity < needed or cache.capacity % CACHE_ROWS_MULTIPLE:
+            yield cache.id
+
+
+def _wrong_lifetimes(graph: Graph) -> Iterator[str]:
+    used: dict[str, list[str]] = {cache: [] for cache in graph.system.caches}
+    for step, op in graph.in_order():
+        if isinstance(op, Prefill | Think | Decode) and op.cache is not None:
+            used[op.cache].append(step)
+        if isinstance(op, Prefill) and op.prefix_of is not None:
+            source = graph.op(op.prefix_of)
+            if isinstance(source, Prefill) and source.cache is not None:
+                used[source.cache].append(step)
+    for cache in graph.system.caches.values():
+        steps = used[cache.id]
+        if not steps or (cache.first_step, cache.last_step) != (steps[0], steps[-1]):
+            yield cache.id
+
+
+PLANNED_RULES: tuple[Rule, ...] = (
+    Rule("caches_resolve", _bad_caches, "a cache is for agents of its backbone"),
+    Rule("steps_have_caches", _without_cache, "every step works in the cache of its agents"),
+    Rule("caches_not_shared", _shared_caches, "no other agent writes into an agent's cache"),
+    Rule("caches_cover", _small_caches, "a cache holds the longest prompt and what is appended"),
+    Rule("cache_lifetimes", _wrong_lifetimes, "a cache is alive from its first to its last use"),
+)
+
 
 RULES: dict[Level, tuple[Rule, ...]] = {
     Level.TOPOLOGY: (*SYSTEM_RULES, *TOPOLOGY_RULES),

@@ -19,14 +19,13 @@ from recmas_compiler.links.link_file import (
     misfit,
     read_link_header,
 )
-from recmas_compiler.spec.document.paths import is_file, path_of
-from recmas_compiler.spec.document.places import Loc
+from recmas_compiler.spec.document.places import Loc, is_file, path_of
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.schema.link_names import link_ends, outer_link_id
 from recmas_compiler.spec.schema.sections import InnerSection, LinkSection, WeightsSection
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import Problem
-from recmas_runtime.core.regular_file import sha256_of
+from recmas_runtime.core.files import sha256_of
 
 RECEIPT_NAME: Final = "receipt.json"
 RECEIPT_VERSION: Final = 1

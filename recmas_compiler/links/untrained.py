@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import TypeVar, cast
 
 from recmas_compiler.links.link_file import LinkFileError, Role, link_kind, read_link_header
-from recmas_compiler.spec.document.paths import path_of
-from recmas_compiler.spec.document.places import Loc
+from recmas_compiler.spec.document.places import Loc, path_of
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.schema.link_names import outer_link_id
 from recmas_compiler.spec.schema.sections import InnerSection, LinkKind, LinkSection, WeightsSection

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent, Decode, Level, Prefill, Send, StepOp, System, Think
+from recmas_compiler.ir.routing import find_exits, route_messages
 from recmas_runtime.formats.plan import (
     AgentPlan,
     CachePlan,
     DecodeStep,
+    LinkPlan,
     Plan,
     PrefillStep,
     SendStep,
@@ -23,12 +25,24 @@ def build_plan(program: Graph) -> Plan:
     Agents that no step runs and no prompt has a slot for are left out, and so are their links.
 
     Args:
-        program: Of level PLANNED.
+        program: Of level PLANNED for a bundle; the plan of an UNROLLED one has no caches in its
+            table, and names for them only.
     """
-    assert program.level is Level.PLANNED, f"a plan needs caches, not level {program.level.name}"
+    assert program.level >= Level.UNROLLED, "only programs have a plan"
     system = program.system
-    steps = tuple(_step(program, op) for _, op in program.in_order() if not isinstance(op, Agent))
-    agents = {name: _agent(system, name, steps) for name in live_agents(program)}
+    steps = tuple(
+        _step(program, step, op) for step, op in program.in_order() if not isinstance(op, Agent)
+    )
+    opening = {
+        agent
+        for step in steps
+        if isinstance(step, PrefillStep)
+        for agent, variant in zip(step.agents, step.variants, strict=True)
+        if variant == "first"
+    }
+    agents = {
+        name: agent_plan(system, name, has_first=name in opening) for name in live_agents(program)
+    }
     sent = {link for step in steps if isinstance(step, SendStep) for link in step.links}
     used = {step.cache for step in steps if not isinstance(step, SendStep)}
     return Plan(
@@ -36,9 +50,11 @@ def build_plan(program: Graph) -> Plan:
         rounds=system.rounds,
         answer_agent=system.answer_agent,
         agents=agents,
-        feedback_links=tuple(
-            link.id for link in system.links.values() if link.feedback and link.id in sent
-        ),
+        links={
+            link.id: LinkPlan(source=link.source, target=link.target, carries="thoughts")
+            for link in system.links.values()
+            if link.id in sent
+        },
         caches={
             cache.id: CachePlan(
                 backbone=cache.backbone,
@@ -55,6 +71,20 @@ def build_plan(program: Graph) -> Plan:
         fields=prompt_fields(agents.values()),
         stop_when=system.stop_when,
         tools=system.tools,
+    )
+
+
+def agent_plan(system: System, name: str, *, has_first: bool = True) -> AgentPlan:
+    """Return an agent, without its `first` prompt if no step uses that."""
+    agent = system.agents[name]
+    return AgentPlan(
+        backbone=system.backbone_of(name).name,
+        system=agent.system,
+        first=agent.first if has_first else None,
+        then=agent.then,
+        inner=f"{name}.inner",
+        latent_steps=agent.latent_steps,
+        chat_template=agent.chat_template,
     )
 
 
@@ -89,28 +119,26 @@ def live_backbones(program: Graph) -> tuple[str, ...]:
     return tuple(name for name in program.system.backbones if name in used)
 
 
-def _step(program: Graph, op: StepOp) -> Step:
+def _step(program: Graph, step: str, op: StepOp) -> Step:
     match op:
         case Prefill():
-            assert op.cache is not None
             source = None if op.prefix_of is None else program.op(op.prefix_of)
             assert source is None or isinstance(source, Prefill)
             return PrefillStep(
                 round=op.round,
                 agents=op.agents,
                 variants=op.variants,
+                messages=tuple(route_messages(program, step)),
                 reuse_prefix=op.reuse is not None,
-                cache=op.cache,
-                prefix_from=None if source is None else source.cache,
+                cache=_cache(op.cache, op.agents),
+                prefix_from=None if source is None else _cache(source.cache, source.agents),
             )
         case Think():
-            assert op.cache is not None
             return ThinkStep(
                 round=op.round,
                 agents=op.agents,
-                num_steps=op.num_steps,
                 fused=op.fused,
-                cache=op.cache,
+                cache=_cache(op.cache, op.agents),
             )
         case Send():
             return SendStep(
@@ -121,25 +149,14 @@ def _step(program: Graph, op: StepOp) -> Step:
                 apply_inner=op.apply_inner,
             )
         case Decode():
-            assert op.cache is not None
-            return DecodeStep(round=op.round, agent=op.agent, cache=op.cache)
+            return DecodeStep(
+                round=op.round,
+                agent=op.agent,
+                cache=_cache(op.cache, (op.agent,)),
+                exits=find_exits(program),
+            )
 
 
-def _agent(system: System, name: str, steps: tuple[Step, ...]) -> AgentPlan:
-    agent = system.agents[name]
-    variants = {
-        variant
-        for step in steps
-        if isinstance(step, PrefillStep)
-        for runs, variant in zip(step.agents, step.variants, strict=True)
-        if runs == name
-    }
-    return AgentPlan(
-        backbone=system.backbone_of(name).name,
-        system=agent.system,
-        first=agent.first if "first" in variants else None,
-        then=agent.then,
-        inner=f"{name}.inner",
-        latent_steps=agent.latent_steps,
-        chat_template=agent.chat_template,
-    )
+def _cache(planned: str | None, agents: tuple[str, ...]) -> str:
+    """Return the id of a step's cache: PlanCaches gives it this name, too."""
+    return "+".join(agents) if planned is None else planned

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -21,16 +20,25 @@ from transformers import DynamicCache
 
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import Agent, Decode, Level, Prefill, Send, StepOp, Think
-from recmas_compiler.ir.routing import deliveries
-from recmas_compiler.lowering.materialize import inner_link_id, materialize_links
+from recmas_compiler.lowering.materialize import materialize_links
+from recmas_compiler.lowering.plan import agent_plan, build_plan
 from recmas_compiler.lowering.result import FinishReason, RecordResult, ReferenceResult, gather
+from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_runtime.core.progress import Progress, Silent
-from recmas_runtime.formats.plan import SamplingPlan, Variant
+from recmas_runtime.formats.plan import (
+    DecodeStep,
+    PrefillStep,
+    SamplingPlan,
+    SendStep,
+    Step,
+    ThinkStep,
+    Variant,
+    WriteStep,
+    compared_links,
+)
 from recmas_runtime.prompts.render import (
     Chat,
     Prompt,
-    Slot,
     Tokens,
     build_prompt,
     common_prefix,
@@ -41,7 +49,7 @@ Record = Mapping[str, object]
 
 
 @dataclass(kw_only=True)
-class _Lane:
+class _Sequence:
     """An agent's cache while a record runs.
 
     Attributes:
@@ -59,23 +67,33 @@ class LatentState:
     """Where one record stands.
 
     Attributes:
-        lanes: By agent.
+        sequences: By agent.
         thoughts_MD: By (agent, round).
         embeds_MD: By (agent, round): R_k of the thoughts, where the steps computed it.
         messages_ME: By (link id, round of sending).
-        settled_in: The round whose messages were those of the round before; the last round
+        converged_in: The round whose messages were those of the round before; the last round
             followed it. None if every round ran.
     """
 
-    lanes: dict[str, _Lane] = field(default_factory=dict)
+    sequences: dict[str, _Sequence] = field(default_factory=dict)
     thoughts_MD: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     embeds_MD: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     messages_ME: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    settled_in: int | None = None
+    converged_in: int | None = None
+
+    def message(self, link: str, round_: int) -> Tensor:
+        """Return the message of a round, or the latest one where an early end left it out."""
+        if (link, round_) not in self.messages_ME:
+            rounds = [sent_in for sent, sent_in in self.messages_ME if sent == link]
+            round_ = max(sent_in for sent_in in rounds if sent_in < round_)
+        return self.messages_ME[link, round_]
 
 
 class TorchSystem(nn.Module):
     """A program as a module: links are trainable parameters, backbones are frozen.
+
+    It follows the program's plan, as the runtime does; steps that the answer does not need are left
+    out.
 
     Args:
         program: Of level UNROLLED or PLANNED, with or without any pass.
@@ -90,23 +108,16 @@ class TorchSystem(nn.Module):
         backbones: Mapping[str, TorchBackbone],
         links: Mapping[str, nn.Module],
     ) -> None:
-        assert program.level >= Level.UNROLLED, "the reference runs programs"
         super().__init__()
         self.program = program
         self.system = program.system
+        self.plan = build_plan(RemoveDeadSteps()(program))
         self.backbones = dict(backbones)
         self.frozen = nn.ModuleDict({name: b.model for name, b in backbones.items()})
         self.links = nn.ModuleDict({module_name(name): link for name, link in links.items()})
-        self._chats = {
-            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
-            for name, b in backbones.items()
-        }
-        steps = [(step, op) for step, op in program.in_order() if not isinstance(op, Agent)]
-        self._rounds = [(n, list(of_round)) for n, of_round in groupby(steps, lambda s: s[1].round)]
-        self._arrivals = {
-            step: deliveries(program, step) for step, op in steps if isinstance(op, Prefill)
-        }
-        self._exits = self._find_exits()
+        self._chats = make_chats(backbones)
+        self._agents = {name: agent_plan(self.system, name) for name in self.system.agents}
+        self._compared = compared_links(self.plan)
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:
@@ -121,13 +132,11 @@ class TorchSystem(nn.Module):
 
     def prompt(self, agent: str, variant: Variant, record: Record) -> Prompt:
         """Return an agent's prompt for a record as tokens and slots."""
-        declared = self.system.agents[agent]
-        chat = self._chats[self.system.backbone_of(agent).name]
-        parts = declared.first if variant == "first" else declared.then
-        assert parts is not None, f"{agent} has no prompt {variant!r}"
+        declared = self._agents[agent]
+        chat = self._chats[declared.backbone]
         return build_prompt(
             system=declared.system,
-            prompt=parts,
+            prompt=declared.parts(variant),
             record=record,
             chat=chat.template,
             tokenizer=chat.tokenizer,
@@ -135,19 +144,19 @@ class TorchSystem(nn.Module):
         )
 
     def forward(self, record: Record) -> LatentState:
-        """Run every step of the program but the decode for one record, gradients kept.
+        """Run every step of the plan but the decode for one record, gradients kept.
 
         Once a round's messages no longer change, as `answer.stop_when` has it, the last round
         follows, with the messages of that round.
         """
         state = LatentState()
-        for round_, steps in self._rounds:
-            if state.settled_in is not None and round_ < self.system.rounds:
+        for round_, steps in groupby(self.plan.steps[:-1], key=lambda step: step.round):
+            if state.converged_in is not None and round_ < self.plan.rounds:
                 continue
-            for step, op in steps:
-                self._run_step(step, op, record, state)
-            if state.settled_in is None and self._is_settled(state, round_):
-                state.settled_in = round_
+            for step in steps:
+                self._run_step(step, record, state)
+            if state.converged_in is None and self._has_converged(state, round_):
+                state.converged_in = round_
         return state
 
     @torch.no_grad()
@@ -162,7 +171,7 @@ class TorchSystem(nn.Module):
             records: Field values by name.
             sampling: How to choose tokens instead of the program's own way.
         """
-        chosen = self.system.sampling if sampling is None else sampling
+        chosen = self.plan.sampling if sampling is None else sampling
         return gather([self._run_record(i, record, chosen) for i, record in enumerate(records)])
 
     def _run_record(self, index: int, record: Record, sampling: SamplingPlan) -> RecordResult:
@@ -174,112 +183,97 @@ class TorchSystem(nn.Module):
             token_ids=ids,
             text=text,
             finish_reason=finish_reason,
-            rounds=self.system.rounds if state.settled_in is None else state.settled_in + 1,
+            rounds=self.plan.rounds if state.converged_in is None else state.converged_in + 1,
         )
 
-    def _run_step(self, step: str, op: StepOp, record: Record, state: LatentState) -> None:
-        match op:
-            case Prefill():
-                self._prefill(step, op, record, state)
-            case Think():
-                for agent in op.agents:
-                    self._think(agent, op, state)
-            case Send():
-                self._send(op, state)
-            case Decode():
-                pass  # the last step; it needs the state of all others
-
-    def _find_exits(self) -> dict[int, frozenset[str]]:
-        """Return the links to compare after each round that the last round could follow."""
-        heard: dict[int, set[str]] = {round_: set() for round_ in range(self.system.rounds + 1)}
-        (answer,) = (s for _, steps in self._rounds for s, op in steps if isinstance(op, Decode))
-        for step in self.program.ancestors(answer) & self._arrivals.keys():
-            for found in self._arrivals[step]:
-                heard[found.round].add(f"{found.slot}->{found.agent}")
-        links, last = self.system.links, self.system.rounds
-        awaited = {link for link in heard[last - 1] if links[link].feedback}
-        return {
-            round_: frozenset(heard[round_] & heard[round_ - 1])
-            for round_ in range(2, last)
-            if awaited <= heard[round_]
-        }
+    def _run_step(self, step: Step, record: Record, state: LatentState) -> None:
+        match step:
+            case PrefillStep():
+                for agent, variant in zip(step.agents, step.variants, strict=True):
+                    self._prefill(agent, variant, step, record, state)
+            case ThinkStep():
+                for agent in step.agents:
+                    self._think(agent, step, state)
+            case SendStep():
+                self._send(step, state)
+            case WriteStep() | DecodeStep():
+                raise AssertionError("a latent plan writes text once, at its end")
 
     @torch.no_grad()
-    def _is_settled(self, state: LatentState, round_: int) -> bool:
+    def _has_converged(self, state: LatentState, round_: int) -> bool:
         """Tell whether the messages of a round are those of the round before, nearly."""
-        stop, links = self.system.stop_when, self._exits.get(round_, frozenset())
-        if stop is None or not links:
+        stop = self.plan.stop_when
+        if stop is None or round_ not in self._compared:
             return False
         cosines_M = (
             torch.cosine_similarity(
                 state.messages_ME[link, round_], state.messages_ME[link, round_ - 1], dim=-1
             )
-            for link in links
+            for link in self._compared[round_]
         )
         return all(cosine_M.mean().item() >= stop.cosine for cosine_M in cosines_M)
 
-    def _prefill(self, step: str, op: Prefill, record: Record, state: LatentState) -> None:
-        sent = {}
-        for found in self._arrivals[step]:
-            # After an early end rounds are missing before the last one.
-            is_fed_back = found.round < op.round
-            skipped_to = state.settled_in if op.round == self.system.rounds else None
-            round_ = skipped_to if is_fed_back and skipped_to is not None else found.round
-            sent[found.agent, found.slot] = (f"{found.slot}->{found.agent}", round_)
-        for agent, variant in zip(op.agents, op.variants, strict=True):
-            backbone = self._backbone(agent)
-            prompt = self.prompt(agent, variant, record)
-            pieces_TD: list[Tensor] = []
-            for item in prompt.items:
-                match item:
-                    case Tokens(ids=ids):
-                        pieces_TD.append(backbone.embed(self._ids(ids)))
-                    case Slot(agent=source) if (agent, source) in sent:
-                        pieces_TD.append(state.messages_ME[sent[agent, source]])
-            embeds_1TD = torch.cat(pieces_TD)[None]
-            prefix = prompt.leading_ids
-            cache, kept = DynamicCache(), 0
-            if op.reuse is not None:
-                lane = state.lanes[agent]
-                # The last position always runs: its hidden state is what comes next.
-                kept = min(common_prefix(lane.prefix, prefix), embeds_1TD.shape[1] - 1)
-                cache = lane.cache
-                cache.crop(kept - cache.get_seq_length())  # negative: how many rows to remove
-            hidden_11D = _extend(backbone, cache, embeds_1TD[:, kept:])
-            state.lanes[agent] = _Lane(cache=cache, prefix=prefix, hidden_11D=hidden_11D)
+    def _prefill(
+        self, agent: str, variant: Variant, step: PrefillStep, record: Record, state: LatentState
+    ) -> None:
+        backbone = self._backbone(agent)
+        prompt = self.prompt(agent, variant, record)
+        received_ME = {
+            message.slot: state.message(message.link, message.round)
+            for message in step.messages
+            if message.agent == agent
+        }
+        pieces_TD: list[Tensor] = []
+        for item in prompt.items:
+            if isinstance(item, Tokens):
+                pieces_TD.append(backbone.embed(self._ids(item.ids)))
+            elif item.agent in received_ME:  # else the slot stays empty
+                pieces_TD.append(received_ME[item.agent])
+        embeds_1TD = torch.cat(pieces_TD)[None]
+        prefix = prompt.leading_ids
+        cache, kept = DynamicCache(), 0
+        if step.reuse_prefix:
+            sequence = state.sequences[agent]
+            # The last position always runs: its hidden state is what comes next.
+            kept = min(common_prefix(sequence.prefix, prefix), embeds_1TD.shape[1] - 1)
+            cache = sequence.cache
+            cache.crop(kept - cache.get_seq_length())  # negative: how many rows to remove
+        hidden_11D = _extend(backbone, cache, embeds_1TD[:, kept:])
+        state.sequences[agent] = _Sequence(cache=cache, prefix=prefix, hidden_11D=hidden_11D)
 
-    def _think(self, agent: str, op: Think, state: LatentState) -> None:
-        backbone, lane = self._backbone(agent), state.lanes[agent]
-        inner = self.link(inner_link_id(agent))
-        thoughts_1D, embeds_1D = [lane.hidden_11D[0]], [inner(lane.hidden_11D[0])]
-        for _ in range(op.num_steps - 1):
-            lane.hidden_11D = _extend(backbone, lane.cache, embeds_1D[-1][None])
-            thoughts_1D.append(lane.hidden_11D[0])
-            embeds_1D.append(inner(lane.hidden_11D[0]))
-        state.thoughts_MD[agent, op.round] = torch.cat(thoughts_1D)
-        if op.fused:
-            state.embeds_MD[agent, op.round] = torch.cat(embeds_1D)
+    def _think(self, agent: str, step: ThinkStep, state: LatentState) -> None:
+        backbone, sequence = self._backbone(agent), state.sequences[agent]
+        inner = self.link(self.plan.agents[agent].inner)
+        thoughts_1D, embeds_1D = [sequence.hidden_11D[0]], [inner(sequence.hidden_11D[0])]
+        for _ in range(self.plan.agents[agent].latent_steps - 1):
+            sequence.hidden_11D = _extend(backbone, sequence.cache, embeds_1D[-1][None])
+            thoughts_1D.append(sequence.hidden_11D[0])
+            embeds_1D.append(inner(sequence.hidden_11D[0]))
+        state.thoughts_MD[agent, step.round] = torch.cat(thoughts_1D)
+        if step.fused:
+            state.embeds_MD[agent, step.round] = torch.cat(embeds_1D)
 
-    def _send(self, op: Send, state: LatentState) -> None:
-        key = op.source, op.round
-        if op.apply_inner:
-            embeds_MD = self.link(inner_link_id(op.source))(state.thoughts_MD[key])
+    def _send(self, step: SendStep, state: LatentState) -> None:
+        key = step.source, step.round
+        if step.apply_inner:
+            inner = self.link(self.plan.agents[step.source].inner)
+            embeds_MD = inner(state.thoughts_MD[key])
         else:
             embeds_MD = state.embeds_MD[key]
-        for link_id in op.links:
-            state.messages_ME[link_id, op.round] = self.link(link_id)(embeds_MD)
+        for link_id in step.links:
+            state.messages_ME[link_id, step.round] = self.link(link_id)(embeds_MD)
 
     def _decode(
         self, state: LatentState, sampling: SamplingPlan, *, seed: int
     ) -> tuple[list[int], str, FinishReason]:
         """Return the answer's ids, its text and why it ended."""
-        agent = self.system.answer_agent
-        backbone, lane = self._backbone(agent), state.lanes[agent]
-        tokenizer = self._chats[self.system.backbone_of(agent).name].tokenizer
+        agent = self.plan.answer_agent
+        backbone, sequence = self._backbone(agent), state.sequences[agent]
+        tokenizer = self._chats[self.plan.agents[agent].backbone].tokenizer
         sampler = Sampler(sampling, [seed])
         ids: list[int] = []
         while len(ids) < sampling.max_new_tokens:
-            logits_1V = backbone.logits(lane.hidden_11D[0])
+            logits_1V = backbone.logits(sequence.hidden_11D[0])
             chosen = int(sampler.choose(logits_1V.float().cpu().numpy())[0])
             if chosen in backbone.eos_token_ids:
                 return ids, tokenizer.decode(ids), "stop"
@@ -288,13 +282,13 @@ class TorchSystem(nn.Module):
             text = stop.push(tokenizer.decode(ids))
             if stop.stopped:
                 return ids, text, "stop"
-            lane.hidden_11D = _extend(
-                backbone, lane.cache, backbone.embed(self._ids([chosen]))[None]
+            sequence.hidden_11D = _extend(
+                backbone, sequence.cache, backbone.embed(self._ids([chosen]))[None]
             )
         return ids, tokenizer.decode(ids), "length"
 
     def _backbone(self, agent: str) -> TorchBackbone:
-        return self.backbones[self.system.backbone_of(agent).name]
+        return self.backbones[self.plan.agents[agent].backbone]
 
     def _ids(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor(ids, device=next(self.parameters()).device)
@@ -331,11 +325,15 @@ def load_backbones(program: Graph, *, progress: Progress) -> dict[str, TorchBack
     system = program.system
     used = {system.backbone_of(agent).name: system.backbone_of(agent) for agent in system.agents}
     return {
-        # Sources are relative to the spec that names them.
-        name: load_backbone(
-            b.facts, base_dir=Path(b.where.file).parent, progress=progress, dtype=b.dtype
-        )
-        for name, b in used.items()
+        name: load_backbone(b.facts, progress=progress, dtype=b.dtype) for name, b in used.items()
+    }
+
+
+def make_chats(backbones: Mapping[str, TorchBackbone]) -> dict[str, Chat]:
+    """Return what turns conversations into tokens, by backbone."""
+    return {
+        name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
+        for name, b in backbones.items()
     }
 
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from recmas_compiler.ir.graph import Edge, Graph
-from recmas_compiler.ir.ops import Decode, Level, Prefill, StepOp, System, Think
-from recmas_compiler.ir.step_names import prefill_id, think_id
-from recmas_compiler.passes.merge_steps import merge_steps
-from recmas_compiler.passes.pass_base import Pass
+from recmas_compiler.ir.ops import (
+    Decode,
+    Level,
+    Prefill,
+    StepOp,
+    System,
+    Think,
+    prefill_id,
+    think_id,
+)
+from recmas_compiler.passes.pass_base import Pass, merge_steps
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def _merged_steps(
                 members = tuple(think_id(op.round, (name,)) for name in agents)
                 merged[think_id(op.round, agents)] = (
                     members,
-                    Think(agents=agents, round=op.round, num_steps=op.num_steps, fused=op.fused),
+                    Think(agents=agents, round=op.round, fused=op.fused),
                 )
             case _:
                 pass

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import Level, NodeOp, Send, StepOp, Think
-from recmas_compiler.ir.step_names import send_id
-from recmas_compiler.passes.merge_steps import merge_steps
-from recmas_compiler.passes.pass_base import Pass
+from recmas_compiler.ir.ops import Level, NodeOp, Send, StepOp, Think, send_id
+from recmas_compiler.passes.pass_base import Pass, merge_steps
 
 
 @dataclass(frozen=True)

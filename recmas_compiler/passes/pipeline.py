@@ -8,12 +8,11 @@ from recmas_compiler.ir.ops import Level
 from recmas_compiler.ir.verify import verify
 from recmas_compiler.passes.batch_parallel_agents import BatchParallelAgents
 from recmas_compiler.passes.fuse_links import FuseLinks
-from recmas_compiler.passes.hoist_prompt_prefix import HoistPromptPrefix
 from recmas_compiler.passes.pass_base import Pass
 from recmas_compiler.passes.plan_caches import PlanCaches
+from recmas_compiler.passes.prompt_prefix import HoistPromptPrefix, SharePromptPrefix
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_compiler.passes.share_backbones import ShareBackbones
-from recmas_compiler.passes.share_prompt_prefix import SharePromptPrefix
 from recmas_compiler.passes.unroll_rounds import UnrollRounds
 from recmas_runtime.core.errors import fail
 

@@ -5,8 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from recmas_compiler.ir.graph import Edge, Graph
-from recmas_compiler.ir.ops import Agent, Decode, Flow, Level, NodeOp, Prefill, Send, System, Think
-from recmas_compiler.ir.step_names import decode_id, prefill_id, send_id, think_id
+from recmas_compiler.ir.ops import (
+    Agent,
+    Decode,
+    Flow,
+    Level,
+    NodeOp,
+    Prefill,
+    Send,
+    System,
+    Think,
+    decode_id,
+    prefill_id,
+    send_id,
+    think_id,
+)
 from recmas_compiler.passes.pass_base import Pass
 from recmas_runtime.formats.plan import Variant
 
@@ -60,7 +73,8 @@ def _add_prefill(
     prefill = prefill_id(round_, (agent.name,))
     nodes[prefill] = Prefill(agents=(agent.name,), round=round_, variants=(variant,))
     for slot in dict.fromkeys(agent.slots(variant)):  # 6
-        send = send_id(_sent_in(system, slot, agent, round_), slot, (agent.name,))
+        sent_in = system.links[f"{slot}->{agent.name}"].sent_in(round_)
+        send = send_id(sent_in, slot, (agent.name,))
         if send in nodes:
             edges.append(Edge(send, prefill, Flow(carries="message")))
     return prefill
@@ -70,7 +84,7 @@ def _add_think_and_sends(
     system: System, agent: Agent, round_: int, nodes: dict[str, NodeOp], edges: list[Edge]
 ) -> None:
     prefill, think = prefill_id(round_, (agent.name,)), think_id(round_, (agent.name,))
-    nodes[think] = Think(agents=(agent.name,), round=round_, num_steps=agent.latent_steps)  # 2
+    nodes[think] = Think(agents=(agent.name,), round=round_)  # 2
     edges.append(Edge(prefill, think, Flow(carries="hidden")))
     for link in system.links.values():
         if link.source == agent.name:
@@ -82,9 +96,6 @@ def _add_think_and_sends(
 def _variant(system: System, agent: Agent, round_: int) -> Variant:
     # 5: every agent that can deliver took its turn in the round asked for, so "sent yet" is only
     # a matter of that round having been.
-    missing = any(_sent_in(system, slot, agent, round_) < 1 for slot in agent.slots("then"))
+    links = (system.links[f"{slot}->{agent.name}"] for slot in agent.slots("then"))
+    missing = any(link.sent_in(round_) < 1 for link in links)
     return "first" if missing and agent.first is not None else "then"
-
-
-def _sent_in(system: System, slot: str, agent: Agent, round_: int) -> int:
-    return round_ - 1 if system.links[f"{slot}->{agent.name}"].feedback else round_

@@ -25,7 +25,7 @@ from recmas_compiler.released.styles import (
     Style,
     check_task,
 )
-from recmas_compiler.spec.document.paths import path_of
+from recmas_compiler.spec.document.places import path_of
 from recmas_compiler.spec.schema.sections import WeightsSection
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import fail

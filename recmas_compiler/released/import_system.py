@@ -9,8 +9,7 @@ from typing import Final, get_args
 
 from torch import Tensor
 
-from recmas_compiler.backbones.config_facts import stored_dtype
-from recmas_compiler.backbones.facts import BackboneFacts
+from recmas_compiler.backbones.facts import BackboneFacts, stored_dtype
 from recmas_compiler.backbones.sources import describe_backbone, resolve_source
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.links.checkpoint import save_link_tensors

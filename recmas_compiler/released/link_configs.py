@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Final
 
 from recmas_compiler.released.styles import INNER_CONFIG, OUTER_CONFIG, OUTER_TYPE, Style
-from recmas_compiler.spec.document.paths import is_file
+from recmas_compiler.spec.document.places import is_file
 from recmas_compiler.spec.document.problems import did_you_mean, show
 from recmas_runtime.core.errors import RecmasError, fail
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from recmas_compiler.backbones.sources import hub_snapshot
 from recmas_compiler.released.styles import OUTER_CONFIG, Style
-from recmas_compiler.spec.document.paths import is_file, is_folder
+from recmas_compiler.spec.document.places import is_file, is_folder
 from recmas_compiler.spec.document.problems import did_you_mean
 from recmas_runtime.core.errors import fail
 

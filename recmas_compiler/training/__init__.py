@@ -1,17 +1,18 @@
-"""Training: only links learn, on the program that the compiler made of a spec.
+"""Training: links learn, on the program that the compiler made of a spec; backbones never change.
 
-In the order in which a step passes through them:
+From the ground up:
 
-- `examples`: records become prompts' fields and target texts;
-- `calls`: what an agent reads, its prompt or its prompt and target, as tokens and slots;
-- `schedule`: which agent calls the program makes, batch by batch;
-- `rows`: ragged calls become one batch, padded on the left;
-- `agent_calls`: the frozen backbone reads a batch, or thinks on from it;
-- `latents`: thoughts, links, messages, round after round, and `controls` on the last messages;
-- `loss`: cross-entropy of the answer agent's text;
-- `graph`: all of it as one `nn.Module`, the program lowered for training;
-- `compiled`, `gradient_taps`: torch.compile with a way back, and gradients by link and round;
-- `alone`, `methods`: the answer agent's own backbone learns instead, to compare with.
+- `loop`: the steps of any task, what they leave (checkpoints, metrics, costs, curves), and the
+  processes that share them;
+- `data`: records with target texts, and the hidden states over them that the inner stage learns
+  from;
+- `tasks`: what learns: each inner link on its own (`inner`), all links through the whole program
+  (`outer`), or, to compare with, the answer agent's own backbone (`single_agent_baseline`, by the
+  methods of `finetuning`);
+- `session`: the `train` section with data, backbones and links made ready;
+- `run`: the stages in their order, and the trained links with the receipt that confirms them.
 
-Eager execution is the reference. Everything numeric that tests compare is in `tolerances`.
+The differentiable form of the program is `lowering.training_graph`; eager execution is the
+reference. Nothing here prints: figures are returned, and progress is counted where the caller shows
+it.
 """

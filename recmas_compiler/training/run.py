@@ -1,30 +1,63 @@
-"""The stages of a run, one after the other, and what they leave behind."""
+"""The stages of a run, one after the other, and what they leave behind: links and their receipt."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from recmas_compiler.links.trained import link_file_name
+import torch
+from torch import nn
+
+from recmas_compiler.backbones.torch_model import TorchBackbone, weights_digest
+from recmas_compiler.links.checkpoint import save_link
+from recmas_compiler.links.trained import RECEIPT_NAME, RECEIPT_VERSION, link_file_name
 from recmas_compiler.lowering.materialize import MaterializedLink, inner_link_id
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.schema.link_names import canonical_link_name, outer_link_id
+from recmas_compiler.spec.schema.section import Section
 from recmas_compiler.spec.schema.train import TrainSection
-from recmas_compiler.training.data.hidden_state_cache import Thoughts, ThoughtsPart, thoughts_of
-from recmas_compiler.training.loop.run_loop import RunOptions, figures_of, run_loop
-from recmas_compiler.training.receipt import TrainedLink, make_receipt, write_links
-from recmas_compiler.training.session import Session
-from recmas_compiler.training.task import LoopResult
+from recmas_compiler.training.data.hidden_state_cache import HiddenStates, cached_hidden_states
+from recmas_compiler.training.loop.checkpoint import writing
+from recmas_compiler.training.loop.loop import Loop, LoopResult, Sink, StageSection, Task
+from recmas_compiler.training.loop.metrics import draw_curves, write_cost
+from recmas_compiler.training.session import Session, element_type
+from recmas_compiler.training.tasks.finetuning import METHODS, MethodName
 from recmas_compiler.training.tasks.inner import InnerTask, inner_baselines
 from recmas_compiler.training.tasks.outer import OuterTask
+from recmas_compiler.training.tasks.single_agent_baseline import (
+    SingleAgentTask,
+    calls_without_slots,
+)
 from recmas_runtime.core.errors import RecmasError, fail
 
 Stage = Literal["inner", "outer", "all"]
 
 LINKS: Final = "links"
-HIDDEN: Final = "hidden"
+HIDDEN_STATES: Final = "hidden_states"
+BASELINES: Final = "baselines.json"
+
+_VERSIONS: Final = ("recmas", "torch", "transformers", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a run is started.
+
+    Attributes:
+        folder: Where metrics, checkpoints and curves go, by stage.
+        resume: Go on from the last checkpoints.
+        make_sink: Gives a stage's metrics another reader.
+    """
+
+    folder: Path
+    resume: bool
+    make_sink: Callable[[str], Sink] | None = None
 
 
 @dataclass
@@ -35,7 +68,7 @@ class RunReport:
         stages: Figures by stage.
         starts: By link id: where its weights came from before the last stage.
         trained: Ids of the links that learned, in this folder's earlier runs too.
-        interrupted: Whether somebody stopped it.
+        interrupted: Whether the user stopped it.
     """
 
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -63,6 +96,46 @@ def run_stages(session: Session, stage: Stage, options: RunOptions) -> RunReport
     return report
 
 
+def run_method(session: Session, method: MethodName, options: RunOptions) -> RunReport:
+    """Train the answer agent's backbone in the place of links, which stay as they are.
+
+    Steps, batches, their order and the records are those of the outer stage.
+
+    Args:
+        session: Its answer agent's backbone is changed; the other backbones are freed.
+        method: What learns.
+        options: How the run is started; results are in its folder's `lora` or `sft`.
+
+    Raises:
+        RecmasError: As `Loop.run`; RM201 without peft, RM303 if results cannot be written, RM704 if
+            there are more processes than records in a batch.
+    """
+    agent, section, world = session.system.answer_agent, session.settings.section, session.world
+    check_processes(section, "outer", world.size)
+    backbone = session.backbone(agent)
+    _free_others(session, backbone)
+    learner = METHODS[method](backbone, section)
+    task = SingleAgentTask(
+        calls_without_slots(session.system, session.backbones, agent),
+        agent,
+        backbone,
+        {f"{agent}.{method}": learner.weights},
+        train=session.examples.train,
+        held_out=session.examples.held_out[: section.eval_records],
+        batch_size=section.outer.batch_size,
+        checkpointed=section.checkpoint_calls,
+        compute=element_type(section.backbone_dtype, world.device),
+    )
+    stage = section.outer.model_copy(update={"lr": learner.settings.lr})
+    own = (learner.settings,)
+    result = _run_loop(session, task, stage, options, place=method, title=method, own=own)
+    if not result.interrupted and world.is_main:
+        with writing(options.folder / method):
+            learner.save(options.folder / method)
+    world.wait()
+    return RunReport(stages={method: result.figures}, interrupted=result.interrupted)
+
+
 def check_processes(section: TrainSection, stage: Stage, num_processes: int) -> None:
     """Make sure that every process has a record of every batch.
 
@@ -85,7 +158,7 @@ def _check_learning(session: Session, stage: Stage) -> None:
     Raises:
         RecmasError: RM705.
     """
-    reached = session.graph.schedule.links
+    reached = session.graph.used_links
     hint = "Take a link out of `train.outer.freeze`, or raise `latent_steps` or `rounds`."
     setting: tuple[str, ...] = ("outer", "freeze")
     if stage == "inner" and not session.thinkers:
@@ -105,15 +178,14 @@ def _check_learning(session: Session, stage: Stage) -> None:
 def _inner_stage(
     session: Session, options: RunOptions, report: RunReport, *, is_last: bool
 ) -> None:
-    thoughts = {agent: _thoughts(session, agent, options.folder) for agent in session.thinkers}
-    links = session.start(thoughts={agent: known for agent, (known, _) in thoughts.items()})
+    states = {agent: _hidden_states(session, agent, options.folder) for agent in session.thinkers}
+    links = session.start(hidden_states={agent: train for agent, (train, _) in states.items()})
     _note_starts(report, links)
-    figures: dict[str, Any] = {}
-    report.stages["inner"] = figures
+    figures = report.stages["inner"] = {}
     for agent in session.thinkers:
         start = links[inner_link_id(agent)]
-        result, levels = _train_agent(session, agent, options, *thoughts[agent], start=start)
-        figures[agent] = {**figures_of(result), "baselines": levels}
+        result, levels = _train_agent(session, agent, options, *states[agent], start=start)
+        figures[agent] = {**result.figures, "baselines": levels}
         if result.interrupted:
             report.interrupted = True
             return
@@ -124,58 +196,50 @@ def _inner_stage(
         _keep(session, links, report, folders=(session.settings.links_dir,))
 
 
-def _thoughts(session: Session, agent: str, folder: Path) -> tuple[Thoughts, Thoughts]:
-    """Return an agent's thoughts over the training records, and over the held-out ones."""
+def _hidden_states(session: Session, agent: str, folder: Path) -> tuple[HiddenStates, HiddenStates]:
+    """Return an agent's hidden states over the training records, and over the held-out ones."""
     settings = session.settings.section
     train = session.target_calls(agent, session.examples.train)
     held_out = session.target_calls(agent, session.examples.held_out[: settings.eval_records])
-    thoughts = thoughts_of(
+    states = cached_hidden_states(
         session.backbone(agent),
         [*train, *held_out],
-        folder=folder / HIDDEN,
+        folder=folder / HIDDEN_STATES,
         max_bytes=settings.cache_mb * 2**20 // len(session.thinkers),
         world=session.world,
         progress=session.progress,
     )
-    return (
-        ThoughtsPart(thoughts, first=0, count=len(train)),
-        ThoughtsPart(thoughts, first=len(train), count=len(held_out)),
-    )
+    return states.part(0, len(train)), states.part(len(train), len(held_out))
 
 
 def _train_agent(
     session: Session,
     agent: str,
     options: RunOptions,
-    train: Thoughts,
-    held_out: Thoughts,
+    train: HiddenStates,
+    held_out: HiddenStates,
     *,
     start: MaterializedLink,
 ) -> tuple[LoopResult, dict[str, float]]:
-    settings, world, backbone = session.settings.section, session.world, session.backbone(agent)
-    levels: dict[str, float] = {}
+    stage, levels = session.settings.section.inner, {}
     if len(held_out):
         levels = inner_baselines(
             agent,
             start.weights.kind,
-            backbone,
             train=train,
             held_out=held_out,
             aligned=start.module if start.init == "aligned" else None,
-            world=world,
+            world=session.world,
         )
-    link_id = inner_link_id(agent)
     task = InnerTask(
         agent,
-        session.graph.link(link_id),
-        backbone,
+        session.graph.link(inner_link_id(agent)),
         train=train,
-        held_out=held_out if len(held_out) else None,
-        mse_weight=settings.inner.mse_weight,
+        held_out=held_out,
+        mse_weight=stage.mse_weight,
     )
-    folder = options.folder / "inner" / agent
-    title = f"inner {agent}"
-    result = run_loop(session, task, settings.inner, folder, options, title=title, levels=levels)
+    place, title = f"inner/{agent}", f"inner {agent}"
+    result = _run_loop(session, task, stage, options, place=place, title=title, levels=levels)
     return result, levels
 
 
@@ -195,13 +259,13 @@ def _outer_stage(session: Session, options: RunOptions, report: RunReport) -> No
         held_out=session.examples.held_out[: settings.eval_records],
         batch_size=settings.outer.batch_size,
     )
-    folder = options.folder / "outer"
-    result = run_loop(session, task, settings.outer, folder, options, title="outer")
-    report.stages["outer"] = figures_of(result)
+    result = _run_loop(session, task, settings.outer, options, place="outer", title="outer")
+    report.stages["outer"] = result.figures
     report.interrupted = result.interrupted
     if not result.interrupted:
         report.trained = tuple(dict.fromkeys((*learned, *learning)))
-        _keep(session, links, report, folders=(folder / LINKS, session.settings.links_dir))
+        folders = (options.folder / "outer" / LINKS, session.settings.links_dir)
+        _keep(session, links, report, folders=folders)
 
 
 def _learning(session: Session) -> tuple[str, ...]:
@@ -218,6 +282,79 @@ def _link_id(name: str) -> str:
     return inner_link_id(name) if link is None else outer_link_id(link)
 
 
+def _free_others(session: Session, kept: TorchBackbone) -> None:
+    """Free the memory of backbones that do not run, so that it is not counted."""
+    for backbone in session.backbones.values():
+        if backbone is not kept:
+            backbone.model.to("meta")
+    if session.world.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(session.world.device)
+
+
+def _run_loop(
+    session: Session,
+    task: Task,
+    stage: StageSection,
+    options: RunOptions,
+    *,
+    place: str,
+    title: str,
+    levels: Mapping[str, float] | None = None,
+    own: tuple[Section, ...] = (),
+) -> LoopResult:
+    """Train a task to its end, or until it is interrupted; leave costs and curves in its folder.
+
+    Args:
+        session: What the task was made from.
+        task: What learns.
+        stage: Steps, rate and batch size.
+        options: How the run was started.
+        place: The loop's own folder, within that of the run.
+        title: Names the loop in progress and pictures.
+        levels: Held-out figures to compare with, by name.
+        own: Further settings that the result depends on.
+
+    Raises:
+        RecmasError: As `Loop.run`.
+    """
+    world, folder = session.world, options.folder / place
+    loop = Loop(
+        task,
+        session.settings.section,
+        stage,
+        folder=folder,
+        identity=_identity(session, task.links, stage, *own),
+        world=world,
+        sink=options.make_sink(title) if options.make_sink and world.is_main else None,
+    )
+    result = loop.run(resume=options.resume, title=title, progress=session.progress)
+    if world.is_main:
+        with writing(folder):
+            write_cost(folder, task.links, world)
+            if levels:
+                text = json.dumps(dict(levels), indent=1)
+                (folder / BASELINES).write_text(text + "\n", encoding="utf-8")
+            draw_curves(folder, title=f"{session.system.name}: {title}", levels=levels)
+    return result
+
+
+def _identity(session: Session, links: Mapping[str, nn.Module], *own: Section) -> dict[str, str]:
+    """Return what a run is made of, for a checkpoint to refuse another one."""
+    starts = "".join(f"{link_id} {weights_digest(link)}\n" for link_id, link in links.items())
+    return {
+        "the system": session.spec.digest,
+        "the data": " ".join(session.examples.digests.values()),
+        "the settings": session.settings.digest(*own),
+        "the links at the start": hashlib.sha256(starts.encode()).hexdigest(),
+    }
+
+
+def _note_starts(report: RunReport, links: Mapping[str, MaterializedLink]) -> None:
+    for link_id, link in links.items():
+        report.starts.setdefault(link_id, link.init)
+
+
 def _keep(
     session: Session,
     links: Mapping[str, MaterializedLink],
@@ -226,29 +363,66 @@ def _keep(
     folders: Sequence[Path],
 ) -> None:
     if session.world.is_main:
-        receipt = make_receipt(
-            session.spec,
-            session.settings,
-            session.examples,
-            stages=report.stages,
-            num_processes=session.world.size,
-            device=session.world.device.type,
-        )
-        kept = {
-            link_id: TrainedLink(
-                module=session.graph.link(link_id),
-                source=link.source,
-                target=link.target,
-                start=report.starts[link_id],
-                trained=link_id in report.trained,
-            )
-            for link_id, link in links.items()
-        }
         for folder in folders:
-            write_links(folder, kept, receipt)
+            with writing(folder):
+                _write_links(folder, session, links, report)
     session.world.wait()
 
 
-def _note_starts(report: RunReport, links: Mapping[str, MaterializedLink]) -> None:
+def _write_links(
+    folder: Path, session: Session, links: Mapping[str, MaterializedLink], report: RunReport
+) -> None:
+    """Write link files and, last, the receipt that confirms them; each is complete or not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECEIPT_NAME).unlink(missing_ok=True)  # it does not confirm what comes now
+    entries = {}
     for link_id, link in links.items():
-        report.starts.setdefault(link_id, link.init)
+        path = folder / link_file_name(link_id)
+        staged = path.with_name(f".{path.name}.writing")
+        save_link(staged, session.graph.link(link_id), source=link.source, target=link.target)
+        staged.replace(path)
+        entries[link_id] = {
+            "file": path.name,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "start": report.starts[link_id],
+            "trained": link_id in report.trained,
+        }
+    receipt = {**_receipt(session, report), "links": entries}
+    staged = folder / f".{RECEIPT_NAME}.writing"
+    text = json.dumps(receipt, indent=1, ensure_ascii=False)
+    staged.write_text(text + "\n", encoding="utf-8")
+    staged.replace(folder / RECEIPT_NAME)
+
+
+def _receipt(session: Session, report: RunReport) -> dict[str, Any]:
+    """Return what a trained bundle says about its training, without the links' own entries.
+
+    It holds no times, so that the same training gives the same receipt.
+    """
+    settings, examples = session.settings.section, session.examples
+    return {
+        "receipt": RECEIPT_VERSION,
+        "name": session.spec.document.name,
+        "system": session.spec.digest,
+        "data": {
+            "sha256": dict(examples.digests),
+            "train": len(examples.train),
+            "held_out": len(examples.held_out),
+            "left_out": dict(examples.left_out),
+        },
+        "settings": settings.model_dump(mode="json", exclude={"data", "links_dir"}),
+        "stages": {name: dict(figures) for name, figures in report.stages.items()},
+        "processes": session.world.size,
+        "device": session.world.device.type,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _VERSIONS},
+        },
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"  # a checkout that was never installed has no metadata

@@ -1,7 +1,9 @@
-"""Everything that a stage needs, made ready once: data, backbones on their device, links."""
+"""Everything that a stage needs, made ready once: settings, data, backbones, links."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import LinkWeights, System, Think
 from recmas_compiler.links.closed_form.calibration import Calibration
 from recmas_compiler.links.modules import Role, make_link
-from recmas_compiler.links.trained import link_file_name
+from recmas_compiler.links.trained import link_file_name, links_folder
 from recmas_compiler.lowering.materialize import (
     MaterializedLink,
     inner_link_id,
@@ -24,7 +26,10 @@ from recmas_compiler.lowering.materialize import (
 from recmas_compiler.lowering.reference import load_backbones
 from recmas_compiler.lowering.training_graph.calls import CallWriter
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
-from recmas_compiler.spec.schema.train import BackboneDtype
+from recmas_compiler.spec.document.places import path_of
+from recmas_compiler.spec.document.problems import problem_at
+from recmas_compiler.spec.schema.section import Section
+from recmas_compiler.spec.schema.train import BackboneDtype, TrainSection
 from recmas_compiler.spec.spec import Spec
 from recmas_compiler.training.data.examples import (
     Examples,
@@ -32,17 +37,93 @@ from recmas_compiler.training.data.examples import (
     leave_out_long,
     load_examples,
 )
-from recmas_compiler.training.data.hidden_state_cache import ComputedThoughts, TargetCall, Thoughts
+from recmas_compiler.training.data.hidden_state_cache import HiddenStates, TargetCall
 from recmas_compiler.training.loop.distributed import World
-from recmas_compiler.training.settings import TrainSettings
-from recmas_compiler.training.tasks.inner import (
-    calibration_of,
-    can_align,
-)
+from recmas_compiler.training.tasks.inner import calibration_of, can_align
+from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.prompts.render import Tokens
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# What a run may change between two starts and still end with the same weights, and the stages and
+# methods, each of which counts by itself.
+_WITHOUT_EFFECT: Final = (
+    "accumulation",
+    "cache_mb",
+    "checkpoint_calls",
+    "checkpoint_every",
+    "data",
+    "eval_every",
+    "eval_records",
+    "inner",
+    "links_dir",
+    "lora",
+    "outer",
+    "preset",
+    "sft",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """What to train on and how.
+
+    Attributes:
+        section: The resolved section of the spec.
+        data: Absolute path of the records.
+        held_out: Absolute path of the held-out records, or the part of `data` that is held out.
+        links_dir: Absolute path of the folder that trained links go to.
+    """
+
+    section: TrainSection
+    data: Path
+    held_out: Path | float
+    links_dir: Path
+
+    def examples(self, spec: Spec) -> Examples:
+        """Read the data.
+
+        Raises:
+            RecmasError: RM700 for data that cannot be used.
+        """
+        section = self.section
+        return load_examples(
+            spec, section.targets, data=self.data, held_out=self.held_out, seed=section.seed
+        )
+
+    def digest(self, *own: Section) -> str:
+        """Return the sha256 of the settings that a stage's result depends on, hexadecimal.
+
+        Where things are kept, how often they are measured and into how many pieces a device splits
+        its work do not count.
+
+        Args:
+            own: The stage's section, and that of the method if it is not links that learn.
+        """
+        values = self.section.model_dump(mode="json", exclude=set(_WITHOUT_EFFECT))
+        values["own"] = [section.model_dump(mode="json") for section in own]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def train_settings(spec: Spec) -> TrainSettings:
+    """Return what a spec says about training.
+
+    Raises:
+        RecmasError: RM104 if it says nothing.
+    """
+    section, folder = spec.document.train, links_folder(spec)
+    if section is None or folder is None:
+        hint = "Add `train: {data: FILE.jsonl, targets: {AGENT: FIELD}}`."
+        place = spec.places.value(())
+        raise RecmasError(problem_at(place, "RM104", "the spec has no `train`.", hint=hint))
+    held_out = section.held_out
+    return TrainSettings(
+        section=section,
+        data=path_of(section.data, spec.base_dir),
+        held_out=path_of(held_out, spec.base_dir) if isinstance(held_out, str) else held_out,
+        links_dir=folder,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +139,7 @@ class Session:
         graph: The program as a module; its links have no trained weights yet.
         calls: Renders what agents read.
         world: The processes that share the work.
-        progress: Sees what takes long.
+        progress: Counts what takes long.
     """
 
     spec: Spec
@@ -101,7 +182,7 @@ class Session:
         self,
         *,
         trained: Path | None = None,
-        thoughts: Mapping[str, Thoughts] | None = None,
+        hidden_states: Mapping[str, HiddenStates] | None = None,
         as_built: bool = False,
     ) -> dict[str, MaterializedLink]:
         """Give the graph's links the weights that training starts from.
@@ -110,8 +191,8 @@ class Session:
 
         Args:
             trained: A folder with link files that win over the spec's start.
-            thoughts: By agent: those over its target texts in the training records, where they are
-                known already.
+            hidden_states: By agent: those over its target texts in the training records, where
+                they are known already.
             as_built: Align as a build does, which knows no target texts.
 
         Returns:
@@ -122,7 +203,7 @@ class Session:
         def target(agent: str) -> Calibration | None:
             if as_built or agent not in self.thinkers:
                 return None
-            found = self._calibration(agent, thoughts or {})
+            found = self._calibration(agent, (hidden_states or {}).get(agent))
             return found if can_align(found) else None
 
         made = materialize_links(program, self.backbones, progress=self.progress, targets=target)
@@ -130,30 +211,43 @@ class Session:
             self.graph.link(link_id).load_state_dict(link.module.state_dict())
         return made
 
-    def _calibration(self, agent: str, known: Mapping[str, Thoughts]) -> Calibration:
-        backbone = self.backbone(agent)
+    def _calibration(self, agent: str, states: HiddenStates | None) -> Calibration:
         with self.progress.stage(f"Aligning {agent}"):
-            if agent in known:
-                return calibration_of(backbone, known[agent])
-            calls = self.target_calls(agent, self.examples.train)
-            return calibration_of(backbone, ComputedThoughts(backbone, calls))
+            if states is None:
+                calls = self.target_calls(agent, self.examples.train)
+                states = HiddenStates(backbone=self.backbone(agent), calls=calls)
+            return calibration_of(states)
 
 
 def open_session(
-    spec: Spec, program: Graph, settings: TrainSettings, *, world: World, progress: Progress
+    spec: Spec,
+    program: Graph,
+    settings: TrainSettings,
+    *,
+    world: World,
+    progress: Progress,
+    weights: BackboneDtype | None = None,
 ) -> Session:
     """Read the data, load the backbones, and leave out records that are too long.
+
+    Args:
+        spec: What is trained.
+        program: Compiled from it.
+        settings: How.
+        world: The processes that share the work.
+        progress: Counts what takes long.
+        weights: Element type of the backbones; None for that of the settings.
 
     Raises:
         RecmasError: RM700 for data that cannot be used, RM500 or RM206 for a call that cannot be
             written, and what loading backbones raises.
     """
-    examples = load_examples(settings, spec)  # before anything that takes long
+    section = settings.section
+    examples = settings.examples(spec)  # before anything that takes long
     backbones = load_backbones(program, progress=progress)
-    dtype = element_type(settings.section.backbone_dtype, world.device)
+    dtype = element_type(weights or section.backbone_dtype, world.device)
     for backbone in backbones.values():
         backbone.model.to(device=world.device, dtype=dtype)
-    section = settings.section
     graph = TrainingGraph(
         program,
         backbones=backbones,
@@ -187,7 +281,7 @@ def open_session(
 
 
 def element_type(wanted: BackboneDtype, device: torch.device) -> torch.dtype:
-    """Return the type that frozen weights have on a device."""
+    """Return the element type that a setting means on a device."""
     if wanted != "auto":
         return _DTYPES[wanted]
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -214,7 +308,7 @@ def _blank_links(program: Graph) -> list[tuple[str, nn.Module]]:
 
 
 def _with_files(program: Graph, folder: Path) -> Graph:
-    """Return the program with the link files of a folder in the place of its links' own starts."""
+    """Return the program with its links started from the files of a folder, where there are any."""
 
     def file_of(weights: LinkWeights, link_id: str) -> LinkWeights:
         file = folder / link_file_name(link_id)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from recmas_runtime.core.errors import Problem, RecmasError
     from recmas_runtime.formats.plan import SamplingPlan
-    from recmas_runtime.running.answers import Answer, Record, Timing, Usage
     from recmas_runtime.running.batch import AnswerStream
+    from recmas_runtime.running.records import Answer, Record, Timing, Usage
     from recmas_runtime.running.system import System, load
 
 __all__ = [

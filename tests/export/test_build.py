@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 from kit.bundles import compile_system, write_twins
+from kit.hand_bundle import edit_json, rehash
+from recmas_cli.main import main
 from recmas_compiler.backbones.sources import resolve_source
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.lowering.materialize import materialize_links
@@ -291,9 +294,7 @@ def test_given_links_are_part_of_the_identity(
     """Trained links come as modules; other weights must make another bundle."""
     spec, program = compile_system(system)
     backbones = {
-        name: load_backbone(
-            program.system.backbones[name].facts, base_dir=spec.base_dir, progress=Silent()
-        )
+        name: load_backbone(program.system.backbones[name].facts, progress=Silent())
         for name in ("small", "other")
     }
     links = materialize_links(program, backbones, progress=Silent())
@@ -321,3 +322,24 @@ def test_facts_with_linear_layers_are_refused(system: Path, tmp_path: Path) -> N
     with pytest.raises(RecmasError, match="RM203"):
         build(changed, spec=spec, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_of_an_older_plan_is_refused_with_the_command_that_rebuilds_it(
+    built: BuildResult, system: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(built.path, copy)
+    edit_json(copy / "plan.json", "version", 1)
+    rehash(copy)
+    with pytest.raises(RecmasError, match=r"RM403.*format version 1") as caught:
+        open_bundle(copy)
+    command = re.search(r"recmasc (build \S+ --out \S+),", caught.value.problems[0].hint)
+    assert command is not None
+    arguments = command[1].replace("BUNDLE", str(copy)).split()
+    # This spec's backbones lie beside it.
+    for name, folder in (("small", "small"), ("twin", "small"), ("other", "other")):
+        arguments += ["--set", f"backbones.{name}.source={system.parent / 'models' / folder}"]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0, capsys.readouterr().err
+    assert open_bundle(copy, verify_hashes=True).plan == open_bundle(built.path).plan

@@ -17,7 +17,7 @@ from kit.engines import Exported, make_engine, random_ids, random_link
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.engines.onnx import backbone as engines
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, Operands
-from recmas_runtime.engines.onnx.buffers import Memory, Series
+from recmas_runtime.engines.onnx.caches import Memory, Series
 from recmas_runtime.engines.onnx.session import make_session
 from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.tolerances import TOLERANCES

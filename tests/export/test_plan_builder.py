@@ -12,12 +12,16 @@ from recmas_compiler.lowering.plan import build_plan, live_agents, live_backbone
 from recmas_runtime.formats.codec import from_json, to_json
 from recmas_runtime.formats.plan import (
     DecodeStep,
+    LinkPlan,
+    Message,
     Plan,
     PrefillStep,
     SendStep,
+    SentMessage,
     StopPlan,
     ThinkStep,
     ToolsPlan,
+    feedback_links,
 )
 
 
@@ -39,11 +43,14 @@ def test_steps_in_order(system: Path) -> None:
         ("decode", 2),
     ]
     assert plan.steps[0] == PrefillStep(
-        round=1, agents=("planner",), variants=("first",), reuse_prefix=False, cache="planner"
+        round=1,
+        agents=("planner",),
+        variants=("first",),
+        messages=(),
+        reuse_prefix=False,
+        cache="planner",
     )
-    assert plan.steps[1] == ThinkStep(
-        round=1, agents=("planner",), num_steps=3, fused=True, cache="planner"
-    )
+    assert plan.steps[1] == ThinkStep(round=1, agents=("planner",), fused=True, cache="planner")
     assert plan.steps[2] == SendStep(
         round=1,
         source="planner",
@@ -52,7 +59,12 @@ def test_steps_in_order(system: Path) -> None:
         apply_inner=False,
     )
     assert plan.steps[9] == PrefillStep(
-        round=2, agents=("planner",), variants=("then",), reuse_prefix=True, cache="planner"
+        round=2,
+        agents=("planner",),
+        variants=("then",),
+        messages=(Message(agent="planner", slot="solver", link="solver->planner", round=1),),
+        reuse_prefix=True,
+        cache="planner",
     )
     assert plan.steps[-1] == DecodeStep(round=2, agent="solver", cache="solver")
 
@@ -72,7 +84,11 @@ def test_tables(system: Path) -> None:
         name: f"{name}.inner" for name in plan.agents
     }
     assert plan.fields == ("question", "day", "hint")
-    assert plan.feedback_links == ("solver->planner",)
+    assert plan.links == {
+        f"{source}->{target}": LinkPlan(source=source, target=target, carries="thoughts")
+        for source, target in (("planner", "critic"), ("critic", "solver"), ("solver", "planner"))
+    }
+    assert feedback_links(plan) == {"solver->planner"}
     assert plan.limits.max_prompt_tokens == 64
     assert plan.sampling.max_new_tokens == 8
     for cache in plan.caches.values():
@@ -87,7 +103,8 @@ def test_first_prompt_only_where_it_is_used(system: Path) -> None:
 
 def test_one_round_has_no_feedback(system: Path) -> None:
     plan = build_plan(program(system, "rounds=1"))
-    assert plan.feedback_links == ()
+    assert feedback_links(plan) == frozenset()
+    assert set(plan.links) == {"planner->critic", "critic->solver"}
     assert plan.agents["planner"].first is not None
 
 
@@ -112,6 +129,17 @@ def test_early_end_and_tools(system: Path) -> None:
     assert plan.stop_when == StopPlan(cosine=0.9)
     assert plan.tools == ToolsPlan(functions=("lookup",))
     assert from_json(Plan, to_json(plan), file="plan.json") == plan
+
+
+def test_exits_are_what_the_last_round_takes_from_the_round_before(system: Path) -> None:
+    def exits(*overrides: str) -> object:
+        decode = build_plan(program(system, *overrides)).steps[-1]
+        assert isinstance(decode, DecodeStep)
+        return decode.exits
+
+    assert exits("rounds=4") == (SentMessage(link="solver->planner", round=3),)
+    # Of two rounds the first has none before it to be compared with.
+    assert exits("rounds=2") == ()
 
 
 def test_plan_survives_its_format(system: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent, Decode, Level, Prefill, Send, System, Think
-from recmas_compiler.ir.routing import deliveries
+from recmas_compiler.ir.routing import route_messages
 
 
 class Symbols:
@@ -70,7 +70,8 @@ def program_answer(program: Graph, symbols: Symbols) -> int:
             case Think():
                 _, prompts = caches[_rows(program, op.agents, op.cache)]
                 for agent, prompt in zip(op.agents, prompts, strict=True):
-                    symbol = symbols.of("thoughts", agent, op.num_steps, prompt)
+                    steps = program.system.agents[agent].latent_steps
+                    symbol = symbols.of("thoughts", agent, steps, prompt)
                     thoughts[agent, op.round] = symbol
             case Send():
                 for link in op.links:
@@ -101,7 +102,7 @@ def _prompts(
     symbols: Symbols,
 ) -> tuple[int, ...]:
     system: System = program.system
-    found = {(d.agent, d.slot): d.send for d in deliveries(program, step)}
+    found = {(m.agent, m.slot): send for m, send in route_messages(program, step).items()}
     prompts = []
     for agent, variant in zip(op.agents, op.variants, strict=True):
         filled = tuple(

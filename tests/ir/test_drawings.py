@@ -10,9 +10,14 @@ import pytest
 from hypothesis import given, settings
 
 from kit.graphs import EXAMPLES, sequential, topology
-from recmas_compiler.analysis.mermaid import program_mermaid, topology_mermaid
-from recmas_compiler.analysis.svg import topology_svg
-from recmas_compiler.analysis.svg_layout import Box, Point, lay_out
+from recmas_compiler.analysis.draw import (
+    Box,
+    Point,
+    lay_out,
+    program_mermaid,
+    topology_mermaid,
+    topology_svg,
+)
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.passes.pipeline import run_pipeline
 from test_scheduler import topologies

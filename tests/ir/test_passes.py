@@ -14,13 +14,12 @@ from recmas_compiler.ir.instruments import DumpIR, RecordPasses, VerifyPasses
 from recmas_compiler.ir.ops import Level, Prefill, Send, Think
 from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.passes.batch_parallel_agents import BatchParallelAgents
-from recmas_compiler.passes.hoist_prompt_prefix import HoistPromptPrefix
 from recmas_compiler.passes.pass_base import Pass
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_compiler.passes.plan_caches import PlanCaches
+from recmas_compiler.passes.prompt_prefix import HoistPromptPrefix, SharePromptPrefix
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_compiler.passes.share_backbones import ShareBackbones
-from recmas_compiler.passes.share_prompt_prefix import SharePromptPrefix
 from recmas_compiler.passes.unroll_rounds import UnrollRounds
 from recmas_runtime.core.errors import Exit, RecmasError
 
@@ -36,14 +35,14 @@ def test_every_pass(name: str, golden: Callable[..., None]) -> None:
     record = RecordPasses()
     topology_graph = EXAMPLES[name]()
     program = run_pipeline(topology_graph, instruments=(record, VerifyPasses()))
-    texts = ["# topology", str(topology_graph)]
+    texts = ["# topology", print_graph(topology_graph)]
     for step in record.records:
         if step.after is step.before:
             texts += [f"# after {step.name}: unchanged\n"]
         elif step.after.level is Level.UNROLLED:
-            _, _, steps = str(step.after).partition("\nprogram\n")
+            _, _, steps = print_graph(step.after).partition("\nprogram\n")
             texts += [f"# after {step.name}", steps]
-    golden("\n".join([*texts, "# in the end", str(program)]))
+    golden("\n".join([*texts, "# in the end", print_graph(program)]))
 
 
 def test_names_and_options_of_the_pipeline() -> None:
@@ -154,7 +153,7 @@ def test_prompts_that_begin_alike_are_copied_until_agents_have_rows_of_their_own
         "r2/b/prefill": None,
         "r2/c/prefill": None,
     }
-    assert "prefix=%r1/a/prefill" in str(program)
+    assert "prefix=%r1/a/prefill" in print_graph(program)
     # Caches are read after their own agents' last step.
     assert program.system.caches["a"].last_step == "r2/a/think"
     once = run_pipeline(topology("a b", "a>b", rounds=1, role=ALIKE))
@@ -288,7 +287,7 @@ class Breaking(Pass):
         nodes = graph.nodes()
         think = nodes["r1/planner/think"]
         assert isinstance(think, Think)
-        return graph.replaced(nodes=nodes | {"r1/planner/think": replace(think, num_steps=1)})
+        return graph.replaced(nodes=nodes | {"r1/planner/think": replace(think, fused=True)})
 
 
 def test_a_failing_pass_is_named_with_those_before_it() -> None:
@@ -316,9 +315,9 @@ def test_a_pass_at_the_wrong_level_is_refused() -> None:
 
 def test_a_broken_rule_is_found_at_the_next_level() -> None:
     passes = (UnrollRounds(), Breaking(), PlanCaches())
-    with pytest.raises(RecmasError, match="after PlanCaches, rule num_steps"):
+    with pytest.raises(RecmasError, match="after PlanCaches, rule inner_once"):
         run_pipeline(sequential(), passes=passes)
-    with pytest.raises(RecmasError, match="after Breaking, rule num_steps"):
+    with pytest.raises(RecmasError, match="after Breaking, rule inner_once"):
         run_pipeline(sequential(), passes=passes, instruments=(VerifyPasses(),))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kit.graphs import mixture, sequential, topology
+import recmas_compiler as rc
+from kit.graphs import sequential, topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import BuildOptions
 from recmas_compiler.ir.printer import print_graph, prompt_text
@@ -94,8 +96,10 @@ def test_paths_and_places_of_the_machine_do_not_show(level: str) -> None:
     assert "file planner.safetensors" in printed("/home/ann")
 
 
-def test_str_prints_the_graph() -> None:
-    assert str(mixture()) == print_graph(mixture())
+def test_printing_a_program_shows_its_graph() -> None:
+    program = rc.compile(rc.load_spec(Path(__file__).parents[2] / "specs/sequential.yaml"))
+    assert str(program) == print_graph(program.graph)
+    assert "\nprogram\n" in str(program)
 
 
 def test_a_topology_that_breaks_the_rules_can_be_read() -> None:

@@ -184,7 +184,7 @@ PROGRAM_BREAKERS: dict[str, Callable[[], Graph]] = {
     "rounds_in_order": no_flow_back,
     "one_turn_a_round": second_prefill,
     "steps_have_origin": lambda: without_edge(unrolled(), "r1/planner/prefill", "r1/planner/think"),
-    "num_steps": lambda: with_op(unrolled(), "r2/critic/think", num_steps=3),
+    "num_steps": lambda: with_agent(unrolled(), "critic", latent_steps=0),
     "batches": batch_of_two_backbones,
     "even_fan_out": uneven_fan_out,
     "inner_once": lambda: with_op(unrolled(), "r1/planner->critic/send", apply_inner=False),
@@ -220,19 +220,19 @@ def test_rule(rule: str) -> None:
 
 
 def test_message_names_rule_place_and_pass() -> None:
-    broken = with_op(unrolled(), "r2/critic/think", num_steps=3)
+    broken = with_op(unrolled(), "r2/planner->critic/send", apply_inner=False)
     with pytest.raises(RecmasError) as caught:
         verify(broken, at="after UnrollRounds")
     assert str(caught.value) == (
-        "error[RM204]: after UnrollRounds, rule num_steps of level UNROLLED is broken at "
-        "r2/critic/think: a Think takes the steps its agents declare, at least one. This is a bug "
+        "error[RM204]: after UnrollRounds, rule inner_once of level UNROLLED is broken at "
+        "r2/planner->critic/send: the inner link is in the Think or in the Send. This is a bug "
         "in recmas or in a pass of yours; --dump-ir DIR shows which pass."
     )
 
 
 def test_all_places_of_the_first_broken_rule_are_named() -> None:
-    broken = with_op(unrolled(), "r2/critic/think", num_steps=3)
-    broken = with_op(broken, "r1/critic/think", num_steps=3)
+    broken = with_op(unrolled(), "r2/planner->critic/send", apply_inner=False)
+    broken = with_op(broken, "r1/planner->critic/send", apply_inner=False)
     with pytest.raises(RecmasError) as caught:
         verify(broken, at="after UnrollRounds")
     assert len(caught.value.problems) == 2

@@ -12,6 +12,7 @@ from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.instruments import VerifyPasses
 from recmas_compiler.ir.ops import Prefill, Think
+from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import parse_spec
 
@@ -134,7 +135,7 @@ def folder(tmp_path: Path) -> Path:
 def test_program(name: str, folder: Path, golden: Callable[..., None]) -> None:
     spec = parse_spec(SPECS[name], file="spec.yaml", base_dir=folder)
     program = run_pipeline(build_topology(spec), instruments=(VerifyPasses(),))
-    golden(str(program))
+    golden(print_graph(program))
 
 
 def test_specialists_that_share_a_backbone_are_one_batch_in_every_round(folder: Path) -> None:

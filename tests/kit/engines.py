@@ -19,8 +19,7 @@ from recmas_compiler.links.checkpoint import save_link
 from recmas_compiler.links.modules import make_link, randomize
 from recmas_export.graph.backbone_graph import CPU_DECODER, DECODER, EMBED, HEAD, export_backbone
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
-from recmas_runtime.engines.onnx.buffers import Memory
-from recmas_runtime.engines.onnx.caches import CachePool
+from recmas_runtime.engines.onnx.caches import CachePool, Memory
 from recmas_runtime.formats.links import load_operands, stack_operands
 from recmas_runtime.formats.manifest import BackboneEntry, LinkEntry
 

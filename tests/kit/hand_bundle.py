@@ -35,6 +35,8 @@ from recmas_runtime.formats.plan import (
     CachePlan,
     DecodeStep,
     Limits,
+    LinkPlan,
+    Message,
     Plan,
     PrefillStep,
     PromptPart,
@@ -206,6 +208,7 @@ def make_plan() -> Plan:
                     round=round_,
                     agents=(agent,),
                     variants=("first" if (agent, round_) == ("planner", 1) else "then",),
+                    messages=messages_of(agent, round_),
                     reuse_prefix=round_ == 2,
                     cache=agent,
                 )
@@ -213,11 +216,7 @@ def make_plan() -> Plan:
             if (agent, round_) == ("solver", 2):
                 steps.append(DecodeStep(round=2, agent="solver", cache="solver"))
                 break
-            steps.append(
-                ThinkStep(
-                    round=round_, agents=(agent,), num_steps=NUM_STEPS, fused=True, cache=agent
-                )
-            )
+            steps.append(ThinkStep(round=round_, agents=(agent,), fused=True, cache=agent))
             steps.append(
                 SendStep(
                     round=round_,
@@ -233,13 +232,23 @@ def make_plan() -> Plan:
         rounds=2,
         answer_agent="solver",
         agents=agents,
-        feedback_links=("solver->planner",),
+        links={
+            "planner->solver": LinkPlan(source="planner", target="solver", carries="thoughts"),
+            "solver->planner": LinkPlan(source="solver", target="planner", carries="thoughts"),
+        },
         caches={name: CachePlan(agents=(name,), **cache) for name in agents},
         steps=tuple(steps),
         sampling=SamplingPlan(max_new_tokens=8),
         limits=Limits(max_prompt_tokens=128, max_batch=4),
         fields=("question",),
     )
+
+
+def messages_of(agent: str, round_: int) -> tuple[Message, ...]:
+    """Return what an agent is sent: the solver in this round, the planner in the one before."""
+    source, sent_in = ("planner", round_) if agent == "solver" else ("solver", round_ - 1)
+    message = Message(agent=agent, slot=source, link=f"{source}->{agent}", round=sent_in)
+    return (message,) if sent_in >= 1 else ()
 
 
 def write_link(path: Path, link: LinkEntry, *, seed: int) -> None:

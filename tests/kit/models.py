@@ -342,7 +342,7 @@ def write_tiny_backbone(folder: Path, family: str, *, seed: int = 0, **dims: Any
 def load_folder(folder: Path) -> TorchBackbone:
     """Load a backbone as the compiler does, from its folder."""
     facts = describe_backbone(str(folder), base_dir=folder)
-    return load_backbone(facts, base_dir=folder, progress=Silent())
+    return load_backbone(facts, progress=Silent())
 
 
 def load_tiny(folder: Path, family: str, *, seed: int = 0, **dims: Any) -> TorchBackbone:

@@ -242,7 +242,7 @@ def test_transformers_sees_only_the_model(
 
     def loaded(path: Path) -> dict[str, Tensor]:
         facts = describe_backbone(str(path), base_dir=path)
-        backbone = load_backbone(facts, base_dir=path, progress=Silent())
+        backbone = load_backbone(facts, progress=Silent())
         return backbone.model.state_dict()
 
     weights = loaded(repository)

@@ -18,6 +18,7 @@ from recmas_runtime.formats.manifest import Manifest
 from recmas_runtime.formats.plan import Plan
 
 STEPS = "prefill, think, send, write, decode"
+LATENT_STEPS = "agents.planner.latent_steps"
 VARIABLE = "agents.solver.chat_template.x"
 SCALAR = "expected true or false or an integer or a number or a string"
 KIND = "expected 'field' or 'slot' or 'text'"
@@ -64,7 +65,7 @@ def test_a_plan_survives_the_way_through_json() -> None:
         ("steps/0/round", -1, "steps[0].round: -1 is out of bounds, 1 to 64"),
         ("steps/0/reuse_prefix", 0, "steps[0].reuse_prefix: expected true or false, found 0"),
         ("steps/0/variants/0", 1, "steps[0].variants[0]: expected 'first' or 'then', found 1"),
-        ("steps/1/num_steps", 10**30, f"steps[1].num_steps: {10**30} is out of bounds, 0 to 4096"),
+        ("agents/planner/latent_steps", 5000, f"{LATENT_STEPS}: 5000 is out of bounds, 0 to 4096"),
         ("rounds", 65, "rounds: 65 is out of bounds, 1 to 64"),
         ("limits/max_batch", 0, "limits.max_batch: 0 is out of bounds, 1 to 65536"),
         ("sampling/temperature", "hot", 'sampling.temperature: expected a number, found "hot"'),
@@ -110,11 +111,23 @@ def test_a_newer_version_names_both() -> None:
     (problem,) = caught.value.problems
     assert caught.value.exit_code is Exit.ENVIRONMENT
     assert problem.code == "RM403"
-    assert problem.message == "format version 7; this runtime reads up to version 1"
+    assert problem.message == "format version 7; this runtime reads up to version 2"
+
+
+def test_an_older_version_names_both_and_the_command_that_helps() -> None:
+    with pytest.raises(RecmasError) as caught:
+        from_json(Plan, edited("version", 1), file="plan.json")
+    (problem,) = caught.value.problems
+    assert caught.value.exit_code is Exit.ENVIRONMENT
+    assert problem.code == "RM403"
+    assert problem.message == "format version 1; this runtime reads version 2"
+    assert problem.hint.startswith(
+        "Build it again: recmasc build BUNDLE/spec.yaml --out BUNDLE, or from the spec it came from"
+    )
 
 
 def test_a_newer_version_is_reported_before_its_new_keys() -> None:
-    newer = edited("version", 2) | {"a_new_key": 1}
+    newer = edited("version", 3) | {"a_new_key": 1}
     with pytest.raises(RecmasError, match="RM403"):
         from_json(Plan, newer, file="plan.json")
 

@@ -10,8 +10,8 @@ import pytest
 
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.engines.onnx.session import NO_GRAPH, make_session, onnx_runtime, run_options
-from recmas_runtime.running import devices
-from recmas_runtime.running.devices import choose_provider, why_no_cuda
+from recmas_runtime.running import open_engines as devices
+from recmas_runtime.running.open_engines import choose_provider, why_no_cuda
 
 HAS_CUDA = "CUDAExecutionProvider" in onnx_runtime().get_available_providers()
 

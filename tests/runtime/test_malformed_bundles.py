@@ -12,8 +12,8 @@ import pytest
 from kit.hand_bundle import DELETE, edit_json, rehash
 from recmas_runtime.cli.main import main
 from recmas_runtime.core.errors import CODES, RecmasError
+from recmas_runtime.core.files import sha256_of
 from recmas_runtime.core.progress import Silent
-from recmas_runtime.core.regular_file import sha256_of
 from recmas_runtime.formats.bundle import (
     inside,
     open_bundle,
@@ -93,7 +93,7 @@ def link_outside(path: Path) -> None:
 WEIGHTS = "backbones/one/weights.safetensors"
 DECODER = "backbones/one/decoder.onnx"
 TOKENIZER = "backbones/one/tokenizer.json"
-STEP = {"op": "decode", "round": 2, "agent": "solver", "cache": "solver"}
+STEP = {"op": "decode", "round": 2, "agent": "solver", "cache": "solver", "exits": []}
 
 LOSS = {
     "text": "held_out.txt",
@@ -160,6 +160,7 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
     "plan a pipe": (swap_for("plan.json", os.mkfifo), "RM401", "plan.json", "not a regular file"),
     "plan not listed": (manifest("files/plan.json", DELETE), "RM401", "plan.json", "not list"),
     "plan newer": (plan("version", 3), "RM403", "plan.json", "format version 3"),
+    "plan older": (plan("version", 1), "RM403", "plan.json", "this runtime reads version 2"),
     "weights missing": (remove(WEIGHTS), "RM401", WEIGHTS, "missing"),
     "weights cut": (cut(WEIGHTS), "RM401", WEIGHTS, "bytes, the manifest says"),
     "weights flipped": (flip(WEIGHTS), "RM401", WEIGHTS, "SHA-256"),
@@ -196,8 +197,21 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
     "slot for nobody": (
         plan("agents/solver/then/1/value", "ghost"), "RM404", "plan.json", "agent 'ghost'"),
     "field not declared": (plan("fields", []), "RM404", "plan.json", "field 'question'"),
-    "unknown feedback link": (
-        plan("feedback_links", ["a->b"]), "RM404", "plan.json", "outer link 'a->b'"),
+    "link of nobody": (
+        plan("links/a->b", {"source": "a", "target": "solver", "carries": "thoughts"}),
+        "RM404", "plan.json", "links.a->b: unknown agent 'a'"),
+    "unknown outer link": (
+        plan("links/a->b", {"source": "planner", "target": "solver", "carries": "thoughts"}),
+        "RM404", "plan.json", "outer link 'a->b'"),
+    "link of another width": (
+        manifest("links/planner->solver/out_dim", 3), "RM404", "plan.json", "maps 260 to 3"),
+    "link that carries text": (
+        plan("links/planner->solver/carries", "text"), "RM404", "plan.json", "thoughts, not text"),
+    "link that carries a mood": (
+        plan("links/planner->solver/carries", "mood"), "RM404", "plan.json", 'found "mood"'),
+    "link the other way": (
+        plan("links/planner->solver/source", "solver"), "RM404", "plan.json",
+        "expected planner->solver"),
     "cache of nobody": (plan("caches/solver/agents", []), "RM404", "plan.json", "one or more"),
     "cache of the wrong agent": (
         plan("caches/solver/agents", ["planner"]), "RM404", "plan.json", "not that of the step"),
@@ -215,6 +229,26 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
         plan("steps/3/variants", ["first"]), "RM404", "plan.json", "no prompt `first`"),
     "slot without message": (
         plan("steps/0/variants", ["then"]), "RM404", "plan.json", "who has sent nothing"),
+    "message that was not sent": (
+        plan("steps/3/messages/0/round", 2), "RM404", "plan.json",
+        "nothing was sent over 'planner->solver' in round 2"),
+    "message over another link": (
+        plan("steps/3/messages/0/link", "solver->planner"), "RM404", "plan.json",
+        "'solver->planner' is no link from 'planner' to 'solver'"),
+    "message for nobody": (
+        plan("steps/3/messages/0/agent", "planner"), "RM404", "plan.json", "'planner' has no slot"),
+    "message without a slot": (
+        plan("steps/0/messages", [{"agent": "planner", "slot": "solver", "link": "solver->planner",
+                                   "round": 1}]),
+        "RM404", "plan.json", "'planner' has no slot 'solver'"),
+    "message missing": (plan("steps/3/messages", []), "RM404", "plan.json", "has sent nothing"),
+    "layer state to restore": (
+        plan("steps/3/restore", "begin"), "RM404", "plan.json", "'begin': no layer"),
+    "layer state to save": (
+        plan("steps/3/snapshot", "begin"), "RM404", "plan.json", "'begin': no layer"),
+    "exit from a plan that has none": (
+        plan("steps/10/exits", [{"link": "solver->planner", "round": 1}]), "RM404", "plan.json",
+        "steps[10].exits: not the messages"),
     "nothing to reuse": (plan("steps/0/reuse_prefix", True), "RM404", "plan.json", "earlier"),
     "prefix of itself": (
         plan("steps/0/prefix_from", "planner"), "RM404", "plan.json", "'planner' is no cache"),
@@ -222,10 +256,11 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
         plan("steps/0/prefix_from", "solver"), "RM404", "plan.json", "'solver' is no cache"),
     "prefix of nothing": (
         plan("steps/0/prefix_from", "attic"), "RM404", "plan.json", "'attic' is no cache"),
-    "thinks too long": (plan("steps/1/num_steps", 9), "RM404", "plan.json", "9 is not what"),
+    "thinks nothing": (
+        plan("agents/planner/latent_steps", 0), "RM404", "plan.json", "at least one step"),
     "thinks first": (
-        plan("steps/0", {"op": "think", "round": 1, "agents": ["planner"], "num_steps": 2,
-                         "fused": True, "cache": "planner"}),
+        plan("steps/0", {"op": "think", "round": 1, "agents": ["planner"], "fused": True,
+                         "cache": "planner"}),
         "RM404", "plan.json", "no prefill of this round"),
     "sends without inner link": (
         plan("steps/1/fused", False), "RM404", "plan.json", "did not apply the inner link"),

@@ -14,8 +14,15 @@ import recmas_runtime as rt
 from kit.hand_bundle import edit_json, rehash
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.running import records
-from recmas_runtime.running.answers import Answer, Record, Timing, Usage
-from recmas_runtime.running.records import AnswerWriter, question_record, read_records
+from recmas_runtime.running.records import (
+    Answer,
+    AnswerWriter,
+    Record,
+    Timing,
+    Usage,
+    question_record,
+    read_records,
+)
 from recmas_runtime.tools.calls import ToolCall, ToolResult
 
 

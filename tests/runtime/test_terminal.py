@@ -11,7 +11,7 @@ import pytest
 
 from recmas_runtime.cli.main import main
 from recmas_runtime.core.terminal import harmless
-from recmas_runtime.running.answers import Answer
+from recmas_runtime.running.records import Answer
 from recmas_runtime.running.system import System
 
 HOSTILE = "red \x1b[31m, gone \x1b[2J\r, \x9b2J, \u202eback"

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from recmas_compiler.analysis.token_count import TokenCounter
-from recmas_compiler.backbones.config_facts import count_parameters
-from recmas_compiler.backbones.gguf_tokenizer import read_gguf_values
+from recmas_compiler.analysis.token_count import TokenCounter, read_gguf_values
+from recmas_compiler.backbones.facts import count_parameters
 from recmas_compiler.backbones.sources import BUILTINS, SMOLLM2, resolve_source
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.spec.patterns.starter_specs import starter_spec
@@ -45,7 +44,7 @@ def test_facts_of_the_builtin_are_those_of_its_file() -> None:
 
 def test_tokens_of_the_builtin_are_counted_as_transformers_does() -> None:
     spec = parse_spec(starter_spec("sequential"))
-    counter = TokenCounter(build_topology(spec).system, base_dir=Path())
+    counter = TokenCounter(build_topology(spec).system)
     resolved = resolve_source(SMOLLM2, base_dir=Path())
     reference = AutoTokenizer.from_pretrained(resolved.folder, gguf_file=resolved.gguf_file)
     for text in (

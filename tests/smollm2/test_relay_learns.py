@@ -12,10 +12,8 @@ import pytest
 from recmas_compiler import api
 from recmas_compiler.spec.spec import load_spec
 from recmas_compiler.training.loop.distributed import joined_world
-from recmas_compiler.training.loop.run_loop import RunOptions
-from recmas_compiler.training.run import run_stages
-from recmas_compiler.training.session import open_session
-from recmas_compiler.training.settings import train_settings
+from recmas_compiler.training.run import RunOptions, run_stages
+from recmas_compiler.training.session import open_session, train_settings
 from recmas_compiler.training.tasks.outer import exact_answers
 from recmas_runtime.core.progress import Silent
 
@@ -39,7 +37,7 @@ def test_a_digit_comes_through(tmp_path: Path) -> None:
     program = api.compile(spec).graph
     with joined_world() as world:
         session = open_session(spec, program, train_settings(spec), world=world, progress=Silent())
-        options = RunOptions(folder=tmp_path / "run", resume=False, quiet=True)
+        options = RunOptions(folder=tmp_path / "run", resume=False)
         figures = run_stages(session, "outer", options).stages["outer"]["after"]
         exact = exact_answers(session.graph, session.examples.held_out, batch_size=8)
     assert figures["latent"] < figures["shuffled"] - 0.5

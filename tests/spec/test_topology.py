@@ -14,6 +14,7 @@ from kit.specs import CHAIN, PAIR, write_config
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent, Level, Link
+from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.ir.verify import verify
 from recmas_compiler.links.link_file import Role, link_shapes
 from recmas_compiler.spec.schema.sections import LinkKind
@@ -74,7 +75,7 @@ GRAPHS = {
 def test_accepted_graphs(name: str, tmp_path: Path, golden: Callable[..., None]) -> None:
     graph = topology(GRAPHS[name], tmp_path)
     assert graph.level == Level.TOPOLOGY
-    golden(f"{graph}\n".replace(str(tmp_path), "TMP"))
+    golden(f"{print_graph(graph)}\n".replace(str(tmp_path), "TMP"))
 
 
 def test_payloads(tmp_path: Path) -> None:

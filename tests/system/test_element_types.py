@@ -32,7 +32,7 @@ def test_half_the_bytes(family: str, dtype: str, tmp_path: Path) -> None:
     facts = describe_backbone(str(folder), base_dir=tmp_path)
     sizes, loaded = {}, {}
     for name in ("float32", dtype):
-        loaded[name] = load_backbone(facts, base_dir=tmp_path, progress=Silent(), dtype=name)
+        loaded[name] = load_backbone(facts, progress=Silent(), dtype=name)
         export_backbone(loaded[name], tmp_path / name)
         sizes[name] = num_weight_bytes(tmp_path / name / WEIGHTS)
     # the tiny norms and the table of rotations stay float32 where they have to
@@ -48,7 +48,7 @@ def test_half_the_bytes(family: str, dtype: str, tmp_path: Path) -> None:
 def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
     folder = write_tiny_backbone(tmp_path / "model", "gemma3")
     facts = describe_backbone(str(folder), base_dir=tmp_path)
-    backbone = load_backbone(facts, base_dir=tmp_path, progress=Silent(), dtype="bfloat16")
+    backbone = load_backbone(facts, progress=Silent(), dtype="bfloat16")
     export_backbone(backbone, tmp_path / "out")
     places = []
     for name in (EMBED, HEAD):
@@ -74,8 +74,8 @@ def test_weights_beyond_float16(tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     facts = describe_backbone(str(folder), base_dir=tmp_path)
     with pytest.raises(RecmasError, match=r"RM202.*float16 cannot hold.*up_proj"):
-        load_backbone(facts, base_dir=tmp_path, progress=Silent(), dtype="float16")
-    load_backbone(facts, base_dir=tmp_path, progress=Silent(), dtype="bfloat16")
+        load_backbone(facts, progress=Silent(), dtype="float16")
+    load_backbone(facts, progress=Silent(), dtype="bfloat16")
 
 
 MIXED = on_three_backbones(

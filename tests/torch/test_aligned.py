@@ -174,9 +174,9 @@ class Watcher:
         self.stages: Counter[str] = Counter()
 
     @contextmanager
-    def stage(self, title: str, total: int | None = None) -> Iterator[Advance]:
+    def stage(self, title: str, total: int | None = None, *, done: int = 0) -> Iterator[Advance]:
         self.stages[title] += 1
-        yield lambda num_units=1: None
+        yield lambda num_units=1, *, note="": None
 
 
 def test_links_come_from_files_closed_forms_and_chance(tiny: LoadTiny, tmp_path: Path) -> None:

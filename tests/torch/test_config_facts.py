@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from recmas_compiler.backbones.config_facts import FAMILY_DEFAULTS
+from config_defaults import table_text
+from recmas_compiler.backbones.facts import DEFAULTS_FILE, LAYER_KINDS, family_defaults
 from recmas_compiler.backbones.sources import describe_backbone
+from recmas_runtime.core.errors import RecmasError
 
 SMALL = {
     "hidden_size": 64,
@@ -64,9 +67,52 @@ def test_families(family: str, variant: str, tmp_path: Path) -> None:
         assert facts.sliding_window == window
 
 
-@pytest.mark.parametrize("family", sorted(FAMILY_DEFAULTS))
-def test_tabled_defaults(family: str) -> None:
-    config = CONFIG_MAPPING[family]()
-    for key, value in FAMILY_DEFAULTS[family].items():
-        if hasattr(config, key) and key != "sliding_window":
-            assert getattr(config, key) == value, key
+def test_the_table_of_defaults_is_that_of_transformers() -> None:
+    wanted, found = table_text(), DEFAULTS_FILE.read_text()
+    assert found == wanted, "run `python tests/torch/config_defaults.py`"
+
+
+# They list their layers by further values, or under names that no target knows.
+LISTED = [
+    name
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if {"num_attention_heads", "layer_cycle"} <= family_defaults(name).keys()
+    and KINDS.keys() >= {LAYER_KINDS.get(kind) for kind in family_defaults(name)["layer_cycle"]}
+    and family_defaults(name)["layer_cycle"]
+]
+
+
+@pytest.mark.parametrize("family", LISTED)
+def test_layers_of_every_family(family: str, tmp_path: Path) -> None:
+    names = CONFIG_MAPPING[family].attribute_map
+    config = CONFIG_MAPPING[family](**{names.get("num_hidden_layers", "num_hidden_layers"): 13})
+    sparse = SMALL | {"model_type": family, "num_hidden_layers": 13}
+    sparse |= {"max_position_embeddings": 2048, "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(sparse))
+    facts = describe_backbone(str(tmp_path), base_dir=tmp_path)
+    assert [KINDS[kind] for kind in facts.attention] == [
+        KINDS[LAYER_KINDS[kind]] for kind in config.layer_types
+    ]
+
+
+def test_a_family_without_a_rule_must_list_its_layers(tmp_path: Path) -> None:
+    sparse = SMALL | {"model_type": "lfm3"}
+    (tmp_path / "config.json").write_text(json.dumps(sparse))
+    with pytest.raises(RecmasError, match=r"its config\.json has no `layer_types`") as refused:
+        describe_backbone(str(tmp_path), base_dir=tmp_path)
+    assert refused.value.problems[0].code == "RM202"
+    listed = sparse | {"layer_types": ["conv"] * 11 + ["full_attention"]}
+    (tmp_path / "config.json").write_text(json.dumps(listed))
+    facts = describe_backbone(str(tmp_path), base_dir=tmp_path)
+    assert facts.attention == ("linear",) * 11 + ("full",)
+
+
+def test_a_nested_text_config_leaves_out_what_its_class_fills_in(tmp_path: Path) -> None:
+    outer = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(outer | {"text_config": {}}))
+    facts = describe_backbone(str(tmp_path), base_dir=tmp_path)
+    text = CONFIG_MAPPING["gemma3"]().get_text_config()
+    assert facts.model_type == text.model_type
+    assert facts.width == text.hidden_size
+    assert facts.num_layers == text.num_hidden_layers
+    assert [KINDS[kind] for kind in facts.attention] == text.layer_types

@@ -14,6 +14,7 @@ from kit.models import FAMILIES, LoadTiny
 from kit.systems import RECORDS, assert_agree, declare, naive_result, random_links, reference_result
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Level
+from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.lowering.reference import TorchSystem
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 
@@ -63,8 +64,8 @@ def test_every_graph_after_every_pass(tiny: LoadTiny, family: str, name: str) ->
     seen = set()
     for end in range(len(PIPELINE) + 1):
         program = run_pipeline(graph, passes=PIPELINE[:end])
-        if program.level >= Level.UNROLLED and str(program) not in seen:
-            seen.add(str(program))
+        if program.level >= Level.UNROLLED and print_graph(program) not in seen:
+            seen.add(print_graph(program))
             assert_agree(reference_result(program, backbones, links), naive)
 
 
@@ -132,7 +133,7 @@ def test_gradients_reach_every_link_that_matters_and_no_backbone(tiny: LoadTiny)
     assert system.train() is system
     assert not backbone.model.training
     state = system(RECORDS[0])
-    state.lanes["solver"].hidden_11D.square().sum().backward()
+    state.sequences["solver"].hidden_11D.square().sum().backward()
     for name, parameter in system.named_parameters():
         if name.startswith("links."):
             assert parameter.grad is not None, name

@@ -147,8 +147,8 @@ def test_gradients_pass_through_the_rounds_that_ran(tiny: LoadTiny) -> None:
         run_pipeline(graph), backbones={"tiny": backbone}, links=random_links(graph)
     )
     state = system(RECORDS[0])
-    assert state.settled_in == 2
-    state.lanes["solver"].hidden_11D.square().sum().backward()
+    assert state.converged_in == 2
+    state.sequences["solver"].hidden_11D.square().sum().backward()
     for name, parameter in system.named_parameters():
         if name.startswith("links."):
             assert parameter.grad is not None, name

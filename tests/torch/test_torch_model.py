@@ -47,7 +47,7 @@ def facts_of(folder: Path, **changes: Any) -> BackboneFacts:
 def refusal(folder: Path) -> tuple[str, str]:
     """Return code and text of the error that loading raises."""
     with pytest.raises(RecmasError) as caught:
-        load_backbone(facts_of(folder), base_dir=folder, progress=Silent())
+        load_backbone(facts_of(folder), progress=Silent())
     assert str(folder) in str(caught.value)
     return caught.value.problems[0].code, str(caught.value)
 
@@ -206,7 +206,7 @@ def test_only_the_text_model_of_a_seeing_model_is_used(tmp_path: Path) -> None:
     seeing.model.language_model.load_state_dict(text.model.state_dict())
     seeing.save_pretrained(tmp_path)
     backbone = load_backbone(
-        facts_of(tmp_path, vocab_size=text.config.vocab_size), base_dir=tmp_path, progress=Silent()
+        facts_of(tmp_path, vocab_size=text.config.vocab_size), progress=Silent()
     )
     assert sum(p.numel() for p in backbone.model.parameters()) == text.num_parameters()
     ids = torch.tensor([[9, 8, 7, 6, 5, 4, 3, 2, 12, 13, 14]])

@@ -40,7 +40,7 @@ def test_what_greedy_decoding_writes_is_exact(tiny: LoadTiny) -> None:
             for i, r in enumerate(records)
         ]
         batch = graph.prepare(examples)
-        key = answer, graph.schedule.answer.variant, "turn"
+        key = answer, graph.answer.variant, "turn"
         vocabulary = backbones["tiny"].facts.vocab_size
         calls = []
         for call, ids in zip(batch.calls[key], written, strict=True):

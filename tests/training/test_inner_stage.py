@@ -1,4 +1,4 @@
-"""The inner stage: thoughts on disk and off, its loss, and what it is compared with."""
+"""The inner stage: hidden states on disk and off, its loss, and what it is compared with."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from kit.models import LoadTiny
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.links.modules import make_link, randomize
 from recmas_compiler.training.data.hidden_state_cache import (
-    ComputedThoughts,
-    StoredThoughts,
+    HiddenStates,
     TargetCall,
-    Thoughts,
-    ThoughtsPart,
-    thoughts_of,
+    cached_hidden_states,
 )
 from recmas_compiler.training.loop.distributed import World
 from recmas_compiler.training.tasks import inner
@@ -56,23 +53,22 @@ def plain_pairs(backbone: TorchBackbone, call: TargetCall) -> tuple[torch.Tensor
     return hidden[first - 1 : -1], torch.tensor(call.ids[first:])
 
 
-def stored(backbone: TorchBackbone, some: list[TargetCall], folder: Path, mib: int) -> Thoughts:
-    return thoughts_of(
+def stored(backbone: TorchBackbone, some: list[TargetCall], folder: Path, mib: int) -> HiddenStates:
+    return cached_hidden_states(
         backbone, some, folder=folder, max_bytes=mib * MIB, world=ALONE, progress=Silent()
     )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
-def test_thoughts_are_the_states_before_each_target_token(
+def test_they_are_the_states_before_each_target_token(
     tiny: LoadTiny, tmp_path: Path, family: str
 ) -> None:
     backbone, some = tiny(family), calls(9)
     kinds = (stored(backbone, some, tmp_path, 64), stored(backbone, some, tmp_path, 0))
-    assert isinstance(kinds[0], StoredThoughts)
-    assert isinstance(kinds[1], ComputedThoughts)
-    for thoughts in kinds:
-        assert len(thoughts) == 9
-        hidden, ids = thoughts.pairs([4, 1, 8])
+    assert [states.is_stored for states in kinds] == [True, False]
+    for states in kinds:
+        assert len(states) == 9
+        hidden, ids = states.pairs([4, 1, 8])
         plain = [plain_pairs(backbone, some[place]) for place in (4, 1, 8)]
         assert torch.allclose(hidden, torch.cat([h for h, _ in plain]), atol=1e-5, rtol=1e-4)
         assert torch.equal(ids, torch.cat([i for _, i in plain]))
@@ -84,7 +80,7 @@ def test_what_does_not_fit_is_halved_and_then_not_kept(tiny: LoadTiny, tmp_path:
 
     def kept(max_bytes: int) -> list[str]:
         folder = tmp_path / str(max_bytes)
-        thoughts_of(
+        cached_hidden_states(
             backbone, some, folder=folder, max_bytes=max_bytes, world=ALONE, progress=Silent()
         )
         return [path.suffix for path in folder.glob("*")]
@@ -127,9 +123,8 @@ def test_the_loss_is_its_formula(tiny: LoadTiny, mse_weight: float) -> None:
     task = InnerTask(
         "a",
         link,
-        backbone,
-        train=ComputedThoughts(backbone, some),
-        held_out=None,
+        train=HiddenStates(backbone=backbone, calls=some),
+        held_out=HiddenStates(backbone=backbone, calls=[]),
         mse_weight=mse_weight,
     )
     expected, tokens = 0.0, 0
@@ -149,12 +144,15 @@ def test_the_loss_is_its_formula(tiny: LoadTiny, mse_weight: float) -> None:
     assert task.measure(ALONE) == {}
 
 
-def test_parts_count_from_their_first_call(tiny: LoadTiny) -> None:
+def test_parts_count_from_their_first_call(tiny: LoadTiny, tmp_path: Path) -> None:
     backbone, some = tiny("llama"), calls(6)
-    whole = ComputedThoughts(backbone, some)
-    part = ThoughtsPart(whole, first=2, count=3)
-    assert len(part) == 3
-    assert torch.equal(part.pairs([1])[1], whole.pairs([3])[1])
+    for whole in (stored(backbone, some, tmp_path, 64), stored(backbone, some, tmp_path, 0)):
+        part = whole.part(2, 3)
+        assert len(part) == 3
+        assert part.is_stored == whole.is_stored
+        for found, wanted in zip(part.pairs([1, 2]), whole.pairs([3, 4]), strict=True):
+            assert torch.equal(found, wanted)
+        assert len(whole.part(6, 0)) == 0
 
 
 def test_measuring_is_a_mean_over_tokens(tiny: LoadTiny) -> None:
@@ -165,22 +163,22 @@ def test_measuring_is_a_mean_over_tokens(tiny: LoadTiny) -> None:
     for call in some:
         hidden, ids = plain_pairs(backbone, call)
         cosines += cosine_similarity(link(hidden), backbone.embed(ids), dim=-1).tolist()
-    found = mean_cosine(link, backbone, ComputedThoughts(backbone, some), ALONE)
+    found = mean_cosine(link, HiddenStates(backbone=backbone, calls=some), ALONE)
     assert found == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
 
 
 def test_what_costs_no_training(tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inner, "FEWEST_ALIGNED_PAIRS", 100)
     backbone = tiny("llama")
-    train = ComputedThoughts(backbone, calls(60))
-    held_out = ComputedThoughts(backbone, calls(10, seed=1))
+    train = HiddenStates(backbone=backbone, calls=calls(60))
+    held_out = HiddenStates(backbone=backbone, calls=calls(10, seed=1))
     figures = inner_baselines(
-        "a", "projected", backbone, train=train, held_out=held_out, aligned=None, world=ALONE
+        "a", "projected", train=train, held_out=held_out, aligned=None, world=ALONE
     )
     assert figures.keys() == {"random", "aligned", "constant", "expectation"}
     assert abs(figures["random"]) < 0.1
     # Tokens are drawn at random here: nothing can be known of them but their mean.
-    mean = calibration_of(backbone, train).next_ND.mean(0)
+    mean = calibration_of(train).next_ND.mean(0)
     constant = [
         cosine_similarity(mean, backbone.embed(torch.tensor(i)), dim=0).item()
         for call in calls(10, seed=1)
@@ -189,21 +187,20 @@ def test_what_costs_no_training(tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch)
     assert figures["constant"] == pytest.approx(sum(constant) / len(constant), abs=1e-5)
 
 
-def test_too_few_thoughts_align_nothing(tiny: LoadTiny) -> None:
+def test_too_few_pairs_align_nothing(tiny: LoadTiny) -> None:
     backbone = tiny("llama")
-    calibration = calibration_of(backbone, ComputedThoughts(backbone, calls(20)))
+    calibration = calibration_of(HiddenStates(backbone=backbone, calls=calls(20)))
     assert not can_align(calibration)
 
 
-def test_thoughts_on_disk_give_more_pairs_to_align_to(
+def test_states_on_disk_give_more_pairs_to_align_to(
     tiny: LoadTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inner, "NUM_COMPUTED_PAIRS", 100)
     backbone, some = tiny("llama"), calls(200)
     num_pairs = sum(call.num_target_tokens for call in some)
-    computed = calibration_of(backbone, ComputedThoughts(backbone, some))
-    known = ThoughtsPart(stored(backbone, some, tmp_path, 8), first=0, count=len(some))
-    kept = calibration_of(backbone, known)
+    computed = calibration_of(HiddenStates(backbone=backbone, calls=some))
+    kept = calibration_of(stored(backbone, some, tmp_path, 8))
     assert 100 <= len(computed.token_N) < num_pairs == len(kept.token_N)
     torch.testing.assert_close(
         kept.hidden_ND[: len(computed.token_N)], computed.hidden_ND, rtol=1e-4, atol=1e-4

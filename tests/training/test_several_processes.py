@@ -16,8 +16,9 @@ from torch import distributed as dist
 from recmas_cli.main import main
 from recmas_cli.training_command import without_option
 from recmas_compiler.training.loop.distributed import joined_world
-from recmas_compiler.training.loop.metrics import METRICS_NAME, read_metrics
+from recmas_compiler.training.loop.metrics import METRICS_NAME
 from recmas_runtime.core.errors import Exit
+from recmas_runtime.core.jsonl import read_json_lines
 
 COMMAND = [sys.executable, "-m", "recmas_cli.main", "train"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -37,7 +38,7 @@ def train(spec: Path, out: str, *more: str) -> subprocess.CompletedProcess[str]:
 
 
 def curve(spec: Path, out: str, stage: str) -> list[dict[str, Any]]:
-    return list(read_metrics(spec.parent / out / stage / METRICS_NAME))
+    return list(read_json_lines(spec.parent / out / stage / METRICS_NAME))
 
 
 def test_two_processes_give_the_curve_of_one(case: Path) -> None:

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 from kit.training import changed
 from recmas_cli.main import main
-from recmas_compiler.training.loop.metrics import METRICS_NAME, read_metrics
+from recmas_compiler.training.loop.metrics import METRICS_NAME
 from recmas_runtime.core.errors import Exit, fail
+from recmas_runtime.core.jsonl import read_json_lines
 
 COMMAND = [sys.executable, "-m", "recmas_cli.main", "train"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -76,7 +77,7 @@ def test_both_stages(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert outer["after"]["null"] == pytest.approx(outer["before"]["null"]), "no link is in it"
 
     run = Path("out/pair-training")
-    entries = list(read_metrics(run / "outer" / METRICS_NAME))
+    entries = list(read_json_lines(run / "outer" / METRICS_NAME))
     assert [e["step"] for e in entries if e["kind"] == "eval"] == [0, 4, 8]
     step = next(e for e in entries if e["kind"] == "step")
     assert step["round_grad_norm"].keys() >= {"planner->solver@1", "solver->planner@1"}

@@ -22,9 +22,10 @@ from kit.training import examples, on_one
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.lowering.training_graph.calls import CallWriter
 from recmas_compiler.training.loop.distributed import World
-from recmas_compiler.training.loop.metrics import METRICS_NAME, read_metrics
-from recmas_compiler.training.tasks.single_agent_baseline import AloneTask
+from recmas_compiler.training.loop.metrics import METRICS_NAME
+from recmas_compiler.training.tasks.single_agent_baseline import SingleAgentTask
 from recmas_runtime.core.errors import Exit
+from recmas_runtime.core.jsonl import read_json_lines
 from recmas_runtime.formats.plan import PromptPart
 from recmas_runtime.running.baselines import without_slots
 from test_train_command import COMMAND, ENVIRONMENT, recmasc
@@ -42,11 +43,11 @@ def here(case: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(case.name)
 
 
-def alone(backbone: TorchBackbone, *, checkpointed: bool = False) -> AloneTask:
+def alone(backbone: TorchBackbone, *, checkpointed: bool = False) -> SingleAgentTask:
     """Return the task of the last agent of a chain, without anything that learns."""
     graph = on_one("self_loop", backbone)
     records = examples(graph)
-    return AloneTask(
+    return SingleAgentTask(
         CallWriter(graph.system, {"tiny": backbone}),
         "solver",
         backbone,
@@ -102,7 +103,7 @@ def test_a_method(here: Path, capsys: pytest.CaptureFixture[str], method: str) -
     assert not Path("links").exists(), "links are as they were"
 
     run = Path("out/pair-training") / method
-    steps = [e for e in read_metrics(run / METRICS_NAME) if e["kind"] == "step"]
+    steps = [e for e in read_json_lines(run / METRICS_NAME) if e["kind"] == "step"]
     assert steps[0]["grad_norm"].keys() == {f"solver.{method}"}
     cost = json.loads((run / "cost.json").read_text())
     assert data["costs"][method] == cost
@@ -172,7 +173,7 @@ def test_the_same_records_in_the_same_order(here: Path, capsys: pytest.CaptureFi
     recmasc(capsys, "train", here, "--quiet", "--method", "sft")
     run = Path("out/pair-training")
     tokens = [
-        [entry["tokens"] for entry in read_metrics(run / name / METRICS_NAME) if "lr" in entry]
+        [entry["tokens"] for entry in read_json_lines(run / name / METRICS_NAME) if "lr" in entry]
         for name in ("outer", "sft")
     ]
     assert tokens[0] == tokens[1]

@@ -19,7 +19,7 @@ from kit.training import TOPOLOGIES, examples, on_one, training_graph
 from recmas_compiler.lowering.training_graph.compiled import Compiled, CompileWarning
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.training.data.examples import TrainExample
-from recmas_compiler.training.tolerances import TOLERANCES
+from training_tolerances import TOLERANCES
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from plain_training import PlainTraining
 from recmas_compiler.lowering.training_graph.controls import controlled
 from recmas_compiler.training.loop.distributed import World
 from recmas_compiler.training.tasks.outer import OuterTask
-from recmas_compiler.training.tolerances import TOLERANCES
+from training_tolerances import TOLERANCES
 
 MODES = ["teacher_forced", "rollout"]
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))

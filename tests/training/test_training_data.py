@@ -13,16 +13,15 @@ from recmas_compiler.training.data.examples import (
     Examples,
     TrainExample,
     leave_out_long,
-    load_examples,
 )
-from recmas_compiler.training.settings import train_settings
+from recmas_compiler.training.session import train_settings
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Silent
 
 
 def load(folder: Path, text: str = SPEC, data: str | None = None) -> Examples:
     spec = load_spec(write_case(folder, text=text, data=data))
-    return load_examples(train_settings(spec), spec)
+    return train_settings(spec).examples(spec)
 
 
 # name -> the third line of the file, and what the finding says about it
@@ -63,7 +62,7 @@ def test_a_wrong_record_is_refused_with_its_line(name: str, case: Path) -> None:
     spec = load_spec(case)
     (case.parent / "train.jsonl").write_bytes(data)
     with pytest.raises(RecmasError) as refused:
-        load_examples(train_settings(spec), spec)
+        train_settings(spec).examples(spec)
     (problem,) = refused.value.problems
     assert (problem.code, problem.line) == ("RM700", 3)
     assert problem.file == str((case.parent / "train.jsonl").absolute())

@@ -13,7 +13,7 @@ from kit.systems import random_links
 from kit.training import examples, in_float64, on_one, training_graph
 from plain_training import PlainTraining
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
-from recmas_compiler.training.tolerances import TOLERANCES
+from training_tolerances import TOLERANCES
 
 MODES = ["teacher_forced", "rollout"]
 STEP = 1e-4
@@ -88,9 +88,9 @@ def test_gradients_reach_every_link_in_every_round(tiny: LoadTiny, name: str, mo
     graph(batch, watch=True).mean.backward()
     norms = graph.round_gradients()
     expected = set()
-    for site in (*graph.schedule.thinking, graph.schedule.answer):
-        for slot, link, round_ in site.links():
-            expected |= {(link, round_), (f"{slot}.inner", round_)}
+    for turn in (*graph.thinking, graph.answer):
+        for m in turn.messages:
+            expected |= {(m.link, m.round), (f"{m.slot}.inner", m.round)}
     assert set(norms) == expected
     assert min(norms.values()) > 0
     rounds = {round_ for _, round_ in norms}

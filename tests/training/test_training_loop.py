@@ -7,8 +7,9 @@ import math
 import os
 import resource
 import signal
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +17,42 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recmas_compiler.training.data.order import batch_of
+from recmas_compiler.spec.schema.train import TrainSection
 from recmas_compiler.training.loop.checkpoint import latest_checkpoint, load_checkpoint
-from recmas_compiler.training.loop.cost import COST_NAME, write_cost
-from recmas_compiler.training.loop.curves import draw_curves
 from recmas_compiler.training.loop.distributed import World
-from recmas_compiler.training.loop.health import Health
-from recmas_compiler.training.loop.learning_rate import learning_rate
-from recmas_compiler.training.loop.loop import CHECKPOINTS, Loop
-from recmas_compiler.training.loop.metrics import METRICS_NAME, read_metrics
-from recmas_compiler.training.task import LoopResult, LoopSettings
+from recmas_compiler.training.loop.loop import (
+    CHECKPOINTS,
+    Health,
+    Loop,
+    LoopResult,
+    batch_of,
+    rate_factor,
+)
+from recmas_compiler.training.loop.metrics import COST_NAME, METRICS_NAME, draw_curves, write_cost
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.jsonl import read_json_lines
+from recmas_runtime.core.progress import Advance
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 IDENTITY = {"the data": "d", "the settings": "s"}
-SETTINGS = LoopSettings(
-    steps=20,
-    lr=0.05,
-    batch_size=4,
-    warmup_steps=3,
-    betas=(0.9, 0.95),
-    weight_decay=0.01,
-    clip=1.0,
-    accumulation=1,
-    eval_every=6,
-    checkpoint_every=4,
-    seed=0,
-)
+
+
+def section(*, steps: int = 20, **changes: object) -> TrainSection:
+    """Return settings; the loop's own are those of the outer stage."""
+    settings = {
+        "data": "train.jsonl",
+        "targets": {"solver": "solution"},
+        "outer": {"steps": steps, "lr": 0.05, "batch_size": 4},
+        "warmup_steps": 3,
+        "betas": (0.9, 0.95),
+        "weight_decay": 0.01,
+        "eval_every": 6,
+        "checkpoint_every": 4,
+    }
+    return TrainSection.model_validate({**settings, **changes})
+
+
+SETTINGS = section()
 
 
 @dataclass(frozen=True)
@@ -84,15 +94,34 @@ class Line:
 def run(
     folder: Path,
     task: Line | None = None,
-    settings: LoopSettings = SETTINGS,
+    settings: TrainSection = SETTINGS,
     *,
     resume: bool = False,
     identity: Mapping[str, str] = IDENTITY,
-    watch: Callable[[int, float], None] = lambda step, loss: None,
+    watch: Callable[[int], None] = lambda step: None,
 ) -> tuple[LoopResult, Line]:
     task = Line() if task is None else task
-    loop = Loop(task, settings, folder=folder, identity=identity, world=ALONE)
-    return loop.run(resume=resume, watch=watch), task
+    loop = Loop(task, settings, settings.outer, folder=folder, identity=identity, world=ALONE)
+    return loop.run(resume=resume, title="a line", progress=Watched(watch)), task
+
+
+class Watched:
+    """Calls a function after every step, with the number of steps done."""
+
+    def __init__(self, watch: Callable[[int], None]) -> None:
+        self._watch = watch
+
+    @contextmanager
+    def stage(self, title: str, total: int | None = None, *, done: int = 0) -> Iterator[Advance]:
+        step = done
+
+        def advance(num_units: int = 1, /, *, note: str = "") -> None:
+            nonlocal step
+            step += num_units
+            assert note.startswith("loss ")
+            self._watch(step)
+
+        yield advance
 
 
 def weights(task: Line) -> list[float]:
@@ -103,8 +132,8 @@ class Killed(Exception):
     """Stands for whatever ends a process."""
 
 
-def killer(at: int) -> Callable[[int, float], None]:
-    def watch(step: int, loss: float) -> None:
+def killer(at: int) -> Callable[[int], None]:
+    def watch(step: int) -> None:
         if step == at:
             raise Killed
 
@@ -122,20 +151,20 @@ def test_every_epoch_is_a_permutation_of_its_own() -> None:
 
 
 def test_the_rate_rises_and_falls_to_zero() -> None:
-    rates = [learning_rate(s, steps=100, peak=2.0, warmup_steps=10) for s in range(101)]
+    rates = [2.0 * rate_factor(s, steps=100, warmup_steps=10) for s in range(101)]
     assert rates[:11] == sorted(rates[:11])
     assert rates[10] == max(rates) == 2.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[55] == pytest.approx(1.0)
     assert rates[100] == pytest.approx(0.0)
-    assert learning_rate(0, steps=5, peak=2.0, warmup_steps=0) == 2.0
+    assert rate_factor(0, steps=5, warmup_steps=0) == 1.0
 
 
 def test_it_learns_and_writes_what_it_does(tmp_path: Path) -> None:
-    result, task = run(tmp_path, settings=replace(SETTINGS, steps=200))
+    result, task = run(tmp_path, settings=section(steps=200))
     assert task.link.weight.item() == pytest.approx(3, abs=0.3)
     assert not result.interrupted
-    entries = list(read_metrics(tmp_path / METRICS_NAME))
+    entries = list(read_json_lines(tmp_path / METRICS_NAME))
     steps = [entry for entry in entries if entry["kind"] == "step"]
     assert [entry["step"] for entry in steps] == list(range(1, 201))
     assert steps[-1]["loss"] < steps[0]["loss"] / 5
@@ -150,7 +179,7 @@ def test_it_learns_and_writes_what_it_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pieces", [2, 3, 4, 9])
 def test_accumulation_changes_nothing_but_rounding(tmp_path: Path, pieces: int) -> None:
     _, whole = run(tmp_path / "whole")
-    _, parts = run(tmp_path / "parts", settings=replace(SETTINGS, accumulation=pieces))
+    _, parts = run(tmp_path / "parts", settings=section(accumulation=pieces))
     assert weights(parts) == pytest.approx(weights(whole), rel=1e-5)
 
 
@@ -165,7 +194,7 @@ def test_resuming_is_bit_exact(tmp_path: Path, at: int) -> None:
 
     def figures(folder: str) -> list[dict[str, Any]]:
         timing = ("tokens_per_s", "memory_mb")
-        entries = read_metrics(tmp_path / folder / METRICS_NAME)
+        entries = read_json_lines(tmp_path / folder / METRICS_NAME)
         return [{k: v for k, v in entry.items() if k not in timing} for entry in entries]
 
     assert figures("killed") == figures("whole")
@@ -179,7 +208,7 @@ def test_metrics_that_were_lost_stop_no_run(tmp_path: Path, left: int) -> None:
     there = metrics.read_bytes()[:left]
     metrics.write_bytes(there)
     run(tmp_path, resume=True)
-    entries = list(read_metrics(metrics))
+    entries = list(read_json_lines(metrics))
     assert len(entries) == there.count(b"\n") + 15, "12 steps and 3 measurements after step 8"
     assert metrics.read_bytes().startswith(there[: there.rfind(b"\n") + 1])
 
@@ -204,7 +233,7 @@ def test_metrics_are_on_the_disk_before_their_checkpoint(
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", note)
-    run(tmp_path, settings=replace(SETTINGS, steps=8))
+    run(tmp_path, settings=section(steps=8))
     assert synced == [METRICS_NAME, "tensors.safetensors", "state.json"] * 2
 
 
@@ -307,7 +336,7 @@ def test_other_failures_stay_what_they_are(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_ends_the_step_and_keeps_it(tmp_path: Path) -> None:
-    def watch(step: int, loss: float) -> None:
+    def watch(step: int) -> None:
         if step == 9:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -325,13 +354,13 @@ def test_an_interrupt_ends_the_step_and_keeps_it(tmp_path: Path) -> None:
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def watch(step: int, loss: float) -> None:
+    def watch(step: int) -> None:
         if step == 10:  # a checkpoint is larger than this, the metrics are not yet
             size = (tmp_path / METRICS_NAME).stat().st_size
             assert size > 2000
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1500, hard))
 
-    settings = replace(SETTINGS, eval_every=100)
+    settings = section(eval_every=100)
     try:
         with pytest.raises(RecmasError) as stopped:
             run(tmp_path, settings=settings, watch=watch)

@@ -14,7 +14,7 @@ from recmas_compiler.ir.ops import Level
 from recmas_compiler.lowering.reference import TorchSystem
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
-from recmas_compiler.training.tolerances import TOLERANCES
+from training_tolerances import TOLERANCES
 
 MODES = ["teacher_forced", "rollout"]
 
@@ -155,7 +155,7 @@ def test_lengths_are_those_of_the_calls(tiny: LoadTiny, mode: str) -> None:
     record = examples(graph)[0]
     batch = trained.prepare([record])
     lengths = trained.lengths(record)
-    assert set(lengths) == {(s.agent, s.round) for s in trained.schedule.thinking} | {("solver", 3)}
+    assert set(lengths) == {(s.agent, s.round) for s in trained.thinking} | {("solver", 3)}
     latents = trained.latents(batch)
     first = batch.calls["planner", "first", "prompt"][0].num_positions({})
     turn = batch.calls["solver", "then", "turn"][0]

@@ -11,7 +11,7 @@ from kit.systems import declare
 from kit.training import STEPS, examples, training_graph
 from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls
 from recmas_compiler.lowering.training_graph.rows import FEWEST_CONSTANT_COLUMNS, Row, pad_rows
-from recmas_compiler.training.tolerances import TOLERANCES
+from training_tolerances import TOLERANCES
 
 LEAD = tuple(range(1, FEWEST_CONSTANT_COLUMNS + 5))
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from recmas_runtime.running.answers import Record
+from recmas_runtime.running.records import Record
 
 
 @dataclass(frozen=True, kw_only=True)

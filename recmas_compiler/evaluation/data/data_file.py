@@ -15,7 +15,7 @@ from recmas_compiler.evaluation.data.converters import CONVERTERS, UNREADABLE
 from recmas_compiler.evaluation.protocol import DataSection, Protocol
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.prompts.render import field_text
-from recmas_runtime.running.answers import Record
+from recmas_runtime.running.records import Record
 
 # A file with one mistake often has it in every line.
 MAX_PROBLEMS: Final = 10

@@ -8,10 +8,12 @@ from typing import Literal
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.ops import System
+from recmas_compiler.lowering.plan import agent_plan
+from recmas_compiler.lowering.reference import make_chats
 from recmas_compiler.training.data.examples import TrainExample
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.plan import Variant
-from recmas_runtime.prompts.render import Chat, Slot, Tokens, build_prompt, build_turn
+from recmas_runtime.prompts.render import Slot, Tokens, build_prompt, build_turn
 
 Form = Literal["prompt", "turn"]
 CallKey = tuple[str, Variant, Form]
@@ -77,10 +79,8 @@ class CallWriter:
 
     def __init__(self, system: System, backbones: Mapping[str, TorchBackbone]) -> None:
         self._system = system
-        self._chats = {
-            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
-            for name, b in backbones.items()
-        }
+        self._agents = {name: agent_plan(system, name) for name in system.agents}
+        self._chats = make_chats(backbones)
 
     def write(self, agent: str, variant: Variant, form: Form, example: TrainExample) -> Call:
         """Return one call.
@@ -95,16 +95,14 @@ class CallWriter:
             RecmasError: RM500 for a field that cannot be used, RM206 for a chat template that
                 cannot render the call, RM700 if the example has no target for the agent.
         """
-        declared = self._system.agents[agent]
-        parts = declared.first if variant == "first" else declared.then
-        assert parts is not None, f"{agent} has no prompt {variant!r}"
-        chat = self._chats[self._system.backbone_of(agent).name]
+        declared = self._agents[agent]
+        chat = self._chats[declared.backbone]
         record = {**example.fields, "id": example.id}
         try:
             if form == "prompt":
                 prompt = build_prompt(
                     system=declared.system,
-                    prompt=parts,
+                    prompt=declared.parts(variant),
                     record=record,
                     chat=chat.template,
                     tokenizer=chat.tokenizer,
@@ -113,7 +111,7 @@ class CallWriter:
                 return Call(items=prompt.items, num_target_tokens=0)
             turn = build_turn(
                 system=declared.system,
-                prompt=parts,
+                prompt=declared.parts(variant),
                 target=self._target(agent, example),
                 record=record,
                 chat=chat.template,
@@ -132,8 +130,8 @@ class CallWriter:
         empty where the sender has no target, and in round 1 in slots of feedback. Later rounds have
         a turn of their own only where it is another one.
         """
-        declared = self._system.agents[agent]
-        tokenizer = self._chats[self._system.backbone_of(agent).name].tokenizer
+        declared = self._agents[agent]
+        tokenizer = self._chats[declared.backbone].tokenizer
         before = {
             link.source
             for link in self._system.links.values()
@@ -147,7 +145,7 @@ class CallWriter:
         def spoken(sender: str, senders: set[str]) -> Tokens:
             text = example.targets.get(sender, "") if sender in senders else ""
             ids = tokenizer.encode_piece(text, plain=[(0, len(text))])
-            return Tokens(ids[: self._system.agents[sender].latent_steps])
+            return Tokens(ids[: self._agents[sender].latent_steps])
 
         turns = []
         for variant, senders in rounds:

@@ -9,16 +9,18 @@ from torch import Tensor, nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
+from recmas_compiler.lowering.plan import build_plan
 from recmas_compiler.lowering.reference import module_name
 from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls
 from recmas_compiler.lowering.training_graph.calls import Batch, Call, CallKey, CallWriter, Form
 from recmas_compiler.lowering.training_graph.compiled import Compiled
 from recmas_compiler.lowering.training_graph.controls import Control
 from recmas_compiler.lowering.training_graph.gradient_taps import GradientTaps
-from recmas_compiler.lowering.training_graph.latents import Latents, Mode
+from recmas_compiler.lowering.training_graph.latents import AgentTurn, Latents, Mode, agent_turns
 from recmas_compiler.lowering.training_graph.loss import Loss, RoundLoss, turn_loss, weighted_loss
-from recmas_compiler.lowering.training_graph.schedule import Site, make_schedule
+from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_compiler.training.data.examples import TrainExample
+from recmas_runtime.formats.plan import PrefillStep
 
 Supervise = Literal["final", "all"]
 
@@ -26,8 +28,9 @@ Supervise = Literal["final", "all"]
 class TrainingGraph(nn.Module):
     """A program that learns: the loss of the answer agent's text, with gradients for every link.
 
-    All rounds run; `answer.stop_when` is for answering only. Agents that the program runs as one
-    batch are one batch here.
+    It follows the program's plan, without what the answer does not need. All rounds run:
+    `answer.stop_when` is for answering only. Agents that the program runs as one batch are one
+    batch here.
 
     Args:
         program: Of level UNROLLED or PLANNED, with or without any pass.
@@ -39,6 +42,11 @@ class TrainingGraph(nn.Module):
             for about a third more time.
         compile_calls: Run backbones and links as compiled graphs; where that fails, a
             `CompileWarning` says so and they run eagerly.
+
+    Attributes:
+        plan: What is followed.
+        batches: Turns in which agents think, by step.
+        answer: The turn in which the answer agent writes, the last one.
     """
 
     def __init__(
@@ -56,9 +64,13 @@ class TrainingGraph(nn.Module):
         self.program = program
         self.system = program.system
         self.mode = mode
-        self.schedule = make_schedule(program)
-        self._sites = (*self.schedule.thinking, self.schedule.answer)
-        self._supervised = frozenset(self.schedule.earlier_answers if supervise == "all" else ())
+        self.plan = build_plan(RemoveDeadSteps()(program))
+        prefills = (step for step in self.plan.steps if isinstance(step, PrefillStep))
+        *batches, (self.answer,) = map(agent_turns, prefills)
+        self.batches = tuple(batches)
+        self._supervised = tuple(
+            turn for turn in self.thinking if supervise == "all" and turn.agent == self.answer.agent
+        )
         self.backbones = dict(backbones)
         self.frozen = nn.ModuleDict({name: b.model for name, b in backbones.items()})
         self.frozen.requires_grad_(False)
@@ -82,6 +94,18 @@ class TrainingGraph(nn.Module):
     def link(self, link_id: str) -> nn.Module:
         """Return a link by its id, such as `planner->solver` or `planner.inner`."""
         return self.links[module_name(link_id)]
+
+    @property
+    def thinking(self) -> tuple[AgentTurn, ...]:
+        """The turns of all batches: all but the answer's."""
+        return tuple(turn for batch in self.batches for turn in batch)
+
+    @property
+    def used_links(self) -> frozenset[str]:
+        """The ids of the links that messages pass on their way to the answer."""
+        outer = {m.link for turn in (*self.thinking, self.answer) for m in turn.messages}
+        sources = (self.plan.links[link].source for link in outer)
+        return frozenset(outer | {self.plan.agents[source].inner for source in sources})
 
     def prepare(self, examples: Sequence[TrainExample]) -> Batch:
         """Render and tokenize every call of some records, for the graph's mode and for rollouts.
@@ -108,20 +132,23 @@ class TrainingGraph(nn.Module):
         calls = self._write(example)
         messages: dict[tuple[str, int], int] = {}
         lengths: dict[tuple[str, int], int] = {}
-        for site in self._sites:
-            slots = {slot: messages[slot, round_] for slot, round_ in site.arrivals}
-            num_steps = self.system.agents[site.agent].latent_steps
-            forms = self._forms(site, self.mode)
-            key = site.agent, site.round
+        for turn in (*self.thinking, self.answer):
+            slots = {
+                message.slot: messages[self.plan.links[message.link].source, message.round]
+                for message in turn.messages
+            }
+            num_steps = self.plan.agents[turn.agent].latent_steps
+            forms = self._forms(turn, self.mode)
+            key = turn.agent, turn.round
             if "turn" in forms:
-                turn = calls[site.agent, site.variant, "turn"]
-                messages[key] = min(num_steps, turn.num_target_tokens)
-                lengths[key] = turn.num_positions(slots)
+                call = calls[turn.agent, turn.variant, "turn"]
+                messages[key] = min(num_steps, call.num_target_tokens)
+                lengths[key] = call.num_positions(slots)
             if "prompt" in forms:
-                prompt = calls[site.agent, site.variant, "prompt"]
+                call = calls[turn.agent, turn.variant, "prompt"]
                 messages[key] = num_steps
                 # The last thought is not read any more.
-                thought = prompt.num_positions(slots) + num_steps - 1
+                thought = call.num_positions(slots) + num_steps - 1
                 lengths[key] = max(thought, lengths.get(key, 0))
         return lengths
 
@@ -134,13 +161,13 @@ class TrainingGraph(nn.Module):
         """
         latents = self.latents(batch, watch=watch)
         earlier: dict[int, RoundLoss] = {}
-        for site in self._supervised:
-            turns_TD = latents.turns_TD.get((site.agent, site.round))
+        for turn in self._supervised:
+            turns_TD = latents.turns_TD.get((turn.agent, turn.round))
             if turns_TD is None:
-                turns_TD = latents.read_turns((site,))[site]
-            earlier[site.round] = self._turn_loss(site, batch, turns_TD)
+                turns_TD = latents.read_turns((turn,))[turn]
+            earlier[turn.round] = self._turn_loss(turn, batch, turns_TD)
         final = self._answer_loss(latents, batch, "none")
-        return weighted_loss(final, last_round=self.schedule.answer.round, earlier=earlier)
+        return weighted_loss(final, last_round=self.answer.round, earlier=earlier)
 
     def compare(
         self, batch: Batch, *, controls: Sequence[Control], mode: Mode | None = None
@@ -156,7 +183,7 @@ class TrainingGraph(nn.Module):
             mode: `rollout` where the graph's own is `teacher_forced`.
         """
         latents = self.latents(batch, mode=mode)
-        last_round = self.schedule.answer.round
+        last_round = self.answer.round
         return {
             control: weighted_loss(
                 self._answer_loss(latents, batch, control), last_round=last_round, earlier={}
@@ -173,15 +200,15 @@ class TrainingGraph(nn.Module):
             watch: Let `round_gradients` know of this pass.
         """
         latents = Latents(
-            system=self.system,
+            plan=self.plan,
             batch=batch,
             mode=self.mode if mode is None else mode,
             agent_calls=self._agent_calls,
             apply_link=lambda link_id, states: self._run_link(self.link(link_id), states),
             taps=self._taps if watch else None,
         )
-        for stage in self.schedule.stages:
-            latents.think(stage, whole=not self._supervised.isdisjoint(stage.sites))
+        for turns in self.batches:
+            latents.think(turns, whole=any(turn in self._supervised for turn in turns))
         return latents
 
     def round_gradients(self) -> Mapping[tuple[str, int], float]:
@@ -196,30 +223,28 @@ class TrainingGraph(nn.Module):
     def _write(self, example: TrainExample) -> dict[CallKey, Call]:
         """Return the calls of one record: what the graph's own mode needs, and for a rollout."""
         calls: dict[CallKey, Call] = {}
-        for site in self._sites:
-            for form in (*self._forms(site, self.mode), *self._forms(site, "rollout")):
-                key = site.agent, site.variant, form
+        for turn in (*self.thinking, self.answer):
+            for form in (*self._forms(turn, self.mode), *self._forms(turn, "rollout")):
+                key = turn.agent, turn.variant, form
                 if key not in calls:
                     calls[key] = self._writer.write(*key, example)
         return calls
 
-    def _forms(self, site: Site, mode: Mode) -> tuple[Form, ...]:
+    def _forms(self, turn: AgentTurn, mode: Mode) -> tuple[Form, ...]:
         """Return the calls that a turn makes."""
-        if mode == "teacher_forced" or site is self.schedule.answer:
+        if mode == "teacher_forced" or turn is self.answer:
             return ("turn",)
-        return ("prompt", "turn") if site in self._supervised else ("prompt",)
+        return ("prompt", "turn") if turn in self._supervised else ("prompt",)
 
     def _answer_loss(self, latents: Latents, batch: Batch, control: Control) -> RoundLoss:
-        answer = self.schedule.answer
-        return self._turn_loss(
-            answer, batch, latents.read_turns((answer,), control=control)[answer]
-        )
+        turns_TD = latents.read_turns((self.answer,), control=control)[self.answer]
+        return self._turn_loss(self.answer, batch, turns_TD)
 
-    def _turn_loss(self, site: Site, batch: Batch, turns_TD: Sequence[Tensor]) -> RoundLoss:
+    def _turn_loss(self, turn: AgentTurn, batch: Batch, turns_TD: Sequence[Tensor]) -> RoundLoss:
         return turn_loss(
-            self.backbones[self.system.backbone_of(site.agent).name],
+            self.backbones[self.plan.agents[turn.agent].backbone],
             turns_TD,
-            batch.calls[site.agent, site.variant, "turn"],
+            batch.calls[turn.agent, turn.variant, "turn"],
             checkpointed=self._checkpoint_calls,
         )
 

@@ -7,34 +7,60 @@ the target, N rows (agents x records), S columns, T target tokens of a record.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from recmas_compiler.ir.ops import System
-from recmas_compiler.lowering.materialize import inner_link_id
 from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls, ConstantRows
 from recmas_compiler.lowering.training_graph.calls import Batch, Call
 from recmas_compiler.lowering.training_graph.controls import Control, controlled
 from recmas_compiler.lowering.training_graph.gradient_taps import GradientTaps
 from recmas_compiler.lowering.training_graph.rows import Row
-from recmas_compiler.lowering.training_graph.schedule import Site, Stage
+from recmas_runtime.formats.plan import Message, Plan, PrefillStep, Variant
 from recmas_runtime.prompts.render import Tokens
 
 Mode = Literal["teacher_forced", "rollout"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentTurn:
+    """One agent's turn in one round.
+
+    Attributes:
+        messages: What fills its slots.
+    """
+
+    agent: str
+    round: int
+    variant: Variant
+    messages: tuple[Message, ...]
+
+
+def agent_turns(step: PrefillStep) -> tuple[AgentTurn, ...]:
+    """Return the turns of a step's agents, which run as one batch."""
+    return tuple(
+        AgentTurn(
+            agent=agent,
+            round=step.round,
+            variant=variant,
+            messages=tuple(message for message in step.messages if message.agent == agent),
+        )
+        for agent, variant in zip(step.agents, step.variants, strict=True)
+    )
 
 
 class Latents:
     """Runs turns on a batch and keeps what they yield.
 
     Args:
-        system: Agents and links.
+        plan: Agents and links.
         batch: The records.
         mode: Where thoughts come from.
         agent_calls: By the name of the shared backbone.
         apply_link: Maps [..., in_dim] to [..., out_dim] by a link's id.
-        taps: Told of every link output; None if nobody asked.
+        taps: Sees every link output; None if nobody asked.
 
     Attributes:
         thoughts_MD: By agent and round, per record.
@@ -45,7 +71,7 @@ class Latents:
     def __init__(
         self,
         *,
-        system: System,
+        plan: Plan,
         batch: Batch,
         mode: Mode,
         agent_calls: Mapping[str, AgentCalls],
@@ -54,7 +80,7 @@ class Latents:
     ) -> None:
         self.thoughts_MD: dict[tuple[str, int], list[Tensor]] = {}
         self.turns_TD: dict[tuple[str, int], list[Tensor]] = {}
-        self._system = system
+        self._plan = plan
         self._batch = batch
         self._mode = mode
         self._agent_calls = agent_calls
@@ -64,79 +90,80 @@ class Latents:
         self._inputs_MD: dict[tuple[str, int], list[Tensor]] = {}
         self._messages_ME: dict[tuple[str, int], list[Tensor]] = {}
 
-    def think(self, stage: Stage, *, whole: bool) -> None:
-        """Run a stage; what it hears of must have run before.
+    def think(self, turns: Sequence[AgentTurn], *, whole: bool) -> None:
+        """Run a batch of turns; those that send them messages must have run before.
 
         Args:
-            stage: Its agents.
+            turns: Of agents that share a backbone and take equally many latent steps.
             whole: Read targets to their end, not only as far as the agents think.
         """
+        num_steps = self._plan.agents[turns[0].agent].latent_steps
         if self._mode == "rollout":
-            self._roll_out(stage)
+            self._roll_out(turns, num_steps)
             return
         # Later positions change nothing before them, so they need not run.
-        limit = None if whole else stage.num_steps
-        for site, turns_TD in self.read_turns(stage.sites, limit=limit).items():
-            key = site.agent, site.round
+        limit = None if whole else num_steps
+        for turn, turns_TD in self.read_turns(turns, limit=limit).items():
+            key = turn.agent, turn.round
             self.turns_TD[key] = turns_TD
-            self.thoughts_MD[key] = [turn_TD[1:][: stage.num_steps] for turn_TD in turns_TD]
+            self.thoughts_MD[key] = [turn_TD[1:][:num_steps] for turn_TD in turns_TD]
 
     def read_turns(
-        self, sites: Sequence[Site], *, limit: int | None = None, control: Control = "none"
-    ) -> dict[Site, list[Tensor]]:
-        """Read prompts and targets; return what `turns_TD` describes, by site.
+        self, turns: Sequence[AgentTurn], *, limit: int | None = None, control: Control = "none"
+    ) -> dict[AgentTurn, list[Tensor]]:
+        """Read prompts and targets; return what `turns_TD` describes, by turn.
 
         Args:
-            sites: Of agents that share a backbone.
+            turns: Of agents that share a backbone.
             limit: Read this many target tokens at most.
             control: What slots get instead of messages.
         """
         rows: list[Row] = []
-        for site in sites:
-            calls = self._batch.calls[site.agent, site.variant, "turn"]
+        for turn in turns:
+            calls = self._batch.calls[turn.agent, turn.variant, "turn"]
             cut = [call if limit is None else call.cut(limit) for call in calls]
-            rows += self._rows(site, cut, control)
-        name = self._backbone_of(sites[0])
+            rows += self._rows(turn, cut, control)
+        name = self._plan.agents[turns[0].agent].backbone
         hidden_NSD = self._agent_calls[name].read(rows, self._constants[name])
         states = [h_SD[-row.num_wanted :] for h_SD, row in zip(hidden_NSD, rows, strict=True)]
-        return dict(zip(sites, _parts(states, len(self._batch)), strict=True))
+        return dict(zip(turns, _parts(states, len(self._batch)), strict=True))
 
     def message(self, link_id: str, round_: int) -> list[Tensor]:
         """Return a link's message [M, E] of a round, per record; its source must have thought."""
         key = link_id, round_
         if key not in self._messages_ME:
-            inputs_MD = self._inputs(self._system.links[link_id].source, round_)
+            inputs_MD = self._inputs(self._plan.links[link_id].source, round_)
             self._messages_ME[key] = self._map(link_id, round_, inputs_MD)
         return self._messages_ME[key]
 
-    def _roll_out(self, stage: Stage) -> None:
+    def _roll_out(self, turns: Sequence[AgentTurn], num_steps: int) -> None:
         rows: list[Row] = []
-        for site in stage.sites:
-            calls = self._batch.calls[site.agent, site.variant, "prompt"]
-            rows += self._rows(site, calls, "none")
+        for turn in turns:
+            calls = self._batch.calls[turn.agent, turn.variant, "prompt"]
+            rows += self._rows(turn, calls, "none")
 
         def inner(hidden_ND: Tensor) -> Tensor:
             parts_BD = torch.split(hidden_ND, len(self._batch))
             return torch.cat(
                 [
-                    self._linked(inner_link_id(site.agent), site.round, part_BD)
-                    for site, part_BD in zip(stage.sites, parts_BD, strict=True)
+                    self._linked(self._plan.agents[turn.agent].inner, turn.round, part_BD)
+                    for turn, part_BD in zip(turns, parts_BD, strict=True)
                 ]
             )
 
-        name = self._backbone_of(stage.sites[0])
+        name = self._plan.agents[turns[0].agent].backbone
         thoughts_NMD, inputs_NMD = self._agent_calls[name].roll_out(
-            rows, stage.num_steps, inner, self._constants[name]
+            rows, num_steps, inner, self._constants[name]
         )
-        for i, site in enumerate(stage.sites):
-            of_site = slice(i * len(self._batch), (i + 1) * len(self._batch))
-            self.thoughts_MD[site.agent, site.round] = list(thoughts_NMD[of_site])
-            self._inputs_MD[site.agent, site.round] = list(inputs_NMD[of_site])
+        for i, turn in enumerate(turns):
+            of_turn = slice(i * len(self._batch), (i + 1) * len(self._batch))
+            self.thoughts_MD[turn.agent, turn.round] = list(thoughts_NMD[of_turn])
+            self._inputs_MD[turn.agent, turn.round] = list(inputs_NMD[of_turn])
 
-    def _rows(self, site: Site, calls: Sequence[Call], control: Control) -> list[Row]:
+    def _rows(self, turn: AgentTurn, calls: Sequence[Call], control: Control) -> list[Row]:
         messages_ME = {
-            slot: controlled(self.message(link_id, round_), control)
-            for slot, link_id, round_ in site.links()
+            message.slot: controlled(self.message(message.link, message.round), control)
+            for message in turn.messages
         }
         rows = []
         for record, call in enumerate(calls):
@@ -154,7 +181,7 @@ class Latents:
         key = agent, round_
         if key not in self._inputs_MD:
             thoughts_MD = self.thoughts_MD[key]
-            self._inputs_MD[key] = self._map(inner_link_id(agent), round_, thoughts_MD)
+            self._inputs_MD[key] = self._map(self._plan.agents[agent].inner, round_, thoughts_MD)
         return self._inputs_MD[key]
 
     def _map(self, link_id: str, round_: int, states_MD: Sequence[Tensor]) -> list[Tensor]:
@@ -168,9 +195,6 @@ class Latents:
         if self._taps is not None:
             self._taps.tap(output_NE, link_id, round_)
         return output_NE
-
-    def _backbone_of(self, site: Site) -> str:
-        return self._system.backbone_of(site.agent).name
 
 
 def _parts(states: list[Tensor], size: int) -> list[list[Tensor]]:

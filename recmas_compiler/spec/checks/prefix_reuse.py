@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tokenizers
 
-from recmas_compiler.spec.document.paths import is_file, path_of
+from recmas_compiler.spec.document.places import is_file, path_of
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.schema.declared import Declared
 from recmas_runtime.core.errors import Problem

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 Loc = tuple[str | int, ...]
@@ -103,3 +105,25 @@ class Places:
             self.spans.pop(known, None)
         self.keys[loc] = position
         self.values[loc] = position
+
+
+def path_of(name: str, base_dir: Path) -> Path:
+    """Return the absolute path of what a spec names, relative to its folder; `~` is the home."""
+    # os.path leaves an unknown `~user` as it is; pathlib raises
+    return Path(base_dir, os.path.expanduser(name)).absolute()  # noqa: PTH111
+
+
+def is_file(path: Path) -> bool:
+    """Tell whether there is such a file; names that no file system allows are not there."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Tell whether there is such a folder; names that no file system allows are not there."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False

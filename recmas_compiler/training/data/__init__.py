@@ -1,1 +1,1 @@
-"""What training reads: examples, their order, kept hidden states."""
+"""What training reads: records, and hidden states over their target texts."""

@@ -11,14 +11,13 @@ from typing import Final
 
 from recmas_compiler.spec.document.problems import problem_at, show
 from recmas_compiler.spec.spec import Spec
-from recmas_compiler.training.settings import TrainSettings
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress
-from recmas_runtime.running.answers import Record
-from recmas_runtime.running.records import read_records
+from recmas_runtime.running.records import Record, read_records
 
 # A file with one mistake often has it in every line.
 MAX_PROBLEMS: Final = 20
+_CORRECT: Final = "Correct the line, or remove it."
 
 Lengths = Callable[["TrainExample"], Mapping[tuple[str, int], int]]
 """Gives the positions of every call of an example, by agent and round."""
@@ -60,30 +59,34 @@ class Examples:
     warnings: tuple[Problem, ...] = ()
 
 
-def load_examples(settings: TrainSettings, spec: Spec) -> Examples:
+def load_examples(
+    spec: Spec, targets: Mapping[str, str], *, data: Path, held_out: Path | float, seed: int
+) -> Examples:
     """Read the records that a spec names and split off what is held out.
 
     Args:
-        settings: Which files, fields and part.
         spec: Its prompts say which fields a record needs.
+        targets: Agent to the field with the text that it should think or say.
+        data: The file to train on.
+        held_out: The file to measure on, or the part of `data` to hold out.
+        seed: Draws that part.
 
     Raises:
         RecmasError: RM700 with file and line for every record that cannot be used, for a file
             that cannot be read or has no records, and for held-out records to be trained on.
     """
-    read = _Reader(settings, spec)
-    train, digest = read(settings.data, ("train", "data"))
+    read = _Reader(spec, targets)
+    train, digest = read(data, ("train", "data"))
     digests = {"train": digest}
-    if settings.held_out_file is None:
-        train, held_out = _split(train, settings.held_out_fraction, seed=settings.section.seed)
-        return Examples(train=train, held_out=held_out, digests=digests)
-    held_out, digest = read(settings.held_out_file, ("train", "held_out"))
-    warnings = _overlap(train, held_out, read.prompt_fields, str(settings.held_out_file))
+    if not isinstance(held_out, Path):
+        train, measured = _split(train, held_out, seed=seed)
+        return Examples(train=train, held_out=measured, digests=digests)
+    measured, digest = read(held_out, ("train", "held_out"))
     return Examples(
         train=train,
-        held_out=held_out,
+        held_out=measured,
         digests={**digests, "held_out": digest},
-        warnings=warnings,
+        warnings=_overlap(train, measured, read.prompt_fields, str(held_out)),
     )
 
 
@@ -135,8 +138,8 @@ def leave_out_long(
 class _Reader:
     """Reads a file of records; errors of the file itself point into the spec."""
 
-    def __init__(self, settings: TrainSettings, spec: Spec) -> None:
-        self._targets = settings.section.targets
+    def __init__(self, spec: Spec, targets: Mapping[str, str]) -> None:
+        self._targets = targets
         self._spec = spec
         texts = [text for prompts in spec.declared.prompts.values() for _, text in prompts.fields()]
         named = (part.value for text in texts for part in text.parts if part.kind == "field")
@@ -152,7 +155,7 @@ class _Reader:
             with path.open("rb") as stream:
                 for found in read_records(stream, file=str(path), fields=self.prompt_fields):
                     if isinstance(found, Problem):
-                        problems.append(_as_training_problem(found))
+                        problems.append(replace(found, code="RM700", hint=_CORRECT))
                     elif wrong := self._wrong_targets(found, str(path)):
                         problems += wrong
                     else:
@@ -185,7 +188,7 @@ class _Reader:
                     Problem(
                         code="RM700",
                         message=f"record {record.id!r} {why}, which is the target of `{agent}`",
-                        hint="Correct the line, or remove it.",
+                        hint=_CORRECT,
                         file=file,
                         line=record.index + 1,
                     )
@@ -207,10 +210,6 @@ def _why_no_text(fields: Mapping[str, object], name: str) -> str | None:
     except UnicodeEncodeError:
         return f"holds half a surrogate pair in field {name!r}"
     return None
-
-
-def _as_training_problem(problem: Problem) -> Problem:
-    return replace(problem, code="RM700", hint="Correct the line, or remove it.")
 
 
 def _first(problems: list[Problem], file: str) -> list[Problem]:

@@ -13,17 +13,18 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.training.loop.checkpoint import unwritable
+from recmas_compiler.training.loop.checkpoint import writing
 from recmas_compiler.training.loop.distributed import World
 from recmas_runtime.core.errors import fail
 from recmas_runtime.core.progress import Progress
@@ -52,95 +53,56 @@ class TargetCall:
         return self.ids[len(self.ids) - self.num_target_tokens :]
 
 
-class Thoughts(Protocol):
-    """Pairs of a hidden state and the token that follows it in a target."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HiddenStates:
+    """Pairs of a hidden state and the token that follows it in a target, call by call.
+
+    Attributes:
+        backbone: On its device.
+        calls: In whose targets the tokens are.
+        stored_ND: The states of all calls in a row, on disk; None to run the backbone whenever
+            they are asked for.
+    """
+
+    backbone: TorchBackbone
+    calls: Sequence[TargetCall]
+    stored_ND: np.ndarray[Any, Any] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of calls."""
+        return len(self.calls)
 
     @property
     def is_stored(self) -> bool:
         """Whether pairs are read from disk, and cost nothing to have again."""
+        return self.stored_ND is not None
 
     def pairs(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return hidden states [N, D] in float32 and token ids [N] of the calls at these places."""
+        calls = [self.calls[place] for place in places]
+        device = self.backbone.model.device
+        if self.stored_ND is None:
+            hidden_ND = torch.cat(list(_hidden_states(self.backbone, calls)))
+        else:
+            rows = [self.stored_ND[self._ends[i] : self._ends[i + 1]] for i in places]
+            hidden_ND = torch.from_numpy(np.concatenate(rows).astype(np.float32)).to(device)
+        return hidden_ND, torch.tensor([i for c in calls for i in c.target_ids], device=device)
 
-    def __len__(self) -> int:
-        """Return the number of calls."""
+    def part(self, first: int, count: int) -> HiddenStates:
+        """Return those of `count` neighbouring calls."""
+        calls = self.calls[first : first + count]
+        if self.stored_ND is None:
+            return replace(self, calls=calls)
+        rows = self.stored_ND[self._ends[first] : self._ends[first + count]]
+        return replace(self, calls=calls, stored_ND=rows)
 
-
-class ComputedThoughts:
-    """Runs the backbone whenever it is asked."""
-
-    is_stored: Final = False
-
-    def __init__(self, backbone: TorchBackbone, calls: Sequence[TargetCall]) -> None:
-        self._backbone = backbone
-        self._calls = calls
-
-    def __len__(self) -> int:
-        """Return the number of calls."""
-        return len(self._calls)
-
-    def pairs(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Compute and return hidden states and token ids."""
-        calls = [self._calls[place] for place in places]
-        hidden = torch.cat(list(_hidden_states(self._backbone, calls)))
-        return hidden, _next_ids(calls, hidden.device)
+    @cached_property
+    def _ends(self) -> list[int]:
+        """How many rows lie before each call, and at the end all of them."""
+        return list(accumulate((call.num_target_tokens for call in self.calls), initial=0))
 
 
-class StoredThoughts:
-    """Reads a file that `thoughts_of` wrote."""
-
-    is_stored: Final = True
-
-    def __init__(
-        self, path: Path, calls: Sequence[TargetCall], *, dtype: str, device: torch.device
-    ) -> None:
-        self._calls = calls
-        self._ends = list(accumulate(call.num_target_tokens for call in calls))
-        self._hidden: np.ndarray[Any, Any] = np.memmap(path, dtype=dtype, mode="r").reshape(
-            self._ends[-1], -1
-        )
-        self._device = device
-
-    def __len__(self) -> int:
-        """Return the number of calls."""
-        return len(self._calls)
-
-    def pairs(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return hidden states and token ids."""
-        calls = [self._calls[place] for place in places]
-        rows = [
-            self._hidden[self._ends[place] - call.num_target_tokens : self._ends[place]]
-            for place, call in zip(places, calls, strict=True)
-        ]
-        hidden = torch.from_numpy(np.concatenate(rows).astype(np.float32))
-        return hidden.to(self._device), _next_ids(calls, self._device)
-
-
-class ThoughtsPart:
-    """Some neighbouring calls of others, counted from 0.
-
-    Args:
-        whole: All of them.
-        first: The first of this part.
-        count: How many.
-    """
-
-    def __init__(self, whole: Thoughts, *, first: int, count: int) -> None:
-        self.is_stored = whole.is_stored
-        self._whole = whole
-        self._first = first
-        self._count = count
-
-    def __len__(self) -> int:
-        """Return the number of calls."""
-        return self._count
-
-    def pairs(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return hidden states and token ids."""
-        return self._whole.pairs([self._first + place for place in places])
-
-
-def thoughts_of(
+def cached_hidden_states(
     backbone: TorchBackbone,
     calls: Sequence[TargetCall],
     *,
@@ -148,8 +110,8 @@ def thoughts_of(
     max_bytes: int,
     world: World,
     progress: Progress,
-) -> Thoughts:
-    """Return the thoughts of calls, from disk if they fit.
+) -> HiddenStates:
+    """Return the hidden states of calls, from disk if they fit.
 
     They are kept as float32, as float16 if only that fits, and else not at all. A file of equal
     calls and backbone is used again.
@@ -160,34 +122,36 @@ def thoughts_of(
         folder: Where files are kept.
         max_bytes: The largest file.
         world: Only the main process writes.
-        progress: Sees the computation.
+        progress: Counts the calls that are computed.
 
     Raises:
         RecmasError: RM303 if the disk is full or not writable.
     """
-    num_values = sum(call.num_target_tokens for call in calls) * backbone.facts.width
-    dtypes = [
-        name for name, size in (("float32", 4), ("float16", 2)) if num_values * size <= max_bytes
+    computed = HiddenStates(backbone=backbone, calls=calls)
+    num_rows, width = sum(call.num_target_tokens for call in calls), backbone.facts.width
+    fitting = [
+        np.dtype(name)
+        for name in ("float32", "float16")
+        if num_rows * width * np.dtype(name).itemsize <= max_bytes
     ]
-    if not dtypes:
-        return ComputedThoughts(backbone, calls)
-    dtype = dtypes[0]
+    if not fitting:
+        return computed
+    dtype = fitting[0]
     path = folder / f"{_digest(backbone, calls)}.{dtype}"
-    num_bytes = num_values * np.dtype(dtype).itemsize
+    num_bytes = num_rows * width * dtype.itemsize
     if world.is_main and not (path.is_file() and path.stat().st_size == num_bytes):
-        _store(backbone, calls, path, dtype=dtype, num_bytes=num_bytes, progress=progress)
+        _store(computed, path, dtype=dtype, num_bytes=num_bytes, progress=progress)
     world.wait()
     if not path.is_file():  # another machine, without the main process's disk
-        return ComputedThoughts(backbone, calls)
-    return StoredThoughts(path, calls, dtype=dtype, device=world.device)
+        return computed
+    return replace(computed, stored_ND=np.memmap(path, dtype, "r", shape=(num_rows, width)))
 
 
 def _store(
-    backbone: TorchBackbone,
-    calls: Sequence[TargetCall],
+    states: HiddenStates,
     path: Path,
     *,
-    dtype: str,
+    dtype: np.dtype[Any],
     num_bytes: int,
     progress: Progress,
 ) -> None:
@@ -196,28 +160,25 @@ def _store(
     (A full disk under a memory map would kill the process instead.)
     """
     staged = path.with_name(f".{path.name}.writing")
+    title = f"Computing hidden states of {states.backbone.facts.source}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < num_bytes:
-            raise fail(
-                "RM303",
-                f"hidden states take {num_bytes / 2**20:.0f} MiB, but {path.parent} has "
-                f"{free / 2**20:.0f} MiB free",
-                hint="Make room, or lower `train.cache_mb` to compute them in every step.",
-            )
-        with (
-            progress.stage(f"Computing thoughts of {backbone.facts.source}", len(calls)) as advance,
-            staged.open("wb") as file,
-        ):
-            for hidden_ND in _hidden_states(backbone, calls):
-                file.write(hidden_ND.cpu().numpy().astype(dtype).tobytes())
-                advance()
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    except OSError as error:
-        raise unwritable(path, error) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(path.parent).free
+            if free < num_bytes:
+                raise fail(
+                    "RM303",
+                    f"hidden states take {num_bytes / 2**20:.0f} MiB, but {path.parent} has "
+                    f"{free / 2**20:.0f} MiB free",
+                    hint="Make room, or lower `train.cache_mb` to compute them in every step.",
+                )
+            with progress.stage(title, len(states)) as advance, staged.open("wb") as file:
+                for hidden_ND in _hidden_states(states.backbone, states.calls):
+                    file.write(hidden_ND.cpu().numpy().astype(dtype).tobytes())
+                    advance()
+                file.flush()
+                os.fsync(file.fileno())
+            staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
 
@@ -256,10 +217,6 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
         batch.append(place)
     if batch:
         yield batch
-
-
-def _next_ids(calls: Sequence[TargetCall], device: torch.device) -> Tensor:
-    return torch.tensor([i for call in calls for i in call.target_ids], device=device)
 
 
 def _digest(backbone: TorchBackbone, calls: Sequence[TargetCall]) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -80,7 +81,7 @@ def save_checkpoint(
         staged.rename(place)
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
-        raise unwritable(place, error, last_good=latest_checkpoint(folder)) from error
+        raise _unwritable(place, error, last_good=latest_checkpoint(folder)) from error
     for old in _checkpoints(folder)[:-NUM_KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return place
@@ -169,13 +170,23 @@ def restore_tensors(
         torch.cuda.set_rng_state(tensors["random/cuda"])
 
 
-def unwritable(
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file of a run cannot be written, and how to go on.
+
+    Raises:
+        RecmasError: RM303.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(
     path: Path, error: OSError | SafetensorError, *, last_good: Path | None = None
 ) -> RecmasError:
-    """Return the error for a file of a run that cannot be written.
-
-    A full disk is a `SafetensorError` where that package writes by itself.
-    """
+    # A full disk is a `SafetensorError` where that package writes by itself.
     reason = error.strerror if isinstance(error, OSError) else error
     kept = "" if last_good is None else f"; the last good checkpoint is {last_good}"
     return fail(

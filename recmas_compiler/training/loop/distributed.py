@@ -95,11 +95,17 @@ def joined_world() -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def launch(num_processes: int, arguments: Sequence[str]) -> int:
-    """Run `python -m recmas_compiler.training ARGUMENTS` in several processes on this machine.
+def launch(num_processes: int, module: str, arguments: Sequence[str]) -> int:
+    """Run `python -m MODULE ARGUMENTS` in several processes on this machine.
 
     Only the first process shows anything. What another one says is shown if that one failed and the
     first one did not.
+
+    Args:
+        num_processes: How many.
+        module: Joins them with `joined_world`; its first process leaves the exit status of the run
+            in the file that `STATUS_FILE` names.
+        arguments: Of the module.
 
     Returns:
         The exit status of the process that ended the run.
@@ -116,7 +122,7 @@ def launch(num_processes: int, arguments: Sequence[str]) -> int:
         options = [f"--nproc-per-node={num_processes}", f"--redirects={both_streams}"]
         options += ["--standalone", f"--log-dir={folder}"]
         try:
-            torchrun([*options, "-m", "recmas_cli.training_main", *arguments])
+            torchrun([*options, "-m", module, *arguments])
         except (ChildFailedError, SignalException) as ended:
             if debug:
                 traceback.print_exc()

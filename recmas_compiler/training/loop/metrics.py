@@ -1,82 +1,39 @@
-"""Figures of a run as JSON lines: one object per step and per measurement, whole or not at all."""
+"""What a loop leaves in its folder besides checkpoints: figures of every step, costs, a picture.
+
+`metrics.jsonl` has an object per step and per measurement; the others are read off it, so that the
+parts of a resumed run count together.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean, mean, median
+from typing import Any, Final
 
 import torch
+from torch import nn
 
-from recmas_compiler.training.loop.checkpoint import unwritable
+from recmas_compiler.training.loop.distributed import World
+from recmas_runtime.core.jsonl import read_json_lines
 
-METRICS_NAME = "metrics.jsonl"
+METRICS_NAME: Final = "metrics.jsonl"
+COST_NAME: Final = "cost.json"
+CURVES_NAME: Final = "curves.png"
 
+# Okabe and Ito's colours, which people with colour blindness tell apart.
+_COLOURS: Final = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999",
+)  # fmt: skip
+_FIGURES: Final = ("latent", "null", "shuffled", "mean", "cosine", "alone")
+_ROUNDS: Final = ("-", "--", ":", "-.")
+# Wider running means would hide the beginning.
+_SMOOTHED_OVER: Final = 20
 
-class MetricsLog:
-    """Appends to a metrics file.
-
-    Args:
-        path: The file; made if it is not there.
-        keep_bytes: What is behind this place was written after the checkpoint that a run goes on
-            from, and is cut off. A file that lost its end keeps the lines that are whole.
-
-    Raises:
-        RecmasError: RM303 if it cannot be written.
-    """
-
-    def __init__(self, path: Path, *, keep_bytes: int) -> None:
-        self._path = path
-        try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            kept = os.pread(self._file, keep_bytes, 0)
-            self._num_bytes = kept.rfind(b"\n") + 1
-            os.ftruncate(self._file, self._num_bytes)
-            os.lseek(self._file, self._num_bytes, os.SEEK_SET)
-        except OSError as error:
-            raise unwritable(path, error) from error
-
-    def sync(self) -> int:
-        """Bring the file to the disk and return its size, on which a checkpoint counts.
-
-        Raises:
-            RecmasError: RM303.
-        """
-        try:
-            os.fsync(self._file)
-        except OSError as error:
-            raise unwritable(self._path, error) from error
-        return self._num_bytes
-
-    def write(self, entry: Mapping[str, Any]) -> None:
-        """Append one object.
-
-        Raises:
-            RecmasError: RM303; the file then ends with the line before.
-        """
-        line = (json.dumps(entry) + "\n").encode()
-        try:
-            rest = memoryview(line)
-            while rest:
-                rest = rest[os.write(self._file, rest) :]
-        except OSError as error:
-            os.ftruncate(self._file, self._num_bytes)
-            raise unwritable(self._path, error) from error
-        self._num_bytes += len(line)
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._file)
-
-
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a metrics file; a last line that was cut off is left out."""
-    for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            yield json.loads(line)
+Entries = Sequence[Mapping[str, Any]]
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -84,3 +41,155 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a loop took.
+
+    Attributes:
+        trainable_parameters: Numbers that learn.
+        steps: Steps done.
+        step_seconds: Median over the steps; measurements and checkpoints are not in it.
+        total_seconds: Sum over the steps.
+        tokens_per_step: Mean number of tokens with a loss.
+        peak_memory_mb: Most memory of a process in MiB, measurements and loading included: of the
+            GPU if one is used, else of the whole process.
+        processes: How many shared the steps.
+        device: `cpu` or `cuda`.
+    """
+
+    trainable_parameters: int
+    steps: int
+    step_seconds: float
+    total_seconds: float
+    tokens_per_step: float
+    peak_memory_mb: float
+    processes: int
+    device: str
+
+
+def write_cost(folder: Path, learning: Mapping[str, nn.Module], world: World) -> None:
+    """Write beside a loop's metrics what they say about its cost, if anything."""
+    steps = _entries(folder, "step")
+    if not steps:  # the file was lost after the last one
+        return
+    seconds = [entry["tokens"] / entry["tokens_per_s"] for entry in steps]
+    cost = Cost(
+        trainable_parameters=sum(w.numel() for m in learning.values() for w in m.parameters()),
+        steps=len(steps),
+        step_seconds=median(seconds),
+        total_seconds=sum(seconds),
+        tokens_per_step=mean(entry["tokens"] for entry in steps),
+        peak_memory_mb=max(entry["memory_mb"] for entry in steps),
+        processes=world.size,
+        device=world.device.type,
+    )
+    text = json.dumps(asdict(cost), indent=1)
+    (folder / COST_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read_cost(folder: Path) -> Cost:
+    """Return what `write_cost` left in a loop's folder."""
+    return Cost(**json.loads((folder / COST_NAME).read_bytes()))
+
+
+def draw_curves(
+    folder: Path, *, title: str, levels: Mapping[str, float] | None = None
+) -> Path | None:
+    """Draw loss, gradient norms and learning rate over the steps, beside a loop's metrics.
+
+    Args:
+        folder: Of the loop.
+        title: Above the picture.
+        levels: Held-out figures to draw as horizontal lines, by name.
+
+    Returns:
+        The picture; None without matplotlib, or without a single step.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    steps = _entries(folder, "step")
+    if not steps:
+        return None
+    norms = {"grad_norm": "gradient norm by link, before clipping"}
+    if "round_grad_norm" in steps[-1]:
+        norms["round_grad_norm"] = "gradient norm at a link's output, by round"
+    # Not pyplot: it keeps figures and picks a window system.
+    figure = Figure(figsize=(9 + 4 * len(norms), 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, *gradients, rates = figure.subplots(1, 2 + len(norms))
+    _draw_loss(losses, steps, _entries(folder, "eval"), levels or {})
+    for axes, (name, label) in zip(gradients, norms.items(), strict=True):
+        _draw_gradients(axes, steps, name)
+        axes.set_ylabel(label)
+    rates.plot(_column(steps, "step"), _column(steps, "lr"), color=_COLOURS[0])
+    rates.set_ylabel("learning rate")
+    for axes in (losses, *gradients, rates):
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+    figure.suptitle(title)
+    path = folder / CURVES_NAME
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _draw_loss(axes: Any, steps: Entries, measured: Entries, levels: Mapping[str, float]) -> None:
+    places, losses = _column(steps, "step"), _column(steps, "loss")
+    axes.plot(places, losses, color="#999999", alpha=0.35, linewidth=0.8)
+    axes.plot(places, _smoothed(losses), color="#999999", label="training loss")
+    axes.set_ylabel("loss per token")
+    names = [name for name in _FIGURES if any(name in entry for entry in measured)]
+    is_cosine = names == ["cosine"]
+    figures = axes.twinx() if is_cosine else axes
+    for colour, name in zip(_COLOURS, names, strict=False):
+        found = [entry for entry in measured if name in entry]
+        places, values = _column(found, "step"), _column(found, name)
+        figures.plot(places, values, "o-", color=colour, ms=3, label=f"held out: {name}")
+    for colour, (name, level) in zip(_COLOURS[1:], levels.items(), strict=False):
+        figures.axhline(level, color=colour, linestyle="--", linewidth=1, label=name)
+    if is_cosine:
+        figures.set_ylabel("held-out cosine")
+        figures.spines["top"].set_visible(False)
+    _legend(axes, [*axes.get_lines()[1:], *(figures.get_lines() if is_cosine else ())])
+
+
+def _draw_gradients(axes: Any, steps: Entries, name: str) -> None:
+    keys = list(steps[-1][name])
+    # The same colours in every panel; links that do not learn come after those that do.
+    links = list(dict.fromkeys([*steps[-1]["grad_norm"], *(key.partition("@")[0] for key in keys)]))
+    for key in keys:
+        link_id, _, round_ = key.partition("@")
+        axes.plot(
+            _column(steps, "step"),
+            _smoothed([entry[name].get(key, 0.0) for entry in steps]),
+            color=_COLOURS[links.index(link_id) % len(_COLOURS)],
+            linestyle=_ROUNDS[(int(round_ or 1) - 1) % len(_ROUNDS)],
+            label=key,
+        )
+    if any(norm > 0 for norm in steps[-1][name].values()):
+        axes.set_yscale("log")
+    _legend(axes, axes.get_lines())
+
+
+def _legend(axes: Any, lines: Sequence[Any]) -> None:
+    """List the lines below the panel, where they cover nothing."""
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
+    axes.legend(handles=lines, ncols=2, frameon=False, fontsize=8, **place)
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    width = max(1, min(_SMOOTHED_OVER, len(values) // 10))
+    return [fmean(values[max(0, end - width) : end]) for end in range(1, len(values) + 1)]
+
+
+def _entries(folder: Path, kind: str) -> list[Mapping[str, Any]]:
+    return [entry for entry in read_json_lines(folder / METRICS_NAME) if entry["kind"] == kind]
+
+
+def _column(entries: Entries, name: str) -> list[float]:
+    return [entry[name] for entry in entries]

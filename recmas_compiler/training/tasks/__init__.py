@@ -1,1 +1,1 @@
-"""What learns: inner links, all links, or one agent to compare with."""
+"""What learns: inner links, all links, or one agent's backbone to compare with."""

@@ -1,4 +1,4 @@
-"""What may learn instead of links, to compare with: the answer agent's own backbone.
+"""How the answer agent's own backbone learns instead of links, to compare with.
 
 `lora` trains low-rank additions to its matrices (arXiv 2106.09685), `sft` all of its weights. Both
 end as a backbone of their own, a folder that a spec can name.

@@ -1,13 +1,12 @@
-"""The inner stage: an agent's thoughts become the embeddings of what it should think next.
+"""The inner stage: an agent's hidden states become the embeddings of what it should think next.
 
 Shape legend: N target tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,12 @@ from recmas_compiler.ir.ops import LinkKind
 from recmas_compiler.links.closed_form.aligned import align_inner
 from recmas_compiler.links.closed_form.calibration import HELD_OUT_EVERY, Calibration
 from recmas_compiler.links.modules import make_link, randomize
-from recmas_compiler.training.data.hidden_state_cache import Thoughts
+from recmas_compiler.lowering.materialize import inner_link_id
+from recmas_compiler.training.data.hidden_state_cache import HiddenStates
 from recmas_compiler.training.loop.distributed import World
 
-# Pairs to align from: where thoughts have to be computed for it, and where they are on disk. Twice
-# the pairs are worth about 0.01 of cosine.
+# Pairs to align from: where hidden states have to be computed for it, and where they are on disk.
+# Twice the pairs are worth about 0.01 of cosine.
 NUM_COMPUTED_PAIRS: Final = 16_384
 NUM_STORED_PAIRS: Final = 65_536
 # Records that run at once.
@@ -34,14 +34,8 @@ _NUM_EXPECTED: Final = 512
 _MEASURED_AT_ONCE: Final = 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class InnerLoss:
-    """The loss of some records.
-
-    Attributes:
-        total: Sum over target tokens.
-        tokens: Target tokens.
-    """
+class InnerLoss(NamedTuple):
+    """The loss of some records: a sum over target tokens, and how many they are."""
 
     total: Tensor
     tokens: int
@@ -53,9 +47,8 @@ class InnerTask:
     Args:
         agent: Its name.
         link: Its inner link.
-        backbone: Its backbone, frozen.
-        train: Thoughts to learn from.
-        held_out: Thoughts to measure on; None for no measurements.
+        train: Hidden states to learn from.
+        held_out: Hidden states to measure on; none for no measurements.
         mse_weight: Weight of the mean squared error beside the cosine loss.
     """
 
@@ -63,17 +56,15 @@ class InnerTask:
         self,
         agent: str,
         link: nn.Module,
-        backbone: TorchBackbone,
         *,
-        train: Thoughts,
-        held_out: Thoughts | None,
+        train: HiddenStates,
+        held_out: HiddenStates,
         mse_weight: float,
     ) -> None:
         self.name = f"the inner link of `{agent}`"
-        self.links: Mapping[str, nn.Module] = {f"{agent}.inner": link}
+        self.links: Mapping[str, nn.Module] = {inner_link_id(agent): link}
         self.num_examples = len(train)
         self._link = link
-        self._backbone = backbone
         self._train = train
         self._held_out = held_out
         self._mse_weight = mse_weight
@@ -81,7 +72,7 @@ class InnerTask:
     def loss(self, places: Sequence[int]) -> InnerLoss:
         """Return one minus the cosine, and the weighted squared error, summed over tokens."""
         hidden_ND, next_N = self._train.pairs(places)
-        wanted_ND = embeddings(self._backbone, next_N)
+        wanted_ND = embeddings(self._train.backbone, next_N)
         answer_ND = self._link(hidden_ND)
         total = (1 - cosine_similarity(answer_ND, wanted_ND, dim=-1)).sum()
         if self._mse_weight:
@@ -90,9 +81,9 @@ class InnerTask:
 
     def measure(self, world: World) -> Mapping[str, Any]:
         """Return the mean cosine on held-out tokens."""
-        if self._held_out is None:
+        if not len(self._held_out):
             return {}
-        return {"cosine": mean_cosine(self._link, self._backbone, self._held_out, world)}
+        return {"cosine": mean_cosine(self._link, self._held_out, world)}
 
     def gradient_figures(self, tokens: float) -> Mapping[str, Any]:
         """Return nothing more: there is one link and no round."""
@@ -100,37 +91,36 @@ class InnerTask:
 
 
 @torch.no_grad()
-def mean_cosine(
-    link: nn.Module, backbone: TorchBackbone, thoughts: Thoughts, world: World
-) -> float:
+def mean_cosine(link: Callable[[Tensor], Tensor], states: HiddenStates, world: World) -> float:
     """Return the mean cosine between a link's answers and the embeddings they should be."""
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    batches = range(0, len(thoughts), _MEASURED_AT_ONCE)
+    batches = range(0, len(states), _MEASURED_AT_ONCE)
     for first in world.share(batches):
-        places = range(first, min(first + _MEASURED_AT_ONCE, len(thoughts)))
-        hidden_ND, next_N = thoughts.pairs(places)
-        cosine_N = cosine_similarity(link(hidden_ND), embeddings(backbone, next_N), dim=-1)
+        places = range(first, min(first + _MEASURED_AT_ONCE, len(states)))
+        hidden_ND, next_N = states.pairs(places)
+        wanted_ND = embeddings(states.backbone, next_N)
+        cosine_N = cosine_similarity(link(hidden_ND), wanted_ND, dim=-1)
         sums[0] += cosine_N.double().sum()
         sums[1] += len(next_N)
     total, count = world.add_up(sums).tolist()
     return float(total / count)
 
 
-def calibration_of(backbone: TorchBackbone, thoughts: Thoughts) -> Calibration:
-    """Return what a closed-form inner link is fitted to: thoughts of the first records."""
-    most = NUM_STORED_PAIRS if thoughts.is_stored else NUM_COMPUTED_PAIRS
+def calibration_of(states: HiddenStates) -> Calibration:
+    """Return what a closed-form inner link is fitted to: hidden states of the first records."""
+    most = NUM_STORED_PAIRS if states.is_stored else NUM_COMPUTED_PAIRS
     hidden, following, tokens = [], [], []
     held_out: list[bool] = []
-    for first in range(0, len(thoughts), _ALIGNED_AT_ONCE):
+    for first in range(0, len(states), _ALIGNED_AT_ONCE):
         if len(held_out) >= most:
             break
-        places = list(range(first, min(first + _ALIGNED_AT_ONCE, len(thoughts))))
+        places = list(range(first, min(first + _ALIGNED_AT_ONCE, len(states))))
         known = [place for place in places if place % HELD_OUT_EVERY]
         for is_held_out, some in ((True, places[::HELD_OUT_EVERY]), (False, known)):
             if some:
-                hidden_ND, next_N = thoughts.pairs(some)
+                hidden_ND, next_N = states.pairs(some)
                 hidden.append(hidden_ND.cpu())
-                following.append(embeddings(backbone, next_N).cpu())
+                following.append(embeddings(states.backbone, next_N).cpu())
                 tokens.append(next_N.cpu())
                 held_out += [is_held_out] * len(next_N)
     next_ND = torch.cat(following)
@@ -147,10 +137,9 @@ def calibration_of(backbone: TorchBackbone, thoughts: Thoughts) -> Calibration:
 def inner_baselines(
     agent: str,
     kind: LinkKind,
-    backbone: TorchBackbone,
     *,
-    train: Thoughts,
-    held_out: Thoughts,
+    train: HiddenStates,
+    held_out: HiddenStates,
     aligned: nn.Module | None,
     world: World,
 ) -> dict[str, float]:
@@ -159,9 +148,8 @@ def inner_baselines(
     Args:
         agent: Its name.
         kind: Of its inner link.
-        backbone: Its backbone.
-        train: Thoughts to learn from.
-        held_out: Thoughts to measure on.
+        train: Hidden states to learn from.
+        held_out: Hidden states to measure on.
         aligned: A link that was aligned already, to `train` if that sufficed; None to make one.
         world: The processes that share the work.
 
@@ -170,19 +158,19 @@ def inner_baselines(
         where there are enough of them; `constant`: always the mean embedding; `expectation`: the
         mean embedding under the backbone's own prediction, on the first tokens only.
     """
-    width, device = backbone.facts.width, world.device
-    calibration = calibration_of(backbone, train)
+    width, device = train.backbone.facts.width, world.device
+    calibration = calibration_of(train)
     link = make_link(kind, "inner", width, width).to(device)
-    randomize(link, link_id=f"{agent}.inner")
-    figures = {"random": mean_cosine(link, backbone, held_out, world)}
+    randomize(link, link_id=inner_link_id(agent))
+    figures = {"random": mean_cosine(link, held_out, world)}
     if can_align(calibration):
         if aligned is None:
             aligned = make_link(kind, "inner", width, width)
-            align_inner(aligned, calibration, link_id=f"{agent}.inner")
-        figures["aligned"] = mean_cosine(aligned.to(device), backbone, held_out, world)
-    constant = _Constant(calibration.next_ND.mean(0).to(device))
-    figures["constant"] = mean_cosine(constant, backbone, held_out, world)
-    figures["expectation"] = _expectation_cosine(backbone, held_out)
+            align_inner(aligned, calibration, link_id=inner_link_id(agent))
+        figures["aligned"] = mean_cosine(aligned.to(device), held_out, world)
+    mean_D = calibration.next_ND.mean(0).to(device)
+    figures["constant"] = mean_cosine(mean_D.expand_as, held_out, world)
+    figures["expectation"] = _expectation_cosine(held_out)
     return figures
 
 
@@ -198,18 +186,8 @@ def embeddings(backbone: TorchBackbone, ids_N: Tensor) -> Tensor:
     return backbone.embed(ids_N).float()
 
 
-class _Constant(nn.Module):
-    """Answers the same to every thought."""
-
-    def __init__(self, answer_D: Tensor) -> None:
-        super().__init__()
-        self._answer_D = answer_D
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self._answer_D.expand_as(h)
-
-
-def _expectation_cosine(backbone: TorchBackbone, held_out: Thoughts) -> float:
+def _expectation_cosine(held_out: HiddenStates) -> float:
+    backbone = held_out.backbone
     device = backbone.model.device
     table_VD = backbone.embed(torch.arange(backbone.facts.vocab_size, device=device))
     cosines: list[Tensor] = []

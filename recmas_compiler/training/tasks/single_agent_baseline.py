@@ -1,4 +1,4 @@
-"""The answer agent on its own: no other agents, no messages, its own backbone learns.
+"""The answer agent on its own, to compare with: no messages, and its own backbone learns.
 
 It is asked what the runtime's baseline `single` asks it, and learns from the same records in the
 same order as links do.
@@ -9,30 +9,25 @@ Shape legend: N rows, S columns, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
+from recmas_compiler.ir.ops import System
 from recmas_compiler.lowering.training_graph.calls import Call, CallWriter
 from recmas_compiler.lowering.training_graph.loss import Loss, turn_loss, weighted_loss
 from recmas_compiler.lowering.training_graph.rows import Row, pad_rows
 from recmas_compiler.training.data.examples import TrainExample
-from recmas_compiler.training.loop.checkpoint import unwritable
 from recmas_compiler.training.loop.distributed import World
-from recmas_compiler.training.loop.run_loop import RunOptions, figures_of, run_loop
-from recmas_compiler.training.run import check_processes
-from recmas_compiler.training.session import Session
-from recmas_compiler.training.tasks.finetuning import METHODS, MethodName
 from recmas_runtime.prompts.render import Tokens
 from recmas_runtime.running.baselines import without_slots
 
 
-class AloneTask:
+class SingleAgentTask:
     """Trains weights of one backbone on one agent's prompts and targets.
 
     Args:
@@ -128,84 +123,13 @@ class AloneTask:
         return hidden_NSD
 
 
-@dataclass(frozen=True, kw_only=True)
-class AloneReport:
-    """What a run of a method did.
-
-    Attributes:
-        agent: Who learned.
-        figures: Steps, training loss, held-out loss before and after.
-        interrupted: Whether somebody stopped it; nothing is saved then.
-    """
-
-    agent: str
-    figures: Mapping[str, Any]
-    interrupted: bool
-
-
-def run_method(
-    session: Session, method: MethodName, options: RunOptions, *, compute: torch.dtype
-) -> AloneReport:
-    """Train the answer agent's backbone in the place of links, which stay as they are.
-
-    Steps, batches, their order and the records are those of the outer stage.
-
-    Args:
-        session: Its answer agent's backbone is changed; the other backbones are given up.
-        method: What learns.
-        options: How the run is started; results are in its folder's `lora` or `sft`.
-        compute: Element type of products.
-
-    Raises:
-        RecmasError: As `run_loop`; RM201 without peft, RM303 if results cannot be written, RM704 if
-            there are more processes than records in a batch.
-    """
-    agent, section = session.system.answer_agent, session.settings.section
-    check_processes(section, "outer", session.world.size)
-    backbone = session.backbone(agent)
-    _give_up_others(session, backbone)
-    learner = METHODS[method](backbone, section)
-    stage = section.outer.model_copy(update={"lr": learner.settings.lr})
-    task = AloneTask(
-        alone_writer(session, agent),
-        agent,
-        backbone,
-        {f"{agent}.{method}": learner.weights},
-        train=session.examples.train,
-        held_out=session.examples.held_out[: section.eval_records],
-        batch_size=section.outer.batch_size,
-        checkpointed=section.checkpoint_calls,
-        compute=compute,
-    )
-    folder = options.folder / method
-    own = (learner.settings,)
-    result = run_loop(session, task, stage, folder, options, title=method, own=own)
-    if not result.interrupted and session.world.is_main:
-        try:
-            learner.save(folder)
-        except (OSError, SafetensorError) as error:
-            raise unwritable(folder, error) from error
-    session.world.wait()
-    return AloneReport(agent=agent, figures=figures_of(result), interrupted=result.interrupted)
-
-
-def alone_writer(session: Session, agent: str) -> CallWriter:
-    """Return a writer of an agent's calls without slots."""
-    system = session.system
+def calls_without_slots(
+    system: System, backbones: Mapping[str, TorchBackbone], agent: str
+) -> CallWriter:
+    """Return a writer of an agent's calls without messages, as the runtime's `single` asks it."""
     declared = system.agents[agent]
     alone = replace(declared, first=None, then=without_slots(declared.then))
-    asked = replace(system, agents={**system.agents, agent: alone})
-    return CallWriter(asked, session.backbones)
-
-
-def _give_up_others(session: Session, kept: TorchBackbone) -> None:
-    """Free the memory of backbones that do not run, so that it is not counted."""
-    for backbone in session.backbones.values():
-        if backbone is not kept:
-            backbone.model.to("meta")
-    if session.world.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(session.world.device)
+    return CallWriter(replace(system, agents={**system.agents, agent: alone}), backbones)
 
 
 def _ids(call: Call) -> tuple[int, ...]:

@@ -79,4 +79,4 @@ def _case(name: str, system: System, *, rounds: int | None = None) -> Case:
 def most_latent_steps(plan: Plan) -> int:
     """Return the latent steps of the plan's longest rollout."""
     thinks = (step for step in plan.steps if isinstance(step, ThinkStep))
-    return max((step.num_steps for step in thinks), default=0)
+    return max((plan.num_latent_steps(step) for step in thinks), default=0)

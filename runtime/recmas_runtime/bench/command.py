@@ -18,8 +18,7 @@ from recmas_runtime.core.progress import Progress
 from recmas_runtime.formats.bundle import write_json_atomic
 from recmas_runtime.formats.plan import Plan
 from recmas_runtime.prompts.sampler import check_sampling
-from recmas_runtime.running.answers import Record
-from recmas_runtime.running.records import question_record, read_records
+from recmas_runtime.running.records import Record, question_record, read_records
 from recmas_runtime.running.system import System, load
 
 JSON_NAME: Final = "bench.json"

@@ -13,8 +13,8 @@ from recmas_runtime.bench.cases import Case
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.formats.plan import SamplingPlan
-from recmas_runtime.running.answers import Answer, Record
 from recmas_runtime.running.batch import PHASES
+from recmas_runtime.running.records import Answer, Record
 from recmas_runtime.running.run_trace import StepEvent
 
 # Of `Usage`, and what else is counted of a run.

@@ -12,14 +12,16 @@ from recmas_runtime.formats.codec import to_json
 from recmas_runtime.formats.manifest import LossEntry
 from recmas_runtime.formats.plan import (
     DecodeStep,
+    Plan,
     PrefillStep,
     SendStep,
     Step,
     ThinkStep,
     WriteStep,
+    feedback_links,
 )
 from recmas_runtime.formats.tolerances import tolerances
-from recmas_runtime.running.answers import Answer
+from recmas_runtime.running.records import Answer
 
 if TYPE_CHECKING:
     from recmas_runtime.checking.verify import VerifyReport
@@ -63,6 +65,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         }
         for name, agent in plan.agents.items()
     }
+    fed_back = feedback_links(plan)
     return {
         "name": plan.name,
         "fingerprint": manifest.fingerprint,
@@ -72,10 +75,10 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "backbones": backbones,
         "agents": agents,
         "links": {
-            name: {**to_json(link), "feedback": name in plan.feedback_links}
+            name: {**to_json(link), "feedback": name in fed_back}
             for name, link in manifest.links.items()
         },
-        "steps": [{**to_json(step), "text": step_text(step)} for step in plan.steps],
+        "steps": [{**to_json(step), "text": step_text(plan, step)} for step in plan.steps],
         "caches": to_json(plan.caches),
         "cache_bytes_per_sample": sum(c.bytes_per_sample for c in plan.caches.values()),
         "size_bytes": sum(entry.size_bytes for entry in manifest.files.values()),
@@ -125,13 +128,13 @@ def bundle_text(bundle: Bundle) -> str:
             name,
             f"{link.kind} {link.in_dim} -> {link.out_dim}",
             link.init if link.cosine is None else f"{link.init}, cosine {link.cosine:.3f}",
-            "feedback" if name in plan.feedback_links else "",
+            "feedback" if facts["links"][name]["feedback"] else "",
         )
         for name, link in manifest.links.items()
     )
     for number in range(1, plan.rounds + 1):
         lines += ["", f"round {number}"]
-        lines += [f"  {step_text(step)}" for step in plan.steps if step.round == number]
+        lines += [f"  {step_text(plan, step)}" for step in plan.steps if step.round == number]
     lines += [
         "",
         f"limits      {plan.limits.max_prompt_tokens} prompt tokens, batches of "
@@ -147,7 +150,7 @@ def bundle_text(bundle: Bundle) -> str:
     return "\n".join(lines)
 
 
-def step_text(step: Step) -> str:
+def step_text(plan: Plan, step: Step) -> str:
     """Return a step in words."""
     match step:
         case PrefillStep():
@@ -158,7 +161,8 @@ def step_text(step: Step) -> str:
             return f"prefill {prompts}{kept}{copied}"
         case ThinkStep():
             how = "fused" if step.fused else "inner link apart"
-            return f"think {' + '.join(step.agents)}, {counted(step.num_steps, 'step')}, {how}"
+            steps = counted(plan.num_latent_steps(step), "step")
+            return f"think {' + '.join(step.agents)}, {steps}, {how}"
         case SendStep():
             return f"send {step.source} -> {', '.join(step.targets)}"
         case WriteStep():

@@ -19,8 +19,13 @@ from recmas_runtime.core.progress import LineProgress, Silent
 from recmas_runtime.core.terminal import shown_on
 from recmas_runtime.formats.plan import SamplingPlan
 from recmas_runtime.prompts.sampler import check_sampling
-from recmas_runtime.running.answers import Answer, Record
-from recmas_runtime.running.records import AnswerWriter, question_record, read_records
+from recmas_runtime.running.records import (
+    Answer,
+    AnswerWriter,
+    Record,
+    question_record,
+    read_records,
+)
 from recmas_runtime.running.run_trace import TraceWriter
 from recmas_runtime.running.system import System, load
 from recmas_runtime.tools.toolbox import terminal_ask

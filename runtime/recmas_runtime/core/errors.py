@@ -82,7 +82,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM400": (Exit.VERIFICATION, "not a bundle, or an incomplete one"),
     "RM401": (Exit.VERIFICATION, "a bundle file is missing or altered"),
     "RM402": (Exit.VERIFICATION, "a path that leaves the bundle"),
-    "RM403": (Exit.ENVIRONMENT, "a bundle of a newer format than this runtime reads"),
+    "RM403": (Exit.ENVIRONMENT, "a bundle of another format version than this runtime reads"),
     "RM404": (Exit.VERIFICATION, "a malformed manifest or plan"),
     "RM405": (Exit.VERIFICATION, "a bundle does not compute what it should here"),
     # RM5xx: running

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.files import open_regular, sha256_of
 from recmas_runtime.core.progress import Progress, Silent
-from recmas_runtime.core.regular_file import open_regular, sha256_of
 from recmas_runtime.formats.codec import read_json_file
 from recmas_runtime.formats.consistency import (
     check_consistency,
@@ -73,8 +73,8 @@ def open_bundle(
 
     Raises:
         RecmasError: RM400 if it is no bundle, RM401 for missing or altered files, RM402 for paths
-            that leave it, RM403 if its format is newer, RM404 if manifest or plan are malformed or
-            do not fit together. Everything of one kind is reported at once.
+            that leave it, RM403 if its format version is another, RM404 if manifest or plan are
+            malformed or do not fit together. Everything of one kind is reported at once.
     """
     root = Path(path)
     if not (root / MANIFEST_NAME).is_file():

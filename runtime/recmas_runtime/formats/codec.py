@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Meta, inspect
 
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.core.regular_file import open_regular
+from recmas_runtime.core.files import open_regular
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ def from_json(cls: type[T], data: object, *, file: str) -> T:
         file: How messages name the file that `data` came from.
 
     Raises:
-        RecmasError: RM403 for a newer format version, RM404 for anything malformed.
+        RecmasError: RM403 for another format version, RM404 for anything malformed.
     """
     # First, because a newer version may well have keys that this one does not know.
     newest = getattr(cls, "newest_version", None)
@@ -125,6 +125,14 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _check_version(version: object, newest: int, file: str) -> None:
     if type(version) is not int or version < 1:
         raise malformed(file, f"version: expected a format version, found {_shown(version)}")
+    if version < newest:
+        raise fail(
+            "RM403",
+            f"format version {version}; this runtime reads version {newest}",
+            hint="Build it again: recmasc build BUNDLE/spec.yaml --out BUNDLE, or from the spec it "
+            "came from, if that names files beside itself.",
+            file=file,
+        )
     if version > newest:
         raise fail(
             "RM403",

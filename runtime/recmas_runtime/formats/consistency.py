@@ -13,15 +13,12 @@ from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.links import FORMS
 from recmas_runtime.formats.manifest import MANIFEST_NAME, PLAN_NAME, SPEC_NAME, Manifest
 from recmas_runtime.formats.plan import (
-    AgentPlan,
     DecodeStep,
     Plan,
     PrefillStep,
-    PromptPart,
     SendStep,
     Step,
     ThinkStep,
-    Variant,
     WriteStep,
 )
 from recmas_runtime.formats.tolerances import TOLERANCES
@@ -132,11 +129,28 @@ def prompts_use_what_exists(manifest: Manifest, plan: Plan) -> Iterator[tuple[st
                 yield f"agents.{name}", f"field {part.value!r} is not among the plan's fields"
 
 
-def feedback_links_exist(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
-    """Every feedback link is an outer link of the manifest."""
-    for link in plan.feedback_links:
-        if link not in manifest.links or manifest.links[link].role != "outer":
-            yield "feedback_links", f"unknown outer link {link!r}"
+def links_fit_their_agents(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
+    """A link carries thoughts, through an outer link from its source's width to its target's."""
+    for name, link in plan.links.items():
+        where = f"links.{name}"
+        unknown = [agent for agent in (link.source, link.target) if agent not in plan.agents]
+        if unknown:
+            yield where, f"unknown agent {unknown[0]!r}"
+            continue
+        if link.carries != "thoughts":
+            yield f"{where}.carries", "a bundle's agents hand over thoughts, not text"
+        outer = manifest.links.get(name)
+        if outer is None or outer.role != "outer":
+            yield where, f"unknown outer link {name!r}"
+            continue
+        source, target = (plan.agents[agent].backbone for agent in (link.source, link.target))
+        widths = manifest.backbones[source].width, manifest.backbones[target].width
+        if (outer.in_dim, outer.out_dim) != widths:
+            yield (
+                where,
+                f"link {name!r} maps {outer.in_dim} to {outer.out_dim}, the agents need "
+                f"{widths[0]} to {widths[1]}",
+            )
 
 
 def search_has_its_corpus(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
@@ -200,30 +214,47 @@ def agents_of(step: Step) -> tuple[str, ...]:
             return (step.agent,)
 
 
-def sends_use_fitting_links(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
-    """A send has one link per target, from its source's width to the target's."""
+def sends_use_their_links(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
+    """A send has, for each of its targets, the link that goes there."""
     for index, step in enumerate(plan.steps):
         if not isinstance(step, SendStep):
             continue
-        where = f"steps[{index}].links"
-        wanted = tuple(f"{step.source}->{target}" for target in step.targets)
-        if not wanted or step.links != wanted:
-            yield where, f"expected {', '.join(wanted)}; found {', '.join(step.links)}"
-            continue
-        for target, name in zip(step.targets, step.links, strict=True):
-            link = manifest.links.get(name)
-            dims = tuple(
-                manifest.backbones[plan.agents[agent].backbone].width
-                for agent in (step.source, target)
-            )
-            if link is None or link.role != "outer":
-                yield where, f"unknown outer link {name!r}"
-            elif (link.in_dim, link.out_dim) != dims:
-                yield (
-                    where,
-                    f"link {name!r} maps {link.in_dim} to {link.out_dim}, the agents need "
-                    f"{dims[0]} to {dims[1]}",
-                )
+        ends = [
+            (plan.links[name].source, plan.links[name].target)
+            for name in step.links
+            if name in plan.links
+        ]
+        if not step.targets or ends != [(step.source, target) for target in step.targets]:
+            wanted = ", ".join(f"{step.source}->{target}" for target in step.targets)
+            found = ", ".join(step.links)
+            yield f"steps[{index}].links", f"expected {wanted}; found {found}"
+
+
+def states_are_kept(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
+    """No layer keeps a state beside its rows, so there is none to save or to restore."""
+    for index, step in enumerate(plan.steps):
+        if isinstance(step, PrefillStep):
+            for key, snapshot in (("restore", step.restore), ("snapshot", step.snapshot)):
+                if snapshot is not None:
+                    yield f"steps[{index}].{key}", f"{snapshot!r}: no layer here keeps a state"
+
+
+def exits_are_what_the_last_round_takes(
+    manifest: Manifest, plan: Plan
+) -> Iterator[tuple[str, str]]:
+    """An early exit leaves out no message that the last round takes from the round before."""
+    taken = {
+        (message.link, message.round)
+        for step in plan.steps
+        if isinstance(step, PrefillStep) and step.round == plan.rounds
+        for message in step.messages
+        if message.round < plan.rounds
+    }
+    for index, step in enumerate(plan.steps):
+        if isinstance(step, DecodeStep):
+            exits = {(exit_.link, exit_.round) for exit_ in step.exits}
+            if exits != (taken if plan.rounds > 2 else set()):
+                yield f"steps[{index}].exits", "not the messages that the last round waits for"
 
 
 def steps_come_in_order(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
@@ -250,17 +281,17 @@ def steps_come_in_order(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, s
                         f"{step.prefix_from!r} is no cache that other agents on this backbone "
                         "have filled",
                     )
-                for agent, variant in zip(step.agents, step.variants, strict=True):
-                    for what in _unfilled(plan, agent, variant, step.round, sent):
-                        yield where, what
+                for what in _misrouted(plan, step, sent):
+                    yield f"{where}.messages", what
                 prefilled[step.cache] = step.round
             case ThinkStep():
                 if prefilled.pop(step.cache, None) != step.round:
                     yield where, "there is no prefill of this round to think from"
-                if any(plan.agents[a].latent_steps != step.num_steps for a in step.agents):
-                    yield f"{where}.num_steps", f"{step.num_steps} is not what its agents say"
-                if step.num_steps < 1:
-                    yield f"{where}.num_steps", "a rollout has at least one step"
+                lengths = {plan.agents[agent].latent_steps for agent in step.agents}
+                if len(lengths) > 1:
+                    yield f"{where}.agents", "they do not take equally many latent steps"
+                if 0 in lengths:
+                    yield f"{where}.agents", "a rollout has at least one step"
                 prefilled[step.cache] = step.round
                 thought.update(dict.fromkeys(step.agents, step))
             case SendStep():
@@ -282,28 +313,28 @@ def steps_come_in_order(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, s
         yield "steps", f"exactly the last step must decode, found it at {places}"
 
 
-def _unfilled(
-    plan: Plan, agent: str, variant: Variant, round_: int, sent: set[tuple[str, int]]
-) -> Iterator[str]:
-    """Complain about a prompt that does not exist or has slots without a message."""
-    parts = prompt_of(plan.agents[agent], variant)
-    if parts is None:
-        yield f"agent {agent!r} has no prompt `{variant}`"
-        return
-    for source in (part.value for part in parts if part.kind == "slot"):
-        if source not in plan.agents:
-            yield f"agent {agent!r} has a slot for unknown agent {source!r}"
-            continue
-        link = f"{source}->{agent}"
-        sent_in = round_ - 1 if link in plan.feedback_links else round_
-        # Without latent steps the message is empty, and nothing need be sent.
-        if plan.agents[source].latent_steps > 0 and (link, sent_in) not in sent:
-            yield f"agent {agent!r} has a slot for {source!r}, who has sent nothing"
-
-
-def prompt_of(agent: AgentPlan, variant: Variant) -> tuple[PromptPart, ...] | None:
-    """Return the parts of one of an agent's prompts; None if it has no such prompt."""
-    return agent.first if variant == "first" else agent.then
+def _misrouted(plan: Plan, step: PrefillStep, sent: set[tuple[str, int]]) -> Iterator[str]:
+    """Complain about prompts that do not exist, and about slots and messages that do not fit."""
+    messages = list(step.messages)
+    for agent, variant in zip(step.agents, step.variants, strict=True):
+        if variant == "first" and plan.agents[agent].first is None:
+            yield f"agent {agent!r} has no prompt `first`"
+            return
+        for slot in dict.fromkeys(plan.agents[agent].slots(variant)):
+            if slot not in plan.agents:
+                yield f"agent {agent!r} has a slot for unknown agent {slot!r}"
+            elif messages and (messages[0].agent, messages[0].slot) == (agent, slot):
+                message = messages.pop(0)
+                link = plan.links.get(message.link)
+                if link is None or (link.source, link.target) != (slot, agent):
+                    yield f"{message.link!r} is no link from {slot!r} to {agent!r}"
+                elif (message.link, message.round) not in sent:
+                    yield f"nothing was sent over {message.link!r} in round {message.round}"
+            elif plan.agents[slot].latent_steps > 0:
+                # Without latent steps the message is empty, and nothing need be sent.
+                yield f"agent {agent!r} has a slot for {slot!r}, who has sent nothing"
+    for message in messages:
+        yield f"agent {message.agent!r} has no slot {message.slot!r} here that is still empty"
 
 
 # Rules of a later stage may take for granted what those of the stages before it check.
@@ -321,10 +352,17 @@ STAGES: Final[tuple[tuple[str, tuple[Rule, ...]], ...]] = (
         (
             agents_have_what_they_name,
             prompts_use_what_exists,
-            feedback_links_exist,
             search_has_its_corpus,
         ),
     ),
-    (PLAN_NAME, (caches_fit_their_agents, steps_name_what_exists)),
-    (PLAN_NAME, (sends_use_fitting_links, steps_come_in_order)),
+    (PLAN_NAME, (links_fit_their_agents, caches_fit_their_agents, steps_name_what_exists)),
+    (
+        PLAN_NAME,
+        (
+            sends_use_their_links,
+            states_are_kept,
+            steps_come_in_order,
+            exits_are_what_the_last_round_takes,
+        ),
+    ),
 )

@@ -13,7 +13,7 @@ from msgspec import Meta, field
 
 from recmas_runtime.formats.codec import Count, Finite, Size, StrictStruct, Whole
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 Variant = Literal["first", "then"]
 Round = Annotated[int, Meta(ge=1, le=64)]
@@ -61,6 +61,29 @@ class AgentPlan(StrictStruct, frozen=True, kw_only=True):
     latent_steps: LatentSteps
     chat_template: dict[str, bool | Whole | Finite | str] = field(default_factory=dict)
 
+    def parts(self, variant: Variant) -> tuple[PromptPart, ...]:
+        """Return the parts of a prompt; `first` is `then` where there is no other."""
+        return self.first if variant == "first" and self.first is not None else self.then
+
+    def slots(self, variant: Variant) -> tuple[str, ...]:
+        """Return the agents whose messages a prompt has slots for, in order."""
+        return tuple(part.value for part in self.parts(variant) if part.kind == "slot")
+
+
+class LinkPlan(StrictStruct, frozen=True, kw_only=True):
+    """A way on which messages go from one agent to another.
+
+    Attributes:
+        source: The agent that sends.
+        target: The agent whose prompt has the slot.
+        carries: `thoughts`, hidden states that an outer link of the manifest maps, or `text`, what
+            the source writes.
+    """
+
+    source: str
+    target: str
+    carries: Literal["thoughts", "text"]
+
 
 class CachePlan(StrictStruct, frozen=True, kw_only=True):
     """A key/value cache: rows for one agent, or for agents that run as one batch.
@@ -78,6 +101,36 @@ class CachePlan(StrictStruct, frozen=True, kw_only=True):
     agents: tuple[str, ...]
     capacity: Annotated[int, Meta(ge=64, le=2**24)]
     bytes_per_sample: Size
+
+
+class SentMessage(StrictStruct, frozen=True, kw_only=True):
+    """A message, told apart from all others of a run.
+
+    Where an early exit has left out its round, it is the latest one sent over the link.
+
+    Attributes:
+        link: Id of the link.
+        round: In which it is sent.
+    """
+
+    link: str
+    round: Round
+
+
+class Message(StrictStruct, frozen=True, kw_only=True):
+    """What fills a slot.
+
+    Attributes:
+        agent: Whose prompt.
+        slot: The slot's name.
+        link: Id of the link that the message comes over.
+        round: In which it is sent; see `SentMessage`.
+    """
+
+    agent: str
+    slot: str
+    link: str
+    round: Round
 
 
 class PlanStep(
@@ -106,29 +159,36 @@ class PrefillStep(PlanStep, frozen=True, kw_only=True):
 
     Attributes:
         variants: Which prompt each agent uses.
+        messages: What fills the slots, in the order of agents and slots. A slot without a message
+            stays empty: its agent takes no latent steps.
         reuse_prefix: Keep the cached rows of the leading prompt tokens that are equal to those of
             this agent's previous prefill, up to the first slot of either prompt.
         cache: Id of the cache in the plan.
         prefix_from: Id of the cache of other agents on the same backbone, filled before: its rows
             of leading tokens that are equal may be copied. None for none.
+        restore: Id of the snapshot of layer states to begin with. None for none; no layer that
+            recmas runs keeps a state yet, so that anything else is refused.
+        snapshot: Id of the snapshot to make of layer states; likewise.
     """
 
     agents: tuple[str, ...]
     variants: tuple[Variant, ...]
+    messages: tuple[Message, ...]
     reuse_prefix: bool
     cache: str
     prefix_from: str | None = None
+    restore: str | None = None
+    snapshot: str | None = None
 
 
 class ThinkStep(PlanStep, frozen=True, kw_only=True):
-    """Roll out `num_steps` latent steps from the last prefill of the same agents.
+    """Roll out the latent steps of `agents`, equally many, from their last prefill.
 
     Attributes:
         fused: The inner link runs inside the step graph; otherwise as a call of its own.
     """
 
     agents: tuple[str, ...]
-    num_steps: LatentSteps
     fused: bool
     cache: str
 
@@ -163,10 +223,17 @@ class WriteStep(PlanStep, frozen=True, kw_only=True):
 
 
 class DecodeStep(PlanStep, frozen=True, kw_only=True):
-    """Write the answer's text from the agent's last prefill."""
+    """Write the answer's text from the agent's last prefill.
+
+    Attributes:
+        exits: The messages that the last round takes from the round before it. A round that sent
+            one over each of these links may be followed by the last one, as `stop_when` decides.
+            Empty for fewer than three rounds, of which none can be left out.
+    """
 
     agent: str
     cache: str
+    exits: tuple[SentMessage, ...] = ()
 
 
 Step = PrefillStep | ThinkStep | SendStep | WriteStep | DecodeStep
@@ -201,8 +268,8 @@ class StopPlan(StrictStruct, frozen=True, kw_only=True):
     """When the recursion may end before its last round.
 
     Attributes:
-        cosine: A record is settled once every message of a round has at least this mean cosine to
-            the same link's message of the round before. Its next round is then its last.
+        cosine: A record has converged once every message of a round has at least this mean cosine
+            to the same link's message of the round before. Its next round is then its last.
     """
 
     cosine: Annotated[float, Meta(gt=0.0, le=1.0)]
@@ -274,7 +341,7 @@ class Plan(StrictStruct, frozen=True, kw_only=True):
         rounds: Number of rounds.
         answer_agent: The agent that writes the text.
         agents: By name.
-        feedback_links: Ids of the links whose message is seen one round later.
+        links: By id: how messages get from agent to agent.
         caches: By id.
         steps: In execution order.
         sampling: Defaults of the final decode.
@@ -291,7 +358,7 @@ class Plan(StrictStruct, frozen=True, kw_only=True):
     rounds: Round
     answer_agent: str
     agents: dict[str, AgentPlan]
-    feedback_links: tuple[str, ...]
+    links: dict[str, LinkPlan]
     caches: dict[str, CachePlan]
     steps: tuple[Step, ...]
     sampling: SamplingPlan
@@ -299,6 +366,54 @@ class Plan(StrictStruct, frozen=True, kw_only=True):
     fields: tuple[str, ...]
     stop_when: StopPlan | None = None
     tools: ToolsPlan | None = None
+
+    def num_latent_steps(self, step: ThinkStep) -> int:
+        """Return the length of a rollout, which is that of each of its agents."""
+        return self.agents[step.agents[0]].latent_steps
+
+
+def feedback_links(plan: Plan) -> frozenset[str]:
+    """Return the ids of the links whose message is seen in a later round than it is sent in."""
+    prefills = (step for step in plan.steps if isinstance(step, PrefillStep))
+    return frozenset(m.link for step in prefills for m in step.messages if m.round < step.round)
+
+
+def compared_links(plan: Plan) -> dict[int, frozenset[str]]:
+    """Return, by round, the links that decide whether a record has converged in it.
+
+    These are the links that sent a message in the round and in the one before. Rounds that the last
+    one cannot follow, because it would lack a message, do not appear.
+    """
+    (decode,) = (step for step in plan.steps if isinstance(step, DecodeStep))
+    required = {message.link for message in decode.exits}
+    sent: dict[int, set[str]] = {round_: set() for round_ in range(1, plan.rounds + 1)}
+    for step in plan.steps:
+        if isinstance(step, SendStep):
+            sent[step.round].update(step.links)
+    found = {
+        round_: frozenset(sent[round_] & sent[round_ - 1])
+        for round_ in range(2, plan.rounds)
+        if required and required <= sent[round_]
+    }
+    return {round_: links for round_, links in found.items() if links}
+
+
+def slot_positions(plan: Plan) -> dict[tuple[str, Variant], dict[str, int]]:
+    """Return how many positions thoughts take in each slot of a prompt, by agent and variant.
+
+    Slots that stay empty, or that text fills, do not appear.
+    """
+    found: dict[tuple[str, Variant], dict[str, int]] = {}
+    for step in plan.steps:
+        if not isinstance(step, PrefillStep):
+            continue
+        variants = dict(zip(step.agents, step.variants, strict=True))
+        for message in step.messages:
+            link = plan.links[message.link]
+            if link.carries == "thoughts":
+                slots = found.setdefault((message.agent, variants[message.agent]), {})
+                slots[message.slot] = plan.agents[link.source].latent_steps
+    return found
 
 
 def prompt_fields(agents: Iterable[AgentPlan]) -> tuple[str, ...]:

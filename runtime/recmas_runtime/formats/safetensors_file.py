@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from recmas_runtime.core.regular_file import open_regular
+from recmas_runtime.core.files import open_regular
 from recmas_runtime.formats.codec import Size, StrictStruct, from_json, malformed, parse_json
 
 Array = NDArray[Any]

@@ -20,6 +20,8 @@ from recmas_runtime.formats.plan import (
     AgentPlan,
     CachePlan,
     DecodeStep,
+    LinkPlan,
+    Message,
     Plan,
     PrefillStep,
     PromptPart,
@@ -75,7 +77,7 @@ def apply_baseline(plan: Plan, name: str, manifest: Manifest) -> Baseline:
 def _single(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
     """The answer agent alone: lines of its prompt that hold a slot are left out."""
     agent = plan.agents[plan.answer_agent]
-    return Baseline(plan=_only_answer(plan, manifest, {plan.answer_agent: _without_slots(agent)}))
+    return Baseline(plan=_only_answer(plan, manifest, _without_slots(agent)))
 
 
 def _null_latents(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
@@ -84,14 +86,12 @@ def _null_latents(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
     Nothing that the other agents do can reach its text, so they do not run.
     """
     agent = plan.agents[plan.answer_agent]
-    senders = {part.value for part in agent.then if part.kind == "slot"}
-    silent = {name: structs.replace(plan.agents[name], latent_steps=0) for name in senders}
-    return Baseline(plan=_only_answer(plan, manifest, {plan.answer_agent: agent} | silent))
+    return Baseline(plan=_only_answer(plan, manifest, agent))
 
 
 def _shuffled_latents(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
     """The same run, but the answer is written from another record's messages."""
-    if not any(part.kind == "slot" for part in plan.agents[plan.answer_agent].then):
+    if not plan.agents[plan.answer_agent].slots("then"):
         raise _unusable("shuffled-latents: the answer agent has no slot")
     return Baseline(plan=structs.replace(plan, stop_when=None), exchanges_messages=True)
 
@@ -108,7 +108,8 @@ def _text(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
         for step in plan.steps
         if not isinstance(step, SendStep)
     ]
-    return Baseline(plan=_with_text(plan, manifest, plan.agents, steps))
+    links = {name: structs.replace(link, carries="text") for name, link in plan.links.items()}
+    return Baseline(plan=_with_text(plan, manifest, plan.agents, links, steps))
 
 
 def _moa(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
@@ -133,6 +134,20 @@ def _moa(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
         )
     ]
     groups = [*by_backbone, (plan.answer_agent,)]
+    links = {
+        f"{source}->{target}": LinkPlan(source=source, target=target, carries="text")
+        for source in others
+        for target in plan.agents
+    }
+
+    def seen(by: Sequence[str], round_: int) -> tuple[Message, ...]:
+        """Return the answers of a round, of all others, in the prompts of agents."""
+        return tuple(
+            Message(agent=target, slot=source, link=f"{source}->{target}", round=round_)
+            for target in by
+            for source in others
+        )
+
     caches = {"+".join(group): _cache(plan, manifest, group) for group in groups}
     steps: list[Step] = []
     for round_ in range(1, plan.rounds + 1):
@@ -143,44 +158,51 @@ def _moa(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
                     round=round_,
                     agents=group,
                     variants=("first" if round_ == 1 else "then",) * len(group),
+                    messages=seen(group, round_ - 1) if round_ > 1 else (),
                     reuse_prefix=round_ > 1,
                     cache=cache,
                 )
             )
             steps.append(WriteStep(round=round_, agents=group, cache=cache, max_new_tokens=limit))
-    steps += _answer_steps(plan.answer_agent, plan.rounds)
-    whole = structs.replace(
-        _with_text(plan, manifest, agents, steps),
-        caches=caches,
-        feedback_links=tuple(f"{source}->{target}" for source in others for target in others),
-    )
+    answer = (plan.answer_agent,)
+    steps += _answer_steps(plan.answer_agent, plan.rounds, seen(answer, plan.rounds))
+    whole = structs.replace(_with_text(plan, manifest, agents, links, steps), caches=caches)
     return Baseline(plan=whole)
 
 
-def _only_answer(plan: Plan, manifest: Manifest, agents: Mapping[str, AgentPlan]) -> Plan:
-    """Return a plan of one round in which the answer agent answers at once."""
+def _only_answer(plan: Plan, manifest: Manifest, agent: AgentPlan) -> Plan:
+    """Return a plan of one round in which the answer agent answers at once, its slots empty."""
     name = plan.answer_agent
     return structs.replace(
         plan,
         rounds=1,
-        agents=dict(agents),
-        feedback_links=(),
+        agents={name: agent},
+        links={},
         caches={name: _cache(plan, manifest, (name,))},
-        steps=_answer_steps(name, 1),
-        fields=prompt_fields(agents.values()),
+        steps=_answer_steps(name, 1, ()),
+        fields=prompt_fields([agent]),
         stop_when=None,
     )
 
 
-def _answer_steps(name: str, round_: int) -> tuple[Step, ...]:
+def _answer_steps(name: str, round_: int, messages: tuple[Message, ...]) -> tuple[Step, ...]:
     prefill = PrefillStep(
-        round=round_, agents=(name,), variants=("then",), reuse_prefix=False, cache=name
+        round=round_,
+        agents=(name,),
+        variants=("then",),
+        messages=messages,
+        reuse_prefix=False,
+        cache=name,
     )
     return prefill, DecodeStep(round=round_, agent=name, cache=name)
 
 
 def _with_text(
-    plan: Plan, manifest: Manifest, agents: Mapping[str, AgentPlan], steps: Sequence[Step]
+    plan: Plan,
+    manifest: Manifest,
+    agents: Mapping[str, AgentPlan],
+    links: Mapping[str, LinkPlan],
+    steps: Sequence[Step],
 ) -> Plan:
     """Return a plan whose prompts may grow: half of a backbone's positions are left to text."""
     positions = min(manifest.backbones[agent.backbone].max_positions for agent in agents.values())
@@ -188,6 +210,7 @@ def _with_text(
     return structs.replace(
         plan,
         agents=dict(agents),
+        links=dict(links),
         steps=tuple(steps),
         fields=prompt_fields(agents.values()),
         limits=structs.replace(plan.limits, max_prompt_tokens=longest),

@@ -10,9 +10,9 @@ import numpy as np
 
 from recmas_runtime.core.errors import fail
 from recmas_runtime.formats.plan import ThinkStep
-from recmas_runtime.running.answers import Answer, Record, Timing, Usage
 from recmas_runtime.running.executor import Execution, tool_events
 from recmas_runtime.running.generation import TextWriter
+from recmas_runtime.running.records import Answer, Record, Timing, Usage
 from recmas_runtime.running.run_trace import StepEvent, Trace
 
 PHASES = ("prefill", "think", "send", "write", "decode", "tools")
@@ -117,8 +117,8 @@ class Batch:
         ]
 
     def _rounds(self, row: int) -> int:
-        settled = int(self._execution.settled[row])
-        return settled + 1 if settled else self._execution.plan.rounds
+        converged = int(self._execution.converged[row])
+        return converged + 1 if converged else self._execution.plan.rounds
 
     def _ran(self, row: int, round_: int) -> bool:
         """Return whether a record took part in a round; some run for its neighbours only."""
@@ -126,13 +126,14 @@ class Batch:
 
     def _usage(self, row: int, writer: TextWriter) -> Usage:
         """Count what a record took; rounds that only its neighbours needed are not among it."""
+        plan = self._execution.plan
         events = [event for event in self._execution.events if self._ran(row, event.round)]
         prefilled = sum(event.prefilled_tokens[row] for event in events if event.prefilled_tokens)
         return Usage(
             prompt_tokens=prefilled + writer.num_result_tokens,
             latent_steps=sum(
-                step.num_steps * len(step.agents)
-                for step in self._execution.plan.steps
+                plan.num_latent_steps(step) * len(step.agents)
+                for step in plan.steps
                 if isinstance(step, ThinkStep) and self._ran(row, step.round)
             ),
             handover_tokens=sum(e.written_tokens[row] for e in events if e.written_tokens),

@@ -26,13 +26,14 @@ from recmas_runtime.formats.plan import (
     SendStep,
     Step,
     ThinkStep,
-    Variant,
     WriteStep,
     cache_capacity,
+    compared_links,
+    slot_positions,
 )
-from recmas_runtime.prompts.render import Prompt, Slot, Tokens, common_prefix
+from recmas_runtime.prompts.render import Prompt, Tokens, common_prefix
 from recmas_runtime.running.generation import Scribe, Voice
-from recmas_runtime.running.record_prompts import PromptSource, prompt_positions, slots
+from recmas_runtime.running.record_prompts import PromptSource, prompt_positions
 from recmas_runtime.running.run_trace import StepEvent
 from recmas_runtime.running.sequence_batch import ROOM_FOR_TEXT, Lane
 from recmas_runtime.tools.toolbox import Toolbox
@@ -86,7 +87,7 @@ class Execution:
         toolbox: What the answer agent may call.
         messages: By link and round of sending, [B, M, d].
         texts: By agent and round, the text of each record that stands in for messages.
-        settled: [B], the round after which a record's recursion ended early; 0 if it did not.
+        converged: [B], the round after which a record's recursion ended early; 0 if it did not.
         events: What has run.
     """
 
@@ -99,14 +100,14 @@ class Execution:
     toolbox: Toolbox | None = None
     messages: dict[tuple[str, int], Floats] = field(default_factory=dict)
     texts: dict[tuple[str, int], list[str]] = field(default_factory=dict)
-    settled: Indices = field(init=False)
+    converged: Indices = field(init=False)
     events: list[StepEvent] = field(default_factory=list)
     _lanes: dict[str, Lane] = field(default_factory=dict)
     _thoughts: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
-    _latest_round: int = 0
 
     def __post_init__(self) -> None:
-        self.settled = np.zeros(self.num_records, np.int64)
+        self.converged = np.zeros(self.num_records, np.int64)
+        self._compared = compared_links(self.plan) if self.plan.stop_when is not None else {}
 
     @property
     def num_records(self) -> int:
@@ -116,17 +117,14 @@ class Execution:
     def run_rounds(self) -> None:
         """Run every step before the decode; messages and events are kept on this object.
 
-        A round's end is a possible exit: once every record is settled, the last round comes next.
+        A round's end is a possible exit: once every record has converged, the last round is next.
         """
         for round_, steps in groupby(self.plan.steps[:-1], key=lambda step: step.round):
-            is_last = round_ == self.plan.rounds
-            if self.settled.all() and not is_last:
+            if self.converged.all() and round_ != self.plan.rounds:
                 continue
             for step in steps:
                 self.events += self._run(step)
-            if not is_last:
-                self._settle(round_)
-                self._latest_round = round_
+            self._find_converged(round_)
 
     def answer(self) -> Scribe:
         """Return the writer of the answers, one for each record; the lane is then used up."""
@@ -170,9 +168,9 @@ class Execution:
         prompts: list[Prompt] = []
         for agent, variant in zip(step.agents, step.variants, strict=True):
             for b in range(batch):
-                texts = self._texts_for(agent, variant, step.round, b)
+                thoughts, texts = self._received(step, agent, b)
                 prompts.append(self.prompts(b, agent, variant, texts))
-                sequences.append(self._splice(lane.engine, agent, prompts[-1], step.round, b))
+                sequences.append(_splice(lane.engine, prompts[-1], thoughts))
         leading = [prompt.leading_ids for prompt in prompts]
         other = self._lanes.get(step.prefix_from or "")
         if other is not None:  # else an early exit has left it out
@@ -192,54 +190,40 @@ class Execution:
             "reused_tokens": tuple(sum(kept[b::batch]) for b in range(batch)),
         }
 
-    def _splice(
-        self, engine: Backbone[Any], agent: str, prompt: Prompt, round_: int, b: int
-    ) -> Floats:
-        """Return one prompt's input embeddings [T, d], messages in their slots."""
-        pieces: list[Floats] = []
-        for item in prompt.items:
-            match item:
-                case Tokens(ids=ids):
-                    pieces.append(engine.embed(np.array([ids], np.int64))[0])
-                case Slot(agent=source):
-                    pieces.append(self._message(source, agent, round_, b))
-        return np.concatenate(pieces)
-
-    def _message(self, source: str, target: str, round_: int, b: int) -> Floats:
-        """Return the message [M, d] that `target` sees from `source` in this round."""
-        if self.plan.agents[source].latent_steps == 0:
-            width = self.engines.backbones[self.plan.agents[target].backbone].entry.width
-            return np.zeros((0, width), np.float32)
-        is_answer = target == self.plan.answer_agent and round_ == self.plan.rounds
+    def _received(
+        self, step: PrefillStep, agent: str, b: int
+    ) -> tuple[dict[str, Floats], dict[str, str]]:
+        """Return what fills the slots of one prompt: messages [M, d], and texts, by slot."""
+        is_answer = agent == self.plan.answer_agent and step.round == self.plan.rounds
         sender = (b + 1) % self.num_records if self.exchange and is_answer else b
-        sent = self._sent_in(source, target, round_)
-        message: Floats = self.messages[f"{source}->{target}", sent][sender]
-        return message
+        thoughts: dict[str, Floats] = {}
+        texts: dict[str, str] = {}
+        for message in step.messages:
+            if message.agent != agent:
+                continue
+            link = self.plan.links[message.link]
+            if link.carries == "text":
+                texts[message.slot] = self.texts[link.source, message.round][b]
+            else:
+                thoughts[message.slot] = self._sent(message.link, message.round)[sender]
+        return thoughts, texts
 
-    def _sent_in(self, source: str, target: str, round_: int) -> int:
-        """Return the round in which was sent what `target` sees from `source` in this round."""
-        if f"{source}->{target}" not in self.plan.feedback_links:
-            return round_
-        # After an early exit rounds are missing before the last one.
-        return self._latest_round if round_ == self.plan.rounds else round_ - 1
-
-    def _texts_for(self, agent: str, variant: Variant, round_: int, b: int) -> dict[str, str]:
-        """Return by slot the texts that stand in an agent's prompt instead of messages."""
-        texts = {}
-        for source in slots(self.plan.agents[agent], variant):
-            written = self.texts.get((source, self._sent_in(source, agent, round_)))
-            if written is not None:
-                texts[source] = written[b]
-        return texts
+    def _sent(self, link: str, round_: int) -> Floats:
+        """Return the message [B, M, d] of a round; of the latest one if an exit left it out."""
+        if (link, round_) not in self.messages:
+            rounds = [sent_in for sent, sent_in in self.messages if sent == link]
+            round_ = max(sent_in for sent_in in rounds if sent_in < round_)
+        return self.messages[link, round_]
 
     def _think(self, step: ThinkStep) -> None:
         lane = self._lanes[step.cache]
+        num_steps = self.plan.num_latent_steps(step)
         if step.fused:
             thoughts, embeds = lane.engine.rollout(
-                lane.cache, lane.thought, lane.next_embeds, lane.lengths, lane.inner, step.num_steps
+                lane.cache, lane.thought, lane.next_embeds, lane.lengths, lane.inner, num_steps
             )
         else:
-            thoughts, embeds = self._think_unfused(lane, len(step.agents), step.num_steps)
+            thoughts, embeds = self._think_unfused(lane, len(step.agents), num_steps)
         batch = self.num_records
         for group, agent in enumerate(step.agents):
             rows = slice(group * batch, (group + 1) * batch)
@@ -308,32 +292,26 @@ class Execution:
         }
         return tokens, tool_events(scribe, step.round, step.agents)
 
-    def _settle(self, round_: int) -> None:
+    def _find_converged(self, round_: int) -> None:
         """Find the records whose messages no longer change; what they are sent stays as it is."""
-        if self.plan.stop_when is None:
+        if self.plan.stop_when is None or round_ == self.plan.rounds:
             return
-        sent = {link for link, sent_in in self.messages if sent_in == round_}
-        for link in sent:
-            for row in np.flatnonzero(self.settled):
-                final = self.messages.get((link, int(self.settled[row])))
+        for link in [link for link, sent_in in self.messages if sent_in == round_]:
+            for row in np.flatnonzero(self.converged):
+                final = self.messages.get((link, int(self.converged[row])))
                 if final is not None:
                     self.messages[link, round_][row] = final[row]
-        compared = sent & {link for link, sent_in in self.messages if sent_in == round_ - 1}
-        # The last round can only follow one that sent it everything it hears.
-        if not compared or not self._heard_last() <= sent:
+        if round_ not in self._compared:
             return
-        least = np.min(
-            [mean_cosine(self.messages[k, round_], self.messages[k, round_ - 1]) for k in compared],
+        lowest = np.min(
+            [
+                mean_cosine(self.messages[link, round_], self.messages[link, round_ - 1])
+                for link in self._compared[round_]
+            ],
             axis=0,
         )
-        self.settled[(self.settled == 0) & (least >= self.plan.stop_when.cosine)] = round_
-
-    def _heard_last(self) -> set[str]:
-        """Return the feedback links whose messages the last round awaits."""
-        before_last = self.plan.rounds - 1
-        sends = [step for step in self.plan.steps if isinstance(step, SendStep)]
-        sent = {link for step in sends if step.round == before_last for link in step.links}
-        return sent & set(self.plan.feedback_links)
+        has_converged = lowest >= self.plan.stop_when.cosine
+        self.converged[(self.converged == 0) & has_converged] = round_
 
     def _voice(self, agent: str) -> Voice:
         return self.engines.voices[self.plan.agents[agent].backbone]
@@ -355,23 +333,35 @@ class Execution:
         Prompts that hold text still to be written, and text itself, get their room as they come.
         """
         longest, after = 0, 0
+        slots = slot_positions(self.plan)
         for step in self.plan.steps:
             if isinstance(step, SendStep) or step.cache != cache_id:
                 continue
             match step:
                 case PrefillStep():
                     for agent, variant in zip(step.agents, step.variants, strict=True):
+                        filled = slots.get((agent, variant), {})
                         prompts = (
                             self.prompts(b, agent, variant, {}) for b in range(self.num_records)
                         )
-                        positions = max(prompt_positions(self.plan, prompt) for prompt in prompts)
-                        longest = max(longest, positions)
+                        longest = max(longest, *(prompt_positions(p, filled) for p in prompts))
                 case ThinkStep():
-                    after = max(after, step.num_steps)
+                    after = max(after, self.plan.num_latent_steps(step))
                 case WriteStep() | DecodeStep():
                     most = min(self.sampling.max_new_tokens, ROOM_FOR_TEXT)
                     after = max(after, most)
         return cache_capacity(longest + after)
+
+
+def _splice(engine: Backbone[Any], prompt: Prompt, thoughts: Mapping[str, Floats]) -> Floats:
+    """Return one prompt's input embeddings [T, d], messages in their slots."""
+    pieces: list[Floats] = []
+    for item in prompt.items:
+        if isinstance(item, Tokens):
+            pieces.append(engine.embed(np.array([item.ids], np.int64))[0])
+        elif item.agent in thoughts:  # else the slot stays empty
+            pieces.append(thoughts[item.agent])
+    return np.concatenate(pieces)
 
 
 def tool_events(scribe: Scribe, round_: int, agents: tuple[str, ...]) -> list[StepEvent]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from recmas_runtime.formats.plan import SamplingPlan
 from recmas_runtime.prompts.sampler import Sampler, StopMatcher
 from recmas_runtime.prompts.tokenizer import IncrementalDecoder, Tokenizer
-from recmas_runtime.running.answers import FinishReason
+from recmas_runtime.running.records import FinishReason
 from recmas_runtime.running.sequence_batch import Lane
 from recmas_runtime.tools.calls import CallScanner, ToolResult, result_block
 from recmas_runtime.tools.toolbox import Toolbox

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.formats.plan import AgentPlan, Plan, PrefillStep, PromptPart, Variant
+from recmas_runtime.formats.plan import Plan, PrefillStep, PromptPart, Variant, slot_positions
 from recmas_runtime.prompts.render import Chat, Prompt, Slot, build_prompt
-from recmas_runtime.running.answers import Record
-from recmas_runtime.running.records import check_record
+from recmas_runtime.running.records import Record, check_record
 
 # Returns a prompt of the current batch: the record's place in the batch, the agent, which of its
 # prompts, and by slot the text that stands there instead of a message.
@@ -45,6 +44,7 @@ class RecordPrompts:
         self._plan = plan
         self._chats = chats
         self._record = record
+        self._slots = slot_positions(plan)
         self._built = {
             (agent, variant): self._build(agent, variant, {})
             for step in plan.steps
@@ -71,15 +71,13 @@ class RecordPrompts:
         chat = self._chats[spec.backbone]
         prompt = build_prompt(
             system=spec.system,
-            prompt=[
-                _as_text(part) if part.value in texts else part for part in _parts(spec, variant)
-            ],
+            prompt=[_as_text(p) if p.value in texts else p for p in spec.parts(variant)],
             record={**self._record.fields, **fields},
             chat=chat.template,
             tokenizer=chat.tokenizer,
             variables=spec.chat_template,
         )
-        positions = prompt_positions(self._plan, prompt)
+        positions = prompt_positions(prompt, self._slots.get((agent, variant), {}))
         limit = self._plan.limits.max_prompt_tokens
         if positions > limit:
             raise fail(
@@ -100,16 +98,12 @@ def _field_of(slot: str) -> str:
     return f"latent.{slot}"  # no field of a record can have a dot in its name
 
 
-def _parts(agent: AgentPlan, variant: Variant) -> tuple[PromptPart, ...]:
-    return agent.first if variant == "first" and agent.first is not None else agent.then
+def prompt_positions(prompt: Prompt, slots: Mapping[str, int]) -> int:
+    """Return how many positions a prompt takes with its messages spliced in.
 
-
-def slots(agent: AgentPlan, variant: Variant) -> tuple[str, ...]:
-    """Return the agents whose messages a prompt has slots for."""
-    return tuple(part.value for part in _parts(agent, variant) if part.kind == "slot")
-
-
-def prompt_positions(plan: Plan, prompt: Prompt) -> int:
-    """Return how many positions a prompt takes, its messages included."""
-    messages = sum(plan.agents[i.agent].latent_steps for i in prompt.items if isinstance(i, Slot))
-    return prompt.num_tokens + messages
+    Args:
+        prompt: The prompt.
+        slots: Positions of each slot that thoughts fill.
+    """
+    spliced = sum(slots.get(item.agent, 0) for item in prompt.items if isinstance(item, Slot))
+    return prompt.num_tokens + spliced

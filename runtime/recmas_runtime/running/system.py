@@ -17,14 +17,13 @@ from recmas_runtime.formats.manifest import Manifest
 from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant
 from recmas_runtime.prompts.render import Chat, Prompt
 from recmas_runtime.prompts.sampler import check_sampling
-from recmas_runtime.running.answers import Answer, Record
 from recmas_runtime.running.baselines import apply_baseline
 from recmas_runtime.running.batch import AnswerStream, Batch
 from recmas_runtime.running.executor import Engines, Execution
 from recmas_runtime.running.generation import Voice
 from recmas_runtime.running.open_engines import OpenedEngines, open_engines
 from recmas_runtime.running.record_prompts import RecordError, RecordPrompts
-from recmas_runtime.running.records import Question, as_record
+from recmas_runtime.running.records import Answer, Question, Record, as_record
 from recmas_runtime.running.run_trace import Trace
 from recmas_runtime.tools.toolbox import Toolbox
 

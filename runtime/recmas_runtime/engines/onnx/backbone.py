@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
-from recmas_runtime.engines.onnx.buffers import Memory, Series
-from recmas_runtime.engines.onnx.caches import Cache, CachePool
+from recmas_runtime.engines.onnx.caches import Cache, CachePool, Memory, Series
 from recmas_runtime.engines.onnx.session import Device, call_onnx, make_session
 from recmas_runtime.formats.manifest import BackboneEntry
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
-from recmas_runtime.core.regular_file import sha256_of
+from recmas_runtime.core.files import sha256_of
 from recmas_runtime.formats.bundle import (
     ENGINES_FOLDER,
     Bundle,
@@ -302,7 +302,7 @@ def staged_engines(root: Path, platform: Platform) -> Iterator[Path]:
         RecmasError: RM303 if the bundle cannot be written to.
     """
     # Its locks are not there on every system that loads engines.
-    from recmas_runtime.core.staging import clear_away_dead_builds, move_into_place, staged_folder
+    from recmas_runtime.core.files import clear_away_dead_builds, move_into_place, staged_folder
 
     engines = root / ENGINES_FOLDER
     target = engines / platform.key

@@ -1,16 +1,53 @@
-"""Common subexpressions between agents: what several prompts begin with is computed by one."""
+"""Prompt prefixes: computed once for all rounds, and once for agents that share them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from recmas_compiler.ir.graph import Edge, Graph
 from recmas_compiler.ir.ops import Flow, Level, NodeOp, Prefill, System
-from recmas_compiler.ir.prompt_parts import common_parts
-from recmas_compiler.passes.hoist_prompt_prefix import has_rows
 from recmas_compiler.passes.pass_base import Pass
-from recmas_runtime.formats.plan import Variant
+from recmas_runtime.formats.plan import PromptPart, Variant
+
+
+@dataclass(frozen=True)
+class HoistPromptPrefix(Pass):
+    """Let a Prefill keep cached rows of the same agents' Prefill in an earlier round.
+
+    1. A Prefill reuses the latest earlier Prefill of the same agents. What is kept is the text
+       that both prompts begin with, up to the first slot of either; how many tokens that is
+       depends on the record and is found at run time.
+    2. A layer with a running state instead of rows (linear attention) cannot be set back to the
+       end of a prefix: agents on such a backbone recompute their prompts.
+    """
+
+    requires = Level.UNROLLED
+    ensures = Level.UNROLLED
+
+    def __call__(self, graph: Graph) -> Graph:
+        """Return the program with `reuse` set and the cache flowing from round to round."""
+        nodes: dict[str, NodeOp] = graph.nodes()
+        edges = list(graph.edges())
+        latest: dict[tuple[str, ...], str] = {}
+        for step, op in graph.in_order():
+            if not isinstance(op, Prefill):
+                continue
+            earlier = latest.get(op.agents)
+            if earlier is not None and op.reuse is None and has_rows(graph.system, op):
+                nodes[step] = replace(op, reuse=earlier)  # 1
+                edges.append(Edge(earlier, step, Flow(carries="cache")))
+            latest[op.agents] = step
+        if len(edges) == len(graph.edges()):
+            return graph
+        return graph.replaced(nodes=nodes, edges=tuple(edges))
+
+
+def has_rows(system: System, op: Prefill) -> bool:
+    """Tell whether the cache of a Prefill's backbone has a row for each position, in all layers."""
+    return "linear" not in system.backbone_of(op.agents[0]).facts.attention  # 2
+
 
 # Fields that both prompts begin with, and letters of text.
 Amount = tuple[int, int]
@@ -86,7 +123,24 @@ def common_beginning(
     )
     if (left.system, left.chat_template) != (right.system, right.chat_template):  # 2
         return 0, 0
-    begins_alike = common_parts(left.prompt(left_variant), right.prompt(right_variant))
+    begins_alike = common_parts(left.parts(left_variant), right.parts(right_variant))
     parts = (*left.system, *begins_alike)
     letters = sum(len(part.value) for part in parts if part.kind == "text")
     return sum(part.kind == "field" for part in parts), letters
+
+
+def common_parts(one: Sequence[PromptPart], other: Sequence[PromptPart]) -> Iterator[PromptPart]:
+    """Yield what two prompts both begin with, before the first slot of either."""
+    for left, right in zip(one, other, strict=False):
+        if "slot" in (left.kind, right.kind):
+            return
+        if left != right:
+            if left.kind == right.kind == "text":
+                pairs = zip(left.value, right.value, strict=False)
+                equal = takewhile(lambda pair: pair[0] == pair[1], pairs)
+                shared = "".join(letter for letter, _ in equal)
+                # Half a word is hardly ever a token of its own.
+                whole_words = shared[: max(map(shared.rfind, " \n")) + 1]
+                yield PromptPart(kind="text", value=whole_words)
+            return
+        yield left

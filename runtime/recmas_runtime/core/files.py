@@ -1,24 +1,59 @@
-"""Folders that are filled beside their place and then renamed into it.
-
-A build that is killed leaves a hidden folder that nothing loads. The kernel releases its lock, so
-that the next build knows it for dead and removes it. The locks are those of POSIX; loading does not
-need this module.
-"""
+"""Files: read what is a regular one, put folders in their place whole."""
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Final
+
+from recmas_runtime.core.errors import fail
 
 # `.NAME.building-XXXX` is a build under way, `.NAME.replaced-XXXX` a folder on its way out.
 _BUILDING: Final = "building"
 _REPLACED: Final = "replaced"
+
+
+def open_regular(path: Path, *, file: str) -> BufferedReader:
+    """Open a regular file for reading in binary mode.
+
+    Args:
+        path: Where it is.
+        file: How messages name it.
+
+    Raises:
+        RecmasError: RM401 if it is missing, unreadable or anything but a regular file.
+    """
+    hint = "Copy or build the bundle again."
+    try:
+        # Opening a pipe or a device without O_NONBLOCK could wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        raise fail("RM401", "the file is missing", file=file, hint=hint) from None
+    except OSError as error:
+        raise fail(
+            "RM401", f"the file cannot be read: {error.strerror}", file=file, hint=hint
+        ) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise fail("RM401", "this is not a regular file", file=file, hint=hint)
+    return os.fdopen(descriptor, "rb")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 digest of a regular file, hexadecimal.
+
+    Raises:
+        RecmasError: RM401 if it cannot be read.
+    """
+    with open_regular(path, file=str(path)) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager
@@ -95,6 +130,8 @@ def _lock(folder: Path) -> Iterator[bool]:
     Raises:
         OSError: Where folders cannot be locked at all, as on some network file systems.
     """
+    import fcntl  # not on Windows, where bundles are read all the same
+
     is_ours = False
     with ExitStack() as stack:
         with suppress(FileNotFoundError, BlockingIOError):

@@ -1,0 +1,96 @@
+"""What configs of every causal language model may leave out, read from transformers' classes.
+
+`python tests/torch/config_defaults.py` writes the table that the compiler reads; do so when
+transformers is updated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import fields
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from recmas_compiler.backbones.facts import DEFAULTS_FILE
+
+FIELDS = (
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "max_window_layers",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "sliding_window",
+    "sliding_window_pattern",
+    "tie_word_embeddings",
+    "use_sliding_window",
+    "vocab_size",
+)
+MANY_LAYERS = 61  # prime: no cycle ends with the last layer, which some families make another type
+LONGEST_CYCLE = 12
+
+
+def all_defaults() -> dict[str, dict[str, Any]]:
+    """Return by model type what its config class fills in, sorted; values of None are left out."""
+    classes = {name: CONFIG_MAPPING[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    for outer in list(classes.values()):
+        text = outer.sub_configs.get("text_config")
+        if text not in (None, AutoConfig):  # that one stands for any type
+            classes[text.model_type] = text
+    return {name: _defaults(classes[name]) for name in sorted(classes)}
+
+
+def table_text() -> str:
+    """Return the table as the compiler's file holds it, one line per model type."""
+    lines = (f"{json.dumps(k)}: {json.dumps(v)}" for k, v in all_defaults().items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _defaults(config_class: Any) -> dict[str, Any]:
+    # The fields as declared. An instance holds what its constructor made of them: it drops, say,
+    # the window of a Qwen2 that does not use it, and a config that uses it relies on that window.
+    declared = {field.name: field.default for field in fields(config_class)}
+    values = {name: declared.get(config_class.attribute_map.get(name, name)) for name in FIELDS}
+    found = {name: value for name, value in values.items() if isinstance(value, int)}
+    text = config_class.sub_configs.get("text_config")
+    if text not in (None, AutoConfig):
+        found["text_config"] = text.model_type
+    if found.keys().isdisjoint(("max_window_layers", "use_sliding_window")):
+        types = layer_types(config_class, MANY_LAYERS)
+        if types is not None:
+            cycle = cycle_of(types)
+            if "sliding_attention" in cycle and "sliding_window" not in found:
+                cycle = []  # the window has another name
+            found["layer_cycle"] = cycle
+    return dict(sorted(found.items()))
+
+
+def cycle_of(types: list[str]) -> list[str]:
+    """Return the types that repeat over the depth, or none if they do not."""
+    if len(types) != MANY_LAYERS:  # they come from some other value
+        return []
+    for length in range(1, LONGEST_CYCLE + 1):
+        if all(name == types[i % length] for i, name in enumerate(types)):
+            return types[:length]
+    return []
+
+
+def layer_types(config_class: Any, num_layers: int) -> list[str] | None:
+    """Return the types of layers of a config that says nothing but its depth, if it has any."""
+    name = config_class.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    # a few classes take no other depth than their own
+    with contextlib.suppress(StrictDataclassError, NotImplementedError):
+        types = getattr(config_class(**{name: num_layers}), "layer_types", None)
+        return list(types) if isinstance(types, list | tuple) else None
+    return None
+
+
+if __name__ == "__main__":
+    DEFAULTS_FILE.write_text(table_text())
