@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recmas_cli.evaluation_command import EvalOptions, evaluate
+from recmas_compiler.evaluation.checks.text import extract_words
 
 import recmas_runtime as rt
 from kit.files import WriteRecords
-from recmas_compiler.evaluation.checks.text_checks import extract_words
+from recmas_cli.evaluate import shown
+from recmas_compiler.evaluation.evaluate import EvalOptions, evaluate
 from recmas_runtime.core.errors import Exit, RecmasError
+from recmas_runtime.core.progress import Silent
 
 PROTOCOL = """
 name: words
@@ -82,11 +84,10 @@ def run(tiny_bundle: Path, data: Path, protocol: Path, tmp_path: Path) -> Evalua
             "batch": 4,
             "out": tmp_path / out,
             "resume": False,
-            "quiet": True,
             "device": "cpu",
             "threads": 1,
         }
-        return evaluate(EvalOptions(**(given | changes)))
+        return shown(evaluate(EvalOptions(**(given | changes)), progress=Silent()))
 
     return call
 
@@ -126,11 +127,11 @@ def test_a_whole_evaluation(run: Evaluate, tmp_path: Path, tiny_bundle: Path) ->
         latent["num_right"] - single["num_right"]
     )
     assert report["bundle"]["fingerprint"] == rt.load(tiny_bundle, threads=1).manifest.fingerprint
-    judged = lines(out / "answers-latent.jsonl")
-    assert [one["id"] for one in judged] == [f"q{i}" for i in range(NUM)]
+    scored = lines(out / "answers-latent.jsonl")
+    assert [one["id"] for one in scored] == [f"q{i}" for i in range(NUM)]
     # 11 records in batches of at most 4: as even as can be
-    assert [one["batch_size"] for one in judged] == [3] * 3 + [4] * 8
-    batches = [judged[0:3], judged[3:7], judged[7:11]]
+    assert [one["batch_size"] for one in scored] == [3] * 3 + [4] * 8
+    batches = [scored[0:3], scored[3:7], scored[7:11]]
     spent = sum(batch[0]["answer"]["timing_ms"]["total"] for batch in batches)
     assert latent["ms"]["total"] == pytest.approx(spent / NUM)
     text = (out / "report.md").read_text()
@@ -161,8 +162,8 @@ def test_seeds_and_rollouts(run: Evaluate, tmp_path: Path) -> None:
     assert set(system["by_seed"]) == {"0", "7"}
     assert system["sd"] is not None
     assert list(system["pass_at"]) == ["1", "2", "4"]
-    judged = lines(tmp_path / "out" / "answers-latent.jsonl")
-    runs = [[o["answer"]["answer"] for o in judged[i : i + 4]] for i in range(0, 16, 4)]
+    scored = lines(tmp_path / "out" / "answers-latent.jsonl")
+    runs = [[o["answer"]["answer"] for o in scored[i : i + 4]] for i in range(0, 16, 4)]
     assert len({tuple(texts) for texts in runs}) == 4
     (again,) = run(out="again", overrides=sampled).data["systems"]
     assert again["by_seed"] == system["by_seed"]
@@ -337,7 +338,7 @@ def test_evaluation_needs_no_torch() -> None:
     code = (
         "import sys\n"
         "import recmas_compiler.evaluation\n"
-        "import recmas_compiler.evaluation.checks.code_check\n"
+        "import recmas_compiler.evaluation.checks.code\n"
         "heavy = ('torch', 'transformers', 'onnx', 'matplotlib', 'math_verify', 'sympy')\n"
         "print([m for m in heavy if m in sys.modules])"
     )

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from kit.models import load_tiny
+from kit.files import MadeOnce
+from kit.models import load_folder, load_tiny
 from recmas_compiler.backbones.torch_model import TorchBackbone, weights_digest
 from recmas_compiler.links.checkpoint import save_link
 from recmas_compiler.links.modules import make_link, randomize
@@ -151,12 +152,22 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def export_tiny(root: Path, name: str) -> Exported:
+def export_tiny(made_once: MadeOnce, name: str) -> Exported:
+    """Return the exported backbone of a case; files in its folder are shared by the test run."""
     family, dims = CASES[name]
-    backbone = load_tiny(root / f"{name}-source", family, **dims)
-    before = _appearance(backbone)
-    export_backbone(backbone, root / name)
-    return Exported(backbone, root / name, was_changed=_appearance(backbone) != before)
+
+    def make(new: Path) -> None:
+        backbone = load_tiny(new / "source", family, **dims)
+        before = _appearance(backbone)
+        export_backbone(backbone, new / "graphs")
+        (new / "was_changed").write_text(str(_appearance(backbone) != before))
+
+    folder = made_once(f"exported case {name}", make)
+    return Exported(
+        load_folder(folder / "source"),
+        folder / "graphs",
+        was_changed=(folder / "was_changed").read_text() == "True",
+    )
 
 
 @torch.no_grad()
