@@ -21,13 +21,16 @@ from msgspec import structs
 
 import recmas_runtime as rt
 from recmas_compiler import api
-from recmas_compiler.links.checkpoint import load_link
-from recmas_compiler.lowering.naive import run_naive
+from recmas_compiler.links.modules import load_link
 from recmas_compiler.lowering.reference import TorchSystem, load_backbones
 from recmas_compiler.spec.spec import load_spec
 from recmas_runtime.core.progress import LineProgress, Silent
 from recmas_runtime.formats.tolerances import TOLERANCES
 from recmas_runtime.running.run_trace import MESSAGES_NAME, RECORDS_ARRAY, TraceWriter
+
+# The numeric oracle is the tests' own.
+sys.path.extend(str(folder / "tests") for folder in Path(__file__).parents[1:3])
+from kit.naive import run_naive
 
 
 def main() -> int:
@@ -51,7 +54,9 @@ def main() -> int:
     program = api.compile(load_spec(arguments.bundle / "spec.yaml"))
     backbones = load_backbones(program.graph, progress=Silent())
     links = {
-        name: load_link(arguments.bundle / entry.file)
+        name: load_link(
+            arguments.bundle / entry.file, entry.kind, entry.role, entry.in_dim, entry.out_dim
+        )
         for name, entry in system.manifest.links.items()
     }
     reference = TorchSystem(program.graph, backbones=backbones, links=links).run(

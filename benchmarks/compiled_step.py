@@ -26,9 +26,9 @@ import recmas_compiler as rc
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.lowering.materialize import materialize_links
 from recmas_compiler.lowering.reference import load_backbones
+from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.lowering.training_graph.latents import Mode
-from recmas_compiler.training.data.examples import TrainExample
 from recmas_compiler.training.session import train_settings
 from recmas_runtime.core.progress import Silent
 

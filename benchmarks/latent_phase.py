@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import date
@@ -28,15 +29,18 @@ from msgspec import structs
 
 import recmas_runtime as rt
 from recmas_compiler import api
-from recmas_compiler.bench.engines.torch_system import load_bundle_backbones, load_torch_system
-from recmas_compiler.links.checkpoint import load_link
-from recmas_compiler.lowering.naive import run_naive
+from recmas_compiler.bench.open_torch import load_bundle_backbones, load_torch_system
+from recmas_compiler.links.modules import load_link
 from recmas_compiler.lowering.reference import TorchSystem
 from recmas_compiler.spec.spec import load_spec
 from recmas_runtime.checking.machine import describe_machine
 from recmas_runtime.engines.onnx.session import physical_cores
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.running.run_trace import StepEvent
+
+# The numeric oracle is the tests' own.
+sys.path.extend(str(folder / "tests") for folder in Path(__file__).parents[1:3])
+from kit.naive import run_naive
 
 # 61 tokens: about what a grade-school word problem has.
 QUESTION = (
@@ -152,7 +156,10 @@ def time_cached(bundle: Path, question: str) -> float:
 
 def in_torch(bundle: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     manifest = open_bundle(bundle).manifest
-    links = {name: load_link(bundle / entry.file) for name, entry in manifest.links.items()}
+    links = {
+        name: load_link(bundle / link.file, link.kind, link.role, link.in_dim, link.out_dim)
+        for name, link in manifest.links.items()
+    }
     return load_bundle_backbones(bundle), links
 
 

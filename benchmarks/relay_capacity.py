@@ -30,7 +30,7 @@ from typing import Any
 from relay_specs import SMOL, relay_spec, relay_targets, write_codes
 
 import recmas_compiler as rc
-from recmas_compiler.evaluation.statistics import wilson
+from recmas_compiler.evaluation.summary import wilson
 from recmas_compiler.training.loop.distributed import joined_world
 from recmas_compiler.training.loop.metrics import read_cost
 from recmas_compiler.training.run import RunOptions, run_stages

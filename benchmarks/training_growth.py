@@ -43,11 +43,12 @@ import recmas_compiler as rc
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.links.modules import make_link, randomize
-from recmas_compiler.lowering.materialize import inner_link_id, materialize_links
+from recmas_compiler.lowering.materialize import materialize_links
 from recmas_compiler.lowering.reference import load_backbones
+from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
-from recmas_compiler.training.data.examples import TrainExample
 from recmas_runtime.core.progress import Silent
+from recmas_runtime.formats.ids import inner_link_id
 
 # What stays while something else grows.
 USUAL = {"agents": 2, "rounds": 2, "latent_steps": 8}

@@ -1,4 +1,4 @@
-"""The compiler for latent multi-agent systems: `load_spec`, `compile`, `build`, `to_torch`.
+"""The compiler: `load_spec`, `compile`, `train`, `build`, `to_torch`.
 
 Names are resolved on first use, so that a part of the compiler can be imported without the rest.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recmas_compiler.api import Program, build, compile, to_torch
+    from recmas_compiler.api import Program, build, compile, to_torch, train
     from recmas_compiler.spec.spec import Spec, load_spec, parse_spec
     from recmas_runtime.core.errors import Problem, RecmasError
 
@@ -22,6 +22,7 @@ __all__ = [
     "load_spec",
     "parse_spec",
     "to_torch",
+    "train",
 ]
 
 _HOMES = {
@@ -34,6 +35,7 @@ _HOMES = {
     "load_spec": "recmas_compiler.spec.spec",
     "parse_spec": "recmas_compiler.spec.spec",
     "to_torch": "recmas_compiler.api",
+    "train": "recmas_compiler.api",
 }
 
 

@@ -10,13 +10,14 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.instruments import DumpIR, Instrument, Record, RecordPasses
 from recmas_compiler.ir.printer import print_graph
-from recmas_compiler.links.trained import End, TrainedLinks, find_trained_links
+from recmas_compiler.links.files import End
+from recmas_compiler.links.trained import TrainedLinks, find_trained_links
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import Spec, load_spec
 from recmas_runtime.core.errors import fail
@@ -25,6 +26,7 @@ from recmas_runtime.formats.manifest import ParityEntry
 
 if TYPE_CHECKING:
     from recmas_compiler.lowering.reference import TorchSystem
+    from recmas_compiler.training.run import RunReport
     from recmas_runtime.checking.build_tensorrt import EngineBuild
 
 # Where a package says that it builds bundles; recmas_export does.
@@ -213,6 +215,39 @@ def build_bundle(
         reuse=reuse,
     )
     return BuiltBundle(program=program, built=built)
+
+
+def train(
+    program: Program,
+    out: str | Path,
+    *,
+    stage: Literal["inner", "outer", "all"] = "all",
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> RunReport:
+    """Train a program's links; they land beside its spec, where `build` finds them.
+
+    Args:
+        program: Of a spec with a section `train`.
+        out: Folder for metrics, checkpoints and curves.
+        stage: Inner links agent by agent, all links through the whole program, or both in turn.
+        resume: Go on from the last checkpoints in `out`.
+        progress: Where to report steps and losses to.
+
+    Raises:
+        RecmasError: RM104 without `train`, RM700 for data that cannot be used, RM705 if there is
+            nothing to learn; RM303 if the disk is full.
+    """
+    from recmas_compiler.training.loop.distributed import joined_world
+    from recmas_compiler.training.run import RunOptions, run_stages
+    from recmas_compiler.training.session import open_session, train_settings
+
+    settings = train_settings(program.spec)
+    with joined_world() as world:
+        session = open_session(
+            program.spec, program.graph, settings, world=world, progress=progress or Silent()
+        )
+        return run_stages(session, stage, RunOptions(folder=Path(out), resume=resume))
 
 
 def _builder() -> Builder:

@@ -9,13 +9,27 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from recmas_cli.console import BUNDLE, DEVICE, QUIET, THREADS, Outcome, command, shown_progress
-from recmas_runtime.core.errors import fail
 
 if TYPE_CHECKING:
     from recmas_runtime.bench.command import Forms
     from recmas_runtime.running.system import System
 
 _PAPER_ROUNDS: Final = (1, 2, 3)
+
+
+class _Numbers(click.ParamType[tuple[int, ...]]):
+    """Numbers with commas between them."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        """Return the numbers in order, each once."""
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(part.isascii() and part.isdecimal() for part in parts):
+            self.fail(f"{value!r} is not a list of numbers such as 1,8", param, ctx)
+        return tuple(sorted({int(part) for part in parts}))
 
 
 class _DefaultGroup(click.Group):
@@ -40,8 +54,10 @@ def bench() -> None:
 
 @bench.command("systems")
 @BUNDLE
-@click.option("--rounds", metavar="N,N,...", help="Rounds to measure  [default: 1,2,3].")
-@click.option("--latent-steps", metavar="N,N,...", help="Latent steps to measure as well.")
+@click.option("--rounds", type=_Numbers(), help="Rounds to measure  [default: 1,2,3].")
+@click.option(
+    "--latent-steps", type=_Numbers(), default=(), help="Latent steps to measure as well."
+)
 @click.option("--data", metavar="FILE", help="Records to ask, JSON lines.")
 @click.option(
     "--question", "questions", multiple=True, metavar="TEXT", help="Ask this; may be repeated."
@@ -75,10 +91,14 @@ def bench() -> None:
 @QUIET
 @command
 def bench_systems(
-    *, rounds: str | None, latent_steps: str | None, quiet: bool, **options: Any
+    *,
+    rounds: tuple[int, ...] | None,
+    latent_steps: tuple[int, ...],
+    quiet: bool,
+    **options: Any,
 ) -> Outcome:
     """Measure time, tokens and speed-up of a BUNDLE beside its baselines."""
-    from recmas_compiler.bench.plot import draw_report
+    from recmas_compiler.bench.plots import draw_report
     from recmas_runtime.bench.command import BenchOptions
     from recmas_runtime.bench.command import bench as run_bench
     from recmas_runtime.core.errors import Problem
@@ -88,10 +108,7 @@ def bench_systems(
     report = run_bench(
         asked,
         problems,
-        forms_of=_replanned(
-            None if rounds is None else _numbers("--rounds", rounds),
-            () if latent_steps is None else _numbers("--latent-steps", latent_steps),
-        ),
+        forms_of=_replanned(rounds, latent_steps),
         progress=shown_progress(quiet=quiet),
     )
     if asked.out is not None:
@@ -123,31 +140,6 @@ def _replanned(
         )
 
     return forms_of
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """Return numbers in order, each once."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdecimal() for part in parts):
-        raise fail(
-            "RM506", f"{option} {text} is not a list of numbers", hint=f"Write {option} 1,2,3."
-        )
-    return tuple(sorted({int(part) for part in parts}))
-
-
-class _Numbers(click.ParamType[tuple[int, ...]]):
-    """Numbers with commas between them."""
-
-    name = "N,N,..."
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        """Return the numbers in order, each once."""
-        if isinstance(value, tuple):
-            return value
-        parts = [part.strip() for part in str(value).split(",")]
-        if not all(part.isascii() and part.isdecimal() for part in parts):
-            self.fail(f"{value!r} is not a list of numbers such as 1,8", param, ctx)
-        return tuple(sorted({int(part) for part in parts}))
 
 
 @bench.command("engines")
@@ -213,9 +205,9 @@ def bench_engines(
 
     The floor is the time of reading a step's weights once, measured in the same run.
     """
-    from recmas_compiler.bench.engines.measure import EngineOptions, measure_engines
-    from recmas_compiler.bench.engines.plot import draw_engines
-    from recmas_compiler.bench.engines.report import engine_report
+    from recmas_compiler.bench.engine_report import engine_report
+    from recmas_compiler.bench.engines import EngineOptions, measure_engines
+    from recmas_compiler.bench.plots import draw_engines
     from recmas_runtime.bench.command import make_folder, unwritable
     from recmas_runtime.formats.bundle import write_json_atomic
 

@@ -13,11 +13,13 @@ from recmas_compiler.api import Program, build_bundle, load_and_compile
 from recmas_compiler.links.trained import has_trained_links
 from recmas_compiler.links.untrained import untrained_links
 from recmas_compiler.spec.spec import Spec, load_spec
-from recmas_runtime.cli.reports import loss_text
+from recmas_runtime.cli.inspect import loss_text
 from recmas_runtime.engines.tensorrt.engine_cache import find_platform
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.codec import to_json
+from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.manifest import MANIFEST_NAME, SPEC_NAME, ParityEntry
+from recmas_runtime.formats.targets import TARGET_NAMES, TARGETS
 
 
 @click.command()
@@ -28,7 +30,7 @@ from recmas_runtime.formats.manifest import MANIFEST_NAME, SPEC_NAME, ParityEntr
 )
 @click.option(
     "--target",
-    type=click.Choice(["onnx", "tensorrt"]),
+    type=click.Choice(TARGET_NAMES),
     help="Kind of engine, instead of the spec's build.target.",
 )
 @click.option("--force", is_flag=True, help="Build even if the bundle is there and current.")
@@ -60,7 +62,8 @@ def build(
     change = None
     if untrained:
         spec, change = _without_training(spec)
-    if load_spec(spec, overrides=overrides).document.build.target == "tensorrt":
+    wanted = load_spec(spec, overrides=overrides).document.build.target
+    if TARGETS[wanted].machine_engines is not None:
         find_platform()  # before anything is fetched, loaded or exported
     program = load_and_compile(spec, overrides, dump_ir=dump_ir, progress=progress, change=change)
     name = program.graph.system.name
@@ -106,7 +109,7 @@ def _losses_note(parity: Sequence[ParityEntry], program: Program) -> str:
 def _links_note(program: Program) -> str:
     """Say which links are trained, and which are not."""
     system, trained = program.graph.system, program.trained
-    weights = {f"{name}.inner": agent.inner for name, agent in system.agents.items()}
+    weights = {inner_link_id(name): agent.inner for name, agent in system.agents.items()}
     weights |= {link_id: link.weights for link_id, link in system.links.items()}
     started = () if trained is None else trained.untrained
     untrained = [name for name, link in weights.items() if link.file is None or name in started]

@@ -17,6 +17,7 @@ import click
 
 from recmas_runtime.core.errors import Exit, Problem, RecmasError, fail
 from recmas_runtime.core.progress import Advance, Progress, Silent
+from recmas_runtime.formats.targets import DEVICES
 
 # Where nobody watches a bar, a line now and then shows that it is alive.
 LINE_EVERY_S: Final = 30.0
@@ -35,9 +36,7 @@ DUMP_IR = click.option(
     help="Write the IR after every pass into this folder.",
 )
 QUIET = click.option("--quiet", is_flag=True, help="No progress on stderr.")
-DEVICE = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto"
-)
+DEVICE = click.option("--device", type=click.Choice(DEVICES), default="auto")
 THREADS = click.option("--threads", type=click.IntRange(1, 4096), metavar="N")
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 

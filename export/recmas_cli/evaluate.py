@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from recmas_cli.console import BUNDLE, DEVICE, QUIET, THREADS, Outcome, command, shown_progress
+
+if TYPE_CHECKING:
+    from recmas_compiler.evaluation.evaluate import Evaluated
 
 
 @click.command("eval")
@@ -63,20 +66,23 @@ def evaluate(
     """
     from recmas_compiler.evaluation.evaluate import EvalOptions, option_overrides
     from recmas_compiler.evaluation.evaluate import evaluate as run_evaluation
-    from recmas_compiler.evaluation.report_text import comparison_text, report_table
 
     found = (*overrides, *option_overrides(limit, seeds))
-    done = run_evaluation(
-        EvalOptions(bundle=bundle, overrides=found, **options),
-        progress=shown_progress(quiet=quiet),
-    )
+    asked = EvalOptions(bundle=bundle, overrides=found, **options)
+    return shown(run_evaluation(asked, progress=shown_progress(quiet=quiet)))
+
+
+def shown(done: Evaluated) -> Outcome:
+    """Return an evaluation as the command prints it."""
+    from recmas_compiler.evaluation.report import comparison_text, report_table
+
     report = done.report
     parts = ["" if report.is_complete else "Partial: the run was interrupted."]
     parts += [report_table(report), comparison_text(report)]
     parts.append(f"Wrote {', '.join(map(str, done.written))}.")
-    shown = [part for part in parts if part] if report.systems else ["No question was answered."]
+    lines = [part for part in parts if part] if report.systems else ["No question was answered."]
     return Outcome(
-        text="\n\n".join(shown),
+        text="\n\n".join(lines),
         data=report.to_json(),
         problems=done.warnings,
         interrupted=done.interrupted,

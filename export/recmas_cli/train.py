@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
 from recmas_cli.console import QUIET, SET, SPEC, Outcome, command, shown_progress
 from recmas_compiler.api import load_and_compile, with_trained_links
+from recmas_compiler.spec.spec import Spec
+from recmas_runtime.core.errors import fail
+
+if TYPE_CHECKING:
+    from recmas_compiler.training.loop.loop import Sink
+    from recmas_compiler.training.run import RunReport
+    from recmas_compiler.training.session import Session
+    from recmas_compiler.training.tasks.finetuning import MethodName
 
 Stage = Literal["inner", "outer", "all"]
+
+# What every process of `--nproc` runs.
+PROCESS_MODULE: Final = "recmas_cli.training_main"
 
 
 @click.command()
@@ -63,22 +76,245 @@ def train(
     stage: Stage,
     out: Path | None,
     nproc: int,
-    **options: Any,
+    method: Literal["links", "lora", "sft"],
+    resume: bool,
+    eval_only: bool,
+    tensorboard: Path | None,
+    quiet: bool,
 ) -> Outcome:
     """Train the links of a SPEC with a `train` section; the backbones never change."""
     stages = ("inner", "outer") if steps is not None else ()
     found = (*overrides, *(f"train.{name}.steps={steps}" for name in stages))
-    progress = shown_progress(quiet=options["quiet"])
-    program = load_and_compile(spec, found, progress=progress)
-    from recmas_cli.training_command import TrainOptions, train_in_processes
-    from recmas_cli.training_command import train as run_training
+    program = load_and_compile(spec, found, progress=shown_progress(quiet=quiet))
+    # Torch takes seconds to import.
+    from recmas_compiler.training.loop.distributed import joined_world
+    from recmas_compiler.training.run import RunOptions, run_method, run_stages
+    from recmas_compiler.training.session import open_session, train_settings
 
     if nproc > 1:
-        shared: Stage = stage if options["method"] == "links" else "outer"
-        train_in_processes(program.spec, shared, nproc, sys.argv[2:])
-    if options["eval_only"]:
+        shared: Stage = stage if method == "links" else "outer"
+        _train_in_processes(program.spec, shared, nproc, sys.argv[2:])
+    if eval_only:
         program = with_trained_links(program)
+    settings = train_settings(program.spec)
+    if method != "links" and (eval_only or stage == "inner"):
+        raise fail(
+            "RM506",
+            f"--method {method} has no inner stage and no --eval-only",
+            hint="Leave these options out.",
+        )
     folder = out if out is not None else Path("out") / f"{program.spec.document.name}-training"
-    return run_training(
-        program.spec, program.graph, TrainOptions(stage=stage, out=folder, **options)
+    run = RunOptions(
+        folder=folder,
+        resume=resume,
+        make_sink=None if tensorboard is None else _tensorboard(tensorboard),
     )
+    with joined_world() as world:
+        session = open_session(
+            program.spec,
+            program.graph,
+            settings,
+            world=world,
+            progress=shown_progress(quiet=quiet or not world.is_main),
+            # Steps of usual length are lost in the rounding of bfloat16 weights.
+            weights="float32" if method == "sft" else None,
+        )
+        if method != "links":
+            return _method_trained(session, run_method(session, method, run), method, folder)
+        if eval_only:
+            return _evaluated(session)
+        return _trained(session, run_stages(session, stage, run), stage, folder)
+
+
+def _train_in_processes(
+    spec: Spec, stage: Stage, num_processes: int, arguments: Sequence[str]
+) -> None:
+    """Run `recmasc train` in several processes of this machine, and exit as they do.
+
+    Args:
+        spec: Has been checked, so that its mistakes are reported once.
+        stage: What to train.
+        num_processes: How many.
+        arguments: Of `recmasc train`, with `--nproc`.
+
+    Raises:
+        RecmasError: RM104 without `train`, RM704 for too many processes.
+    """
+    from recmas_compiler.training.loop.distributed import launch
+    from recmas_compiler.training.run import check_processes
+    from recmas_compiler.training.session import train_settings
+
+    check_processes(train_settings(spec).section, stage, num_processes)
+    ended = launch(num_processes, PROCESS_MODULE, without_option(arguments, "--nproc"))
+    sys.stdout.write(ended.stdout)
+    sys.stderr.write(ended.stderr)
+    sys.exit(ended.status)
+
+
+def without_option(arguments: Sequence[str], option: str) -> list[str]:
+    """Return command-line arguments without an option and its value."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == option:
+            next(rest, None)
+        elif not argument.startswith(f"{option}="):
+            kept.append(argument)
+    return kept
+
+
+def _evaluated(session: Session) -> Outcome:
+    from recmas_compiler.training.tasks.outer import record_losses
+
+    session.start(as_built=True)
+    examples = session.examples.train
+    if not isinstance(session.settings.held_out, Path):
+        examples += session.examples.held_out
+    examples = tuple(sorted(examples, key=lambda example: example.index))
+    section = session.settings.section
+    records = record_losses(session.graph, examples, batch_size=section.outer.batch_size)
+    tokens = sum(record["tokens"] for record in records)
+    mean = sum(record["loss"] * record["tokens"] for record in records) / tokens
+    text = "".join(
+        f"{record['id']}  loss {record['loss']:.4f}  {record['tokens']} tokens\n"
+        for record in records
+    )
+    return Outcome(
+        text=f"{text}mean over {tokens} tokens: {mean:.4f} ({section.outer.mode})",
+        data={
+            "mode": section.outer.mode,
+            "mean": mean,
+            "tokens": tokens,
+            "records": records,
+            "left_out": dict(session.examples.left_out),
+        },
+        problems=session.spec.warnings + session.examples.warnings,
+    )
+
+
+def _trained(session: Session, report: RunReport, stage: Stage, out: Path) -> Outcome:
+    folder = session.settings.links_dir
+    done = (
+        f"Trained {len(report.trained)} links into {folder}.\n"
+        "Next: recmasc build, which takes them from there."
+    )
+    data = {
+        "stage": stage,
+        "folder": str(out),
+        "links_dir": str(folder),
+        "trained": list(report.trained),
+    }
+    lines = _stage_lines(report.stages)
+    return _outcome(session, report, data, lines, costs=_costs(out), done=done)
+
+
+def _method_trained(session: Session, report: RunReport, method: MethodName, out: Path) -> Outcome:
+    from recmas_compiler.training.tasks.finetuning import MODEL
+
+    agent, figures = session.system.answer_agent, report.stages[method]
+    costs, model = _costs(out), out / method / MODEL
+    lines = [f"{method} of `{agent}` alone: {figures['steps']} steps"]
+    lines.append(f"  held-out loss {_change(figures, 'alone')}")
+    if method in costs:
+        learning = costs[method]["trainable_parameters"]
+        memory, seconds = costs[method]["peak_memory_mb"], costs[method]["step_seconds"]
+        lines.append(f"  {learning:,} parameters, {memory:.0f} MiB, {seconds:.2f} s per step")
+    data = {
+        "method": method,
+        "agent": agent,
+        "folder": str(out),
+        "model": None if report.interrupted else str(model),
+    }
+    done = f"The backbone it gave is {model}; links are as they were."
+    return _outcome(session, report, data, lines, costs=costs, done=done)
+
+
+def _outcome(
+    session: Session,
+    report: RunReport,
+    data: Mapping[str, Any],
+    lines: Sequence[str],
+    *,
+    costs: Mapping[str, Any],
+    done: str,
+) -> Outcome:
+    """Return what both kinds of run say, and how they end: with `done` unless interrupted."""
+    examples = session.examples
+    ending = "Stopped before the end. Go on with --resume." if report.interrupted else done
+    return Outcome(
+        text="\n".join([*lines, ending]),
+        data={
+            **data,
+            "stages": report.stages,
+            "costs": costs,
+            "records": {
+                "train": len(examples.train),
+                "held_out": len(examples.held_out),
+                "left_out": dict(examples.left_out),
+            },
+            "processes": session.world.size,
+        },
+        problems=session.spec.warnings + examples.warnings,
+        interrupted=report.interrupted,
+    )
+
+
+def _costs(out: Path) -> dict[str, Any]:
+    """Return what every loop in a run's folder took, by its own folder."""
+    from recmas_compiler.training.loop.metrics import COST_NAME, read_cost
+
+    folders = sorted(path.parent for path in out.glob(f"**/{COST_NAME}"))
+    return {str(folder.relative_to(out)): asdict(read_cost(folder)) for folder in folders}
+
+
+def _stage_lines(stages: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
+    """Return the figures of the stages in words, before -> after."""
+    lines = []
+    for agent, figures in stages.get("inner", {}).items():
+        measured = _change(figures, "cosine")
+        levels = ", ".join(f"{name} {level:.3f}" for name, level in figures["baselines"].items())
+        compared = f" (held out; {levels})" if levels else ""
+        lines.append(f"inner {agent}: {figures['steps']} steps, cosine {measured}{compared}")
+    outer = stages.get("outer")
+    if outer:
+        lines.append(f"outer: {outer['steps']} steps; held-out loss with generated thoughts:")
+        lines += [f"  {name:<9} {_change(outer, name)}" for name in outer["after"]]
+    return lines
+
+
+def _change(figures: Mapping[str, Any], name: str) -> str:
+    before, after = figures["before"].get(name), figures["after"].get(name)
+    if after is None:
+        return "not measured"
+    return f"{'-' if before is None else f'{before:.4f}'} -> {after:.4f}"
+
+
+def _tensorboard(folder: Path) -> Callable[[str], Sink]:
+    """Return what makes a stage's writer.
+
+    Raises:
+        RecmasError: RM201 without the package.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise fail(
+            "RM201",
+            "--tensorboard needs the package tensorboard, which is not installed",
+            hint="Install it with `pip install tensorboard`.",
+        ) from error
+
+    def make(title: str) -> Sink:
+        writer = SummaryWriter(str(folder / title.replace(" ", "-")))
+
+        def write(entry: Mapping[str, Any]) -> None:
+            kind, step = entry["kind"], entry["step"]
+            for name, value in entry.items():
+                parts = value if isinstance(value, dict) else {"": value}
+                for part, number in parts.items():
+                    if name not in ("kind", "step"):
+                        writer.add_scalar(f"{kind}/{name}/{part}".rstrip("/"), number, step)
+
+        return write
+
+    return make

@@ -13,11 +13,9 @@ from torch import nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.sizes import QUANTIZED
 from recmas_compiler.lowering.materialize import MaterializedLink, materialize_links
-from recmas_compiler.lowering.plan import live_backbones
 from recmas_compiler.lowering.reference import load_backbones
-from recmas_export.graph.backbone_graph import (
+from recmas_export.backbone_graph import (
     CHAT_TEMPLATE,
     CPU_DECODER,
     DECODER,
@@ -27,27 +25,29 @@ from recmas_export.graph.backbone_graph import (
     WEIGHTS,
     export_backbone,
 )
-from recmas_export.graph.links import write_link_graph
-from recmas_export.graph.probe import write_probe
 from recmas_export.parity import (
-    beyond_limits,
-    beyond_tolerance,
+    OWN_TEXT,
     link_cases,
     make_case,
+    measure_loss,
+    passages_of,
     refuse,
 )
-from recmas_export.precision.loss import OWN_TEXT, measure_loss, passages_of
 from recmas_export.precision.rounding import rounded_layers
+from recmas_export.written_graphs import write_link_graph, write_probe
 from recmas_runtime.checking.placement import refuse_stray_nodes
-from recmas_runtime.core.errors import Problem
 from recmas_runtime.core.files import sha256_of
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
 from recmas_runtime.engines.onnx.session import Device
+from recmas_runtime.formats.ids import link_file_name
 from recmas_runtime.formats.links import load_operands, read_operands
 from recmas_runtime.formats.manifest import BackboneEntry, LinkEntry, LossEntry, ParityEntry
 from recmas_runtime.formats.plan import Plan, SendStep
+from recmas_runtime.formats.precisions import PRECISIONS
 from recmas_runtime.formats.safetensors_file import read_tensors, write_tensors
+from recmas_runtime.formats.targets import TARGETS
+from recmas_runtime.formats.tolerances import beyond_loss_limits, beyond_tolerance
 from recmas_runtime.running.open_engines import choose_provider
 from recmas_runtime.running.parity import (
     measure_backbone_parity,
@@ -97,6 +97,7 @@ def assemble(
     plan: Plan,
     folder: Path,
     *,
+    names: Sequence[str],
     backbones: Mapping[str, TorchBackbone] | None,
     links: Mapping[str, MaterializedLink] | None,
     progress: Progress,
@@ -107,9 +108,10 @@ def assemble(
         program: Of level PLANNED.
         plan: Its plan.
         folder: An empty folder.
+        names: The shared backbones to export.
         backbones: Loaded already, by shared name; None loads them.
         links: Materialized already, by id; None makes them.
-        progress: Is told about stages.
+        progress: Where stages are reported.
 
     Raises:
         RecmasError: RM203 or RM300 where a backbone cannot be exported, RM301 where an engine
@@ -118,52 +120,116 @@ def assemble(
         OSError: A file cannot be written.
     """
     watch = _Watch()
-    names = live_backbones(program)
     with watch("load"):
         loaded = backbones or load_backbones(program, progress=progress)
     with watch("links"):
         made = links or materialize_links(program, loaded, progress=progress)
         entries = _write_links(folder, {i: made[i] for i in _link_ids(plan)})
-    with watch("export"), progress.stage("Exporting engines", len(names)) as advance:
-        exported = {}
-        for name in names:
-            precision = program.system.backbones[name].precision
-            with rounded_layers(loaded[name], precision=precision, progress=progress):
-                exported[name] = _export(loaded[name], folder, name, precision)
-            advance()
-        write_link_graph(folder / LINK_ENGINE)
-    with watch("parity"), progress.stage("Comparing with the reference", len(names)) as advance:
-        cases = []
-        (folder / PROBE).parent.mkdir()
-        write_probe(folder / PROBE)
-        probe = {"probe_absolute": measure_probe(folder / PROBE)}
-        refuse(beyond_tolerance("probe", probe, precision="float32"))
-        modules = {link: made[link].module for link in entries}
-        devices: dict[Device, None] = {
-            "cpu": None,
-            choose_provider("auto", folder / PROBE)[0]: None,
-        }
-        for name in names:
-            for device in devices:
-                refuse_stray_nodes(folder / exported[name].decoder_on(device), device=device)
-            case = _write_case(folder, name, plan, loaded[name], modules)
-            cases.append(_measure(folder, case, name, exported[name], entries))
-            advance()
-        refuse(
-            problem
-            for case in cases
-            for problem in beyond_tolerance(
-                f"backbone {case.backbone!r}",
-                case.figures,
-                precision=exported[case.backbone].precision,
-            )
-        )
+    stages = _Stages(
+        program=program,
+        plan=plan,
+        folder=folder,
+        loaded={name: loaded[name] for name in names},
+        modules={link: made[link].module for link in entries},
+        links=entries,
+        progress=progress,
+    )
+    with watch("export"):
+        exported = stages.export()
     with watch("parity"):
-        text = program.system.loss_text
-        cases = _with_losses(folder, cases, exported, loaded, entries, text, progress)
+        cases = stages.measure(exported, stages.compare(exported))
     return Parts(
         backbones=exported, links=entries, parity=tuple(cases), seconds=dict(watch.seconds)
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stages:
+    """The stages of a build, export | compare | measure, and what they read.
+
+    Attributes:
+        program: What is built.
+        plan: Its plan.
+        folder: Of the bundle.
+        loaded: The backbones to export, by shared name.
+        modules: The links, by id.
+        links: What the manifest says of them, by id.
+        progress: Where stages are reported.
+    """
+
+    program: Graph
+    plan: Plan
+    folder: Path
+    loaded: Mapping[str, TorchBackbone]
+    modules: Mapping[str, nn.Module]
+    links: Mapping[str, LinkEntry]
+    progress: Progress
+
+    def export(self) -> dict[str, BackboneEntry]:
+        """Write the engines of each backbone, and the graph of all links."""
+        exported, system = {}, self.program.system
+        decoders = TARGETS[system.build.target].decoders
+        with self.progress.stage("Exporting engines", len(self.loaded)) as advance:
+            for name, backbone in self.loaded.items():
+                precision, path = system.backbones[name].precision, self.folder / "backbones" / name
+                with rounded_layers(backbone, precision=precision, progress=self.progress):
+                    export_backbone(backbone, path, precision=precision, decoders=decoders)
+                exported[name] = _entry(backbone, self.folder, f"backbones/{name}", precision)
+                advance()
+            write_link_graph(self.folder / LINK_ENGINE)
+        return exported
+
+    def compare(self, exported: Mapping[str, BackboneEntry]) -> list[ParityEntry]:
+        """Run the probe and each backbone's case on the engines; refuse other numbers."""
+        cases, probe = [], self.folder / PROBE
+        with self.progress.stage("Comparing with the reference", len(exported)) as advance:
+            probe.parent.mkdir()
+            write_probe(probe)
+            figures = {"probe_absolute": measure_probe(probe)}
+            refuse(("probe", what) for what in beyond_tolerance(figures, precision="float32"))
+            devices: dict[Device, None] = {"cpu": None, choose_provider("auto", probe)[0]: None}
+            for name, entry in exported.items():
+                for device in devices:
+                    refuse_stray_nodes(self.folder / entry.decoder_on(device), device=device)
+                file = _write_case(self.folder, name, self.plan, self.loaded[name], self.modules)
+                cases.append(_measure(self.folder, file, name, entry, self.links))
+                advance()
+        refuse(
+            (f"backbone {case.backbone!r}", what)
+            for case in cases
+            for what in beyond_tolerance(case.figures, precision=exported[case.backbone].precision)
+        )
+        return cases
+
+    def measure(
+        self, exported: Mapping[str, BackboneEntry], cases: Sequence[ParityEntry]
+    ) -> list[ParityEntry]:
+        """Return the cases, those of quantized backbones with what it costs; refuse too much."""
+        quantized = [c for c in cases if PRECISIONS[exported[c.backbone].precision].is_quantized]
+        if not quantized:
+            return list(cases)
+        losses: dict[str, LossEntry] = {}
+        with self.progress.stage("Measuring losses", len(quantized)) as advance:
+            for case in quantized:
+                losses[case.backbone] = self._loss(case, exported[case.backbone])
+                advance()
+        refuse(
+            (f"backbone {name!r}", what)
+            for name, loss in losses.items()
+            for what in beyond_loss_limits(loss, precision=exported[name].precision)
+        )
+        return [structs.replace(case, loss=losses.get(case.backbone)) for case in cases]
+
+    def _loss(self, case: ParityEntry, entry: BackboneEntry) -> LossEntry:
+        """Measure what a backbone's precision costs over a text, its own or the spec's."""
+        backbone, text = self.loaded[case.backbone], self.program.system.loss_text
+        passages = passages_of(backbone, OWN_TEXT if text is None else Path(text))
+        name = "recmas's text" if text is None else PurePath(text).name
+        _, metadata = read_tensors(self.folder / case.file)
+        link = self.links[metadata["inner"]]
+        inner = load_operands(self.folder / link.file, link)
+        engine = BackboneEngine(entry, self.folder)
+        return measure_loss(backbone, engine, inner, passages, text=name)
 
 
 def _link_ids(plan: Plan) -> tuple[str, ...]:
@@ -177,10 +243,9 @@ def _write_links(folder: Path, links: Mapping[str, MaterializedLink]) -> dict[st
     (folder / "links").mkdir()
     entries = {}
     for link_id, link in links.items():
-        ends = link_id.removesuffix(".inner").replace("->", ".")
         start = link.weights.file
         entry = LinkEntry(
-            file=f"links/{link.role}.{ends}.safetensors",
+            file=f"links/{link_file_name(link_id)}",
             kind=link.weights.kind,
             role=link.role,
             in_dim=link.weights.in_dim,
@@ -198,9 +263,8 @@ def _write_links(folder: Path, links: Mapping[str, MaterializedLink]) -> dict[st
     return entries
 
 
-def _export(backbone: TorchBackbone, root: Path, name: str, precision: str) -> BackboneEntry:
-    folder = f"backbones/{name}"
-    export_backbone(backbone, root / folder, precision=precision)
+def _entry(backbone: TorchBackbone, root: Path, folder: str, precision: str) -> BackboneEntry:
+    """Return what the manifest says of the backbone that was exported to a folder of the bundle."""
     facts = backbone.facts
     for_cpu = f"{folder}/{CPU_DECODER}"
     return BackboneEntry(
@@ -266,50 +330,3 @@ def _measure(
         figures={**figures, "link_relative": link},
         greedy_tokens_equal=all(p.greedy_tokens_equal for p in found),
     )
-
-
-def _with_losses(
-    folder: Path,
-    cases: Sequence[ParityEntry],
-    exported: Mapping[str, BackboneEntry],
-    loaded: Mapping[str, TorchBackbone],
-    links: Mapping[str, LinkEntry],
-    text: str | None,
-    progress: Progress,
-) -> list[ParityEntry]:
-    """Return the cases, those of quantized backbones with what their precision costs."""
-    num_quantized = sum(exported[case.backbone].precision in QUANTIZED for case in cases)
-    if num_quantized == 0:
-        return list(cases)
-    measured: list[ParityEntry] = []
-    problems: list[Problem] = []
-    with progress.stage("Measuring losses", num_quantized) as advance:
-        for case in cases:
-            entry = exported[case.backbone]
-            if entry.precision not in QUANTIZED:
-                measured.append(case)
-                continue
-            loss = _loss(folder, case, entry, loaded[case.backbone], links, text)
-            what = f"backbone {case.backbone!r}"
-            problems.extend(beyond_limits(what, loss, precision=entry.precision))
-            measured.append(structs.replace(case, loss=loss))
-            advance()
-    refuse(problems)
-    return measured
-
-
-def _loss(
-    folder: Path,
-    case: ParityEntry,
-    entry: BackboneEntry,
-    backbone: TorchBackbone,
-    links: Mapping[str, LinkEntry],
-    text: str | None,
-) -> LossEntry:
-    """Measure what a backbone's precision costs over a text, its own or the spec's."""
-    passages = passages_of(backbone, OWN_TEXT if text is None else Path(text))
-    name = "recmas's text" if text is None else PurePath(text).name
-    _, metadata = read_tensors(folder / case.file)
-    link = links[metadata["inner"]]
-    inner = load_operands(folder / link.file, link)
-    return measure_loss(backbone, BackboneEngine(entry, folder), inner, passages, text=name)

@@ -5,37 +5,44 @@ Stays light: a bundle that is already there is recognised without importing torc
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recmas_compiler.api import BuildResult
 from recmas_compiler.backbones.sources import resolve_source
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import SEARCH_CORPUS, LinkWeights
+from recmas_compiler.ir.ops import Backbone
 from recmas_compiler.ir.sizes import (
     ENGINE_DTYPE,
-    QUANTIZED,
     angle_tables_bytes,
     dtype_bytes,
     weights_bytes,
 )
+from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.lowering.plan import build_plan, live_agents, live_backbones
 from recmas_compiler.spec.spec import Spec
+from recmas_export.attachments import (
+    corpus_bytes,
+    corpus_digest,
+    receipts_of,
+    write_corpus,
+    write_receipts,
+)
 from recmas_export.bundle_writer import check_target, staged_bundle
 from recmas_export.fingerprint import fingerprint, source_digest, tool_versions
-from recmas_export.search_corpus import corpus_lines
-from recmas_export.training_receipt import receipts_of, write_receipts
 from recmas_runtime.checking.build_tensorrt import build_engines
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.files import sha256_of
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.engines.tensorrt.engine_cache import find_platform, timing_caches
 from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.manifest import Manifest
+from recmas_runtime.formats.precisions import PRECISIONS
+from recmas_runtime.formats.targets import TARGETS
 
 if TYPE_CHECKING:
     from recmas_compiler.backbones.torch_model import TorchBackbone
@@ -74,7 +81,8 @@ def build(
             there.
     """
     watcher = progress or Silent()
-    if program.system.build.target == "tensorrt":
+    target = TARGETS[program.system.build.target]
+    if target.machine_engines is not None:
         find_platform()
     check_target(out)
     kept_timing = timing_caches(out)
@@ -87,7 +95,7 @@ def build(
         watcher=watcher,
         reuse=reuse,
     )
-    if program.system.build.target != "tensorrt":
+    if target.machine_engines is None:
         return result
     engines = build_engines(out, progress=watcher, reuse=reuse, kept_timing=kept_timing)
     return replace(result, engines=engines)
@@ -106,15 +114,15 @@ def _build_portable(
     """Write the bundle that runs anywhere."""
     started = time.perf_counter()
     with watcher.stage("Hashing weights"):
-        identity = _fingerprint(program, spec=spec, links=links)
+        inputs = _inputs(program)
+        identity = _fingerprint(inputs, spec=spec, links=links)
     seconds = {"fingerprint": time.perf_counter() - started}
     if reuse and (present := _bundle_with(identity, out)) is not None:
         return BuildResult(
             path=out, fingerprint=identity, reused=True, parity=present.parity, seconds=seconds
         )
     plan = build_plan(program)
-    receipts = receipts_of(_link_files(program).values())
-    with staged_bundle(out, needed_bytes=_estimated_bytes(program)) as staged:
+    with staged_bundle(out, needed_bytes=_estimated_bytes(inputs)) as staged:
         # Torch and transformers take seconds to import.
         from recmas_export.assemble import LINK_ENGINE, PROBE, assemble
 
@@ -122,12 +130,14 @@ def _build_portable(
             program,
             plan,
             staged.folder,
+            names=tuple(inputs.backbones),
             backbones=backbones,
             links=links,
             progress=watcher,
         )
-        _write_corpus(program.system.search_corpus, staged.folder)
-        write_receipts(receipts, staged.folder)
+        if inputs.corpus is not None:
+            write_corpus(inputs.corpus, staged.folder)
+        write_receipts(inputs.receipts, staged.folder)
         manifest = Manifest(
             name=program.system.name,
             fingerprint=identity,
@@ -150,58 +160,71 @@ def _build_portable(
     )
 
 
-def _fingerprint(
-    program: Graph, *, spec: Spec, links: Mapping[str, MaterializedLink] | None
-) -> str:
-    sources = {}
-    for name in live_backbones(program):
-        backbone = program.system.backbones[name]
-        resolved = resolve_source(
-            backbone.facts.source, base_dir=spec.base_dir, position=backbone.where
-        )
-        sources[name] = source_digest(resolved)
-    if links is None:
-        digests = {i: sha256_of(Path(file)) for i, file in _link_files(program).items()}
-    else:
-        from recmas_compiler.backbones.torch_model import weights_digest
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """What a bundle is made from.
 
-        digests = {i: weights_digest(link.module) for i, link in links.items()}
-    return fingerprint(
-        program,
-        spec_yaml=spec.system_yaml(),
-        backbones=sources,
-        links=digests,
-        corpus=_corpus_digest(program.system.search_corpus),
-        loss_text=_loss_text_digest(program),
-        receipts=[sha256_of(receipt) for receipt in receipts_of(_link_files(program).values())],
+    Attributes:
+        program: Of level PLANNED.
+        backbones: The shared ones that live agents use, by name.
+        links: Live agents' inner links and all outer ones, by id.
+        link_files: Those of the links that are read from a file, by id.
+        receipts: Of the training that made any of the files.
+        corpus: What holds the passages to search, if there are any.
+        loss_text: The text that losses are measured over, where one is read.
+    """
+
+    program: Graph
+    backbones: Mapping[str, Backbone]
+    links: Mapping[str, LinkWeights]
+    link_files: Mapping[str, Path]
+    receipts: tuple[Path, ...]
+    corpus: Path | None
+    loss_text: Path | None
+
+
+def _inputs(program: Graph) -> _Inputs:
+    system = program.system
+    backbones = {name: system.backbones[name] for name in live_backbones(program)}
+    links = {inner_link_id(name): system.agents[name].inner for name in live_agents(program)}
+    links |= {link.id: link.weights for link in system.links.values()}
+    files = {i: Path(weights.file) for i, weights in links.items() if weights.file is not None}
+    measures_loss = any(PRECISIONS[b.precision].is_quantized for b in backbones.values())
+    return _Inputs(
+        program=program,
+        backbones=backbones,
+        links=links,
+        link_files=files,
+        receipts=receipts_of(files.values()),
+        corpus=None if system.search_corpus is None else Path(system.search_corpus),
+        loss_text=Path(system.loss_text) if system.loss_text and measures_loss else None,
     )
 
 
-def _loss_text_digest(program: Graph) -> str | None:
-    """Return the sha256 of the text that losses are measured over, where there are any."""
-    text = program.system.loss_text
-    backbones = (program.system.backbones[name] for name in live_backbones(program))
-    is_read = text is not None and any(b.precision in QUANTIZED for b in backbones)
-    return sha256_of(Path(text)) if text is not None and is_read else None
+def _fingerprint(
+    inputs: _Inputs, *, spec: Spec, links: Mapping[str, MaterializedLink] | None
+) -> str:
+    sources = {
+        name: source_digest(
+            resolve_source(backbone.facts.source, base_dir=spec.base_dir, position=backbone.where)
+        )
+        for name, backbone in inputs.backbones.items()
+    }
+    if links is None:
+        digests = {link: sha256_of(file) for link, file in inputs.link_files.items()}
+    else:
+        from recmas_compiler.backbones.torch_model import weights_digest
 
-
-def _corpus_digest(corpus: str | None) -> str | None:
-    """Return the sha256 of the passages as the bundle will have them, all of them checked."""
-    if corpus is None:
-        return None
-    digest = hashlib.sha256()
-    for line in corpus_lines(Path(corpus)):
-        digest.update(line.encode())
-    return digest.hexdigest()
-
-
-def _write_corpus(corpus: str | None, folder: Path) -> None:
-    if corpus is None:
-        return
-    path = folder / SEARCH_CORPUS
-    path.parent.mkdir()
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.writelines(corpus_lines(Path(corpus)))
+        digests = {link: weights_digest(made.module) for link, made in links.items()}
+    return fingerprint(
+        inputs.program,
+        spec_yaml=spec.system_yaml(),
+        backbones=sources,
+        links=digests,
+        corpus=None if inputs.corpus is None else corpus_digest(inputs.corpus),
+        loss_text=None if inputs.loss_text is None else sha256_of(inputs.loss_text),
+        receipts=[sha256_of(receipt) for receipt in inputs.receipts],
+    )
 
 
 def _bundle_with(identity: str, out: Path) -> Manifest | None:
@@ -213,39 +236,16 @@ def _bundle_with(identity: str, out: Path) -> Manifest | None:
     return manifest if manifest.fingerprint == identity else None
 
 
-def _links(program: Graph) -> dict[str, LinkWeights]:
-    system = program.system
-    inner = {f"{name}.inner": system.agents[name].inner for name in live_agents(program)}
-    return {**inner, **{link.id: link.weights for link in system.links.values()}}
-
-
-def _link_files(program: Graph) -> dict[str, str]:
-    """Return the files that links are read from, by link id."""
-    files = {link_id: weights.file for link_id, weights in _links(program).items()}
-    return {link_id: file for link_id, file in files.items() if file is not None}
-
-
-def _estimated_bytes(program: Graph) -> int:
+def _estimated_bytes(inputs: _Inputs) -> int:
     """Return about how many bytes the bundle takes: weights and tables of angles, most of all."""
-    backbones = [program.system.backbones[name] for name in live_backbones(program)]
-    weights = sum(weights_bytes(b.facts, precision=b.precision, dtype=b.dtype) for b in backbones)
-    tables = sum(angle_tables_bytes(b.facts) for b in backbones)
     parameters = 0
-    for link in _links(program).values():
+    for link in inputs.links.values():
         hidden = 2 * link.out_dim  # the widest kind's
         parameters += link.in_dim * hidden + hidden * link.out_dim + link.in_dim * link.out_dim
-    return (
-        weights
-        + tables
-        + dtype_bytes(ENGINE_DTYPE) * parameters
-        + _corpus_bytes(program.system.search_corpus)
-    )
-
-
-def _corpus_bytes(corpus: str | None) -> int:
-    """Return the bytes of a corpus as it is found; in the bundle it takes about as many."""
-    if corpus is None:
-        return 0
-    path = Path(corpus)
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    num_bytes = dtype_bytes(ENGINE_DTYPE) * parameters
+    for backbone in inputs.backbones.values():
+        num_bytes += weights_bytes(
+            backbone.facts, precision=backbone.precision, dtype=backbone.dtype
+        )
+        num_bytes += angle_tables_bytes(backbone.facts)
+    return num_bytes + (0 if inputs.corpus is None else corpus_bytes(inputs.corpus))

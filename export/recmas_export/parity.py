@@ -1,15 +1,17 @@
-"""The parity gate: engines against the torch reference on stored, teacher-forced cases.
+"""Engines against the torch reference: the parity gate, and what a precision costs.
 
-Free-running latent rollouts amplify rounding, so a case fixes the input of every call and compares
-every output. It ships in the bundle and is run again by `recmas verify`.
+Free-running latent rollouts amplify rounding, so a parity case fixes the input of every call and
+compares every output. It ships in the bundle and is run again by `recmas verify`. What a precision
+costs is measured over a text, every position teacher-forced too.
 
-Shape legend: T positions of the case, N calls it is cut into, K tokens of the greedy continuation,
-d width, V vocabulary.
+Shape legend: T positions of a case or passage, N calls it is cut into, K tokens of the greedy
+continuation, d width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -19,9 +21,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_runtime.core.errors import Problem, RecmasError
+from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.engines.onnx.backbone import BackboneEngine, Operands
+from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.manifest import LossEntry
-from recmas_runtime.formats.tolerances import LOSS_LIMITS, loss_figures, tolerances
+from recmas_runtime.formats.plan import cache_capacity
 
 Case = dict[str, NDArray[Any]]
 
@@ -41,6 +45,13 @@ _NUM_GREEDY: Final = 16
 _NUM_LOGITS: Final = 2
 # A case reaches past a sliding window where that is affordable: 2 * 4 MB in the bundle at d = 1024.
 _LARGEST_WINDOW: Final = 1024
+
+# Of a text only the first passages are read, so that a build takes no longer for a longer one.
+NUM_PASSAGES: Final = 8
+PASSAGE_TOKENS: Final = 256
+
+# Questions and answers written for this purpose, for specs that name no text.
+OWN_TEXT: Final = Path(__file__).with_name("held_out.txt")
 
 
 @torch.no_grad()
@@ -103,50 +114,82 @@ def link_cases(
     return case
 
 
-def beyond_tolerance(
-    what: str, figures: Mapping[str, float], *, precision: str
-) -> Iterator[Problem]:
-    """Yield a problem for each figure that is not within its tolerance.
-
-    Args:
-        what: What was measured, for messages.
-        figures: By the names of `TOLERANCES`; one that is not a number is beyond.
-        precision: Whose tolerances count.
-    """
-    allowed = tolerances(precision)
-    for name, value in figures.items():
-        if not value <= allowed[name]:
-            message = f"{what}: {name} is {value:.2e}, allowed is {allowed[name]:.0e}."
-            yield Problem(code="RM301", message=message, hint=_HINT)
-
-
-def beyond_limits(what: str, loss: LossEntry, *, precision: str) -> Iterator[Problem]:
-    """Yield a problem for each figure of a loss that a precision must not reach.
-
-    Args:
-        what: What was measured, for messages.
-        loss: What it costs.
-        precision: Whose limits count.
-    """
-    figures = loss_figures(loss)
-    for name, limit in LOSS_LIMITS[precision].items():
-        if not figures[name] <= limit:
-            message = (
-                f"{what}: {name} of {precision} is {figures[name]:.3g} over {loss.text}, "
-                f"allowed is {limit:g}."
-            )
-            yield Problem(code="RM301", message=message, hint=_HINT)
-
-
-def refuse(problems: Iterable[Problem]) -> None:
-    """Raise if there is any problem.
+def passages_of(backbone: TorchBackbone, text: Path) -> list[NDArray[np.int64]]:
+    """Return the beginning of a text in UTF-8, cut into passages of token ids [T], T > 1.
 
     Raises:
-        RecmasError: With all of them.
+        RecmasError: RM126 if it cannot be read or there is nothing to predict in it.
     """
-    found = tuple(problems)
-    if found:
-        raise RecmasError(found)
+    tokenizer = backbone.tokenizer
+    # The mark that sequences of some models begin with.
+    opening: list[int] = tokenizer("").input_ids
+    length = min(PASSAGE_TOKENS, backbone.facts.max_positions) - len(opening)
+    try:
+        # A token has a few bytes, so that these are enough; the last character may be cut.
+        start = text.read_bytes()[: 16 * NUM_PASSAGES * PASSAGE_TOKENS].decode(errors="ignore")
+    except OSError as error:
+        raise _unusable(text, f"cannot be read: {error.strerror}") from error
+    ids: list[int] = tokenizer(start, add_special_tokens=False, verbose=False).input_ids
+    parts = (opening + ids[i : i + length] for i in range(0, NUM_PASSAGES * length, length))
+    passages = [np.array(part) for part in parts if len(part) > max(1, len(opening))]
+    if not passages:
+        raise _unusable(text, f"has {len(ids)} tokens, too few to predict one")
+    return passages
+
+
+def measure_loss(
+    backbone: TorchBackbone,
+    engine: BackboneEngine,
+    inner: Operands,
+    passages: Sequence[NDArray[np.int64]],
+    *,
+    text: str,
+) -> LossEntry:
+    """Return how much worse an engine predicts than the reference does.
+
+    Args:
+        backbone: The reference.
+        engine: Its engine in another precision.
+        inner: Operands of any of its inner links, without the G axis; they play no part.
+        passages: What to predict, each token from those before it; at least one.
+        text: How the manifest names them.
+    """
+    grouped = stack_operands([inner])
+    cosines, agreements, expected, found = [], [], [], []
+    for ids_T in passages:
+        hidden_Td = _reference_hidden(backbone, ids_T)[:-1]
+        other_Td = _engine_hidden(engine, ids_T, grouped)[:-1]
+        logits_TV = _reference_logits(backbone, hidden_Td)
+        other_TV = engine.logits(np.ascontiguousarray(other_Td))
+        cosines.append(_cosines(other_Td, hidden_Td))
+        agreements.append(other_TV.argmax(-1) == logits_TV.argmax(-1))
+        expected.append(_surprise(logits_TV, ids_T[1:]))
+        found.append(_surprise(other_TV, ids_T[1:]))
+    return LossEntry(
+        text=text,
+        num_tokens=sum(map(len, found)),
+        hidden_cosine=min(1.0, _mean(cosines)),  # rounding may lead beyond
+        greedy_agreement=_mean(agreements),
+        reference_loss=_mean(expected),
+        loss=_mean(found),
+    )
+
+
+def refuse(findings: Iterable[tuple[str, str]]) -> None:
+    """Raise if there is any finding of `formats.tolerances`.
+
+    Args:
+        findings: What was measured, and what is wrong with it.
+
+    Raises:
+        RecmasError: RM301 with all of them.
+    """
+    problems = [
+        Problem(code="RM301", message=f"{what}: {finding}.", hint=_HINT)
+        for what, finding in findings
+    ]
+    if problems:
+        raise RecmasError(problems)
 
 
 def _prompt(backbone: TorchBackbone) -> list[int]:
@@ -175,3 +218,52 @@ def _greedy(backbone: TorchBackbone, prompt_P: Tensor) -> list[int]:
 
 def _array(tensor: Tensor) -> NDArray[Any]:
     return np.ascontiguousarray(tensor.detach().cpu().numpy())
+
+
+@torch.no_grad()
+def _reference_hidden(backbone: TorchBackbone, ids_T: NDArray[np.int64]) -> NDArray[np.float32]:
+    embeds = backbone.embed(torch.from_numpy(ids_T)[None])
+    hidden = backbone.body(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    return np.asarray(hidden[0].numpy())
+
+
+@torch.no_grad()
+def _reference_logits(
+    backbone: TorchBackbone, hidden_Td: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    return np.asarray(backbone.logits(torch.from_numpy(hidden_Td)).numpy())
+
+
+def _engine_hidden(
+    engine: BackboneEngine, ids_T: NDArray[np.int64], inner: Operands
+) -> NDArray[np.float32]:
+    cache = engine.new_cache(1, cache_capacity(len(ids_T)))
+    last = np.array([len(ids_T) - 1])
+    hidden, _, _ = engine.forward(cache, engine.embed(ids_T[None]), np.array([0]), last, inner)
+    return np.array(hidden[0])
+
+
+def _cosines(a_Td: NDArray[Any], b_Td: NDArray[Any]) -> NDArray[np.float64]:
+    a, b = a_Td.astype(np.float64), b_Td.astype(np.float64)
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return np.asarray((a * b).sum(-1) / norms)
+
+
+def _surprise(logits_TV: NDArray[np.float32], ids_T: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return -log p of each token, in nats."""
+    wide = logits_TV.astype(np.float64)
+    wide -= wide.max(-1, keepdims=True)
+    chosen = np.take_along_axis(wide, ids_T[:, None], axis=-1)[:, 0]
+    return np.asarray(np.log(np.exp(wide).sum(-1)) - chosen)
+
+
+def _mean(parts: Sequence[NDArray[Any]]) -> float:
+    return float(np.concatenate(parts).mean())
+
+
+def _unusable(path: Path, what: str) -> RecmasError:
+    return fail(
+        "RM126",
+        f"the text {str(path)!r} {what}.",
+        hint="Give a text file in UTF-8, of a few thousand words in the manner of your records.",
+    )

@@ -20,6 +20,7 @@ from recmas_compiler.ir.sizes import (
     weights_bytes,
 )
 from recmas_runtime.core.text import aligned, human_bytes
+from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.plan import cache_capacity
 from recmas_runtime.running.sequence_batch import ROOM_FOR_TEXT
 
@@ -209,10 +210,10 @@ def _links_used(program: Graph) -> Iterator[tuple[str, int]]:
             case Think(agents=agents):
                 for name in agents:
                     inner = program.system.agents[name].inner
-                    yield f"{name}.inner", link_num_parameters(inner, role="inner")
+                    yield inner_link_id(name), link_num_parameters(inner, "inner")
             case Send(links=links):
                 for link in links:
                     outer = program.system.links[link].weights
-                    yield link, link_num_parameters(outer, role="outer")
+                    yield link, link_num_parameters(outer, "outer")
             case _:
                 pass

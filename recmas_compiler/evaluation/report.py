@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from recmas_compiler.analysis.plots import COLOURS, save_figure
 from recmas_compiler.evaluation.data.data_file import DataSet
-from recmas_compiler.evaluation.identity import prompt_digest
-from recmas_compiler.evaluation.protocol import Protocol
+from recmas_compiler.evaluation.data.protocol import Protocol
 from recmas_compiler.evaluation.runner import Evaluation
 from recmas_compiler.evaluation.summary import (
     Comparison,
@@ -22,6 +24,9 @@ from recmas_compiler.evaluation.summary import (
     savings,
     summarize,
 )
+from recmas_runtime.checking.machine import package_versions
+from recmas_runtime.core.errors import fail
+from recmas_runtime.core.text import markdown_table
 from recmas_runtime.formats.bundle import Bundle
 
 REPORT_VERSION = 1
@@ -66,6 +71,7 @@ def make_report(
     data: DataSet,
     data_file: Path,
     bundle: Bundle,
+    prompt_digest: str,
     device: str,
     threads: int | None,
     date: str,
@@ -78,12 +84,14 @@ def make_report(
         data: What was asked.
         data_file: Where that is from.
         bundle: The system.
+        prompt_digest: sha256 of its prompts.
         device: Where it ran.
         threads: As given; None for the physical cores.
         date: ISO 8601.
     """
-    answered = [system for system in evaluation.systems if system.judged]
+    answered = [system for system in evaluation.systems if system.scored]
     summaries = tuple(summarize(system) for system in answered)
+    versions = package_versions(("recmas", "onnxruntime", "onnxruntime-gpu", "math-verify"))
     return Report(
         is_complete=not evaluation.interrupted and all(s.is_complete for s in summaries),
         protocol={**protocol.model_dump(mode="json"), "digest": protocol.digest()},
@@ -97,7 +105,7 @@ def make_report(
             "path": str(bundle.root),
             "name": bundle.plan.name,
             "fingerprint": bundle.manifest.fingerprint,
-            "prompt_digest": prompt_digest(bundle.plan),
+            "prompt_digest": prompt_digest,
             "rounds": bundle.plan.rounds,
             "latent_steps": {n: agent.latent_steps for n, agent in bundle.plan.agents.items()},
         },
@@ -108,9 +116,9 @@ def make_report(
             "machine": platform.machine(),
             "cores": os.cpu_count(),
             "python": platform.python_version(),
-            "recmas": _version("recmas"),
-            "onnxruntime": _version("onnxruntime") or _version("onnxruntime-gpu"),
-            "math_verify": _version("math-verify"),
+            "recmas": versions["recmas"],
+            "onnxruntime": versions["onnxruntime"] or versions["onnxruntime-gpu"],
+            "math_verify": versions["math-verify"],
         },
         systems=summaries,
         comparisons=compare(answered),
@@ -118,8 +126,198 @@ def make_report(
     )
 
 
-def _version(package: str) -> str | None:
+def report_markdown(report: Report) -> str:
+    """Return the report for people."""
+    protocol, data, bundle, made = report.protocol, report.data, report.bundle, report.made
+    steps = ", ".join(f"{name} {count}" for name, count in bundle["latent_steps"].items())
+    drawn = f"temperature {protocol['temperature']:g}" if protocol["temperature"] else "greedy"
+    seeds = ", ".join(map(str, protocol["seeds"]))
+    limit = protocol["max_new_tokens"] or "the bundle's limit of"
+    parts = [
+        f"# {bundle['name']} on {protocol['name']}",
+        "" if report.is_complete else "**Partial: the run was interrupted.**",
+        report_table(report),
+        comparison_text(report),
+        "## Time per question, by phase",
+        _phases(report.systems),
+        *_failures(report.systems),
+        "## How",
+        f"- protocol {protocol['name']} version {protocol['version']}, `{protocol['digest']}`\n"
+        f"- {drawn}, {limit} new tokens, seeds {seeds}, {protocol['rollouts']} answers each\n"
+        f"- {data['num_questions']} of {data['num_records']} records of `{data['file']}`, "
+        f"`{data['digest']}`\n"
+        f"- bundle `{bundle['fingerprint']}`, prompts `{bundle['prompt_digest']}`\n"
+        f"- {bundle['rounds']} rounds, latent steps: {steps}\n"
+        f"- {made['date']}, {made['device']}, {made['machine']} with {made['cores']} cores, "
+        f"threads {made['threads'] or 'as many as physical cores'}\n"
+        f"- recmas {made['recmas']}, onnxruntime {made['onnxruntime']}, "
+        f"math-verify {made['math_verify'] or 'not installed'}",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def report_table(report: Report) -> str:
+    """Return the main table: accuracy, tokens, time."""
+    has_degrees = any(abs(s.score - s.accuracy) > 1e-9 for s in report.systems)
+    has_seeds = any(s.sd is not None for s in report.systems)
+    head = ["system", "right", "accuracy", "95 % interval"]
+    head += ["sd over seeds"] if has_seeds else []
+    head += ["score"] if has_degrees else []
+    passes = list(dict.fromkeys(k for s in report.systems for k in s.pass_at))
+    head += [f"pass@{k}" for k in passes]
+    head += ["no answer", "cut off", "failed", "prompt tokens", "hand-over tokens"]
+    head += ["answer tokens", "latent steps", "rounds", "s/question"]
+    rows = []
+    for system in report.systems:
+        low, high = system.interval.low, system.interval.high
+        row = [system.name, f"{system.num_right}/{system.num_answers}"]
+        row += [f"{system.accuracy:.1%}", f"{low:.1%} to {high:.1%}"]
+        row += [_figure(system.sd, ".1%")] if has_seeds else []
+        row += [f"{system.score:.3f}"] if has_degrees else []
+        row += [_figure(system.pass_at.get(k), ".1%") for k in passes]
+        row += [str(system.num_no_answer), str(system.num_cut_off), str(len(system.failed))]
+        names = ("prompt_tokens", "handover_tokens", "completion_tokens", "latent_steps")
+        row += [_figure(system.usage.get(name), ".0f") for name in names]
+        row += [_figure(system.rounds, ".2g")]
+        row += [_figure(system.ms.get("total"), ".3f", scale=1e-3)]
+        rows.append(row if system.is_complete else [f"{system.name} (partial)", *row[1:]])
+    return markdown_table(head, rows)
+
+
+def comparison_text(report: Report) -> str:
+    """Return a sentence for every pair of systems that is compared."""
+    lines = [
+        f"- {c.system} against {c.against}, {c.num_questions} questions: only {c.system} right "
+        f"{c.num_only_system} times, only {c.against} {c.num_only_against} times "
+        f"(McNemar, exact p = {c.p:.3g})"
+        for c in report.comparisons
+    ]
+    for saving in report.savings:
+        parts = [f"{saving.speed_up:.2f} times as fast"] if saving.speed_up is not None else []
+        if saving.written_tokens is not None:
+            parts.append(f"{saving.written_tokens:+.1%} written tokens")
+        if saving.all_tokens is not None:
+            parts.append(f"{saving.all_tokens:+.1%} tokens in all")
+        lines.append(f"- {saving.system} beside {saving.against}: {', '.join(parts)}")
+    return "\n".join(lines)
+
+
+def _phases(systems: Sequence[SystemSummary]) -> str:
+    phases = list(dict.fromkeys(phase for system in systems for phase in system.ms))
+    rows = [
+        [system.name, *(_figure(system.ms.get(phase), ".1f") for phase in phases)]
+        for system in systems
+    ]
+    return markdown_table(["ms", *phases], rows) if phases else "No question was answered."
+
+
+def _failures(systems: Sequence[SystemSummary]) -> list[str]:
+    lines = [
+        f"- {system.name}: {failed['id']}: {failed['reason']}"
+        for system in systems
+        for failed in system.failed
+    ]
+    return ["## Records that could not be run", "\n".join(lines)] if lines else []
+
+
+def _figure(value: float | None, form: str, *, scale: float = 1.0) -> str:
+    return "-" if value is None else format(value * scale, form)
+
+
+def write_report(report: Report, folder: Path) -> list[Path]:
+    """Write `report.json`, `report.md` and, where matplotlib is installed, `report.png`.
+
+    Returns:
+        What was written.
+
+    Raises:
+        RecmasError: RM503 if the folder cannot be written.
+    """
+    texts = {
+        folder / "report.json": json.dumps(report.to_json(), indent=2) + "\n",
+        folder / "report.md": report_markdown(report),
+    }
+    picture = folder / "report.png"
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        for path, text in texts.items():
+            path.write_text(text, encoding="utf-8")
+        return [*texts, *([picture] if draw_report(report, picture) else [])]
+    except OSError as error:
+        raise fail(
+            "RM503",
+            f"cannot write to {folder}: {error.strerror}",
+            hint="Choose another --out, or make room.",
+        ) from error
+
+
+_MARKS: Final = "osD^vPX*"
+
+
+def draw_report(report: Report, path: Path) -> bool:
+    """Draw accuracy with its interval against time, and the tokens that were written.
+
+    Returns:
+        Whether there is a picture: not without matplotlib, and not without answers.
+    """
+    systems = [system for system in report.systems if system.ms]
+    if not systems:
+        return False
+    interrupted = "" if report.is_complete else ", partial"
+    return save_figure(
+        path,
+        [partial(_accuracy_against_time, systems), partial(_written_tokens, systems)],
+        panel_size=(5, 4.4),
+        title=f"{report.bundle['name']} on {report.protocol['name']}, "
+        f"{systems[0].num_questions} questions{interrupted}",
+    )
+
+
+def _accuracy_against_time(systems: list[SystemSummary], axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    seconds = [system.ms["total"] / 1e3 for system in systems]
+    for system, x, (colour, mark) in zip(systems, seconds, _looks(), strict=False):
+        y, interval = 100 * system.accuracy, system.interval
+        axes.errorbar(
+            [x],
+            [y],
+            yerr=[[y - 100 * interval.low], [100 * interval.high - y]],
+            fmt=mark,
+            color=colour,
+            markersize=7,
+            capsize=3,
+            label=system.name,
+        )
+    # Systems that hand over text can be many times slower.
+    if max(seconds) > 8 * min(seconds):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_xlim(left=0, right=1.08 * max(seconds))
+    axes.set_xlabel("seconds per question")
+    axes.set_ylabel("accuracy, 95 % interval [%]")
+    axes.legend(frameon=False, fontsize="small")
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _written_tokens(systems: list[SystemSummary], axes: Any) -> None:
+    names = [system.name for system in systems]
+    answers = [system.usage["completion_tokens"] for system in systems]
+    handovers = [system.usage["handover_tokens"] for system in systems]
+    colours = [colour for _, (colour, _) in zip(systems, _looks(), strict=False)]
+    axes.barh(names, answers, color=colours, height=0.6)
+    axes.barh(names, handovers, left=answers, color=colours, height=0.6, alpha=0.45)
+    for row, (answer, handover) in enumerate(zip(answers, handovers, strict=True)):
+        axes.annotate(
+            f"{answer + handover:.0f}", (answer + handover, row), (4, 0), va="center",
+            textcoords="offset points", fontsize="small",
+        )  # fmt: skip
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("tokens written per question (lighter: hand-overs)")
+
+
+def _looks() -> Iterator[tuple[str, str]]:
+    return cycle(zip(COLOURS, _MARKS, strict=True))

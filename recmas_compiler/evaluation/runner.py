@@ -1,19 +1,195 @@
-"""Asks systems the questions of a data set, judges the answers, keeps them on disk."""
+"""Asks systems the questions of a data set, checks the answers, keeps them on disk."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, Final, Self
 
-from recmas_compiler.evaluation.answer_log import AnswerLog, Judged
-from recmas_compiler.evaluation.checks.verdict import Check, Question
-from recmas_compiler.evaluation.jobs import Job, plan_jobs, sampling_of
-from recmas_compiler.evaluation.protocol import Protocol
-from recmas_runtime.core.errors import RecmasError
+from msgspec import structs
+
+from recmas_compiler.evaluation.checks.verdict import Check
+from recmas_compiler.evaluation.data.data_file import Question
+from recmas_compiler.evaluation.data.protocol import MAX_ROLLOUTS, Protocol
+from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.jsonl import JsonLines
 from recmas_runtime.core.progress import Progress
+from recmas_runtime.formats.plan import SamplingPlan
 from recmas_runtime.running.records import Answer
 from recmas_runtime.running.system import System
+
+# Record i of a run draws from stream seed + i. Runs whose seeds lie this far apart share none.
+_STREAMS_PER_RUN: Final = 2**24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One batch of one seed and rollout.
+
+    Attributes:
+        number: Place in the order of all jobs, from 0.
+        seed: As the protocol has it.
+        rollout: From 0.
+        questions: What is asked.
+    """
+
+    number: int
+    seed: int
+    rollout: int
+    questions: tuple[Question, ...]
+
+
+def plan_jobs(
+    questions: Sequence[Question], protocol: Protocol, *, batch_size: int
+) -> tuple[Job, ...]:
+    """Return all jobs of a system in order.
+
+    The batches are the same in every run, so that one which was interrupted goes on as if it had
+    not been, and as even as can be, so that no record is left to run alone.
+    """
+    num_batches = -(-len(questions) // batch_size)
+    bounds = [i * len(questions) // num_batches for i in range(num_batches + 1)]
+    parts = [tuple(questions[start:end]) for start, end in pairwise(bounds)]
+    runs = [(seed, rollout) for seed in protocol.seeds for rollout in range(protocol.rollouts)]
+    return tuple(
+        Job(number=run * num_batches + i, seed=seed, rollout=rollout, questions=part)
+        for run, (seed, rollout) in enumerate(runs)
+        for i, part in enumerate(parts)
+    )
+
+
+def sampling_of(job: Job, protocol: Protocol, bundle: SamplingPlan) -> SamplingPlan:
+    """Return a job's sampling settings: the protocol's, and the bundle's where it has none."""
+    return structs.replace(
+        bundle,
+        max_new_tokens=protocol.max_new_tokens or bundle.max_new_tokens,
+        temperature=protocol.temperature,
+        top_p=protocol.top_p,
+        top_k=protocol.top_k,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        seed=(job.seed * MAX_ROLLOUTS + job.rollout) * _STREAMS_PER_RUN,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredAnswer:
+    """An answer with its verdict, or why there is none.
+
+    Attributes:
+        id: The record's.
+        seed: As the protocol has it.
+        rollout: From 0.
+        correct: Whether it counts as right.
+        extracted: What was taken for the answer; None for none.
+        score: From 0 to 1.
+        batch_size: Records that shared its batch, and the batch's time.
+        answer: The whole answer as `recmas run --json` has it; None if the record failed.
+        failure: Why it has no answer; None if it has one.
+    """
+
+    id: str
+    seed: int
+    rollout: int
+    correct: bool
+    extracted: str | None
+    score: float
+    batch_size: int
+    answer: dict[str, Any] | None
+    failure: str | None
+
+
+class AnswerLog:
+    """The file of all answers of a system: whole jobs only, an unfinished one is cut off.
+
+    Args:
+        path: The file.
+        jobs: All jobs, in order.
+        resume: Keep what is there.
+
+    Attributes:
+        scored: All answers so far, those read at the start included.
+        num_jobs: Jobs that are done.
+
+    Raises:
+        RecmasError: RM503 if it cannot be written, RM603 if what is there is of other jobs.
+    """
+
+    def __init__(self, path: Path, jobs: Sequence[Job], *, resume: bool) -> None:
+        self._path = path
+        self.scored: list[ScoredAnswer] = []
+        self.num_jobs = 0
+        try:
+            self._file = JsonLines(path)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            self._file.keep(self._read_jobs(jobs) if resume else 0)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, scored: Sequence[ScoredAnswer]) -> None:
+        """Write the answers of the next job.
+
+        Raises:
+            RecmasError: RM503; the jobs before it are kept.
+        """
+        try:
+            self._file.append(*map(asdict, scored))
+        except OSError as error:
+            raise self._unwritable(error) from error
+        self.scored += scored
+        self.num_jobs += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def _read_jobs(self, jobs: Sequence[Job]) -> int:
+        """Read whole jobs back; returns the bytes that they take."""
+        lines = list(self._file.lines())
+        taken = 0
+        for job in jobs:
+            part = lines[taken : taken + len(job.questions)]
+            if len(part) < len(job.questions):
+                break
+            found = [self._read(line, taken + i) for i, line in enumerate(part, start=1)]
+            wanted = [(q.record.id, job.seed, job.rollout) for q in job.questions]
+            if [(one.id, one.seed, one.rollout) for one in found] != wanted:
+                raise self._foreign(taken + 1)
+            self.scored += found
+            self.num_jobs += 1
+            taken += len(part)
+        return sum(map(len, lines[:taken]))
+
+    def _read(self, line: bytes, number: int) -> ScoredAnswer:
+        try:
+            return ScoredAnswer(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise self._foreign(number) from error
+
+    def _foreign(self, line: int) -> RecmasError:
+        return fail(
+            "RM603",
+            "--resume found a line that is not an answer of this evaluation",
+            file=str(self._path),
+            line=line,
+            hint="Name the folder of the interrupted run, or another --out to start afresh.",
+        )
+
+    def _unwritable(self, error: OSError) -> RecmasError:
+        return fail(
+            "RM503",
+            f"the answers cannot be written: {error.strerror}",
+            file=str(self._path),
+            hint="Make room or choose another --out; --resume goes on from the finished answers.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,18 +198,18 @@ class SystemAnswers:
 
     Attributes:
         name: `latent` or the baseline's name.
-        judged: In the order of the jobs.
+        scored: In the order of the jobs.
         num_wanted: Answers of the whole evaluation; there are fewer after an interruption.
     """
 
     name: str
-    judged: tuple[Judged, ...]
+    scored: tuple[ScoredAnswer, ...]
     num_wanted: int
 
     @property
     def is_complete(self) -> bool:
         """Whether every question was asked as often as it should be."""
-        return len(self.judged) == self.num_wanted
+        return len(self.scored) == self.num_wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,26 +269,26 @@ def run_systems(
         interrupted = False
         with AnswerLog(folder / f"answers-{name}.jsonl", jobs, resume=resume) as log:
             try:
-                title, before = f"{protocol.name} {name}", len(log.judged)
+                title, before = f"{protocol.name} {name}", len(log.scored)
                 with progress.stage(title, num_wanted, done=before) as advance:
                     left = jobs[log.num_jobs :]
                     system = make() if left else None
                     for job in left:
                         assert system is not None
-                        judged = _run_job(system, job, protocol, check)
-                        log.append(judged)
-                        num_right = sum(one.correct for one in log.judged)
-                        note = f"{num_right / len(log.judged):.1%} right"
-                        advance(len(judged), note=note)
+                        scored = _run_job(system, job, protocol, check)
+                        log.append(scored)
+                        num_right = sum(one.correct for one in log.scored)
+                        note = f"{num_right / len(log.scored):.1%} right"
+                        advance(len(scored), note=note)
             except KeyboardInterrupt:
                 interrupted = True
-            done.append(SystemAnswers(name=name, judged=tuple(log.judged), num_wanted=num_wanted))
+            done.append(SystemAnswers(name=name, scored=tuple(log.scored), num_wanted=num_wanted))
         if interrupted:
             return Evaluation(systems=tuple(done), interrupted=True)
     return Evaluation(systems=tuple(done), interrupted=False)
 
 
-def _run_job(system: System, job: Job, protocol: Protocol, check: Check) -> list[Judged]:
+def _run_job(system: System, job: Job, protocol: Protocol, check: Check) -> list[ScoredAnswer]:
     sampling = sampling_of(job, protocol, system.plan.sampling)
     results: list[Answer | RecmasError]
     try:
@@ -125,16 +301,16 @@ def _run_job(system: System, job: Job, protocol: Protocol, check: Check) -> list
     # Records that cannot be run share neither the batch nor its time.
     batch_size = sum(isinstance(result, Answer) for result in results)
     return [
-        _judge(result, question, job, check, batch_size)
+        _score(result, question, job, check, batch_size)
         for result, question in zip(results, job.questions, strict=True)
     ]
 
 
-def _judge(
+def _score(
     result: Answer | RecmasError, question: Question, job: Job, check: Check, batch_size: int
-) -> Judged:
+) -> ScoredAnswer:
     if isinstance(result, RecmasError):
-        return Judged(
+        return ScoredAnswer(
             id=question.record.id,
             seed=job.seed,
             rollout=job.rollout,
@@ -146,7 +322,7 @@ def _judge(
             failure=result.problems[0].message,
         )
     verdict = check(result.answer, question)
-    return Judged(
+    return ScoredAnswer(
         id=question.record.id,
         seed=job.seed,
         rollout=job.rollout,

@@ -1,18 +1,82 @@
-"""From judged answers to the figures of a report."""
+"""From checked answers to the figures of a report."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import stdev
+from statistics import NormalDist, stdev
 from typing import Any, Final
 
-from recmas_compiler.evaluation.answer_log import Judged
-from recmas_compiler.evaluation.runner import SystemAnswers
-from recmas_compiler.evaluation.statistics import Interval, mcnemar, mean, pass_at, wilson
+from recmas_compiler.evaluation.runner import ScoredAnswer, SystemAnswers
 
-# Tokens that somebody had to write: what a latent system saves.
+CONFIDENCE: Final = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Bounds of a share, from 0 to 1."""
+
+    low: float
+    high: float
+
+
+def wilson(num_right: float, num: int, *, confidence: float = CONFIDENCE) -> Interval:
+    """Return Wilson's score interval of a share.
+
+    Args:
+        num_right: May be fractional: the mean over repeated answers to the same questions.
+        num: Questions, not answers: several answers to one question are no new questions.
+        confidence: Share of such intervals that hold the true value.
+
+    Source: Wilson 1927; Brown, Cai and DasGupta 2001 recommend it for small samples.
+    """
+    if num == 0:
+        return Interval(0.0, 1.0)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = num_right / num
+    center = (share + z * z / (2 * num)) / (1 + z * z / num)
+    half = z / (1 + z * z / num) * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
+    # The bounds enclose the share; rounding must not deny it at 0 and 1.
+    return Interval(max(0.0, min(share, center - half)), min(1.0, max(share, center + half)))
+
+
+def pass_at(k: int, *, num_answers: int, num_right: int) -> float:
+    """Return the chance that at least one of `k` answers to a question is right, without bias.
+
+    Args:
+        k: At most `num_answers`.
+        num_answers: Answers drawn.
+        num_right: How many of them were right.
+
+    Source: Chen et al. 2021, arXiv 2107.03374, equation 1.
+    """
+    assert 1 <= k <= num_answers
+    return 1.0 - math.comb(num_answers - num_right, k) / math.comb(num_answers, k)
+
+
+def mcnemar(num_only_first: int, num_only_second: int) -> float:
+    """Return the exact two-sided p of McNemar's test: could chance alone divide them so?
+
+    Args:
+        num_only_first: Questions that only the first system has right.
+        num_only_second: Questions that only the second has right.
+    """
+    num = num_only_first + num_only_second
+    fewer = min(num_only_first, num_only_second)
+    tail = sum(math.comb(num, i) for i in range(fewer + 1))
+    # Both may be larger than any float; the division of integers is exact until its end.
+    return min(1.0, 2 * tail / (1 << num))
+
+
+def mean(values: Iterable[float]) -> float:
+    """Return the mean; 0 of nothing."""
+    listed = list(values)
+    return math.fsum(listed) / len(listed) if listed else 0.0
+
+
+# Generated tokens, which a latent system saves.
 _WRITTEN: Final = ("handover_tokens", "completion_tokens")
 _ALL_TOKENS: Final = ("prompt_tokens", *_WRITTEN)
 
@@ -105,30 +169,30 @@ class Saving:
 
 def summarize(answers: SystemAnswers) -> SystemSummary:
     """Return the figures of one system; at least one answer must be there."""
-    judged = answers.judged
-    right = right_by_question(judged)
+    scored = answers.scored
+    right = right_by_question(scored)
     accuracy = mean(right.values())
     by_seed = {
-        str(seed): mean(one.correct for one in judged if one.seed == seed)
-        for seed in dict.fromkeys(one.seed for one in judged)
+        str(seed): mean(one.correct for one in scored if one.seed == seed)
+        for seed in dict.fromkeys(one.seed for one in scored)
     }
-    ran = [(one, one.answer) for one in judged if one.answer is not None]
+    ran = [(one, one.answer) for one in scored if one.answer is not None]
     return SystemSummary(
         name=answers.name,
         is_complete=answers.is_complete,
         num_questions=len(right),
-        num_answers=len(judged),
-        num_right=sum(one.correct for one in judged),
+        num_answers=len(scored),
+        num_right=sum(one.correct for one in scored),
         accuracy=accuracy,
         interval=wilson(accuracy * len(right), len(right)),
-        score=mean(one.score for one in judged),
+        score=mean(one.score for one in scored),
         by_seed=by_seed,
         sd=stdev(by_seed.values()) if len(by_seed) > 1 else None,
-        pass_at=_pass_at(judged),
+        pass_at=_pass_at(scored),
         num_no_answer=sum(one.extracted is None for one, _ in ran),
         num_cut_off=sum(answer["finish_reason"] == "length" for _, answer in ran),
         failed=tuple(
-            {"id": one.id, "reason": one.failure} for one in judged if one.failure is not None
+            {"id": one.id, "reason": one.failure} for one in scored if one.failure is not None
         ),
         usage=_means(answer["usage"] for _, answer in ran),
         rounds=mean(answer["rounds"] for _, answer in ran) if ran else None,
@@ -144,10 +208,10 @@ def compare(systems: Sequence[SystemAnswers]) -> tuple[Comparison, ...]:
     if not systems:
         return ()
     first, *others = systems
-    base = right_by_question(first.judged)
+    base = right_by_question(first.scored)
     found = []
     for other in others:
-        right = right_by_question(other.judged)
+        right = right_by_question(other.scored)
         shared = [question for question in base if question in right]
         only_system = sum(right[question] > base[question] for question in shared)
         only_against = sum(right[question] < base[question] for question in shared)
@@ -184,18 +248,18 @@ def savings(systems: Sequence[SystemSummary]) -> tuple[Saving, ...]:
     )
 
 
-def right_by_question(judged: Iterable[Judged]) -> dict[str, float]:
+def right_by_question(scored: Iterable[ScoredAnswer]) -> dict[str, float]:
     """Return the share of right answers to every question, in the order of the questions."""
     answers: defaultdict[str, list[bool]] = defaultdict(list)
-    for one in judged:
+    for one in scored:
         answers[one.id].append(one.correct)
     return {question: mean(verdicts) for question, verdicts in answers.items()}
 
 
-def _pass_at(judged: Sequence[Judged]) -> dict[str, float]:
+def _pass_at(scored: Sequence[ScoredAnswer]) -> dict[str, float]:
     """Return pass@k for powers of two and for all answers; questions asked less often are out."""
     answers: defaultdict[str, list[bool]] = defaultdict(list)
-    for one in judged:
+    for one in scored:
         answers[one.id].append(one.correct)
     num = max(map(len, answers.values()), default=0)
     if num < 2:

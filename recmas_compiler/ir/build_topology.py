@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
 
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.sources import describe_backbone
@@ -16,23 +15,25 @@ from recmas_compiler.ir.ops import (
     BuildOptions,
     Level,
     Link,
-    LinkWeights,
     System,
 )
-from recmas_compiler.links.link_file import LinkFileError, Role, link_kind, misfit, read_link_header
+from recmas_compiler.links.files import (
+    End,
+    LinkFileError,
+    LinkWeights,
+    fitting_kind,
+    read_link_header,
+)
 from recmas_compiler.spec.document.places import Loc, is_file, is_folder, path_of
 from recmas_compiler.spec.document.problems import in_reading_order, problem_at
 from recmas_compiler.spec.schema.answer import ToolsSection
 from recmas_compiler.spec.schema.sections import WeightsSection
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import Problem, RecmasError
+from recmas_runtime.formats.ids import link_name
+from recmas_runtime.formats.link_kinds import LinkRole
 from recmas_runtime.formats.plan import PythonPlan, SamplingPlan, SearchPlan, StopPlan, ToolsPlan
-
-# The layer kinds that a target has operators for.
-TARGET_LAYERS: Final[Mapping[str, frozenset[str]]] = {
-    "onnx": frozenset({"full", "sliding"}),
-    "tensorrt": frozenset({"full", "sliding"}),
-}
+from recmas_runtime.formats.targets import TARGETS
 
 
 def build_topology(
@@ -91,7 +92,7 @@ def _beyond_backbone(spec: Spec, name: str, facts: BackboneFacts) -> list[Proble
     document = spec.document
     problems = []
     target = document.build.target
-    foreign = [i for i, kind in enumerate(facts.attention) if kind not in TARGET_LAYERS[target]]
+    foreign = [i for i, kind in enumerate(facts.attention) if kind not in TARGETS[target].layers]
     if foreign:
         message = (
             f"{len(foreign)} of {facts.num_layers} layers of `{name}` ({facts.model_type}) keep a "
@@ -158,7 +159,7 @@ def _link(
     read_from, write_to = facts.get(agents[source].backbone), facts.get(agents[target].backbone)
     if read_from is None or write_to is None:
         return None
-    loc: Loc = ("links", f"{source} -> {target}")
+    loc: Loc = ("links", link_name(source, target))
     weights = _weights(spec, loc, section, "outer", read_from, write_to, problems)
     if weights is None:
         return None
@@ -175,7 +176,7 @@ def _weights(
     spec: Spec,
     loc: Loc,
     section: WeightsSection,
-    role: Role,
+    role: LinkRole,
     source: BackboneFacts,
     target: BackboneFacts,
     problems: list[Problem],
@@ -189,25 +190,19 @@ def _weights(
             kind=section.kind, init=section.init, file=None, in_dim=in_dim, out_dim=out_dim
         )
     file = path_of(section.weights, spec.base_dir)
-    hint = "Use a link that was made for these two backbones, or `init: aligned`."
     try:
-        header = read_link_header(file)
-        kind = link_kind(header, role)
-        why = misfit(header, kind, role, in_dim=in_dim, out_dim=out_dim)
-        if section.kind not in (None, kind):
-            why = f"it is of kind `{kind}`, not `{section.kind}`"
-            hint = "Leave `kind` out: the file knows it."
-        for end, facts in (("source", source), ("target", target)):
-            made_for = header.metadata.get(end, facts.identity)
-            if why is None and made_for != facts.identity:
-                why = f"it was made for the {end} `{made_for}`, but this is `{facts.identity}`"
+        kind = fitting_kind(
+            read_link_header(file),
+            role,
+            kind=section.kind,
+            source=End(in_dim, source.identity),
+            target=End(out_dim, target.identity),
+        )
     except LinkFileError as error:
-        kind, why = "projected", str(error)
-        hint = "Copy it again, or train the link anew."
+        message = f"the link file `{section.weights}` cannot be used here: {error}."
+        hint = error.hint
         if not is_file(file):
             hint = "Correct the path, which is relative to the spec."
-    if why is not None:
-        message = f"the link file `{section.weights}` cannot be used here: {why}."
         place = spec.position(*loc, "weights")
         problems.append(problem_at(place, "RM120", message, hint=hint))
         return None

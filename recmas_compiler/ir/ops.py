@@ -12,7 +12,9 @@ from enum import IntEnum
 from typing import Final, Literal
 
 from recmas_compiler.backbones.facts import BackboneFacts
+from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.spec.document.places import SourcePosition
+from recmas_runtime.formats.ids import outer_link_id
 from recmas_runtime.formats.plan import (
     Limits,
     PromptPart,
@@ -32,10 +34,6 @@ class Level(IntEnum):
     TOPOLOGY = 0  # agents and links, as declared
     UNROLLED = 1  # a program of steps; rounds are gone, no cycle is left
     PLANNED = 2  # every step knows its cache; can be lowered
-
-
-LinkKind = Literal["residual", "ln_residual", "projected"]
-LinkInit = Literal["aligned", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,25 +59,6 @@ class Backbone:
     def engine_identity(self) -> tuple[str, str, str]:
         """What backbones have in common that can share weights and engine."""
         return self.facts.identity, self.dtype, self.precision
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinkWeights:
-    """Where a link's weights come from: a closed-form or random start, or a file.
-
-    Attributes:
-        kind: Form of the link (see the specs' README).
-        init: Used when there is no file.
-        file: Absolute path of a safetensors file, or None.
-        in_dim: Width of what it reads.
-        out_dim: Width of what it writes.
-    """
-
-    kind: LinkKind
-    init: LinkInit
-    file: str | None
-    in_dim: int
-    out_dim: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +109,7 @@ class Link:
     @property
     def id(self) -> str:
         """The link's name in logs, traces and bundles: `SOURCE->TARGET`."""
-        return f"{self.source}->{self.target}"
+        return outer_link_id(self.source, self.target)
 
     def sent_in(self, round_: int) -> int:
         """Return the round in which was sent what is seen in `round_`; below 1 for none yet."""
@@ -170,7 +149,7 @@ class Prefill:
         reuse: Id of the earlier Prefill of the same agents whose leading rows are kept; None
             recomputes everything.
         prefix_of: Id of an earlier Prefill of other agents, whose leading rows are copied as far as
-            prompts begin alike; None for none.
+            prompts share a prefix; None for none.
         cache: Set by PlanCaches.
     """
 
@@ -215,7 +194,7 @@ class Send:
     @property
     def links(self) -> tuple[str, ...]:
         """Ids of the outer links, one per target."""
-        return tuple(f"{self.source}->{target}" for target in self.targets)
+        return tuple(outer_link_id(self.source, target) for target in self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,7 +289,7 @@ def think_id(round_: int, agents: tuple[str, ...]) -> str:
 
 def send_id(round_: int, source: str, targets: tuple[str, ...]) -> str:
     """Return the id of a Send: `r1/planner->critic/send`, or `r1/planner->critic+solver/send`."""
-    return f"r{round_}/{source}->{'+'.join(targets)}/send"
+    return f"r{round_}/{outer_link_id(source, '+'.join(targets))}/send"
 
 
 def decode_id(round_: int, agent: str) -> str:

@@ -25,7 +25,6 @@ from recmas_compiler.ir.ops import (
     Decode,
     Level,
     Link,
-    LinkWeights,
     NodeOp,
     Prefill,
     Send,
@@ -33,6 +32,7 @@ from recmas_compiler.ir.ops import (
     Think,
 )
 from recmas_compiler.ir.routing import route_messages
+from recmas_compiler.links.files import LinkWeights
 from recmas_runtime.core.text import aligned
 from recmas_runtime.formats.plan import PromptPart
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Decode, Prefill, Send
+from recmas_runtime.formats.ids import outer_link_id
 from recmas_runtime.formats.plan import Message, SentMessage
 
 
@@ -24,7 +25,7 @@ def route_messages(graph: Graph, prefill_id: str) -> dict[Message, str]:
     found = {}
     for agent, variant in zip(op.agents, op.variants, strict=True):
         for slot in dict.fromkeys(graph.system.agents[agent].slots(variant)):
-            link = graph.system.links[f"{slot}->{agent}"]
+            link = graph.system.links[outer_link_id(slot, agent)]
             round_ = link.sent_in(op.round)
             if (link.id, round_) in sends:
                 message = Message(agent=agent, slot=slot, link=link.id, round=round_)

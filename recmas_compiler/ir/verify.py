@@ -13,7 +13,6 @@ from recmas_compiler.ir.ops import (
     Flow,
     Level,
     Link,
-    LinkWeights,
     NodeOp,
     Prefill,
     Send,
@@ -21,9 +20,11 @@ from recmas_compiler.ir.ops import (
     Think,
 )
 from recmas_compiler.ir.routing import route_messages
-from recmas_compiler.ir.sizes import DTYPE_BYTES, QUANTIZED
+from recmas_compiler.links.files import LinkWeights
 from recmas_runtime.core.errors import Problem, RecmasError
+from recmas_runtime.formats.ids import inner_link_id, outer_link_id, path_text
 from recmas_runtime.formats.plan import CACHE_ROWS_MULTIPLE, Variant
+from recmas_runtime.formats.precisions import DTYPE_BYTES, buildable
 
 MAX_ROUNDS = 64
 MAX_LATENT_STEPS = 4096
@@ -96,7 +97,7 @@ def _unknown_dtypes(graph: Graph) -> Iterator[str]:
 
 
 def _unknown_precisions(graph: Graph) -> Iterator[str]:
-    known = ("float32", *QUANTIZED)
+    known = buildable()
     yield from (n for n, b in graph.system.backbones.items() if b.precision not in known)
 
 
@@ -105,7 +106,7 @@ def _misfitting_links(graph: Graph) -> Iterator[str]:
     width = {name: system.backbone_of(name).facts.width for name in system.agents}
     for name, agent in system.agents.items():
         if _ends(agent.inner) != (width[name], width[name]):
-            yield f"{name}.inner"
+            yield inner_link_id(name)
     for link in system.links.values():
         if _ends(link.weights) != (width[link.source], width[link.target]):
             yield link.id
@@ -118,7 +119,7 @@ def _ends(weights: LinkWeights) -> tuple[int, int]:
 def _slots_without_link(graph: Graph) -> Iterator[str]:
     for agent in graph.system.agents.values():
         for slot in (*agent.slots("first"), *agent.slots("then")):
-            if f"{slot}->{agent.name}" not in graph.system.links:
+            if outer_link_id(slot, agent.name) not in graph.system.links:
                 yield agent.name
 
 
@@ -131,7 +132,7 @@ def _links_without_slot(graph: Graph) -> Iterator[str]:
 def _never_filled(graph: Graph) -> Iterator[str]:
     for agent in graph.system.agents.values():
         for slot in agent.slots("first"):
-            if graph.system.links[f"{slot}->{agent.name}"].feedback:
+            if graph.system.links[outer_link_id(slot, agent.name)].feedback:
                 yield agent.name
 
 
@@ -157,7 +158,7 @@ def _not_the_agents(graph: Graph) -> Iterator[str]:
 
 
 def _not_the_links(graph: Graph) -> Iterator[str]:
-    edges = {f"{edge.source}->{edge.target}": edge.op for edge in graph.edges()}
+    edges = {outer_link_id(edge.source, edge.target): edge.op for edge in graph.edges()}
     links = graph.system.links
     for link_id, op in edges.items():
         if not isinstance(op, Link) or op != links.get(link_id):
@@ -166,7 +167,7 @@ def _not_the_links(graph: Graph) -> Iterator[str]:
 
 
 def _cycles_within_round(graph: Graph) -> Iterator[str]:
-    yield from (" -> ".join((*cycle, cycle[0])) for cycle in graph.without_feedback().cycles())
+    yield from (path_text(*cycle, cycle[0]) for cycle in graph.without_feedback().cycles())
 
 
 def _planned_caches(graph: Graph) -> Iterator[str]:
@@ -214,11 +215,11 @@ def _wrong_flows(graph: Graph) -> Iterator[str]:
     for edge in graph.edges():
         ends = (type(graph.op(edge.source)), type(graph.op(edge.target)))
         if not isinstance(edge.op, Flow) or FLOWS.get(ends) != edge.op.carries:
-            yield f"{edge.source} -> {edge.target}"
+            yield path_text(edge.source, edge.target)
 
 
 def _cycles(graph: Graph) -> Iterator[str]:
-    yield from (" -> ".join((*cycle, cycle[0])) for cycle in graph.cycles())
+    yield from (path_text(*cycle, cycle[0]) for cycle in graph.cycles())
 
 
 def _not_one_decode(graph: Graph) -> Iterator[str]:
@@ -318,7 +319,7 @@ def _wrong_variants(graph: Graph) -> Iterator[str]:
 
 def _variant(system: System, name: str, round_: int) -> Variant:
     agent = system.agents[name]
-    feedback = any(system.links[f"{slot}->{name}"].feedback for slot in agent.slots("then"))
+    feedback = any(system.links[outer_link_id(slot, name)].feedback for slot in agent.slots("then"))
     return "first" if round_ == 1 and feedback and agent.first is not None else "then"
 
 
@@ -340,7 +341,7 @@ def _wrong_messages(graph: Graph) -> Iterator[str]:
 
 def _is_due(system: System, slot: str, agent: str, round_: int) -> bool:
     """Return whether a message was sent for this slot and has any latent steps in it."""
-    sent_in = system.links[f"{slot}->{agent}"].sent_in(round_)
+    sent_in = system.links[outer_link_id(slot, agent)].sent_in(round_)
     return sent_in >= 1 and system.agents[slot].latent_steps > 0
 
 

@@ -1,7 +1,6 @@
-"""The six forms of a link: three kinds, each as inner and as outer link.
+"""Links as torch modules: made, drawn at random, saved to files and loaded from them.
 
-Each forward is its formula. Parameter names are those of the released weights, so a state dict is
-a checkpoint. GELU is exact (erf). Shapes: h is [..., in_dim], the result [..., out_dim].
+Shapes: h is [..., in_dim], the result [..., out_dim].
 """
 
 from __future__ import annotations
@@ -9,133 +8,82 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Final, Literal
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from recmas_compiler.ir.ops import LinkKind
-
-Role = Literal["inner", "outer"]
-
-LAYER_NORM_EPS = 1e-5
-
-
-class ResidualInner(nn.Module):
-    """h + W2 gelu(W1 h), no biases: the inner link of the paper."""
-
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        assert in_dim == out_dim, "an inner link keeps the width"
-        super().__init__()
-        self.proj1 = nn.Linear(in_dim, in_dim, bias=False)
-        self.proj2 = nn.Linear(in_dim, in_dim, bias=False)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Map hidden states to input embeddings of the same backbone."""
-        y: Tensor = h + self.proj2(gelu(self.proj1(h)))
-        return y
-
-
-class ResidualOuter(nn.Module):
-    """W3 h + W2 gelu(W1 h), no biases: the outer link of the paper."""
-
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.proj1 = nn.Linear(in_dim, out_dim, bias=False)
-        self.proj2 = nn.Linear(out_dim, out_dim, bias=False)
-        self.residual_proj = nn.Linear(in_dim, out_dim, bias=False)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Map input embeddings of the source to input embeddings of the target."""
-        y: Tensor = self.residual_proj(h) + self.proj2(gelu(self.proj1(h)))
-        return y
-
-
-class LnResidualInner(nn.Module):
-    """LN_post(h + W2 gelu(W1 LN_pre(h))): the inner link of the released weights."""
-
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        assert in_dim == out_dim, "an inner link keeps the width"
-        super().__init__()
-        self.pre_ln = nn.LayerNorm(in_dim, eps=LAYER_NORM_EPS)
-        self.proj1 = nn.Linear(in_dim, in_dim)
-        self.proj2 = nn.Linear(in_dim, in_dim)
-        self.post_ln = nn.LayerNorm(in_dim, eps=LAYER_NORM_EPS)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Map hidden states to input embeddings of the same backbone."""
-        y: Tensor = self.post_ln(h + self.proj2(gelu(self.proj1(self.pre_ln(h)))))
-        return y
-
-
-class LnResidualOuter(nn.Module):
-    """LN_target(W3 h + W2 gelu(W1 LN_source(h))): the outer link of the released weights."""
-
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.ln_source = nn.LayerNorm(in_dim, eps=LAYER_NORM_EPS)
-        self.proj1 = nn.Linear(in_dim, 2 * out_dim)
-        self.proj2 = nn.Linear(2 * out_dim, out_dim)
-        self.residual_proj = nn.Linear(in_dim, out_dim)
-        self.ln_target = nn.LayerNorm(out_dim, eps=LAYER_NORM_EPS)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Map input embeddings of the source to input embeddings of the target."""
-        update = self.proj2(gelu(self.proj1(self.ln_source(h))))
-        y: Tensor = self.ln_target(self.residual_proj(h) + update)
-        return y
-
-
-class ProjectedInner(nn.Module):
-    """W3 h + W2 gelu(W1 LN(h)): the inner link of new systems."""
-
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        assert in_dim == out_dim, "an inner link keeps the width"
-        super().__init__()
-        self.pre_ln = nn.LayerNorm(in_dim, eps=LAYER_NORM_EPS)
-        self.proj1 = nn.Linear(in_dim, out_dim)
-        self.proj2 = nn.Linear(out_dim, out_dim)
-        self.residual_proj = nn.Linear(in_dim, out_dim)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Map hidden states to input embeddings of the same backbone."""
-        y: Tensor = self.residual_proj(h) + self.proj2(gelu(self.proj1(self.pre_ln(h))))
-        return y
-
-
-class ProjectedOuter(nn.Module):
-    """W3 h + W2 gelu(W1 LN(h)): the outer link of new systems."""
-
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.ln_source = nn.LayerNorm(in_dim, eps=LAYER_NORM_EPS)
-        self.proj1 = nn.Linear(in_dim, out_dim)
-        self.proj2 = nn.Linear(out_dim, out_dim)
-        self.residual_proj = nn.Linear(in_dim, out_dim)
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Map input embeddings of the source to input embeddings of the target."""
-        y: Tensor = self.residual_proj(h) + self.proj2(gelu(self.proj1(self.ln_source(h))))
-        return y
-
-
-LINKS: Final[Mapping[tuple[LinkKind, Role], type[nn.Module]]] = MappingProxyType(
-    {
-        ("residual", "inner"): ResidualInner,
-        ("residual", "outer"): ResidualOuter,
-        ("ln_residual", "inner"): LnResidualInner,
-        ("ln_residual", "outer"): LnResidualOuter,
-        ("projected", "inner"): ProjectedInner,
-        ("projected", "outer"): ProjectedOuter,
-    }
+from recmas_compiler.links.files import (
+    End,
+    LinkFileError,
+    LinkWeights,
+    fitting_kind,
+    read_link_header,
 )
+from recmas_compiler.spec.document.places import UNKNOWN, SourcePosition
+from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.formats.link_kinds import FORMS, LAYER_NORM_EPSILON, LinkKind, LinkRole
 
 
-def make_link(kind: LinkKind, role: Role, in_dim: int, out_dim: int) -> nn.Module:
+class LinkModule(nn.Module):
+    """A link of any kind: post?(S h + W2 gelu(W1 pre?(h))), with the parts that its form has.
+
+    Parameters have the released names, so a state dict is a checkpoint.
+    """
+
+    def __init__(self, kind: LinkKind, role: LinkRole, in_dim: int, out_dim: int) -> None:
+        assert role == "outer" or in_dim == out_dim, "an inner link keeps the width"
+        super().__init__()
+        self.kind, self.role, self.form = kind, role, FORMS[kind, role]
+        layers = {
+            name: nn.Linear(inputs, outputs, bias=self.form.has_biases)
+            for name, (outputs, inputs) in self.form.layers(in_dim, out_dim).items()
+        }
+        # Random starts and optimizers go through the parts in this order.
+        if self.form.pre is not None:
+            self.add_module(self.form.pre, nn.LayerNorm(in_dim, eps=LAYER_NORM_EPSILON))
+        self.proj1, self.proj2 = layers["proj1"], layers["proj2"]
+        self.residual_proj = layers.get("residual_proj")
+        if self.form.post is not None:
+            self.add_module(self.form.post, nn.LayerNorm(out_dim, eps=LAYER_NORM_EPSILON))
+
+    @property
+    def pre_norm(self) -> nn.LayerNorm | None:
+        """The norm of what W1 reads."""
+        return self._norm(self.form.pre)
+
+    @property
+    def post_norm(self) -> nn.LayerNorm | None:
+        """The norm of the sum."""
+        return self._norm(self.form.post)
+
+    def _norm(self, name: str | None) -> nn.LayerNorm | None:
+        norm: nn.LayerNorm | None = None if name is None else getattr(self, name)
+        return norm
+
+    def branch(self, h: Tensor) -> Tensor:
+        """Return the hidden units, gelu(W1 pre?(h))."""
+        normed = h if self.pre_norm is None else self.pre_norm(h)
+        return gelu(self.proj1(normed))
+
+    def unnormed(self, h: Tensor) -> Tensor:
+        """Return the sum before the last norm, S h + W2 gelu(W1 pre?(h))."""
+        straight = h if self.residual_proj is None else self.residual_proj(h)
+        y: Tensor = straight + self.proj2(self.branch(h))
+        return y
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Map hidden states or input embeddings to input embeddings of the target."""
+        y = self.unnormed(h)
+        return y if self.post_norm is None else self.post_norm(y)
+
+
+def make_link(kind: LinkKind, role: LinkRole, in_dim: int, out_dim: int) -> LinkModule:
     """Return a new link in float32; its weights are torch's defaults until they are set."""
-    return LINKS[kind, role](in_dim, out_dim)
+    return LinkModule(kind, role, in_dim, out_dim)
 
 
 def randomize(link: nn.Module, *, link_id: str, seed: int = 0) -> None:
@@ -159,3 +107,112 @@ def seeded_generator(name: str) -> torch.Generator:
     """Return a random generator that depends on `name` only."""
     digest = hashlib.sha256(name.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def save_link(
+    path: Path, link: nn.Module, *, source: str | None = None, target: str | None = None
+) -> None:
+    """Write a link's weights in float32.
+
+    Args:
+        path: The safetensors file.
+        link: From `make_link`.
+        source: Identity of the backbone it reads from; with it, the file refuses others.
+        target: Identity of the backbone it writes for.
+    """
+    assert isinstance(link, LinkModule), "only links have a kind"
+    tensors = {
+        name: weight.detach().to("cpu", torch.float32).contiguous()
+        for name, weight in link.state_dict().items()
+    }
+    save_link_tensors(path, tensors, kind=link.kind, source=source, target=target)
+
+
+def save_link_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    kind: LinkKind,
+    source: str | None = None,
+    target: str | None = None,
+) -> None:
+    """Write a link's weights as they are, in their own element types.
+
+    Args:
+        path: The safetensors file.
+        tensors: All of the link's, contiguous, none sharing memory.
+        kind: Form of the link.
+        source: Identity of the backbone it reads from; with it, the file refuses others.
+        target: Identity of the backbone it writes for.
+    """
+    in_dim, out_dim = link_widths(tensors)
+    metadata = {
+        "kind": kind,
+        "in_dim": str(in_dim),
+        "out_dim": str(out_dim),
+        **{k: v for k, v in (("source", source), ("target", target)) if v is not None},
+    }
+    save_file(dict(tensors), path, metadata=metadata)
+
+
+def link_widths(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Return the widths that a link reads and writes."""
+    return tensors["proj1.weight"].shape[1], tensors["proj2.weight"].shape[0]
+
+
+def load_declared_link(
+    weights: LinkWeights, role: LinkRole, *, source: str, target: str, where: SourcePosition
+) -> LinkModule:
+    """Load the file that a spec names for a link, and refuse it if it was made for another.
+
+    Args:
+        weights: What the spec declares; `weights.file` is the file.
+        role: Inner or outer.
+        source: Identity of the backbone that the link reads from.
+        target: Identity of the backbone that the link writes for.
+        where: Place in the spec that errors point to.
+
+    Raises:
+        RecmasError: RM120 if the file does not fit.
+    """
+    assert weights.file is not None, "the link has no file"
+    path = Path(weights.file)
+    try:
+        header = read_link_header(path)
+        fitting_kind(
+            header,
+            role,
+            kind=weights.kind,
+            source=End(weights.in_dim, source),
+            target=End(weights.out_dim, target),
+        )
+        return load_link(path, weights.kind, role, weights.in_dim, weights.out_dim)
+    except LinkFileError as error:
+        raise _refusal(path, str(error), where) from error
+
+
+def load_link(path: Path, kind: LinkKind, role: LinkRole, in_dim: int, out_dim: int) -> LinkModule:
+    """Load a link in float32 from a file whose header is known to fit.
+
+    Raises:
+        LinkFileError: The file cannot be read, or holds NaN or infinity.
+    """
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise LinkFileError(str(error)) from error
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise LinkFileError(f"`{name}` holds NaN or infinity")
+    link = make_link(kind, role, in_dim, out_dim)
+    link.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
+    return link
+
+
+def _refusal(path: Path, why: str, where: SourcePosition) -> RecmasError:
+    """Return the error that names the file and the place in the spec."""
+    message = f"link file {path} cannot be used: {why}"
+    hint = "Use a link that was made for these backbones, or `init: aligned`."
+    if where == UNKNOWN:
+        return fail("RM120", message, hint=hint)
+    return fail("RM120", message, hint=hint, file=where.file, line=where.line, column=where.column)

@@ -1,7 +1,7 @@
 """Trained links beside a spec: where they are, whether they fit, and the spec that uses them.
 
-`recmasc train` writes a folder with one file per link and a receipt that vouches for each by its
-hash. Nothing here loads a weight.
+`recmasc train` writes a folder with one file per link and a receipt with the hash of each. Nothing
+here loads a weight.
 """
 
 from __future__ import annotations
@@ -10,22 +10,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
-from recmas_compiler.links.link_file import (
-    LinkFileError,
-    Role,
-    link_kind,
-    misfit,
-    read_link_header,
-)
+from recmas_compiler.links.files import End, LinkFileError, fitting_kind, read_link_header
 from recmas_compiler.spec.document.places import Loc, is_file, path_of
 from recmas_compiler.spec.document.problems import problem_at
-from recmas_compiler.spec.schema.link_names import link_ends, outer_link_id
 from recmas_compiler.spec.schema.sections import InnerSection, LinkSection, WeightsSection
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.core.files import sha256_of
+from recmas_runtime.formats.ids import inner_link_id, link_ends, link_file_name, outer_link_id
+from recmas_runtime.formats.link_kinds import LinkRole
 
 RECEIPT_NAME: Final = "receipt.json"
 RECEIPT_VERSION: Final = 1
@@ -34,13 +29,6 @@ LINKS_FOLDER: Final = "links"
 _MAX_RECEIPT_BYTES: Final = 16 * 2**20
 
 Link = TypeVar("Link", InnerSection, LinkSection)
-
-
-class End(NamedTuple):
-    """What a link needs to know of the backbone at one of its ends."""
-
-    width: int
-    identity: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +55,9 @@ def links_folder(spec: Spec) -> Path | None:
     return None if train is None else path_of(_setting(spec), spec.base_dir)
 
 
-def link_file_name(link_id: str) -> str:
-    """Return the name of a link's file, as in bundles: `inner.a.safetensors`, `outer.a.b...`."""
-    source, arrow, target = link_id.partition("->")
-    stem = f"outer.{source}.{target}" if arrow else f"inner.{link_id.removesuffix('.inner')}"
-    return f"{stem}.safetensors"
-
-
 def has_trained_links(spec: Spec) -> bool:
     """Tell whether trained links lie beside a spec, whether they fit or not."""
-    folder = links_folder(spec)
-    return folder is not None and read_receipt(folder / RECEIPT_NAME) is not None
+    return _folder_and_receipt(spec) is not None
 
 
 def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | None:
@@ -87,24 +67,24 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
         spec: A checked spec.
         ends: What each agent's backbone is.
     """
-    folder = links_folder(spec)
-    receipt = None if folder is None else read_receipt(folder / RECEIPT_NAME)
-    if folder is None or receipt is None:
+    found = _folder_and_receipt(spec)
+    if found is None:
         return None
-    home, digests, entries = folder, vouched_digests(receipt), receipt.get("links", {})
+    folder, receipt = found
+    digests, entries = verified_digests(receipt), receipt.get("links", {})
     used: list[str] = []
     untrained: list[str] = []
     warnings: list[Problem] = []
     settled: set[Problem] = set()
 
-    def trained(link_id: str, role: Role, agents: tuple[str, str], section: Link, loc: Loc) -> Link:
-        file = home / link_file_name(link_id)
+    def trained(link_id: str, role: LinkRole, section: Link, loc: Loc) -> Link:
+        file = folder / link_file_name(link_id)
         if link_id not in digests:
             return section
-        source, target = (ends[agent] for agent in agents)
+        source, target = (ends[agent] for agent in link_ends(link_id))
         why = _why_unfit(file, digests[link_id], role, section, source=source, target=target)
         if why is not None:
-            message = f"the trained link `{file}` is left aside: {why}."
+            message = f"the trained link `{file}` is ignored: {why}."
             hint = "Train it anew, or delete it."
             place = spec.position(*loc)
             warnings.append(problem_at(place, "RM751", message, hint=hint, severity="warning"))
@@ -121,16 +101,12 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
     document = spec.document
     agents = {
         name: agent.model_copy(
-            update={
-                "inner": trained(
-                    f"{name}.inner", "inner", (name, name), agent.inner, ("agents", name)
-                )
-            }
+            update={"inner": trained(inner_link_id(name), "inner", agent.inner, ("agents", name))}
         )
         for name, agent in document.agents.items()
     }
     links = {
-        name: trained(outer_link_id(name), "outer", link_ends(name), link, ("links", name))
+        name: trained(outer_link_id(*link_ends(name)), "outer", link, ("links", name))
         for name, link in document.links.items()
     }
     update = {"agents": agents, "links": links}
@@ -146,6 +122,12 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
     )
 
 
+def _folder_and_receipt(spec: Spec) -> tuple[Path, dict[str, Any]] | None:
+    folder = links_folder(spec)
+    receipt = None if folder is None else read_receipt(folder / RECEIPT_NAME)
+    return None if folder is None or receipt is None else (folder, receipt)
+
+
 def read_receipt(path: Path) -> dict[str, Any] | None:
     """Return a training receipt; None if there is none, or none of this version."""
     if not is_file(path) or path.stat().st_size > _MAX_RECEIPT_BYTES:
@@ -158,7 +140,7 @@ def read_receipt(path: Path) -> dict[str, Any] | None:
     return receipt if is_receipt else None
 
 
-def vouched_digests(receipt: Mapping[str, Any]) -> dict[str, str]:
+def verified_digests(receipt: Mapping[str, Any]) -> dict[str, str]:
     """Return the sha256 that a receipt gives for each link's file, by link id."""
     entries = receipt.get("links")
     if not isinstance(entries, dict):
@@ -170,7 +152,7 @@ def vouched_digests(receipt: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _warnings_about_start(spec: Spec, role: Role, loc: Loc) -> list[Problem]:
+def _warnings_about_start(spec: Spec, role: LinkRole, loc: Loc) -> list[Problem]:
     """Return what was said about the start of a link, which trained weights make void."""
     init = spec.places.key((*loc, *(("inner",) if role == "inner" else ()), "init"))
     place = problem_at(init, "RM152", "")
@@ -189,20 +171,14 @@ def _setting(spec: Spec) -> str:
 
 
 def _why_unfit(
-    file: Path, digest: str, role: Role, section: WeightsSection, *, source: End, target: End
+    file: Path, digest: str, role: LinkRole, section: WeightsSection, *, source: End, target: End
 ) -> str | None:
     """Return why a trained link does not fit the spec, or None if it does."""
     try:
         header = read_link_header(file)
-        kind = link_kind(header, role)
+        if sha256_of(file) != digest:
+            return "it is not the file that its receipt vouches for"
+        fitting_kind(header, role, kind=section.kind, source=source, target=target)
     except LinkFileError as error:
         return str(error)
-    if sha256_of(file) != digest:
-        return "it is not the file that its receipt vouches for"
-    if section.kind not in (None, kind):
-        return f"it is of kind `{kind}`, the spec says `{section.kind}`"
-    for end, backbone in (("source", source), ("target", target)):
-        made_for = header.metadata.get(end, backbone.identity)
-        if made_for != backbone.identity:
-            return f"its {end} is the backbone `{made_for}`, here it is `{backbone.identity}`"
-    return misfit(header, kind, role, in_dim=source.width, out_dim=target.width)
+    return None

@@ -6,18 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar, cast
 
-from recmas_compiler.links.link_file import LinkFileError, Role, link_kind, read_link_header
+from recmas_compiler.links.files import LinkFileError, link_kind, read_link_header
 from recmas_compiler.spec.document.places import Loc, path_of
 from recmas_compiler.spec.document.problems import problem_at
-from recmas_compiler.spec.schema.link_names import outer_link_id
-from recmas_compiler.spec.schema.sections import InnerSection, LinkKind, LinkSection, WeightsSection
+from recmas_compiler.spec.schema.sections import InnerSection, LinkSection, WeightsSection
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.formats.ids import inner_link_id, link_ends, outer_link_id
+from recmas_runtime.formats.link_kinds import LinkKind, LinkRole
 
 Link = TypeVar("Link", InnerSection, LinkSection)
 
 # Says of which kind a link with trained weights is: its id, its role, its place and its settings.
-KindOf = Callable[[str, Role, Loc, WeightsSection], LinkKind]
+KindOf = Callable[[str, LinkRole, Loc, WeightsSection], LinkKind]
 
 
 def untrained_links(spec: Spec, *, kinds: Mapping[str, str] | None = None) -> Spec:
@@ -34,7 +35,7 @@ def untrained_links(spec: Spec, *, kinds: Mapping[str, str] | None = None) -> Sp
             be read.
     """
 
-    def kind_of(link_id: str, role: Role, loc: Loc, section: WeightsSection) -> LinkKind:
+    def kind_of(link_id: str, role: LinkRole, loc: Loc, section: WeightsSection) -> LinkKind:
         known = section.kind or cast("LinkKind | None", (kinds or {}).get(link_id))
         return known or _kind_in_file(spec, role, loc, section)
 
@@ -54,27 +55,27 @@ def without_link_files(spec: Spec, kind_of: KindOf) -> Spec:
         name: agent.model_copy(
             update={
                 "inner": _start(
-                    agent.inner, f"{name}.inner", "inner", ("agents", name, "inner"), kind_of
+                    agent.inner, inner_link_id(name), "inner", ("agents", name, "inner"), kind_of
                 )
             }
         )
         for name, agent in document.agents.items()
     }
     links = {
-        name: _start(link, outer_link_id(name), "outer", ("links", name), kind_of)
+        name: _start(link, outer_link_id(*link_ends(name)), "outer", ("links", name), kind_of)
         for name, link in document.links.items()
     }
     return replace(spec, document=document.model_copy(update={"agents": agents, "links": links}))
 
 
-def _start(section: Link, link_id: str, role: Role, loc: Loc, kind_of: KindOf) -> Link:
+def _start(section: Link, link_id: str, role: LinkRole, loc: Loc, kind_of: KindOf) -> Link:
     if section.weights is None:
         return section
     kind = kind_of(link_id, role, loc, section)
     return section.model_copy(update={"kind": kind, "init": "aligned", "weights": None})
 
 
-def _kind_in_file(spec: Spec, role: Role, loc: Loc, section: WeightsSection) -> LinkKind:
+def _kind_in_file(spec: Spec, role: LinkRole, loc: Loc, section: WeightsSection) -> LinkKind:
     assert section.weights is not None, "only a link with a file has its kind in there"
     try:
         return link_kind(read_link_header(path_of(section.weights, spec.base_dir)), role)

@@ -10,13 +10,14 @@ from torch import nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import LinkWeights
-from recmas_compiler.links.checkpoint import load_declared_link
 from recmas_compiler.links.closed_form.aligned import Alignment, align_inner, align_outer
 from recmas_compiler.links.closed_form.calibration import Calibration, calibrate
-from recmas_compiler.links.modules import Role, make_link, randomize
+from recmas_compiler.links.files import LinkWeights
+from recmas_compiler.links.modules import load_declared_link, make_link, randomize
 from recmas_compiler.spec.document.places import SourcePosition
 from recmas_runtime.core.progress import Progress
+from recmas_runtime.formats.ids import inner_link_id
+from recmas_runtime.formats.link_kinds import LinkRole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class MaterializedLink:
 
     module: nn.Module
     weights: LinkWeights
-    role: Role
+    role: LinkRole
     source: str
     target: str
     init: Literal["file", "aligned", "random"]
@@ -45,11 +46,6 @@ class MaterializedLink:
     def cosine(self) -> float | None:
         """Cosine of the closed form on held-out samples."""
         return None if self.alignment is None else self.alignment.cosine
-
-
-def inner_link_id(agent: str) -> str:
-    """Return the id of an agent's inner link."""
-    return f"{agent}.inner"
 
 
 def materialize_links(
@@ -75,7 +71,7 @@ def materialize_links(
     system = program.system
     calibrations: dict[str, Calibration] = {}
 
-    def align(link_id: str, module: nn.Module, ends: tuple[str, str], role: Role) -> Alignment:
+    def align(link_id: str, module: nn.Module, ends: tuple[str, str], role: LinkRole) -> Alignment:
         source, target = (system.backbone_of(agent).name for agent in ends)
         if role == "outer":
             return align_outer(module, backbones[source], backbones[target], link_id=link_id)
@@ -87,7 +83,11 @@ def materialize_links(
         return align_inner(module, calibrations[source], link_id=link_id)
 
     def make(
-        link_id: str, weights: LinkWeights, role: Role, ends: tuple[str, str], where: SourcePosition
+        link_id: str,
+        weights: LinkWeights,
+        role: LinkRole,
+        ends: tuple[str, str],
+        where: SourcePosition,
     ) -> MaterializedLink:
         source, target = (system.backbone_of(agent).name for agent in ends)
         reads, writes = backbones[source].facts.identity, backbones[target].facts.identity

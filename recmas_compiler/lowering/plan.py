@@ -5,6 +5,7 @@ from __future__ import annotations
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent, Decode, Level, Prefill, Send, StepOp, System, Think
 from recmas_compiler.ir.routing import find_exits, route_messages
+from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.plan import (
     AgentPlan,
     CachePlan,
@@ -82,7 +83,7 @@ def agent_plan(system: System, name: str, *, has_first: bool = True) -> AgentPla
         system=agent.system,
         first=agent.first if has_first else None,
         then=agent.then,
-        inner=f"{name}.inner",
+        inner=inner_link_id(name),
         latent_steps=agent.latent_steps,
         chat_template=agent.chat_template,
     )

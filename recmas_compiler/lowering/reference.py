@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.lowering.materialize import materialize_links
 from recmas_compiler.lowering.plan import agent_plan, build_plan
-from recmas_compiler.lowering.result import FinishReason, RecordResult, ReferenceResult, gather
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.formats.plan import (
@@ -46,6 +45,50 @@ from recmas_runtime.prompts.render import (
 from recmas_runtime.prompts.sampler import Sampler, StopMatcher
 
 Record = Mapping[str, object]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordResult:
+    """One record's way through a system.
+
+    Attributes:
+        messages: By `SOURCE->TARGET@ROUND`, each [M, e] with e the target's width.
+        thoughts: By `AGENT@ROUND`, each [M, d].
+        token_ids: The answer without the token that ended it.
+        text: The answer without special tokens.
+        rounds: How many rounds ran.
+    """
+
+    messages: dict[str, Tensor]
+    thoughts: dict[str, Tensor]
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    rounds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceResult:
+    """All records of a run, in order.
+
+    Attributes:
+        messages: By `SOURCE->TARGET@ROUND`, rounds from 1, each [B, M, e]. Empty messages (of
+            agents without latent steps) do not appear, nor those of rounds that not every record
+            ran.
+        thoughts: By `AGENT@ROUND`, each [B, M, d], likewise.
+        token_ids: Per record, the answer without the token that ended it.
+        texts: Per record.
+        finish_reasons: Per record.
+        rounds: Per record, how many rounds ran: less than the declared ones after an early end.
+    """
+
+    messages: dict[str, Tensor]
+    thoughts: dict[str, Tensor]
+    token_ids: list[list[int]]
+    texts: list[str]
+    finish_reasons: list[FinishReason]
+    rounds: list[int]
 
 
 @dataclass(kw_only=True)
@@ -115,7 +158,10 @@ class TorchSystem(nn.Module):
         self.backbones = dict(backbones)
         self.frozen = nn.ModuleDict({name: b.model for name, b in backbones.items()})
         self.links = nn.ModuleDict({module_name(name): link for name, link in links.items()})
-        self._chats = make_chats(backbones)
+        self._chats = {
+            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
+            for name, b in backbones.items()
+        }
         self._agents = {name: agent_plan(self.system, name) for name in self.system.agents}
         self._compared = compared_links(self.plan)
         self.train(False)
@@ -329,12 +375,22 @@ def load_backbones(program: Graph, *, progress: Progress) -> dict[str, TorchBack
     }
 
 
-def make_chats(backbones: Mapping[str, TorchBackbone]) -> dict[str, Chat]:
-    """Return what turns conversations into tokens, by backbone."""
-    return {
-        name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
-        for name, b in backbones.items()
-    }
+def gather(records: Sequence[RecordResult]) -> ReferenceResult:
+    """Stack the results of single records into one."""
+    return ReferenceResult(
+        messages=_stack([record.messages for record in records]),
+        thoughts=_stack([record.thoughts for record in records]),
+        token_ids=[record.token_ids for record in records],
+        texts=[record.text for record in records],
+        finish_reasons=[record.finish_reason for record in records],
+        rounds=[record.rounds for record in records],
+    )
+
+
+def _stack(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    first = records[0] if records else {}
+    names = [name for name in first if all(name in record for record in records)]
+    return {name: torch.stack([record[name] for record in records]) for name in names}
 
 
 def _extend(backbone: TorchBackbone, cache: DynamicCache, embeds_1TD: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from recmas_compiler.ir.ops import (
     think_id,
 )
 from recmas_compiler.passes.pass_base import Pass
+from recmas_runtime.formats.ids import outer_link_id
 from recmas_runtime.formats.plan import Variant
 
 
@@ -73,7 +74,7 @@ def _add_prefill(
     prefill = prefill_id(round_, (agent.name,))
     nodes[prefill] = Prefill(agents=(agent.name,), round=round_, variants=(variant,))
     for slot in dict.fromkeys(agent.slots(variant)):  # 6
-        sent_in = system.links[f"{slot}->{agent.name}"].sent_in(round_)
+        sent_in = system.links[outer_link_id(slot, agent.name)].sent_in(round_)
         send = send_id(sent_in, slot, (agent.name,))
         if send in nodes:
             edges.append(Edge(send, prefill, Flow(carries="message")))
@@ -94,8 +95,8 @@ def _add_think_and_sends(
 
 
 def _variant(system: System, agent: Agent, round_: int) -> Variant:
-    # 5: every agent that can deliver took its turn in the round asked for, so "sent yet" is only
+    # 5: every agent that can send took its turn in the round asked for, so "sent yet" is only
     # a matter of that round having been.
-    links = (system.links[f"{slot}->{agent.name}"] for slot in agent.slots("then"))
+    links = (system.links[outer_link_id(slot, agent.name)] for slot in agent.slots("then"))
     missing = any(link.sent_in(round_) < 1 for link in links)
     return "first" if missing and agent.first is not None else "then"

@@ -12,8 +12,9 @@ from typing import Any, Final
 from torch import Tensor
 
 from recmas_compiler.backbones.sources import ADAPTER_CONFIG, model_files, resolve_source
-from recmas_compiler.links.link_file import LinkFileError, Role, link_kind, read_link_header
-from recmas_compiler.released.link_tensors import link_widths, read_link_file, write_pickled_link
+from recmas_compiler.links.files import LinkFileError, link_kind, read_link_header
+from recmas_compiler.links.modules import link_widths
+from recmas_compiler.released.link_tensors import read_link_file, write_pickled_link
 from recmas_compiler.released.placing import check_free, placed_together
 from recmas_compiler.released.styles import (
     INNER_CONFIG,
@@ -29,6 +30,8 @@ from recmas_compiler.spec.document.places import path_of
 from recmas_compiler.spec.schema.sections import WeightsSection
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import fail
+from recmas_runtime.formats.ids import link_name
+from recmas_runtime.formats.link_kinds import RELEASED_KIND, LinkRole
 
 _FORMAT_VERSION: Final = 1
 
@@ -136,7 +139,7 @@ def _outer_part(spec: Spec, style: Style, task: str) -> _Part:
     for link in style.links:
         section = spec.declared.links[link.source, link.target]
         name = _outer_name(style, link, task)
-        what = f"the link `{link.source} -> {link.target}`"
+        what = f"the link `{link_name(link.source, link.target)}`"
         links[name] = _tensors(spec, section, "outer", what)
         in_dim, out_dim = link_widths(links[name])
         adapters.append(
@@ -163,7 +166,7 @@ def _outer_name(style: Style, link: ReleasedLink, task: str) -> str:
     return f"{source}-{target}-Outerlink({task}).pt"
 
 
-def _tensors(spec: Spec, section: WeightsSection, role: Role, what: str) -> dict[str, Tensor]:
+def _tensors(spec: Spec, section: WeightsSection, role: LinkRole, what: str) -> dict[str, Tensor]:
     """Return a link's tensors as its file holds them."""
     if section.weights is None:
         hint = "Train it first: only links with `weights` can be exported."
@@ -174,7 +177,7 @@ def _tensors(spec: Spec, section: WeightsSection, role: Role, what: str) -> dict
     except LinkFileError as error:
         hint = "Correct its path in the spec, or train the link anew."
         raise fail("RM208", f"{what} cannot be read: {error}", file=str(path), hint=hint) from error
-    if kind != "ln_residual":
+    if kind != RELEASED_KIND:
         hint = "The released form knows links of kind `ln_residual` only."
         raise fail("RM209", f"{what} is of kind `{kind}`", file=str(path), hint=hint)
     return read_link_file(path, role)
@@ -204,7 +207,7 @@ def _list(names: set[str]) -> str:
 
 def _list_links(links: dict[tuple[str, str], bool]) -> str:
     return ", ".join(
-        f"`{source} -> {target}`{' (feedback)' if is_feedback else ''}"
+        f"`{link_name(source, target)}`{' (feedback)' if is_feedback else ''}"
         for (source, target), is_feedback in sorted(links.items())
     )
 

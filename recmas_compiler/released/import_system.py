@@ -12,16 +12,18 @@ from torch import Tensor
 from recmas_compiler.backbones.facts import BackboneFacts, stored_dtype
 from recmas_compiler.backbones.sources import describe_backbone, resolve_source
 from recmas_compiler.ir.build_topology import build_topology
-from recmas_compiler.links.checkpoint import save_link_tensors
+from recmas_compiler.links.modules import link_widths, save_link_tensors
 from recmas_compiler.released.link_configs import inner_link_file, outer_link_files
-from recmas_compiler.released.link_tensors import link_widths, read_pickled_link
+from recmas_compiler.released.link_tensors import read_pickled_link
 from recmas_compiler.released.placing import check_free, placed_together
 from recmas_compiler.released.repositories import Repositories
 from recmas_compiler.released.spec_text import spec_text
 from recmas_compiler.released.styles import Style, check_task
-from recmas_compiler.spec.schema.sections import Dtype
 from recmas_compiler.spec.spec import parse_spec
 from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.formats.ids import inner_link_id
+from recmas_runtime.formats.link_kinds import RELEASED_KIND
+from recmas_runtime.formats.precisions import Dtype
 
 # A spec may name a model whose layers this version cannot run; another one may.
 _LAYERS: Final = "RM203"
@@ -44,7 +46,7 @@ class Imported:
 
 def link_files(style: Style) -> dict[str, str]:
     """Return the link files of an import, relative to its spec: by role, and by key."""
-    inner = {agent.role: f"links/{agent.role}.inner.safetensors" for agent in style.agents}
+    inner = {agent.role: f"links/{inner_link_id(agent.role)}.safetensors" for agent in style.agents}
     outer = {link.key: f"links/{link.source}-{link.target}.safetensors" for link in style.links}
     return inner | outer
 
@@ -89,7 +91,7 @@ def import_system(
             save_link_tensors(
                 staging / names[name],
                 tensors[name],
-                kind="ln_residual",
+                kind=RELEASED_KIND,
                 source=models[source].identity,
                 target=models[target].identity,
             )

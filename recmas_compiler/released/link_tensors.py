@@ -13,8 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from recmas_compiler.links.link_file import LinkHeader, Role, misfit
+from recmas_compiler.links.files import LinkHeader, misfit
+from recmas_compiler.links.modules import link_widths
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.formats.link_kinds import RELEASED_KIND, LinkRole
 
 # Released files add a few kilobytes of pickle and padding to their tensors.
 _LARGEST_OVERHEAD_BYTES: Final = 1 << 20
@@ -27,7 +29,7 @@ _DTYPES: Final = {
 
 
 def read_pickled_link(
-    path: Path, role: Role, *, in_dim: int | None, out_dim: int | None
+    path: Path, role: LinkRole, *, in_dim: int | None, out_dim: int | None
 ) -> dict[str, Tensor]:
     """Read a released link: a plain state dict of an `ln_residual` link.
 
@@ -59,7 +61,7 @@ def read_pickled_link(
     return _checked(path, state, role, in_dim=in_dim, out_dim=out_dim)
 
 
-def read_link_file(path: Path, role: Role) -> dict[str, Tensor]:
+def read_link_file(path: Path, role: LinkRole) -> dict[str, Tensor]:
     """Read a safetensors file with an `ln_residual` link, whatever its widths.
 
     Raises:
@@ -75,11 +77,6 @@ def read_link_file(path: Path, role: Role) -> dict[str, Tensor]:
 def write_pickled_link(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a link in the released form."""
     torch.save(dict(tensors), path)
-
-
-def link_widths(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Return the widths that a link reads and writes."""
-    return tensors["proj1.weight"].shape[1], tensors["proj2.weight"].shape[0]
 
 
 def _check_archive(path: Path) -> None:
@@ -111,7 +108,7 @@ def _check_tensor(path: Path, name: object, tensor: object) -> None:
 def _checked(
     path: Path,
     tensors: Mapping[str, Tensor],
-    role: Role,
+    role: LinkRole,
     *,
     in_dim: int | None,
     out_dim: int | None,
@@ -129,7 +126,7 @@ def _checked(
     )
     why = misfit(
         header,
-        "ln_residual",
+        RELEASED_KIND,
         role,
         in_dim=widths[0] if in_dim is None else in_dim,
         out_dim=widths[1] if out_dim is None else out_dim,

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from recmas_compiler.spec.document.places import Places, SourcePosition
 from recmas_compiler.spec.document.problems import SET_PREFIX, problem_at
 from recmas_compiler.spec.document.yaml_source import Value, parse_yaml, resolve
-from recmas_compiler.spec.schema.link_names import canonical_link_name
 from recmas_runtime.core.errors import Problem, RecmasError
+from recmas_runtime.formats.ids import canonical_link_name
 
 _HINT = "Write --set PATH=VALUE, such as --set answer.max_new_tokens=64."
 

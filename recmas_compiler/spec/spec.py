@@ -14,8 +14,7 @@ from recmas_compiler.spec.document.problems import in_reading_order
 from recmas_compiler.spec.document.yaml_source import parse_mapping, read_text, write_yaml
 from recmas_compiler.spec.overrides import apply_overrides
 from recmas_compiler.spec.patterns.layouts import expand_pattern
-from recmas_compiler.spec.schema.declared import Declared
-from recmas_compiler.spec.schema.link_names import normalize_link_names
+from recmas_compiler.spec.schema.declared import Declared, normalize_link_names
 from recmas_compiler.spec.schema.sections import SpecDocument
 from recmas_compiler.spec.schema.validate import SPECS, validate
 from recmas_runtime.core.errors import Problem, RecmasError

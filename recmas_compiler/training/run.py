@@ -15,11 +15,10 @@ import torch
 from torch import nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone, weights_digest
-from recmas_compiler.links.checkpoint import save_link
-from recmas_compiler.links.trained import RECEIPT_NAME, RECEIPT_VERSION, link_file_name
-from recmas_compiler.lowering.materialize import MaterializedLink, inner_link_id
+from recmas_compiler.links.modules import save_link
+from recmas_compiler.links.trained import RECEIPT_NAME, RECEIPT_VERSION
+from recmas_compiler.lowering.materialize import MaterializedLink
 from recmas_compiler.spec.document.problems import problem_at
-from recmas_compiler.spec.schema.link_names import canonical_link_name, outer_link_id
 from recmas_compiler.spec.schema.section import Section
 from recmas_compiler.spec.schema.train import TrainSection
 from recmas_compiler.training.data.hidden_state_cache import HiddenStates, cached_hidden_states
@@ -35,6 +34,13 @@ from recmas_compiler.training.tasks.single_agent_baseline import (
     calls_without_slots,
 )
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.formats.ids import (
+    canonical_link_name,
+    inner_link_id,
+    link_ends,
+    link_file_name,
+    outer_link_id,
+)
 
 Stage = Literal["inner", "outer", "all"]
 
@@ -279,7 +285,7 @@ def _learning(session: Session) -> tuple[str, ...]:
 def _link_id(name: str) -> str:
     """Return the id of what `train.outer.freeze` names: a link, or an agent for its inner link."""
     link = canonical_link_name(name)
-    return inner_link_id(name) if link is None else outer_link_id(link)
+    return inner_link_id(name) if link is None else outer_link_id(*link_ends(link))
 
 
 def _free_others(session: Session, kept: TorchBackbone) -> None:
@@ -333,8 +339,8 @@ def _run_loop(
         with writing(folder):
             write_cost(folder, task.links, world)
             if levels:
-                text = json.dumps(dict(levels), indent=1)
-                (folder / BASELINES).write_text(text + "\n", encoding="utf-8")
+                text = json.dumps(dict(levels), indent=1) + "\n"
+                (folder / BASELINES).write_text(text, encoding="utf-8")
             draw_curves(folder, title=f"{session.system.name}: {title}", levels=levels)
     return result
 
@@ -387,9 +393,8 @@ def _write_links(
             "start": report.starts[link_id],
             "trained": link_id in report.trained,
         }
-    receipt = {**_receipt(session, report), "links": entries}
+    text = json.dumps({**_receipt(session, report), "links": entries}, indent=1, ensure_ascii=False)
     staged = folder / f".{RECEIPT_NAME}.writing"
-    text = json.dumps(receipt, indent=1, ensure_ascii=False)
     staged.write_text(text + "\n", encoding="utf-8")
     staged.replace(folder / RECEIPT_NAME)
 

@@ -14,17 +14,17 @@ from torch import nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import LinkWeights, System, Think
+from recmas_compiler.ir.ops import System, Think
 from recmas_compiler.links.closed_form.calibration import Calibration
-from recmas_compiler.links.modules import Role, make_link
-from recmas_compiler.links.trained import link_file_name, links_folder
+from recmas_compiler.links.files import LinkWeights
+from recmas_compiler.links.modules import make_link
+from recmas_compiler.links.trained import links_folder
 from recmas_compiler.lowering.materialize import (
     MaterializedLink,
-    inner_link_id,
     materialize_links,
 )
 from recmas_compiler.lowering.reference import load_backbones
-from recmas_compiler.lowering.training_graph.calls import CallWriter
+from recmas_compiler.lowering.training_graph.calls import CallWriter, TrainExample
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.spec.document.places import path_of
 from recmas_compiler.spec.document.problems import problem_at
@@ -33,7 +33,6 @@ from recmas_compiler.spec.schema.train import BackboneDtype, TrainSection
 from recmas_compiler.spec.spec import Spec
 from recmas_compiler.training.data.examples import (
     Examples,
-    TrainExample,
     leave_out_long,
     load_examples,
 )
@@ -42,6 +41,8 @@ from recmas_compiler.training.loop.distributed import World
 from recmas_compiler.training.tasks.inner import calibration_of, can_align
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Progress
+from recmas_runtime.formats.ids import inner_link_id, link_file_name
+from recmas_runtime.formats.link_kinds import LinkRole
 from recmas_runtime.prompts.render import Tokens
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -230,13 +231,7 @@ def open_session(
 ) -> Session:
     """Read the data, load the backbones, and leave out records that are too long.
 
-    Args:
-        spec: What is trained.
-        program: Compiled from it.
-        settings: How.
-        world: The processes that share the work.
-        progress: Counts what takes long.
-        weights: Element type of the backbones; None for that of the settings.
+    The backbones have the element type `weights`, or that of the settings.
 
     Raises:
         RecmasError: RM700 for data that cannot be used, RM500 or RM206 for a call that cannot be
@@ -299,7 +294,7 @@ def _blank_links(program: Graph) -> list[tuple[str, nn.Module]]:
     """Return a link of the declared form for every agent and edge; weights come later."""
     system = program.system
 
-    def blank(weights: LinkWeights, role: Role) -> nn.Module:
+    def blank(weights: LinkWeights, role: LinkRole) -> nn.Module:
         return make_link(weights.kind, role, weights.in_dim, weights.out_dim)
 
     inner = [(inner_link_id(name), blank(a.inner, "inner")) for name, a in system.agents.items()]

@@ -28,15 +28,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Answer": "running.answers",
+    "Answer": "running.records",
     "AnswerStream": "running.batch",
     "Problem": "core.errors",
     "RecmasError": "core.errors",
-    "Record": "running.answers",
+    "Record": "running.records",
     "SamplingPlan": "formats.plan",
     "System": "running.system",
-    "Timing": "running.answers",
-    "Usage": "running.answers",
+    "Timing": "running.records",
+    "Usage": "running.records",
     "load": "running.system",
 }
 

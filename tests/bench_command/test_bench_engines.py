@@ -18,8 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 from kit.bundles import BuildTiny
 from kit.specs import SEQUENTIAL
 from recmas_cli.main import main
-from recmas_compiler.bench.engines.resident import peak_resident_bytes, restart_peak
-from recmas_compiler.bench.engines.step_weights import weight_bytes, weight_precision
+from recmas_compiler.bench.engine_worker import peak_resident_bytes, restart_peak
+from recmas_compiler.bench.step_weights import weight_bytes, weight_precision
 from recmas_runtime.core.errors import Exit
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.safetensors_file import read_tensors
@@ -131,6 +131,52 @@ def quantized(path: Path) -> Path:
     )
     onnx.save(helper.make_model(graph), path)
     return path
+
+
+def genai_model(folder: Path, bundle: Path, *, takes_tokens: bool) -> Path:
+    """Write a graph with the inputs and outputs that onnxruntime-genai's builder gives its own."""
+    entry = open_bundle(bundle).manifest.backbones["tiny"]
+    heads, width, vocab = entry.num_kv_heads, entry.width, entry.vocab_size
+    cache = ["batch", heads, "capacity", entry.head_dim]
+    value = helper.make_tensor_value_info
+    product = numpy_helper.from_array(np.full((width, width), 0.1, np.float32), "weight")
+    table = numpy_helper.from_array(np.eye(vocab, dtype=np.float32), "table")
+    if takes_tokens:
+        inputs = [value("input_ids", TensorProto.INT64, ["batch", "positions"])]
+        nodes = [helper.make_node("Gather", ["table", "input_ids"], ["logits"])]
+        outputs = [value("logits", TensorProto.FLOAT, ["batch", "positions", vocab])]
+    else:
+        inputs = [value("inputs_embeds", TensorProto.FLOAT, ["batch", "positions", width])]
+        nodes = [helper.make_node("MatMul", ["inputs_embeds", "weight"], ["hidden_states"])]
+        outputs = [value("hidden_states", TensorProto.FLOAT, ["batch", "positions", width])]
+    inputs.append(value("attention_mask", TensorProto.INT64, ["batch", "total"]))
+    for part in ("key", "value"):
+        past, present = f"past_key_values.0.{part}", f"present.0.{part}"
+        inputs.append(value(past, TensorProto.FLOAT, cache))
+        outputs.append(value(present, TensorProto.FLOAT, cache))
+        nodes.append(helper.make_node("Identity", [past], [present]))
+    graph = helper.make_graph(
+        nodes, "genai", inputs, outputs, initializer=[table if takes_tokens else product]
+    )
+    folder.mkdir()
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), folder / "model.onnx")
+    return folder
+
+
+def test_genai_bodies_take_steps_and_whole_models_write(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = genai_model(tmp_path / "body", bundle, takes_tokens=False)
+    whole = genai_model(tmp_path / "whole", bundle, takes_tokens=True)
+    models = ("--engine", "genai", "--genai", body, "--genai", whole)
+    rows = recmasc(capsys, bundle, *QUICK, *SMALL, *models)["data"]["rows"]
+    assert [row["genai"] for row in rows] == [str(body), str(whole)]
+    steps, text = rows
+    assert steps["step_ms"] > 0
+    assert steps["decode_tokens_per_s"] is None
+    assert text["step_ms"] is None
+    assert text["decode_tokens_per_s"] > 0
 
 
 def test_packed_weights_count_as_they_are_stored(tmp_path: Path) -> None:

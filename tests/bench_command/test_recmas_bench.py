@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import recmas_runtime as rt
-from recmas_runtime.bench.cases import make_cases
-from recmas_runtime.bench.questions import QUESTIONS
+from recmas_runtime.bench.command import QUESTIONS
+from recmas_runtime.bench.measure import make_cases
 from recmas_runtime.cli.main import main
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}

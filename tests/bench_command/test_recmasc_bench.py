@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from recmas_cli.main import main
-from recmas_compiler.bench.plot import COLOURS, draw_report
+from recmas_compiler.analysis.plots import COLOURS
+from recmas_compiler.bench.plots import draw_report
 from recmas_runtime.core.errors import Exit
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from kit.files import WriteRecords, lines
 from kit.fixtures import exports_once, one_thread
-from recmas_compiler.evaluation.checks.verdict import Question
+from recmas_compiler.evaluation.data.data_file import Question
 from recmas_runtime.running.records import Record
 
 __all__ = ["exports_once", "one_thread"]

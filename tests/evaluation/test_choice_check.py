@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from recmas_compiler.evaluation.checks.choice_check import ChoiceCheck, extract_letter
-from recmas_compiler.evaluation.checks.verdict import Question
+from recmas_compiler.evaluation.checks.text import ChoiceCheck, extract_letter
+from recmas_compiler.evaluation.data.data_file import Question
 from recmas_runtime.core.errors import RecmasError
 
 CHOICES = ["bank", "library", "department store", "mall", "new york"]

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from recmas_compiler.evaluation.checks import code_check
-from recmas_compiler.evaluation.checks.code_check import CodeCheck
-from recmas_compiler.evaluation.checks.code_program import extract_code
-from recmas_compiler.evaluation.checks.verdict import Question
+from recmas_compiler.evaluation.checks import code as code_check
+from recmas_compiler.evaluation.checks.code import CodeCheck, extract_code
+from recmas_compiler.evaluation.data.data_file import Question
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.tools.sandbox import find_sandbox
 

@@ -14,7 +14,7 @@ import pytest
 
 from kit.files import WriteRecords
 from recmas_compiler.evaluation.data.data_file import load_data
-from recmas_compiler.evaluation.protocol_file import load_protocol
+from recmas_compiler.evaluation.data.protocol import load_protocol
 from recmas_runtime.core.errors import RecmasError
 
 LIST = {"text": ["bank", "mall"], "label": ["A", "B"]}

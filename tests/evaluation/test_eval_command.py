@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recmas_compiler.evaluation.checks.text import extract_words
 
 import recmas_runtime as rt
 from kit.files import WriteRecords
 from recmas_cli.evaluate import shown
+from recmas_compiler.evaluation.checks.text import extract_words
 from recmas_compiler.evaluation.evaluate import EvalOptions, evaluate
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.core.progress import Silent

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from recmas_compiler.evaluation.checks.math_check import MathCheck
-from recmas_compiler.evaluation.checks.math_process import MathProcess
-from recmas_compiler.evaluation.checks.numbers import numbers_in, read_number
-from recmas_compiler.evaluation.checks.verdict import Question
+from recmas_compiler.evaluation.checks.math import MathCheck, MathProcess, numbers_in, read_number
+from recmas_compiler.evaluation.data.data_file import Question
 from recmas_runtime.core.errors import RecmasError
 
 
@@ -238,7 +236,7 @@ def test_expensive_expressions_end(ask: Callable[..., Question]) -> None:
 def test_no_process_is_left_behind() -> None:
     pytest.importorskip("math_verify", reason="extra `eval` is not installed")
     code = (
-        "from recmas_compiler.evaluation.checks.math_process import MathProcess\n"
+        "from recmas_compiler.evaluation.checks.math import MathProcess\n"
         "with MathProcess(20.0) as process:\n"
         "    process.equal('x', 'x + 0')\n"
         "    print(process._process.pid)\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recmas_compiler.evaluation.protocol_file import load_protocol, parse_protocol, protocol_names
+from recmas_compiler.evaluation.data.protocol import load_protocol, parse_protocol, protocol_names
 from recmas_runtime.core.errors import RecmasError
 
 SMALL = """

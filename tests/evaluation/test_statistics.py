@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from recmas_compiler.evaluation.statistics import mcnemar, mean, pass_at, wilson
+from recmas_compiler.evaluation.summary import mcnemar, mean, pass_at, wilson
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,14 @@ from __future__ import annotations
 import pytest
 
 from recmas_cli.console import LINE_EVERY_S, RichProgress
-from recmas_compiler.evaluation.answer_log import Judged
-from recmas_compiler.evaluation.runner import SystemAnswers
-from recmas_compiler.evaluation.statistics import wilson
-from recmas_compiler.evaluation.summary import compare, savings, summarize
+from recmas_compiler.evaluation.runner import ScoredAnswer, SystemAnswers
+from recmas_compiler.evaluation.summary import compare, savings, summarize, wilson
 from recmas_runtime.core.text import markdown_table
 
 
-def judged(
+def scored(
     question: int, *, correct: bool, seed: int = 0, rollout: int = 0, **changes: object
-) -> Judged:
+) -> ScoredAnswer:
     answer = {
         "finish_reason": changes.get("finish_reason", "stop"),
         "rounds": 3,
@@ -27,7 +25,7 @@ def judged(
         "timing_ms": {"decode": 300.0, "total": changes.get("total", 400.0)},
     }
     failure = changes.get("failure")
-    return Judged(
+    return ScoredAnswer(
         id=f"q{question}",
         seed=seed,
         rollout=rollout,
@@ -40,17 +38,17 @@ def judged(
     )
 
 
-def system(name: str, answers: list[Judged], wanted: int | None = None) -> SystemAnswers:
+def system(name: str, answers: list[ScoredAnswer], wanted: int | None = None) -> SystemAnswers:
     wanted = len(answers) if wanted is None else wanted
-    return SystemAnswers(name=name, judged=tuple(answers), num_wanted=wanted)
+    return SystemAnswers(name=name, scored=tuple(answers), num_wanted=wanted)
 
 
 def test_failed_and_silent_answers_stay_in_the_denominator() -> None:
     answers = [
-        judged(0, correct=True),
-        judged(1, correct=False, failure="too long"),
-        judged(2, correct=False, silent=True),
-        judged(3, correct=False, finish_reason="length"),
+        scored(0, correct=True),
+        scored(1, correct=False, failure="too long"),
+        scored(2, correct=False, silent=True),
+        scored(3, correct=False, finish_reason="length"),
     ]
     summary = summarize(system("latent", answers))
     assert (summary.num_right, summary.num_answers, summary.accuracy) == (1, 4, 0.25)
@@ -63,7 +61,7 @@ def test_failed_and_silent_answers_stay_in_the_denominator() -> None:
 
 
 def test_nothing_but_failures() -> None:
-    summary = summarize(system("latent", [judged(0, correct=False, failure="x")], wanted=2))
+    summary = summarize(system("latent", [scored(0, correct=False, failure="x")], wanted=2))
     assert (summary.accuracy, summary.ms, summary.rounds) == (0.0, {}, None)
     assert not summary.is_complete
 
@@ -71,7 +69,7 @@ def test_nothing_but_failures() -> None:
 def test_seeds_and_pass_at_k() -> None:
     right = {(0, 0), (0, 1), (1, 0)}
     answers = [
-        judged(question, correct=(question, seed) in right, seed=seed)
+        scored(question, correct=(question, seed) in right, seed=seed)
         for seed in (0, 1)
         for question in (0, 1)
     ]
@@ -85,15 +83,15 @@ def test_seeds_and_pass_at_k() -> None:
 
 
 def test_three_answers_give_pass_at_1_2_and_3() -> None:
-    answers = [judged(0, correct=i == 0, rollout=i) for i in range(3)]
+    answers = [scored(0, correct=i == 0, rollout=i) for i in range(3)]
     assert summarize(system("latent", answers)).pass_at == pytest.approx(
         {"1": 1 / 3, "2": 2 / 3, "3": 1.0}
     )
 
 
 def test_comparison_is_by_question() -> None:
-    first = [judged(i, correct=i < 6) for i in range(10)]
-    second = [judged(i, correct=i in (0, 9)) for i in range(9)] + [judged(9, correct=True)]
+    first = [scored(i, correct=i < 6) for i in range(10)]
+    second = [scored(i, correct=i in (0, 9)) for i in range(9)] + [scored(9, correct=True)]
     (comparison,) = compare([system("latent", first), system("single", second)])
     assert (comparison.system, comparison.against) == ("single", "latent")
     assert (comparison.num_only_system, comparison.num_only_against) == (1, 5)
@@ -101,22 +99,22 @@ def test_comparison_is_by_question() -> None:
 
 
 def test_comparison_of_a_partial_system_uses_shared_questions() -> None:
-    first = [judged(i, correct=True) for i in range(10)]
-    second = [judged(i, correct=False) for i in range(4)]
+    first = [scored(i, correct=True) for i in range(10)]
+    second = [scored(i, correct=False) for i in range(4)]
     (comparison,) = compare([system("latent", first), system("single", second, wanted=10)])
     assert (comparison.num_questions, comparison.num_only_against) == (4, 4)
 
 
 def test_several_answers_count_as_one_question() -> None:
-    first = [judged(0, correct=True, rollout=r) for r in range(4)]
-    second = [judged(0, correct=r == 0, rollout=r) for r in range(4)]
+    first = [scored(0, correct=True, rollout=r) for r in range(4)]
+    second = [scored(0, correct=r == 0, rollout=r) for r in range(4)]
     (comparison,) = compare([system("latent", first), system("single", second)])
     assert (comparison.num_only_system, comparison.num_only_against) == (0, 1)
 
 
 def test_savings() -> None:
-    latent = summarize(system("latent", [judged(0, correct=True, total=200.0)]))
-    text = summarize(system("text@64", [judged(0, correct=True, handover=150, total=480.0)]))
+    latent = summarize(system("latent", [scored(0, correct=True, total=200.0)]))
+    text = summarize(system("text@64", [scored(0, correct=True, handover=150, total=480.0)]))
     (saving,) = savings([latent, text])
     assert saving.speed_up == pytest.approx(2.4)
     assert saving.written_tokens == pytest.approx(-0.75)

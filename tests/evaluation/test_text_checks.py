@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 
-from recmas_compiler.evaluation.checks.text_checks import (
+from recmas_compiler.evaluation.checks.text import (
     ExactCheck,
     F1Check,
     extract_among,
     f1,
     normalize,
 )
-from recmas_compiler.evaluation.checks.verdict import Question
+from recmas_compiler.evaluation.data.data_file import Question
 
 
 @pytest.mark.parametrize(

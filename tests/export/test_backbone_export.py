@@ -17,7 +17,7 @@ import torch
 
 from kit.engines import CASES, Exported, random_ids, random_link, relative, weights_bytes
 from kit.models import load_tiny
-from recmas_export.graph.backbone_graph import (
+from recmas_export.backbone_graph import (
     CHAT_TEMPLATE,
     DECODER,
     EMBED,

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -263,8 +263,8 @@ def test_wrong_engine_is_refused(
     spec, program = compile_system(system, *ONE_BACKBONE)
     export = assemble.export_backbone
 
-    def wrong(backbone: TorchBackbone, folder: Path, *, precision: str) -> None:
-        export(backbone, folder, precision=precision)
+    def wrong(backbone: TorchBackbone, folder: Path, **options: Any) -> None:
+        export(backbone, folder, **options)
         spoil(folder / "weights.safetensors", weight)
 
     monkeypatch.setattr(assemble, "export_backbone", wrong)

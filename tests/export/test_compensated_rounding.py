@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from kit.engines import CASES
 from kit.models import load_tiny
 from recmas_compiler.backbones.torch_model import TorchBackbone, weights_digest
-from recmas_compiler.ir.sizes import BLOCK_SIZE
 from recmas_compiler.links.closed_form.calibration import sample_answers
 from recmas_export.precision import rounding as compensated_rounding
 from recmas_export.precision.rounding import compensated, rounded_layers
 from recmas_runtime.core.progress import Silent
 
+BLOCK_SIZE = 32
 NUM_INPUTS, NUM_OUTPUTS = 80, 24  # the last block of 32 is half full
 
 
@@ -56,7 +56,7 @@ def inputs_TK() -> Tensor:
 
 def test_a_quantizer_stores_it_exactly(weight_NK: Tensor) -> None:
     x_TK = inputs_TK()
-    rounded = compensated(weight_NK, (x_TK.T @ x_TK).double(), bits=4)
+    rounded = compensated(weight_NK, (x_TK.T @ x_TK).double(), bits=4, block_size=BLOCK_SIZE)
     torch.testing.assert_close(stored(rounded), rounded, rtol=1e-6, atol=0.0)
     assert not torch.allclose(rounded, weight_NK, atol=1e-2)
     assert torch.equal(rounded[0], torch.zeros(NUM_INPUTS))
@@ -64,7 +64,7 @@ def test_a_quantizer_stores_it_exactly(weight_NK: Tensor) -> None:
 
 def test_outputs_change_less_than_by_the_nearest(weight_NK: Tensor) -> None:
     x_TK = inputs_TK()
-    rounded = compensated(weight_NK, (x_TK.T @ x_TK).double(), bits=4)
+    rounded = compensated(weight_NK, (x_TK.T @ x_TK).double(), bits=4, block_size=BLOCK_SIZE)
     expected = x_TK @ weight_NK.T
     error = (x_TK @ rounded.T - expected).square().sum()
     nearest = (x_TK @ stored(weight_NK).T - expected).square().sum()
@@ -72,7 +72,9 @@ def test_outputs_change_less_than_by_the_nearest(weight_NK: Tensor) -> None:
 
 
 def test_inputs_that_never_vary_do_no_harm(weight_NK: Tensor) -> None:
-    rounded = compensated(weight_NK, torch.zeros(NUM_INPUTS, NUM_INPUTS).double(), bits=4)
+    rounded = compensated(
+        weight_NK, torch.zeros(NUM_INPUTS, NUM_INPUTS).double(), bits=4, block_size=BLOCK_SIZE
+    )
     assert (rounded - weight_NK).abs().max() < weight_NK.abs().max() / 8
 
 
@@ -114,7 +116,7 @@ def test_layers_see_the_inputs_that_the_model_gives_them(
     backbone = load_tiny(tmp_path / name, family, **dims)
     seen: list[Tensor] = []
 
-    def look(weight_NK: Tensor, products_KK: Tensor, *, bits: int) -> Tensor:
+    def look(weight_NK: Tensor, products_KK: Tensor, *, bits: int, block_size: int) -> Tensor:
         seen.append(products_KK)
         return weight_NK
 

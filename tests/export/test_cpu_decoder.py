@@ -12,8 +12,8 @@ import onnx_ir as ir
 import pytest
 
 from kit.engines import CASES, Exported, make_engine, random_ids, random_link
-from recmas_export.graph.backbone_graph import CPU_DECODER, DECODER
-from recmas_export.passes.grouped_attention import use_grouped_attention
+from recmas_export.backbone_graph import CPU_DECODER, DECODER
+from recmas_export.pipeline import cpu_decoder, run_passes
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, Operands
 from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.tolerances import TOLERANCES
@@ -44,7 +44,7 @@ def test_tables_are_not_made_for_a_million_positions(exported: Get) -> None:
     case = exported("llama")
     model = ir.load(case.folder / DECODER)
     before = len(model.graph)
-    assert not use_grouped_attention(model, max_positions=2**20)
+    assert not run_passes(cpu_decoder(max_positions=2**20), model)
     assert len(model.graph) == before
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from kit.engines import CASES, Exported
-from recmas_export.passes import clean
+from recmas_export.pipeline import CLEAN, run_passes
 
 Arrays = Mapping[str, NDArray[Any]]
 Sizes = tuple[int, ...]
@@ -82,7 +82,7 @@ def check(
     model = model_of(body, inputs, outputs, constants)
     feeds = {name: normal(*sizes) for name, sizes in inputs.items()}
     before = run(model, feeds)
-    clean(model)
+    run_passes(CLEAN, model)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     assert operators(model) == dict(expected)
     for found, wanted in zip(run(model, feeds), before, strict=True):
@@ -168,7 +168,7 @@ def test_a_rotation_of_unequal_halves_stays() -> None:
     body += "cos = Identity (c) sin = Identity (s)" + ROTATE
     inputs = {"x": (2, 3, 2, 8), "p": (2, 3, 1)}
     model = model_of(body, inputs, "float[batch,2,positions,8] y", {"freqs": normal(1, 1, 4)})
-    clean(model)
+    run_passes(CLEAN, model)
     assert "RotaryEmbedding" not in operators(model)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from kit.bundles import compile_system, write_twins
+from recmas_export.attachments import corpus_lines
 from recmas_export.build import build
-from recmas_export.search_corpus import corpus_lines
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.bundle import open_bundle
 

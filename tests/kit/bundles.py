@@ -13,14 +13,13 @@ import pytest
 import recmas_runtime as rt
 from kit.files import MadeOnce
 from kit.models import write_tiny_backbone
+from kit.naive import run_naive
 from kit.specs import TRIO, TWINS
 from recmas_compiler.backbones.torch_model import TorchBackbone, weights_digest
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.links.checkpoint import load_link
-from recmas_compiler.lowering.naive import run_naive
-from recmas_compiler.lowering.reference import TorchSystem, load_backbones
-from recmas_compiler.lowering.result import ReferenceResult
+from recmas_compiler.links.modules import load_link
+from recmas_compiler.lowering.reference import ReferenceResult, TorchSystem, load_backbones
 from recmas_compiler.passes.pass_base import Pass
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_compiler.spec.spec import Spec, load_spec, parse_spec
@@ -41,7 +40,9 @@ class Built:
 
     def _in_torch(self) -> dict[str, dict[str, object]]:
         links = {
-            name: load_link(self.bundle / entry.file)
+            name: load_link(
+                self.bundle / entry.file, entry.kind, entry.role, entry.in_dim, entry.out_dim
+            )
             for name, entry in self.system.manifest.links.items()
         }
         return {"backbones": load_backbones(self.program, progress=Silent()), "links": links}
@@ -64,14 +65,14 @@ class _ExportOnce:
     export: Callable[..., None]
     made_once: MadeOnce
 
-    def __call__(self, backbone: TorchBackbone, folder: Path, *, precision: str) -> None:
+    def __call__(self, backbone: TorchBackbone, folder: Path, **options: object) -> None:
         config = {k: v for k, v in backbone.model.config.to_dict().items() if k != "_name_or_path"}
         facts = replace(backbone.facts, source="", identity="")
         texts = backbone.tokenizer_json, backbone.chat_template
         weights = weights_digest(backbone.model)
         made = self.made_once(
-            repr((weights, config, facts, texts, backbone.dtype, precision)),
-            lambda new: self.export(backbone, new / "graphs", precision=precision),
+            repr((weights, config, facts, texts, backbone.dtype, options)),
+            lambda new: self.export(backbone, new / "graphs", **options),
         )
         shutil.copytree(made / "graphs", folder, dirs_exist_ok=True)
 

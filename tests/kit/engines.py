@@ -16,9 +16,8 @@ from torch import nn
 from kit.files import MadeOnce
 from kit.models import load_folder, load_tiny
 from recmas_compiler.backbones.torch_model import TorchBackbone, weights_digest
-from recmas_compiler.links.checkpoint import save_link
-from recmas_compiler.links.modules import make_link, randomize
-from recmas_export.graph.backbone_graph import CPU_DECODER, DECODER, EMBED, HEAD, export_backbone
+from recmas_compiler.links.modules import make_link, randomize, save_link
+from recmas_export.backbone_graph import CPU_DECODER, DECODER, EMBED, HEAD, export_backbone
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.engines.onnx.caches import CachePool, Memory
 from recmas_runtime.formats.links import load_operands, stack_operands

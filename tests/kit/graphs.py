@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.ir.graph import Edge, Graph
-from recmas_compiler.ir.ops import Agent, Backbone, BuildOptions, Level, Link, LinkWeights, System
+from recmas_compiler.ir.ops import Agent, Backbone, BuildOptions, Level, Link, System
+from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.spec.document.places import UNKNOWN
 from recmas_runtime.formats.plan import PromptPart, SamplingPlan
 

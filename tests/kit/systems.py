@@ -7,15 +7,14 @@ from collections.abc import Mapping
 from msgspec import structs
 from torch import nn
 
+from kit.naive import run_naive
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Backbone
 from recmas_compiler.links.modules import make_link, randomize
-from recmas_compiler.lowering.materialize import inner_link_id
-from recmas_compiler.lowering.naive import run_naive
-from recmas_compiler.lowering.reference import TorchSystem
-from recmas_compiler.lowering.result import ReferenceResult
+from recmas_compiler.lowering.reference import ReferenceResult, TorchSystem
 from recmas_compiler.spec.document.places import UNKNOWN
+from recmas_runtime.formats.ids import inner_link_id
 
 RECORDS = [
     {"id": "1", "question": "What is 7 * 8?"},

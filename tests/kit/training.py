@@ -16,9 +16,9 @@ from kit.graphs import topology
 from kit.systems import declare, random_links
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
+from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.passes.pipeline import run_pipeline
-from recmas_compiler.training.data.examples import TrainExample
 
 # Two agents on tiny backbones; `write_case` writes it with data beside it.
 SPEC = """\

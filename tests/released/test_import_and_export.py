@@ -23,7 +23,7 @@ from recmas_cli.main import group
 from recmas_compiler import api
 from recmas_compiler.backbones.sources import describe_backbone
 from recmas_compiler.backbones.torch_model import load_backbone
-from recmas_compiler.links.checkpoint import load_link
+from recmas_compiler.links.modules import load_link
 from recmas_compiler.released.styles import STYLES
 from recmas_compiler.spec.spec import load_spec
 from recmas_runtime.core.errors import Exit
@@ -119,7 +119,9 @@ def test_element_types_stay(dtype: torch.dtype, tmp_path: Path) -> None:
     imported(style.name, tmp_path / "released", tmp_path / "spec.yaml")
     path = tmp_path / "links" / "reflector-toolcaller.safetensors"
     assert all(same_bytes(t, links["outer_rt"][key]) for key, t in load_file(path).items())
-    link = load_link(path)  # the reference computes in float32, on the very same numbers
+    widths = links["outer_rt"]["proj1.weight"].shape[1], links["outer_rt"]["proj2.weight"].shape[0]
+    # The reference computes in float32, on the very same numbers.
+    link = load_link(path, "ln_residual", "outer", *widths)
     assert torch.equal(link.proj1.weight, links["outer_rt"]["proj1.weight"].float())
 
 

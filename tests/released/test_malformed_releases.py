@@ -18,8 +18,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from recmas_cli.main import group
-from recmas_compiler.links.checkpoint import save_link
-from recmas_compiler.links.modules import make_link
+from recmas_compiler.links.modules import make_link, save_link
 from recmas_runtime.core.errors import CODES
 from released_form import Release, edit_json, files_in
 

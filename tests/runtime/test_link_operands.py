@@ -11,7 +11,8 @@ from msgspec import structs
 
 from kit.hand_bundle import write_link
 from recmas_runtime.core.errors import RecmasError
-from recmas_runtime.formats.links import FORMS, expected_tensors, load_operands, stack_operands
+from recmas_runtime.formats.link_kinds import FORMS
+from recmas_runtime.formats.links import expected_tensors, load_operands, stack_operands
 from recmas_runtime.formats.manifest import LinkEntry
 from recmas_runtime.formats.safetensors_file import read_tensors, write_tensors
 

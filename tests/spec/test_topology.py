@@ -16,10 +16,9 @@ from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent, Level, Link
 from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.ir.verify import verify
-from recmas_compiler.links.link_file import Role, link_shapes
-from recmas_compiler.spec.schema.sections import LinkKind
 from recmas_compiler.spec.spec import parse_spec
 from recmas_runtime.core.errors import Exit, RecmasError
+from recmas_runtime.formats.link_kinds import FORMS, LinkKind, LinkRole
 from recmas_runtime.formats.plan import PromptPart, SamplingPlan
 
 
@@ -125,7 +124,7 @@ def test_widths_follow_the_backbones(tmp_path: Path) -> None:
 def write_link(
     path: Path,
     kind: LinkKind,
-    role: Role,
+    role: LinkRole,
     *,
     in_dim: int = 32,
     out_dim: int = 32,
@@ -133,7 +132,7 @@ def write_link(
     dtype: type = np.float32,
     says: dict[str, str] | None = None,
 ) -> None:
-    shapes = link_shapes(kind, role, in_dim=in_dim, out_dim=out_dim)
+    shapes = FORMS[kind, role].shapes(in_dim, out_dim)
     tensors = {n: np.zeros(shape, dtype) for n, shape in shapes.items() if n != without}
     path.parent.mkdir(exist_ok=True)
     save_file(tensors, path, metadata=says)

@@ -13,7 +13,7 @@ from kit.files import read_messages
 from kit.specs import SPECS
 from recmas_compiler.ir.ops import Prefill, Think
 from recmas_compiler.ir.printer import print_graph
-from recmas_compiler.lowering.result import ReferenceResult
+from recmas_compiler.lowering.reference import ReferenceResult
 from recmas_compiler.passes.batch_parallel_agents import BatchParallelAgents
 from recmas_compiler.passes.fuse_links import FuseLinks
 from recmas_compiler.passes.prompt_prefix import HoistPromptPrefix, SharePromptPrefix

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +16,20 @@ from kit.bundles import BuildTiny, Built, num_weight_bytes
 from kit.specs import on_three_backbones
 from recmas_compiler.analysis.memory import memory_plan
 from recmas_compiler.ir.build_topology import build_topology
-from recmas_compiler.ir.sizes import QUANTIZED, weights_bytes
+from recmas_compiler.ir.sizes import weights_bytes
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import parse_spec
 from recmas_export import parity
+from recmas_export.backbone_graph import DECODER, EMBED, HEAD, WEIGHTS
 from recmas_export.build import build
-from recmas_export.graph.backbone_graph import DECODER, EMBED, HEAD, WEIGHTS
-from recmas_export.precision import loss as precision_loss
 from recmas_export.replan import Replanner
 from recmas_runtime.checking.verify import verify_bundle
-from recmas_runtime.cli.reports import bundle_text
+from recmas_runtime.cli.inspect import bundle_text
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.manifest import ParityEntry
-from recmas_runtime.formats.tolerances import LOSS_LIMITS, TOLERANCES, loss_figures, tolerances
+from recmas_runtime.formats.precisions import PRECISIONS, buildable
+from recmas_runtime.formats.tolerances import TOLERANCES, loss_figures
 
 RECORDS: list[dict[str, object]] = [
     {"id": "1", "question": "What is 7 * 8?"},
@@ -93,9 +94,9 @@ def test_systems_run_and_say_what_they_lost(
     assert 0.9 < case.loss.hidden_cosine < 1.0
     assert abs(case.loss.loss - case.loss.reference_loss) < 0.1 * case.loss.reference_loss
     for name, value in loss_figures(case.loss).items():
-        assert value <= LOSS_LIMITS[precision][name]
+        assert value <= PRECISIONS[precision].loss_limits[name]
     for name, value in case.figures.items():
-        assert value <= tolerances(precision)[name]
+        assert value <= PRECISIONS[precision].tolerances[name]
     assert case.figures["hidden_relative"] > TOLERANCES["hidden_relative"], "nothing was quantized"
     assert case.figures["link_relative"] <= TOLERANCES["link_relative"]
 
@@ -118,7 +119,7 @@ def test_baselines_and_other_plans_run_on_quantized_engines(build_tiny: BuildTin
 
 def test_fewer_bits_are_fewer_bytes_and_lose_more(build_tiny: BuildTiny) -> None:
     sizes, cosines = {}, {}
-    for precision in ("float32", *QUANTIZED):
+    for precision in buildable("onnx"):
         built = build_tiny(pair("llama", precision))
         (entry,) = built.system.manifest.backbones.values()
         sizes[precision] = num_weight_bytes(built.bundle / entry.weights)
@@ -188,7 +189,7 @@ def test_several_precisions_in_one_system(build_tiny: BuildTiny) -> None:
 def test_the_text_of_a_file(
     families: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision_loss, "NUM_PASSAGES", 2)
+    monkeypatch.setattr(parity, "NUM_PASSAGES", 2)
     text = tmp_path / "held_out.txt"
     text.write_text("The plan is in the garden, and the rain is near. " * 60, encoding="utf-8")
     source = pair("llama", "int8").replace("build: {", f"build: {{loss_text: {text}, ")
@@ -213,8 +214,9 @@ def test_the_text_of_a_file(
 def test_a_build_that_loses_too_much_fails(
     families: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    strict = {**LOSS_LIMITS, "int4": dict.fromkeys(LOSS_LIMITS["int4"], -1.0)}
-    monkeypatch.setattr(parity, "LOSS_LIMITS", strict)
+    int4 = PRECISIONS["int4"]
+    strict = replace(int4, loss_limits=dict.fromkeys(int4.loss_limits, -1.0))
+    monkeypatch.setitem(PRECISIONS, "int4", strict)
     spec = parse_spec(pair("llama", "int4"), file=str(families / "spec.yaml"), base_dir=families)
     with pytest.raises(RecmasError) as caught:
         build(run_pipeline(build_topology(spec)), spec=spec, out=tmp_path / "out")

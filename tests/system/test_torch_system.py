@@ -11,8 +11,11 @@ import recmas_runtime as rt
 from kit.bundles import BuildTiny
 from kit.files import read_messages
 from kit.specs import SPECS
-from recmas_compiler.bench.engines.eager_engines import CachedEngine, EagerEngine, RecomputingEngine
-from recmas_compiler.bench.engines.torch_system import load_bundle_backbones, load_torch_system
+from recmas_compiler.bench.open_torch import (
+    TransformersEngine,
+    load_bundle_backbones,
+    load_torch_system,
+)
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.links import load_operands, stack_operands
@@ -48,9 +51,9 @@ def test_batches_agree_with_the_reference(
         assert error <= TOLERANCES["message_absolute"], f"{link} is off by {error}"
 
 
-@pytest.mark.parametrize("kind", [CachedEngine, RecomputingEngine])
-def test_eager_forms_agree_with_the_bundles_engine(
-    kind: type[EagerEngine], families: Path, build_tiny: BuildTiny
+@pytest.mark.parametrize("recompute", [False, True])
+def test_transformers_engine_agrees_with_the_bundles_engine(
+    recompute: bool, families: Path, build_tiny: BuildTiny
 ) -> None:
     bundle = open_bundle(build_tiny(absolute("sequential", families)).bundle)
     (name, entry), *_ = bundle.manifest.backbones.items()
@@ -60,7 +63,7 @@ def test_eager_forms_agree_with_the_bundles_engine(
     start, used = np.zeros(2, np.int64), np.full(2, 9)
     found = []
     for engine in (
-        kind(load_bundle_backbones(bundle.root)[name]),
+        TransformersEngine(load_bundle_backbones(bundle.root)[name], recompute=recompute),
         BackboneEngine(entry, bundle.root, threads=1),
     ):
         cache = engine.new_cache(2, 64)

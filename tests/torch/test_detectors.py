@@ -10,9 +10,16 @@ from torch.nn.functional import cosine_similarity
 from recmas_compiler.links.closed_form import aligned
 from recmas_compiler.links.closed_form.aligned import align_inner
 from recmas_compiler.links.closed_form.calibration import Calibration
-from recmas_compiler.links.closed_form.detectors import SPREAD, THRESHOLD, token_detectors
-from recmas_compiler.links.closed_form.least_squares import direction_map, ridge, rms, spread_out
-from recmas_compiler.links.modules import ProjectedInner
+from recmas_compiler.links.closed_form.least_squares import (
+    SPREAD,
+    THRESHOLD,
+    direction_map,
+    ridge,
+    rms,
+    spread_out,
+    token_detectors,
+)
+from recmas_compiler.links.modules import LinkModule, make_link
 
 WIDTH = 8
 TOKENS = 40
@@ -43,8 +50,8 @@ def calibration(number: int) -> Calibration:
     )
 
 
-def align(found: Calibration) -> tuple[ProjectedInner, aligned.Alignment]:
-    link = ProjectedInner(WIDTH, WIDTH)
+def align(found: Calibration) -> tuple[LinkModule, aligned.Alignment]:
+    link = make_link("projected", "inner", WIDTH, WIDTH)
     return link, align_inner(link, found, link_id="a.inner")
 
 

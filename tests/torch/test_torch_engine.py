@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,15 +12,17 @@ import torch
 
 from kit.models import FAMILIES, LoadTiny
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.bench.engines.torch_engine import TorchEngine, apply_inner
-from recmas_compiler.links.checkpoint import save_link
-from recmas_compiler.links.modules import LINKS, make_link, randomize
+from recmas_compiler.bench.torch_engine import TorchEngine, apply_inner
+from recmas_compiler.links.modules import make_link, randomize, save_link
+from recmas_runtime.formats.link_kinds import LinkKind
 from recmas_runtime.formats.links import Operands, load_operands, stack_operands
 from recmas_runtime.formats.manifest import LinkEntry
 from recmas_runtime.formats.tolerances import TOLERANCES
 
 LENGTHS = np.array([5, 11, 8])
 CAPACITY, NUM_STEPS = 64, 4
+
+KINDS = get_args(LinkKind)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,7 @@ def test_ragged_rollouts_equal_the_whole_sequence(family: str, tiny: LoadTiny, i
 
 def test_groups_of_rows_have_inner_links_of_their_own(tiny: LoadTiny, inner_of) -> None:
     backbone = tiny("llama")
-    pairs = [inner_of(backbone.facts.width, kind, seed=1) for kind, _ in LINKS if _ == "inner"]
+    pairs = [inner_of(backbone.facts.width, kind, seed=1) for kind in KINDS]
     operands = stack_operands([operands for _, operands in pairs])
     engine = TorchEngine(own(backbone), compiled=False)
     thoughts = run(engine, prompts(backbone), operands)
@@ -101,7 +104,7 @@ def test_groups_of_rows_have_inner_links_of_their_own(tiny: LoadTiny, inner_of) 
         assert_close(thoughts[:, row], rolled_out(backbone, link, sequence))
 
 
-@pytest.mark.parametrize("kind", [kind for kind, role in LINKS if role == "inner"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_unified_form_is_the_link(kind: str, inner_of) -> None:
     link, operands = inner_of(16, kind)
     hidden = torch.randn(3, 1, 16, generator=torch.Generator().manual_seed(0))

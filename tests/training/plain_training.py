@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent
-from recmas_compiler.training.data.examples import TrainExample
+from recmas_compiler.lowering.training_graph.calls import TrainExample
 
 SLOT = r"\[\[slot ([^\]]+)\]\]"
 

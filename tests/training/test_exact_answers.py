@@ -11,9 +11,9 @@ from kit.models import LoadTiny
 from kit.systems import random_links
 from kit.training import on_one
 from recmas_compiler.lowering.reference import TorchSystem
+from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.passes.pipeline import run_pipeline
-from recmas_compiler.training.data.examples import TrainExample
 from recmas_compiler.training.tasks.outer import CONTROLS, exact_answers
 
 NUM_TOKENS = 6

@@ -14,7 +14,7 @@ import pytest
 from torch import distributed as dist
 
 from recmas_cli.main import main
-from recmas_cli.training_command import without_option
+from recmas_cli.train import without_option
 from recmas_compiler.training.loop.distributed import joined_world
 from recmas_compiler.training.loop.metrics import METRICS_NAME
 from recmas_runtime.core.errors import Exit

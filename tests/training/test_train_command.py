@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import recmas_compiler as rc
 from kit.training import changed
 from recmas_cli.main import main
 from recmas_compiler.training.loop.metrics import METRICS_NAME
@@ -159,6 +160,20 @@ def test_the_build_takes_trained_links(here: Path, capsys: pytest.CaptureFixture
     assert recmasc(capsys, "build", here, "--quiet", "-o", "before")["data"]["reused"]
 
 
+def test_the_python_door_trains_and_builds_as_the_commands_do(here: Path) -> None:
+    spec = rc.load_spec(here, overrides=("train.outer.steps=2",))
+    report = rc.train(rc.compile(spec), "trained", stage="outer")
+    assert report.stages["outer"]["steps"] == 2
+    assert set(report.trained) == {"planner->solver", "solver->planner"} | {
+        "planner.inner",
+        "solver.inner",
+    }
+    bundle = rc.build(rc.compile(spec), "bundle")
+    assert (bundle / "training/receipt.json").exists()
+    without = rc.build(rc.compile(spec), "without", trained_links=False)
+    assert not (without / "training").exists()
+
+
 def test_links_of_another_kind_are_left_aside(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,7 +181,7 @@ def test_links_of_another_kind_are_left_aside(
     here.write_text(changed(("planner -> solver: {}", "planner -> solver: {kind: residual}")))
     built = recmasc(capsys, "build", here, "--quiet", "-o", "bundle")
     (warning,) = [p for p in built["problems"] if p["code"] == "RM751"]
-    assert "it is of kind `projected`, the spec says `residual`" in warning["message"]
+    assert "it is of kind `projected`, not `residual`" in warning["message"]
     assert (warning["line"], warning["column"]) == (18, 3)
     assert "planner->solver" not in built["data"]["trained_links"]
     measured = recmasc(capsys, "train", here, "--quiet", "--eval-only")

@@ -16,9 +16,9 @@ from torch._dynamo.utils import counters
 from kit.models import LoadTiny
 from kit.systems import random_links
 from kit.training import TOPOLOGIES, examples, on_one, training_graph
-from recmas_compiler.lowering.training_graph.compiled import Compiled, CompileWarning
+from recmas_compiler.lowering.training_graph.agent_calls import Compiled, CompileWarning
+from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
-from recmas_compiler.training.data.examples import TrainExample
 from training_tolerances import TOLERANCES
 
 

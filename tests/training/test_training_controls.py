@@ -9,7 +9,7 @@ from kit.models import LoadTiny
 from kit.systems import random_links
 from kit.training import examples, on_one, training_graph
 from plain_training import PlainTraining
-from recmas_compiler.lowering.training_graph.controls import controlled
+from recmas_compiler.lowering.training_graph.latents import controlled
 from recmas_compiler.training.loop.distributed import World
 from recmas_compiler.training.tasks.outer import OuterTask
 from training_tolerances import TOLERANCES

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from kit.training import SPEC, changed, lines, record, write_case
+from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.spec.spec import load_spec
 from recmas_compiler.training.data.examples import (
     MAX_PROBLEMS,
     Examples,
-    TrainExample,
     leave_out_long,
 )
 from recmas_compiler.training.session import train_settings

@@ -9,8 +9,12 @@ from kit.graphs import topology
 from kit.models import LoadTiny
 from kit.systems import declare
 from kit.training import STEPS, examples, training_graph
-from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls
-from recmas_compiler.lowering.training_graph.rows import FEWEST_CONSTANT_COLUMNS, Row, pad_rows
+from recmas_compiler.lowering.training_graph.agent_calls import (
+    FEWEST_CONSTANT_COLUMNS,
+    AgentCalls,
+    Row,
+    pad_rows,
+)
 from training_tolerances import TOLERANCES
 
 LEAD = tuple(range(1, FEWEST_CONSTANT_COLUMNS + 5))

@@ -14,14 +14,14 @@ from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 from numpy.typing import NDArray
+from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.tape import Tape
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
-from recmas_compiler.ir.sizes import HEAD_MULTIPLE, MOST_TABLE_POSITIONS
 from recmas_export.passes.splice import integers, take_over
 from recmas_runtime.engines.onnx.session import onnx_runtime
+from recmas_runtime.formats.targets import HEAD_MULTIPLE, MOST_TABLE_POSITIONS
 
 DOMAIN: Final = "com.microsoft"
 
@@ -33,26 +33,30 @@ _CHUNK: Final = 1024
 _ERRORS_ONLY: Final = 3
 
 
-def use_grouped_attention(model: ir.Model, *, max_positions: int) -> bool:
-    """Write causal attention over rotated, packed heads as GroupQueryAttention, in place.
+class UseGroupedAttention(InPlacePass):
+    """Write causal attention over rotated, packed heads as one GroupQueryAttention.
+
+    1. Each layer whose mask is the causal one and whose heads have a width that the kernel takes,
+       from its packed product to the input of the next product (`GroupedAttention`).
+    2. Angles become tables, computed once for every position.
+    3. Where a table would be too large, all layers stay as they are.
 
     A call of several samples and several positions must then begin at row 0 of each sample's cache:
     behind cached rows, the operator takes a longer call of one sample only.
 
     Args:
-        model: A cleaned decoder with inputs `inputs_embeds` and `write_index`.
         max_positions: Rows of the tables, P.
-
-    Returns:
-        Whether a layer had this form. Otherwise the graph stays as it was, as it does where tables
-        would be too large.
     """
-    if max_positions > MOST_TABLE_POSITIONS:
-        return False
-    rule = GroupedAttention.rule(_Parts(model.graph, max_positions))
-    changed = bool(RewriteRuleSet([rule]).apply_to_model(model))
-    common.RemoveUnusedNodesPass()(model)
-    return changed
+
+    def __init__(self, max_positions: int) -> None:
+        self._max_positions = max_positions
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite a cleaned decoder in place; nodes that are then unused stay."""
+        if self._max_positions > MOST_TABLE_POSITIONS:  # 3
+            return PassResult(model, modified=False)
+        rule = GroupedAttention.rule(_Parts(model.graph, self._max_positions))
+        return PassResult(model, bool(RewriteRuleSet([rule]).apply_to_model(model)))
 
 
 class GroupedAttention(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscript is untyped

@@ -8,17 +8,31 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
 _END = 2**63 - 1
 
 
-def use_standard_operators(model: ir.Model) -> None:
-    """Write norms as RMSNormalization and rotations as RotaryEmbedding, in place."""
-    RewriteRuleSet([RootMeanSquareNorm.rule()], commute=True).apply_to_model(model)
-    RewriteRuleSet([TransposeBeforeNorm.rule()]).apply_to_model(model)
-    RewriteRuleSet([Rotation.rule()]).apply_to_model(model)
-    RewriteRuleSet([PartialRotation.rule()]).apply_to_model(model)
+class UseStandardOperators(InPlacePass):
+    """Write what models are traced into as the operator that it computes.
+
+    1. A root-mean-square norm is one RMSNormalization (`RootMeanSquareNorm`).
+    2. Norms of queries and keys come after the transpose of heads (`TransposeBeforeNorm`).
+    3. A rotation by angles is one RotaryEmbedding (`Rotation`), of a head's first part too
+       (`PartialRotation`).
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite in place, each rule in the graph that those before it leave."""
+        rule_sets = (
+            RewriteRuleSet([RootMeanSquareNorm.rule()], commute=True),  # 1
+            RewriteRuleSet([TransposeBeforeNorm.rule()]),  # 2: of the norms that 1 has written
+            RewriteRuleSet([Rotation.rule()]),  # 3
+            RewriteRuleSet([PartialRotation.rule()]),  # of the rotations that 3 has written
+        )
+        counts = [rules.apply_to_model(model) for rules in rule_sets]
+        return PassResult(model, any(counts))
 
 
 class RootMeanSquareNorm(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscript is untyped

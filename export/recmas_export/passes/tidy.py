@@ -1,8 +1,8 @@
-"""Small graph passes over what the exporter wrote: fold, share, name, strip.
+"""What tracing leaves behind, and the form that every graph is written in.
 
-The torch exporter leaves constants unfolded and stack traces of this machine in the metadata. Its
-own optimizer would fold too, but takes as long as the export, most of it in rewrites that do not
-apply.
+The torch exporter leaves constants unfolded, shapes put together at run time, and stack traces of
+this machine in the metadata. Its own optimizer would fold too, but takes as long as the export,
+most of it in rewrites that do not apply.
 """
 
 from __future__ import annotations
@@ -10,8 +10,20 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import onnxscript.optimizer
-from onnx_ir.passes import Sequential
+from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.tape import Tape
+from onnxscript.rewriter import RewriteRuleSet
+from onnxscript.rewriter.rules.common import (
+    add_0_rule,
+    collapse_slice2_rule,
+    collapse_slice_rule,
+    mul_by_1_rule,
+    no_op_transpose_rule,
+    transpose_transpose_rule,
+    unsqueeze_unsqueeze_rule,
+)
+
+from recmas_export.passes.splice import insert
 
 PRODUCER = "recmas"
 # The first opset with TensorScatter.
@@ -20,59 +32,58 @@ OPSET = 24
 IR_VERSION = 10
 
 
-def tidy(model: ir.Model) -> None:
-    """Fold constants, merge equal nodes and drop dead ones, in place."""
-    _transpose_weights(model.graph)
-    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=False)
-    Sequential(
-        common.IdentityEliminationPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.RemoveUnusedNodesPass(),
-        common.DeduplicateInitializersPass(),
-        common.CommonSubexpressionEliminationPass(),
-        common.RemoveUnusedNodesPass(),
-    )(model)
+class MultiplyAsStored(InPlacePass):
+    """Multiply by a head's weight [V, d] as it is stored.
 
+    1. MatMul(x, Transpose(W)) becomes a Gemm with `transB` between two Reshapes.
 
-def strip(model: ir.Model, *, name: str) -> None:
-    """Remove what is not computation, so that equal models give equal bytes.
-
-    Types and shapes within the graph stay: with them ONNX Runtime loads three times as fast.
+    The embedding table and a tied head can so be the same bytes, and no runtime makes a transposed
+    copy of the largest weight there is.
     """
-    common.ClearMetadataAndDocStringPass()(model)
-    model.producer_name, model.producer_version = PRODUCER, None
-    model.ir_version = IR_VERSION
-    model.graph.name = name
-    values = {*model.graph.inputs, *model.graph.initializers.values()}
-    for node in model.graph:
-        node.name = None
-        values.update(node.outputs)
-    for value in values:
-        value.metadata_props.clear()
-        value.doc_string = None
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite in place."""
+        products = [node for node in model.graph if node.op_type == "MatMul"]
+        changed = [self._rewrite(model.graph, node) for node in products]
+        return PassResult(model, any(changed))
+
+    def _rewrite(self, graph: ir.Graph, node: ir.Node) -> bool:
+        activation, factor = node.inputs
+        assert activation is not None
+        assert factor is not None
+        transpose = factor.producer()
+        weight = _transposed_weight(transpose) if transpose is not None else None
+        if weight is None or weight.const_value is None:
+            return False
+        vocabulary, width = weight.const_value.shape.numpy()
+        tape = Tape()
+        flat = _int_vector(tape, [-1, width], name=f"{weight.name}.rows")
+        unflat = _int_vector(tape, [-1, 1, vocabulary], name=f"{weight.name}.logits")
+        product = tape.op("Gemm", (tape.op("Reshape", (activation, flat)), weight), {"transB": 1})
+        result = tape.op("Reshape", (product, unflat))
+        insert(graph, tape, before=node)
+        node.outputs[0].replace_all_uses_with(result)
+        graph.remove(node, safe=True)
+        return True
 
 
-def check_operators(model: ir.Model) -> None:
-    """Assert that only standard ONNX operators are used."""
-    foreign = sorted({n.domain for n in model.graph.all_nodes() if n.domain not in ("", "ai.onnx")})
-    assert not foreign, f"operators of {foreign} in {model.graph.name}"
-    assert not model.functions, f"functions {list(model.functions)} in {model.graph.name}"
+class StoreTransposed(InPlacePass):
+    """Store a weight the way it is multiplied.
 
-
-def _is_matrix_transpose(node: ir.Node) -> bool:
-    perm = node.attributes.get("perm")
-    return node.op_type == "Transpose" and (perm is None or tuple(perm.as_ints()) == (1, 0))
-
-
-def _transpose_weights(graph: ir.Graph) -> None:
-    """Store a weight the way it is multiplied: Transpose(W) becomes an initializer of its own.
+    1. Transpose(W) of a constant matrix becomes an initializer of its own.
 
     Runtimes would fold the transpose at load, into a copy in memory that no page cache shares.
     """
-    for node in list(graph):
-        source = node.inputs[0] if node.inputs else None
-        if source is None or not _is_matrix_transpose(node) or source.const_value is None:
-            continue
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite in place; nodes and weights that are then unused stay."""
+        changed = [self._store(model.graph, node) for node in model.graph]
+        return PassResult(model, any(changed))
+
+    def _store(self, graph: ir.Graph, node: ir.Node) -> bool:
+        source = _transposed_weight(node)
+        if source is None or source.const_value is None:
+            return False
         stored = ir.Tensor(source.const_value.numpy().T, name=f"{source.name}.transposed")
         assert not stored.shape.is_dynamic(), "weights have sizes"
         value = ir.Value(
@@ -84,38 +95,136 @@ def _transpose_weights(graph: ir.Graph) -> None:
         if stored.name not in graph.initializers:
             graph.register_initializer(value)
         node.outputs[0].replace_all_uses_with(graph.initializers[value.name or ""])
-        graph.remove(node, safe=True)
+        return True
 
 
-def multiply_as_stored(graph: ir.Graph) -> None:
-    """Make each MatMul(x [B,1,d], Transpose(W)) a Gemm on W [V,d] as it is, in place.
+class FoldConstants(InPlacePass):
+    """Compute what depends on constants only.
 
-    The embedding table and a tied head can so be the same bytes, and no runtime makes a transposed
-    copy of the largest weight there is.
+    1. Nodes with small constant inputs become Constants; weights stay as they are.
     """
-    for node in list(graph):
-        if node.op_type != "MatMul":
-            continue
-        activation, transposed = node.inputs
-        assert activation is not None
-        assert transposed is not None
-        transpose = transposed.producer()
-        if transpose is None or not _is_matrix_transpose(transpose):
-            continue
-        weight = transpose.inputs[0]
-        if weight is None or weight.const_value is None:
-            continue
-        vocabulary, width = weight.const_value.shape.numpy()
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Fold in place."""
+        result = onnxscript.optimizer.fold_constants(model, onnx_shape_inference=False)
+        return PassResult(model, bool(result.modified))
+
+
+class DropNoOps(InPlacePass):
+    """Remove operators that return what they are given.
+
+    1. x + 0, x * 1, a Transpose to the same order, a Slice of everything.
+    2. Two Transposes or two Unsqueezes in a row are one.
+    """
+
+    _RULES = RewriteRuleSet(
+        [
+            add_0_rule,
+            mul_by_1_rule,
+            collapse_slice_rule,
+            collapse_slice2_rule,
+            no_op_transpose_rule,
+            transpose_transpose_rule,
+            unsqueeze_unsqueeze_rule,
+        ]
+    )
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite in place; removed nodes leave Identities and Constants."""
+        return PassResult(model, bool(self._RULES.apply_to_model(model)))
+
+
+class FixShapes(InPlacePass):
+    """Let a Reshape copy the leading sizes that it keeps, rather than be given them.
+
+    1. A shape that is computed becomes a constant: 0 for the sizes that are the same before and
+       after, then numbers, one of which may be free (-1).
+    2. Where more than one of the others is free, the shape stays as it is.
+
+    A shape that is put together at run time costs operators on the host, on every call.
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite in place."""
+        reshapes = [node for node in model.graph if node.op_type == "Reshape"]
+        changed = [self._fix(model.graph, node) for node in reshapes]
+        return PassResult(model, any(changed))
+
+    def _fix(self, graph: ir.Graph, node: ir.Node) -> bool:
+        source, target = node.inputs
+        before, after = source.shape if source is not None else None, node.outputs[0].shape
+        if target is None or target.const_value is not None or before is None or after is None:
+            return False
+        kept = 0
+        while kept < min(len(before), len(after)) and _is_same(before[kept], after[kept]):
+            kept += 1
+        rest = [dim if isinstance(dim, int) else -1 for dim in after[kept:]]
+        if rest.count(-1) > 1:  # 2
+            return False
         tape = Tape()
-        flat = _int_vector(tape, [-1, width], name=f"{weight.name}.rows")
-        unflat = _int_vector(tape, [-1, 1, vocabulary], name=f"{weight.name}.logits")
-        product = tape.op("Gemm", (tape.op("Reshape", (activation, flat)), weight), {"transB": 1})
-        result = tape.op("Reshape", (product, unflat))
-        for initializer in tape.initializers:
-            graph.register_initializer(initializer)
-        graph.insert_before(node, tape.nodes)
-        node.outputs[0].replace_all_uses_with(result)
-        graph.remove(node, safe=True)
+        sizes = [0] * kept + rest  # 1
+        name = "shape." + ".".join(str(size) for size in sizes)
+        shape = graph.initializers.get(name) or tape.initializer(ir.tensor(sizes, name=name))
+        insert(graph, tape, before=node)
+        node.replace_input_with(1, shape)
+        node.attributes.pop("allowzero", None)  # 0 is to copy a dimension, which is the default
+        return True
+
+
+class Strip(InPlacePass):
+    """Remove what is not computation, so that equal models give equal bytes.
+
+    1. Names of nodes, documentation and metadata go; producer and IR version are set.
+    2. Types and shapes within the graph stay: with them ONNX Runtime loads three times as fast.
+
+    Args:
+        name: The graph's.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Strip in place."""
+        common.ClearMetadataAndDocStringPass()(model)
+        model.producer_name, model.producer_version = PRODUCER, None
+        model.ir_version = IR_VERSION
+        model.graph.name = self._name
+        values = {*model.graph.inputs, *model.graph.initializers.values()}
+        for node in model.graph:
+            node.name = None
+            values.update(node.outputs)
+        for value in values:
+            value.metadata_props.clear()
+            value.doc_string = None
+        return PassResult(model, modified=True)
+
+
+class CheckOperators(InPlacePass):
+    """Assert that only standard ONNX operators are used; nothing is rewritten."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Return the model as it was."""
+        domains = {node.domain for node in model.graph.all_nodes()}
+        foreign = sorted(domains - {"", "ai.onnx"})
+        assert not foreign, f"operators of {foreign} in {model.graph.name}"
+        assert not model.functions, f"functions {list(model.functions)} in {model.graph.name}"
+        return PassResult(model, modified=False)
+
+
+def _is_matrix_transpose(node: ir.Node) -> bool:
+    perm = node.attributes.get("perm")
+    return node.op_type == "Transpose" and (perm is None or tuple(perm.as_ints()) == (1, 0))
+
+
+def _transposed_weight(node: ir.Node) -> ir.Value | None:
+    """Return the constant that a node transposes as a matrix, if it does."""
+    source = node.inputs[0] if node.inputs and _is_matrix_transpose(node) else None
+    return source if source is not None and source.const_value is not None else None
+
+
+def _is_same(left: int | ir.SymbolicDim, right: int | ir.SymbolicDim) -> bool:
+    return left == right and (isinstance(left, int) or left.value is not None)
 
 
 def _int_vector(tape: Tape, values: list[int], *, name: str) -> ir.Value:

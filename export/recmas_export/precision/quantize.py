@@ -1,7 +1,7 @@
-"""Weights in blocks of small integers: a pass over the portable graphs, for engines on the CPU.
+"""Weights in blocks of small integers, for engines on the CPU.
 
 A latent step reads every weight once, so its time is their bytes over the memory's bandwidth. ONNX
-Runtime's own quantizer turns each block of 32 weights that one output adds up into integers and a
+Runtime's own quantizer turns each block of weights that one output adds up into integers and a
 scale; its operators MatMulNBits and GatherBlockQuantized read them as they are. Norms, biases,
 activations, caches and links stay float32.
 
@@ -15,17 +15,16 @@ a block.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.tape import Tape
 
-from recmas_compiler.ir.sizes import BLOCK_SIZE, QUANTIZED
-from recmas_export.graph.weights_file import SMALLEST_WEIGHT, memory_of
+from recmas_export.precision.weights_file import SMALLEST_WEIGHT, memory_of
 from recmas_runtime.engines.onnx.session import onnx_runtime
 
 _DOMAIN: Final = "com.microsoft"
@@ -43,75 +42,73 @@ class _Blocks:
     Attributes:
         wide: What it was made from, kept alive so that its address stays its own.
         bits: Per element.
+        block_size: Elements of a block.
         packed: uint8 [N, n, b], low bits first.
         scales: float32 [N, n].
     """
 
     wide: NDArray[Any]
     bits: int
+    block_size: int
     packed: NDArray[np.uint8]
     scales: NDArray[np.float32]
 
 
-@dataclass
-class _Quantizer:
-    """Quantizes weights, those that share memory once.
+class QuantizeWeights(InPlacePass):
+    """Hold weights in blocks of integers.
 
-    Attributes:
-        made: By memory and bits.
-    """
+    1. A product with a weight becomes a MatMulNBits.
+    2. A lookup in a table of weights becomes a GatherBlockQuantized.
+    3. Weights that share memory, in whatever graph, are quantized once and share it afterwards.
+    4. A precision without blocks changes nothing.
 
-    made: dict[object, _Blocks]
-
-    def __call__(self, weight_NK: NDArray[Any], bits: int) -> _Blocks:
-        key = (memory_of(weight_NK), bits)
-        if key not in self.made:
-            self.made[key] = _quantized(weight_NK, bits)
-        return self.made[key]
-
-
-def quantize(graphs: Mapping[str, ir.Model], precision: str, *, tables: frozenset[str]) -> None:
-    """Replace products with weights, and lookups in tables of weights, by their block-wise forms.
+    Weights are float32 and still inside the graph.
 
     Args:
-        graphs: Changed in place; their weights are float32 and still inside the graphs.
-        precision: Of the spec. One that is not in `QUANTIZED` changes nothing.
-        tables: Those graphs that are an embedding or a head.
+        bits: Per weight.
+        block_size: Weights that share a scale; None for weights that stay numbers of their own.
     """
-    if precision not in QUANTIZED:
-        return
-    bits, quantizer = QUANTIZED[precision], _Quantizer({})
-    for name, model in graphs.items():
-        width = bits.tables if name in tables else bits.layers
+
+    def __init__(self, *, bits: int, block_size: int | None) -> None:
+        self._bits, self._block_size = bits, block_size
+        self._made: dict[object, _Blocks] = {}
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Rewrite in place."""
+        if self._block_size is None:  # 4
+            return PassResult(model, modified=False)
         for node in list(model.graph):
-            _quantize_node(model.graph, node, width, quantizer)
+            self._rewrite(model.graph, node, self._block_size)
         model.graph.opset_imports[_DOMAIN] = 1
         for value in list(model.graph.initializers.values()):
             if not value.uses():
                 del model.graph.initializers[value.name or ""]
+        return PassResult(model, modified=True)
 
+    def _rewrite(self, graph: ir.Graph, node: ir.Node, block_size: int) -> None:
+        weight = _weight_of(node)
+        if weight is None or weight.const_value is None:
+            return
+        array = weight.const_value.numpy()
+        # A MatMul has its weight as [K, N], a Gemm of `MultiplyAsStored` as [N, K].
+        blocks = self._blocks(array.T if node.op_type == "MatMul" else array, block_size)
+        tape = Tape()
+        write = _lookup if node.op_type == "Gather" else _product
+        result = write(tape, node, weight, blocks)
+        for initializer in tape.initializers:
+            if initializer.name not in graph.initializers:
+                graph.register_initializer(initializer)
+        replaced = node.outputs[0]
+        result.name, result.type, result.shape = replaced.name, replaced.type, replaced.shape
+        graph.insert_before(node, tape.nodes)
+        replaced.replace_all_uses_with(result, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
 
-def _quantize_node(graph: ir.Graph, node: ir.Node, bits: int, quantizer: _Quantizer) -> None:
-    weight = _weight_of(node)
-    if weight is None or weight.const_value is None:
-        return
-    array = weight.const_value.numpy()
-    tape = Tape()
-    if node.op_type == "Gather":
-        blocks = quantizer(array, bits)
-        result = _lookup(tape, node, weight, blocks)
-    else:
-        # A MatMul has its weight as [K, N], a Gemm of `multiply_as_stored` as [N, K].
-        blocks = quantizer(array.T if node.op_type == "MatMul" else array, bits)
-        result = _product(tape, node, weight, blocks)
-    for initializer in tape.initializers:
-        if initializer.name not in graph.initializers:
-            graph.register_initializer(initializer)
-    replaced = node.outputs[0]
-    result.name, result.type, result.shape = replaced.name, replaced.type, replaced.shape
-    graph.insert_before(node, tape.nodes)
-    replaced.replace_all_uses_with(result, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    def _blocks(self, weight_NK: NDArray[Any], block_size: int) -> _Blocks:
+        key = memory_of(weight_NK)  # 3
+        if key not in self._made:
+            self._made[key] = _quantized(weight_NK, self._bits, block_size)
+        return self._made[key]
 
 
 def _weight_of(node: ir.Node) -> ir.Value | None:
@@ -142,7 +139,7 @@ def _product(tape: Tape, node: ir.Node, weight: ir.Value, blocks: _Blocks) -> ir
             "K": num_inputs,
             "N": num_outputs,
             "bits": blocks.bits,
-            "block_size": BLOCK_SIZE,
+            "block_size": blocks.block_size,
             "accuracy_level": _ACCURACY_LEVEL,
         },
         domain=_DOMAIN,
@@ -156,10 +153,15 @@ def _lookup(tape: Tape, node: ir.Node, weight: ir.Value, blocks: _Blocks) -> ir.
     rows = tape.op(
         "GatherBlockQuantized",
         (table, node.inputs[1], scales),
-        {"gather_axis": 0, "quantize_axis": 1, "bits": blocks.bits, "block_size": BLOCK_SIZE},
+        {
+            "gather_axis": 0,
+            "quantize_axis": 1,
+            "bits": blocks.bits,
+            "block_size": blocks.block_size,
+        },
         domain=_DOMAIN,
     )
-    if width % BLOCK_SIZE == 0:
+    if width % blocks.block_size == 0:
         return rows
     # The last block of a row is filled up, for the table and the head to be the same bytes.
     bounds = (
@@ -178,19 +180,20 @@ def _operands(
     return elements, tape.initializer(ir.Tensor(blocks.scales, name=f"{name}.scales"))
 
 
-def _quantized(weight_NK: NDArray[Any], bits: int) -> _Blocks:
-    quantizer = _onnx_runtime_quantizer(bits)
+def _quantized(weight_NK: NDArray[Any], bits: int, block_size: int) -> _Blocks:
+    quantizer = _onnx_runtime_quantizer(bits, block_size)
     packed, scales, _ = quantizer.qbits_block_quant(np.ascontiguousarray(weight_NK.T))
-    num_outputs, num_blocks = len(weight_NK), -(-weight_NK.shape[1] // BLOCK_SIZE)
+    num_outputs, num_blocks = len(weight_NK), -(-weight_NK.shape[1] // block_size)
     return _Blocks(
         wide=weight_NK,
         bits=bits,
+        block_size=block_size,
         packed=packed.reshape(num_outputs, num_blocks, -1),
         scales=scales.reshape(num_outputs, num_blocks),
     )
 
 
-def _onnx_runtime_quantizer(bits: int) -> Any:
+def _onnx_runtime_quantizer(bits: int, block_size: int) -> Any:
     onnx_runtime()  # turns its telemetry off before anything imports it
     root = logging.getLogger()
     silence = logging.NullHandler()
@@ -203,5 +206,5 @@ def _onnx_runtime_quantizer(bits: int) -> Any:
         )
     finally:
         root.removeHandler(silence)
-    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK_SIZE, is_symmetric=True, bits=bits)
+    config = DefaultWeightOnlyQuantConfig(block_size=block_size, is_symmetric=True, bits=bits)
     return DefaultWeightOnlyQuantizer(config)

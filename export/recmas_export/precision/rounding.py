@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.ir.sizes import BLOCK_SIZE, QUANTIZED
 from recmas_compiler.links.closed_form.calibration import sample_answers
 from recmas_runtime.core.progress import Progress
+from recmas_runtime.formats.precisions import PRECISIONS
 
 # With 8 bits the nearest number is good enough.
 _FEW_BITS: Final = 4
@@ -44,39 +44,41 @@ def rounded_layers(
 ) -> Iterator[None]:
     """Hold the weights of a backbone's layers at what few bits can hold; leaving restores them.
 
-    A quantizer with blocks of `BLOCK_SIZE` and no zero points stores the held weights exactly.
+    A quantizer with the precision's blocks and no zero points stores the held weights exactly.
 
     Args:
         backbone: A loaded backbone.
         precision: One whose layers have more than 4 bits changes nothing.
         progress: Sees one stage.
     """
-    if precision not in QUANTIZED or QUANTIZED[precision].layers > _FEW_BITS:
+    bits, block_size = PRECISIONS[precision].layer_bits, PRECISIONS[precision].block_size
+    if block_size is None or bits > _FEW_BITS:
         yield
         return
     layers = _layers(backbone)
     exact = {linear: linear.weight.data for layer in layers for linear in _linears(layer)}
     try:
-        _round_layers(backbone, layers, bits=QUANTIZED[precision].layers, progress=progress)
+        _round_layers(backbone, layers, bits=bits, block_size=block_size, progress=progress)
         yield
     finally:
         for linear, weight in exact.items():
             linear.weight.data = weight
 
 
-def compensated(weight_NK: Tensor, products_KK: Tensor, *, bits: int) -> Tensor:
+def compensated(weight_NK: Tensor, products_KK: Tensor, *, bits: int, block_size: int) -> Tensor:
     """Return a weight rounded so that its outputs change little.
 
     Args:
         weight_NK: float32.
         products_KK: Sums of products of the inputs, x^T x over all positions, float64.
         bits: Of the integers.
+        block_size: Inputs that share a scale.
     """
     num_inputs = weight_NK.shape[1]
     factor_KK = _factor(products_KK).float()
     rest_NK, rounded_NK = weight_NK.clone(), torch.empty_like(weight_NK)
-    for start in range(0, num_inputs, BLOCK_SIZE):
-        end = min(start + BLOCK_SIZE, num_inputs)
+    for start in range(0, num_inputs, block_size):
+        end = min(start + block_size, num_inputs)
         factor_bb = factor_KK[start:end, start:end]
         block_Nb = rest_NK[:, start:end].clone()
         scale_N, largest_N = _scale(block_Nb, bits)
@@ -142,7 +144,12 @@ class _Run:
 
 @torch.no_grad()
 def _round_layers(
-    backbone: TorchBackbone, layers: Sequence[nn.Module], *, bits: int, progress: Progress
+    backbone: TorchBackbone,
+    layers: Sequence[nn.Module],
+    *,
+    bits: int,
+    block_size: int,
+    progress: Progress,
 ) -> None:
     """Round one layer after the other, each for the inputs that the rounded ones before it give."""
     with progress.stage("Rounding weights", len(layers)) as advance:
@@ -150,7 +157,7 @@ def _round_layers(
         for index, layer in enumerate(layers):
             for linears, products_KK in _products(layer, runs, index).items():
                 weights_NK = torch.cat([linear.weight.data for linear in linears])
-                rounded_NK = compensated(weights_NK, products_KK, bits=bits)
+                rounded_NK = compensated(weights_NK, products_KK, bits=bits, block_size=block_size)
                 parts = torch.split(rounded_NK, [linear.out_features for linear in linears])
                 for linear, part in zip(linears, parts, strict=True):
                     linear.weight.data = part.clone()

@@ -1,4 +1,4 @@
-"""The process that asks math-verify: a JSON line in, a JSON line out, for ever.
+"""The process that asks math-verify: a JSON line in, a JSON line out, until the input ends.
 
 It runs as a script of its own and is killed when it takes too long, so nothing here may matter to
 anybody else. Computer algebra on what a model wrote can take any time and memory.

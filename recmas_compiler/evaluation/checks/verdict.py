@@ -1,30 +1,18 @@
-"""What a check is given and what it says."""
+"""What checks share: verdicts, right answers, and where in a text the answer stands."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
-from recmas_runtime.running.records import Record
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """A record of a data set: the part that prompts may show, and the part they never see.
-
-    Attributes:
-        record: What the system is asked.
-        gold: What only the check sees: `answer`, unit tests.
-    """
-
-    record: Record
-    gold: Mapping[str, object]
+from recmas_compiler.evaluation.data.data_file import Question
+from recmas_runtime.core.errors import RecmasError, fail
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a check says of an answer.
+    """How a check scores an answer.
 
     Attributes:
         correct: Whether it counts as right.
@@ -71,3 +59,106 @@ class StatelessCheck:
 
     def __exit__(self, *exception: object) -> None:
         pass
+
+
+def gold_texts(question: Question) -> tuple[str, ...]:
+    """Return every text that counts as right; never none.
+
+    Raises:
+        RecmasError: RM601 if `answer` is neither text, a number, nor a list of them.
+    """
+    answer = question.gold.get("answer")
+    listed = answer if isinstance(answer, list | tuple) else (answer,)
+    texts = tuple(str(a).strip() for a in listed if isinstance(a, str | int | float))
+    if not texts or len(texts) != len(listed) or any(isinstance(a, bool) for a in listed):
+        raise unusable_gold(question, f"the right answer is {answer!r}, not a text or number")
+    return texts
+
+
+def gold_text(question: Question) -> str:
+    """Return the one right answer.
+
+    Raises:
+        RecmasError: RM601 if there are several, or none.
+    """
+    first, *others = gold_texts(question)
+    if others:
+        raise unusable_gold(question, f"has {len(others) + 1} right answers where one is expected")
+    return first
+
+
+def unusable_gold(question: Question, message: str) -> RecmasError:
+    """Return the error for a question that a check cannot use."""
+    return fail(
+        "RM601",
+        f"record {question.record.id!r}: {message}",
+        hint="Correct the record, or choose a protocol whose check reads such answers.",
+    )
+
+
+_BOX: Final = re.compile(r"\\f?box(?:ed)?\s*(\{|[^\s{])")
+# "The final answer is", "So the correct choice is:"; before a colon only where a sentence begins,
+# because "To find the answer: ..." announces none; "####" is the mark of GSM8K's own solutions.
+_NAMED: Final = r"(?:answer|(?:correct|right|best) (?:choice|option))"
+_BEGINS: Final = (
+    r"(?:^|[.!?]\s)[\s*_#>-]*(?:(?:so|thus|hence|therefore),? )?(?:the |my )?(?:final )?"
+)
+_PHRASE: Final = re.compile(
+    rf"\b{_NAMED}\b[\s*_]*(?:is|are|was|would be|should be)\b[\s*_]*:?"
+    rf"|{_BEGINS}(?:(?:correct|right|best) )?{_NAMED}[\s*_]*[:=]"
+    r"|\#{4}",
+    re.IGNORECASE | re.MULTILINE,
+)
+_TAGGED: Final = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
+_RESULT: Final = re.compile(r"<result>.*?</result>", re.DOTALL)
+
+
+def without_thinking(text: str) -> str:
+    """Return what the model says: without its thinking before, and without results of tools."""
+    return _RESULT.sub("\n", text.rpartition("</think>")[2])
+
+
+def last_box(text: str) -> str | None:
+    r"""Return what the last complete `\boxed{...}` holds; None if there is none."""
+    for found in reversed(list(_BOX.finditer(text))):
+        if found.group(1) != "{":
+            return found.group(1)
+        inside = _balanced(text, found.end())
+        if inside is not None and inside.strip():
+            return inside.strip()
+    return None
+
+
+def after_phrases(text: str) -> list[str]:
+    """Return what follows every "the answer is", to the end of its line, in order.
+
+    Where the phrase ends its line, the next line with text counts.
+    """
+    rests = []
+    for found in _PHRASE.finditer(text):
+        rest = text[found.end() :].lstrip("*_ \t\n")
+        line = rest.partition("\n")[0].strip()
+        if line:
+            rests.append(line)
+    return rests
+
+
+def last_tagged(text: str) -> str | None:
+    """Return what the last `<answer>...</answer>` holds; None if there is none."""
+    found = _TAGGED.findall(text)
+    return found[-1].strip() or None if found else None
+
+
+def stripped(text: str) -> str:
+    """Return a short answer without the marks around it: emphasis, quotes, a final stop."""
+    return text.strip().strip("*_`\"'").strip().rstrip(".!").strip().strip("*_`\"'").strip()
+
+
+def _balanced(text: str, start: int) -> str | None:
+    """Return the text from `start` to the brace that closes the one before it."""
+    depth = 1
+    for index in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[index], 0)
+        if depth == 0:
+            return text[start:index]
+    return None

@@ -16,10 +16,10 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from recmas_compiler.evaluation.checks.choice_check import LETTERS
-
 Values = dict[str, Any]
 Converter = Callable[[Values], Values]
+
+LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # Larger than the tests of any problem; a compressed text may unpack to anything.
 MAX_TESTS_BYTES: Final = 512 * 2**20
@@ -92,7 +92,7 @@ def passages(values: Values) -> Values:
 def assertions(values: Values) -> Values:
     """MBPP: imports, set-up code and assertions become tests; the assertions may be shown.
 
-    Without an example nobody could know what the function is called. MBPP+ brings its own, longer
+    Without an example a model cannot know the function's name. MBPP+ brings its own, longer
     tests, which are not shown.
     """
     tests = values.get("plus") or values["tests"]

@@ -10,15 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from recmas_compiler.evaluation.checks.verdict import Question
 from recmas_compiler.evaluation.data.converters import CONVERTERS, UNREADABLE
-from recmas_compiler.evaluation.protocol import DataSection, Protocol
+from recmas_compiler.evaluation.data.protocol import DataSection, Protocol
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.prompts.render import field_text
 from recmas_runtime.running.records import Record
 
 # A file with one mistake often has it in every line.
 MAX_PROBLEMS: Final = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A record of a data set: the part that prompts may show, and the part they never see.
+
+    Attributes:
+        record: What the system is asked.
+        gold: What only the check sees: `answer`, unit tests.
+    """
+
+    record: Record
+    gold: Mapping[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,22 +21,18 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, gelu
+from torch.nn.functional import cosine_similarity
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.links.closed_form.calibration import HELD_OUT_EVERY, Calibration
-from recmas_compiler.links.closed_form.detectors import token_detectors
-from recmas_compiler.links.closed_form.least_squares import direction_map, ridge, rms, spread_out
-from recmas_compiler.links.modules import (
-    LnResidualInner,
-    LnResidualOuter,
-    ProjectedInner,
-    ProjectedOuter,
-    ResidualInner,
-    ResidualOuter,
-    randomize,
-    seeded_generator,
+from recmas_compiler.links.closed_form.least_squares import (
+    direction_map,
+    ridge,
+    rms,
+    spread_out,
+    token_detectors,
 )
+from recmas_compiler.links.modules import LinkModule, randomize, seeded_generator
 from recmas_runtime.core.errors import fail
 
 # Ridge strengths to choose from, relative to each input's own sum of squares: inputs of a backbone
@@ -51,11 +47,11 @@ DETECTOR_STRENGTH: Final = 0.003
 SAMPLES_PER_REGRESSOR: Final = 8
 
 # gelu(x) is x / 2 for small x. At this size of its inputs the branch is linear to 0.1 %.
-RESIDUAL_SIGNAL: Final = 1e-3
-# A final norm forgives a branch its scale, so a less extreme size does there.
-LN_RESIDUAL_SIGNAL: Final = 0.1
-# How far the branch outweighs the thought that it is added to, before the final norm.
-LN_RESIDUAL_WEIGHT: Final = 10.0
+SMALL_SIGNAL: Final = 1e-3
+# Normed inputs are of size one, and W2 is fitted to what gelu makes of them: less extreme will do.
+NORMED_SIGNAL: Final = 0.1
+# How far the branch outweighs the thought that it is added to, before a final norm.
+BRANCH_WEIGHT: Final = 10.0
 
 MIN_SHARED_TOKENS: Final = 64
 
@@ -66,17 +62,13 @@ class Alignment:
 
     Attributes:
         cosine: Mean cosine between what the link answers and the embedding it should answer.
-        constant_cosine: The same for the best constant answer, the mean: what knowing nothing gets.
         strength: Ridge strength chosen; 0 for the identity.
-        num_samples: Samples fitted to.
         num_held_out: Samples measured on.
         num_detectors: Hidden units that start as detectors of tokens.
     """
 
     cosine: float
-    constant_cosine: float
     strength: float
-    num_samples: int
     num_held_out: int
     num_detectors: int = 0
 
@@ -120,23 +112,24 @@ def align_inner(link: nn.Module, calibration: Calibration, *, link_id: str) -> A
         truth_NE=calibration.next_ND,
         is_held_out_N=calibration.is_held_out_N,
     )
+    assert isinstance(link, LinkModule), "only links have a closed form"
     randomize(link, link_id=link_id)
 
     def fit(known: _Samples, strength: float) -> None:
-        weight_DD, bias_D = _spread_map(known, strength)
-        if isinstance(link, ProjectedInner):
-            _set_affine(link.residual_proj, weight_DD, bias_D)
-            _silence(link.proj2)
-            return
-        wanted_ND = known.x_ND.double() @ weight_DD.T + bias_D
-        if isinstance(link, ResidualInner):
-            _express_residual(link, known.x_ND, wanted_ND, link_id)
+        x_ND, (weight_DD, bias_D) = known.x_ND, _spread_map(known, strength)
+        if link.residual_proj is not None:
+            _express_in_skip(link, x_ND, weight_DD, bias_D)
+        elif link.pre_norm is None:
+            _express_in_small_branch(link, x_ND, _affine(x_ND, weight_DD, bias_D), link_id)
         else:
-            assert isinstance(link, LnResidualInner)
-            _express_ln_residual(link, known.x_ND, wanted_ND, link_id)
+            _express_in_normed_branch(link, x_ND, _affine(x_ND, weight_DD, bias_D), link_id)
+        if link.post_norm is not None:
+            _fit_norm(link.post_norm, link.unnormed(x_ND), _affine(x_ND, weight_DD, bias_D))
 
     affine = _fit_best(link, samples, fit, INNER_STRENGTHS)
-    if calibration.token_N is None or not isinstance(link, ProjectedInner):
+    # Detectors need a threshold, and stand beside an affine map rather than carrying it.
+    may_detect = link.form.has_skip_matrix and link.form.has_biases and link.form.post is None
+    if calibration.token_N is None or not may_detect:
         return affine
     return _with_detectors(link, samples, calibration.token_N, affine)
 
@@ -160,22 +153,19 @@ def align_outer(
     """
     is_same = source.facts.identity == target.facts.identity
     samples = _own_embeddings(source) if is_same else _shared_embeddings(source, target, link_id)
+    assert isinstance(link, LinkModule), "only links have a closed form"
     randomize(link, link_id=link_id)
 
     def fit(known: _Samples, strength: float) -> None:
-        assert isinstance(link, ResidualOuter | LnResidualOuter | ProjectedOuter)
-        _silence(link.proj2)
+        assert link.residual_proj is not None, "outer links have it, for widths may differ"
         if is_same:
+            _silence(link.proj2)
             _silence(link.residual_proj)
             nn.init.eye_(link.residual_proj.weight)
         else:
-            weight_ED, bias_E = _spread_map(known, strength)
-            if isinstance(link, ResidualOuter):
-                wanted_NE = known.x_ND.double() @ weight_ED.T + bias_E
-                weight_ED, bias_E = ridge(known.x_ND, wanted_NE, EXACT, has_bias=False)
-            _set_affine(link.residual_proj, weight_ED, bias_E)
-        if isinstance(link, LnResidualOuter):
-            _fit_final_norm(link.ln_target, link.residual_proj(known.x_ND), known.truth_NE)
+            _express_in_skip(link, known.x_ND, *_spread_map(known, strength))
+        if link.post_norm is not None:
+            _fit_norm(link.post_norm, link.unnormed(known.x_ND), known.truth_NE)
 
     return _fit_best(link, samples, fit, (0.0,) if is_same else OUTER_STRENGTHS)
 
@@ -188,7 +178,7 @@ def _spread_map(known: _Samples, strength: float) -> tuple[Tensor, Tensor]:
 
 
 def _with_detectors(
-    link: ProjectedInner, samples: _Samples, token_N: Tensor, affine: Alignment
+    link: LinkModule, samples: _Samples, token_N: Tensor, affine: Alignment
 ) -> Alignment:
     """Let the branch detect tokens, if there are samples enough and it does better so.
 
@@ -209,18 +199,19 @@ def _with_detectors(
     return replace(affine, cosine=cosine, strength=DETECTOR_STRENGTH, num_detectors=num_detectors)
 
 
-def _set_detectors(link: ProjectedInner, known: _Samples, token_N: Tensor, most: int) -> int:
+def _set_detectors(link: LinkModule, known: _Samples, token_N: Tensor, most: int) -> int:
     """Make hidden units detect tokens, fit everything behind them, and return how many there are.
 
     Units that are left over stay silent and can learn.
     """
     width = known.x_ND.shape[1]
-    normed_ND = link.pre_ln(known.x_ND)
+    assert link.residual_proj is not None, "the affine half is in there"
+    normed_ND = known.x_ND if link.pre_norm is None else link.pre_norm(known.x_ND)
     weight_UD, bias_U = token_detectors(normed_ND, token_N, most=most)
     num_detectors = len(bias_U)
     link.proj1.weight[:num_detectors] = weight_UD.float()
     link.proj1.bias[:num_detectors] = bias_U.float()
-    heard_NU = gelu(link.proj1(normed_ND))[:, :num_detectors]
+    heard_NU = link.branch(known.x_ND)[:, :num_detectors]
     inputs_NF, truth_NE = torch.cat([known.x_ND, heard_NU], dim=1), known.truth_NE
     weight_EF, _ = direction_map(inputs_NF, truth_NE, DETECTOR_STRENGTH)
     weight_EF, bias_E = spread_out(
@@ -233,7 +224,7 @@ def _set_detectors(link: ProjectedInner, known: _Samples, token_N: Tensor, most:
 
 
 def _fit_best(
-    link: nn.Module,
+    link: LinkModule,
     samples: _Samples,
     fit: Callable[[_Samples, float], None],
     strengths: tuple[float, ...],
@@ -248,9 +239,7 @@ def _fit_best(
     best = max(strengths, key=cosine)
     return Alignment(
         cosine=cosine(best),  # fits once more: the link keeps the last fit
-        constant_cosine=_mean_cosine(known.y_NE.mean(0)[None], held_out.truth_NE),
         strength=best,
-        num_samples=len(known.x_ND),
         num_held_out=len(held_out.x_ND),
     )
 
@@ -259,31 +248,43 @@ def _mean_cosine(answers_NE: Tensor, truth_NE: Tensor) -> float:
     return cosine_similarity(answers_NE, truth_NE, dim=-1).mean().item()
 
 
-def _express_residual(link: ResidualInner, x_ND: Tensor, wanted_ND: Tensor, link_id: str) -> None:
+def _express_in_skip(link: LinkModule, x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor) -> None:
+    """Make W3 the map and the branch silent; without biases, the closest map through the origin."""
+    assert link.residual_proj is not None, "there is nowhere else to put it"
+    _silence(link.proj2)
+    if not link.form.has_biases:
+        wanted_NE = _affine(x_ND, weight_ED, bias_E)
+        weight_ED, bias_E = ridge(x_ND, wanted_NE, EXACT, has_bias=False)
+    _set_affine(link.residual_proj, weight_ED, bias_E)
+
+
+def _express_in_small_branch(
+    link: LinkModule, x_ND: Tensor, wanted_ND: Tensor, link_id: str
+) -> None:
     """Make h + W2 gelu(W1 h) the map A: where gelu is x / 2, that is W2 W1 / 2 = A - I.
 
-    The form has no biases, so A is the closest map through the origin.
+    Without biases, A is the closest map through the origin.
     """
-    weight_DD, _ = ridge(x_ND, wanted_ND, EXACT, has_bias=False)
-    turn_DD, scale = _orthogonal(len(weight_DD), link_id), RESIDUAL_SIGNAL / rms(x_ND)
+    weight_DD, bias_D = ridge(x_ND, wanted_ND, EXACT, has_bias=link.form.has_biases)
+    turn_DD, scale = _orthogonal(len(weight_DD), link_id), SMALL_SIGNAL / rms(x_ND)
     identity_DD = torch.eye(len(weight_DD), dtype=torch.float64)
-    link.proj1.weight.copy_(scale * turn_DD)
-    link.proj2.weight.copy_(2 / scale * (weight_DD - identity_DD) @ turn_DD.T)
+    _set_affine(link.proj1, scale * turn_DD, torch.zeros(len(weight_DD)))
+    _set_affine(link.proj2, 2 / scale * (weight_DD - identity_DD) @ turn_DD.T, bias_D)
 
 
-def _express_ln_residual(
-    link: LnResidualInner, x_ND: Tensor, wanted_ND: Tensor, link_id: str
+def _express_in_normed_branch(
+    link: LinkModule, x_ND: Tensor, wanted_ND: Tensor, link_id: str
 ) -> None:
-    """Fit W2 so that what the final norm sees points to what is wanted, then the norm itself."""
-    link.proj1.weight.copy_(LN_RESIDUAL_SIGNAL * _orthogonal(x_ND.shape[1], link_id))
-    nn.init.zeros_(link.proj1.bias)
-    branch_ND = gelu(link.proj1(link.pre_ln(x_ND)))
-    scale = LN_RESIDUAL_WEIGHT * rms(x_ND) / rms(wanted_ND)
-    _set_affine(link.proj2, *ridge(branch_ND, scale * wanted_ND - x_ND, EXACT))
-    _fit_final_norm(link.post_ln, x_ND + link.proj2(branch_ND), wanted_ND)
+    """Fit W2 so that h + W2 gelu(W1 pre(h)) is what is wanted, or before a norm points there."""
+    width = x_ND.shape[1]
+    _set_affine(link.proj1, NORMED_SIGNAL * _orthogonal(width, link_id), torch.zeros(width))
+    branch_ND = link.branch(x_ND)
+    scale = 1.0 if link.post_norm is None else BRANCH_WEIGHT * rms(x_ND) / rms(wanted_ND)
+    has_bias = link.form.has_biases
+    _set_affine(link.proj2, *ridge(branch_ND, scale * wanted_ND - x_ND, EXACT, has_bias=has_bias))
 
 
-def _fit_final_norm(norm: nn.LayerNorm, x_NE: Tensor, y_NE: Tensor) -> None:
+def _fit_norm(norm: nn.LayerNorm, x_NE: Tensor, y_NE: Tensor) -> None:
     """Set a norm's scale and bias to the least-squares ones, each dimension on its own."""
     nn.init.ones_(norm.weight)
     nn.init.zeros_(norm.bias)
@@ -292,6 +293,10 @@ def _fit_final_norm(norm: nn.LayerNorm, x_NE: Tensor, y_NE: Tensor) -> None:
     scale_E = ((x - x_mean) * (y - y_mean)).sum(0) / ((x - x_mean) ** 2).sum(0).clamp(min=1e-12)
     norm.weight.copy_(scale_E)
     norm.bias.copy_(y_mean - scale_E * x_mean)
+
+
+def _affine(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor) -> Tensor:
+    return x_ND.double() @ weight_ED.T + bias_E
 
 
 def _set_affine(layer: nn.Linear, weight_ED: Tensor, bias_E: Tensor) -> None:

@@ -1,26 +1,66 @@
-"""What a backbone does in training: read a batch of calls, or think on from it.
+"""What a backbone does in training: read a batch of ragged calls, or think on from it.
 
-Shape legend: N rows, S columns, P shared or constant columns, K key/value heads, M latent
-steps, D width.
+Calls are padded on the left, so that they end together. That suits everything that training does: a
+rollout goes on where every row ends, and what does not learn (text before the first message) comes
+first, so one column splits constant from variable. Text that all rows begin with may go before the
+padding: then it needs to run for one row only, but rows are not contiguous any more, so a sliding
+window would count wrong.
+
+Shape legend: N rows (agents x records), S columns, P shared or constant columns, K key/value heads,
+M latent steps, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, TypeVar
+from types import MappingProxyType
+from typing import Any, Final, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._functorch import config as autograd_config
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+from torch.fx.experimental import _config as shape_config
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.lowering.training_graph.compiled import COMPILED_COLUMNS, Compiled
-from recmas_compiler.lowering.training_graph.rows import Padded, Row, pad_rows
 
+P = ParamSpec("P")
 R = TypeVar("R")
+
+# Lengths are symbols in compiled code, and columns come in multiples of this many, so that code
+# made for aligned lengths serves all of them.
+COMPILED_COLUMNS: Final = 8
+
+# One function is compiled anew for gradients on or off and needed or not, a constant part or none,
+# one position or many, one row or many: never for another length.
+MOST_VERSIONS: Final = 32
+
+# Torch's own annotations do not know the last two.
+_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType(
+    {
+        "fullgraph": True,
+        "dynamic": True,
+        "recompile_limit": MOST_VERSIONS,
+        "isolate_recompiles": True,
+    }
+)
+
+_FAILURES: Final = (
+    TorchDynamoException,
+    FailOnRecompileLimitHit,
+    CppCompileError,
+    InvalidCxxCompiler,
+)
+
+# Splitting costs another call of the backbone, which a few columns are not worth.
+FEWEST_CONSTANT_COLUMNS = 16
 
 # Keys and values of all layers, one after the other.
 Rows = tuple[Tensor, ...]
@@ -30,6 +70,45 @@ ConstantRows = dict[tuple[int, int, tuple[tuple[int, ...], ...]], Rows]
 
 # Batches begin with the system text of an agent; by chance some have a few words more in common.
 MOST_SHARED_TEXTS: Final = 32
+
+
+class CompileWarning(UserWarning):
+    """Something runs eagerly although it was to be compiled."""
+
+
+class Compiled(Generic[P, R]):
+    """A function as one compiled graph, without graph breaks; its backward pass as another one.
+
+    Args:
+        function: Takes and gives tensors; is run as it is once compiling it has failed.
+        name: What warnings call it.
+    """
+
+    def __init__(self, function: Callable[P, R], *, name: str) -> None:
+        self._function = function
+        self._name = name
+        self._compiled: Callable[P, R] | None = torch.compile(function, **_OPTIONS)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run it, compiled if that is possible."""
+        if self._compiled is not None:
+            try:
+                # Lengths that happen to be equal, or to equal a width, are still different things.
+                # Gradients are compiled with the rest, while there is still a way back.
+                with (
+                    shape_config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+                    autograd_config.patch(force_non_lazy_backward_lowering=True),
+                ):
+                    return self._compiled(*args, **kwargs)
+            except _FAILURES as error:
+                self._compiled = None
+                cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+                warnings.warn(
+                    f"{self._name} runs eagerly, torch.compile cannot compile it: {cause}",
+                    CompileWarning,
+                    stacklevel=2,
+                )
+        return self._function(*args, **kwargs)
 
 
 class AgentCalls:
@@ -207,3 +286,139 @@ def _bodies(
         return extend(embeds_NRD, mask_NS, positions_NR, *kept)[0]
 
     return read, extend
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One call of one record.
+
+    Attributes:
+        pieces: Token ids and messages [M, D] in order; messages are not empty.
+        num_wanted: The hidden states of this many last positions are needed.
+    """
+
+    pieces: tuple[tuple[int, ...] | Tensor, ...]
+    num_wanted: int
+
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+        return sum(len(piece) for piece in self.pieces)
+
+    @property
+    def leading_ids(self) -> tuple[int, ...]:
+        """Token ids before the first message."""
+        ids: tuple[int, ...] = ()
+        for piece in self.pieces:
+            if isinstance(piece, Tensor):
+                return ids
+            ids += piece
+        return ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Padded:
+    """Rows as tensors.
+
+    Attributes:
+        embeds_NSD: Zeros where there is padding.
+        mask_NS: 0 where there is padding, else 1; None if nothing is to be masked.
+        positions_NS: Real positions count from 0 in each row.
+        shared_ids: What all rows begin with, in columns before any padding.
+        num_constant: Columns before this one hold no message and are not wanted; never fewer than
+            there are shared ones.
+        constant_ids: Token ids in them, by row; a row has fewer where there is padding.
+    """
+
+    embeds_NSD: Tensor
+    mask_NS: Tensor | None
+    positions_NS: Tensor
+    shared_ids: tuple[int, ...]
+    num_constant: int
+    constant_ids: tuple[tuple[int, ...], ...]
+
+    @property
+    def next_positions(self) -> Tensor:
+        """The positions [N, 1] after the last ones."""
+        return self.positions_NS[:, -1:] + 1
+
+
+def pad_rows(
+    rows: Sequence[Row],
+    embed: Callable[[Tensor], Tensor],
+    *,
+    multiple: int,
+    always_mask: bool,
+    share_up_to: int | None = 0,
+) -> Padded:
+    """Embed rows and pad them to one length.
+
+    Args:
+        rows: At least one.
+        embed: Gives the embeddings [T, D] of token ids [T]; its device and type are the result's.
+        multiple: The number of columns, and those of shared and constant ones, are multiples of
+            this.
+        always_mask: Give a mask even where there is no padding.
+        share_up_to: What rows begin with is shared if there are at most this many columns; None
+            for any number.
+    """
+    num_columns = _round_up(max(row.length for row in rows), multiple)
+    may_share = share_up_to is None or num_columns <= share_up_to
+    shared_ids = _shared_ids(rows, multiple) if may_share else ()
+    num_shared = len(shared_ids)
+    num_constant = max(num_shared, _num_constant(rows, num_columns, num_shared, multiple))
+    embeds_NSD = torch.stack([_embeds(row, embed, num_columns, num_shared) for row in rows])
+    spare_N1 = torch.tensor([[num_columns - row.length] for row in rows], device=embeds_NSD.device)
+    columns_S = torch.arange(num_columns, device=embeds_NSD.device)
+    is_shared_S = columns_S < num_shared
+    is_padding_NS = ~is_shared_S & (columns_S < num_shared + spare_N1)
+    positions_NS = torch.where(is_shared_S, columns_S, columns_S - spare_N1)
+    # Without padding there is nothing to mask, and attention is faster if it is told so.
+    is_padded = any(row.length < num_columns for row in rows)
+    num_ids = [max(num_constant - (num_columns - row.length), num_shared) for row in rows]
+    return Padded(
+        embeds_NSD=embeds_NSD,
+        mask_NS=(~is_padding_NS).long() if always_mask or is_padded else None,
+        positions_NS=positions_NS.clamp(min=0),
+        shared_ids=shared_ids,
+        num_constant=num_constant,
+        constant_ids=tuple(row.leading_ids[:n] for row, n in zip(rows, num_ids, strict=True)),
+    )
+
+
+def _shared_ids(rows: Sequence[Row], multiple: int) -> tuple[int, ...]:
+    """Return the tokens that all rows begin with, as far as no row's wanted positions."""
+    texts = [row.leading_ids[: row.length - row.num_wanted] for row in rows]
+    columns = enumerate(zip(*texts, strict=False))
+    end = next((i for i, ids in columns if len(set(ids)) > 1), min(map(len, texts)))
+    end = end // multiple * multiple
+    return texts[0][:end] if end >= FEWEST_CONSTANT_COLUMNS else ()
+
+
+def _num_constant(rows: Sequence[Row], num_columns: int, num_shared: int, multiple: int) -> int:
+    if not any(isinstance(piece, Tensor) for row in rows for piece in row.pieces):
+        return 0  # a call without messages runs once, there is nothing to split off
+    ends = (
+        num_columns - row.length + min(len(row.leading_ids), row.length - row.num_wanted)
+        for row in rows
+    )
+    constant = min(ends) // multiple * multiple
+    return constant if constant - num_shared >= FEWEST_CONSTANT_COLUMNS else 0
+
+
+def _embeds(
+    row: Row, embed: Callable[[Tensor], Tensor], num_columns: int, num_shared: int
+) -> Tensor:
+    texts = [torch.tensor(piece) for piece in row.pieces if not isinstance(piece, Tensor)]
+    # One lookup for all the text of a row.
+    embeds_TD = embed(torch.cat(texts))
+    text_TD = iter(torch.split(embeds_TD, [len(text) for text in texts]))
+    pieces_TD = [
+        piece.to(embeds_TD) if isinstance(piece, Tensor) else next(text_TD) for piece in row.pieces
+    ]
+    shared_TD, rest_TD = torch.tensor_split(torch.cat(pieces_TD), (num_shared,))
+    return torch.cat((shared_TD, pad(rest_TD, (0, 0, num_columns - row.length, 0))))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

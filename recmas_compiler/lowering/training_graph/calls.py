@@ -4,20 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.ops import System
 from recmas_compiler.lowering.plan import agent_plan
-from recmas_compiler.lowering.reference import make_chats
-from recmas_compiler.training.data.examples import TrainExample
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.plan import Variant
-from recmas_runtime.prompts.render import Slot, Tokens, build_prompt, build_turn
+from recmas_runtime.prompts.render import Chat, Slot, Tokens, build_prompt, build_turn
+
+if TYPE_CHECKING:  # what reads training data does not need torch
+    from recmas_compiler.backbones.torch_model import TorchBackbone
 
 Form = Literal["prompt", "turn"]
 CallKey = tuple[str, Variant, Form]
 """Agent, which of its prompts, and whether the target text is behind it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainExample:
+    """One record to learn from.
+
+    Attributes:
+        id: Unique within its file.
+        index: Place in its file, from 0.
+        fields: Everything the record holds; what prompts refer to.
+        targets: Agent to the text that it should think or say.
+    """
+
+    id: str
+    index: int
+    fields: Mapping[str, object]
+    targets: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +97,10 @@ class CallWriter:
     def __init__(self, system: System, backbones: Mapping[str, TorchBackbone]) -> None:
         self._system = system
         self._agents = {name: agent_plan(system, name) for name in system.agents}
-        self._chats = make_chats(backbones)
+        self._chats = {
+            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
+            for name, b in backbones.items()
+        }
 
     def write(self, agent: str, variant: Variant, form: Form, example: TrainExample) -> Call:
         """Return one call.

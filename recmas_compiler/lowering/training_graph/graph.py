@@ -11,15 +11,25 @@ from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.lowering.plan import build_plan
 from recmas_compiler.lowering.reference import module_name
-from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls
-from recmas_compiler.lowering.training_graph.calls import Batch, Call, CallKey, CallWriter, Form
-from recmas_compiler.lowering.training_graph.compiled import Compiled
-from recmas_compiler.lowering.training_graph.controls import Control
-from recmas_compiler.lowering.training_graph.gradient_taps import GradientTaps
-from recmas_compiler.lowering.training_graph.latents import AgentTurn, Latents, Mode, agent_turns
+from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls, Compiled
+from recmas_compiler.lowering.training_graph.calls import (
+    Batch,
+    Call,
+    CallKey,
+    CallWriter,
+    Form,
+    TrainExample,
+)
+from recmas_compiler.lowering.training_graph.latents import (
+    AgentTurn,
+    Control,
+    GradientTaps,
+    Latents,
+    Mode,
+    agent_turns,
+)
 from recmas_compiler.lowering.training_graph.loss import Loss, RoundLoss, turn_loss, weighted_loss
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
-from recmas_compiler.training.data.examples import TrainExample
 from recmas_runtime.formats.plan import PrefillStep
 
 Supervise = Literal["final", "all"]

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from types import MappingProxyType
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
-from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls, ConstantRows
+from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls, ConstantRows, Row
 from recmas_compiler.lowering.training_graph.calls import Batch, Call
-from recmas_compiler.lowering.training_graph.controls import Control, controlled
-from recmas_compiler.lowering.training_graph.gradient_taps import GradientTaps
-from recmas_compiler.lowering.training_graph.rows import Row
 from recmas_runtime.formats.plan import Message, Plan, PrefillStep, Variant
 from recmas_runtime.prompts.render import Tokens
 
 Mode = Literal["teacher_forced", "rollout"]
+
+Control = Literal["none", "null", "shuffled", "mean"]
+"""What the answer agent gets instead of its messages, to see what the messages are worth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,28 @@ def agent_turns(step: PrefillStep) -> tuple[AgentTurn, ...]:
         )
         for agent, variant in zip(step.agents, step.variants, strict=True)
     )
+
+
+class GradientTaps:
+    """Adds up the gradients of link outputs while backward runs."""
+
+    def __init__(self) -> None:
+        self._squares: dict[tuple[str, int], Tensor] = {}
+
+    def tap(self, output: Tensor, link_id: str, round_: int) -> None:
+        """Watch what a link gave in a round; outputs without gradients are ignored."""
+        if output.requires_grad:
+            self._squares.setdefault((link_id, round_), output.new_zeros((), dtype=torch.float32))
+            add = partial(self._add, (link_id, round_))
+            output.register_hook(add)  # type: ignore[no-untyped-call]
+
+    def norms(self) -> Mapping[tuple[str, int], float]:
+        """Return the norm by link id and round, over all records and positions."""
+        return {key: float(square.sqrt()) for key, square in self._squares.items()}
+
+    def _add(self, key: tuple[str, int], gradient: Tensor) -> None:
+        # No copy to the host here: that would hold up backward at every link.
+        self._squares[key] = self._squares[key] + gradient.detach().float().square().sum()
 
 
 class Latents:
@@ -199,3 +223,48 @@ class Latents:
 
 def _parts(states: list[Tensor], size: int) -> list[list[Tensor]]:
     return [states[first : first + size] for first in range(0, len(states), size)]
+
+
+def controlled(messages_ME: Sequence[Tensor], control: Control) -> list[Tensor]:
+    """Return what a slot gets under a control, per record of a batch.
+
+    - `none`: the record's own message;
+    - `null`: nothing;
+    - `shuffled`: the message of the next record, the last one gets the first one's;
+    - `mean`: for all records the same, position by position the mean over the messages that have
+      the position. The record's own message is one of them, so in small batches this says a good
+      part of what it says, and what `none` gains over it understates communication.
+
+    Args:
+        messages_ME: Per record; they may differ in length.
+        control: Which one. `shuffled` needs two records or more.
+    """
+    return CONTROLS[control](messages_ME)
+
+
+def _own(messages_ME: Sequence[Tensor]) -> list[Tensor]:
+    return list(messages_ME)
+
+
+def _nothing(messages_ME: Sequence[Tensor]) -> list[Tensor]:
+    return [message_ME[:0] for message_ME in messages_ME]
+
+
+def _next(messages_ME: Sequence[Tensor]) -> list[Tensor]:
+    assert len(messages_ME) > 1, "one record has no other record's message"
+    return [*messages_ME[1:], messages_ME[0]]
+
+
+def _mean(messages_ME: Sequence[Tensor]) -> list[Tensor]:
+    longest = max(len(message_ME) for message_ME in messages_ME)
+    means_1E = [
+        torch.stack([m[i] for m in messages_ME if len(m) > i]).mean(dim=0, keepdim=True)
+        for i in range(longest)
+    ]
+    mean_ME = torch.cat(means_1E) if means_1E else messages_ME[0]
+    return [mean_ME] * len(messages_ME)
+
+
+CONTROLS: Final = MappingProxyType[Control, Callable[[Sequence[Tensor]], list[Tensor]]](
+    {"none": _own, "null": _nothing, "shuffled": _next, "mean": _mean}
+)

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
 
 from recmas_compiler.spec.document.places import Loc
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.schema.declared import Declared
 from recmas_compiler.spec.schema.sections import (
     RESERVED_TEMPLATE_VARIABLES,
-    Precision,
     WeightsSection,
 )
 from recmas_runtime.core.errors import Problem
-
-# (target, precision) -> why its engines cannot have it. Seen in the graphs that ONNX Runtime 1.31
-# itself writes after its optimizations.
-_UNSUPPORTED: Final[dict[tuple[str, Precision], str]] = {
-    ("onnx", "float16"): "on a CPU, ONNX Runtime casts such weights to float32 and computes in it",
-    ("onnx", "bfloat16"): "on a CPU, ONNX Runtime has no product of such matrices",
-    ("tensorrt", "float16"): "graphs are written in float32 only",
-    ("tensorrt", "bfloat16"): "graphs are written in float32 only",
-    ("tensorrt", "int8"): "such weights are packed for ONNX Runtime",
-    ("tensorrt", "int4"): "such weights are packed for ONNX Runtime",
-}
-
-_PRECISION_HINTS: Final[dict[str, str]] = {
-    "onnx": "Use float32, int8 or int4. To store float32 in half the bytes, set `dtype`.",
-    "tensorrt": "Use float32, or target `onnx`.",
-}
+from recmas_runtime.formats.precisions import PRECISIONS, PrecisionName
+from recmas_runtime.formats.targets import precision_hint
 
 
 def check_settings(declared: Declared) -> Iterator[Problem]:
@@ -60,15 +44,12 @@ def check_settings(declared: Declared) -> Iterator[Problem]:
 
 def check_support(declared: Declared) -> Iterator[Problem]:
     """Settings of the language that this version of recmas does not run."""
-    document, places = declared.document, declared.places
+    target, places = declared.document.build.target, declared.places
     for loc, precision in _all_precisions(declared):
-        reason = _UNSUPPORTED.get((document.build.target, precision))
+        reason = PRECISIONS[precision].refusals.get(target)
         if reason is not None:
-            message = (
-                f"precision `{precision}` is not supported for target `{document.build.target}`: "
-                f"{reason}."
-            )
-            hint = _PRECISION_HINTS[document.build.target]
+            message = f"precision `{precision}` is not supported for target `{target}`: {reason}."
+            hint = precision_hint(target)
             yield problem_at(places.value(loc), "RM121", message, hint=hint)
     for loc, what, weights in _all_weights(declared):
         if weights.weights is None and weights.init == "random":
@@ -78,7 +59,7 @@ def check_support(declared: Declared) -> Iterator[Problem]:
             yield problem_at(place, "RM152", message, hint=hint, severity="warning")
 
 
-def _all_precisions(declared: Declared) -> Iterator[tuple[Loc, Precision]]:
+def _all_precisions(declared: Declared) -> Iterator[tuple[Loc, PrecisionName]]:
     """Yield every precision that is written down, and its path."""
     yield ("build", "precision"), declared.document.build.precision
     for name, backbone in declared.document.backbones.items():

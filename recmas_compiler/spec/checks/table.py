@@ -12,6 +12,7 @@ from recmas_compiler.spec.checks.train import check_train
 from recmas_compiler.spec.document.problems import did_you_mean, problem_at
 from recmas_compiler.spec.schema.declared import Declared
 from recmas_runtime.core.errors import Problem
+from recmas_runtime.formats.ids import link_name, path_text
 
 
 def run_checks(declared: Declared) -> list[Problem]:
@@ -31,7 +32,9 @@ def check_names(declared: Declared) -> Iterator[Problem]:
     for source, target in declared.links:
         for end in dict.fromkeys((source, target)):
             if end not in document.agents:
-                message = f"the link `{source} -> {target}` names `{end}`, which is no agent."
+                message = (
+                    f"the link `{link_name(source, target)}` names `{end}`, which is no agent."
+                )
                 hint = did_you_mean(end, document.agents)
                 place = declared.link_place(source, target)
                 yield problem_at(place, "RM111", message, hint=hint)
@@ -79,11 +82,11 @@ def check_use(declared: Declared) -> Iterator[Problem]:
             continue
         if name not in linked:
             message = f"the agent `{name}` has no link and does not write the answer."
-            hint = f"Remove it, or link it, such as `{name} -> {answer}: {{}}`."
+            hint = f"Remove it, or link it, such as `{link_name(name, answer)}: {{}}`."
             yield problem_at(place, "RM112", message, hint=hint)
         elif name not in distance:
             message = f"the thoughts of `{name}` never reach `{answer}`, which writes the answer."
-            hint = f"Add a link from it, such as `{name} -> {answer}: {{}}`, or remove it."
+            hint = f"Add a link from it, such as `{link_name(name, answer)}: {{}}`, or remove it."
             yield problem_at(place, "RM151", message, hint=hint, severity="warning")
         elif distance[name] >= document.rounds:
             needed = distance[name] + 1
@@ -111,7 +114,9 @@ def check_slots(declared: Declared) -> Iterator[Problem]:
                 place = declared.inside_prompt(target, field, slot.start, slot.length)
                 message = f"`{target}` has a slot for `{source}`, but no link brings its message."
                 settings = "{feedback: true}" if source == target else "{}"
-                hint = f"Add `{source} -> {target}: {settings}` to `links`, or remove the slot."
+                hint = (
+                    f"Add `{link_name(source, target)}: {settings}` to `links`, or remove the slot."
+                )
                 yield problem_at(place, "RM113", message, hint=hint)
     for source, target in declared.known_links:
         prompt = declared.prompts[target].then
@@ -119,7 +124,9 @@ def check_slots(declared: Declared) -> Iterator[Problem]:
         if is_doubtful or source in prompt.slot_agents:
             continue
         where = "`then` prompt" if agents[target].prompt.first is not None else "prompt"
-        message = f"the {where} of `{target}` has no slot for what `{source} -> {target}` brings."
+        message = (
+            f"the {where} of `{target}` has no slot for what `{link_name(source, target)}` brings."
+        )
         hint = f"Put `{{{{ latent.{source} }}}}` into it, or remove the link."
         place = declared.link_place(source, target)
         yield problem_at(place, "RM114", message, hint=hint)
@@ -129,9 +136,9 @@ def check_cycles(declared: Declared) -> Iterator[Problem]:
     """Cycles within one round."""
     for cycle in closing_links(declared.known_links):
         source, target = cycle[-1]
-        path = " -> ".join([end for end, _ in cycle] + [cycle[0][0]])
+        path = path_text(*(end for end, _ in cycle), cycle[0][0])
         message = f"the links form a cycle within one round: `{path}`."
-        hint = f"Mark the link that begins the next round, such as `{source} -> {target}`, "
+        hint = f"Mark the link that begins the next round, such as `{link_name(source, target)}`, "
         hint += "with `feedback: true`."
         yield problem_at(declared.link_place(source, target), "RM115", message, hint=hint)
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from recmas_compiler.spec.document.places import Loc
 from recmas_compiler.spec.document.problems import did_you_mean, problem_at, show
 from recmas_compiler.spec.schema.declared import Declared
-from recmas_compiler.spec.schema.link_names import canonical_link_name
 from recmas_compiler.spec.schema.sections import WeightsSection
 from recmas_compiler.spec.schema.train import PRESET_KINDS, TrainSection
 from recmas_runtime.core.errors import Problem
+from recmas_runtime.formats.ids import canonical_link_name, link_name
 
 
 def check_train(declared: Declared) -> Iterator[Problem]:
@@ -58,7 +58,7 @@ def _check_targets(declared: Declared, train: TrainSection) -> Iterator[Problem]
 
 def _check_freeze(declared: Declared, train: TrainSection) -> Iterator[Problem]:
     agents = declared.document.agents
-    links = [" -> ".join(ends) for ends in declared.known_links]
+    links = [link_name(*ends) for ends in declared.known_links]
     for i, name in enumerate(train.outer.freeze):
         if name in agents or canonical_link_name(name) in links:
             continue

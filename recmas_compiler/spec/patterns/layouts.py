@@ -31,6 +31,7 @@ from recmas_compiler.spec.schema.pattern import (
     Task,
 )
 from recmas_runtime.core.errors import Problem
+from recmas_runtime.formats.ids import link_name
 
 RoleName = Literal[
     "plan",
@@ -385,7 +386,7 @@ def _add_links(
     """Add the pattern's links; one that leads to the next round says so."""
     ends = [(*link, False) for link in layout.forward] + [(*link, True) for link in layout.feedback]
     for source, target, is_feedback in ends:
-        name = f"{source} -> {target}"
+        name = link_name(source, target)
         if name not in links:
             places.overwrite(("links", name), declared_at[target])
         own = links.get(name)

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 from recmas_compiler.spec.document.places import Loc, Places, SourcePosition
-from recmas_compiler.spec.schema.link_names import link_ends
+from recmas_compiler.spec.document.problems import problem_at, show
+from recmas_compiler.spec.document.yaml_source import Value
 from recmas_compiler.spec.schema.prompt_syntax import Prompt, parse_prompt
 from recmas_compiler.spec.schema.sections import LinkSection, SpecDocument
+from recmas_runtime.core.errors import Problem
+from recmas_runtime.formats.ids import canonical_link_name, link_ends, link_name
 
 Field = Literal["system", "first", "then"]
 
@@ -78,7 +81,7 @@ class Declared:
 
     def link_place(self, source: str, target: str) -> SourcePosition:
         """Return where a link is declared."""
-        return self.places.key(("links", f"{source} -> {target}"))
+        return self.places.key(("links", link_name(source, target)))
 
     def inside_prompt(self, agent: str, field: Field, start: int, length: int) -> SourcePosition:
         """Return where a piece of one of an agent's texts stands."""
@@ -95,3 +98,30 @@ class Declared:
         """A prompt that is plain text has no `then` key of its own."""
         whole: Loc = ("agents", agent, "prompt")
         return (*whole, field) if (*whole, field) in self.places.values else whole
+
+
+def normalize_link_names(root: dict[str, Value], places: Places) -> list[Problem]:
+    """Rewrite the keys of `links` to their canonical form, in place."""
+    links = root.get("links")
+    if not isinstance(links, dict):
+        return []
+    problems: list[Problem] = []
+    normalized: dict[str, Value] = {}
+    written: dict[str, str] = {}  # canonical name -> the name as written
+    for name, link in links.items():
+        place = places.key(("links", name))
+        canonical = canonical_link_name(name)
+        if canonical is None:
+            message = f"{show(name)} is not a link name."
+            hint = "Write `source -> target` with the names of two agents."
+            problems.append(problem_at(place, "RM119", message, hint=hint))
+        elif canonical in normalized:
+            first = places.key(("links", written[canonical]))
+            message = f"the link `{canonical}` is given a second time, first in line {first.line}."
+            problems.append(problem_at(place, "RM102", message, hint="Remove one of the two."))
+        else:
+            normalized[canonical], written[canonical] = link, name
+    renamed = {name: canonical for canonical, name in written.items() if name != canonical}
+    places.rename(("links",), renamed)
+    root["links"] = normalized
+    return problems

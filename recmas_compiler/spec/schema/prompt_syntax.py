@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from recmas_compiler.spec.schema.section import SLUG_PATTERN
+from recmas_runtime.formats.ids import SLUG_PATTERN
 from recmas_runtime.formats.plan import PromptPart
 
 _OPENING = re.compile(r"\{\{|\{%|\{#")

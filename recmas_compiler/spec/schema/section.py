@@ -7,9 +7,10 @@ from typing import Annotated, Final, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints
 from pydantic_core import PydanticCustomError
 
+from recmas_runtime.formats.ids import SLUG_PATTERN
+
 MAX_AGENTS: Final = 64
 
-SLUG_PATTERN: Final = "[a-z0-9][a-z0-9_-]*"
 PATH_PATTERN: Final = r"^[^\x00-\x1f]+$"
 
 Slug = Annotated[str, StringConstraints(pattern=f"^{SLUG_PATTERN}$", max_length=64)]

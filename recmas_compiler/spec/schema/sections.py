@@ -6,7 +6,7 @@ here are what users read. All models are frozen and refuse unknown keys.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
 from pydantic import (
     BeforeValidator,
@@ -22,17 +22,18 @@ from recmas_compiler.spec.schema.answer import AnswerSection
 from recmas_compiler.spec.schema.pattern import PatternSection
 from recmas_compiler.spec.schema.section import (
     MAX_AGENTS,
-    SLUG_PATTERN,
     FilePath,
     Given,
     Section,
     Slug,
 )
 from recmas_compiler.spec.schema.train import TrainSection
+from recmas_runtime.formats.ids import LINK_PATTERN
+from recmas_runtime.formats.link_kinds import DEFAULT_INIT, DEFAULT_KIND, LinkInit, LinkKind
+from recmas_runtime.formats.precisions import Dtype, PrecisionName
+from recmas_runtime.formats.targets import TargetName
 
 LANGUAGE_VERSION: Final = 1
-
-LINK_PATTERN: Final = rf"^\s*({SLUG_PATTERN})\s*->\s*({SLUG_PATTERN})\s*$"
 
 # Variables of the chat template that rendering itself sets.
 RESERVED_TEMPLATE_VARIABLES: Final = frozenset({"messages", "add_generation_prompt"})
@@ -40,12 +41,6 @@ RESERVED_TEMPLATE_VARIABLES: Final = frozenset({"messages", "add_generation_prom
 LinkName = Annotated[str, StringConstraints(pattern=LINK_PATTERN)]
 TemplateVariable = Annotated[str, StringConstraints(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
 PromptText = Annotated[str, StringConstraints(min_length=1, max_length=100_000)]
-
-LinkKind = Literal["residual", "ln_residual", "projected"]
-LinkInit = Literal["aligned", "random"]
-Dtype = Literal["float32", "bfloat16", "float16"]
-Precision = Literal["float32", "bfloat16", "float16", "int8", "int4"]
-Target = Literal["onnx", "tensorrt"]
 
 
 def _blank_is_default(value: object) -> object:
@@ -73,7 +68,7 @@ class BackboneSection(Section):
     """Element type that its weights are rounded to and stored in. Engines compute in float32
     whatever it is; `bfloat16` and `float16` halve the bundle."""
 
-    precision: Given[Precision] = None
+    precision: Given[PrecisionName] = None
     """Precision of this backbone's engines instead of `build.precision`."""
 
 
@@ -96,7 +91,7 @@ class WeightsSection(Section):
     def _make_start_explicit(cls, data: object) -> object:
         """Write out the defaults, so that the resolved spec says what is meant."""
         if isinstance(data, dict) and "weights" not in data:
-            return {"kind": "projected", "init": "aligned"} | data
+            return {"kind": DEFAULT_KIND, "init": DEFAULT_INIT} | data
         return data
 
 
@@ -165,11 +160,11 @@ class AgentSection(Section):
 class BuildSection(Section):
     """What to build, and the limits to build it for."""
 
-    target: Target = "onnx"
+    target: TargetName = "onnx"
     """Kind of engine: `onnx` runs anywhere; `tensorrt` adds engines for the GPU that it is built
     on, and needs TensorRT there."""
 
-    precision: Precision = "float32"
+    precision: PrecisionName = "float32"
     """How engines hold weights: `float32`, or `int8` or `int4` in blocks of 32, which are smaller
     and faster and lose a little. This version builds these three."""
 

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, Strict, StringConstraints, model_va
 from pydantic_core import PydanticCustomError
 
 from recmas_compiler.spec.schema.section import MAX_AGENTS, FilePath, Given, Section, Slug
+from recmas_runtime.formats.link_kinds import PAPER_KIND, RELEASED_KIND, LinkKind
 
 Preset = Literal["default", "released", "paper"]
 Mode = Literal["teacher_forced", "rollout"]
@@ -35,10 +36,10 @@ PRESETS: Final[Mapping[Preset, Mapping[str, Any]]] = {
 }
 
 # The kind of link that a preset is for; None for any.
-PRESET_KINDS: Final[Mapping[Preset, str | None]] = {
+PRESET_KINDS: Final[Mapping[Preset, LinkKind | None]] = {
     "default": None,
-    "released": "ln_residual",
-    "paper": "residual",
+    "released": RELEASED_KIND,
+    "paper": PAPER_KIND,
 }
 
 

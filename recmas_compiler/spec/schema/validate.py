@@ -18,9 +18,10 @@ from recmas_compiler.spec.document.problems import (
 )
 from recmas_compiler.spec.document.yaml_source import Value
 from recmas_compiler.spec.schema.pattern import PATTERN_NAMES
-from recmas_compiler.spec.schema.section import PATH_PATTERN, SLUG_PATTERN
+from recmas_compiler.spec.schema.section import PATH_PATTERN
 from recmas_compiler.spec.schema.sections import LANGUAGE_VERSION, NAMED, SECTIONS, SpecDocument
 from recmas_runtime.core.errors import Problem
+from recmas_runtime.formats.ids import SLUG_PATTERN
 
 _SLUG_RULE: Final = "lower-case letters, digits, `-` and `_`, beginning with a letter or digit"
 _START_HINT: Final = "`recmasc init sequential` writes a spec to begin with."

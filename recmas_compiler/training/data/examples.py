@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
+from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.spec.document.problems import problem_at, show
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import Problem, RecmasError, fail
@@ -19,25 +20,8 @@ from recmas_runtime.running.records import Record, read_records
 MAX_PROBLEMS: Final = 20
 _CORRECT: Final = "Correct the line, or remove it."
 
-Lengths = Callable[["TrainExample"], Mapping[tuple[str, int], int]]
+Lengths = Callable[[TrainExample], Mapping[tuple[str, int], int]]
 """Gives the positions of every call of an example, by agent and round."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainExample:
-    """One record to learn from.
-
-    Attributes:
-        id: Unique within its file.
-        index: Place in its file, from 0.
-        fields: Everything the record holds; what prompts refer to.
-        targets: Agent to the text that it should think or say.
-    """
-
-    id: str
-    index: int
-    fields: Mapping[str, object]
-    targets: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)

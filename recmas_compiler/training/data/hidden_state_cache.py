@@ -155,9 +155,9 @@ def _store(
     num_bytes: int,
     progress: Progress,
 ) -> None:
-    """Write a file beside its place and rename it; plain writes, so that a full disk is an error.
+    """Write a file beside its place and rename it.
 
-    (A full disk under a memory map would kill the process instead.)
+    Plain writes: a full disk under a memory map would kill the process instead of being an error.
     """
     staged = path.with_name(f".{path.name}.writing")
     title = f"Computing hidden states of {states.backbone.facts.source}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -95,20 +94,25 @@ def joined_world() -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def launch(num_processes: int, module: str, arguments: Sequence[str]) -> int:
+class Ended(NamedTuple):
+    """The exit status of the process that ended a run, and what is left to show of the run."""
+
+    status: int
+    stdout: str = ""
+    stderr: str = ""
+
+
+def launch(num_processes: int, module: str, arguments: Sequence[str]) -> Ended:
     """Run `python -m MODULE ARGUMENTS` in several processes on this machine.
 
-    Only the first process shows anything. What another one says is shown if that one failed and the
-    first one did not.
+    Only the first process shows anything. What another one says is left to show if that one failed
+    and the first one did not.
 
     Args:
         num_processes: How many.
         module: Joins them with `joined_world`; its first process leaves the exit status of the run
             in the file that `STATUS_FILE` names.
         arguments: Of the module.
-
-    Returns:
-        The exit status of the process that ended the run.
     """
     # torchrun would give every process a single thread, and warn that it does.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
@@ -124,24 +128,28 @@ def launch(num_processes: int, module: str, arguments: Sequence[str]) -> int:
         try:
             torchrun([*options, "-m", module, *arguments])
         except (ChildFailedError, SignalException) as ended:
-            if debug:
-                traceback.print_exc()
+            trace = traceback.format_exc() if debug else ""
             if (folder / "status").exists():
-                return int((folder / "status").read_text())
+                return Ended(int((folder / "status").read_text()), stderr=trace)
             if isinstance(ended, ChildFailedError):
-                return _failed(ended, folder)
-            return Exit.INTERRUPTED if ended.sigval == signal.SIGINT else Exit.RUN_FAILED
-    return Exit.OK
+                return _first_failure(ended, folder, trace)
+            is_interrupt = ended.sigval == signal.SIGINT
+            return Ended(Exit.INTERRUPTED if is_interrupt else Exit.RUN_FAILED, stderr=trace)
+    return Ended(Exit.OK)
 
 
-def _failed(error: ChildFailedError, logs: Path) -> int:
-    """Show what the process that failed first has said; return its exit status."""
+def _first_failure(error: ChildFailedError, logs: Path, trace: str) -> Ended:
+    """Return what the process that failed first has said, and its exit status."""
     rank, failure = error.get_first_failure()
-    for stream, path in ((sys.stdout, "stdout.log"), (sys.stderr, "stderr.log")):
-        for log in logs.glob(f"*/attempt_0/{rank}/{path}"):
-            stream.write(log.read_text(encoding="utf-8", errors="replace"))
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        sys.stderr.write(f"process {rank} of the run was ended by {name}\n")
-        return Exit.RUN_FAILED
-    return failure.exitcode
+    stdout, stderr = (
+        "".join(
+            log.read_text(encoding="utf-8", errors="replace")
+            for log in logs.glob(f"*/attempt_0/{rank}/{stream}.log")
+        )
+        for stream in ("stdout", "stderr")
+    )
+    if failure.exitcode >= 0:
+        return Ended(failure.exitcode, stdout, trace + stderr)
+    name = signal.Signals(-failure.exitcode).name
+    stderr += f"process {rank} of the run was ended by {name}\n"
+    return Ended(Exit.RUN_FAILED, stdout, trace + stderr)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.ir.ops import LinkKind
 from recmas_compiler.links.closed_form.aligned import align_inner
 from recmas_compiler.links.closed_form.calibration import HELD_OUT_EVERY, Calibration
 from recmas_compiler.links.modules import make_link, randomize
-from recmas_compiler.lowering.materialize import inner_link_id
 from recmas_compiler.training.data.hidden_state_cache import HiddenStates
 from recmas_compiler.training.loop.distributed import World
+from recmas_runtime.formats.ids import inner_link_id
+from recmas_runtime.formats.link_kinds import LinkKind
 
 # Pairs to align from: where hidden states have to be computed for it, and where they are on disk.
 # Twice the pairs are worth about 0.01 of cosine.

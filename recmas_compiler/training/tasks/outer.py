@@ -8,10 +8,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from recmas_compiler.lowering.training_graph.controls import Control
+from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
+from recmas_compiler.lowering.training_graph.latents import Control
 from recmas_compiler.lowering.training_graph.loss import Loss
-from recmas_compiler.training.data.examples import TrainExample
 from recmas_compiler.training.loop.distributed import World
 
 # What the answer agent's slots hold in the last round, by the name that figures have.

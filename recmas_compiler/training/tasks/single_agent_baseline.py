@@ -18,10 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.ops import System
-from recmas_compiler.lowering.training_graph.calls import Call, CallWriter
+from recmas_compiler.lowering.training_graph.agent_calls import Row, pad_rows
+from recmas_compiler.lowering.training_graph.calls import Call, CallWriter, TrainExample
 from recmas_compiler.lowering.training_graph.loss import Loss, turn_loss, weighted_loss
-from recmas_compiler.lowering.training_graph.rows import Row, pad_rows
-from recmas_compiler.training.data.examples import TrainExample
 from recmas_compiler.training.loop.distributed import World
 from recmas_runtime.prompts.render import Tokens
 from recmas_runtime.running.baselines import without_slots

@@ -9,9 +9,7 @@ from typing import Final
 
 from msgspec import structs
 
-from recmas_runtime.bench.cases import TEXT, make_cases
-from recmas_runtime.bench.measure import BenchSettings
-from recmas_runtime.bench.questions import QUESTIONS
+from recmas_runtime.bench.measure import TEXT, BenchSettings, make_cases
 from recmas_runtime.bench.report import BenchReport, run_bench
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress
@@ -20,6 +18,20 @@ from recmas_runtime.formats.plan import Plan
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.records import Record, question_record, read_records
 from recmas_runtime.running.system import System, load
+
+QUESTIONS: Final = (
+    "A baker sells 14 loaves in the morning and three times as many in the afternoon. "
+    "How many loaves is that in a day?",
+    "Mira reads 12 pages every evening. How many evenings does she need for a book of 180 pages?",
+    "A train has 9 wagons with 56 seats each, and 37 seats are empty. How many people sit in it?",
+    "Tom pays for four pens at 1.25 each with a note of 10. How much change does he get?",
+    "A tank holds 240 litres. It loses 8 litres an hour. How much is left after 7 hours?",
+    "In a class of 32, a quarter play chess and half of the others swim. How many pupils swim?",
+    "A rope of 45 metres is cut into pieces of 3 metres. How many cuts are needed?",
+    "Two hikers start 27 kilometres apart and walk towards each other, one at 4 and the other at 5 "
+    "kilometres an hour. After how many hours do they meet?",
+)
+
 
 JSON_NAME: Final = "bench.json"
 MARKDOWN_NAME: Final = "bench.md"
@@ -92,7 +104,7 @@ def bench(
         problems: Gets lines of the data that cannot be used, questions without an answer, and
             warnings about the engines of either bundle.
         forms_of: Says in which forms to run a bundle's system.
-        progress: Is told of every run.
+        progress: Receives every run.
 
     Raises:
         RecmasError: RM506 for options that make no sense, RM502 or RM503 for files, RM508 for a

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from recmas_runtime.bench.cases import Case
-from recmas_runtime.bench.measure import COUNTS, BenchSettings, Run, RunKey, distinct_places
+from recmas_runtime.bench.measure import COUNTS, BenchSettings, Case, Run, RunKey, distinct_places
 from recmas_runtime.running.batch import PHASES
 
 
@@ -32,6 +31,13 @@ class Spread:
             "min": round(self.min, 6),
             "max": round(self.max, 6),
         }
+
+    def to_text(self, form: str, *, unit: str = "") -> str:
+        """Return the median, and the least and the most where they differ."""
+        middle = f"{self.median:{form}}{unit}"
+        if self.min == self.max:
+            return middle
+        return f"{middle} ({self.min:{form}} to {self.max:{form}})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +193,7 @@ def _cost(repeats: Sequence[Sequence[Run]], questions: int) -> Cost:
 
 
 def _compare(ours: Cost, theirs: Cost, *, against: str) -> Comparison:
-    # Systems took turns, so the machine's mood cancels out within a repeat.
+    # Systems took turns, so slow moments of the machine cancel out within a repeat.
     pairs = zip(ours.seconds, theirs.seconds, strict=True)
     return Comparison(
         against=against,

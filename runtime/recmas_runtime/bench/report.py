@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from recmas_runtime.bench.cases import Case
 from recmas_runtime.bench.figures import Figures, Row, Spread, figures
-from recmas_runtime.bench.measure import BenchSettings, Run, RunKey, measure
+from recmas_runtime.bench.measure import BenchSettings, Case, Run, RunKey, measure
 from recmas_runtime.checking.machine import describe_machine
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.progress import Progress
@@ -116,7 +115,7 @@ def run_bench(
         cases: The systems, the first one of the bundle that the report is about.
         settings: How.
         threads: As the engines were loaded with; None for the physical cores.
-        progress: Is told of every run.
+        progress: Receives every run.
 
     Raises:
         RecmasError: RM508 for a batch that a baseline cannot run; if nothing could be answered,
@@ -194,8 +193,8 @@ def _cells(row: Row) -> list[str]:
     texts, cut = cost.counts["texts"], cost.counts["cut_texts"]
     return [
         *_label(row),
-        _spread(Spread.of(cost.seconds), ".3g"),
-        "" if compared is None else _spread(compared.speed_up, ".2f", unit=" x"),
+        Spread.of(cost.seconds).to_text(".3g"),
+        "" if compared is None else compared.speed_up.to_text(".2f", unit=" x"),
         "" if paper is None else f"{paper[0]:.1f} x",
         f"{cost.generated_tokens:.0f}",
         "" if compared is None else f"{compared.token_reduction:.1%}",
@@ -213,10 +212,3 @@ def _label(row: Row) -> list[str]:
 
 def _is_there(phase: str, rows: Sequence[Row]) -> bool:
     return any(row.cost.phases_ms[phase] for row in rows)
-
-
-def _spread(spread: Spread, form: str, *, unit: str = "") -> str:
-    middle = f"{spread.median:{form}}{unit}"
-    if spread.min == spread.max:
-        return middle
-    return f"{middle} ({spread.min:{form}} to {spread.max:{form}})"

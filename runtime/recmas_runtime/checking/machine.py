@@ -1,13 +1,17 @@
-"""What this machine has: the facts behind `recmas doctor`."""
+"""What this machine has: the facts behind `recmas doctor` and every measurement."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
+
+from recmas_runtime.core.text import human_bytes
 
 PACKAGES: Final = (
     "recmas",
@@ -29,7 +33,7 @@ def describe_machine() -> dict[str, Any]:
     from recmas_runtime.tools.search import KEY_VARIABLE
 
     sandboxes = survey_sandboxes()
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = package_versions(PACKAGES)
     installed = versions["onnxruntime"] or versions["onnxruntime-gpu"]
     return {
         "python": platform.python_version(),
@@ -39,7 +43,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "logical_cpus": os.cpu_count(),
         "default_threads": physical_cores(),
-        "memory_bytes": _meminfo_bytes("MemTotal"),
+        "memory_bytes": total_memory_bytes(),
         "memory_available_bytes": _meminfo_bytes("MemAvailable"),
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
         "telemetry": False,
@@ -49,11 +53,40 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def package_versions(names: Iterable[str]) -> dict[str, str | None]:
+    """Return the versions of packages; None for those that are not installed."""
+    found: dict[str, str | None] = dict.fromkeys(names)
+    for name in found:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def total_memory_bytes() -> int | None:
+    """Return the memory of the machine; None where the system does not tell."""
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
         return None
+
+
+def machine_text(facts: Mapping[str, Any]) -> str:
+    """Return what `doctor` prints."""
+    available = human_bytes(facts["memory_available_bytes"])
+    rows = [("python", facts["python"]), ("platform", facts["platform"])]
+    rows += [(name, version or "not installed") for name, version in facts["packages"].items()]
+    rows += [
+        ("providers", ", ".join(facts["providers"]) or "none"),
+        ("cpu", f"{facts['cpu']}, {facts['logical_cpus']} logical"),
+        ("threads", f"{facts['default_threads']} by default"),
+        ("memory", f"{available} of {human_bytes(facts['memory_bytes'])}"),
+        ("disk free", human_bytes(facts["disk_free_bytes"])),
+        ("telemetry", "on" if facts["telemetry"] else "off"),
+        ("sandbox", facts["sandbox"] or "none: the tool `python` refuses to run programs"),
+    ]
+    rows += [(f"- {name}", reason) for name, reason in facts["sandboxes_not_used"].items()]
+    rows.append(("web search", f"TAVILY_API_KEY is {'' if facts['web_search_key'] else 'not '}set"))
+    return "\n".join(f"{name:<16}{value}" for name, value in rows)
 
 
 def _cpu_name() -> str:

@@ -18,7 +18,7 @@ from recmas_runtime.formats.bundle import Bundle, open_bundle, unlisted_files
 from recmas_runtime.formats.links import read_operands
 from recmas_runtime.formats.manifest import LinkEntry, ParityEntry
 from recmas_runtime.formats.safetensors_file import read_tensors
-from recmas_runtime.formats.tolerances import tolerances
+from recmas_runtime.formats.tolerances import beyond_tolerance
 from recmas_runtime.running.open_engines import open_engines
 from recmas_runtime.running.parity import (
     BACKBONE_CASE,
@@ -192,12 +192,7 @@ def _check_case(
 
 def out_of_tolerance(file: str, figures: Mapping[str, float], *, precision: str) -> list[Problem]:
     """Return an error for each figure beyond the tolerance of a precision."""
-    allowed = tolerances(precision)
-    return [
-        _disagrees(file, f"{name} is {value:.2e}, allowed is {allowed[name]:.0e}")
-        for name, value in figures.items()
-        if not value <= allowed[name]
-    ]
+    return [_disagrees(file, what) for what in beyond_tolerance(figures, precision=precision)]
 
 
 @contextmanager

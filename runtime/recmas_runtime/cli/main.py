@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from recmas_runtime.core.errors import CODES, Exit, Problem, RecmasError, fail
 from recmas_runtime.core.terminal import lasting_interrupts
+from recmas_runtime.formats.targets import DEVICES
 
 
 @dataclass(kw_only=True)
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _silence_stdout()
         return Exit.OK
-    # The last line of defence: a bug of ours, told without a traceback.
+    # A bug of ours: reported without a traceback.
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -112,7 +113,7 @@ def _print_json(*, ok: bool, outcome: Outcome) -> None:
 
 
 def _silence_stdout() -> None:
-    """Keep Python from complaining at exit that nobody reads its output."""
+    """Keep Python from reporting at exit that its output was closed."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -244,7 +245,7 @@ def _add_bundle(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "tensorrt"))
+    parser.add_argument("--device", default="auto", choices=DEVICES)
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: physical cores")
     parser.add_argument("--quiet", action="store_true", help="no progress, no summary")
 
@@ -289,7 +290,7 @@ def _bench(options: argparse.Namespace, outcome: Outcome) -> None:
 
 def _verify(options: argparse.Namespace, outcome: Outcome) -> None:
     from recmas_runtime.checking.verify import verify_bundle
-    from recmas_runtime.cli.reports import verify_text
+    from recmas_runtime.cli.inspect import verify_text
     from recmas_runtime.core.progress import LineProgress, Silent
 
     report = verify_bundle(
@@ -317,7 +318,7 @@ def _engines(options: argparse.Namespace, outcome: Outcome) -> None:
 
 
 def _inspect(options: argparse.Namespace, outcome: Outcome) -> None:
-    from recmas_runtime.cli.reports import bundle_facts, bundle_text
+    from recmas_runtime.cli.inspect import bundle_facts, bundle_text
     from recmas_runtime.formats.bundle import open_bundle
 
     bundle = open_bundle(options.bundle)
@@ -326,8 +327,7 @@ def _inspect(options: argparse.Namespace, outcome: Outcome) -> None:
 
 
 def _doctor(options: argparse.Namespace, outcome: Outcome) -> None:
-    from recmas_runtime.checking.machine import describe_machine
-    from recmas_runtime.cli.reports import machine_text
+    from recmas_runtime.checking.machine import describe_machine, machine_text
 
     facts = describe_machine()
     outcome.data |= facts

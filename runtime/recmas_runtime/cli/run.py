@@ -7,16 +7,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 from msgspec import structs
 
-from recmas_runtime.cli.reports import answer_summary
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.progress import LineProgress, Silent
 from recmas_runtime.core.terminal import shown_on
+from recmas_runtime.core.text import counted
 from recmas_runtime.formats.plan import SamplingPlan
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.records import (
@@ -30,7 +31,9 @@ from recmas_runtime.running.run_trace import TraceWriter
 from recmas_runtime.running.system import System, load
 from recmas_runtime.tools.toolbox import terminal_ask
 
-STANDARD_STREAM = "-"
+STANDARD_STREAM: Final = "-"
+# Phases that most systems do not have.
+_SILENT: Final = ("write", "tools")
 
 
 def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Problem]) -> None:
@@ -78,7 +81,7 @@ def _stream(system: System, options: argparse.Namespace, sampling: SamplingPlan)
     finally:
         print(flush=True)
     if stream.answer is not None and not options.quiet:
-        print(answer_summary(stream.answer), file=sys.stderr)
+        print(_summary(stream.answer), file=sys.stderr)
 
 
 def _answer_all(
@@ -133,7 +136,20 @@ def _deliver(
     elif writer is None:  # one question, with a trace
         print(shown_on(sys.stdout, answer.answer), flush=True)
     if options.question is not None and not options.quiet:
-        print(answer_summary(answer), file=sys.stderr)
+        print(_summary(answer), file=sys.stderr)
+
+
+def _summary(answer: Answer) -> str:
+    """Return one line on what an answer took."""
+    usage, ms = answer.usage, answer.timing_ms
+    phases = {name: value for name, value in asdict(ms).items() if name not in _SILENT or value}
+    times = ", ".join(f"{phase} {value / 1e3:.2f} s" for phase, value in phases.items())
+    handed_over = f"{usage.handover_tokens} hand-over tokens, " if usage.handover_tokens else ""
+    return (
+        f"[{answer.finish_reason}] {counted(answer.rounds, 'round')}, "
+        f"{usage.prompt_tokens} prompt tokens, {usage.latent_steps} latent steps, {handed_over}"
+        f"{usage.completion_tokens} answer tokens | {times}"
+    )
 
 
 def _records(

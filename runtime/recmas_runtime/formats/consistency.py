@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from recmas_runtime.core.errors import Problem
+from recmas_runtime.formats.ids import inner_link_id, outer_link_id
 from recmas_runtime.formats.links import FORMS
 from recmas_runtime.formats.manifest import MANIFEST_NAME, PLAN_NAME, SPEC_NAME, Manifest
 from recmas_runtime.formats.plan import (
@@ -21,10 +22,8 @@ from recmas_runtime.formats.plan import (
     ThinkStep,
     WriteStep,
 )
+from recmas_runtime.formats.precisions import DTYPE_BYTES, buildable
 from recmas_runtime.formats.tolerances import TOLERANCES
-
-DTYPES: Final = ("float32", "float16", "bfloat16")
-PRECISIONS: Final = ("float32", "int8", "int4")
 
 # Yields (where in the file, what is wrong).
 Rule = Callable[[Manifest, Plan], Iterator[tuple[str, str]]]
@@ -70,9 +69,9 @@ def check_consistency(manifest: Manifest, plan: Plan) -> tuple[Problem, ...]:
 def backbones_are_usable(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
     """Element types and precisions are known and end tokens are in the vocabulary."""
     for name, backbone in manifest.backbones.items():
-        if backbone.dtype not in DTYPES:
+        if backbone.dtype not in DTYPE_BYTES:
             yield f"backbones.{name}.dtype", f"unknown element type {backbone.dtype!r}"
-        if backbone.precision not in PRECISIONS:
+        if backbone.precision not in buildable():
             yield f"backbones.{name}.precision", f"unknown precision {backbone.precision!r}"
         for token_id in backbone.eos_token_ids:
             if token_id >= backbone.vocab_size:
@@ -111,10 +110,10 @@ def agents_have_what_they_name(manifest: Manifest, plan: Plan) -> Iterator[tuple
             continue
         inner = manifest.links.get(agent.inner)
         if inner is None or inner.role != "inner":
-            yield f"agents.{name}.inner", f"unknown inner link {agent.inner!r}"
+            yield f"agents.{inner_link_id(name)}", f"unknown inner link {agent.inner!r}"
         elif inner.in_dim != backbone.width:
             yield (
-                f"agents.{name}.inner",
+                f"agents.{inner_link_id(name)}",
                 f"width {inner.in_dim} on a backbone of width {backbone.width}",
             )
 
@@ -225,7 +224,7 @@ def sends_use_their_links(manifest: Manifest, plan: Plan) -> Iterator[tuple[str,
             if name in plan.links
         ]
         if not step.targets or ends != [(step.source, target) for target in step.targets]:
-            wanted = ", ".join(f"{step.source}->{target}" for target in step.targets)
+            wanted = ", ".join(outer_link_id(step.source, target) for target in step.targets)
             found = ", ".join(step.links)
             yield f"steps[{index}].links", f"expected {wanted}; found {found}"
 

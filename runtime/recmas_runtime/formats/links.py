@@ -9,56 +9,20 @@ all. Shape legend: G links of one call, I input width, H hidden width, O output 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.formats.link_kinds import FORMS as FORMS  # consistency takes it from here
+from recmas_runtime.formats.link_kinds import PROJ1, PROJ2, SKIP, LinkForm
 from recmas_runtime.formats.manifest import LinkEntry
 from recmas_runtime.formats.safetensors_file import read_tensors
 
 Floats = NDArray[np.float32]
 Operands = dict[str, NDArray[Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Form:
-    """Which parts a link has, by their names in checkpoints.
-
-    Attributes:
-        pre: Norm of the input, or None.
-        post: Norm of the output, or None.
-        has_skip_matrix: W3 (`residual_proj`) is a matrix, not the identity.
-        has_biases: The linear layers have biases.
-        hidden_per_out: Hidden width over output width.
-    """
-
-    pre: str | None
-    post: str | None
-    has_skip_matrix: bool
-    has_biases: bool
-    hidden_per_out: int = 1
-
-
-# (kind, role) -> form. The kinds are those of the specs: `residual` is the paper's, `ln_residual`
-# that of the released weights, `projected` the default for new links.
-FORMS: Final[dict[tuple[str, str], _Form]] = {
-    ("residual", "inner"): _Form(pre=None, post=None, has_skip_matrix=False, has_biases=False),
-    ("residual", "outer"): _Form(pre=None, post=None, has_skip_matrix=True, has_biases=False),
-    ("ln_residual", "inner"): _Form(
-        pre="pre_ln", post="post_ln", has_skip_matrix=False, has_biases=True
-    ),
-    ("ln_residual", "outer"): _Form(
-        pre="ln_source", post="ln_target", has_skip_matrix=True, has_biases=True, hidden_per_out=2
-    ),
-    ("projected", "inner"): _Form(pre="pre_ln", post=None, has_skip_matrix=True, has_biases=True),
-    ("projected", "outer"): _Form(
-        pre="ln_source", post=None, has_skip_matrix=True, has_biases=True
-    ),
-}
 
 
 def load_operands(path: Path, entry: LinkEntry) -> Operands:
@@ -84,18 +48,18 @@ def load_operands(path: Path, entry: LinkEntry) -> Operands:
     _check_tensors(path, entry, form, tensors)
     values = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
     source, target = entry.in_dim, entry.out_dim
-    skip = values["residual_proj.weight"].T if form.has_skip_matrix else np.eye(source)
+    skip = values[f"{SKIP}.weight"].T if form.has_skip_matrix else np.eye(source)
     bias = np.zeros(target, np.float32)
-    for name in ("proj2.bias", "residual_proj.bias"):
-        bias = bias + values.get(name, np.float32(0))
-    hidden = target * form.hidden_per_out
+    for layer in (PROJ2, SKIP):
+        bias = bias + values.get(f"{layer}.bias", np.float32(0))
+    hidden = form.hidden_dim(target)
     operands = {
         "pre_norm": np.array([[form.pre is not None]]),
         "pre_scale": values.get(f"{form.pre}.weight", np.ones(source))[None],
         "pre_bias": values.get(f"{form.pre}.bias", np.zeros(source))[None],
-        "w1": values["proj1.weight"].T,
-        "b1": values.get("proj1.bias", np.zeros(hidden))[None],
-        "w2": values["proj2.weight"].T,
+        "w1": values[f"{PROJ1}.weight"].T,
+        "b1": values.get(f"{PROJ1}.bias", np.zeros(hidden))[None],
+        "w2": values[f"{PROJ2}.weight"].T,
         "w3": skip,
         "bias": bias[None],
         "post_norm": np.array([[form.post is not None]]),
@@ -138,24 +102,7 @@ def stack_operands(links: Sequence[Mapping[str, NDArray[Any]]]) -> Operands:
 
 def expected_tensors(entry: LinkEntry) -> dict[str, tuple[int, ...]]:
     """Return the names and shapes of the tensors in a link's checkpoint."""
-    return _shapes(FORMS[entry.kind, entry.role], entry)
-
-
-def _shapes(form: _Form, entry: LinkEntry) -> dict[str, tuple[int, ...]]:
-    source, target = entry.in_dim, entry.out_dim
-    hidden = target * form.hidden_per_out
-    layers = {"proj1": (hidden, source), "proj2": (target, hidden)}
-    if form.has_skip_matrix:
-        layers["residual_proj"] = (target, source)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in layers.items():
-        shapes[f"{name}.weight"] = shape
-        if form.has_biases:
-            shapes[f"{name}.bias"] = shape[:1]
-    for norm, width in ((form.pre, source), (form.post, target)):
-        if norm is not None:
-            shapes[f"{norm}.weight"] = shapes[f"{norm}.bias"] = (width,)
-    return shapes
+    return FORMS[entry.kind, entry.role].shapes(entry.in_dim, entry.out_dim)
 
 
 def _check_metadata(path: Path, entry: LinkEntry, metadata: Mapping[str, str]) -> None:
@@ -166,9 +113,9 @@ def _check_metadata(path: Path, entry: LinkEntry, metadata: Mapping[str, str]) -
 
 
 def _check_tensors(
-    path: Path, entry: LinkEntry, form: _Form, tensors: Mapping[str, NDArray[Any]]
+    path: Path, entry: LinkEntry, form: LinkForm, tensors: Mapping[str, NDArray[Any]]
 ) -> None:
-    shapes = _shapes(form, entry)
+    shapes = form.shapes(entry.in_dim, entry.out_dim)
     if entry.role == "inner" and entry.in_dim != entry.out_dim:
         raise _wrong(path, f"an inner link of widths {entry.in_dim} and {entry.out_dim}")
     if tensors.keys() != shapes.keys():

@@ -15,6 +15,7 @@ from typing import Final
 from msgspec import structs
 
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.formats.ids import outer_link_id
 from recmas_runtime.formats.manifest import Manifest
 from recmas_runtime.formats.plan import (
     AgentPlan,
@@ -135,7 +136,7 @@ def _moa(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
     ]
     groups = [*by_backbone, (plan.answer_agent,)]
     links = {
-        f"{source}->{target}": LinkPlan(source=source, target=target, carries="text")
+        outer_link_id(source, target): LinkPlan(source=source, target=target, carries="text")
         for source in others
         for target in plan.agents
     }
@@ -143,7 +144,7 @@ def _moa(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
     def seen(by: Sequence[str], round_: int) -> tuple[Message, ...]:
         """Return the answers of a round, of all others, in the prompts of agents."""
         return tuple(
-            Message(agent=target, slot=source, link=f"{source}->{target}", round=round_)
+            Message(agent=target, slot=source, link=outer_link_id(source, target), round=round_)
             for target in by
             for source in others
         )

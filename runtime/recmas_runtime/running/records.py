@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.jsonl import JsonLines
 from recmas_runtime.formats.codec import refuse_constant
 from recmas_runtime.prompts.render import field_text
 from recmas_runtime.tools.calls import ToolResult
@@ -263,19 +262,17 @@ class AnswerWriter:
 
     def __init__(self, path: Path | None, *, resume: bool = False) -> None:
         self._name = "<stdout>" if path is None else str(path)
-        self.finished: frozenset[str] = frozenset()
-        if path is None:
-            self._descriptor = os.dup(1)
-            self._is_regular = False
-            return
-        flags = os.O_RDWR | os.O_CREAT | (0 if resume else os.O_TRUNC)
         try:
-            self._descriptor = os.open(path, flags, 0o666)
+            self._file = JsonLines(path)
         except OSError as error:
             raise self._unwritable(error) from error
-        self._is_regular = stat.S_ISREG(os.fstat(self._descriptor).st_mode)
-        if resume and self._is_regular:
-            self.finished = self._keep_answers()
+        try:
+            found = enumerate(self._file.lines(), start=1) if resume else ()
+            self.finished = frozenset(self._answered_id(line, number=n) for n, line in found)
+            self._file.keep(None if resume else 0)
+        except BaseException:
+            self._file.close()
+            raise
 
     def write(self, answer: Answer) -> None:
         """Append an answer.
@@ -284,21 +281,11 @@ class AnswerWriter:
             RecmasError: RM503 if it could not be written; the answers before it are kept.
             BrokenPipeError: If nobody reads standard output any more.
         """
-        text = json.dumps(answer.to_json(), ensure_ascii=False) + "\n"
-        # Half a surrogate pair in an id becomes what it was in the input: a JSON escape.
-        line = text.encode("utf-8", "backslashreplace")
-        start = os.lseek(self._descriptor, 0, os.SEEK_CUR) if self._is_regular else 0
         try:
-            # A full disk may take part of a line and refuse the rest.
-            rest = memoryview(line)
-            while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
+            self._file.append(answer.to_json())
         except BrokenPipeError:
             raise
         except OSError as error:
-            if self._is_regular:
-                os.ftruncate(self._descriptor, start)
-                os.lseek(self._descriptor, start, os.SEEK_SET)
             raise self._unwritable(error) from error
 
     def close(self) -> None:
@@ -308,26 +295,11 @@ class AnswerWriter:
             RecmasError: RM503.
         """
         try:
-            if self._is_regular:
-                os.fsync(self._descriptor)
+            self._file.sync()
         except OSError as error:
             raise self._unwritable(error) from error
         finally:
-            os.close(self._descriptor)
-
-    def _keep_answers(self) -> frozenset[str]:
-        """Return the ids in the file; cut a half-written last line off."""
-        finished: list[str] = []
-        kept_bytes = 0
-        with os.fdopen(os.dup(self._descriptor), "rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                finished.append(self._answered_id(line, number=number))
-                kept_bytes += len(line)
-        os.ftruncate(self._descriptor, kept_bytes)
-        os.lseek(self._descriptor, kept_bytes, os.SEEK_SET)
-        return frozenset(finished)
+            self._file.close()
 
     def _answered_id(self, line: bytes, *, number: int) -> str:
         try:
@@ -336,7 +308,6 @@ class AnswerWriter:
                 return answer["id"]
         except (ValueError, TypeError, KeyError, RecursionError):
             pass
-        os.close(self._descriptor)
         raise fail(
             "RM502",
             "--resume found a line that is not an answer",

@@ -1,0 +1,113 @@
+"""A backbone becomes ONNX graphs over one weights file.
+
+decoder.onnx      inputs_embeds, write_index, last_index, caches, inner link
+                  -> hidden, thought, next_embeds, caches
+decoder.cpu.onnx  the same in operators of ONNX Runtime's CPU provider, where there are any for it
+embed.onnx        input_ids -> inputs_embeds
+head.onnx         hidden -> logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import onnx_ir as ir
+
+from recmas_compiler.backbones.facts import BackboneFacts
+from recmas_compiler.backbones.torch_model import TorchBackbone
+from recmas_export import pipeline
+from recmas_export.export_torch import trace_body, trace_embed, trace_head
+from recmas_export.pipeline import run_passes
+from recmas_export.precision.weights_file import externalize_weights
+from recmas_runtime.core.errors import fail
+from recmas_runtime.formats.targets import TARGETS, DecoderForm
+
+DECODER, EMBED, HEAD = "decoder.onnx", "embed.onnx", "head.onnx"
+CPU_DECODER = "decoder.cpu.onnx"
+WEIGHTS, TOKENIZER, CHAT_TEMPLATE = "weights.safetensors", "tokenizer.json", "chat_template.jinja"
+
+_TABLES: Final = frozenset({EMBED, HEAD})
+
+
+def export_backbone(
+    backbone: TorchBackbone,
+    folder: Path,
+    *,
+    precision: str = "float32",
+    decoders: Sequence[DecoderForm] = TARGETS["onnx"].decoders,
+) -> None:
+    """Write a backbone's graphs, weights, tokenizer and chat template into `folder`.
+
+    The model is left as it was. Equal weights give equal bytes.
+
+    Args:
+        backbone: A loaded backbone; its weights are float32 numbers that its `dtype` holds.
+        folder: Created if needed; nothing else should be in it.
+        precision: How the graphs hold weights; blocks of integers are in the form that ONNX
+            Runtime's CPU provider runs fastest.
+        decoders: Besides the portable decoder, that for the CPU is written where it has layers for
+            it.
+
+    Raises:
+        RecmasError: RM203 for layers the portable graph has no operator for, RM300 where the model
+            cannot be traced.
+        OSError: A file cannot be written.
+    """
+    model, facts = backbone.model, backbone.facts
+    _refuse_unsupported(model, facts)
+    decoder = trace_body(model, facts)
+    graphs = {DECODER: decoder, EMBED: trace_embed(model, facts), HEAD: trace_head(model, facts)}
+    portable = {DECODER: pipeline.DECODER, EMBED: pipeline.EMBED, HEAD: pipeline.HEAD}
+    for name, graph in graphs.items():
+        run_passes(portable[name], graph)
+    if "cpu" in decoders:
+        for_cpu = decoder.clone()
+        if run_passes(pipeline.cpu_decoder(max_positions=facts.max_positions), for_cpu):
+            graphs[CPU_DECODER] = for_cpu
+    layers, tables = pipeline.weight_passes(precision, backbone.dtype)
+    for name, graph in graphs.items():
+        run_passes(tables if name in _TABLES else layers, graph)
+    folder.mkdir(parents=True, exist_ok=True)
+    externalize_weights(list(graphs.values()), folder / WEIGHTS)
+    for name, graph in graphs.items():
+        ir.save(graph, folder / name)
+    (folder / TOKENIZER).write_text(backbone.tokenizer_json, encoding="utf-8")
+    (folder / CHAT_TEMPLATE).write_text(backbone.chat_template, encoding="utf-8")
+
+
+def _refuse_unsupported(model: Any, facts: BackboneFacts) -> None:
+    linear = [i for i, kind in enumerate(facts.attention) if kind == "linear"]
+    if linear:
+        raise fail(
+            "RM203",
+            f"backbone {facts.source!r} ({facts.model_type}) keeps a linear state in "
+            f"{len(linear)} of its {facts.num_layers} layers (the first is layer {linear[0]}), "
+            "which target 'onnx' cannot run.",
+            hint="Use a backbone whose layers all have softmax attention, full or sliding.",
+        )
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    if dtypes != ["float32"]:
+        raise fail(
+            "RM300",
+            f"backbone {facts.source!r} has weights in {', '.join(dtypes)}; "
+            "the export takes float32.",
+            hint="Load it with `load_backbone`, which widens weights.",
+        )
+    for rope_type in sorted(_rotary_types(model.config)):
+        if "dynamic" in rope_type or rope_type == "longrope":
+            raise fail(
+                "RM300",
+                f"backbone {facts.source!r} ({facts.model_type}) has rotary embeddings of type "
+                f"{rope_type!r}: their frequencies change with the length of the input.",
+                hint="Use a backbone whose rotary frequencies are fixed.",
+            )
+    assert not model.training, "a backbone is frozen and in evaluation mode"
+
+
+def _rotary_types(config: Any) -> set[str]:
+    """Return the kinds of rotary scaling; some models have one per layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    tables = [parameters, *(p for p in parameters.values() if isinstance(p, dict))]
+    return {str(table["rope_type"]) for table in tables if "rope_type" in table}

@@ -1,0 +1,324 @@
+"""Tracing: a transformers model becomes three raw ONNX graphs (decoder body, embedding, head).
+
+A decoder is made to attend over a static cache without code per architecture. Three extension
+points of transformers are used and nothing else: the attention interface (one ONNX `Attention` per
+layer), the mask interface (the model's own mask rule, evaluated at each sample's own positions) and
+the cache class (one ONNX `TensorScatter` per tensor).
+
+Shape legend: B samples, S new positions, C cache rows, H query heads, K key/value heads, D head
+width, d width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.export import Dim
+from transformers.cache_utils import Cache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+from recmas_compiler.backbones.facts import BackboneFacts
+from recmas_compiler.lowering.static_cache import StaticRows, ragged_mask
+from recmas_export.passes.tidy import OPSET
+from recmas_runtime.core.errors import RecmasError, fail
+
+BATCH, POSITIONS, CAPACITY = "batch", "positions", "capacity"
+
+IMPLEMENTATION = "recmas_portable"
+
+# What models pass to every attention implementation and what has no effect here: dropout is off in
+# evaluation, windows and causality are in the explicit mask, positions are in the rotated keys.
+_WITHOUT_EFFECT = frozenset({"dropout", "is_causal", "position_ids", "sliding_window", "use_cache"})
+
+# Sizes of the example inputs. Any would do, but none may be 1: a traced size of 1 becomes a
+# constant.
+_B, _S, _C = 2, 3, 64
+
+
+def trace_body(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
+    """Return the raw graph of the decoder layers over a static cache.
+
+    inputs_embeds [B,S,d], write_index [B], caches [B,K,C,D] -> hidden [B,S,d], caches; B, S and C
+    are free. The model is left as it was.
+
+    Raises:
+        RecmasError: RM300 where the model cannot be traced.
+    """
+    num_layers = facts.num_layers
+    rows = (_B, facts.num_kv_heads, _C, facts.head_dim)
+    # Every cache is a tensor of its own: the exporter merges inputs that are the same object.
+    keys, values = ([torch.zeros(rows) for _ in range(num_layers)] for _ in "kv")
+    batch, positions, capacity = (Dim(name, min=1) for name in (BATCH, POSITIONS, CAPACITY))
+    cache_dims = [{0: batch, 2: capacity}] * num_layers
+    with portable_attention(model):
+        return _trace(
+            _Body(model),
+            (torch.zeros(_B, _S, facts.width), torch.zeros(_B, dtype=torch.long), keys, values),
+            facts=facts,
+            dynamic_shapes=({0: batch, 1: positions}, {0: batch}, cache_dims, cache_dims),
+            inputs=["inputs_embeds", "write_index", *cache_names("", num_layers)],
+            outputs=["hidden", *cache_names("present_", num_layers)],
+        )
+
+
+def trace_embed(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
+    """Return the raw graph of the input embedding: input_ids [B,S] -> inputs_embeds [B,S,d].
+
+    Raises:
+        RecmasError: RM300 where the model cannot be traced.
+    """
+    return _trace(
+        _Embed(model),
+        (torch.zeros(_B, _S, dtype=torch.long),),
+        facts=facts,
+        dynamic_shapes=({0: Dim(BATCH, min=1), 1: Dim(POSITIONS, min=1)},),
+        inputs=["input_ids"],
+        outputs=["inputs_embeds"],
+    )
+
+
+def trace_head(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
+    """Return the raw graph of the language-model head: hidden [B,d] -> logits [B,V].
+
+    Raises:
+        RecmasError: RM300 where the model cannot be traced.
+    """
+    with _without_body(model):
+        return _trace(
+            _Head(model),
+            (torch.zeros(_B, facts.width),),
+            facts=facts,
+            dynamic_shapes=({0: Dim(BATCH, min=1)},),
+            inputs=["hidden"],
+            outputs=["logits"],
+        )
+
+
+def cache_names(prefix: str, num_layers: int) -> list[str]:
+    """Return the names of a decoder's cache inputs (prefix "") or outputs ("present_")."""
+    return [f"{prefix}{kind}.{i}" for kind in ("key", "value") for i in range(num_layers)]
+
+
+def _attention(
+    module: torch.nn.Module,
+    query_BHSD: torch.Tensor,
+    key_BKCD: torch.Tensor,
+    value_BKCD: torch.Tensor,
+    mask_B1SC: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **others: object,
+) -> tuple[torch.Tensor, None]:
+    """Attend over the whole cache under an explicit boolean mask: the attention interface."""
+    given = {name for name, value in others.items() if value is not None and value is not False}
+    unknown = sorted(given - _WITHOUT_EFFECT)
+    if unknown or mask_B1SC is None:
+        what = f"attention with {', '.join(unknown)}" if unknown else "attention without a mask"
+        raise fail(
+            "RM300",
+            f"{type(module).__name__} uses {what}, which the portable graph has no operator for.",
+            hint="Use a backbone with standard causal attention.",
+        )
+    scale = float(query_BHSD.shape[-1]) ** -0.5 if scaling is None else float(scaling)
+    attrs = {"scale": scale} if not softcap else {"scale": scale, "softcap": float(softcap)}
+    out_BHSD = torch.onnx.ops.symbolic(
+        "Attention",
+        (query_BHSD, key_BKCD, value_BKCD, mask_B1SC),
+        attrs,
+        dtype=query_BHSD.dtype,
+        shape=(*query_BHSD.shape[:3], value_BKCD.shape[-1]),
+        version=OPSET,
+    )
+    return out_BHSD.transpose(1, 2), None
+
+
+class PortableLayer(StaticRows):
+    """One layer of a static cache whose rows are written by ONNX's `TensorScatter`."""
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *_args: object,
+        **_kwargs: object,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new rows and return the whole cache."""
+        self.keys = self._scatter(self.keys, key_states)
+        self.values = self._scatter(self.values, value_states)
+        return self.keys, self.values
+
+    def _scatter(self, cache_BKCD: torch.Tensor, new_BKSD: torch.Tensor) -> torch.Tensor:
+        return torch.onnx.ops.symbolic(
+            "TensorScatter",
+            (cache_BKCD, new_BKSD, self.write_index),
+            {"axis": 2, "mode": "linear"},
+            dtype=cache_BKCD.dtype,
+            shape=cache_BKCD.shape,
+            version=OPSET,
+        )
+
+
+def portable_cache(
+    keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], write_index: torch.Tensor
+) -> Any:
+    """Return a transformers cache over the given rows, one pair [B, K, C, D] per layer."""
+    return Cache(
+        layers=[PortableLayer(k, v, write_index) for k, v in zip(keys, values, strict=True)]
+    )
+
+
+@contextmanager
+def portable_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Make `model` use the portable attention and masks inside the block, and its own after it."""
+    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, ragged_mask)
+    configs = {
+        id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)
+    }.values()
+    before = [(config, config._attn_implementation) for config in configs]
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+        if any(config._attn_implementation != IMPLEMENTATION for config in configs):
+            raise fail(
+                "RM300",
+                f"{type(model).__name__} does not take its attention from transformers' interface.",
+                hint="Use a backbone whose transformers implementation has attention backends.",
+            )
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+
+
+class _Body(torch.nn.Module):
+    """inputs_embeds [B,S,d], write_index [B], caches -> hidden [B,S,d], caches."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.body = model.get_decoder()
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        write_index: torch.Tensor,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """Run the layers; hidden is after the final norm."""
+        cache = portable_cache(keys, values, write_index)
+        hidden = self.body(
+            inputs_embeds=inputs_embeds,
+            position_ids=write_index[:, None] + torch.arange(inputs_embeds.shape[1])[None],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return hidden, [layer.keys for layer in cache.layers], [lay.values for lay in cache.layers]
+
+
+class _Embed(torch.nn.Module):
+    """input_ids [B,S] -> inputs_embeds [B,S,d]."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.embedding = model.get_input_embeddings()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Look tokens up in the model's own module, with whatever scaling it applies."""
+        embeds: torch.Tensor = self.embedding(input_ids)
+        return embeds
+
+
+class _Head(torch.nn.Module):
+    """hidden [B,d] -> logits [B,V]: all that the causal model does after its body."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Apply the head, with soft caps and scales where the model has them."""
+        logits: torch.Tensor = self.model(inputs_embeds=hidden[:, None], use_cache=False).logits
+        return logits[:, 0]
+
+
+class _Passthrough(torch.nn.Module):
+    """Stands in for a decoder body: what goes in comes out as the last hidden state."""
+
+    def forward(self, *, inputs_embeds: torch.Tensor, **_others: object) -> BaseModelOutputWithPast:
+        """Return `inputs_embeds` unchanged."""
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+@contextmanager
+def _without_body(model: PreTrainedModel) -> Iterator[None]:
+    name = model.base_model_prefix
+    body = getattr(model, name)
+    setattr(model, name, _Passthrough())
+    try:
+        yield
+    finally:
+        setattr(model, name, body)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the exporter says about its own workings (missing torchvision, axis names)."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _trace(
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    *,
+    facts: BackboneFacts,
+    dynamic_shapes: tuple[Any, ...],
+    inputs: list[str],
+    outputs: list[str],
+) -> ir.Model:
+    try:
+        with _quiet(), torch.no_grad():
+            # Captured here and not by the ONNX exporter, which answers a failure with three more
+            # attempts and a flood of output.
+            captured = torch.export.export(
+                module, args, dynamic_shapes=dynamic_shapes, strict=False
+            )
+            program = torch.onnx.export(
+                captured,
+                dynamo=True,
+                opset_version=OPSET,
+                # Its own optimizer takes as long as the export; our passes do what is needed.
+                optimize=False,
+                verbose=False,
+                dynamic_shapes=dynamic_shapes,
+                input_names=inputs,
+                output_names=outputs,
+            )
+    except RecmasError:
+        raise
+    # Tracing runs arbitrary model code and raises whatever that raises.
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise fail(
+            "RM300",
+            f"backbone {facts.source!r} (model type {facts.model_type!r}) could not be traced: "
+            f"{type(error).__name__}: {reason}",
+            hint="Choose a backbone whose computation does not depend on the values it is given.",
+        ) from error
+    assert program is not None, "torch.onnx.export without a file returns a program"
+    return program.model

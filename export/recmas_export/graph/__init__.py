@@ -1,1 +1,0 @@
-"""From a Hugging Face model to portable ONNX graphs."""

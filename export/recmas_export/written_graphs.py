@@ -1,0 +1,307 @@
+"""The graphs that no model is traced into: links, the latent step, and the known-answer probe.
+
+Links have one general form that every kind of link is a special case of:
+
+    y = post?( W3 x + W2 gelu(W1 pre?(x) + b1) + bias )
+
+The weights are inputs ("operands"), so one graph serves all links of a bundle, several at a time,
+and the decoder's fused inner link serves all agents that share the backbone.
+
+Shapes of links: G groups (links applied in one call), N rows per group, di and do widths, h hidden
+width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import InPlacePass, PassResult
+from onnx_ir.tape import Tape
+
+from recmas_export.passes.tidy import IR_VERSION, OPSET, Strip
+from recmas_runtime.formats.link_kinds import LAYER_NORM_EPSILON
+
+# Names of the latent step's inputs begin so.
+INNER_PREFIX: Final = "inner."
+
+# The probe: sizes, and what is in rows that nothing was written to.
+_WRITE_INDEX: Final = (2, 5)
+_NUM_NEW: Final = 2
+_CAPACITY: Final = 8
+_HEADS: Final = 4
+_KV_HEADS: Final = 2
+_HEAD_DIM: Final = 4
+_JUNK: Final = 1e6
+
+# (even heads, odd heads) above k, by sample and new position: rows 0..2, 0..3 and 0..5, 0..6.
+_ABOVE_K: Final = (
+    ((3 / 8 / 4, 1 / 8), (6 / 8 / 5, 3 / 16)),
+    ((15 / 8 / 7, 5 / 16), (21 / 8 / 8, 3 / 8)),
+)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An input that carries a part of a link's weights."""
+
+    name: str
+    dtype: ir.DataType
+    shape: tuple[int | str, int | str, int | str]
+
+
+def operands(in_dim: int | str, out_dim: int | str) -> tuple[Operand, ...]:
+    """Return the operands of links from `in_dim` to `out_dim`, in the order of graph inputs."""
+    flag, real = ir.DataType.BOOL, ir.DataType.FLOAT
+    return (
+        Operand("pre_norm", flag, ("groups", 1, 1)),
+        Operand("pre_scale", real, ("groups", 1, in_dim)),
+        Operand("pre_bias", real, ("groups", 1, in_dim)),
+        Operand("w1", real, ("groups", in_dim, "link_hidden")),
+        Operand("b1", real, ("groups", 1, "link_hidden")),
+        Operand("w2", real, ("groups", "link_hidden", out_dim)),
+        Operand("w3", real, ("groups", in_dim, out_dim)),
+        Operand("bias", real, ("groups", 1, out_dim)),
+        Operand("post_norm", flag, ("groups", 1, 1)),
+        Operand("post_scale", real, ("groups", 1, out_dim)),
+        Operand("post_bias", real, ("groups", 1, out_dim)),
+    )
+
+
+def operand_inputs(
+    in_dim: int | str, out_dim: int | str, *, prefix: str = ""
+) -> dict[str, ir.Value]:
+    """Return new graph inputs for the operands, by operand name; their own names get the prefix."""
+    return {
+        o.name: ir.Value(name=prefix + o.name, type=ir.TensorType(o.dtype), shape=ir.Shape(o.shape))
+        for o in operands(in_dim, out_dim)
+    }
+
+
+def constant(tape: Tape, value: float | list[int], name: str) -> ir.Value:
+    """Return a new constant of the graph: a float32 scalar or an int64 vector."""
+    dtype = ir.DataType.FLOAT if isinstance(value, float) else ir.DataType.INT64
+    return tape.initializer(ir.tensor(value, dtype=dtype, name=name))
+
+
+def append_link(
+    tape: Tape, x_GNI: ir.Value, operand: dict[str, ir.Value], *, prefix: str = ""
+) -> ir.Value:
+    """Append the nodes of the general link and return y [G, N, do].
+
+    Args:
+        tape: Records the nodes.
+        x_GNI: What the links read, [G, N, di].
+        operand: By name, see `operands`.
+        prefix: Put before the names of new constants.
+    """
+    epsilon = constant(tape, LAYER_NORM_EPSILON, prefix + "epsilon")
+    last_axis = constant(tape, [-1], prefix + "last_axis")
+
+    def op(kind: str, *inputs: ir.Value) -> ir.Value:
+        return tape.op(kind, inputs)
+
+    def normed_if(x: ir.Value, place: str) -> ir.Value:
+        # Not LayerNormalization: its scale is one vector, here every group has its own.
+        centred = op("Sub", x, op("ReduceMean", x, last_axis))
+        variance = op("ReduceMean", op("Mul", centred, centred), last_axis)
+        unit = op("Div", centred, op("Sqrt", op("Add", variance, epsilon)))
+        scaled = op("Mul", unit, operand[f"{place}_scale"])
+        shifted = op("Add", scaled, operand[f"{place}_bias"])
+        return op("Where", operand[f"{place}_norm"], shifted, x)
+
+    inner = op("Add", op("MatMul", normed_if(x_GNI, "pre"), operand["w1"]), operand["b1"])
+    hidden = tape.op("Gelu", (inner,), {"approximate": "none"})
+    curved = op("MatMul", hidden, operand["w2"])
+    straight = op("MatMul", x_GNI, operand["w3"])
+    return normed_if(op("Add", op("Add", straight, curved), operand["bias"]), "post")
+
+
+class AddLatentStep(InPlacePass):
+    """Add the latent step to a decoder.
+
+    1. thought = hidden at `last_index`; next_embeds = R(thought), the inner link.
+    2. Its inputs come after `write_index` and at the end, its outputs after `hidden`.
+
+    The operands have one group per agent of the batch; rows are agent-major, so a group's samples
+    are neighbours and [B, 1, d] is [G, B/G, d] in another shape.
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Extend in place."""
+        graph, tape = model.graph, Tape()
+        hidden = graph.outputs[0]
+        assert hidden.name == "hidden"
+        assert hidden.shape is not None
+        batch, width = hidden.shape[0], hidden.shape[2]
+        assert isinstance(width, int)
+        last_index = ir.Value(
+            name="last_index", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape((batch,))
+        )
+        inner = operand_inputs(width, width, prefix=INNER_PREFIX)
+
+        index_column = tape.op("Unsqueeze", (last_index, constant(tape, [-1], "thought.last_axis")))
+        row_BD = tape.op("GatherND", (hidden, index_column), {"batch_dims": 1})
+        thought = tape.op("Unsqueeze", (row_BD, constant(tape, [1], "thought.position_axis")))
+        groups = tape.op("Shape", (inner["w1"],), {"start": 0, "end": 1})
+        grouped = tape.op(
+            "Concat", (groups, constant(tape, [-1, width], "thought.rest")), {"axis": 0}
+        )
+        next_grouped = append_link(
+            tape, tape.op("Reshape", (thought, grouped)), inner, prefix=INNER_PREFIX
+        )
+        single = constant(tape, [-1, 1, width], "thought.single")
+        next_embeds = tape.op("Reshape", (next_grouped, single))
+        for value, name in ((thought, "thought"), (next_embeds, "next_embeds")):
+            value.name = name
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+            value.shape = ir.Shape((batch, 1, width))
+
+        for initializer in tape.initializers:
+            graph.register_initializer(initializer)
+        graph.extend(tape.nodes)
+        embeds, write_index, *caches = graph.inputs
+        graph.inputs[:] = [embeds, write_index, last_index, *caches, *inner.values()]
+        graph.outputs[1:1] = [thought, next_embeds]
+        return PassResult(model, modified=True)
+
+
+def write_link_graph(path: Path) -> None:
+    """Write `link.onnx`: x [G, N, di] and the operands to y [G, N, do], every size free."""
+    x = ir.Value(
+        name="x",
+        type=ir.TensorType(ir.DataType.FLOAT),
+        shape=ir.Shape(("groups", "rows", "in_dim")),
+    )
+    inputs = operand_inputs("in_dim", "out_dim")
+    tape = Tape()
+    y = append_link(tape, x, inputs)
+    y.name = "y"
+    y.type = ir.TensorType(ir.DataType.FLOAT)
+    y.shape = ir.Shape(("groups", "rows", "out_dim"))
+    graph = ir.Graph(
+        [x, *inputs.values()],
+        [y],
+        nodes=tape.nodes,
+        initializers=tape.initializers,
+        opset_imports={"": OPSET},
+    )
+    model = ir.Model(graph, ir_version=IR_VERSION)
+    Strip("link")(model)
+    ir.save(model, path)
+
+
+def write_probe(path: Path) -> None:
+    """Write `probe.onnx`: does an engine compute `TensorScatter` and `Attention` rightly here?
+
+    Old kernels and silent fallbacks return wrong numbers without an error. The probe is a graph
+    with its inputs built in; it is run with nothing fed, and `output` must equal `expected`, which
+    was worked out by hand:
+
+    - Two samples, one K/V head per two query heads, a cache of 8 rows filled with junk (1e6)
+      beyond what was written. Sample 0 has 2 rows and sample 1 has 5; two new positions are
+      written to each.
+    - The value at row j of K/V head k is k + j/8, so a mean over rows 0..n is k + n/16.
+    - Key row 0 is (1, 0, 0, 0) and every other key is zero. Even query heads are (ln 2, 0, 0, 0)
+      and so give row 0 twice the weight of the others; odd query heads are zero and give all the
+      same.
+    - Position p sees rows 0..p. The value at row 0 being k, an even head gets
+      k + (1 + 2 + ... + p) / 8 / (p + 2) and an odd head gets k + p / 16.
+    """
+    model = _probe_model()
+    Strip("probe")(model)
+    ir.save(model, path)
+
+
+def _probe_model() -> ir.Model:
+    tape = Tape()
+    feeds = {name: _default_input(name, array) for name, array in _inputs().items()}
+
+    def op(kind: str, *inputs: ir.Value, **attributes: int | float | str) -> ir.Value:
+        return tape.op(kind, inputs, attributes)
+
+    def number(name: str, value: Any) -> ir.Value:
+        return tape.initializer(ir.tensor(np.asarray(value, dtype=np.int64), name=name))
+
+    start_B1 = op("Unsqueeze", feeds["write_index"], number("second_axis", [1]))
+    position_BS = op("Add", start_B1, number("new_positions", np.arange(_NUM_NEW)[None]))
+    position_B1S1 = op("Unsqueeze", position_BS, number("mask_axes", [1, 3]))
+    rows = number("rows", np.arange(_CAPACITY)[None, None, None])
+    mask = op("LessOrEqual", rows, position_B1S1)
+    keys, values = (
+        op(
+            "TensorScatter",
+            feeds[kind],
+            feeds[f"new_{kind}"],
+            feeds["write_index"],
+            axis=2,
+            mode="linear",
+        )
+        for kind in ("key", "value")
+    )
+    output = op("Attention", feeds["query"], keys, values, mask, scale=1.0)
+    expected_constant = tape.initializer(ir.tensor(_expected(), name="by_hand"))
+    expected = op("Identity", expected_constant)
+    shape = ir.Shape(_expected().shape)
+    for value, name in ((output, "output"), (expected, "expected")):
+        value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), shape
+    graph = ir.Graph(
+        # Inputs with default values: nothing has to be fed, yet no runtime folds them into
+        # constants at load, which it would do on the CPU whatever device is being probed.
+        list(feeds.values()),
+        [output, expected],
+        nodes=tape.nodes,
+        initializers=[*feeds.values(), *tape.initializers],
+        opset_imports={"": OPSET},
+    )
+    return ir.Model(graph, ir_version=IR_VERSION)
+
+
+def _default_input(name: str, array: NDArray[Any]) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    return ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+    )
+
+
+def _inputs() -> dict[str, NDArray[Any]]:
+    """Return the graph's inputs by name."""
+    batch = len(_WRITE_INDEX)
+    row_KC = np.arange(_KV_HEADS)[:, None] + np.arange(_CAPACITY) / 8
+    key, value = (
+        np.full((batch, _KV_HEADS, _CAPACITY, _HEAD_DIM), _JUNK, np.float32) for _ in range(2)
+    )
+    new_key = np.zeros((batch, _KV_HEADS, _NUM_NEW, _HEAD_DIM), np.float32)
+    new_value = np.zeros_like(new_key)
+    for sample, start in enumerate(_WRITE_INDEX):
+        key[sample, :, :start] = 0
+        key[sample, :, 0, 0] = 1
+        value[sample, :, :start] = row_KC[:, :start, None]
+        new_value[sample] = row_KC[:, start : start + _NUM_NEW, None]
+    query = np.zeros((batch, _HEADS, _NUM_NEW, _HEAD_DIM), np.float32)
+    query[:, ::2, :, 0] = math.log(2)
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "new_key": new_key,
+        "new_value": new_value,
+        "write_index": np.array(_WRITE_INDEX, np.int64),
+    }
+
+
+def _expected() -> NDArray[np.float32]:
+    """Return what the attention must give: [B, H, S, D]."""
+    batch = len(_WRITE_INDEX)
+    expected = np.zeros((batch, _HEADS, _NUM_NEW, _HEAD_DIM), np.float32)
+    for sample in range(batch):
+        for position, above in enumerate(_ABOVE_K[sample]):
+            for head in range(_HEADS):
+                kv_head = head * _KV_HEADS // _HEADS
+                expected[sample, head, position] = kv_head + above[head % 2]
+    return expected

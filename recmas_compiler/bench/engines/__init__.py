@@ -1,1 +1,0 @@
-"""Latent steps of several engines, measured side by side."""

@@ -1,0 +1,263 @@
+"""Answers in words: the letter of a choice, exact match, F1."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from typing import Final
+
+from recmas_compiler.evaluation.checks.verdict import (
+    NO_ANSWER,
+    StatelessCheck,
+    Verdict,
+    after_phrases,
+    gold_text,
+    gold_texts,
+    last_box,
+    last_tagged,
+    stripped,
+    unusable_gold,
+    verdict,
+    without_thinking,
+)
+from recmas_compiler.evaluation.data.converters import LETTERS
+from recmas_compiler.evaluation.data.data_file import Question
+
+_NO_PUNCTUATION: Final = str.maketrans("", "", string.punctuation + "\u2018\u2019\u201c\u201d")
+_ARTICLES: Final = re.compile(r"\b(?:a|an|the)\b")
+
+
+class ExactCheck(StatelessCheck):
+    """Compares words: equal once case, punctuation, articles and spacing are set aside.
+
+    Args:
+        among: The only possible answers, such as yes and no; None for any text.
+    """
+
+    def __init__(self, *, among: Sequence[str] | None = None) -> None:
+        self._among = among
+
+    def __call__(self, answer: str, question: Question) -> Verdict:
+        """Judge an answer."""
+        golds = gold_texts(question)
+        among = self._among
+        found = extract_words(answer) if among is None else extract_among(answer, among)
+        if found is None:
+            return NO_ANSWER
+        said = normalize(found)
+        return verdict(correct=any(said == normalize(gold) for gold in golds), extracted=found)
+
+
+class F1Check(StatelessCheck):
+    """Scores the words that an answer shares with the nearest right one; correct is exact match."""
+
+    def __call__(self, answer: str, question: Question) -> Verdict:
+        """Judge an answer."""
+        golds = gold_texts(question)
+        found = extract_words(answer)
+        if found is None:
+            return NO_ANSWER
+        said = normalize(found)
+        return Verdict(
+            correct=any(said == normalize(gold) for gold in golds),
+            extracted=found,
+            score=max(f1(said, normalize(gold)) for gold in golds),
+        )
+
+
+def normalize(text: str) -> str:
+    """Return text as SQuAD's scorer compares it: no case, punctuation, articles, extra spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+
+
+def f1(said: str, gold: str) -> float:
+    """Return the harmonic mean of precision and recall over the words of two normalized texts."""
+    said_words, gold_words = said.split(), gold.split()
+    # One side is yes or no: a word in common with it by chance is worth nothing.
+    if said != gold and {said, gold} & {"yes", "no", "noanswer"}:
+        return 0.0
+    shared = sum((Counter(said_words) & Counter(gold_words)).values())
+    if not shared:
+        return float(said_words == gold_words)
+    precision, recall = shared / len(said_words), shared / len(gold_words)
+    return 2 * precision * recall / (precision + recall)
+
+
+def extract_words(text: str) -> str | None:
+    """Return a model's short answer: marked as such, or its last line."""
+    text = without_thinking(text).strip()
+    marked = last_tagged(text) or last_box(text)
+    if marked is not None:
+        return stripped(_without_command(marked)) or None
+    rests = after_phrases(text)
+    lines = [line for line in text.splitlines() if line.strip()]
+    for line in (*reversed(rests), *lines[-1:]):
+        if stripped(line):
+            return stripped(line)
+    return None
+
+
+def extract_among(text: str, among: Sequence[str]) -> str | None:
+    """Return the one of a few possible answers that a text gives; None if it is not one.
+
+    Where the text marks its answer, that part decides; then its first word, its last line, and at
+    last whether only one of them occurs at all.
+    """
+    text = without_thinking(text).strip()
+    rests = after_phrases(text)
+    lines = [line for line in text.splitlines() if line.strip()]
+    for part in (last_tagged(text), last_box(text), *rests[-1:]):
+        if part is not None and (found := _first_of(_without_command(part), among)):
+            return found
+    words = normalize(text).split()
+    for option in among:
+        if words[:1] == [normalize(option)]:
+            return option
+    for part in (*lines[-1:], text):
+        mentioned = [option for option in among if _mentions(part, option)]
+        if len(mentioned) == 1:
+            return mentioned[0]
+    return None
+
+
+def _first_of(text: str, among: Sequence[str]) -> str | None:
+    said = f" {normalize(text)} "
+    places = {option: said.find(f" {normalize(option)} ") for option in among}
+    there = [option for option in among if places[option] >= 0]
+    return min(there, key=lambda option: places[option]) if there else None
+
+
+def _mentions(text: str, option: str) -> bool:
+    return f" {normalize(option)} " in f" {normalize(text)} "
+
+
+def _without_command(text: str) -> str:
+    found = re.fullmatch(r"\\(?:text|textbf|mathrm)\{(.*)\}", text.strip(), re.DOTALL)
+    return found.group(1) if found else text
+
+
+# A letter that stands for a choice: "B", "(B)", "B)", "**B**", "option B:", "\text{B}".
+_OPENING: Final = r"[\s*_\"'`(\[{$]*(?:\\(?:text|mathrm|textbf)\{)?[\s(\[*]*"
+_NAMED: Final = rf"(?:\b(?:option|choice|letter|answer)\b{_OPENING})?"
+_SECOND: Final = re.compile(r"^[\s*)\].,]*(?:or|and|/|&)[\s*(\[]*([A-Z])(?![A-Za-z])")
+
+
+class ChoiceCheck(StatelessCheck):
+    """Compares the letter that an answer means with the right one.
+
+    What names two choices, or none, is no answer.
+    """
+
+    def __call__(self, answer: str, question: Question) -> Verdict:
+        """Judge an answer."""
+        choices = question.record.fields.get("choices")
+        if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+            raise unusable_gold(question, "has no list of choices")
+        gold = gold_text(question).upper()
+        if len(gold) != 1 or gold not in LETTERS[: len(choices)]:
+            last = LETTERS[len(choices) - 1]
+            raise unusable_gold(question, f"the right answer is {gold!r}, not a letter A to {last}")
+        found = extract_letter(answer, [str(choice) for choice in choices])
+        return NO_ANSWER if found is None else verdict(correct=found == gold, extracted=found)
+
+
+def extract_letter(text: str, choices: Sequence[str]) -> str | None:
+    """Return the letter of the choice that a text means; None if it is none, or not one.
+
+    Where it says so outright ("the answer is ...", a box) the last time counts. Otherwise a last
+    line that is a letter, the only letter that begins a line or is marked as a choice, or the only
+    choice whose words it repeats.
+    """
+    text = without_thinking(text).strip()
+    for marked in (last_box(text), last_tagged(text)):
+        if marked is not None:
+            return _whole(marked, choices) or _by_words(marked, choices)
+    for rest in reversed(after_phrases(text)):
+        if spelled := _spelled(rest, choices):
+            return spelled
+        letter, is_clear = _leading_letter(rest, choices)
+        if letter is not None or not is_clear:
+            return letter
+        if by_words := _by_words(rest, choices):
+            return by_words
+    lines = [line for line in text.splitlines() if line.strip()]
+    if lines and (letter := _whole(lines[-1], choices)) and len(stripped(lines[-1])) <= len("(A)"):
+        return letter
+    # A text that repeats the choices, each with its letter, has not chosen yet.
+    letters = {letter for line in lines if (letter := _whole(line, choices))}
+    if letters:
+        return letters.pop() if len(letters) == 1 else None
+    return _only_marked(text, choices) or _by_words(text, choices)
+
+
+def _whole(line: str, choices: Sequence[str]) -> str | None:
+    """Return the letter of a line that is a letter and, perhaps, its choice or more words."""
+    line = line.strip()
+    found = re.match(
+        rf"{_OPENING}{_NAMED}{_OPENING}([A-Za-z])[\s)\]}}*_\"'`$]*(?:[.:,)]|\s-|$)", line
+    )
+    if found is None:
+        return None
+    letter, rest = found.group(1).upper(), line[found.end() :]
+    if not _is_choice(letter, choices) or _SECOND.match(rest):
+        return None
+    return letter
+
+
+def _spelled(rest: str, choices: Sequence[str]) -> str | None:
+    """Return the letter of the choice that a text is, word for word; "D-dimer" is no D."""
+    said = normalize(stripped(rest))
+    equal = [i for i, choice in enumerate(choices) if normalize(choice) == said]
+    return LETTERS[equal[0]] if len(equal) == 1 and len(said) > 1 else None
+
+
+def _leading_letter(rest: str, choices: Sequence[str]) -> tuple[str | None, bool]:
+    """Return the letter that follows "the answer is", and whether that is clear."""
+    found = re.match(rf"{_OPENING}{_NAMED}{_OPENING}([A-Z])(?![A-Za-z0-9']|-\w)", rest)
+    if found is None:
+        found = re.match(rf"[\s*]*{_NAMED}[\s*]*[(\[]([a-z])[)\]]", rest) or re.match(
+            r"[\s*]*([a-z])[\s*.]*$", rest
+        )
+    if found is None:
+        return None, True
+    letter, after = found.group(1).upper(), rest[found.end() :]
+    if not _is_choice(letter, choices):
+        return None, True
+    if letter == "A" and re.match(r"\s+(?!because|since|as\b)\w", after):
+        return None, True  # the article
+    second = _SECOND.match(after)
+    if second is not None and _is_choice(second.group(1), choices) and second.group(1) != letter:
+        return None, False
+    return letter, True
+
+
+def _only_marked(text: str, choices: Sequence[str]) -> str | None:
+    """Return the one letter that is marked as a choice anywhere: "(B)", "B)", "option B"."""
+    marks = re.findall(
+        r"\(([A-Z])\)|(?:^|\s)([A-Z])\)|\*\*([A-Z])[.:)]?\*\*|\b[Oo]ption ([A-Z])\b"
+        r"|\b[Cc]hoice ([A-Z])\b|^([A-Z])[.:]\s",
+        text,
+        re.MULTILINE,
+    )
+    letters = {letter for mark in marks for letter in mark if _is_choice(letter, choices)}
+    return letters.pop() if len(letters) == 1 else None
+
+
+def _by_words(text: str, choices: Sequence[str]) -> str | None:
+    """Return the letter of the only choice whose words stand in the text."""
+    said = f" {normalize(stripped(text))} "
+    spelled = [normalize(choice) for choice in choices]
+    found = [i for i, words in enumerate(spelled) if words and f" {words} " in said]
+    # "red fox" also says "fox"; the longer choice is meant.
+    longest = [
+        i
+        for i in found
+        if not any(j != i and f" {spelled[i]} " in f" {spelled[j]} " for j in found)
+    ]
+    return LETTERS[longest[0]] if len(longest) == 1 else None
+
+
+def _is_choice(letter: str, choices: Sequence[str]) -> bool:
+    return len(letter) == 1 and letter in LETTERS[: len(choices)]

@@ -1,0 +1,165 @@
+"""Every precision that engines can hold weights in: one row each, and nothing else says so.
+
+A new precision is a row here and, where its weights need another form than blocks of integers, a
+graph pass in `recmas_export`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+PrecisionName = Literal["float32", "bfloat16", "float16", "int8", "int4"]
+
+# Element types that weights are stored in, with the bytes of one.
+DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+# Limits in float32. "Relative" compares max |difference| with max |expected|: hidden states are
+# taken after the final norm, where entries differ in size by orders of magnitude.
+_FLOAT32_TOLERANCES: Final[Mapping[str, float]] = {
+    # Input embeddings: a table lookup and at most one multiplication.
+    "embeds_relative": 1e-6,
+    # One backbone call on equal inputs, max |difference| / max |expected|. Two correct float32
+    # implementations of 30 layers differ by rounding only: 1e-6 to 1e-5 measured.
+    "hidden_relative": 1e-4,
+    # A link on equal inputs: three matrix products, the same bound with less depth.
+    "link_relative": 1e-5,
+    # Logits on equal hidden states: one matrix product of width d.
+    "logits_relative": 1e-5,
+    # Messages of whole programs, absolute, after rounds x steps of free-running recursion.
+    # Rounding differences feed back through the recursion, so this is looser than one step.
+    "message_absolute": 1e-3,
+    # The attention probe has an answer that is exact in float32 but for the softmax.
+    "probe_absolute": 1e-6,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """How engines hold a backbone's weights.
+
+    Attributes:
+        layer_bits: Per weight of the matrices of the decoder's layers, without scales.
+        table_bits: Per weight of the input embedding and the head.
+        block_size: Weights that share a scale; None where weights are floating-point numbers.
+        targets: Those that can build it (`targets.TARGETS`).
+        refusals: By each other target, why its engines cannot have it.
+        tolerances: Allowed differences from the float32 reference, by figure. Where weights are
+            quantized, such a figure tells a kernel that computes something else (errors of 1 and
+            more, or no number at all) from rounding, which random and small models show most.
+        loss_limits: What it may cost, by the names of `tolerances.loss_figures`; a build that loses
+            more fails. Empty where nothing is lost, and so nothing measured.
+    """
+
+    layer_bits: int
+    table_bits: int
+    block_size: int | None = None
+    targets: frozenset[str] = frozenset()
+    refusals: Mapping[str, str] = field(default_factory=dict)
+    tolerances: Mapping[str, float] = field(default_factory=dict)
+    loss_limits: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are held in blocks of integers."""
+        return self.block_size is not None
+
+    @property
+    def layer_weight_bits(self) -> float:
+        """Bits that a weight of the layers takes, with its share of a float32 scale."""
+        return self.layer_bits + self._scale_bits
+
+    @property
+    def table_weight_bits(self) -> float:
+        """Bits that a weight of the tables takes, with its share of a float32 scale."""
+        return self.table_bits + self._scale_bits
+
+    @property
+    def _scale_bits(self) -> float:
+        return 0.0 if self.block_size is None else 32 / self.block_size
+
+
+# Loss limits: SmolLM2, with 135M parameters among the models that lose most, costs 0.001, 0.04 and
+# 0.008 nats in int8, 0.03, 0.19 and 0.13 in int4. Limits are a multiple of that: beyond them
+# something is broken for a model, or it is no use in this precision.
+#
+# Blocks of 16 are more exact than those of 32 and in int4 take as long as int8.
+PRECISIONS: Final[dict[str, Precision]] = {
+    "float32": Precision(
+        layer_bits=32,
+        table_bits=32,
+        targets=frozenset({"onnx", "tensorrt"}),
+        tolerances=_FLOAT32_TOLERANCES,
+    ),
+    # No target builds the next two, so nothing of them is measured. What ONNX Runtime makes of them
+    # was seen in the graphs that version 1.31 itself writes after its optimizations.
+    "bfloat16": Precision(
+        layer_bits=16,
+        table_bits=16,
+        refusals={
+            "onnx": "on a CPU, ONNX Runtime has no product of such matrices",
+            "tensorrt": "graphs are written in float32 only",
+        },
+    ),
+    "float16": Precision(
+        layer_bits=16,
+        table_bits=16,
+        refusals={
+            "onnx": "on a CPU, ONNX Runtime casts such weights to float32 and computes in it",
+            "tensorrt": "graphs are written in float32 only",
+        },
+    ),
+    "int8": Precision(
+        layer_bits=8,
+        table_bits=8,
+        block_size=32,
+        targets=frozenset({"onnx"}),
+        refusals={"tensorrt": "such weights are packed for ONNX Runtime"},
+        # A weight is off by half of 1/128 of its block's largest: 3e-3 measured for the tables of
+        # SmolLM2, 3e-2 after its 30 layers, 1e-2 where the head rounds its input too. Small and
+        # random models reach three times that.
+        tolerances={
+            **_FLOAT32_TOLERANCES,
+            "embeds_relative": 1e-2,
+            "hidden_relative": 0.2,
+            "logits_relative": 3e-2,
+        },
+        loss_limits={
+            "1 - hidden cosine": 0.01,
+            "1 - greedy agreement": 0.15,
+            "loss increase": 0.05,
+        },
+    ),
+    "int4": Precision(
+        layer_bits=4,
+        # Tables keep 8 bits: no latent step reads them, and on SmolLM2 tables of 4 bits alone cost
+        # 0.09 nats, those of 8 bits nothing.
+        table_bits=8,
+        block_size=32,
+        targets=frozenset({"onnx"}),
+        refusals={"tensorrt": "such weights are packed for ONNX Runtime"},
+        # As for int8 with 1/8 in the layers: 0.27 measured. Tables have 8 bits.
+        tolerances={
+            **_FLOAT32_TOLERANCES,
+            "embeds_relative": 1e-2,
+            "hidden_relative": 0.8,
+            "logits_relative": 3e-2,
+        },
+        loss_limits={
+            "1 - hidden cosine": 0.12,
+            "1 - greedy agreement": 0.4,
+            "loss increase": 0.4,
+        },
+    ),
+}
+
+
+def buildable(target: str | None = None) -> tuple[str, ...]:
+    """Return the precisions that a target can build, or any target where none is given."""
+    return tuple(
+        name
+        for name, precision in PRECISIONS.items()
+        if (precision.targets if target is None else target in precision.targets)
+    )
