@@ -19,9 +19,9 @@ demo: setup
 	$(BIN)/recmasc build specs/sequential.yaml --out out/sequential
 	$(BIN)/recmas run out/sequential "$(QUESTION)"
 
-# A process for each core, four at most: each may hold a real model. Files stay whole, for their fixtures.
+# A process for each core, four at most: each may hold a real model. Files stay whole, slow ones first.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-heavy: setup
 	$(BIN)/python -m pytest -q -m heavy

@@ -16,12 +16,19 @@ if TYPE_CHECKING:
     from kit.bundles import BuildTiny
 
 GOLDEN = Path(__file__).parent / "golden"
+SLOWEST_FIRST = ("smollm2", "training", "system", "export", "released", "torch", "bench_command")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="Write golden files instead of comparing."
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run slow groups first, so that no process is left alone with one of them at the end."""
+    places = {name: place for place, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.parent.name, len(places)))
 
 
 @pytest.fixture
