@@ -11,7 +11,8 @@ transformers = pytest.importorskip("transformers", reason="compares with transfo
 
 from kit.models import FAMILIES, make_tokenizer  # noqa: E402
 from recmas_runtime.formats.plan import PromptPart  # noqa: E402
-from recmas_runtime.prompts.render import ChatTemplate, Slot, Tokens, build_prompt  # noqa: E402
+from recmas_runtime.prompts.chat_template import ChatTemplate  # noqa: E402
+from recmas_runtime.prompts.render import Slot, Tokens, build_prompt  # noqa: E402
 from recmas_runtime.prompts.tokenizer import Tokenizer  # noqa: E402
 
 TOOL_TEMPLATE = r"""{%- macro turn(role, text) -%}

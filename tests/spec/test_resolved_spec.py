@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kit.specs import CHAIN, PAIR
 from recmas_compiler.spec.patterns.starter_specs import STARTERS, starter_spec
-from recmas_compiler.spec.schema.sections import SECTIONS, SpecDocument
+from recmas_compiler.spec.schema.document import SECTIONS, SpecDocument
 from recmas_compiler.spec.spec import parse_spec, resolved_yaml
 from recmas_runtime.core.errors import Problem, RecmasError
 

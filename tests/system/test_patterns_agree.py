@@ -17,7 +17,7 @@ from kit.bundles import BuildTiny, tiny_builder
 from kit.files import MadeOnce, read_messages
 from kit.models import write_tiny_backbone
 from recmas_compiler.ir.ops import Prefill
-from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.running.run_trace import TraceWriter
 
 HEAD = """

@@ -19,7 +19,7 @@ from recmas_compiler.bench.open_torch import (
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.links import load_operands, stack_operands
-from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.running.run_trace import TraceWriter
 
 QUESTIONS = ["What is 7 * 8?", "Anna has three plans and an orange. Which is best?", "Hm?"]

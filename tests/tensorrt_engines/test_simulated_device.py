@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from kit.files import read_messages
-from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.formats.precisions import TOLERANCES
 from simulated_commands import SIMULATED, data_of, run_python, run_simulated
 
 QUESTIONS = ["What is seven times eight?", "Why?", "Three friends plan a garden."]

@@ -1,4 +1,4 @@
-"""Files: read what is a regular one, put folders in their place whole."""
+"""Files: read what is a regular one, put folders and several files in their place whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -18,14 +19,12 @@ from recmas_runtime.core.errors import fail
 # `.NAME.building-XXXX` is a build under way, `.NAME.replaced-XXXX` a folder on its way out.
 _BUILDING: Final = "building"
 _REPLACED: Final = "replaced"
+# Of files that exist already, a message names so many.
+_SHOWN_NAMES: Final = 3
 
 
 def open_regular(path: Path, *, file: str) -> BufferedReader:
-    """Open a regular file for reading in binary mode.
-
-    Args:
-        path: Where it is.
-        file: How messages name it.
+    """Open a regular file for reading in binary mode; messages name it `file`.
 
     Raises:
         RecmasError: RM401 if it is missing, unreadable or anything but a regular file.
@@ -102,12 +101,65 @@ def move_into_place(folder: Path, target: Path) -> bool:
     return True
 
 
+def check_free(place: Path, names: Sequence[str], *, force: bool) -> None:
+    """Refuse to write over files, unless the user wants that.
+
+    Args:
+        place: Folder that the files go to.
+        names: The files, relative to it.
+        force: Existing files may be replaced; folders of their names may not.
+
+    Raises:
+        RecmasError: RM302 if something already exists there.
+    """
+    found = [n for n in names if os.path.lexists(place / n)]
+    taken = [n for n in found if not force or (place / n).is_dir()]
+    if not taken:
+        return
+    listed = ", ".join(taken[:_SHOWN_NAMES])
+    more = f" and {len(taken) - _SHOWN_NAMES} more" if len(taken) > _SHOWN_NAMES else ""
+    verb = "exists" if len(taken) == 1 else "exist"
+    hint = "Choose another --out." if force else "Choose another --out or pass --force."
+    raise fail("RM302", f"{listed}{more} {verb} already", file=str(place), hint=hint)
+
+
+@contextmanager
+def placed_together(place: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Give a folder to write files in; move them to `place` if the body succeeds.
+
+    Args:
+        place: Where they go; made if it is not there.
+        names: Every file, relative to the folder. The last one is moved last: where it is, all are.
+
+    Raises:
+        RecmasError: RM303 if the disk is full or not writable.
+    """
+    try:
+        above = next(path for path in (place, *place.absolute().parents) if path.exists())
+        staging = Path(tempfile.mkdtemp(prefix=".recmas-", dir=above))
+        try:
+            for name in names:
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            yield staging
+            for name in names:
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                (staging / name).replace(place / name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise fail(
+            "RM303",
+            f"cannot write: {error.strerror or error}",
+            file=str(error.filename or place),
+            hint="Choose another --out or make room.",
+        ) from error
+
+
 def clear_away_dead_builds(folder: Path, names: str = "*") -> None:
     """Remove what killed builds left in a folder, and undo replacements cut off in the middle.
 
-    Args:
-        folder: Where the builds' targets are.
-        names: A pattern for the names of the targets.
+    The names of the builds' targets match the pattern `names`.
     """
     for what in (_REPLACED, _BUILDING):
         for left in sorted(folder.glob(f".{names}.{what}-*")):
@@ -127,8 +179,7 @@ def _beside(target: Path, what: str) -> Path:
 def _lock(folder: Path) -> Iterator[bool]:
     """Lock a folder for the block; give False if it is gone or locked by another build.
 
-    Raises:
-        OSError: Where folders cannot be locked at all, as on some network file systems.
+    Some network file systems lock no folders at all: that is an OSError.
     """
     import fcntl  # not on Windows, where bundles are read all the same
 
