@@ -20,7 +20,7 @@ SOURCES = sorted(
     for folder in ("recmas_compiler", "runtime/recmas_runtime", "export")
     for path in (ROOT / folder).rglob("*.py")
 )
-BENCH = ROOT / "tests/bench"
+BENCH = ROOT / "benchmarks"
 SCRIPTS = sorted(p.stem for p in BENCH.glob("*.py") if "def main(" in p.read_text(encoding="utf-8"))
 MAX_LINES = 600
 MAX_FILES = 14  # of a folder, its `__init__.py` included
@@ -157,19 +157,23 @@ def test_folders_are_small() -> None:
     assert not {k: n for k, n in held.items() if n > MAX_FILES and k not in MAY_HOLD_MORE}
 
 
-@pytest.mark.parametrize("command", ["check", "explain", "plan", "graph", "ir"])
-def test_looking_at_a_spec_loads_no_torch(command: str) -> None:
+def test_looking_at_a_spec_loads_no_torch() -> None:
     code = (
         "import sys, contextlib\n"
         "from recmas_cli.main import main\n"
-        f"with contextlib.suppress(SystemExit): main([{command!r}, 'specs/sequential.yaml'])\n"
-        "print([m for m in ('torch', 'transformers', 'onnx') if m in sys.modules], file=sys.stderr)"
+        "for command in ('check', 'explain', 'plan', 'graph', 'ir'):\n"
+        "    print('command', command, flush=True)\n"
+        "    with contextlib.suppress(SystemExit): main([command, 'specs/sequential.yaml'])\n"
+        "    loaded = [m for m in ('torch', 'transformers', 'onnx') if m in sys.modules]\n"
+        "    assert not loaded, (command, loaded)\n"
     )
     ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert ran.stdout
-    assert ran.stderr.splitlines()[-1] == "[]"
+    assert ran.returncode == 0, ran.stderr
+    _, *shown = ran.stdout.split("command ")
+    assert len(shown) == 5
+    assert all(len(part.splitlines()) > 1 for part in shown), "every command prints something"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kit.files import read_messages
 from recmas_runtime.formats.precisions import TOLERANCES
 from simulated_commands import SIMULATED, data_of, run_python, run_simulated
-from trace_files import read_messages
 
 QUESTIONS = ["What is seven times eight?", "Why?", "Three friends plan a garden."]
 LONG = ("--max-new-tokens", "150")

@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 import recmas_compiler as rc
+from kit.training import changed
 from recmas_cli.main import main
 from recmas_compiler.training.loop.metrics import METRICS_NAME
 from recmas_runtime.core.errors import Exit, fail
 from recmas_runtime.core.jsonl import read_json_lines
-from training_specs import changed
 
 COMMAND = [sys.executable, "-m", "recmas_cli.main", "train"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}

@@ -1,6 +1,6 @@
 """How the time of the latent phase grows with agents, rounds, latent steps and prompt length.
 
-    python tests/bench/growth.py BUNDLE [--repeats 2] [--threads N] [--json FILE]
+    python benchmarks/growth.py BUNDLE [--repeats 2] [--threads N] [--json FILE]
 
 Engines and weights are the bundle's; only plans and questions differ: a ring of agents on one
 backbone, each hearing the one before it, the last one answering. One of the four grows at a time.

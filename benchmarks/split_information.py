@@ -1,6 +1,6 @@
 """What makes messages carry content where a soft prompt would also lower the loss.
 
-    python tests/bench/split_information.py OUT --data TRAIN.jsonl
+    python benchmarks/split_information.py OUT --data TRAIN.jsonl
         [--studies question,numbers,frozen,warm,find] [--steps 200] [--eval-every 25] [--look]
 
 Word problems whose information is split between agents: only the reader's prompt has what the
