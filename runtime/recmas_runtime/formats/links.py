@@ -20,7 +20,6 @@ from recmas_runtime.formats.link_kinds import FORMS, PROJ1, PROJ2, SKIP, LinkFor
 from recmas_runtime.formats.manifest import LinkEntry
 from recmas_runtime.formats.safetensors_file import read_tensors
 
-Floats = NDArray[np.float32]
 Operands = dict[str, NDArray[Any]]
 
 

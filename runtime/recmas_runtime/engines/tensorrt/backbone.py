@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.engines.interface import Backbone, Floats, Indices, KeyValueRows, Operands
 from recmas_runtime.engines.onnx.session import call_onnx, make_session
-from recmas_runtime.engines.tensorrt.device_memory import Stream
 from recmas_runtime.engines.tensorrt.engine_cache import BackbonePlans, EngineFolder, no_engine
-from recmas_runtime.engines.tensorrt.execution import Call, Engine, Workspace
+from recmas_runtime.engines.tensorrt.execution import Call, Engine, Stream, Workspace
 from recmas_runtime.engines.tensorrt.static_graph import PREFILL, STEP, choose_capacity
 from recmas_runtime.formats.bundle import Bundle
 from recmas_runtime.formats.manifest import BackboneEntry
