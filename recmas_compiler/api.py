@@ -10,14 +10,14 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.instruments import DumpIR, Instrument, Record, RecordPasses
 from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.links.files import End
 from recmas_compiler.links.trained import TrainedLinks, find_trained_links
+from recmas_compiler.passes.pass_base import DumpIR, Instrument, Record, RecordPasses
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import Spec, load_spec
 from recmas_runtime.core.errors import fail
@@ -88,7 +88,7 @@ class Builder(Protocol):
     """Exports engines and writes a bundle: what an entry point of `recmas.builders` names."""
 
     def __call__(
-        self, program: Graph, *, spec: Spec, out: Path, progress: Progress | None, reuse: bool
+        self, program: Graph, *, spec: Spec, out: Path, progress: Progress | None, **options: Any
     ) -> BuildResult:
         """Build; as `build` below."""
 
@@ -173,8 +173,8 @@ def build(
     out: str | Path,
     *,
     progress: Progress | None = None,
-    reuse: bool = True,
     trained_links: bool = True,
+    **options: Any,
 ) -> Path:
     """Export engines, check them against the reference and write a bundle; returns its folder.
 
@@ -182,15 +182,16 @@ def build(
         program: From `compile`.
         out: The bundle's folder. An older bundle there is replaced in one rename.
         progress: Where to report stages to.
-        reuse: Return at once if `out` already holds the bundle of this very program.
         trained_links: Use the links that `recmasc train` left beside the spec, as
             `recmasc build` does.
+        options: Of the builder, `recmas_export.build.build`: `reuse=False` builds anew even if
+            `out` already holds the bundle of this very program.
 
     Raises:
         RecmasError: RM201 if no builder is installed, RM301 if an engine disagrees with the
             reference, RM302 if something else is at `out`, RM303 if the disk is full.
     """
-    done = build_bundle(program, out, progress=progress, reuse=reuse, trained_links=trained_links)
+    done = build_bundle(program, out, progress=progress, trained_links=trained_links, **options)
     return done.built.path
 
 
@@ -199,9 +200,9 @@ def build_bundle(
     out: str | Path,
     *,
     progress: Progress | None = None,
-    reuse: bool = True,
     trained_links: bool = True,
     dump_ir: str | Path | None = None,
+    **options: Any,
 ) -> BuiltBundle:
     """Build as `build` does; returns the program that was built and what is known of the bundle."""
     builder = _builder()
@@ -212,7 +213,7 @@ def build_bundle(
         spec=program.spec,
         out=Path(out),
         progress=progress or Silent(),
-        reuse=reuse,
+        **options,
     )
     return BuiltBundle(program=program, built=built)
 

@@ -10,8 +10,7 @@ import click
 
 from recmas_cli.console import DUMP_IR, QUIET, SET, SPEC, Outcome, command, shown_progress
 from recmas_compiler.api import Program, build_bundle, load_and_compile
-from recmas_compiler.links.trained import has_trained_links
-from recmas_compiler.links.untrained import untrained_links
+from recmas_compiler.links.trained import has_trained_links, untrained_links
 from recmas_compiler.spec.spec import Spec, load_spec
 from recmas_runtime.cli.inspect import loss_text
 from recmas_runtime.engines.tensorrt.engine_cache import find_platform

@@ -51,8 +51,8 @@ def import_released(
     STYLE is sequential_light, sequential_scaled, mixture, distillation or deliberation.
     """
     from recmas_compiler.released.import_system import import_system, link_files
-    from recmas_compiler.released.placing import check_free
     from recmas_compiler.released.repositories import fetch_repositories, find_repositories
+    from recmas_runtime.core.files import check_free
 
     progress = shown_progress(quiet=quiet)
     style = style_named(style_name)

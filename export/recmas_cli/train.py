@@ -213,8 +213,10 @@ def _method_trained(session: Session, report: RunReport, method: MethodName, out
 
     agent, figures = session.system.answer_agent, report.stages[method]
     costs, model = _costs(out), out / method / MODEL
-    lines = [f"{method} of `{agent}` alone: {figures['steps']} steps"]
-    lines.append(f"  held-out loss {_change(figures, 'alone')}")
+    lines = [
+        f"{method} of `{agent}` alone: {figures['steps']} steps",
+        f"  held-out loss {_change(figures, 'alone')}",
+    ]
     if method in costs:
         learning = costs[method]["trainable_parameters"]
         memory, seconds = costs[method]["peak_memory_mb"], costs[method]["step_seconds"]

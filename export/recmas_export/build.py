@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recmas_compiler.api import BuildResult
+from recmas_compiler.backbones.facts import (
+    ENGINE_ELEMENT_BYTES,
+    angle_tables_bytes,
+    weights_bytes,
+)
 from recmas_compiler.backbones.sources import resolve_source
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Backbone
-from recmas_compiler.ir.sizes import (
-    ENGINE_DTYPE,
-    angle_tables_bytes,
-    dtype_bytes,
-    weights_bytes,
-)
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.lowering.plan import build_plan, live_agents, live_backbones
 from recmas_compiler.spec.spec import Spec
@@ -242,7 +241,7 @@ def _estimated_bytes(inputs: _Inputs) -> int:
     for link in inputs.links.values():
         hidden = 2 * link.out_dim  # the widest kind's
         parameters += link.in_dim * hidden + hidden * link.out_dim + link.in_dim * link.out_dim
-    num_bytes = dtype_bytes(ENGINE_DTYPE) * parameters
+    num_bytes = ENGINE_ELEMENT_BYTES * parameters
     for backbone in inputs.backbones.values():
         num_bytes += weights_bytes(
             backbone.facts, precision=backbone.precision, dtype=backbone.dtype

@@ -36,6 +36,7 @@ TOOLS: Final = (
 )
 
 # What a Hugging Face folder may hold that a loaded model depends on.
+_SOURCE_SUFFIXES: Final = frozenset({".json", ".py", ".txt", ".yaml"})
 _MODEL_SUFFIXES: Final = (".bin", ".jinja", ".json", ".model", ".safetensors", ".txt")
 
 
@@ -87,14 +88,15 @@ def source_digest(source: ResolvedSource) -> str:
 def tool_versions() -> dict[str, str]:
     """Return the versions of what builds bundles, by name.
 
-    recmas itself counts with its sources: between releases its version says too little.
+    recmas itself counts with its sources and their data files: between releases its version says
+    too little.
     """
     own = []
     for package in ("recmas_compiler", "recmas_export"):
         found = find_spec(package)  # by its files, not by importing the package's own door
         assert found is not None
         for folder in found.submodule_search_locations or ():
-            own += sorted(Path(folder).rglob("*.py"))
+            own += sorted(p for p in Path(folder).rglob("*") if p.suffix in _SOURCE_SUFFIXES)
     versions = {name: _version(name) for name in TOOLS}
     versions["python"] = platform.python_version()
     versions["recmas"] = f"{_version('recmas')}+{_digest_of_files(own)[:12]}"

@@ -29,29 +29,29 @@ Passes = tuple[InPlacePass, ...]
 
 # What every traced graph begins with.
 TIDY: Final[Passes] = (
-    StoreTransposed(),  # folding takes small constants only and leaves transposes of weights
+    StoreTransposed(),  # folding takes small constants only, so no transpose of a large weight
     FoldConstants(),  # before all that looks for constants: shapes, ends of slices, factors of one
-    common.IdentityEliminationPass(),  # before sharing: an Identity hides that inputs are equal
+    common.IdentityEliminationPass(),  # what folding leaves
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-    common.RemoveUnusedNodesPass(),  # before sharing, which would compare the dead too
-    common.DeduplicateInitializersPass(),  # equal nodes read the same value, not an equal one
-    common.CommonSubexpressionEliminationPass(),
+    common.RemoveUnusedNodesPass(),  # before sharing, which would compare what is dead too
+    common.DeduplicateInitializersPass(),  # before sharing: equal nodes read one and the same value
+    common.CommonSubexpressionEliminationPass(),  # before CLEAN: all layers rotate by equal angles
     common.RemoveUnusedNodesPass(),
 )
 
-# The same numbers from fewer, larger operators; of a tidied decoder, where shapes are folded and
-# weights are constants: without that, no norm, rotation or packed product is found.
+# The same numbers from fewer, larger operators. After TIDY: while shapes and casts of weights are
+# computed, no norm, rotation or product to pack is found.
 CLEAN: Final[Passes] = (
-    DropNoOps(),  # before operators, whose patterns have no factors of one
-    common.IdentityEliminationPass(),  # what dropped operators leave
+    DropNoOps(),
+    common.IdentityEliminationPass(),  # what that leaves; it hides transposes from SplitAfterHeads
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
     FixShapes(),
-    UseStandardOperators(),  # before heads: it brings transposes next to the products' reshapes
-    PackProducts(),  # before heads: its split is the one that moves
+    UseStandardOperators(),  # before heads: norms of queries and keys come between the transposes
+    PackProducts(),  # before heads: it writes the split that moves
     SplitAfterHeads(),
     common.RemoveUnusedNodesPass(),
     common.DeduplicateInitializersPass(),  # every layer has brought the same sizes and shapes
-    common.CommonSubexpressionEliminationPass(),  # all layers rotate by the same tables
+    common.CommonSubexpressionEliminationPass(),  # and halved the same tables of angles
     common.RemoveUnusedNodesPass(),
 )
 
@@ -70,7 +70,7 @@ HEAD: Final[Passes] = (
 DECODER: Final[Passes] = (
     *TIDY,
     *CLEAN,
-    AddLatentStep(),  # after cleaning: the link's form is written as engines run it
+    AddLatentStep(),  # after cleaning: it is written as it should run
     Strip("decoder"),
     CheckOperators(),
 )
@@ -84,26 +84,26 @@ def cpu_decoder(*, max_positions: int) -> Passes:
     """
     return (
         UseGroupedAttention(max_positions),
-        common.RemoveUnusedNodesPass(),  # masks and angles; a rule removes what has one result
-    )
-
-
-def weights(*, bits: int, block_size: int | None, dtype: str) -> Passes:
-    """Return the passes that write weights as they are stored, last of all for each graph.
-
-    Graphs that may share weights go through the same passes, which keep what they have made.
-    """
-    return (
-        QuantizeWeights(bits=bits, block_size=block_size),  # its blocks are made of float32
-        NarrowWeights(dtype),  # what is not in blocks
+        common.RemoveUnusedNodesPass(),  # masks and angles, and the attention that was replaced
     )
 
 
 def weight_passes(precision: str, dtype: str) -> tuple[Passes, Passes]:
-    """Return `weights` for decoders, and for the embedding and the head."""
+    """Return the passes that write weights as they are stored: for decoders, and for tables.
+
+    They come last of all. Graphs that may share weights go through the same passes, which keep what
+    they have made of each.
+
+    Args:
+        precision: Of the layers, and of the tables: the embedding and the head.
+        dtype: In which float32 weights are stored.
+    """
     row = PRECISIONS[precision]
     layers, tables = (
-        weights(bits=bits, block_size=row.block_size, dtype=dtype)
+        (
+            QuantizeWeights(bits=bits, block_size=row.block_size),  # its blocks are of float32
+            NarrowWeights(dtype),  # what is not in blocks
+        )
         for bits in (row.layer_bits, row.table_bits)
     )
     return layers, tables

@@ -19,6 +19,7 @@ from recmas_compiler.spec.document.places import (
 )
 from recmas_compiler.spec.document.problems import did_you_mean, problem_at
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.text import first_line
 
 _HUB_NAME = re.compile(r"hf:([A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+)@([A-Za-z0-9_./-]+)\Z")
 _LOOKS_LIKE_HUB = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+\Z")
@@ -37,8 +38,6 @@ class ResolvedSource:
     """A backbone's files.
 
     Attributes:
-        source: As the spec names it.
-        folder: Where the files are.
         gguf_file: Name of a GGUF file in the folder that holds everything, or None for a Hugging
             Face folder.
         identity: See `BackboneFacts.identity`.
@@ -56,8 +55,6 @@ class Builtin:
 
     Attributes:
         package: Import name. It is never imported: only its files are used.
-        gguf_file: File in it.
-        install: Command that brings it.
         facts: Its dimensions. Reading them out of the file would mean parsing its whole vocabulary;
             a test compares them with the file.
     """
@@ -105,8 +102,6 @@ def resolve_source(
 
     Args:
         source: `builtin:NAME`, `hf:ORG/NAME@REVISION`, or a folder.
-        base_dir: Folder that a relative `source` starts from.
-        position: Where errors point to.
         download: Fetch what is missing of an `hf:` source. Otherwise the network is not touched.
 
     Raises:
@@ -219,7 +214,6 @@ def hub_snapshot(
     Args:
         repository: `ORG/NAME`.
         revision: Branch, tag or commit. The folder is named after the commit.
-        position: Where errors point to.
         download: Fetch what is missing. Otherwise the network is not touched.
         files: Patterns of the files to fetch; others may or may not be there.
 
@@ -267,11 +261,9 @@ def hub_snapshot(
         hint = f"Download it: hf download {repository} --revision {revision}"
         raise _missing(position, message, hint) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        message = f"{repository} at {revision} cannot be fetched: {reason}"
-        raise _missing(
-            position, message, "Check the network and the disk, and try again."
-        ) from error
+        message = f"{repository} at {revision} cannot be fetched: {first_line(error)}"
+        hint = "Check the network and the disk, and try again."
+        raise _missing(position, message, hint) from error
 
 
 def _missing(position: SourcePosition, message: str, hint: str) -> RecmasError:

@@ -29,6 +29,7 @@ from recmas_compiler.backbones.sources import (
 )
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.core.progress import Progress
+from recmas_runtime.core.text import first_line
 
 # The self-check compares two ways of computing the same numbers in float32; a head or an embedding
 # that does something unknown (a logit scale, say) is off by far more than rounding.
@@ -40,12 +41,9 @@ class TorchBackbone:
     """A frozen causal language model in float32, ready to run.
 
     Attributes:
-        facts: What the compiler knew before loading.
         dtype: Element type that its weights were rounded to. They are float32 numbers all the same.
         model: The text model with its head, in eval mode, without gradients.
-        tokenizer: Hugging Face's fast tokenizer.
         tokenizer_json: The same tokenizer in the format of the `tokenizers` library.
-        chat_template: Jinja source.
         special_tokens: What the template may name: `bos_token`, `eos_token`, ...
         bos_token: Text of the token that starts a sequence, if the backbone has one.
         eos_token_ids: Ids that end an answer, ascending.
@@ -91,8 +89,6 @@ def load_backbone(
     """Load the backbone that `facts` describes, to compute in float32.
 
     Args:
-        facts: From `describe_backbone`.
-        progress: Sees one stage.
         dtype: Element type that weights are rounded to.
 
     Raises:
@@ -286,25 +282,22 @@ def _named_errors(source: str) -> Iterator[None]:
     except ImportError as error:
         raise fail(
             "RM201",
-            f"loading backbone {source!r} needs a package that is not installed: {_line(error)}",
+            f"loading backbone {source!r} needs a package that is not installed: "
+            f"{first_line(error)}",
             hint='Install the compiler\'s packages: pip install "recmas[compile]".',
         ) from error
     except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise fail(
             "RM202",
-            f"backbone {source!r} cannot be loaded: {_line(error)}",
+            f"backbone {source!r} cannot be loaded: {first_line(error)}",
             hint="Choose a causal language model that this version of transformers knows.",
         ) from error
     except OSError as error:
         raise fail(
             "RM200",
-            f"files of backbone {source!r} are missing or unreadable: {_line(error)}",
+            f"files of backbone {source!r} are missing or unreadable: {first_line(error)}",
             hint="Check the folder or download the model again.",
         ) from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

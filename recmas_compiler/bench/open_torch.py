@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.bench.torch_engine import TorchEngine, TorchTables, apply_inner, to_numpy
 from recmas_compiler.ir.build_topology import build_topology
-from recmas_compiler.links.untrained import without_link_files
+from recmas_compiler.links.trained import without_link_files
 from recmas_compiler.lowering.reference import load_backbones
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import load_spec
@@ -28,7 +28,7 @@ from recmas_runtime.engines.onnx.backbone import LinkEngine
 from recmas_runtime.formats.bundle import inside, open_bundle
 from recmas_runtime.formats.manifest import SPEC_NAME
 from recmas_runtime.running.open_engines import OpenedEngines
-from recmas_runtime.running.system import System, load_machinery
+from recmas_runtime.running.system import System, load_parts
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -174,7 +174,7 @@ def load_torch_system(
         provider="cpu",
         problems=[],
     )
-    return System(bundle.plan, load_machinery(bundle, opened))
+    return System(bundle.plan, load_parts(bundle, opened))
 
 
 def open_torch_engine(

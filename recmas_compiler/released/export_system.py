@@ -15,7 +15,6 @@ from recmas_compiler.backbones.sources import ADAPTER_CONFIG, model_files, resol
 from recmas_compiler.links.files import LinkFileError, link_kind, read_link_header
 from recmas_compiler.links.modules import link_widths
 from recmas_compiler.released.link_tensors import read_link_file, write_pickled_link
-from recmas_compiler.released.placing import check_free, placed_together
 from recmas_compiler.released.styles import (
     INNER_CONFIG,
     INNER_TYPE,
@@ -30,6 +29,7 @@ from recmas_compiler.spec.document.places import path_of
 from recmas_compiler.spec.schema.sections import WeightsSection
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import fail
+from recmas_runtime.core.files import check_free, placed_together
 from recmas_runtime.formats.ids import link_name
 from recmas_runtime.formats.link_kinds import RELEASED_KIND, LinkRole
 

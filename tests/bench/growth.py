@@ -112,11 +112,11 @@ def measure(base: rt.System, sizes: Sequence[Size], repeats: int) -> list[float]
 def on_ring(base: rt.System, size: Size) -> rt.System:
     """Return a ring of agents on the engines of a system; all its links weigh the same."""
     (link, *_) = (step.links[0] for step in base.plan.steps if isinstance(step, SendStep))
-    machinery = base._machinery
-    operands = machinery.engines.operands
+    loaded = base._loaded
+    operands = loaded.engines.operands
     shared = {**operands, **dict.fromkeys(ring_links(size), operands[link])}
-    engines = replace(machinery.engines, operands=shared)
-    return rt.System(ring(base.plan, size), replace(machinery, engines=engines))
+    engines = replace(loaded.engines, operands=shared)
+    return rt.System(ring(base.plan, size), replace(loaded, engines=engines))
 
 
 def ring_links(size: Size) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from recmas_cli.main import main
-from recmas_compiler.links.untrained import untrained_links
+from recmas_compiler.links.trained import untrained_links
 from recmas_compiler.spec.spec import Spec, parse_spec
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.formats.bundle import Bundle, open_bundle
@@ -115,7 +115,7 @@ def test_build_gives_another_bundle_with_the_same_plan(
     monkeypatch.chdir(tmp_path)
     assert build(capsys, trained / "trained.yaml")["ok"]
     assert build(capsys, trained / "trained.yaml", "--frozen-links")["ok"]  # its old name
-    whole, frozen = open_bundle("out/sequential"), open_bundle("out/sequential-frozen")
+    whole, frozen = open_bundle("out/sequential"), open_bundle("out/sequential-untrained")
     assert frozen.plan == whole.plan
     assert frozen.manifest.fingerprint != whole.manifest.fingerprint
     for link in whole.manifest.links:

@@ -85,7 +85,7 @@ def test_room_on_the_disk_is_asked_for_tables_of_angles_too(
     monkeypatch.setattr("recmas_export.build.staged_bundle", refuse)
     spec, program = compile_system(system)
     for most_positions in (2**17, 0):
-        monkeypatch.setattr("recmas_compiler.ir.sizes.MOST_TABLE_POSITIONS", most_positions)
+        monkeypatch.setattr("recmas_compiler.backbones.facts.MOST_TABLE_POSITIONS", most_positions)
         with pytest.raises(KeyboardInterrupt):
             build(program, spec=spec, out=tmp_path / "bundle")
     tables = 0

@@ -18,7 +18,7 @@ from recmas_runtime.engines.interface import Operands
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.precisions import TOLERANCES
-from recmas_runtime.running.sequence_batch import Lane
+from recmas_runtime.running.sequence_batch import SequenceBatch
 
 Get = Callable[[str], Exported]
 
@@ -53,15 +53,20 @@ def answers(engine: BackboneEngine, case: Exported, inner: Operands) -> list[Any
     """Prefill ragged prompts, think, prefill again behind what is kept, think, write tokens."""
     embeds = case.embed(random_ids(case.backbone, len(LENGTHS), max(LENGTHS)))
     prompts = [row[:n] for row, n in zip(embeds, LENGTHS, strict=True)]
-    lane = Lane.empty(engine, inner, rows=len(prompts), capacity=64)
+    sequences = SequenceBatch.empty(engine, inner, rows=len(prompts), capacity=64)
     found: list[Any] = []
     for kept in ((0,) * 4, (5, 0, 6, 2)):
-        lane.prefill(prompts, kept)
-        found += [lane.thought, lane.next_embeds]
+        sequences.prefill(prompts, kept)
+        found += [sequences.thought, sequences.next_embeds]
         found += engine.rollout(
-            lane.cache, lane.thought, lane.next_embeds, lane.lengths, lane.inner, 4
+            sequences.cache,
+            sequences.thought,
+            sequences.next_embeds,
+            sequences.lengths,
+            sequences.inner,
+            4,
         )
-    text = lane.select([2, 0], keep=True)
+    text = sequences.select([2, 0], keep=True)
     text.feed([[1, 2, 3], [4]])
     return [*found, text.thought, text.lengths]
 

@@ -22,7 +22,7 @@ from recmas_runtime.engines.onnx.caches import Memory, Series
 from recmas_runtime.engines.onnx.session import make_session
 from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.precisions import TOLERANCES
-from recmas_runtime.running.sequence_batch import Lane
+from recmas_runtime.running.sequence_batch import SequenceBatch
 
 Get = Callable[[str], Exported]
 STEPS = 5
@@ -180,12 +180,12 @@ def test_caches_are_used_again(exported: Get, inner: Operands) -> None:
     case = exported("llama")
     engine, embeds = make_engine(case), prompt_of(case)
     expected = roll_out(engine, embeds, inner)[1]
-    lane = Lane.empty(engine, inner, rows=2, capacity=64)
-    spoilt = lane.cache
+    sequences = SequenceBatch.empty(engine, inner, rows=2, capacity=64)
+    spoilt = sequences.cache
     engine.forward(
         spoilt, np.full_like(embeds, np.nan), np.zeros(2, np.int64), np.full(2, 6), inner
     )
-    del lane
+    del sequences
     cache, thoughts, _ = roll_out(engine, embeds, inner)
     assert cache is spoilt
     assert np.array_equal(thoughts, expected), "not a number must not reach the next user"
@@ -195,39 +195,39 @@ def test_idle_caches_never_add_to_the_most_that_was_used(exported: Get, inner: O
     engine = make_engine(exported("llama"))
     pool = engine.caches
 
-    def lanes(*capacities: int) -> list[Lane]:
-        return [Lane.empty(engine, inner, rows=1, capacity=c) for c in capacities]
+    def sequence_batches(*capacities: int) -> list[SequenceBatch]:
+        return [SequenceBatch.empty(engine, inner, rows=1, capacity=c) for c in capacities]
 
-    used = lanes(64, 64, 128)
+    used = sequence_batches(64, 64, 128)
     most = pool.num_bytes
     del used
     assert pool.num_bytes == most, "all are kept"
-    used = lanes(192)
+    used = sequence_batches(192)
     assert pool.num_bytes <= most
-    used += lanes(64)
+    used += sequence_batches(64)
     assert pool.num_bytes <= most
     del used
-    used = lanes(256, 256)
+    used = sequence_batches(256, 256)
     assert pool.num_bytes == 2 * most, "two of 256 rows are twice as much as 64 + 64 + 128"
-    assert [lane.cache.capacity for lane in used] == [256, 256]
+    assert [sequences.cache.capacity for sequences in used] == [256, 256]
 
 
 def test_a_lane_that_grows_returns_its_cache(exported: Get, inner: Operands) -> None:
     case = exported("llama")
     engine = make_engine(case)
-    lane = Lane.empty(engine, inner, rows=2, capacity=64)
-    small = lane.cache
+    sequences = SequenceBatch.empty(engine, inner, rows=2, capacity=64)
+    small = sequences.cache
     prompt = prompt_of(case, positions=60)
-    lane.prefill(list(prompt), [0, 0])
-    lane.feed([[1, 2, 3, 4, 5]] * 2)
-    assert lane.cache is not small
-    assert lane.cache.capacity > 64
+    sequences.prefill(list(prompt), [0, 0])
+    sequences.feed([[1, 2, 3, 4, 5]] * 2)
+    assert sequences.cache is not small
+    assert sequences.cache.capacity > 64
     assert engine.new_cache(2, 64) is small
     whole = np.concatenate([prompt, engine.embed(np.array([[1, 2, 3, 4, 5]] * 2))], axis=1)
     last = np.full(2, 64)
     _, thought, _ = engine.forward(engine.new_cache(2, 128), whole, last * 0, last, inner)
     scale = np.abs(thought).max()
-    assert np.abs(lane.thought - thought).max() < TOLERANCES["hidden_relative"] * scale
+    assert np.abs(sequences.thought - thought).max() < TOLERANCES["hidden_relative"] * scale
 
 
 @pytest.mark.parametrize(("shared", "for_cpu"), [(True, True), (True, False), (False, False)])
@@ -237,16 +237,16 @@ def test_rows_that_go_on(exported: Get, inner: Operands, shared: bool, for_cpu: 
     engine = make_engine(case, shared=shared, for_cpu=for_cpu)
     prompts = [row[:n] for row, n in zip(prompt_of(case, rows=4), (7, 3, 5, 6), strict=True)]
 
-    def written(keep: bool) -> tuple[list[Any], list[int], Lane]:
-        first = lane = Lane.empty(engine, inner, rows=4, capacity=64)
-        lane.prefill(prompts, [0] * 4)
+    def written(keep: bool) -> tuple[list[Any], list[int], SequenceBatch]:
+        first = sequences = SequenceBatch.empty(engine, inner, rows=4, capacity=64)
+        sequences.prefill(prompts, [0] * 4)
         before = engine.caches.num_bytes
         found, more = [], []
         # The last text outgrows the 64 rows.
         for rows, count in (([0, 2, 3], 10), ([1, 2], 10), ([1], 50)):
-            lane = lane.select(rows, keep=keep)
-            lane.feed([[token + 1] * count for token in rows])
-            found.append(lane.thought)
+            sequences = sequences.select(rows, keep=keep)
+            sequences.feed([[token + 1] * count for token in rows])
+            found.append(sequences.thought)
             more.append(engine.caches.num_bytes - before)
         return found, more, first
 

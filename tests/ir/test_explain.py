@@ -12,13 +12,12 @@ from graphs import EXAMPLES, backbone, sequential, topology
 from recmas_compiler.analysis.explain import explain
 from recmas_compiler.analysis.memory import memory_plan
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.instruments import RecordPasses
-from recmas_compiler.ir.sizes import link_num_parameters
 from recmas_compiler.links.files import LinkWeights
+from recmas_compiler.passes.pass_base import RecordPasses
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_runtime.core.text import counted, human_bytes, listed
 from recmas_runtime.formats.plan import PromptPart, cache_capacity
-from recmas_runtime.running.sequence_batch import ROOM_FOR_TEXT
+from recmas_runtime.running.sequence_batch import DECODE_HEADROOM
 
 
 def words(backbone: str, text: str) -> int:
@@ -117,7 +116,7 @@ def test_shorter_prompts_take_the_caches_that_a_run_takes() -> None:
     most, less = memory_plan(program), memory_plan(program, prompt_tokens=100)
     by_agent = {cache.agents[0]: cache for cache in program.system.caches.values()}
     row_bytes = by_agent["a"].bytes_per_sample // by_agent["a"].capacity
-    text = min(program.system.sampling.max_new_tokens, ROOM_FOR_TEXT)
+    text = min(program.system.sampling.max_new_tokens, DECODE_HEADROOM)
     steps = program.system.agents["a"].latent_steps
     rows = cache_capacity(100 + steps) + cache_capacity(100 + max(text, steps))
     assert less.cache_bytes(batch=1) == rows * row_bytes
@@ -140,7 +139,7 @@ def test_shorter_prompts_take_the_caches_that_a_run_takes() -> None:
 def test_link_parameters(kind: str, role: str, expected: int) -> None:
     out_dim = 4 if role == "inner" else 6
     weights = LinkWeights(kind=kind, init="random", file=None, in_dim=4, out_dim=out_dim)  # type: ignore[arg-type]
-    assert link_num_parameters(weights, role) == expected  # type: ignore[arg-type]
+    assert weights.num_parameters(role) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -54,12 +54,12 @@ def test_a_stream_that_is_kept_holds_no_caches(system: rt.System, whole: bool) -
     execution = stream._batch._execution
     pieces: Iterator[str] = iter(stream)
     next(pieces)
-    lanes = [weakref.ref(lane) for lane in execution._lanes.values()]
+    sequence_batches = [weakref.ref(sequences) for sequences in execution._sequences.values()]
     del execution
-    assert any(lane() is not None for lane in lanes)
+    assert any(sequences() is not None for sequences in sequence_batches)
     if whole:
         list(pieces)
     else:
         del pieces
     gc.collect()
-    assert all(lane() is None for lane in lanes)
+    assert all(sequences() is None for sequences in sequence_batches)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from recmas_compiler.analysis.token_count import TokenCounter
 from recmas_compiler.ir.build_topology import build_topology
-from recmas_compiler.spec.checks.reach import closing_links, feedbacks_to
+from recmas_compiler.spec.checks.table import closing_links, feedbacks_to
 from recmas_compiler.spec.schema.sections import LinkSection
 from recmas_compiler.spec.spec import parse_spec
 from recmas_runtime.core.errors import RecmasError
@@ -65,7 +65,7 @@ def test_one_round_reuses_nothing() -> None:
 def test_token_counter(tmp_path: Path) -> None:
     write_config(tmp_path / "small")
     spec = parse_spec(PAIR, base_dir=tmp_path)
-    counter = TokenCounter(build_topology(spec).system, base_dir=tmp_path)
+    counter = TokenCounter(build_topology(spec).system)
     assert counter("small", "now solve it") is None
     write_tokenizer(tmp_path / "small")
     assert counter("small", "now solve it") == 3

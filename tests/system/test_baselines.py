@@ -266,7 +266,7 @@ def test_a_batch_equals_one_by_one(
 def test_hand_over_texts_never_become_control_tokens(build_tiny: BuildTiny) -> None:
     built = build_tiny(SPECS["sequential"])
     system = built.system.baseline("text")
-    chats = system._machinery.chats
+    chats = system._loaded.chats
     prompts = RecordPrompts(system.plan, chats, RECORDS[0])
     tokenizer = chats["tiny"].tokenizer
     harmless = prompts.get("critic", "then", {"planner": "all is well"})

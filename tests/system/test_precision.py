@@ -14,8 +14,8 @@ import pytest
 import recmas_runtime as rt
 from built import BuildTiny, Built, num_weight_bytes
 from recmas_compiler.analysis.memory import memory_plan
+from recmas_compiler.backbones.facts import weights_bytes
 from recmas_compiler.ir.build_topology import build_topology
-from recmas_compiler.ir.sizes import weights_bytes
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import parse_spec
 from recmas_export import parity

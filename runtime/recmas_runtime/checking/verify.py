@@ -81,6 +81,10 @@ def verify_bundle(
 ) -> VerifyReport:
     """Hash every file, run the known-answer probe and every parity case.
 
+    Args:
+        device: `auto`, `cpu`, `cuda` or `tensorrt`.
+        threads: Threads within an operator; None takes the physical cores.
+
     Raises:
         RecmasError: If the bundle cannot be opened or run at all; figures out of tolerance are
             problems of the report instead.

@@ -1,4 +1,4 @@
-"""Files: read what is a regular one, put folders in their place whole."""
+"""Files: read what is a regular one, put folders and several files in their place whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -18,6 +19,8 @@ from recmas_runtime.core.errors import fail
 # `.NAME.building-XXXX` is a build under way, `.NAME.replaced-XXXX` a folder on its way out.
 _BUILDING: Final = "building"
 _REPLACED: Final = "replaced"
+# Of files that exist already, a message names so many.
+_SHOWN_NAMES: Final = 3
 
 
 def open_regular(path: Path, *, file: str) -> BufferedReader:
@@ -96,6 +99,61 @@ def move_into_place(folder: Path, target: Path) -> bool:
             raise
         shutil.rmtree(replaced, ignore_errors=True)
     return True
+
+
+def check_free(place: Path, names: Sequence[str], *, force: bool) -> None:
+    """Refuse to write over files, unless the user wants that.
+
+    Args:
+        place: Folder that the files go to.
+        names: The files, relative to it.
+        force: Existing files may be replaced; folders of their names may not.
+
+    Raises:
+        RecmasError: RM302 if something already exists there.
+    """
+    found = [n for n in names if os.path.lexists(place / n)]
+    taken = [n for n in found if not force or (place / n).is_dir()]
+    if not taken:
+        return
+    listed = ", ".join(taken[:_SHOWN_NAMES])
+    more = f" and {len(taken) - _SHOWN_NAMES} more" if len(taken) > _SHOWN_NAMES else ""
+    verb = "exists" if len(taken) == 1 else "exist"
+    hint = "Choose another --out." if force else "Choose another --out or pass --force."
+    raise fail("RM302", f"{listed}{more} {verb} already", file=str(place), hint=hint)
+
+
+@contextmanager
+def placed_together(place: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Give a folder to write files in; move them to `place` if the body succeeds.
+
+    Args:
+        place: Where they go; made if it is not there.
+        names: Every file, relative to the folder. The last one is moved last: where it is, all are.
+
+    Raises:
+        RecmasError: RM303 if the disk is full or not writable.
+    """
+    try:
+        above = next(path for path in (place, *place.absolute().parents) if path.exists())
+        staging = Path(tempfile.mkdtemp(prefix=".recmas-", dir=above))
+        try:
+            for name in names:
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            yield staging
+            for name in names:
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                (staging / name).replace(place / name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise fail(
+            "RM303",
+            f"cannot write: {error.strerror or error}",
+            file=str(error.filename or place),
+            hint="Choose another --out or make room.",
+        ) from error
 
 
 def clear_away_dead_builds(folder: Path, names: str = "*") -> None:

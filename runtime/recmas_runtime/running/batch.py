@@ -11,7 +11,7 @@ import numpy as np
 from recmas_runtime.core.errors import fail
 from recmas_runtime.formats.plan import ThinkStep
 from recmas_runtime.running.executor import Execution, tool_events
-from recmas_runtime.running.generation import TextWriter
+from recmas_runtime.running.generation import RowDecoder
 from recmas_runtime.running.records import Answer, Record, Timing, Usage
 from recmas_runtime.running.run_trace import StepEvent, Trace
 
@@ -67,7 +67,7 @@ class Batch:
         self._execution = execution
         self._records = records
         self._trace = trace
-        self._writers: list[TextWriter] = []
+        self._writers: list[RowDecoder] = []
         self._total_ms = 0.0
 
     def run(self) -> list[Answer]:
@@ -85,13 +85,13 @@ class Batch:
         self._trace_steps(execution.events)
         self._trace_messages()
         decode_start = time.perf_counter()
-        scribe = execution.answer()
-        self._writers = scribe.writers
-        yield from scribe.pieces()
+        generator = execution.answer()
+        self._writers = generator.writers
+        yield from generator.pieces()
         now = time.perf_counter()
         self._total_ms = (now - start) * 1e3
         agents = (plan.answer_agent,)
-        called = tool_events(scribe, plan.rounds, agents)
+        called = tool_events(generator, plan.rounds, agents)
         ms = (now - decode_start) * 1e3 - sum(event.ms for event in called)
         decoded = StepEvent(op="decode", round=plan.rounds, agents=agents, ms=ms)
         execution.events += [decoded, *called]
@@ -124,7 +124,7 @@ class Batch:
         """Return whether a record took part in a round; some run for its neighbours only."""
         return round_ < self._rounds(row) or round_ == self._execution.plan.rounds
 
-    def _usage(self, row: int, writer: TextWriter) -> Usage:
+    def _usage(self, row: int, writer: RowDecoder) -> Usage:
         """Count what a record took; rounds that only its neighbours needed are not among it."""
         plan = self._execution.plan
         events = [event for event in self._execution.events if self._ran(row, event.round)]

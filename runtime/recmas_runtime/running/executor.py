@@ -32,10 +32,10 @@ from recmas_runtime.formats.plan import (
     slot_positions,
 )
 from recmas_runtime.prompts.render import Prompt, Tokens, common_prefix
-from recmas_runtime.running.generation import Scribe, Voice
+from recmas_runtime.running.generation import DecoderSettings, TextGenerator
 from recmas_runtime.running.record_prompts import PromptSource, prompt_positions
 from recmas_runtime.running.run_trace import StepEvent
-from recmas_runtime.running.sequence_batch import ROOM_FOR_TEXT, Lane
+from recmas_runtime.running.sequence_batch import DECODE_HEADROOM, SequenceBatch
 from recmas_runtime.tools.toolbox import Toolbox
 
 # Streams of hand-over texts lie apart from those of answers, which are seeded `seed + index`.
@@ -56,13 +56,13 @@ class Engines:
     """Everything that computes, by id.
 
     Attributes:
-        voices: By backbone.
+        decoder_settings: By backbone.
     """
 
     backbones: Mapping[str, Backbone[Any]]
     link: LinkEngine
     operands: Mapping[str, Operands]
-    voices: Mapping[str, Voice]
+    decoder_settings: Mapping[str, DecoderSettings]
     _stacked: dict[tuple[str, ...], Operands] = field(default_factory=dict, repr=False)
 
     def stacked(self, links: Sequence[str]) -> Operands:
@@ -102,7 +102,7 @@ class Execution:
     texts: dict[tuple[str, int], list[str]] = field(default_factory=dict)
     converged: Indices = field(init=False)
     events: list[StepEvent] = field(default_factory=list)
-    _lanes: dict[str, Lane] = field(default_factory=dict)
+    _sequences: dict[str, SequenceBatch] = field(default_factory=dict)
     _thoughts: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -126,17 +126,17 @@ class Execution:
                 self.events += self._run(step)
             self._find_converged(round_)
 
-    def answer(self) -> Scribe:
-        """Return the writer of the answers, one for each record; the lane is then used up."""
+    def answer(self) -> TextGenerator:
+        """Return what decodes the answers, one a record; their sequences are then used up."""
         step = self.plan.steps[-1]
         assert isinstance(step, DecodeStep), "a plan ends with its decode"
-        return Scribe(
-            self._lanes[step.cache],
-            voice=self._voice(step.agent),
+        return TextGenerator(
+            self._sequences[step.cache],
+            settings=self._decoder_settings(step.agent),
             sampling=self.sampling,
             seeds=self.seeds,
             toolbox=self.toolbox,
-            keeps_lane=False,
+            keeps_sequences=False,
         )
 
     def _run(self, step: Step) -> list[StepEvent]:
@@ -161,29 +161,29 @@ class Execution:
         return [done, *events]
 
     def _prefill(self, step: PrefillStep) -> _Tokens:
-        """Run prompts into the lane; returns text tokens prefilled and reused, per record."""
-        lane = self._lanes.get(step.cache) or self._new_lane(step.cache)
+        """Run prompts into their cache; returns text tokens prefilled and reused, per record."""
+        sequences = self._sequences.get(step.cache) or self._new_sequences(step.cache)
         batch = self.num_records
-        sequences: list[Floats] = []
+        embeds: list[Floats] = []
         prompts: list[Prompt] = []
         for agent, variant in zip(step.agents, step.variants, strict=True):
             for b in range(batch):
                 thoughts, texts = self._received(step, agent, b)
                 prompts.append(self.prompts(b, agent, variant, texts))
-                sequences.append(_splice(lane.engine, prompts[-1], thoughts))
+                embeds.append(_splice(sequences.engine, prompts[-1], thoughts))
         leading = [prompt.leading_ids for prompt in prompts]
-        other = self._lanes.get(step.prefix_from or "")
+        other = self._sequences.get(step.prefix_from or "")
         if other is not None:  # else an early exit has left it out
-            lane.begin_like(other, leading, [len(sequence) for sequence in sequences], batch)
+            sequences.copy_shared_prefix(other, leading, [len(row) for row in embeds], batch)
         kept = [0] * len(prompts)
         if step.reuse_prefix or other is not None:
             kept = [
                 # The last position is always recomputed: its hidden state is what comes next.
-                min(common_prefix(before, now), len(sequence) - 1)
-                for before, now, sequence in zip(lane.prefixes, leading, sequences, strict=True)
+                min(common_prefix(before, now), len(row) - 1)
+                for before, now, row in zip(sequences.prefixes, leading, embeds, strict=True)
             ]
-        lane.prefixes = leading
-        lane.prefill(sequences, kept)
+        sequences.prefixes = leading
+        sequences.prefill(embeds, kept)
         counts = [prompt.num_tokens - count for prompt, count in zip(prompts, kept, strict=True)]
         return {
             "prefilled_tokens": tuple(sum(counts[b::batch]) for b in range(batch)),
@@ -216,32 +216,39 @@ class Execution:
         return self.messages[link, round_]
 
     def _think(self, step: ThinkStep) -> None:
-        lane = self._lanes[step.cache]
+        sequences = self._sequences[step.cache]
         num_steps = self.plan.num_latent_steps(step)
         if step.fused:
-            thoughts, embeds = lane.engine.rollout(
-                lane.cache, lane.thought, lane.next_embeds, lane.lengths, lane.inner, num_steps
+            thoughts, embeds = sequences.engine.rollout(
+                sequences.cache,
+                sequences.thought,
+                sequences.next_embeds,
+                sequences.lengths,
+                sequences.inner,
+                num_steps,
             )
         else:
-            thoughts, embeds = self._think_unfused(lane, len(step.agents), num_steps)
+            thoughts, embeds = self._think_unfused(sequences, len(step.agents), num_steps)
         batch = self.num_records
         for group, agent in enumerate(step.agents):
             rows = slice(group * batch, (group + 1) * batch)
             self._thoughts[agent] = thoughts[:, rows], embeds[:, rows]
 
-    def _think_unfused(self, lane: Lane, groups: int, num_steps: int) -> tuple[Floats, Floats]:
+    def _think_unfused(
+        self, sequences: SequenceBatch, groups: int, num_steps: int
+    ) -> tuple[Floats, Floats]:
         """Roll out with the inner link as a call of its own."""
-        rows, _, width = lane.thought.shape
-        position = lane.lengths.copy()
-        thought, thoughts, embeds = lane.thought, [], []
+        rows, _, width = sequences.thought.shape
+        position = sequences.lengths.copy()
+        thought, thoughts, embeds = sequences.thought, [], []
         for step in range(num_steps):
             grouped = thought.reshape(groups, rows // groups, width)
-            following = self.engines.link.apply(grouped, lane.inner).reshape(rows, 1, width)
+            following = self.engines.link.apply(grouped, sequences.inner).reshape(rows, 1, width)
             thoughts.append(thought[:, 0])
             embeds.append(following[:, 0])
             if step + 1 < num_steps:
-                _, thought, _ = lane.engine.forward(
-                    lane.cache, following, position, np.zeros(rows, np.int64), lane.inner
+                _, thought, _ = sequences.engine.forward(
+                    sequences.cache, following, position, np.zeros(rows, np.int64), sequences.inner
                 )
                 position += 1
         return np.stack(thoughts), np.stack(embeds)
@@ -263,9 +270,9 @@ class Execution:
     def _write(self, step: WriteStep) -> tuple[_Tokens, list[StepEvent]]:
         """Write hand-over texts; returns tokens per record, and what the tools took."""
         place = self.plan.steps.index(step) + 1
-        scribe = Scribe(
-            self._lanes[step.cache],
-            voice=self._voice(step.agents[0]),
+        generator = TextGenerator(
+            self._sequences[step.cache],
+            settings=self._decoder_settings(step.agents[0]),
             sampling=structs.replace(
                 self.sampling, max_new_tokens=step.max_new_tokens or self.sampling.max_new_tokens
             ),
@@ -276,21 +283,21 @@ class Execution:
             ],
             toolbox=self.toolbox if step.agents == (self.plan.answer_agent,) else None,
             # The next round reads prompts behind what this one left.
-            keeps_lane=True,
+            keeps_sequences=True,
         )
-        for _ in scribe.pieces():
+        for _ in generator.pieces():
             pass
         batch = self.num_records
         for group, agent in enumerate(step.agents):
-            rows = scribe.writers[group * batch : (group + 1) * batch]
+            rows = generator.writers[group * batch : (group + 1) * batch]
             self.texts[agent, step.round] = [writer.text for writer in rows]
-        by_record = [scribe.writers[b::batch] for b in range(batch)]
+        by_record = [generator.writers[b::batch] for b in range(batch)]
         tokens: _Tokens = {
             "written_tokens": tuple(sum(w.num_tokens for w in ws) for ws in by_record),
             "cut_texts": tuple(sum(w.finish_reason == "length" for w in ws) for ws in by_record),
             "prefilled_tokens": tuple(sum(w.num_result_tokens for w in ws) for ws in by_record),
         }
-        return tokens, tool_events(scribe, step.round, step.agents)
+        return tokens, tool_events(generator, step.round, step.agents)
 
     def _find_converged(self, round_: int) -> None:
         """Find the records whose messages no longer change; what they are sent stays as it is."""
@@ -313,19 +320,19 @@ class Execution:
         has_converged = lowest >= self.plan.stop_when.cosine
         self.converged[(self.converged == 0) & has_converged] = round_
 
-    def _voice(self, agent: str) -> Voice:
-        return self.engines.voices[self.plan.agents[agent].backbone]
+    def _decoder_settings(self, agent: str) -> DecoderSettings:
+        return self.engines.decoder_settings[self.plan.agents[agent].backbone]
 
-    def _new_lane(self, cache_id: str) -> Lane:
+    def _new_sequences(self, cache_id: str) -> SequenceBatch:
         cache = self.plan.caches[cache_id]
         inner = [self.plan.agents[agent].inner for agent in cache.agents]
-        self._lanes[cache_id] = lane = Lane.empty(
+        self._sequences[cache_id] = sequences = SequenceBatch.empty(
             self.engines.backbones[cache.backbone],
             self.engines.stacked(inner),
             rows=len(cache.agents) * self.num_records,
             capacity=self._capacity(cache_id),
         )
-        return lane
+        return sequences
 
     def _capacity(self, cache_id: str) -> int:
         """Return a capacity that holds what is known of this batch: attention pays for every row.
@@ -348,7 +355,7 @@ class Execution:
                 case ThinkStep():
                     after = max(after, self.plan.num_latent_steps(step))
                 case WriteStep() | DecodeStep():
-                    most = min(self.sampling.max_new_tokens, ROOM_FOR_TEXT)
+                    most = min(self.sampling.max_new_tokens, DECODE_HEADROOM)
                     after = max(after, most)
         return cache_capacity(longest + after)
 
@@ -364,10 +371,10 @@ def _splice(engine: Backbone[Any], prompt: Prompt, thoughts: Mapping[str, Floats
     return np.concatenate(pieces)
 
 
-def tool_events(scribe: Scribe, round_: int, agents: tuple[str, ...]) -> list[StepEvent]:
+def tool_events(generator: TextGenerator, round_: int, agents: tuple[str, ...]) -> list[StepEvent]:
     """Return what the tools took that a text called; nothing if it called none."""
     # Only the answer agent has tools, so rows are records.
-    calls = [(row, r) for row, writer in enumerate(scribe.writers) for r in writer.results]
+    calls = [(row, r) for row, writer in enumerate(generator.writers) for r in writer.results]
     if not calls:
         return []
     ms = sum(result.ms for _, result in calls)

@@ -1,8 +1,8 @@
-"""Text from the prompts in a lane, token by token: the one way that text is written.
+"""Text generation from prefilled sequences, token by token: the one way that text is written.
 
-The answer of a latent system is written here, and so is the text that agents of a text system hand
-to each other. Rows whose text is finished leave the lane. Where an answer calls a tool, its result
-joins the text and the cache, and the writing goes on.
+The answer of a latent system is written here, and so is the text that agents of a text system pass
+to each other. Rows whose text is finished leave the batch. Where an answer calls a tool, its result
+joins the text and the cache, and decoding goes on.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from recmas_runtime.formats.plan import SamplingPlan
 from recmas_runtime.prompts.sampler import Sampler, StopMatcher
 from recmas_runtime.prompts.tokenizer import IncrementalDecoder, Tokenizer
 from recmas_runtime.running.records import FinishReason
-from recmas_runtime.running.sequence_batch import Lane
+from recmas_runtime.running.sequence_batch import SequenceBatch
 from recmas_runtime.tools.calls import CallScanner, ToolResult, result_block
 from recmas_runtime.tools.toolbox import Toolbox
 
 
 @dataclass(frozen=True, kw_only=True)
-class Voice:
+class DecoderSettings:
     """What turns a backbone's tokens into text.
 
     Attributes:
@@ -33,7 +33,7 @@ class Voice:
     max_positions: int
 
 
-class TextWriter:
+class RowDecoder:
     """One text in the making: tokens to text, stop strings, tool calls, the reason it ended.
 
     Attributes:
@@ -45,11 +45,11 @@ class TextWriter:
     """
 
     def __init__(
-        self, voice: Voice, stop: Sequence[str], scanner: CallScanner | None = None
+        self, settings: DecoderSettings, stop: Sequence[str], scanner: CallScanner | None = None
     ) -> None:
-        self._eos = voice.eos_token_ids
-        self._tokenizer = voice.tokenizer
-        self._decoder = IncrementalDecoder(voice.tokenizer)
+        self._eos = settings.eos_token_ids
+        self._tokenizer = settings.tokenizer
+        self._decoder = IncrementalDecoder(settings.tokenizer)
         self._stop = stop
         self._matcher = StopMatcher(stop)
         self._scanner = scanner
@@ -97,50 +97,51 @@ class TextWriter:
         return held + block, ids
 
 
-class Scribe:
-    """Writes the texts of a lane's rows.
+class TextGenerator:
+    """Decodes the text of every sequence of a batch.
 
     Args:
-        lane: Its rows have their prompts in.
-        voice: Of the lane's backbone.
+        sequences: Prefilled.
+        settings: Of their backbone.
         sampling: How tokens are chosen.
         seeds: One for each row.
         toolbox: What the texts may call.
-        keeps_lane: The lane is used again, so what is in its cache stays.
+        keeps_sequences: They are used again, so what is in their cache stays.
 
     Attributes:
-        writers: One for each row of the lane.
+        writers: One for each row.
     """
 
     def __init__(
         self,
-        lane: Lane,
+        sequences: SequenceBatch,
         *,
-        voice: Voice,
+        settings: DecoderSettings,
         sampling: SamplingPlan,
         seeds: Sequence[int],
         toolbox: Toolbox | None = None,
-        keeps_lane: bool,
+        keeps_sequences: bool,
     ) -> None:
-        self._lane = lane
-        self._keeps_lane = keeps_lane
-        self._voice = voice
+        self._sequences = sequences
+        self._keeps_sequences = keeps_sequences
+        self._settings = settings
         self._max_new_tokens = sampling.max_new_tokens
         self._sampler = Sampler(sampling, seeds)
         self._toolbox = toolbox
         scanners = [None if toolbox is None else toolbox.scanner() for _ in seeds]
-        self.writers = [TextWriter(voice, sampling.stop, scanner) for scanner in scanners]
+        self.writers = [RowDecoder(settings, sampling.stop, scanner) for scanner in scanners]
 
     def pieces(self) -> Iterator[tuple[int, str]]:
         """Write until every text is finished; yields (row, text) as text becomes certain."""
-        lane, rows, keep = self._lane, list(range(len(self.writers))), self._keeps_lane
+        sequences, keep = self._sequences, self._keeps_sequences
+        rows = list(range(len(self.writers)))
         while True:
-            chosen = self._sampler.choose(lane.logits(), rows).tolist()
-            going: list[int] = []  # places in the lane
+            chosen = self._sampler.choose(sequences.logits(), rows).tolist()
+            going: list[int] = []  # places in the batch
             tokens: list[tuple[int, ...]] = []
             for place, (row, token_id) in enumerate(zip(rows, chosen, strict=True)):
                 writer = self.writers[row]
-                piece, result_ids = self._write(writer, token_id, int(lane.lengths[place]))
+                piece, result_ids = self._write(writer, token_id, int(sequences.lengths[place]))
                 if piece:
                     yield row, piece
                 if writer.finish_reason is None:
@@ -149,11 +150,12 @@ class Scribe:
             if not going:
                 return
             if len(going) < len(rows):
-                lane, rows = lane.select(going, keep=keep), [rows[place] for place in going]
+                sequences = sequences.select(going, keep=keep)
+                rows = [rows[place] for place in going]
                 keep = False
-            lane.feed(tokens)
+            sequences.feed(tokens)
 
-    def _write(self, writer: TextWriter, token_id: int, length: int) -> tuple[str, tuple[int, ...]]:
+    def _write(self, writer: RowDecoder, token_id: int, length: int) -> tuple[str, tuple[int, ...]]:
         """Add a token to a text of `length` positions; returns new text and a result's tokens."""
         piece = writer.push(token_id)
         ids: tuple[int, ...] = ()
@@ -162,6 +164,7 @@ class Scribe:
         if writer.finish_reason is None and self._toolbox is not None:
             result, ids = writer.call_tool(piece, self._toolbox)
             piece += result
-        if writer.finish_reason is None and length + 1 + len(ids) > self._voice.max_positions:
+        is_full = length + 1 + len(ids) > self._settings.max_positions
+        if writer.finish_reason is None and is_full:
             piece += writer.finish("length")
         return piece, ids

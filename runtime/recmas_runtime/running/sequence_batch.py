@@ -1,4 +1,4 @@
-"""A lane: the rows of one cache while a batch runs, and what came out of them last.
+"""A batch of sequences: the rows of one cache while a plan runs, and what came out of them last.
 
 Shape legend: R rows, S positions of a call, T positions of a whole prompt, d width, V vocabulary.
 """
@@ -19,24 +19,24 @@ from recmas_runtime.prompts.render import common_prefix
 
 # Of a prompt: behind cached rows a batch's prompts may run row by row, at four fifths of the speed,
 # so a copy must spare more than that.
-LEAST_COPIED = 0.25
+MIN_SHARED_PREFIX_FRACTION = 0.25
 # Attention pays for every row of capacity, so text gets room as it grows; a step up copies once.
-ROOM_FOR_TEXT = 128
+DECODE_HEADROOM = 128
 
 
 @dataclass(kw_only=True)
-class Lane:
-    """Rows that go through a backbone together. A lane's cache outlives it, for another lane.
+class SequenceBatch:
+    """Rows that go through a backbone together. Its cache outlives it, for another batch.
 
     Attributes:
         cache: Key/value rows.
         engine: The backbone.
-        inner: Operands of the inner links, one group for each agent of the lane.
+        inner: Operands of the inner links, one group for each agent.
         prefixes: For each row the leading token ids of its prompt, which a later one may share.
         lengths: [R], positions in the cache that are real.
         thought: [R, 1, d], the hidden state at the last real position.
         next_embeds: [R, 1, d], its inner link's output.
-        owner: The lane in whose cache this one's lies; None if it has a cache of its own.
+        owner: The batch in whose cache this one's lies; None if it has a cache of its own.
     """
 
     cache: KeyValueRows
@@ -46,7 +46,7 @@ class Lane:
     lengths: Indices
     thought: Floats
     next_embeds: Floats
-    owner: Lane | None = None
+    owner: SequenceBatch | None = None
     _give_back: Callable[[], object] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,8 +54,10 @@ class Lane:
             self._hold(self.cache)
 
     @classmethod
-    def empty(cls, engine: Backbone[Any], inner: Operands, *, rows: int, capacity: int) -> Lane:
-        """Return a lane with nothing in its cache."""
+    def empty(
+        cls, engine: Backbone[Any], inner: Operands, *, rows: int, capacity: int
+    ) -> SequenceBatch:
+        """Return a batch with nothing in its cache."""
         nothing = np.zeros((rows, 1, engine.entry.width), np.float32)
         return cls(
             cache=engine.new_cache(rows, capacity),
@@ -71,40 +73,45 @@ class Lane:
         """Return the logits [R, V] of the next token."""
         return self.engine.logits(np.ascontiguousarray(self.thought[:, 0]))
 
-    def prefill(self, sequences: Sequence[Floats], kept: Sequence[int]) -> None:
+    def prefill(self, embeds: Sequence[Floats], kept: Sequence[int]) -> None:
         """Run prompts.
 
         Args:
-            sequences: Input embeddings [T, d] of each row.
+            embeds: Input embeddings [T, d] of each row.
             kept: Leading positions of each row that are in the cache already, less than T.
         """
-        self._make_room(max(len(sequence) for sequence in sequences))
-        inputs, starts, last = ragged_window(sequences, kept, self.cache.capacity)
+        self._make_room(max(len(row) for row in embeds))
+        inputs, starts, last = ragged_window(embeds, kept, self.cache.capacity)
         _, self.thought, self.next_embeds = self.engine.forward(
             self.cache, inputs, starts, last, self.inner
         )
-        self.lengths = np.array([len(sequence) for sequence in sequences], np.int64)
+        self.lengths = np.array([len(row) for row in embeds], np.int64)
 
-    def begin_like(
-        self, other: Lane, prompts: Sequence[Sequence[int]], lengths: Sequence[int], records: int
+    def copy_shared_prefix(
+        self,
+        other: SequenceBatch,
+        prompts: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        records: int,
     ) -> None:
-        """Copy from another lane what prompts begin with, where that is a good part of them.
+        """Copy another batch's rows of a shared prefix, where it is a good part of the prompts.
 
         Args:
             other: Of the same backbone; its rows are of the same records. It stays as it is.
-            prompts: For each row of this lane the leading token ids of its prompt.
+            prompts: For each row the leading token ids of its prompt.
             lengths: Positions of each whole prompt.
             records: Records of the batch: rows of one agent.
         """
         sources, common = [], []
         for row, (ids, length) in enumerate(zip(prompts, lengths, strict=True)):
-            alike = {
+            shared = {
                 source: common_prefix(other.prefixes[source], ids)
                 for source in range(row % records, len(other.prefixes), records)
             }
-            source = max(alike, key=alike.__getitem__)
+            source = max(shared, key=shared.__getitem__)
             sources.append(source)
-            common.append(alike[source] if alike[source] >= LEAST_COPIED * length else 0)
+            worth_it = shared[source] >= MIN_SHARED_PREFIX_FRACTION * length
+            common.append(shared[source] if worth_it else 0)
         if not any(common):
             return
         self._make_room(max(common))
@@ -125,14 +132,14 @@ class Lane:
         )
         self.lengths = self.lengths + counts
 
-    def select(self, rows: Sequence[int], *, keep: bool) -> Lane:
-        """Return a lane of some of the rows, to write text.
+    def select(self, rows: Sequence[int], *, keep: bool) -> SequenceBatch:
+        """Return a batch of some of the rows, to write text.
 
         Inner links do not matter for text, and those of the first agent stand in for all.
 
         Args:
             rows: In ascending order.
-            keep: This lane goes on as it is, so its rows are copied. Otherwise it must not be used
+            keep: This batch goes on as it is, so its rows are copied. Otherwise it must not be used
                 again: where that can be done, its rows move within its cache.
         """
         chosen = list(rows)
@@ -143,7 +150,7 @@ class Lane:
         cache = moved or self.engine.new_cache(len(chosen), self.cache.capacity)
         if moved is None:
             cache.copy_rows(self.cache, chosen, positions)
-        return Lane(
+        return SequenceBatch(
             cache=cache,
             engine=self.engine,
             inner={name: operand[:1] for name, operand in self.inner.items()},
@@ -159,7 +166,7 @@ class Lane:
         if positions <= self.cache.capacity:
             return
         rows = range(self.cache.rows)
-        larger = self.engine.new_cache(len(rows), cache_capacity(positions + ROOM_FOR_TEXT))
+        larger = self.engine.new_cache(len(rows), cache_capacity(positions + DECODE_HEADROOM))
         larger.copy_rows(self.cache, rows, int(self.lengths.max()))
         if self.owner is None:
             self._give_back()
@@ -167,14 +174,14 @@ class Lane:
         self._hold(larger)
 
     def _hold(self, cache: KeyValueRows) -> None:
-        """Use a cache until the lane is gone, or `_give_back` is called."""
+        """Use a cache until this batch is gone, or `_give_back` is called."""
         self.cache = cache
         self._give_back = release = weakref.finalize(self, self.engine.give_back, cache)
         release.atexit = False
 
 
 def ragged_window(
-    sequences: Sequence[Floats], kept: Sequence[int], capacity: int
+    embeds: Sequence[Floats], kept: Sequence[int], capacity: int
 ) -> tuple[Floats, Indices, Indices]:
     """Cut the part of each sequence that must run, as one rectangular call.
 
@@ -183,18 +190,18 @@ def ragged_window(
     what it keeps, which gives the same rows again.
 
     Args:
-        sequences: Input embeddings [T, d] of each row.
+        embeds: Input embeddings [T, d] of each row.
         kept: Leading positions of each row that are in the cache already, less than T.
         capacity: Cache rows; at least the longest T.
 
     Returns:
         Inputs [R, S, d], each row's write index [R], and its last real input within S [R].
     """
-    positions = max(len(s) - k for s, k in zip(sequences, kept, strict=True))
+    positions = max(len(s) - k for s, k in zip(embeds, kept, strict=True))
     starts = np.array([min(k, capacity - positions) for k in kept], np.int64)
-    inputs = np.zeros((len(sequences), positions, sequences[0].shape[1]), np.float32)
-    for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
+    inputs = np.zeros((len(embeds), positions, embeds[0].shape[1]), np.float32)
+    for row, (sequence, start) in enumerate(zip(embeds, starts, strict=True)):
         part = sequence[start : start + positions]
         inputs[row, : len(part)] = part
-    last = np.array([len(s) for s in sequences], np.int64) - 1 - starts
+    last = np.array([len(s) for s in embeds], np.int64) - 1 - starts
     return inputs, starts, last

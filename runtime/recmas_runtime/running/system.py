@@ -20,7 +20,7 @@ from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.baselines import apply_baseline
 from recmas_runtime.running.batch import AnswerStream, Batch
 from recmas_runtime.running.executor import Engines, Execution
-from recmas_runtime.running.generation import Voice
+from recmas_runtime.running.generation import DecoderSettings
 from recmas_runtime.running.open_engines import OpenedEngines, open_engines
 from recmas_runtime.running.record_prompts import RecordError, RecordPrompts
 from recmas_runtime.running.records import Answer, Question, Record, as_record
@@ -65,11 +65,11 @@ def load(
             ask=ask,
         )
     opened = open_engines(bundle, device=device, threads=threads)
-    return System(bundle.plan, load_machinery(bundle, opened), toolbox)
+    return System(bundle.plan, load_parts(bundle, opened), toolbox)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machinery:
+class LoadedBundle:
     """What a bundle loads once and every system on it shares.
 
     Attributes:
@@ -89,7 +89,7 @@ class System:
 
     Args:
         plan: What to run.
-        machinery: What runs it.
+        loaded: What runs it.
         toolbox: What the answer agent may call.
         exchange: Let the answer agent see the messages of another record; see `baseline`.
     """
@@ -97,22 +97,22 @@ class System:
     def __init__(
         self,
         plan: Plan,
-        machinery: Machinery,
+        loaded: LoadedBundle,
         toolbox: Toolbox | None = None,
         *,
         exchange: bool = False,
     ) -> None:
         self.plan = plan
-        self.manifest = machinery.manifest
-        self.device = machinery.device
-        self._machinery = machinery
+        self.manifest = loaded.manifest
+        self.device = loaded.device
+        self._loaded = loaded
         self._toolbox = toolbox
         self._exchange = exchange
 
     @property
     def problems(self) -> tuple[Problem, ...]:
         """Warnings about the engines, so far: which of the bundle's are not used, and why."""
-        return tuple(self._machinery.problems)
+        return tuple(self._loaded.problems)
 
     def baseline(self, name: str) -> System:
         """Return an alternative to this system on the same engines.
@@ -128,7 +128,7 @@ class System:
         """
         baseline = apply_baseline(self.plan, name, self.manifest)
         return System(
-            baseline.plan, self._machinery, self._toolbox, exchange=baseline.exchanges_messages
+            baseline.plan, self._loaded, self._toolbox, exchange=baseline.exchanges_messages
         )
 
     def with_plan(self, plan: Plan) -> System:
@@ -137,7 +137,7 @@ class System:
         Args:
             plan: Fits the bundle's manifest, as `recmas_runtime.formats.consistency` checks.
         """
-        return System(plan, self._machinery, self._toolbox)
+        return System(plan, self._loaded, self._toolbox)
 
     @overload  # a text is a sequence too, but the first signature comes first
     def run(  # type: ignore[overload-overlap]
@@ -224,7 +224,7 @@ class System:
         settings = self._settings(sampling)
         record = as_record(question, 0)
         (part,) = self._parts([_Ready(0, record, self._prompts(record))])
-        return AnswerStream(self._batch(part, settings, None), self._machinery.lock)
+        return AnswerStream(self._batch(part, settings, None), self._loaded.lock)
 
     def _parts(self, ready: Sequence[_Ready]) -> list[list[_Ready]]:
         """Cut records into batches, all of about the same size.
@@ -251,7 +251,7 @@ class System:
         failed: list[tuple[int, Answer | RecmasError]] = []
         while part:
             try:
-                with self._machinery.lock:
+                with self._loaded.lock:
                     answers = self._batch(part, settings, trace).run()
             except RecordError as error:
                 failed.append((part[error.record].index, error))
@@ -270,7 +270,7 @@ class System:
 
         execution = Execution(
             plan=self.plan,
-            engines=self._machinery.engines,
+            engines=self._loaded.engines,
             seeds=[settings.seed + ready.record.index for ready in part],
             sampling=settings,
             prompts=prompt,
@@ -280,7 +280,7 @@ class System:
         return Batch(execution, [ready.record for ready in part], trace)
 
     def _prompts(self, record: Record) -> RecordPrompts:
-        return RecordPrompts(self.plan, self._machinery.chats, record)
+        return RecordPrompts(self.plan, self._loaded.chats, record)
 
     def _settings(self, sampling: SamplingPlan | None) -> SamplingPlan:
         settings = self.plan.sampling if sampling is None else sampling
@@ -305,18 +305,18 @@ class _Ready:
     prompts: RecordPrompts
 
 
-def load_machinery(bundle: Bundle, opened: OpenedEngines) -> Machinery:
+def load_parts(bundle: Bundle, opened: OpenedEngines) -> LoadedBundle:
     """Load what systems of a bundle share, around engines that are open.
 
     Raises:
         RecmasError: RM40x for files of the bundle that are not what they should be.
     """
     manifest = bundle.manifest
-    chats, voices = {}, {}
+    chats, decoder_settings = {}, {}
     for name, entry in manifest.backbones.items():
         template = bundle.file(entry.chat_template).read_text(encoding="utf-8")
         chats[name] = Chat.load(bundle.file(entry.tokenizer), template, entry.special_tokens)
-        voices[name] = Voice(
+        decoder_settings[name] = DecoderSettings(
             tokenizer=chats[name].tokenizer,
             eos_token_ids=frozenset(entry.eos_token_ids),
             max_positions=entry.max_positions,
@@ -325,9 +325,9 @@ def load_machinery(bundle: Bundle, opened: OpenedEngines) -> Machinery:
         backbones=opened.backbones,
         link=opened.link,
         operands=read_operands(bundle.file, manifest.links),
-        voices=voices,
+        decoder_settings=decoder_settings,
     )
-    return Machinery(
+    return LoadedBundle(
         manifest=manifest,
         device=opened.device,
         problems=opened.problems,
