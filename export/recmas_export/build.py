@@ -40,8 +40,7 @@ from recmas_runtime.engines.tensorrt.engine_cache import find_platform, timing_c
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.manifest import Manifest
-from recmas_runtime.formats.precisions import PRECISIONS
-from recmas_runtime.formats.targets import TARGETS
+from recmas_runtime.formats.precisions import PRECISIONS, TARGETS
 
 if TYPE_CHECKING:
     from recmas_compiler.backbones.torch_model import TorchBackbone
