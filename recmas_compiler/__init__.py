@@ -8,40 +8,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recmas_compiler.api import Program, build, compile, to_torch, train
-    from recmas_compiler.spec.spec import Spec, load_spec, parse_spec
-    from recmas_runtime.core.errors import Problem, RecmasError
-
-__all__ = [
-    "Problem",
-    "Program",
-    "RecmasError",
-    "Spec",
-    "build",
-    "compile",
-    "load_spec",
-    "parse_spec",
-    "to_torch",
-    "train",
-]
+    from recmas_compiler.api import Program as Program
+    from recmas_compiler.api import build as build
+    from recmas_compiler.api import compile as compile
+    from recmas_compiler.api import to_torch as to_torch
+    from recmas_compiler.api import train as train
+    from recmas_compiler.spec.spec import Spec as Spec
+    from recmas_compiler.spec.spec import load_spec as load_spec
+    from recmas_compiler.spec.spec import parse_spec as parse_spec
+    from recmas_runtime.core.errors import Problem as Problem
+    from recmas_runtime.core.errors import RecmasError as RecmasError
 
 _HOMES = {
-    "Problem": "recmas_runtime.core.errors",
-    "Program": "recmas_compiler.api",
-    "RecmasError": "recmas_runtime.core.errors",
-    "Spec": "recmas_compiler.spec.spec",
-    "build": "recmas_compiler.api",
-    "compile": "recmas_compiler.api",
-    "load_spec": "recmas_compiler.spec.spec",
-    "parse_spec": "recmas_compiler.spec.spec",
-    "to_torch": "recmas_compiler.api",
-    "train": "recmas_compiler.api",
+    "recmas_compiler.api": ("Program", "build", "compile", "to_torch", "train"),
+    "recmas_compiler.spec.spec": ("Spec", "load_spec", "parse_spec"),
+    "recmas_runtime.core.errors": ("Problem", "RecmasError"),
 }
+__all__ = sorted(name for names in _HOMES.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    for module, names in _HOMES.items():
+        if name in names:
+            from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -38,8 +38,6 @@ class Program:
     """A compiled system: its spec, its topology, and the program after all passes.
 
     Attributes:
-        spec: What it was compiled from.
-        topology: The declared graph.
         graph: The unrolled program; `print(program)` shows it.
         records: The graph before and after every pass, in order.
         trained: The links that `recmasc train` left beside the spec, where the program uses them.
@@ -60,12 +58,8 @@ class BuildResult:
     """What a builder gave.
 
     Attributes:
-        path: The bundle's folder.
-        fingerprint: Identifies what it was made from.
         reused: The bundle was there already; nothing was done.
-        parity: How far the engines are from the reference, one case per backbone.
         seconds: Wall time by stage: fingerprint, load, links, export, parity, write.
-        engines: The TensorRT engines in it, if the spec's target is TensorRT.
     """
 
     path: Path
@@ -97,9 +91,7 @@ def compile(spec: Spec, *, dump_ir: str | Path | None = None, download: bool = F
     """Lower a spec to the program IR, through all passes; no weights are loaded.
 
     Args:
-        spec: A checked spec.
         download: Fetch what is missing of `hf:` backbones.
-        dump_ir: Folder to write the IR's text to after every pass.
 
     Raises:
         RecmasError: Backbone files that are missing or unsuitable (RM2xx), link files that do not
@@ -125,9 +117,7 @@ def load_and_compile(
     """Load a spec from a file and compile it.
 
     Args:
-        path: The YAML file.
         overrides: `key.path=value`, as of `--set`.
-        dump_ir: As of `compile`.
         progress: Where to report to; missing `hf:` backbones are fetched only if it is given.
         change: What to make of the spec before it is compiled.
 
@@ -179,9 +169,7 @@ def build(
     """Export engines, check them against the reference and write a bundle; returns its folder.
 
     Args:
-        program: From `compile`.
         out: The bundle's folder. An older bundle there is replaced in one rename.
-        progress: Where to report stages to.
         trained_links: Use the links that `recmasc train` left beside the spec, as
             `recmasc build` does.
         options: Of the builder, `recmas_export.build.build`: `reuse=False` builds anew even if
@@ -233,7 +221,6 @@ def train(
         out: Folder for metrics, checkpoints and curves.
         stage: Inner links agent by agent, all links through the whole program, or both in turn.
         resume: Go on from the last checkpoints in `out`.
-        progress: Where to report steps and losses to.
 
     Raises:
         RecmasError: RM104 without `train`, RM700 for data that cannot be used, RM705 if there is

@@ -46,9 +46,6 @@ class Outcome:
     """What a command found out.
 
     Attributes:
-        text: For people, printed on stdout.
-        data: For programs, the `data` of `--json`.
-        problems: Warnings; errors are raised.
         interrupted: Whether the user stopped it, and this is what there is so far.
     """
 
@@ -119,11 +116,7 @@ def report(problems: tuple[Problem, ...], *, as_json: bool) -> None:
 
 
 class RichProgress:
-    """Bars on stderr; where that is no terminal, a line at the start and one now and then.
-
-    Args:
-        clock: Seconds.
-    """
+    """Bars on stderr; where that is no terminal, a line at the start and one now and then."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -8,14 +8,12 @@ from typing import Any
 import click
 
 from recmas_cli.bench import bench
-from recmas_cli.build import build
+from recmas_cli.build import build, run
 from recmas_cli.console import report
 from recmas_cli.doctor import doctor
 from recmas_cli.evaluate import evaluate
-from recmas_cli.explain_plan_graph import explain, graph, ir, plan
-from recmas_cli.init_check import check, init
 from recmas_cli.released import export_links, import_
-from recmas_cli.run import run
+from recmas_cli.spec import check, explain, graph, init, ir, plan
 from recmas_cli.train import train
 from recmas_runtime.core.errors import Exit, fail
 from recmas_runtime.core.terminal import lasting_interrupts

@@ -133,8 +133,6 @@ def _train_in_processes(
 
     Args:
         spec: Has been checked, so that its mistakes are reported once.
-        stage: What to train.
-        num_processes: How many.
         arguments: Of `recmasc train`, with `--nproc`.
 
     Raises:

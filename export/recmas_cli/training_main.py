@@ -20,7 +20,6 @@ def run_launched(status_file: Path, *, is_main: bool) -> None:
 
     Args:
         status_file: Gets the exit status of the main process.
-        is_main: Whether this is that process.
     """
     try:
         main(["train", *sys.argv[1:]])

@@ -67,9 +67,6 @@ class Parts:
     """What the manifest says of the files that were made.
 
     Attributes:
-        backbones: By the name of the shared backbone.
-        links: By id.
-        parity: One case per backbone.
         seconds: Wall time by stage.
     """
 
@@ -108,13 +105,9 @@ def assemble(
     """Write everything a bundle holds but plan, spec and manifest, and check it against torch.
 
     Args:
-        program: Of level PLANNED.
-        plan: Its plan.
         folder: An empty folder.
-        names: The shared backbones to export.
         backbones: Loaded already, by shared name; None loads them.
         links: Materialized already, by id; None makes them.
-        progress: Where stages are reported.
 
     Raises:
         RecmasError: RM203 or RM300 where a backbone cannot be exported, RM301 where an engine
@@ -148,17 +141,7 @@ def assemble(
 
 @dataclass(frozen=True, kw_only=True)
 class _Stages:
-    """The stages of a build, export | compare | measure, and what they read.
-
-    Attributes:
-        program: What is built.
-        plan: Its plan.
-        folder: Of the bundle.
-        loaded: The backbones to export, by shared name.
-        modules: The links, by id.
-        links: What the manifest says of them, by id.
-        progress: Where stages are reported.
-    """
+    """The stages of a build, export | compare | measure, and what they read."""
 
     program: Graph
     plan: Plan

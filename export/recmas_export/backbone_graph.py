@@ -43,8 +43,6 @@ def export_backbone(
     The model is left as it was. Equal weights give equal bytes.
 
     Args:
-        backbone: A loaded backbone; its weights are float32 numbers that its `dtype` holds.
-        folder: Created if needed; nothing else should be in it.
         precision: How the graphs hold weights; blocks of integers are in the form that ONNX
             Runtime's CPU provider runs fastest.
         decoders: Besides the portable decoder, that for the CPU is written where it has layers for

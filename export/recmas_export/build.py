@@ -1,15 +1,23 @@
 """Program to bundle: the one public verb of this package.
 
-Stays light: a bundle that is already there is recognised without importing torch.
+Stays light: a bundle that is already there is recognised without importing torch. Its fingerprint
+hashes whole texts (the printed program, passes with their options, the resolved spec) and whole
+files (weights, the sources of recmas itself), never a hand-kept list of fields that would miss one.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import json
+import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from recmas_compiler.api import BuildResult
 from recmas_compiler.backbones.facts import (
@@ -17,11 +25,13 @@ from recmas_compiler.backbones.facts import (
     angle_tables_bytes,
     weights_bytes,
 )
-from recmas_compiler.backbones.sources import resolve_source
+from recmas_compiler.backbones.sources import ResolvedSource, resolve_source
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Backbone
+from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.lowering.plan import build_plan, live_agents, live_backbones
+from recmas_compiler.passes.pipeline import PIPELINE
 from recmas_compiler.spec.spec import Spec
 from recmas_export.attachments import (
     corpus_bytes,
@@ -31,7 +41,6 @@ from recmas_export.attachments import (
     write_receipts,
 )
 from recmas_export.bundle_writer import check_target, staged_bundle
-from recmas_export.fingerprint import fingerprint, source_digest, tool_versions
 from recmas_runtime.checking.build_tensorrt import build_engines
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.files import sha256_of
@@ -39,12 +48,108 @@ from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.engines.tensorrt.engine_cache import find_platform, timing_caches
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.ids import inner_link_id
-from recmas_runtime.formats.manifest import Manifest
+from recmas_runtime.formats.manifest import MANIFEST_VERSION, Manifest
+from recmas_runtime.formats.plan import PLAN_VERSION
 from recmas_runtime.formats.precisions import PRECISIONS, TARGETS
 
 if TYPE_CHECKING:
     from recmas_compiler.backbones.torch_model import TorchBackbone
     from recmas_compiler.lowering.materialize import MaterializedLink
+
+
+# What turns a model into graphs, or runs the graphs that parity is measured with.
+TOOLS: Final = (
+    "numpy",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxscript",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+
+# What a build depends on beside the code: templates, tables, texts.
+_SOURCE_SUFFIXES: Final = frozenset({".json", ".py", ".txt", ".yaml"})
+
+# What a Hugging Face folder may hold that a loaded model depends on.
+_MODEL_SUFFIXES: Final = (".bin", ".jinja", ".json", ".model", ".safetensors", ".txt")
+
+
+def fingerprint(
+    program: Graph,
+    *,
+    spec_yaml: str,
+    backbones: Mapping[str, str],
+    links: Mapping[str, str],
+    corpus: str | None = None,
+    loss_text: str | None = None,
+    receipts: Sequence[str] = (),
+) -> str:
+    """Return the sha256 that identifies a build.
+
+    Args:
+        backbones: Digest of the weights by backbone name, see `source_digest`.
+        links: Digest of the weights by link id, where there are weights before the build.
+        corpus: Digest of the passages to search, if there are any.
+        loss_text: Digest of the text that losses are measured over, if one is.
+    """
+    inputs: dict[str, Any] = {
+        "program": print_graph(program),
+        "passes": [repr(p) for p in PIPELINE],
+        "spec": spec_yaml,
+        "backbones": dict(backbones),
+        "links": dict(links),
+        "corpus": corpus,
+        "loss_text": loss_text,
+        "receipts": list(receipts),
+        "tools": tool_versions(),
+        "formats": [MANIFEST_VERSION, PLAN_VERSION],
+    }
+    return sha256_text(json.dumps(inputs, sort_keys=True))
+
+
+def source_digest(source: ResolvedSource) -> str:
+    """Return a digest over the files that a backbone is loaded from; paths do not count."""
+    if source.gguf_file is not None:
+        return _digest_of_files([source.folder / source.gguf_file])
+    files = (p for p in source.folder.iterdir() if p.suffix in _MODEL_SUFFIXES and p.is_file())
+    return _digest_of_files(sorted(files))
+
+
+@cache
+def tool_versions() -> dict[str, str]:
+    """Return the versions of what builds bundles, by name.
+
+    recmas itself counts with its sources and their data files: between releases its version says
+    too little.
+    """
+    own = []
+    for package in ("recmas_compiler", "recmas_export"):
+        found = find_spec(package)  # by its files, not by importing the package's own door
+        assert found is not None
+        for folder in found.submodule_search_locations or ():
+            own += sorted(p for p in Path(folder).rglob("*") if p.suffix in _SOURCE_SUFFIXES)
+    versions = {name: _version(name) for name in TOOLS}
+    versions["python"] = platform.python_version()
+    versions["recmas"] = f"{_version('recmas')}+{_digest_of_files(own)[:12]}"
+    return dict(sorted(versions.items()))
+
+
+def sha256_text(text: str) -> str:
+    """Return the sha256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest_of_files(files: Iterable[Path]) -> str:
+    return sha256_text("".join(f"{path.name} {sha256_of(path)}\n" for path in files))
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        # onnxruntime-gpu provides the same module under another name; a checkout has no metadata.
+        return "unknown"
 
 
 def build(
@@ -62,12 +167,9 @@ def build(
     Target `tensorrt` adds engines for this machine's GPU to the portable ones.
 
     Args:
-        program: Of level PLANNED.
-        spec: What it was compiled from.
         out: The bundle's folder; an older bundle there is replaced whole.
         backbones: Loaded already, by shared name; None loads them.
         links: Materialized already, by id; None makes them.
-        progress: Where stages are reported.
         reuse: Return at once if `out` holds the bundle of this very program and these weights.
 
     Raises:
@@ -163,12 +265,9 @@ class _Inputs:
     """What a bundle is made from.
 
     Attributes:
-        program: Of level PLANNED.
         backbones: The shared ones that live agents use, by name.
         links: Live agents' inner links and all outer ones, by id.
         link_files: Those of the links that are read from a file, by id.
-        receipts: Of the training that made any of the files.
-        corpus: What holds the passages to search, if there are any.
         loss_text: The text that losses are measured over, where one is read.
     """
 

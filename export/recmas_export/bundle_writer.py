@@ -52,7 +52,6 @@ class StagedBundle:
 
     Attributes:
         folder: Where its files go; nothing else is in it.
-        target: Where it will be.
     """
 
     folder: Path
@@ -63,8 +62,6 @@ class StagedBundle:
 
         Args:
             manifest: Complete but for `files`.
-            plan: The plan.
-            spec_yaml: The resolved spec.
 
         Returns:
             The manifest as written, with every file's size and hash.
@@ -96,7 +93,6 @@ def staged_bundle(target: Path, *, needed_bytes: int) -> Iterator[StagedBundle]:
 
     Args:
         target: The bundle's place: free, an empty folder, or a bundle that is to be replaced.
-        needed_bytes: Estimated size of the bundle.
 
     Raises:
         RecmasError: RM302 if something else is at `target`, RM303 if the disk is full or not

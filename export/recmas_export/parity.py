@@ -62,10 +62,6 @@ def make_case(backbone: TorchBackbone, *, inner: nn.Module) -> Case:
     The reference runs without any cache: its own causal mask over the whole sequence. The positions
     after the prompt get what they get in a rollout, outputs of the inner link.
 
-    Args:
-        backbone: The reference.
-        inner: The inner link that the case is run with.
-
     Returns:
         `inputs_embeds` [1, T, d], `chunks` [N], `hidden` [1, T, d], `thought_next` [N, 1, d],
         `logits_hidden` [n, d], `logits` [n, V], `greedy_prompt` [P], `greedy_tokens` [K].
@@ -101,8 +97,6 @@ def link_cases(
     """Return `link.ID.x` [N, di] and `link.ID.y` [N, do] for the links that start on one backbone.
 
     Args:
-        hidden_Nd: Hidden states of the backbone: what inner links read.
-        inner: By link id.
         outer: By link id, with the id of the source's inner link, whose output outer links read.
     """
     hidden = torch.from_numpy(hidden_Nd.copy())
@@ -149,8 +143,6 @@ def measure_loss(
     """Return how much worse an engine predicts than the reference does.
 
     Args:
-        backbone: The reference.
-        engine: Its engine in another precision.
         inner: Operands of any of its inner links, without the G axis; they play no part.
         passages: What to predict, each token from those before it; at least one.
         text: How the manifest names them.
@@ -178,9 +170,6 @@ def measure_loss(
 
 def refuse(findings: Iterable[tuple[str, str]]) -> None:
     """Raise if there is any finding of `formats.precisions`.
-
-    Args:
-        findings: What was measured, and what is wrong with it.
 
     Raises:
         RecmasError: RM301 with all of them.

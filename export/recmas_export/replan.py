@@ -34,9 +34,6 @@ _CORPUS: Final = f"answer.tools.search.corpus={SEARCH_CORPUS}"
 class Replanner:
     """Makes plans for a bundle's engines.
 
-    Args:
-        bundle: The bundle.
-
     Attributes:
         spec: What the bundle was built from, all defaults written out.
 
@@ -63,7 +60,6 @@ class Replanner:
         """Return the plan of the same spec with other rounds and latent steps.
 
         Args:
-            rounds: Rounds.
             latent_steps: Of all agents that have none of their own; None keeps the spec's.
 
         Raises:

@@ -95,9 +95,6 @@ def append_link(
     """Append the nodes of the general link and return y [G, N, do].
 
     Args:
-        tape: Records the nodes.
-        x_GNI: What the links read, [G, N, di].
-        operand: By name, see `operands`.
         prefix: Put before the names of new constants.
     """
     epsilon = constant(tape, LAYER_NORM_EPSILON, prefix + "epsilon")

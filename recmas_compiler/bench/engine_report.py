@@ -8,8 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from recmas_compiler.bench.engines import Cell, EngineOptions, Measured, Timings, Worker
-from recmas_runtime.bench.figures import Spread
-from recmas_runtime.bench.report import machine_facts
+from recmas_runtime.bench.report import Spread, machine_facts
 from recmas_runtime.core.text import markdown_table
 
 _FIGURES: Final = (
@@ -59,9 +58,7 @@ class EngineReport:
     """What came of a run.
 
     Attributes:
-        about: Settings, machine and date.
         rows: Engine by engine, cells from small to large.
-        interrupted: Whether the user ended it early.
     """
 
     about: Mapping[str, Any]

@@ -1,19 +1,330 @@
-"""A process that holds one engine and times it when asked: JSON lines in, JSON lines out."""
+"""A process that holds one engine and times it when asked: JSON lines in, JSON lines out.
+
+Whatever can take a latent step has one interface: prompt, steps and tokens of some backbone.
+
+Shape legend: R rows, S positions of a call, C cache rows, d model width, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TextIO
 
-from recmas_compiler.bench.engine_adapters import EngineAdapter, EngineKey, open_engine
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.engines.interface import Floats, Indices
+from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
+from recmas_runtime.engines.onnx.session import make_session, onnx_runtime, resolve_device
+from recmas_runtime.formats.bundle import Bundle, open_bundle
+from recmas_runtime.formats.links import Operands, load_operands, stack_operands
+from recmas_runtime.formats.manifest import BackboneEntry
+
+_MODEL: Final = "model.onnx"
+ENGINES: Final = ("onnx", "torch", "huggingface", "naive", "genai")
+# Their caches grow with what is used: the capacity of a cell means nothing to them.
+WITHOUT_CAPACITY: Final = frozenset({"huggingface", "naive"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineKey:
+    """Which engine to open.
+
+    Attributes:
+        bundle: Folder of the bundle; links, tables and dimensions come from there.
+    """
+
+    engine: str
+    bundle: str
+    backbone: str
+    genai: str | None
+    device: str
+    threads: int
+
+
+class EngineAdapter(ABC):
+    """One engine, ready to be timed.
+
+    Attributes:
+        step_bytes: Bytes of the weights that a step reads.
+    """
+
+    precision: str
+    step_bytes: int
+    can_step: bool = True
+    can_write: bool = True
+
+    @abstractmethod
+    def prepare(self, batch: int, capacity: int, used: int) -> None:
+        """Take a new cache and a prompt of `used` positions, the same for every engine."""
+
+    @abstractmethod
+    def prefill(self) -> None:
+        """Run the prompt."""
+
+    @abstractmethod
+    def step(self, count: int) -> None:
+        """Take latent steps behind the prompt."""
+
+    @abstractmethod
+    def write(self, count: int) -> None:
+        """Write tokens behind the prompt, the likeliest each time."""
+
+    def inside_s(self) -> float | None:
+        """Return the seconds spent in the engine's own calls; None where they are not timed."""
+        return None
+
+
+class BackboneAdapter(EngineAdapter):
+    """Anything with the methods of the runtime's `BackboneEngine`, and one inner link."""
+
+    def __init__(self, engine: Any, *, inner: Operands, precision: str, step_bytes: int) -> None:
+        self.precision, self.step_bytes = precision, step_bytes
+        self._engine, self._inner = engine, inner
+        self._cache: Any = None
+
+    def prepare(self, batch: int, capacity: int, used: int) -> None:
+        """Take a new cache and a prompt."""
+        if self._cache is not None:
+            self._engine.give_back(self._cache)
+        self._cache = self._engine.new_cache(batch, capacity)
+        self._embeds = self._engine.embed(prompt(batch, used, self._engine.entry.vocab_size))
+        self._used = np.full(batch, used, np.int64)
+
+    def prefill(self) -> None:
+        """Run the prompt."""
+        zero = np.zeros_like(self._used)
+        _, self._hidden, self._next_embeds = self._engine.forward(
+            self._cache, self._embeds, zero, self._used - 1, self._inner
+        )
+
+    def step(self, count: int) -> None:
+        """Take latent steps."""
+        # The first hidden state is the prompt's own: one call less than there are states.
+        self._engine.rollout(
+            self._cache, self._hidden, self._next_embeds, self._used, self._inner, count + 1
+        )
+
+    def write(self, count: int) -> None:
+        """Write tokens."""
+        zero, hidden = np.zeros_like(self._used), self._hidden
+        for position in range(count):
+            logits = self._engine.logits(np.ascontiguousarray(hidden[:, 0]))
+            embeds = self._engine.embed(logits.argmax(-1)[:, None])
+            _, hidden, _ = self._engine.forward(
+                self._cache, embeds, self._used + position, zero, self._inner
+            )
+
+
+class OnnxAdapter(BackboneAdapter):
+    """A bundle's own engine; tells apart what ONNX Runtime takes and what Python adds."""
+
+    def __init__(self, engine: BackboneEngine, **about: Any) -> None:
+        super().__init__(engine, **about)
+        self._clock = _Clock(engine.decoder)
+
+    def prepare(self, batch: int, capacity: int, used: int) -> None:
+        """Take a new cache and a prompt."""
+        super().prepare(batch, capacity, used)
+        self._cache.session = self._clock
+
+    def inside_s(self) -> float:
+        """Return the seconds spent in ONNX Runtime's calls."""
+        return self._clock.seconds
+
+
+class _Clock:
+    """A session that adds up the time of its runs."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self.seconds = 0.0
+
+    def run_with_iobinding(self, *arguments: Any) -> None:
+        """Run the session."""
+        start = time.perf_counter()
+        self._session.run_with_iobinding(*arguments)
+        self.seconds += time.perf_counter() - start
+
+
+class GenaiAdapter(EngineAdapter):
+    """A model that onnxruntime-genai's builder wrote, run with its caches bound in place.
+
+    Plain ONNX Runtime drives it: the package itself is needed to build such a model, not to run it.
+    Two kinds are known by their inputs. The body (`exclude_embeds`, `exclude_lm_head`) maps
+    embeddings to hidden states and so can take latent steps; a whole model maps tokens to logits
+    and writes text.
+
+    Args:
+        entry: The same backbone in a bundle; the model's graphs do not say how wide a head is.
+        link: Applies the inner link behind a body, which has none of its own.
+    """
+
+    def __init__(
+        self, folder: Path, *, entry: BackboneEntry, link: LinkEngine, inner: Operands, threads: int
+    ) -> None:
+        self.precision = weight_precision(folder / _MODEL)
+        self.step_bytes = weight_bytes(folder / _MODEL)
+        self._entry, self._link, self._inner = entry, link, inner
+        self._session = make_session(folder / _MODEL, threads=threads)
+        inputs = [value.name for value in self._session.get_inputs()]
+        self.can_write = "input_ids" in inputs
+        self.can_step = not self.can_write
+        self._caches = [name for name in inputs if name.startswith("past")]
+        # The other outputs are the caches.
+        self._output = self._session.get_outputs()[0].name
+
+    def prepare(self, batch: int, capacity: int, used: int) -> None:
+        """Take a new cache and a prompt; past and present are one buffer."""
+        self._used = used
+        self._prompt: Floats | Indices = prompt(batch, used, self._entry.vocab_size)
+        if self.can_step:
+            draw = np.random.default_rng(0)
+            embeds = draw.standard_normal((batch, used, self._entry.width), np.float32)
+            self._prompt = embeds / np.float32(8)
+        self._binding = self._session.io_binding()
+        self._bound: list[Any] = []  # keeps the buffers alive
+        shape = (batch, self._entry.num_kv_heads, capacity, self._entry.head_dim)
+        for name in self._caches:
+            zeros = np.zeros(shape, np.float32)
+            value = onnx_runtime().OrtValue.ortvalue_from_numpy(zeros)
+            self._bound.append((zeros, value))
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
+
+    def prefill(self) -> None:
+        """Run the prompt."""
+        self._last = self._run(self._prompt, 0)
+
+    def step(self, count: int) -> None:
+        """Take latent steps."""
+        hidden = self._last
+        for position in range(count):
+            following = self._link.apply(hidden[None], self._inner)[0]
+            hidden = self._run(following[:, None], self._used + position)
+
+    def write(self, count: int) -> None:
+        """Write tokens."""
+        logits = self._last
+        for position in range(count):
+            logits = self._run(logits.argmax(-1)[:, None], self._used + position)
+
+    def _run(self, inputs: Floats | Indices, used: int) -> Floats:
+        """Run positions behind the first `used`; returns hidden states or logits of the last."""
+        rows, positions = inputs.shape[:2]
+        binding = self._binding
+        binding.bind_cpu_input("input_ids" if self.can_write else "inputs_embeds", inputs)
+        binding.bind_cpu_input("attention_mask", np.ones((rows, used + positions), np.int64))
+        binding.bind_output(self._output, "cpu")
+        self._session.run_with_iobinding(binding)
+        output: NDArray[Any] = binding.get_outputs()[-1].numpy()
+        return np.ascontiguousarray(output[:, -1], dtype=np.float32)
+
+
+def prompt(batch: int, positions: int, vocab_size: int) -> Indices:
+    """Return tokens [R, S] drawn from a fixed seed."""
+    return np.random.default_rng(0).integers(0, vocab_size, (batch, positions))
+
+
+def open_engine(key: EngineKey) -> EngineAdapter:
+    """Open what a key names.
+
+    Raises:
+        RecmasError: As loading a bundle, a backbone or a graph does.
+    """
+    bundle = open_bundle(key.bundle)
+    entry = bundle.manifest.backbones[key.backbone]
+    inner = _inner_link(bundle, key.backbone)
+    inner_bytes = sum(operand.nbytes for operand in inner.values())
+    if key.engine == "genai":
+        assert key.genai is not None, "genai needs a model"
+        link = LinkEngine(bundle.file(bundle.manifest.link_engine), threads=key.threads)
+        return GenaiAdapter(
+            Path(key.genai), entry=entry, link=link, inner=inner, threads=key.threads
+        )
+    if key.engine == "onnx":
+        engine = BackboneEngine(
+            entry, bundle.root, threads=key.threads, device=resolve_device(key.device)
+        )
+        return OnnxAdapter(
+            engine,
+            inner=inner,
+            precision=entry.precision,
+            step_bytes=weight_bytes(bundle.file(entry.decoder)) + inner_bytes,
+        )
+    from recmas_compiler.bench.open_torch import open_torch_engine
+
+    torch_engine, precision, body_bytes = open_torch_engine(
+        bundle.root, key.backbone, kind=key.engine, device=key.device, threads=key.threads
+    )
+    return BackboneAdapter(
+        torch_engine, inner=inner, precision=precision, step_bytes=body_bytes + inner_bytes
+    )
+
+
+def _inner_link(bundle: Bundle, backbone: str) -> Operands:
+    """Return the operands of the first inner link on a backbone, as one group."""
+    name = next(a.inner for a in bundle.plan.agents.values() if a.backbone == backbone)
+    entry = bundle.manifest.links[name]
+    return stack_operands([load_operands(bundle.file(entry.file), entry)])
+
+
+# They look single rows of their table up and never read all of it.
+_LOOKUPS: Final = frozenset({"Gather", "GatherBlockQuantized"})
+
+
+def weight_bytes(graph: Path) -> int:
+    """Return the bytes of the weights that one run of a graph reads, each once.
+
+    Counted are initializers as they are stored, so that scales and packed integers count as what
+    they are; tables that are only looked up do not count.
+    """
+    model = onnx.load(str(graph), load_external_data=False)
+    read = {name for n in model.graph.node if n.op_type not in _LOOKUPS for name in n.input}
+    # Two names for one place in the file are one weight.
+    places: dict[object, int] = {}
+    for tensor in model.graph.initializer:
+        if tensor.name in read:
+            outside = {entry.key: entry.value for entry in tensor.external_data}
+            place = (outside["location"], outside.get("offset", "0")) if outside else tensor.name
+            places[place] = _num_bytes(tensor)
+    return sum(places.values())
+
+
+def weight_precision(graph: Path) -> str:
+    """Return how a graph holds its weights: `int4`, `int8`, or the element type of the largest."""
+    model = onnx.load(str(graph), load_external_data=False)
+    bits = [
+        attribute.i
+        for node in model.graph.node
+        for attribute in node.attribute
+        if attribute.name == "bits" and node.op_type not in _LOOKUPS
+    ]
+    if bits:
+        return f"int{min(bits)}"
+    largest = max(model.graph.initializer, key=_num_bytes)
+    return str(onnx.helper.tensor_dtype_to_np_dtype(largest.data_type))
+
+
+def _num_bytes(tensor: onnx.TensorProto) -> int:
+    for entry in tensor.external_data:
+        if entry.key == "length":
+            return int(entry.value)
+    element = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return len(tensor.raw_data) or math.prod(tensor.dims) * element.itemsize
+
 
 _STATUS: Final = Path("/proc/self/status")
 _RESET: Final = Path("/proc/self/clear_refs")

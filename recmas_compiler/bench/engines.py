@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-from recmas_compiler.bench.engine_adapters import ENGINES, WITHOUT_CAPACITY, EngineKey
-from recmas_compiler.bench.step_weights import DeviceReader, HostReader, Reader
+import numpy as np
+from numpy.typing import NDArray
+
+from recmas_compiler.bench.engine_worker import ENGINES, WITHOUT_CAPACITY, EngineKey
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.engines.onnx.session import physical_cores, resolve_device
@@ -30,9 +34,6 @@ _SECONDS_TO_END: Final = 5.0
 
 class Worker:
     """One engine in a process of its own.
-
-    Args:
-        key: What it opens.
 
     Attributes:
         key: What it opened.
@@ -113,6 +114,53 @@ def running(keys: Sequence[EngineKey], progress: Progress) -> Iterator[list[Work
             worker.close()
 
 
+class Reader(Protocol):
+    """Reads a block of memory as large as the weights of a step."""
+
+    def seconds(self) -> float:
+        """Return the time of reading the block once."""
+
+
+class HostReader:
+    """Reads a block of memory, with as many threads as an engine has."""
+
+    def __init__(self, num_bytes: int, *, threads: int) -> None:
+        self._parts = np.array_split(np.ones(num_bytes // 8, np.uint64), threads)
+
+    def seconds(self) -> float:
+        """Return the time of reading the block once."""
+        start = time.perf_counter()
+        workers = [threading.Thread(target=_read, args=(part,)) for part in self._parts]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return time.perf_counter() - start
+
+
+def _read(part: NDArray[np.uint64]) -> None:
+    # The reduction that computes least: those of floats are slower than the memory of one core.
+    np.bitwise_or.reduce(part)
+
+
+class DeviceReader:
+    """Reads a block of the memory of the current CUDA device (untried on hardware)."""
+
+    def __init__(self, num_bytes: int) -> None:
+        import torch
+
+        self._block = torch.ones(num_bytes // 4, device="cuda")
+        self._synchronize = torch.cuda.synchronize
+
+    def seconds(self) -> float:
+        """Return the time of reading the block once."""
+        self._synchronize()
+        start = time.perf_counter()
+        self._block.sum()
+        self._synchronize()
+        return time.perf_counter() - start
+
+
 # Reads of the weights before and behind each visit; the fastest of them is its floor.
 _READS: Final = 3
 
@@ -128,13 +176,8 @@ class EngineOptions:
         bundles: Folders; engines that are not a bundle's own measure the first.
         engines: Names; empty for all of them.
         genai: Folders that onnxruntime-genai's builder wrote; what is named is measured.
-        batches: Rows that run together.
-        capacities: Cache rows of each sequence.
         used: Positions in the cache when a step begins.
         steps: Latent steps, and tokens, of one turn.
-        warmup: Turns that do not count.
-        repeats: Turns that count.
-        device: `auto`, `cpu` or `cuda`.
         threads: Threads within an operator; None takes the physical cores.
     """
 
@@ -187,12 +230,8 @@ class Measured:
     """What a run found; it grows while it runs, so that an interruption keeps what there is.
 
     Attributes:
-        workers: The engines.
         timings: By the place of the engine, and cell.
         reads: Seconds of reading so many bytes, before and behind each visit, by bytes.
-        device: Where it ran.
-        threads: Threads within an operator.
-        interrupted: Whether the user ended it.
     """
 
     device: str
@@ -208,10 +247,6 @@ def measure_engines(options: EngineOptions, *, progress: Progress) -> Measured:
 
     In each turn every engine visits all its cells, and its weights are read before and behind each
     visit: what makes the machine slower for a while hits all of them alike.
-
-    Args:
-        options: What to measure, and how.
-        progress: Receives every visit.
 
     Raises:
         RecmasError: RM506 for options that make no sense, and what opening an engine raises.

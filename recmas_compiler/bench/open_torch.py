@@ -56,9 +56,6 @@ class TransformersEngine(TorchTables):
     not pad.
 
     Args:
-        backbone: Its model moves to `device` and `dtype`.
-        device: `cpu` or `cuda`.
-        dtype: Element type of weights and activations.
         recompute: Keep no keys and values: every call computes the whole sequence.
     """
 
@@ -150,11 +147,8 @@ def load_torch_system(
     Weights come from where the bundle's spec says they are. Tools are left out.
 
     Args:
-        path: The bundle's folder.
-        device: `cpu` or `cuda`.
         dtype: Element type of weights, activations and caches.
         threads: Threads within an operator; None takes torch's own number.
-        compiled: As in `TorchEngine`.
 
     Raises:
         RecmasError: As `recmas_runtime.load`, and RM2xx for backbones that are not there.

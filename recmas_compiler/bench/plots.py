@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from recmas_compiler.analysis.plots import COLOURS, save_figure
-from recmas_runtime.bench.figures import Row, Spread
-from recmas_runtime.bench.report import PAPER, PAPER_SOURCE, BenchReport
+from recmas_runtime.bench.report import PAPER, PAPER_SOURCE, BenchReport, Row, Spread
 from recmas_runtime.core.text import counted
 from recmas_runtime.running.baselines import LATENT
 

@@ -43,11 +43,7 @@ def _(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer without gradients; it does not keep the weight of the original.
-
-    Args:
-        linear: A layer on the CPU.
-    """
+    """A linear layer without gradients; it does not keep the weight of the original."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -78,8 +74,6 @@ class TorchTables:
 
     Args:
         backbone: Its model moves to `device` and `dtype`.
-        device: `cpu` or `cuda`.
-        dtype: Element type of weights and activations.
     """
 
     def __init__(
@@ -124,7 +118,6 @@ def apply_inner(hidden_R1d: Tensor, links: Inner) -> Tensor:
     """Return the inner links' outputs [R, 1, d], in the runtime's unified form of a link.
 
     Args:
-        hidden_R1d: Rows of G groups, group by group.
         links: Operands with a leading axis G, as `recmas_runtime.formats.links` describes them.
     """
     width = hidden_R1d.shape[-1]
@@ -163,10 +156,7 @@ class TorchCache:
     """Key/value rows of R sequences, and the rollouts that were captured over them.
 
     Attributes:
-        rows: Sequences, R.
-        capacity: Positions per sequence, C.
         keys: One [R, K, C, D] per layer, K key/value heads of width D.
-        values: Likewise.
         write_index: [R], the row where each sequence goes on.
         rollouts: By number of steps.
     """
@@ -202,8 +192,6 @@ class TorchEngine(TorchTables):
     Args:
         backbone: A loaded backbone, to be used by nobody else: its model moves to `device` and
             `dtype`, and attends over static caches from now on.
-        device: `cpu` or `cuda`.
-        dtype: Element type of weights, activations and caches.
         compiled: Compile the step; otherwise it runs eagerly, which starts at once.
     """
 
@@ -365,9 +353,6 @@ class _CapturedRollout:
 
     Args:
         roll: Runs the steps; everything it touches keeps its address.
-        cache: The cache.
-        links: Inner links.
-        num_steps: Latent steps M.
     """
 
     def __init__(

@@ -8,42 +8,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recmas_runtime.core.errors import Problem, RecmasError
-    from recmas_runtime.formats.plan import SamplingPlan
-    from recmas_runtime.running.batch import AnswerStream
-    from recmas_runtime.running.records import Answer, Record, Timing, Usage
-    from recmas_runtime.running.system import System, load
-
-__all__ = [
-    "Answer",
-    "AnswerStream",
-    "Problem",
-    "RecmasError",
-    "Record",
-    "SamplingPlan",
-    "System",
-    "Timing",
-    "Usage",
-    "load",
-]
+    from recmas_runtime.core.errors import Problem as Problem
+    from recmas_runtime.core.errors import RecmasError as RecmasError
+    from recmas_runtime.formats.plan import SamplingPlan as SamplingPlan
+    from recmas_runtime.running.records import Answer as Answer
+    from recmas_runtime.running.records import Record as Record
+    from recmas_runtime.running.records import Timing as Timing
+    from recmas_runtime.running.records import Usage as Usage
+    from recmas_runtime.running.system import AnswerStream as AnswerStream
+    from recmas_runtime.running.system import System as System
+    from recmas_runtime.running.system import load as load
 
 _HOMES = {
-    "Answer": "running.records",
-    "AnswerStream": "running.batch",
-    "Problem": "core.errors",
-    "RecmasError": "core.errors",
-    "Record": "running.records",
-    "SamplingPlan": "formats.plan",
-    "System": "running.system",
-    "Timing": "running.records",
-    "Usage": "running.records",
-    "load": "running.system",
+    "core.errors": ("Problem", "RecmasError"),
+    "formats.plan": ("SamplingPlan",),
+    "running.records": ("Answer", "Record", "Timing", "Usage"),
+    "running.system": ("AnswerStream", "System", "load"),
 }
+__all__ = sorted(name for names in _HOMES.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    for module, names in _HOMES.items():
+        if name in names:
+            from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,8 +16,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from recmas_cli.main import main
-from recmas_compiler.bench.engine_worker import peak_resident_bytes, restart_peak
-from recmas_compiler.bench.step_weights import weight_bytes, weight_precision
+from recmas_compiler.bench.engine_worker import (
+    peak_resident_bytes,
+    restart_peak,
+    weight_bytes,
+    weight_precision,
+)
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import parse_spec

@@ -272,8 +272,8 @@ def test_an_interruption_keeps_what_is_measured(hand_bundle: Path, *, as_json: b
 
 
 def test_an_interrupted_first_repeat_counts_as_far_as_it_came(hand_bundle: Path) -> None:
-    from recmas_runtime.bench.figures import figures
     from recmas_runtime.bench.measure import BenchSettings, Run, measure
+    from recmas_runtime.bench.report import figures
     from recmas_runtime.core.progress import Silent
 
     system = rt.load(hand_bundle, threads=1)

@@ -22,8 +22,14 @@ from recmas_compiler.backbones.sources import resolve_source
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.lowering.materialize import materialize_links
 from recmas_export import assemble
-from recmas_export.build import BuildResult, build
-from recmas_export.fingerprint import fingerprint, sha256_text, source_digest, tool_versions
+from recmas_export.build import (
+    BuildResult,
+    build,
+    fingerprint,
+    sha256_text,
+    source_digest,
+    tool_versions,
+)
 from recmas_runtime.checking.verify import verify_bundle
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.core.progress import Silent
@@ -231,7 +237,7 @@ def test_fingerprint_follows_weights_and_tools(
     weights.write_bytes(raw)
     assert identity(tmp_path / "spec.yaml") != before
     versions = {**tool_versions(), "onnxruntime": "0.1"}
-    monkeypatch.setattr("recmas_export.fingerprint.tool_versions", lambda: versions)
+    monkeypatch.setattr("recmas_export.build.tool_versions", lambda: versions)
     assert identity(system) != before
 
 

@@ -19,7 +19,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.tape import Tape
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
-from recmas_export.passes.splice import integers, take_over
+from recmas_export.passes.tidy import integers, take_over
 from recmas_runtime.engines.onnx.session import onnx_runtime
 from recmas_runtime.formats.precisions import HEAD_MULTIPLE, MOST_TABLE_POSITIONS
 
@@ -159,12 +159,7 @@ class GroupedAttention(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscrip
 
 
 class _Parts:
-    """Computes parts of a decoder that depend on positions and on nothing else.
-
-    Args:
-        graph: A decoder.
-        max_positions: That it is used with, P.
-    """
+    """Computes parts of a decoder that depend on positions and on nothing else."""
 
     def __init__(self, graph: ir.Graph, max_positions: int) -> None:
         self._graph = graph

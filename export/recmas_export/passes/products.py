@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.tape import Tape
 
-from recmas_export.passes.splice import insert, integers, take_over
+from recmas_export.passes.tidy import insert, integers, take_over
 
 _HEADS_FIRST = (0, 2, 1, 3)
 
@@ -66,10 +66,7 @@ class _Product:
     """x W, or x W + b.
 
     Attributes:
-        matmul: The product.
         result: The value that others read: the sum where there is a bias.
-        weight: W [in, out].
-        bias: b [out], or None.
     """
 
     matmul: ir.Node

@@ -23,7 +23,27 @@ from onnxscript.rewriter.rules.common import (
     unsqueeze_unsqueeze_rule,
 )
 
-from recmas_export.passes.splice import insert
+
+def insert(graph: ir.Graph, tape: Tape, *, before: ir.Node) -> None:
+    """Put the nodes and initializers of a tape into the graph."""
+    for initializer in tape.initializers:
+        graph.register_initializer(initializer)
+    graph.insert_before(before, tape.nodes)
+
+
+def take_over(new: ir.Value, old: ir.Value) -> None:
+    """Let `new` be what `old` was: for its users, as an output, in shape and type."""
+    new.shape, new.type = old.shape, old.type
+    if old.is_graph_output():
+        new.name, old.name = old.name, None
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def integers(value: ir.Value | None) -> list[int] | None:
+    """Return a constant vector of integers; None if it is no constant."""
+    tensor = value.const_value if value is not None else None
+    return [int(number) for number in tensor.numpy().reshape(-1)] if tensor is not None else None
+
 
 PRODUCER = "recmas"
 # The first opset with TensorScatter.
@@ -176,9 +196,6 @@ class Strip(InPlacePass):
 
     1. Names of nodes, documentation and metadata go; producer and IR version are set.
     2. Types and shapes within the graph stay: with them ONNX Runtime loads three times as fast.
-
-    Args:
-        name: The graph's.
     """
 
     def __init__(self, name: str) -> None:

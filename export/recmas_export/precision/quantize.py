@@ -41,8 +41,6 @@ class _Blocks:
 
     Attributes:
         wide: What it was made from, kept alive so that its address stays its own.
-        bits: Per element.
-        block_size: Elements of a block.
         packed: uint8 [N, n, b], low bits first.
         scales: float32 [N, n].
     """
@@ -65,7 +63,6 @@ class QuantizeWeights(InPlacePass):
     Weights are float32 and still inside the graph.
 
     Args:
-        bits: Per weight.
         block_size: Weights that share a scale; None for weights that stay numbers of their own.
     """
 

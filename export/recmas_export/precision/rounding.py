@@ -47,9 +47,7 @@ def rounded_layers(
     A quantizer with the precision's blocks and no zero points stores the held weights exactly.
 
     Args:
-        backbone: A loaded backbone.
         precision: One whose layers have more than 4 bits changes nothing.
-        progress: Sees one stage.
     """
     bits, block_size = PRECISIONS[precision].layer_bits, PRECISIONS[precision].block_size
     if block_size is None or bits > _FEW_BITS:
@@ -69,10 +67,7 @@ def compensated(weight_NK: Tensor, products_KK: Tensor, *, bits: int, block_size
     """Return a weight rounded so that its outputs change little.
 
     Args:
-        weight_NK: float32.
         products_KK: Sums of products of the inputs, x^T x over all positions, float64.
-        bits: Of the integers.
-        block_size: Inputs that share a scale.
     """
     num_inputs = weight_NK.shape[1]
     factor_KK = _factor(products_KK).float()

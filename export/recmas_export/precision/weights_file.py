@@ -118,7 +118,6 @@ def externalize_weights(models: Sequence[ir.Model], path: Path) -> None:
     Args:
         models: Changed in place: weights become external data of the file's name, so the graphs
             must be saved beside it.
-        path: Where to write.
 
     Raises:
         OSError: The file cannot be written.

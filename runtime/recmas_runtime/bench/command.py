@@ -42,17 +42,10 @@ class BenchOptions:
     """What the command line asks for.
 
     Attributes:
-        bundle: The bundle's folder.
-        data: A file of JSON lines to ask.
-        questions: Texts to ask instead; with neither, recmas asks its own.
         limit: Most records; None for all.
         baselines: Names of what to compare with; none for `text`.
         untrained_bundle: A bundle of the same spec with untrained links.
-        batch: Records that run together.
         max_new_tokens: Instead of the bundle's.
-        warmup: Repeats that do not count.
-        repeats: Repeats that count.
-        device: `auto`, `cpu`, `cuda` or `tensorrt`.
         threads: Threads within an operator; None takes the physical cores.
         out: Folder of the report; None for none.
     """
@@ -100,11 +93,8 @@ def bench(
     """Measure what the command line asks for.
 
     Args:
-        options: What to measure, and how.
         problems: Gets lines of the data that cannot be used, questions without an answer, and
             warnings about the engines of either bundle.
-        forms_of: Says in which forms to run a bundle's system.
-        progress: Receives every run.
 
     Raises:
         RecmasError: RM506 for options that make no sense, RM502 or RM503 for files, RM508 for a

@@ -13,10 +13,9 @@ from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.formats.plan import Plan, SamplingPlan, ThinkStep
 from recmas_runtime.running.baselines import LATENT
-from recmas_runtime.running.batch import PHASES
 from recmas_runtime.running.records import Answer, Record
 from recmas_runtime.running.run_trace import StepEvent
-from recmas_runtime.running.system import System
+from recmas_runtime.running.system import PHASES, System
 
 UNTRAINED = "untrained-links"
 TEXT = "text"
@@ -98,15 +97,7 @@ COUNTS: Final = (*USAGE, "rounds", "texts", "cut_texts")
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """How to measure.
-
-    Attributes:
-        records: What to answer.
-        batch: Records that run together.
-        warmup: Repeats that do not count.
-        repeats: Repeats that count.
-        sampling: How tokens are chosen.
-    """
+    """How to measure."""
 
     records: tuple[Record, ...]
     batch: int
@@ -127,9 +118,7 @@ class Run:
 
     Attributes:
         ms: Wall time from records to answers.
-        phases: Of it by phase, in milliseconds.
         counts: Sums over the records, by the names in `COUNTS`.
-        problems: Why records have no answer.
     """
 
     ms: float
@@ -156,9 +145,7 @@ def measure(
 
     Args:
         cases: The systems; those that share a `System` run once.
-        settings: How.
         runs: Is filled as runs end, so that an interruption keeps them.
-        progress: Receives every run.
 
     Raises:
         RecmasError: RM508 for a batch that a baseline cannot run.

@@ -23,14 +23,7 @@ from recmas_runtime.formats.precisions import DEVICES
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a command found out.
-
-    Attributes:
-        data: The `data` of `--json`.
-        text: For people, printed on stdout.
-        problems: Errors and warnings.
-        interrupted: Whether the user stopped it.
-    """
+    """What a command found out."""
 
     data: dict[str, Any] = field(default_factory=dict)
     text: str = ""
@@ -47,11 +40,7 @@ class Outcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `recmas` and return its exit status.
-
-    Args:
-        arguments: Instead of those of the process.
-    """
+    """Run `recmas` and return its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json, debug = "--json" in given, "--debug" in given
     outcome = Outcome()

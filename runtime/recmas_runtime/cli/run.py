@@ -40,7 +40,6 @@ def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Proble
     """Answer what the command line asks.
 
     Args:
-        options: Parsed arguments.
         data: Is filled as answers come, so that an interruption keeps what is finished.
         problems: Gets what is wrong with single records; the others are answered all the same.
 

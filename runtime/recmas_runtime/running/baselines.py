@@ -44,7 +44,6 @@ class Baseline:
     """A plan to compare with.
 
     Attributes:
-        plan: The plan.
         exchanges_messages: The answer agent sees, in the last round, the messages of the next
             record of its batch.
     """
@@ -57,7 +56,6 @@ def apply_baseline(plan: Plan, name: str, manifest: Manifest) -> Baseline:
     """Return the baseline of a latent plan.
 
     Args:
-        plan: The latent plan.
         name: `latent`, one of `BASELINES`, or `text@N` and `moa@N` with N tokens per text.
         manifest: Of the bundle; says how long prompts may become.
 

@@ -53,11 +53,7 @@ class _Tokens(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Engines:
-    """Everything that computes, by id.
-
-    Attributes:
-        decoder_settings: By backbone.
-    """
+    """Everything that computes, by id."""
 
     backbones: Mapping[str, Backbone[Any]]
     link: LinkEngine
@@ -78,17 +74,10 @@ class Execution:
     """One batch on its way through the plan.
 
     Attributes:
-        plan: The plan.
-        engines: Its engines.
-        seeds: Of each record's random stream.
-        sampling: How tokens are chosen.
-        prompts: Builds the prompts.
         exchange: Give the answer agent, in the last round, the messages of the next record.
-        toolbox: What the answer agent may call.
         messages: By link and round of sending, [B, M, d].
         texts: By agent and round, the text of each record that stands in for messages.
         converged: [B], the round after which a record's recursion ended early; 0 if it did not.
-        events: What has run.
     """
 
     plan: Plan

@@ -24,7 +24,6 @@ class DecoderSettings:
     """What turns a backbone's tokens into text.
 
     Attributes:
-        eos_token_ids: Tokens that end a text.
         max_positions: Positions that the backbone was made for.
     """
 
@@ -101,15 +100,7 @@ class TextGenerator:
     """Decodes the text of every sequence of a batch.
 
     Args:
-        sequences: Prefilled.
-        settings: Of their backbone.
-        sampling: How tokens are chosen.
-        seeds: One for each row.
-        toolbox: What the texts may call.
         keeps_sequences: They are used again, so what is in their cache stays.
-
-    Attributes:
-        writers: One for each row.
     """
 
     def __init__(

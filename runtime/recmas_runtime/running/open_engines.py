@@ -35,11 +35,6 @@ def choose_provider(
     CUDA is taken where ONNX Runtime offers it, it starts, and the known-answer probe comes out
     right there.
 
-    Args:
-        device: `auto`, `cpu` or `cuda`.
-        probe: The bundle's known-answer probe.
-        threads: Threads within an operator; None takes the physical cores.
-
     Raises:
         RecmasError: RM504 if the device is unknown or cannot be used.
     """
@@ -114,8 +109,6 @@ class OpenedEngines:
     """What computes.
 
     Attributes:
-        backbones: By id.
-        link: The link graph.
         device: What the backbones run on: `cpu`, `cuda` or `tensorrt`.
         provider: Where ONNX Runtime runs what it runs; with TensorRT only embeddings and links.
         problems: Warnings: why engines of the bundle are not used. More may come during a run.
@@ -132,7 +125,6 @@ def open_engines(bundle: Bundle, *, device: str, threads: int | None) -> OpenedE
     """Open a bundle's engines.
 
     Args:
-        bundle: The bundle.
         device: `cpu` and `cuda` are ONNX Runtime's; `tensorrt` takes nothing else; `auto` takes
             TensorRT where the bundle has engines for this machine, then CUDA, then the CPU.
         threads: Threads within an operator; None takes the physical cores.
@@ -174,8 +166,6 @@ def choose_device(bundle: Bundle, device: str, problems: list[Problem]) -> str:
     """Return what `open_engines` would run a bundle on, without opening anything.
 
     Args:
-        bundle: The bundle.
-        device: As for `open_engines`.
         problems: Gets warnings: why engines of the bundle are not used.
 
     Raises:

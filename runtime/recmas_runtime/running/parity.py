@@ -54,7 +54,6 @@ def measure_backbone_parity(engine: Backbone[Any], case: Case, inner: Operands) 
     """Run a backbone's engines over a case.
 
     Args:
-        engine: The engines.
         case: `inputs_embeds` [1, T, d]; `chunks` [N], lengths of the calls that T is cut into;
             expected `hidden` [1, T, d] and `thought_next` [N, 1, d]; `logits_hidden` [n, d] with
             expected `logits` [n, V]; `greedy_prompt` [P] with expected `greedy_tokens` [K].
@@ -82,7 +81,6 @@ def measure_link_parity(engine: LinkEngine, case: Case, links: Mapping[str, Oper
     """Return the largest relative difference over the links of a case.
 
     Args:
-        engine: The link graph.
         case: `link.ID.x` [N, d_in] and expected `link.ID.y` [N, d_out] for any links.
         links: Operands by link id, without the G axis.
     """

@@ -29,11 +29,6 @@ class RecordError(RecmasError):
 class RecordPrompts:
     """Every prompt of a plan for one record.
 
-    Args:
-        plan: The plan.
-        chats: By backbone.
-        record: The record.
-
     Raises:
         RecmasError: RM500 for a missing field or blank question, RM501 for a prompt that is too
             long.
@@ -56,8 +51,6 @@ class RecordPrompts:
         """Return an agent's prompt.
 
         Args:
-            agent: The agent.
-            variant: Which of its prompts.
             texts: By slot, text that stands there instead of a message.
 
         Raises:
@@ -102,7 +95,6 @@ def prompt_positions(prompt: Prompt, slots: Mapping[str, int]) -> int:
     """Return how many positions a prompt takes with its messages spliced in.
 
     Args:
-        prompt: The prompt.
         slots: Positions of each slot that thoughts fill.
     """
     spliced = sum(slots.get(item.agent, 0) for item in prompt.items if isinstance(item, Slot))

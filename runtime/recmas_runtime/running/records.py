@@ -22,7 +22,6 @@ class Record:
     """One thing to answer.
 
     Attributes:
-        id: Unique within a run.
         fields: What prompts may refer to; `id`, `question` and whatever else the input gave.
         index: Place in the input, from 0. Sampling adds it to the seed, so that an answer does not
             depend on which records share its batch.
@@ -44,7 +43,6 @@ class Usage:
     Attributes:
         prompt_tokens: Text tokens that were prefilled, over all agents and rounds, and those of
             tool results.
-        latent_steps: Over all agents and rounds.
         handover_tokens: Tokens of text that agents wrote for each other; latent systems write none.
         completion_tokens: Tokens of the answer, including one that ended it.
     """
@@ -83,7 +81,6 @@ class Answer:
         finish_reason: `stop` for a stop token or string, `length` at `max_new_tokens` or where the
             backbone's positions end.
         rounds: Rounds that ran, the answering one included.
-        tool_calls: In order.
     """
 
     id: str
@@ -126,8 +123,6 @@ def question_record(question: str, fields: Sequence[str], *, index: int = 0) -> 
     """Return the record of a single question.
 
     Args:
-        question: Its text.
-        fields: Record fields that the bundle's prompts use.
         index: Its place among other questions, from 0; its id counts from 1.
 
     Raises:
@@ -140,10 +135,6 @@ def question_record(question: str, fields: Sequence[str], *, index: int = 0) -> 
 
 def check_record(record: Record, fields: Sequence[str]) -> None:
     """Refuse a record that the prompts cannot use.
-
-    Args:
-        record: The record.
-        fields: Record fields that the prompts use.
 
     Raises:
         RecmasError: RM500 if a field is missing, of a wrong kind, or the question is blank.
@@ -166,7 +157,6 @@ def read_records(
     Args:
         stream: Bytes; a byte order mark is tolerated.
         file: How problems name it.
-        fields: Record fields that the prompts use.
 
     Raises:
         RecmasError: RM502 if reading itself fails.

@@ -25,7 +25,6 @@ class StepEvent:
 
     Attributes:
         op: prefill, think, send, write, tools or decode.
-        round: From 1.
         agents: Agents that ran; for send the source, then the targets.
         ms: Wall time; that of tools is not part of the text they were called from.
         prefilled_tokens: Text tokens run through the backbone, per record.
@@ -59,7 +58,6 @@ class Trace(Protocol):
 
         Args:
             messages: Rounds that none of the batch's records ran are not there.
-            records: Their ids.
         """
 
 

@@ -29,8 +29,6 @@ class SequenceBatch:
     """Rows that go through a backbone together. Its cache outlives it, for another batch.
 
     Attributes:
-        cache: Key/value rows.
-        engine: The backbone.
         inner: Operands of the inner links, one group for each agent.
         prefixes: For each row the leading token ids of its prompt, which a later one may share.
         lengths: [R], positions in the cache that are real.
@@ -190,8 +188,6 @@ def ragged_window(
     what it keeps, which gives the same rows again.
 
     Args:
-        embeds: Input embeddings [T, d] of each row.
-        kept: Leading positions of each row that are in the cache already, less than T.
         capacity: Cache rows; at least the longest T.
 
     Returns:

@@ -1,31 +1,167 @@
-"""A loaded system: records in, answers out."""
+"""A loaded system: records in, answers out, in batches that run together."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import overload
+
+import numpy as np
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.formats.bundle import Bundle, open_bundle
 from recmas_runtime.formats.links import read_operands
 from recmas_runtime.formats.manifest import Manifest
-from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant
+from recmas_runtime.formats.plan import Plan, SamplingPlan, ThinkStep, Variant
 from recmas_runtime.prompts.render import Chat, Prompt
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.baselines import apply_baseline
-from recmas_runtime.running.batch import AnswerStream, Batch
-from recmas_runtime.running.executor import Engines, Execution
-from recmas_runtime.running.generation import DecoderSettings
+from recmas_runtime.running.executor import Engines, Execution, tool_events
+from recmas_runtime.running.generation import DecoderSettings, RowDecoder
 from recmas_runtime.running.open_engines import OpenedEngines, open_engines
 from recmas_runtime.running.record_prompts import RecordError, RecordPrompts
-from recmas_runtime.running.records import Answer, Question, Record, as_record
-from recmas_runtime.running.run_trace import Trace
+from recmas_runtime.running.records import Answer, Question, Record, Timing, Usage, as_record
+from recmas_runtime.running.run_trace import StepEvent, Trace
 from recmas_runtime.tools.toolbox import Toolbox
+
+PHASES = ("prefill", "think", "send", "write", "decode", "tools")
+
+
+class AnswerStream:
+    """The text of one answer as it is written; afterwards the whole answer.
+
+    It is read once. Others may run on the same engines between two pieces.
+
+    Attributes:
+        answer: Set once the iteration has ended.
+    """
+
+    def __init__(self, batch: Batch, lock: threading.Lock) -> None:
+        self._batch: Batch | None = batch
+        self._lock = lock
+        self.answer: Answer | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        # Only the iteration holds the batch, so that its caches go when it ends or is given up.
+        batch, self._batch = self._batch, None
+        if batch is None:
+            raise fail(
+                "RM512",
+                "this stream was read before",
+                hint="Take the text from its `answer`, or ask again for another stream.",
+            )
+        pieces = batch.pieces()
+        while True:
+            # Not across the yield: the reader may run the system before it wants the next piece.
+            with self._lock:
+                piece = next(pieces, None)
+            if piece is None:
+                break
+            yield piece[1]
+        (self.answer,) = batch.answers()
+
+
+class Batch:
+    """Records that run together, from prompts to answers."""
+
+    def __init__(
+        self, execution: Execution, records: Sequence[Record], trace: Trace | None
+    ) -> None:
+        self._execution = execution
+        self._records = records
+        self._trace = trace
+        self._writers: list[RowDecoder] = []
+        self._total_ms = 0.0
+
+    def run(self) -> list[Answer]:
+        """Run everything and return the answers in record order."""
+        for _ in self.pieces():
+            pass
+        return self.answers()
+
+    def pieces(self) -> Iterator[tuple[int, str]]:
+        """Run everything; yields (record, text) as text becomes certain."""
+        execution, plan = self._execution, self._execution.plan
+        start = time.perf_counter()
+        execution.run_rounds()
+        # Not before: a record that proves too long in a round makes the others start over.
+        self._trace_steps(execution.events)
+        self._trace_messages()
+        decode_start = time.perf_counter()
+        generator = execution.answer()
+        self._writers = generator.writers
+        yield from generator.pieces()
+        now = time.perf_counter()
+        self._total_ms = (now - start) * 1e3
+        agents = (plan.answer_agent,)
+        called = tool_events(generator, plan.rounds, agents)
+        ms = (now - decode_start) * 1e3 - sum(event.ms for event in called)
+        decoded = StepEvent(op="decode", round=plan.rounds, agents=agents, ms=ms)
+        execution.events += [decoded, *called]
+        self._trace_steps([decoded, *called])
+
+    def answers(self) -> list[Answer]:
+        """Return the answers in record order, once `pieces` has ended."""
+        events = self._execution.events
+        ms = {op: sum(event.ms for event in events if event.op == op) for op in PHASES}
+        timing = Timing(**ms, total=self._total_ms)
+        return [
+            Answer(
+                id=record.id,
+                question=str(record.fields.get("question", "")),
+                answer=writer.text,
+                finish_reason=writer.finish_reason or "length",
+                rounds=self._rounds(row),
+                usage=self._usage(row, writer),
+                timing_ms=timing,
+                tool_calls=tuple(writer.results),
+            )
+            for row, (record, writer) in enumerate(zip(self._records, self._writers, strict=True))
+        ]
+
+    def _rounds(self, row: int) -> int:
+        converged = int(self._execution.converged[row])
+        return converged + 1 if converged else self._execution.plan.rounds
+
+    def _ran(self, row: int, round_: int) -> bool:
+        """Return whether a record took part in a round; some run for its neighbours only."""
+        return round_ < self._rounds(row) or round_ == self._execution.plan.rounds
+
+    def _usage(self, row: int, writer: RowDecoder) -> Usage:
+        """Count what a record took; rounds that only its neighbours needed are not among it."""
+        plan = self._execution.plan
+        events = [event for event in self._execution.events if self._ran(row, event.round)]
+        prefilled = sum(event.prefilled_tokens[row] for event in events if event.prefilled_tokens)
+        return Usage(
+            prompt_tokens=prefilled + writer.num_result_tokens,
+            latent_steps=sum(
+                plan.num_latent_steps(step) * len(step.agents)
+                for step in plan.steps
+                if isinstance(step, ThinkStep) and self._ran(row, step.round)
+            ),
+            handover_tokens=sum(e.written_tokens[row] for e in events if e.written_tokens),
+            completion_tokens=writer.num_tokens,
+        )
+
+    def _trace_steps(self, events: Sequence[StepEvent]) -> None:
+        if self._trace is not None:
+            for event in events:
+                self._trace.add_event(event, batch=len(self._records))
+
+    def _trace_messages(self) -> None:
+        if self._trace is None:
+            return
+        messages = {}
+        for (link, round_), message in self._execution.messages.items():
+            ran = np.array([self._ran(row, round_) for row in range(len(message))])
+            messages[f"{link}@{round_}"] = np.where(ran[:, None, None], message, np.float32("nan"))
+        self._trace.add_messages(messages, records=[record.id for record in self._records])
+
 
 Function = Callable[[str], str]
 
@@ -41,7 +177,6 @@ def load(
     """Open a bundle and its engines.
 
     Args:
-        path: The bundle's folder.
         device: `auto`, `cpu`, `cuda` or `tensorrt`. `auto` takes TensorRT where the bundle has
             engines for this machine, then CUDA; where they are there but cannot be used, the
             system's `problems` say why.
@@ -88,9 +223,6 @@ class System:
     """A multi-agent system, ready to answer. One caller at a time runs; others wait.
 
     Args:
-        plan: What to run.
-        loaded: What runs it.
-        toolbox: What the answer agent may call.
         exchange: Let the answer agent see the messages of another record; see `baseline`.
     """
 
@@ -157,7 +289,6 @@ class System:
 
         Args:
             questions: A text, a record's fields, or a list of either.
-            sampling: Settings of the final decode instead of the bundle's.
 
         Returns:
             An answer for a single question, a list in input order for a list.
@@ -186,12 +317,6 @@ class System:
         progress: Progress | None = None,
     ) -> list[Answer | RecmasError]:
         """Answer records in ragged batches of at most the bundle's `max_batch`.
-
-        Args:
-            records: Any number.
-            sampling: Settings of the final decode instead of the bundle's.
-            trace: Is given every message and step.
-            progress: Is told of every answered record.
 
         Returns:
             For each record, in order, its answer or why it has none.

@@ -1,4 +1,4 @@
-"""`recmasc explain`, `plan`, `graph`, `ir`: what a spec becomes, in words, bytes and pictures."""
+"""What needs a spec and no weights: `recmasc init`, `check`, `explain`, `plan`, `graph`, `ir`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,57 @@ from recmas_compiler.analysis.memory import memory_plan
 from recmas_compiler.analysis.token_count import TokenCounter
 from recmas_compiler.api import load_and_compile
 from recmas_compiler.ir.printer import print_graph
+from recmas_compiler.spec.patterns.starter_specs import starter_spec
+from recmas_compiler.spec.schema.json_schema import SCHEMA_FILE, schema_text
 from recmas_runtime.core.errors import fail
+
+
+@click.command()
+@click.argument("pattern")
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("spec.yaml"))
+@click.option(
+    "--task", metavar="TASK", help="What to ask for: general, math, choice, code or search."
+)
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
+@command
+def init(pattern: str, out: Path, task: str | None, *, force: bool) -> Outcome:
+    """Write a commented spec to start from.
+
+    PATTERN is sequential, mixture, distillation, deliberation, or custom for a graph of your own.
+    """
+    text = starter_spec(pattern, task=task)
+    if out.exists() and not force:
+        raise fail("RM302", f"{out} exists already", hint="Choose another --out or pass --force.")
+    schema = out.with_name(SCHEMA_FILE)
+    write_text(out, text)
+    write_text(schema, schema_text())
+    return Outcome(
+        text=f"Wrote {out} and {schema} (for editors).\n"
+        f"Next: recmasc check {out}, then recmasc build {out}.",
+        data={"path": str(out), "schema": str(schema)},
+    )
+
+
+@click.command()
+@SPEC
+@SET
+@command
+def check(spec: Path, overrides: tuple[str, ...]) -> Outcome:
+    """Check a spec: syntax, names, slots, links, widths. Loads no weights."""
+    program = load_and_compile(spec, overrides)
+    system = program.graph.system
+    counts = {
+        "agents": len(system.agents),
+        "links": len(system.links),
+        "rounds": system.rounds,
+        "steps": len(program.graph),
+    }
+    listed = ", ".join(f"{value} {key}" for key, value in counts.items())
+    return Outcome(
+        text=f"{spec}: ok ({listed})",
+        data={"name": system.name, **counts},
+        problems=program.spec.warnings,
+    )
 
 
 @click.command()
