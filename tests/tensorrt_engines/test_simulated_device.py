@@ -179,7 +179,7 @@ from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.links import load_operands, stack_operands
 from recmas_runtime.running.open_engines import open_engines
 from recmas_runtime.engines.tensorrt import execution
-from recmas_runtime.engines.tensorrt.device_memory import Stream
+from recmas_runtime.engines.tensorrt.execution import Stream
 
 execution.MOST_STEPS_OF_A_GRAPH = 2
 bundle = open_bundle(sys.argv[1])

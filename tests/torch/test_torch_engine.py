@@ -162,7 +162,7 @@ def test_a_cache_that_was_given_back_is_used_again(tiny: LoadTiny) -> None:
     engine = TorchEngine(own(tiny("llama")), compiled=False)
     first = engine.new_cache(2, CAPACITY)
     assert engine.new_cache(2, CAPACITY) is not first
-    engine.give_back(first)
+    engine.release(first)
     assert engine.new_cache(2, 2 * CAPACITY) is not first
     assert engine.new_cache(2, CAPACITY) is first
 

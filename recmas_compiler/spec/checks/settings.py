@@ -19,8 +19,7 @@ from recmas_compiler.spec.schema.sections import (
 from recmas_compiler.spec.schema.train import PRESET_KINDS, TrainSection
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import canonical_link_name, link_name
-from recmas_runtime.formats.precisions import PRECISIONS, PrecisionName
-from recmas_runtime.formats.targets import precision_hint
+from recmas_runtime.formats.precisions import PRECISIONS, PrecisionName, precision_hint
 
 
 def check_settings(declared: Declared) -> Iterator[Problem]:

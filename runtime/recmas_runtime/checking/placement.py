@@ -23,8 +23,8 @@ from recmas_runtime.engines.onnx.session import PROVIDERS, Device, call_onnx, ma
 
 # What a free dimension of an input gets: one sample, one position, one link; rows of a cache.
 _SIZES: Final = {"capacity": 64}
-# Providers leave the arithmetic of shapes to the CPU, which is where it belongs. It is told from
-# computation by its results: a handful of integers.
+# Providers leave the arithmetic of shapes to the CPU, which is where it belongs. It differs
+# from computation in its results: a handful of integers.
 _SHAPE_TYPES: Final = frozenset({"int64", "int32", "bool"})
 _LARGEST_SHAPE: Final = 16
 _MOST_NAMED: Final = 5

@@ -186,7 +186,7 @@ class SendStep(PlanStep, frozen=True, kw_only=True):
 class WriteStep(PlanStep, frozen=True, kw_only=True):
     """Write text from the last prefill of `agents`, to be put into the slots of other agents.
 
-    Latent systems have none; systems whose agents hand over text, the baselines, consist of them.
+    Latent systems have none; systems whose agents pass text, the baselines, consist of them.
 
     Attributes:
         max_new_tokens: Most tokens of each text; None for as many as an answer may have.

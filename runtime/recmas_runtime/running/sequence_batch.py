@@ -174,7 +174,7 @@ class SequenceBatch:
     def _hold(self, cache: KeyValueRows) -> None:
         """Use a cache until this batch is gone, or `_give_back` is called."""
         self.cache = cache
-        self._give_back = release = weakref.finalize(self, self.engine.give_back, cache)
+        self._give_back = release = weakref.finalize(self, self.engine.release, cache)
         release.atexit = False
 
 

@@ -119,9 +119,9 @@ class BackboneEngine:
         """Return a cache for `rows` sequences of at most `capacity` positions."""
         return self.caches.take(rows, capacity)
 
-    def give_back(self, cache: Cache) -> None:
+    def release(self, cache: Cache) -> None:
         """Keep a cache that its user needs no more for the next one."""
-        self.caches.give_back(cache)
+        self.caches.release(cache)
 
     def forward(
         self,

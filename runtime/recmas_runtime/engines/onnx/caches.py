@@ -363,7 +363,7 @@ class CachePool:
         self._drop_idle()
         return made
 
-    def give_back(self, cache: Cache) -> None:
+    def release(self, cache: Cache) -> None:
         """Keep a cache that its user needs no more."""
         self._idle.append(cache)
 

@@ -25,7 +25,7 @@ MAX_TMP_BYTES: Final = 32 << 20
 MAX_TMP_FILES: Final = 4096
 STDERR_TAIL_CHARS: Final = 4000
 
-# Handed over as text: a file would have to be put into the sandbox first.
+# Passed as text: a file would have to be put into the sandbox first.
 _LAUNCHER: Final = Path(__file__).with_name("launcher.py")
 
 _READ_BYTES: Final = 1 << 16
