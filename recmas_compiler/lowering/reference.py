@@ -125,15 +125,16 @@ class LatentState:
         return self.messages_ME[link, round_]
 
 
-class TorchSystem(nn.Module):
+class ProgramModule(nn.Module):
     """A program as a module: links are trainable parameters, backbones are frozen.
 
-    It follows the program's plan, as the runtime does; steps that the answer does not need are left
-    out.
+    It follows the program's plan, as the runtime does, without the steps that the answer does not
+    need.
 
     Args:
         program: Of level UNROLLED or PLANNED, with or without any pass.
         backbones: By the name of the shared backbone.
+        links: By link id.
     """
 
     def __init__(
@@ -150,12 +151,6 @@ class TorchSystem(nn.Module):
         self.backbones = dict(backbones)
         self.frozen = nn.ModuleDict({name: b.model for name, b in backbones.items()})
         self.links = nn.ModuleDict({module_name(name): link for name, link in links.items()})
-        self._chats = {
-            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
-            for name, b in backbones.items()
-        }
-        self._agents = {name: agent_plan(self.system, name) for name in self.system.agents}
-        self._compared = compared_links(self.plan)
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:
@@ -167,6 +162,25 @@ class TorchSystem(nn.Module):
     def link(self, link_id: str) -> nn.Module:
         """Return a link by its id, such as `planner->solver` or `planner.inner`."""
         return self.links[module_name(link_id)]
+
+
+class TorchSystem(ProgramModule):
+    """Runs a program step by step, one record after the other."""
+
+    def __init__(
+        self,
+        program: Graph,
+        *,
+        backbones: Mapping[str, TorchBackbone],
+        links: Mapping[str, nn.Module],
+    ) -> None:
+        super().__init__(program, backbones=backbones, links=links)
+        self._chats = {
+            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
+            for name, b in backbones.items()
+        }
+        self._agents = {name: agent_plan(self.system, name) for name in self.system.agents}
+        self._compared = compared_links(self.plan)
 
     def prompt(self, agent: str, variant: Variant, record: Record) -> Prompt:
         """Return an agent's prompt for a record as tokens and slots."""

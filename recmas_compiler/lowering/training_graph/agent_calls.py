@@ -146,7 +146,7 @@ class AgentCalls:
             positions_NR = _columns(padded.positions_NS, start)
             return self._read(embeds_NRD, padded.mask_NS, positions_NR, *kept)
 
-        return self._with_gradients(run, _columns(padded.embeds_NSD, start))
+        return recomputed(run, _columns(padded.embeds_NSD, start), checkpointed=self._checkpoint)
 
     def roll_out(
         self,
@@ -187,7 +187,7 @@ class AgentCalls:
                 positions_N1 = positions_N1 + 1
             return torch.stack(thoughts_ND, dim=1), torch.stack(inputs_ND, dim=1)
 
-        return self._with_gradients(run, _columns(padded.embeds_NSD, start))
+        return recomputed(run, _columns(padded.embeds_NSD, start), checkpointed=self._checkpoint)
 
     def _begin(
         self, rows: Sequence[Row], constants: ConstantRows, *, more: int = 0
@@ -231,11 +231,13 @@ class AgentCalls:
     def _embed(self, ids: Tensor) -> Tensor:
         return self._backbone.embed(ids.to(next(self._backbone.embedding.parameters()).device))
 
-    def _with_gradients(self, run: Callable[[Tensor], R], embeds_NRD: Tensor) -> R:
-        if not self._checkpoint or not torch.is_grad_enabled():
-            return run(embeds_NRD)
-        result: R = checkpoint(run, embeds_NRD, use_reentrant=False, preserve_rng_state=False)
-        return result
+
+def recomputed(run: Callable[[Tensor], R], inputs: Tensor, *, checkpointed: bool) -> R:
+    """Run a function; if `checkpointed`, keep its inputs only and run again for its gradients."""
+    if not checkpointed or not torch.is_grad_enabled():
+        return run(inputs)
+    result: R = checkpoint(run, inputs, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 def _columns(rows_NS: Tensor, first: int, end: int | None = None) -> Tensor:

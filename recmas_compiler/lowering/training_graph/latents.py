@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -223,32 +222,19 @@ def controlled(messages_ME: Sequence[Tensor], control: Control) -> list[Tensor]:
     Args:
         control: Which one. `shuffled` needs two records or more.
     """
-    return CONTROLS[control](messages_ME)
-
-
-def _own(messages_ME: Sequence[Tensor]) -> list[Tensor]:
-    return list(messages_ME)
-
-
-def _nothing(messages_ME: Sequence[Tensor]) -> list[Tensor]:
-    return [message_ME[:0] for message_ME in messages_ME]
-
-
-def _next(messages_ME: Sequence[Tensor]) -> list[Tensor]:
-    assert len(messages_ME) > 1, "one record has no other record's message"
-    return [*messages_ME[1:], messages_ME[0]]
-
-
-def _mean(messages_ME: Sequence[Tensor]) -> list[Tensor]:
-    longest = max(len(message_ME) for message_ME in messages_ME)
-    means_1E = [
-        torch.stack([m[i] for m in messages_ME if len(m) > i]).mean(dim=0, keepdim=True)
-        for i in range(longest)
-    ]
-    mean_ME = torch.cat(means_1E) if means_1E else messages_ME[0]
-    return [mean_ME] * len(messages_ME)
-
-
-CONTROLS: Final = MappingProxyType[Control, Callable[[Sequence[Tensor]], list[Tensor]]](
-    {"none": _own, "null": _nothing, "shuffled": _next, "mean": _mean}
-)
+    match control:
+        case "none":
+            return list(messages_ME)
+        case "null":
+            return [message_ME[:0] for message_ME in messages_ME]
+        case "shuffled":
+            assert len(messages_ME) > 1, "one record has no other record's message"
+            return [*messages_ME[1:], messages_ME[0]]
+        case "mean":
+            longest = max(len(message_ME) for message_ME in messages_ME)
+            means_1E = [
+                torch.stack([m[i] for m in messages_ME if len(m) > i]).mean(dim=0, keepdim=True)
+                for i in range(longest)
+            ]
+            mean_ME = torch.cat(means_1E) if means_1E else messages_ME[0]
+            return [mean_ME] * len(messages_ME)

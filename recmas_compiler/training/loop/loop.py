@@ -64,19 +64,17 @@ class StepLoss(Protocol):
 
 
 class Task(Protocol):
-    """What a loop trains."""
+    """What a loop trains.
 
-    @property
-    def name(self) -> str:
-        """Names it in messages."""
+    Attributes:
+        name: For messages.
+        links: What learns, by link id.
+        num_examples: Records to learn from.
+    """
 
-    @property
-    def links(self) -> Mapping[str, nn.Module]:
-        """What learns, by link id."""
-
-    @property
-    def num_examples(self) -> int:
-        """Records to learn from."""
+    name: str
+    links: Mapping[str, nn.Module]
+    num_examples: int
 
     def loss(self, places: Sequence[int]) -> StepLoss:
         """Return the loss of the records at these places."""
@@ -85,11 +83,7 @@ class Task(Protocol):
         """Return figures on what is held out; empty if nothing is."""
 
     def gradient_figures(self, tokens: float) -> Mapping[str, Any]:
-        """Return figures about the last step's gradients, besides their norms by link.
-
-        Args:
-            tokens: Of the step; losses were sums until now.
-        """
+        """Return figures about the gradients of a step of so many tokens, besides norms by link."""
 
 
 @dataclass(frozen=True, kw_only=True)

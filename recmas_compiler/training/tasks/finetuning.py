@@ -19,12 +19,11 @@ from typing import Any, Final, Literal, Protocol
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.ops import System
 from recmas_compiler.lowering.reference import module_name
-from recmas_compiler.lowering.training_graph.agent_calls import Row, pad_rows
+from recmas_compiler.lowering.training_graph.agent_calls import Row, pad_rows, recomputed
 from recmas_compiler.lowering.training_graph.calls import Call, CallWriter, TrainExample
 from recmas_compiler.lowering.training_graph.graph import Loss, turn_loss, weighted_loss
 from recmas_compiler.spec.schema.train import LoraSection, SftSection, TrainSection
@@ -122,12 +121,7 @@ class SingleAgentTask:
             ).last_hidden_state
             return hidden_NSD
 
-        if not self._checkpointed or not torch.is_grad_enabled():
-            return run(padded.embeds_NSD)
-        hidden_NSD: Tensor = checkpoint(
-            run, padded.embeds_NSD, use_reentrant=False, preserve_rng_state=False
-        )
-        return hidden_NSD
+        return recomputed(run, padded.embeds_NSD, checkpointed=self._checkpointed)
 
 
 def calls_without_slots(
