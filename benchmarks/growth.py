@@ -130,12 +130,12 @@ def ring(plan: Plan, size: Size) -> Plan:
     agents, caches, steps = {}, {}, list[Step]()
     for i in range(size.agents):
         question = PromptPart(kind="field", value="question")
-        heard = PromptPart(kind="slot", value=f"a{(i - 1) % size.agents}")
+        slot = PromptPart(kind="slot", value=f"a{(i - 1) % size.agents}")
         agents[f"a{i}"] = AgentPlan(
             backbone=like.backbone,
             system=(),
             first=(question,) if i == 0 else None,
-            then=(question, heard),
+            then=(question, slot),
             inner=like.inner,
             latent_steps=size.latent_steps,
         )

@@ -197,10 +197,10 @@ def right_by_position(path: Path) -> list[float]:
         table_VD = normalize(backbone.embed(torch.arange(backbone.facts.vocab_size)).float())
         hits: list[list[bool]] = []
         for example, message_MD in zip(some, latents.message("reader->solver", 1), strict=True):
-            heard = (normalize(message_MD.float()) @ table_VD.T).argmax(-1).tolist()
+            nearest = (normalize(message_MD.float()) @ table_VD.T).argmax(-1).tolist()
             text = example.targets["reader"]
             meant = backbone.tokenizer(text, add_special_tokens=False).input_ids
-            hits.append([a == b for a, b in zip(heard, meant, strict=False)])
+            hits.append([a == b for a, b in zip(nearest, meant, strict=False)])
     longest = max(map(len, hits))
     columns = [[row[i] for row in hits if len(row) > i] for i in range(longest)]
     return [sum(column) / len(column) for column in columns]

@@ -170,7 +170,7 @@ def _why_unfit(
     try:
         header = read_link_header(file)
         if sha256_of(file) != digest:
-            return "it is not the file that its receipt vouches for"
+            return "its hash is not the one in its receipt"
         fitting_kind(header, role, kind=section.kind, source=source, target=target)
     except LinkFileError as error:
         return str(error)

@@ -46,7 +46,7 @@ class StepEvent:
 
 
 class Trace(Protocol):
-    """Is told of everything that batches do."""
+    """Records everything that batches do."""
 
     def add_event(self, event: StepEvent, *, batch: int) -> None:
         """See a step of a batch of so many records."""
