@@ -84,7 +84,7 @@ def _all_weights(declared: Declared) -> Iterator[tuple[Loc, str, WeightsSection]
 # Tags that mean something to the runtime: a function of this name could never be called.
 RESERVED_TAGS: Final = ("search", "python", "ask", "result", "tool_call")
 
-# Rounds 1 and 2 are compared, and a settled record's next round is its last: round 3 at best.
+# Rounds 1 and 2 are compared, and a converged record's next round is its last: round 3 at best.
 _FEWEST_ROUNDS_TO_SAVE_ONE: Final = 4
 
 

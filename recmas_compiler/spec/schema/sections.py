@@ -133,8 +133,8 @@ class StopSection(Section):
     """When the recursion may end before its last round."""
 
     cosine: float = Field(gt=0.0, le=1.0)
-    """A record is settled once every message of a round has at least this mean cosine to the same
-    link's message of the round before; its next round is then its last. 0.999 is a start."""
+    """A record has converged once every message of a round has at least this mean cosine to the
+    same link's message of the round before; its next round is then its last. 0.999 is a start."""
 
 
 class SearchSection(Section):
