@@ -67,11 +67,10 @@ _KINDS: Final[Mapping[LinkKind, _Row]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LinkForm:
-    """What links of one kind and role are made of; with a skip matrix S is W3, not the identity.
+    """What links of one kind and role are made of.
 
-    Attributes:
-        pre: Name of the norm of the input; None for none.
-        post: Name of the norm of the output; None for none.
+    Their norms are named `pre` and `post`, None for none; with a skip matrix S is W3, not the
+    identity.
     """
 
     pre: str | None

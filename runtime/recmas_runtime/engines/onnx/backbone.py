@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 class BackboneEngine:
     """One backbone's engines. Agents that share a backbone share this object and its weights.
 
-    Args:
-        problems: Gets a warning where CUDA graphs are refused, at any time.
+    Where CUDA graphs are refused, at any time, `problems` gets a warning.
 
     Raises:
         RecmasError: RM404 if the decoder has other caches than the entry says, RM504 if the device

@@ -86,7 +86,6 @@ def make_session(
 
     Args:
         threads: Threads within an operator; None takes the physical cores.
-        device: Where to run, from `resolve_device`.
         cuda_graphs: Let runs be captured into CUDA graphs, see `run_options`; only runs with bound
             buffers are then possible. Devices without them ignore it.
         profile: Start of the name of a file that every kernel is recorded in; None for no record.

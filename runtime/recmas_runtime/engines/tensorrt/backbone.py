@@ -40,8 +40,7 @@ def open_backbones(
 ) -> Mapping[str, Backbone[Any]]:
     """Open every backbone of a bundle on TensorRT.
 
-    Args:
-        problems: Gets a warning when a batch needs more than the engines take.
+    A batch that needs more than the engines take adds a warning to `problems`.
 
     Raises:
         RecmasError: RM510 if TensorRT refuses a plan, RM511 if a backbone has none.
