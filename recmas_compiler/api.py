@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.instruments import DumpIR, Instrument, Record, RecordPasses
 from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.links.files import End
 from recmas_compiler.links.trained import TrainedLinks, find_trained_links
+from recmas_compiler.passes.pass_base import DumpIR, Instrument, Record, RecordPasses
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import Spec, load_spec
 from recmas_runtime.core.errors import fail

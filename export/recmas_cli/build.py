@@ -21,8 +21,7 @@ from recmas_cli.console import (
     shown_progress,
 )
 from recmas_compiler.api import Program, build_bundle, load_and_compile, with_trained_links
-from recmas_compiler.links.trained import has_trained_links
-from recmas_compiler.links.untrained import untrained_links
+from recmas_compiler.links.trained import has_trained_links, untrained_links
 from recmas_compiler.spec.spec import Spec, load_spec
 from recmas_runtime.cli.inspect import loss_text
 from recmas_runtime.core.errors import Exit, RecmasError

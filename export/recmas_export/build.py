@@ -20,16 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from recmas_compiler.api import BuildResult
+from recmas_compiler.backbones.facts import (
+    ENGINE_ELEMENT_BYTES,
+    angle_tables_bytes,
+    weights_bytes,
+)
 from recmas_compiler.backbones.sources import ResolvedSource, resolve_source
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Backbone
 from recmas_compiler.ir.printer import print_graph
-from recmas_compiler.ir.sizes import (
-    ENGINE_DTYPE,
-    angle_tables_bytes,
-    dtype_bytes,
-    weights_bytes,
-)
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.lowering.plan import build_plan, live_agents, live_backbones
 from recmas_compiler.passes.pipeline import PIPELINE
@@ -69,6 +68,8 @@ TOOLS: Final = (
     "torch",
     "transformers",
 )
+
+_SOURCE_SUFFIXES: Final = frozenset({".json", ".py", ".txt", ".yaml"})
 
 # What a Hugging Face folder may hold that a loaded model depends on.
 _MODEL_SUFFIXES: Final = (".bin", ".jinja", ".json", ".model", ".safetensors", ".txt")
@@ -119,14 +120,15 @@ def source_digest(source: ResolvedSource) -> str:
 def tool_versions() -> dict[str, str]:
     """Return the versions of what builds bundles, by name.
 
-    recmas itself counts with its sources: between releases its version says too little.
+    recmas itself counts with its sources and their data files: between releases its version says
+    too little.
     """
     own = []
     for package in ("recmas_compiler", "recmas_export"):
         found = find_spec(package)  # by its files, not by importing the package's own door
         assert found is not None
         for folder in found.submodule_search_locations or ():
-            own += sorted(Path(folder).rglob("*.py"))
+            own += sorted(p for p in Path(folder).rglob("*") if p.suffix in _SOURCE_SUFFIXES)
     versions = {name: _version(name) for name in TOOLS}
     versions["python"] = platform.python_version()
     versions["recmas"] = f"{_version('recmas')}+{_digest_of_files(own)[:12]}"
@@ -337,7 +339,7 @@ def _estimated_bytes(inputs: _Inputs) -> int:
     for link in inputs.links.values():
         hidden = 2 * link.out_dim  # the widest kind's
         parameters += link.in_dim * hidden + hidden * link.out_dim + link.in_dim * link.out_dim
-    num_bytes = dtype_bytes(ENGINE_DTYPE) * parameters
+    num_bytes = ENGINE_ELEMENT_BYTES * parameters
     for backbone in inputs.backbones.values():
         num_bytes += weights_bytes(
             backbone.facts, precision=backbone.precision, dtype=backbone.dtype

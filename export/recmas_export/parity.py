@@ -22,7 +22,8 @@ from transformers import DynamicCache
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_runtime.core.errors import Problem, RecmasError, fail
-from recmas_runtime.engines.onnx.backbone import BackboneEngine, Operands
+from recmas_runtime.engines.interface import Operands
+from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.manifest import LossEntry
 from recmas_runtime.formats.plan import cache_capacity
@@ -168,7 +169,7 @@ def measure_loss(
 
 
 def refuse(findings: Iterable[tuple[str, str]]) -> None:
-    """Raise if there is any finding of `formats.tolerances`.
+    """Raise if there is any finding of `formats.precisions`.
 
     Raises:
         RecmasError: RM301 with all of them.

@@ -15,7 +15,7 @@ from typing import Final
 from recmas_compiler.backbones.facts import AttentionKind, BackboneFacts
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.ops import SEARCH_CORPUS
-from recmas_compiler.links.untrained import without_link_files
+from recmas_compiler.links.trained import without_link_files
 from recmas_compiler.lowering.plan import build_plan
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import Spec, load_spec

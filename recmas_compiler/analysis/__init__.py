@@ -1,1 +1,1 @@
-"""What can be told of a program without running it: memory, text, drawings."""
+"""What is known of a program without running it: memory, text, drawings."""

@@ -70,7 +70,6 @@ class Layout:
     """Where everything goes.
 
     Attributes:
-        boxes: By agent.
         curves: Per forward link, points to join by curves that leave and arrive level.
         lanes: Per feedback link, corners to join by straight lines.
     """

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from recmas_compiler.backbones.facts import weights_bytes
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.instruments import Record
 from recmas_compiler.ir.ops import Agent, Link, Prefill, Send, System, Think, prefill_id, send_id
 from recmas_compiler.ir.printer import prompt_text
-from recmas_compiler.ir.sizes import weights_bytes
+from recmas_compiler.passes.pass_base import Record
 from recmas_compiler.passes.prompt_prefix import common_beginning, common_parts
 from recmas_runtime.core.text import counted, human_bytes, listed
 from recmas_runtime.formats.plan import PromptPart, Variant
@@ -26,7 +26,6 @@ def explain(
     """Return what the system is and what each pass changed in it, for its author.
 
     Args:
-        topology: The system as declared.
         records: One per pass that ran, in order (`RecordPasses`).
         count_tokens: Counts tokens of prompt text; without it texts are named, not counted.
     """
@@ -39,10 +38,10 @@ def explain(
     )
     lines = [f"{system.name}: {listed(sizes)}; {system.answer_agent} writes the answer."]
     for record in records:
-        title, tell = PASSES.get(record.name, ("", _other_pass))
-        told = list(tell(record, count)) or ["Nothing to do here."]
+        title, describe = PASSES.get(record.name, ("", _other_pass))
+        sentences = list(describe(record, count)) or ["Nothing to do here."]
         lines += ["", f"{record.name}: {title}" if title else record.name]
-        lines += [f"  - {sentence}" for sentence in told]
+        lines += [f"  - {sentence}" for sentence in sentences]
     return "\n".join(lines) + "\n"
 
 
@@ -246,7 +245,7 @@ def _in_rounds(rounds: Iterable[int]) -> str:
     return f"rounds {listed(numbers)}"
 
 
-# pass -> (its purpose in words, what tells of it)
+# pass -> (its purpose in words, what describes its record)
 PASSES: dict[str, tuple[str, Callable[[Record, CountTokens], Iterator[str]]]] = {
     "ShareBackbones": ("equal models are held once", _share_backbones),
     "UnrollRounds": ("the loop becomes a list of steps", _unroll_rounds),

@@ -10,15 +10,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import Cache, Level, Send, System, Think
-from recmas_compiler.ir.sizes import (
-    ENGINE_DTYPE,
+from recmas_compiler.backbones.facts import (
+    ENGINE_ELEMENT_BYTES,
     angle_tables_bytes,
-    dtype_bytes,
-    link_num_parameters,
     weights_bytes,
 )
+from recmas_compiler.ir.graph import Graph
+from recmas_compiler.ir.ops import Cache, Level, Send, System, Think
 from recmas_runtime.core.text import aligned, human_bytes
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.plan import cache_capacity
@@ -40,15 +38,9 @@ class BackboneMemory:
 
     Attributes:
         name: The backbone; those that use its weights are not listed apart.
-        source: As the spec names it.
         dtype: Element type that float32 engines store weights in; in memory they are float32.
-        precision: How its engines hold weights.
-        agents: Agents that the program runs on it.
-        weights_bytes: Its weights, held once.
         tables_bytes: The most that angles of the CPU's decoder take.
-        cache_bytes: Key/value caches of its agents for one record.
         activation_bytes: What the longest prompt of one record passes through.
-        tokenizer_bytes: Tables of its tokenizer.
     """
 
     name: str
@@ -70,8 +62,6 @@ class MemoryPlan:
     Attributes:
         prompt_tokens: Positions of every prompt, messages included.
         num_links: Inner and outer links that the program uses.
-        links_bytes: Their weights.
-        max_batch: Records in the largest batch.
     """
 
     prompt_tokens: int
@@ -107,22 +97,16 @@ class MemoryPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
-        return asdict(self) | {
-            "weights_bytes": self.weights_bytes,
-            "runtime_bytes": self.runtime_bytes,
-            "cache_bytes": {
-                "one": self.cache_bytes(batch=1),
-                "max": self.cache_bytes(batch=self.max_batch),
-            },
-            "activation_bytes": {
-                "one": self.activation_bytes(batch=1),
-                "max": self.activation_bytes(batch=self.max_batch),
-            },
-            "total_bytes": {
-                "one": self.total_bytes(batch=1),
-                "max": self.total_bytes(batch=self.max_batch),
-            },
+        by_batch = {
+            "cache_bytes": self.cache_bytes,
+            "activation_bytes": self.activation_bytes,
+            "total_bytes": self.total_bytes,
         }
+        return (
+            asdict(self)
+            | {"weights_bytes": self.weights_bytes, "runtime_bytes": self.runtime_bytes}
+            | {k: {"one": f(batch=1), "max": f(batch=self.max_batch)} for k, f in by_batch.items()}
+        )
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [
@@ -155,7 +139,6 @@ def memory_plan(program: Graph, *, prompt_tokens: int | None = None) -> MemoryPl
     """Return the memory that a program with planned caches needs.
 
     Args:
-        program: Of level PLANNED.
         prompt_tokens: Positions of every prompt, messages included; None for the most that the
             build allows, with caches for the longest answer.
     """
@@ -166,7 +149,7 @@ def memory_plan(program: Graph, *, prompt_tokens: int | None = None) -> MemoryPl
         prompt_tokens=prompt_tokens or system.build.max_prompt_tokens,
         backbones=tuple(_backbones(system, prompt_tokens)),
         num_links=len(links),
-        links_bytes=sum(links.values()) * dtype_bytes(ENGINE_DTYPE),
+        links_bytes=sum(links.values()) * ENGINE_ELEMENT_BYTES,
         max_batch=system.build.max_batch,
     )
 
@@ -177,7 +160,7 @@ def _backbones(system: System, prompt_tokens: int | None) -> Iterator[BackboneMe
         caches = [cache for cache in system.caches.values() if cache.backbone == name]
         if caches:
             most_rows = max(len(cache.agents) for cache in caches)
-            vector_bytes = backbone.facts.width * dtype_bytes(ENGINE_DTYPE)
+            vector_bytes = backbone.facts.width * ENGINE_ELEMENT_BYTES
             yield BackboneMemory(
                 name=name,
                 source=backbone.facts.source,
@@ -210,10 +193,10 @@ def _links_used(program: Graph) -> Iterator[tuple[str, int]]:
             case Think(agents=agents):
                 for name in agents:
                     inner = program.system.agents[name].inner
-                    yield inner_link_id(name), link_num_parameters(inner, "inner")
+                    yield inner_link_id(name), inner.num_parameters("inner")
             case Send(links=links):
                 for link in links:
                     outer = program.system.links[link].weights
-                    yield link, link_num_parameters(outer, "outer")
+                    yield link, outer.num_parameters("outer")
             case _:
                 pass

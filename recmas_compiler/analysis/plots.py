@@ -26,11 +26,8 @@ def save_figure(
     """Draw panels side by side into a PNG file.
 
     Args:
-        path: Where to write it.
         panels: From left to right; without any there is no picture.
         panel_size: Width and height of a panel, in inches.
-        title: Above all panels.
-        footnote: Below them, in small print.
 
     Returns:
         Whether there is a picture: not without matplotlib, and not without panels.

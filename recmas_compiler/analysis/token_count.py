@@ -94,11 +94,7 @@ def _value(raw: mmap.mmap, at: int, kind: int) -> tuple[Any, int]:
 
 
 class TokenCounter:
-    """Counts tokens with the tokenizers of a system's backbones.
-
-    Args:
-        system: Any system.
-    """
+    """Counts tokens with the tokenizers of a system's backbones."""
 
     def __init__(self, system: System) -> None:
         self._system = system

@@ -17,12 +17,17 @@ from typing import Any, Final, Literal
 from recmas_compiler.spec.document.places import UNKNOWN, SourcePosition
 from recmas_compiler.spec.document.problems import problem_at, show
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.formats.precisions import DTYPE_BYTES, PRECISIONS
+from recmas_runtime.formats.targets import HEAD_MULTIPLE, MOST_TABLE_POSITIONS
 
 AttentionKind = Literal["full", "sliding", "linear"]
 
 _LARGEST_CONFIG_BYTES = 16 << 20
 _LARGEST_DIMENSION = 1 << 31
 _MOST_LAYERS = 4096
+
+# Engines compute in float32: activations, caches, link operands, and weights once in memory.
+ENGINE_ELEMENT_BYTES: Final = DTYPE_BYTES["float32"]
 
 # How a layer type of a config attends. Every layer that keeps a state instead of keys and values
 # is "linear" here: what counts is that its memory is not a cache of positions.
@@ -58,12 +63,7 @@ class BackboneFacts:
         source: As the spec names it, e.g. `builtin:smollm2-135m-instruct`.
         identity: Equal for equal weights as far as names can tell: the source with its revision
             resolved, or the folder's absolute path. Link files made for others are refused.
-        model_type: Hugging Face model type.
         width: Hidden width, d. Input embeddings have the same width.
-        num_layers: Decoder layers.
-        num_heads: Query heads.
-        num_kv_heads: Key/value heads.
-        head_dim: Width of a head.
         vocab_size: Rows of the embedding table.
         max_positions: Longest sequence the backbone was made for.
         attention: Kind of each layer, in order; `len(attention) == num_layers`.
@@ -318,3 +318,30 @@ def family_defaults(model_type: str) -> dict[str, Any]:
 def _given(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config without its nulls, but for the window: there null means that it has none."""
     return {k: v for k, v in config.items() if v is not None or k == "sliding_window"}
+
+
+def weights_bytes(facts: BackboneFacts, *, precision: str, dtype: str = "float32") -> int:
+    """Return the bytes of a backbone's weights.
+
+    Args:
+        dtype: What float32 engines store; quantized weights take the same bytes from any.
+    """
+    bits = PRECISIONS[precision]
+    if not bits.is_quantized:
+        return facts.num_parameters * DTYPE_BYTES[dtype]
+    tables = facts.num_tables * facts.vocab_size * facts.width
+    layers = facts.num_parameters - tables  # norms among them, one in a thousand
+    return round(layers * bits.layer_weight_bits / 8 + tables * bits.table_weight_bits / 8)
+
+
+def angle_tables_bytes(facts: BackboneFacts) -> int:
+    """Return the most that the tables of the CPU's decoder take.
+
+    They hold a cosine and a sine for every position and every pair of a head's elements. A backbone
+    whose heads are normed has no such decoder and takes less, which its facts do not say.
+    """
+    if facts.max_positions > MOST_TABLE_POSITIONS or facts.head_dim % HEAD_MULTIPLE:
+        return 0
+    if "full" not in facts.attention:
+        return 0
+    return facts.max_positions * facts.head_dim * ENGINE_ELEMENT_BYTES

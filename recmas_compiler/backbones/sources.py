@@ -37,8 +37,6 @@ class ResolvedSource:
     """A backbone's files.
 
     Attributes:
-        source: As the spec names it.
-        folder: Where the files are.
         gguf_file: Name of a GGUF file in the folder that holds everything, or None for a Hugging
             Face folder.
         identity: See `BackboneFacts.identity`.
@@ -56,8 +54,6 @@ class Builtin:
 
     Attributes:
         package: Import name. It is never imported: only its files are used.
-        gguf_file: File in it.
-        install: Command that brings it.
         facts: Its dimensions. Reading them out of the file would mean parsing its whole vocabulary;
             a test compares them with the file.
     """
@@ -105,8 +101,6 @@ def resolve_source(
 
     Args:
         source: `builtin:NAME`, `hf:ORG/NAME@REVISION`, or a folder.
-        base_dir: Folder that a relative `source` starts from.
-        position: Where errors point to.
         download: Fetch what is missing of an `hf:` source. Otherwise the network is not touched.
 
     Raises:
@@ -219,7 +213,6 @@ def hub_snapshot(
     Args:
         repository: `ORG/NAME`.
         revision: Branch, tag or commit. The folder is named after the commit.
-        position: Where errors point to.
         download: Fetch what is missing. Otherwise the network is not touched.
         files: Patterns of the files to fetch; others may or may not be there.
 

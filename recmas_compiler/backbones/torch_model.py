@@ -40,12 +40,9 @@ class TorchBackbone:
     """A frozen causal language model in float32, ready to run.
 
     Attributes:
-        facts: What the compiler knew before loading.
         dtype: Element type that its weights were rounded to. They are float32 numbers all the same.
         model: The text model with its head, in eval mode, without gradients.
-        tokenizer: Hugging Face's fast tokenizer.
         tokenizer_json: The same tokenizer in the format of the `tokenizers` library.
-        chat_template: Jinja source.
         special_tokens: What the template may name: `bos_token`, `eos_token`, ...
         bos_token: Text of the token that starts a sequence, if the backbone has one.
         eos_token_ids: Ids that end an answer, ascending.
@@ -91,8 +88,6 @@ def load_backbone(
     """Load the backbone that `facts` describes, to compute in float32.
 
     Args:
-        facts: From `describe_backbone`.
-        progress: Sees one stage.
         dtype: Element type that weights are rounded to.
 
     Raises:

@@ -25,7 +25,8 @@ import onnx
 from numpy.typing import NDArray
 
 from recmas_runtime.core.errors import RecmasError
-from recmas_runtime.engines.onnx.backbone import BackboneEngine, Floats, Indices, LinkEngine
+from recmas_runtime.engines.interface import Floats, Indices
+from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
 from recmas_runtime.engines.onnx.session import make_session, onnx_runtime, resolve_device
 from recmas_runtime.formats.bundle import Bundle, open_bundle
 from recmas_runtime.formats.links import Operands, load_operands, stack_operands

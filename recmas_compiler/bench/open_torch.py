@@ -18,13 +18,13 @@ from transformers import DynamicCache
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.bench.torch_engine import TorchEngine, TorchTables, apply_inner, to_numpy
 from recmas_compiler.ir.build_topology import build_topology
-from recmas_compiler.links.untrained import without_link_files
+from recmas_compiler.links.trained import without_link_files
 from recmas_compiler.lowering.reference import load_backbones
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import load_spec
 from recmas_runtime.core.progress import Silent
-from recmas_runtime.engines.interface import Backbone
-from recmas_runtime.engines.onnx.backbone import Floats, Indices, LinkEngine, Operands
+from recmas_runtime.engines.interface import Backbone, Floats, Indices, Operands
+from recmas_runtime.engines.onnx.backbone import LinkEngine
 from recmas_runtime.formats.bundle import inside, open_bundle
 from recmas_runtime.formats.manifest import SPEC_NAME
 from recmas_runtime.running.open_engines import OpenedEngines

@@ -21,7 +21,7 @@ from torch.nn.functional import gelu, layer_norm
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.lowering.static_cache import static_cache, use_static_attention
-from recmas_runtime.engines.onnx.backbone import Floats, Indices, Operands
+from recmas_runtime.engines.interface import Floats, Indices, Operands
 from recmas_runtime.formats.link_kinds import LAYER_NORM_EPSILON
 
 

@@ -33,12 +33,7 @@ class Identity:
     """Everything that must be equal for answers to belong together.
 
     Attributes:
-        protocol: sha256 of the protocol, overrides included.
-        data: sha256 of the data file.
-        bundle: The bundle's fingerprint.
-        prompts: sha256 of the prompts.
         untrained_bundle: The fingerprint of the bundle with untrained links; None without one.
-        batch_size: Most records per batch.
     """
 
     protocol: str
@@ -142,15 +137,11 @@ class EvalOptions:
     """What to evaluate, and how.
 
     Attributes:
-        bundle: Folder of the system.
-        data: File with the records.
-        protocol: Name or file.
         baselines: Systems to run, in this order; none means the latent system alone.
         untrained_bundle: The same system with untrained links.
         overrides: `KEY=VALUE` of the protocol.
         batch: Records per batch; None for the most that the bundle takes.
         out: Folder for answers and report; None for one named after bundle and protocol.
-        resume: Go on from the answers that are there.
         device: `auto`, `cpu`, `cuda` or `tensorrt`.
         threads: None for the physical cores.
     """
@@ -173,10 +164,7 @@ class Evaluated:
     """What an evaluation gave.
 
     Attributes:
-        report: The figures.
-        written: Files of the report.
         warnings: What a reader of the figures should know.
-        interrupted: Whether the user stopped it.
     """
 
     report: Report

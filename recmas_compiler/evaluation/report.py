@@ -39,10 +39,7 @@ class Report:
     Attributes:
         is_complete: Whether every system answered everything.
         protocol: The protocol, overrides included, and its digest.
-        data: Which questions.
-        bundle: Which system.
         made: When, where, with what.
-        systems: In the order they were asked for.
         comparisons: Every other system against the first.
         savings: Every other system against the text system.
     """
@@ -79,13 +76,7 @@ def make_report(
     """Return the report of an evaluation.
 
     Args:
-        evaluation: What was answered.
-        protocol: How it was asked.
-        data: What was asked.
-        data_file: Where that is from.
-        bundle: The system.
         prompt_digest: sha256 of its prompts.
-        device: Where it ran.
         threads: As given; None for the physical cores.
         date: ISO 8601.
     """

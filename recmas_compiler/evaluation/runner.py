@@ -31,9 +31,6 @@ class Job:
 
     Attributes:
         number: Place in the order of all jobs, from 0.
-        seed: As the protocol has it.
-        rollout: From 0.
-        questions: What is asked.
     """
 
     number: int
@@ -80,15 +77,9 @@ class ScoredAnswer:
     """An answer with its verdict, or why there is none.
 
     Attributes:
-        id: The record's.
-        seed: As the protocol has it.
-        rollout: From 0.
-        correct: Whether it counts as right.
         extracted: What was taken for the answer; None for none.
-        score: From 0 to 1.
         batch_size: Records that shared its batch, and the batch's time.
         answer: The whole answer as `recmas run --json` has it; None if the record failed.
-        failure: Why it has no answer; None if it has one.
     """
 
     id: str
@@ -105,14 +96,8 @@ class ScoredAnswer:
 class AnswerLog:
     """The file of all answers of a system: whole jobs only, an unfinished one is cut off.
 
-    Args:
-        path: The file.
-        jobs: All jobs, in order.
-        resume: Keep what is there.
-
     Attributes:
         scored: All answers so far, those read at the start included.
-        num_jobs: Jobs that are done.
 
     Raises:
         RecmasError: RM503 if it cannot be written, RM603 if what is there is of other jobs.
@@ -197,7 +182,6 @@ class SystemAnswers:
     """Everything that one system answered.
 
     Attributes:
-        name: `latent` or the baseline's name.
         scored: In the order of the jobs.
         num_wanted: Answers of the whole evaluation; there are fewer after an interruption.
     """
@@ -218,7 +202,6 @@ class Evaluation:
 
     Attributes:
         systems: In the order they were asked for; those not reached are left out.
-        interrupted: Whether the user stopped it.
     """
 
     systems: tuple[SystemAnswers, ...]
@@ -250,13 +233,8 @@ def run_systems(
 
     Args:
         systems: By name; each is made when its turn comes.
-        questions: What to ask.
-        protocol: How to ask.
-        check: Judges the answers.
         batch_size: Most records per batch.
         folder: Gets `answers-NAME.jsonl`.
-        resume: Go on from the answers that are there.
-        progress: Counts answers.
 
     Raises:
         RecmasError: What concerns the whole run, such as sampling settings out of bounds or an

@@ -47,8 +47,6 @@ def pass_at(k: int, *, num_answers: int, num_right: int) -> float:
 
     Args:
         k: At most `num_answers`.
-        num_answers: Answers drawn.
-        num_right: How many of them were right.
 
     Source: Chen et al. 2021, arXiv 2107.03374, equation 1.
     """
@@ -57,12 +55,7 @@ def pass_at(k: int, *, num_answers: int, num_right: int) -> float:
 
 
 def mcnemar(num_only_first: int, num_only_second: int) -> float:
-    """Return the exact two-sided p of McNemar's test: could chance alone divide them so?
-
-    Args:
-        num_only_first: Questions that only the first system has right.
-        num_only_second: Questions that only the second has right.
-    """
+    """Return the exact two-sided p of McNemar's test: could chance alone divide them so?"""
     num = num_only_first + num_only_second
     fewer = min(num_only_first, num_only_second)
     tail = sum(math.comb(num, i) for i in range(fewer + 1))
@@ -87,14 +80,10 @@ class SystemSummary:
 
     Attributes:
         name: `latent` or the baseline's name.
-        is_complete: Whether every answer is there that was asked for.
         num_questions: Questions answered at least once.
-        num_answers: Answers, failed records included.
-        num_right: Right answers.
         accuracy: Share of right answers, each question weighing the same.
         interval: Wilson's 95 % interval of the accuracy, over questions.
         score: Mean score; differs from accuracy only where the check knows degrees.
-        by_seed: Accuracy of each seed.
         sd: Standard deviation over the seeds; None for fewer than two.
         pass_at: Chance that one of k answers is right, by k; empty for single answers.
         num_no_answer: Texts that hold no answer; they count as wrong.
@@ -132,9 +121,7 @@ class Comparison:
     McNemar's test.
 
     Attributes:
-        system: Its name.
         against: The first system's name.
-        num_questions: Questions that both answered.
         num_only_system: Questions that only it has right (more often).
         num_only_against: Questions that only the first has right (more often).
         p: Exact, two-sided: the chance of such a split between equally good systems.
@@ -153,8 +140,6 @@ class Saving:
     """A system beside the one whose agents write text to each other.
 
     Attributes:
-        system: Its name.
-        against: The text system's name.
         speed_up: How many times faster, per question.
         written_tokens: Change of the tokens written, hand-overs and answer: -0.5 is half.
         all_tokens: Change of all tokens, prompts included.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from recmas_compiler.backbones.facts import BackboneFacts
@@ -26,8 +27,7 @@ from recmas_compiler.links.files import (
 )
 from recmas_compiler.spec.document.places import Loc, is_file, is_folder, path_of
 from recmas_compiler.spec.document.problems import in_reading_order, problem_at
-from recmas_compiler.spec.schema.answer import ToolsSection
-from recmas_compiler.spec.schema.sections import WeightsSection
+from recmas_compiler.spec.schema.sections import ToolsSection, WeightsSection
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.formats.ids import link_name
@@ -42,8 +42,6 @@ def build_topology(
     """Return the declared graph. No weights are read; of link files only the headers.
 
     Args:
-        spec: A checked spec.
-        download: Fetch what is missing of `hf:` backbones.
         known: Facts by backbone where they are known without looking at its files.
 
     Raises:
@@ -57,7 +55,7 @@ def build_topology(
     links = [_link(spec, *ends, facts, problems) for ends in spec.declared.links]
     for name, fact in facts.items():
         problems += _beyond_backbone(spec, name, fact)
-    problems += (*_missing_corpus(spec), *_missing_loss_text(spec))
+    problems += _missing_files(spec)
     if problems:
         raise RecmasError(in_reading_order(problems))
     known_agents = {name: agent for name, agent in agents.items() if agent is not None}
@@ -182,33 +180,28 @@ def _weights(
     problems: list[Problem],
 ) -> LinkWeights | None:
     """Return where a link's weights come from, or None after saying why its file does not fit."""
-    in_dim, out_dim = source.width, target.width
+    weights = partial(LinkWeights, in_dim=source.width, out_dim=target.width)
     if section.weights is None:
         assert section.kind is not None, "the schema fills in the kind"
         assert section.init is not None, "the schema fills in the start"
-        return LinkWeights(
-            kind=section.kind, init=section.init, file=None, in_dim=in_dim, out_dim=out_dim
-        )
+        return weights(kind=section.kind, init=section.init, file=None)
     file = path_of(section.weights, spec.base_dir)
     try:
         kind = fitting_kind(
             read_link_header(file),
             role,
             kind=section.kind,
-            source=End(in_dim, source.identity),
-            target=End(out_dim, target.identity),
+            source=End(source.width, source.identity),
+            target=End(target.width, target.identity),
         )
     except LinkFileError as error:
         message = f"the link file `{section.weights}` cannot be used here: {error}."
-        hint = error.hint
-        if not is_file(file):
-            hint = "Correct the path, which is relative to the spec."
+        relative = "Correct the path, which is relative to the spec."
+        hint = error.hint if is_file(file) else relative
         place = spec.position(*loc, "weights")
         problems.append(problem_at(place, "RM120", message, hint=hint))
         return None
-    return LinkWeights(
-        kind=kind, init=section.init or "random", file=str(file), in_dim=in_dim, out_dim=out_dim
-    )
+    return weights(kind=kind, init=section.init or "random", file=str(file))
 
 
 def _search_corpus(spec: Spec) -> Path | None:
@@ -219,23 +212,19 @@ def _search_corpus(spec: Spec) -> Path | None:
     return path_of(tools.search.corpus, spec.base_dir)
 
 
-def _missing_corpus(spec: Spec) -> Iterator[Problem]:
-    corpus = _search_corpus(spec)
-    if corpus is not None and not is_file(corpus) and not is_folder(corpus):
-        place = spec.position("answer", "tools", "search", "corpus")
-        message = f"the search corpus `{corpus}` is not there."
-        hint = "Give a file of JSON lines or a folder, relative to the spec."
-        yield problem_at(place, "RM123", message, hint=hint)
-
-
 def _loss_text(spec: Spec) -> Path | None:
     """Return the absolute path of the text to measure losses over, if there is one."""
     name = spec.document.build.loss_text
     return None if name is None else path_of(name, spec.base_dir)
 
 
-def _missing_loss_text(spec: Spec) -> Iterator[Problem]:
-    text = _loss_text(spec)
+def _missing_files(spec: Spec) -> Iterator[Problem]:
+    corpus, text = _search_corpus(spec), _loss_text(spec)
+    if corpus is not None and not is_file(corpus) and not is_folder(corpus):
+        place = spec.position("answer", "tools", "search", "corpus")
+        message = f"the search corpus `{corpus}` is not there."
+        hint = "Give a file of JSON lines or a folder, relative to the spec."
+        yield problem_at(place, "RM123", message, hint=hint)
     if text is not None and not is_file(text):
         message = f"the text `{text}` is not there."
         hint = "Give a text file, relative to the spec, or leave `loss_text` out."

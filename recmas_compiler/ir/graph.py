@@ -1,4 +1,4 @@
-"""The one file that knows networkx: an immutable graph with one op per node and edge."""
+"""The one file that knows networkx: an immutable graph with one op per node and edge; routing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from statistics import fmean
 
 import networkx as nx
 
-from recmas_compiler.ir.ops import EdgeOp, Level, NodeOp, System
+from recmas_compiler.ir.ops import Decode, EdgeOp, Level, NodeOp, Prefill, Send, System
+from recmas_runtime.formats.ids import outer_link_id
+from recmas_runtime.formats.plan import Message, SentMessage
 
 SWEEPS = 8  # of ordering layers by their neighbours; they settle in two or three
 
@@ -26,9 +28,6 @@ class Graph:
     """A topology or a program: nodes by string id, deterministic order, never changed in place.
 
     Args:
-        level: How far it has come.
-        system: The tables that nodes refer to by name.
-        nodes: Payload by id.
         edges: Endpoints must be nodes. At most one edge per ordered pair.
     """
 
@@ -169,3 +168,52 @@ class Graph:
         """Return the topology without its feedback links: the order within one round."""
         kept = tuple(e for e in self.edges() if not getattr(e.op, "feedback", False))
         return self.replaced(edges=kept)
+
+
+def route_messages(graph: Graph, prefill_id: str) -> dict[Message, str]:
+    """Return what a Prefill takes, each message with the Send that yields it.
+
+    Messages are in the order of the Prefill's agents and of their slots; a slot without one stays
+    empty. Two rounds' Sends of one source can flow into the same Prefill (a batch in which one
+    agent is reached forward and another by feedback), so a message is told apart by its round.
+    """
+    op = graph.op(prefill_id)
+    assert isinstance(op, Prefill), f"{prefill_id} is not a Prefill"
+    sends: dict[tuple[str, int], str] = {}  # (link, round)
+    for predecessor in graph.predecessors(prefill_id):
+        send = graph.op(predecessor)
+        if isinstance(send, Send):
+            sends |= {(link, send.round): predecessor for link in send.links}
+    found = {}
+    for agent, variant in zip(op.agents, op.variants, strict=True):
+        for slot in dict.fromkeys(graph.system.agents[agent].slots(variant)):
+            link = graph.system.links[outer_link_id(slot, agent)]
+            round_ = link.sent_in(op.round)
+            if (link.id, round_) in sends:
+                message = Message(agent=agent, slot=slot, link=link.id, round=round_)
+                found[message] = sends[link.id, round_]
+    return found
+
+
+def find_exits(graph: Graph) -> tuple[SentMessage, ...]:
+    """Return the messages that the last round takes from the round before it.
+
+    Empty for fewer than three rounds: none is ever left out, because the messages of two have to be
+    compared before the last one may follow.
+    """
+    system = graph.system
+    if system.rounds < 3:
+        return ()
+    (decode,) = (step for step, op in graph.nodes().items() if isinstance(op, Decode))
+    needed = graph.ancestors(decode)
+    taken = (
+        message
+        for step, op in graph.in_order()
+        if step in needed and isinstance(op, Prefill) and op.round == system.rounds
+        for message in route_messages(graph, step)
+    )
+    return tuple(
+        SentMessage(link=message.link, round=message.round)
+        for message in taken
+        if message.round < system.rounds
+    )

@@ -41,7 +41,6 @@ class Backbone:
     """A frozen language model, as declared.
 
     Attributes:
-        name: Its name in the spec.
         shared_as: The name of the backbone whose weights and engine it uses; `name` itself until
             ShareBackbones finds an equal one.
         dtype: Element type that its weights are rounded to.
@@ -66,10 +65,8 @@ class Agent:
     """A role on a backbone (a topology node).
 
     Attributes:
-        backbone: Name of the declared backbone.
         system: System text as parts (text and field); empty for none.
         first: Prompt used while a slot has no message yet; None if not declared.
-        then: Prompt with all slots.
         chat_template: Extra variables for the chat template.
     """
 
@@ -122,11 +119,9 @@ class Cache:
 
     Attributes:
         id: Name of the cache: its agents joined by `+`.
-        backbone: The shared backbone's name.
         agents: Row order (agent-major).
         capacity: Rows per sample at the limits, a multiple of 64.
         bytes_per_sample: At that capacity, for one sample of the batch, all agents.
-        first_step: Id of the step that first writes it.
         last_step: Id of the step after which it is free.
     """
 
@@ -144,13 +139,10 @@ class Prefill:
     """Run the prompts of one or more agents (one batch) into their cache (a program node).
 
     Attributes:
-        round: From 1.
-        variants: The prompt each agent uses.
         reuse: Id of the earlier Prefill of the same agents whose leading rows are kept; None
             recomputes everything.
         prefix_of: Id of an earlier Prefill of other agents, whose leading rows are copied as far as
             prompts share a prefix; None for none.
-        cache: Set by PlanCaches.
     """
 
     agents: tuple[str, ...]
@@ -245,11 +237,8 @@ class System:
     """The declared tables, shared by both levels and never changed by program passes.
 
     Attributes:
-        agents: By name, in the order of declaration.
-        links: By `Link.id`, in the order of declaration.
         caches: By id; empty before PlanCaches.
         stop_when: Early end of the rounds; None runs all of them.
-        tools: Tools of the answer agent; None for none.
         search_corpus: Absolute path of the file or folder that is copied to `SEARCH_CORPUS`.
         loss_text: Absolute path of the text that losses of a precision are measured over.
     """

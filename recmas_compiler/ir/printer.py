@@ -16,7 +16,7 @@ from pathlib import PurePath
 from msgspec import Struct, structs
 
 from recmas_compiler.backbones.facts import BackboneFacts
-from recmas_compiler.ir.graph import Graph
+from recmas_compiler.ir.graph import Graph, route_messages
 from recmas_compiler.ir.ops import (
     Agent,
     Backbone,
@@ -31,7 +31,6 @@ from recmas_compiler.ir.ops import (
     System,
     Think,
 )
-from recmas_compiler.ir.routing import route_messages
 from recmas_compiler.links.files import LinkWeights
 from recmas_runtime.core.text import aligned
 from recmas_runtime.formats.plan import PromptPart

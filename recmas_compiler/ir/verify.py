@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from recmas_compiler.ir.graph import Graph
+from recmas_compiler.ir.graph import Graph, route_messages
 from recmas_compiler.ir.ops import (
     Agent,
     Decode,
@@ -19,7 +19,6 @@ from recmas_compiler.ir.ops import (
     System,
     Think,
 )
-from recmas_compiler.ir.routing import route_messages
 from recmas_compiler.links.files import LinkWeights
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.formats.ids import inner_link_id, outer_link_id, path_text
@@ -334,7 +333,7 @@ def _wrong_messages(graph: Graph) -> Iterator[str]:
             if _is_due(graph.system, slot, agent, op.round)
         }
         found = route_messages(graph, step)
-        sends = {source for source in graph.predecessors(step) if _is_send(graph.op(source))}
+        sends = {s for s in graph.predecessors(step) if isinstance(graph.op(s), Send)}
         if {(m.agent, m.slot) for m in found} != due or set(found.values()) != sends:
             yield step
 
@@ -343,10 +342,6 @@ def _is_due(system: System, slot: str, agent: str, round_: int) -> bool:
     """Return whether a message was sent for this slot and has any latent steps in it."""
     sent_in = system.links[outer_link_id(slot, agent)].sent_in(round_)
     return sent_in >= 1 and system.agents[slot].latent_steps > 0
-
-
-def _is_send(op: NodeOp) -> bool:
-    return isinstance(op, Send)
 
 
 def _wrong_reuse(graph: Graph) -> Iterator[str]:
@@ -386,11 +381,7 @@ UNROLLED_RULES: tuple[Rule, ...] = (
     Rule("rounds_in_order", _rounds_out_of_order, "all steps of a round run before the next round"),
     Rule("one_turn_a_round", _repeated_turns, "an agent does each thing once a round"),
     Rule("steps_have_origin", _without_origin, "Think and Decode follow a Prefill, Send a Think"),
-    Rule(
-        "num_steps",
-        _unequal_num_steps,
-        "agents that think together take equally many steps",
-    ),
+    Rule("num_steps", _unequal_num_steps, "agents that think together take equally many steps"),
     Rule("batches", _mixed_batches, "a batch has one backbone and is the same in every round"),
     Rule("even_fan_out", _uneven_fan_outs, "messages of one Send are equally wide"),
     Rule("inner_once", _inner_not_once, "the inner link is in the Think or in the Send"),
@@ -474,7 +465,6 @@ def verify(graph: Graph, *, at: str) -> None:
     """Check that every rule of the graph's level holds.
 
     Args:
-        graph: Any graph.
         at: Where in the pipeline it stands, for the message: `after UnrollRounds`.
 
     Raises:
@@ -483,13 +473,9 @@ def verify(graph: Graph, *, at: str) -> None:
     for rule in RULES[graph.level]:
         places = list(dict.fromkeys(rule.broken_at(graph)))
         if places:
-            raise RecmasError(_problem(rule, place, graph.level, at) for place in places)
-
-
-def _problem(rule: Rule, place: str, level: Level, at: str) -> Problem:
-    broken = f"rule {rule.name} of level {level.name} is broken at {place}"
-    return Problem(
-        code="RM204",
-        message=f"{at}, {broken}: {rule.message}.",
-        hint="This is a bug in recmas or in a pass of yours; --dump-ir DIR shows which pass.",
-    )
+            broken = f"{at}, rule {rule.name} of level {graph.level.name} is broken at"
+            hint = "This is a bug in recmas or in a pass of yours; --dump-ir DIR shows which pass."
+            raise RecmasError(
+                Problem(code="RM204", message=f"{broken} {place}: {rule.message}.", hint=hint)
+                for place in places
+            )

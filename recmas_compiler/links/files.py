@@ -25,11 +25,7 @@ _HINT_KIND: Final = "Leave `kind` out: the file knows it."
 
 
 class LinkFileError(Exception):
-    """A link file that cannot be used; the text says why.
-
-    Attributes:
-        hint: What to do about it.
-    """
+    """A link file that cannot be used; the text says why."""
 
     def __init__(self, why: str, *, hint: str = _HINT_BROKEN) -> None:
         super().__init__(why)
@@ -48,7 +44,6 @@ class LinkWeights:
     """Where a link's weights come from: a closed-form or random start, or a file.
 
     Attributes:
-        kind: Form of the link (see the specs' README).
         init: Used when there is no file.
         file: Absolute path of a safetensors file, or None.
         in_dim: Width of what it reads.
@@ -61,13 +56,16 @@ class LinkWeights:
     in_dim: int
     out_dim: int
 
+    def num_parameters(self, role: LinkRole) -> int:
+        """Return how many parameters the link has."""
+        return FORMS[self.kind, role].num_parameters(self.in_dim, self.out_dim)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinkHeader:
     """The header of a safetensors file.
 
     Attributes:
-        shapes: Shape by tensor name.
         dtypes: Element type by tensor name, as safetensors writes it.
         metadata: As stored; files made by others may have none.
     """
@@ -126,11 +124,7 @@ def fitting_kind(
     Files of others may lack the metadata; then the names and shapes of their tensors decide.
 
     Args:
-        header: Of the link's file.
-        role: Inner or outer.
         kind: The kind that it has to be; None for any.
-        source: The backbone that it reads from.
-        target: The backbone that it writes for.
 
     Raises:
         LinkFileError: It is of another kind, does not fit, or was made for another backbone.

@@ -23,8 +23,9 @@ from recmas_compiler.links.files import (
     fitting_kind,
     read_link_header,
 )
-from recmas_compiler.spec.document.places import UNKNOWN, SourcePosition
-from recmas_runtime.core.errors import RecmasError, fail
+from recmas_compiler.spec.document.places import SourcePosition
+from recmas_compiler.spec.document.problems import problem_at
+from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.link_kinds import FORMS, LAYER_NORM_EPSILON, LinkKind, LinkRole
 
 
@@ -92,7 +93,6 @@ def randomize(link: nn.Module, *, link_id: str, seed: int = 0) -> None:
     Args:
         link: Changed in place; norms stay neutral.
         link_id: Equal ids and seeds give equal weights, whatever else was drawn before.
-        seed: Another seed, other weights.
     """
     draw = seeded_generator(f"{seed}:{link_id}")
     with torch.no_grad():
@@ -115,8 +115,6 @@ def save_link(
     """Write a link's weights in float32.
 
     Args:
-        path: The safetensors file.
-        link: From `make_link`.
         source: Identity of the backbone it reads from; with it, the file refuses others.
         target: Identity of the backbone it writes for.
     """
@@ -139,9 +137,7 @@ def save_link_tensors(
     """Write a link's weights as they are, in their own element types.
 
     Args:
-        path: The safetensors file.
         tensors: All of the link's, contiguous, none sharing memory.
-        kind: Form of the link.
         source: Identity of the backbone it reads from; with it, the file refuses others.
         target: Identity of the backbone it writes for.
     """
@@ -165,13 +161,6 @@ def load_declared_link(
 ) -> LinkModule:
     """Load the file that a spec names for a link, and refuse it if it was made for another.
 
-    Args:
-        weights: What the spec declares; `weights.file` is the file.
-        role: Inner or outer.
-        source: Identity of the backbone that the link reads from.
-        target: Identity of the backbone that the link writes for.
-        where: Place in the spec that errors point to.
-
     Raises:
         RecmasError: RM120 if the file does not fit.
     """
@@ -188,7 +177,9 @@ def load_declared_link(
         )
         return load_link(path, weights.kind, role, weights.in_dim, weights.out_dim)
     except LinkFileError as error:
-        raise _refusal(path, str(error), where) from error
+        message = f"link file {path} cannot be used: {error}"
+        hint = "Use a link that was made for these backbones, or `init: aligned`."
+        raise RecmasError(problem_at(where, "RM120", message, hint=hint)) from error
 
 
 def load_link(path: Path, kind: LinkKind, role: LinkRole, in_dim: int, out_dim: int) -> LinkModule:
@@ -207,12 +198,3 @@ def load_link(path: Path, kind: LinkKind, role: LinkRole, in_dim: int, out_dim: 
     link = make_link(kind, role, in_dim, out_dim)
     link.load_state_dict({name: tensor.to(torch.float32) for name, tensor in tensors.items()})
     return link
-
-
-def _refusal(path: Path, why: str, where: SourcePosition) -> RecmasError:
-    """Return the error that names the file and the place in the spec."""
-    message = f"link file {path} cannot be used: {why}"
-    hint = "Use a link that was made for these backbones, or `init: aligned`."
-    if where == UNKNOWN:
-        return fail("RM120", message, hint=hint)
-    return fail("RM120", message, hint=hint, file=where.file, line=where.line, column=where.column)

@@ -1,4 +1,4 @@
-"""Trained links beside a spec: where they are, whether they fit, and the spec that uses them.
+"""Trained links beside a spec: whether they fit, and the spec with them and without them.
 
 `recmasc train` writes a folder with one file per link and a receipt with the hash of each. Nothing
 here loads a weight.
@@ -7,20 +7,26 @@ here loads a weight.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, cast
 
-from recmas_compiler.links.files import End, LinkFileError, fitting_kind, read_link_header
+from recmas_compiler.links.files import (
+    End,
+    LinkFileError,
+    fitting_kind,
+    link_kind,
+    read_link_header,
+)
 from recmas_compiler.spec.document.places import Loc, is_file, path_of
 from recmas_compiler.spec.document.problems import problem_at
-from recmas_compiler.spec.schema.sections import InnerSection, LinkSection, WeightsSection
+from recmas_compiler.spec.schema.sections import WeightsSection
 from recmas_compiler.spec.spec import Spec
-from recmas_runtime.core.errors import Problem
+from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.files import sha256_of
 from recmas_runtime.formats.ids import inner_link_id, link_ends, link_file_name, outer_link_id
-from recmas_runtime.formats.link_kinds import LinkRole
+from recmas_runtime.formats.link_kinds import LinkKind, LinkRole
 
 RECEIPT_NAME: Final = "receipt.json"
 RECEIPT_VERSION: Final = 1
@@ -28,7 +34,8 @@ LINKS_FOLDER: Final = "links"
 # Larger than any receipt: a few hundred bytes per link and measurement.
 _MAX_RECEIPT_BYTES: Final = 16 * 2**20
 
-Link = TypeVar("Link", InnerSection, LinkSection)
+Change = Callable[[str, LinkRole, Loc, WeightsSection], Mapping[str, Any]]
+"""Says what becomes of a link: its id, role, place and settings to the settings that change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +45,6 @@ class TrainedLinks:
     Attributes:
         spec: The spec with the files of these links as their weights, and with a warning RM751 for
             every one that does not fit any more.
-        folder: Where they are.
         used: Ids of the links that learned, in order of declaration.
         untrained: Ids of the links that lie there as they started: no stage has trained them yet.
     """
@@ -64,7 +70,6 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
     """Return the trained links that lie beside a spec; None if nothing was trained.
 
     Args:
-        spec: A checked spec.
         ends: What each agent's backbone is.
     """
     found = _folder_and_receipt(spec)
@@ -77,43 +82,32 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
     warnings: list[Problem] = []
     settled: set[Problem] = set()
 
-    def trained(link_id: str, role: LinkRole, section: Link, loc: Loc) -> Link:
+    def use_trained(
+        link_id: str, role: LinkRole, loc: Loc, section: WeightsSection
+    ) -> Mapping[str, Any]:
         file = folder / link_file_name(link_id)
         if link_id not in digests:
-            return section
+            return {}
         source, target = (ends[agent] for agent in link_ends(link_id))
         why = _why_unfit(file, digests[link_id], role, section, source=source, target=target)
         if why is not None:
             message = f"the trained link `{file}` is ignored: {why}."
             hint = "Train it anew, or delete it."
-            place = spec.position(*loc)
+            place = spec.position(*loc[:2])
             warnings.append(problem_at(place, "RM751", message, hint=hint, severity="warning"))
-            return section
+            return {}
         entry = entries[link_id]
         if entry.get("trained"):
             used.append(link_id)
         elif entry.get("start") != "file":  # the spec's own files were trained elsewhere
             untrained.append(link_id)
-        settled.update(_warnings_about_start(spec, role, loc))
-        path = f"{_setting(spec)}/{file.name}"
-        return section.model_copy(update={"init": None, "weights": path})
+        settled.update(_warnings_about_start(spec, loc))
+        return {"init": None, "weights": f"{_setting(spec)}/{file.name}"}
 
-    document = spec.document
-    agents = {
-        name: agent.model_copy(
-            update={"inner": trained(inner_link_id(name), "inner", agent.inner, ("agents", name))}
-        )
-        for name, agent in document.agents.items()
-    }
-    links = {
-        name: trained(outer_link_id(*link_ends(name)), "outer", link, ("links", name))
-        for name, link in document.links.items()
-    }
-    update = {"agents": agents, "links": links}
+    changed = _with_links(spec, use_trained)
     return TrainedLinks(
         spec=replace(
-            spec,
-            document=document.model_copy(update=update),
+            changed,
             warnings=(*(w for w in spec.warnings if w not in settled), *warnings),
         ),
         folder=folder,
@@ -152,10 +146,9 @@ def verified_digests(receipt: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _warnings_about_start(spec: Spec, role: LinkRole, loc: Loc) -> list[Problem]:
+def _warnings_about_start(spec: Spec, loc: Loc) -> list[Problem]:
     """Return what was said about the start of a link, which trained weights make void."""
-    init = spec.places.key((*loc, *(("inner",) if role == "inner" else ()), "init"))
-    place = problem_at(init, "RM152", "")
+    place = problem_at(spec.places.key((*loc, "init")), "RM152", "")
     where = (place.file, place.line, place.column)
     return [
         warning
@@ -182,3 +175,71 @@ def _why_unfit(
     except LinkFileError as error:
         return str(error)
     return None
+
+
+KindOf = Callable[[str, LinkRole, Loc, WeightsSection], LinkKind]
+"""Says of which kind a link with trained weights is."""
+
+
+def untrained_links(spec: Spec, *, kinds: Mapping[str, str] | None = None) -> Spec:
+    """Return the spec with every trained link set back to its start, everything else as it is.
+
+    The start is the closed form, as for a link that was never trained.
+
+    Args:
+        kinds: Kind by link id, where that is known without the links' files.
+
+    Raises:
+        RecmasError: RM508 if no link has trained weights, RM120 for a link file whose kind cannot
+            be read.
+    """
+
+    def kind_of(link_id: str, role: LinkRole, loc: Loc, section: WeightsSection) -> LinkKind:
+        known = section.kind or cast("LinkKind | None", (kinds or {}).get(link_id))
+        return known or _kind_in_file(spec, role, loc, section)
+
+    untrained = without_link_files(spec, kind_of)
+    if untrained == spec:
+        place = spec.position("links" if spec.document.links else "agents")
+        message = "no link of this spec has trained weights, so there is nothing to set back."
+        hint = "Give links `weights`, or compare with the other baselines."
+        raise RecmasError(problem_at(place, "RM508", message, hint=hint))
+    return untrained
+
+
+def without_link_files(spec: Spec, kind_of: KindOf) -> Spec:
+    """Return the spec with an untrained start in the place of every link's file."""
+
+    def start(link_id: str, role: LinkRole, loc: Loc, section: WeightsSection) -> Mapping[str, Any]:
+        if section.weights is None:
+            return {}
+        return {"kind": kind_of(link_id, role, loc, section), "init": "aligned", "weights": None}
+
+    return _with_links(spec, start)
+
+
+def _with_links(spec: Spec, change: Change) -> Spec:
+    """Return the spec with changed settings of its links, in order of declaration."""
+    document = spec.document
+    agents = {}
+    for name, agent in document.agents.items():
+        update = change(inner_link_id(name), "inner", ("agents", name, "inner"), agent.inner)
+        agents[name] = agent.model_copy(update={"inner": agent.inner.model_copy(update=update)})
+    links = {
+        name: link.model_copy(
+            update=change(outer_link_id(*link_ends(name)), "outer", ("links", name), link)
+        )
+        for name, link in document.links.items()
+    }
+    return replace(spec, document=document.model_copy(update={"agents": agents, "links": links}))
+
+
+def _kind_in_file(spec: Spec, role: LinkRole, loc: Loc, section: WeightsSection) -> LinkKind:
+    assert section.weights is not None, "only a link with a file has its kind in there"
+    try:
+        return link_kind(read_link_header(path_of(section.weights, spec.base_dir)), role)
+    except LinkFileError as error:
+        message = f"the link file `{section.weights}` does not tell its kind: {error}."
+        hint = "Correct the path, which is relative to the spec, or write the link's `kind`."
+        place = spec.position(*loc, "weights")
+        raise RecmasError(problem_at(place, "RM120", message, hint=hint)) from error

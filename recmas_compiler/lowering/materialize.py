@@ -10,8 +10,8 @@ from torch import nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.links.closed_form.aligned import Alignment, align_inner, align_outer
-from recmas_compiler.links.closed_form.calibration import Calibration, calibrate
+from recmas_compiler.links.aligned import Alignment, align_inner, align_outer
+from recmas_compiler.links.calibration import Calibration, calibrate
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.links.modules import load_declared_link, make_link, randomize
 from recmas_compiler.spec.document.places import SourcePosition
@@ -26,12 +26,8 @@ class MaterializedLink:
 
     Attributes:
         module: In float32, trainable.
-        weights: What the spec declares.
-        role: Inner or outer.
         source: Identity of the backbone it reads from.
         target: Identity of the backbone it writes for.
-        init: Where its weights come from.
-        alignment: How good the closed form is; None unless `init` is `aligned`.
     """
 
     module: nn.Module
@@ -58,7 +54,6 @@ def materialize_links(
     """Make every link of a program, inner links first, in order of declaration.
 
     Args:
-        program: Of any level.
         backbones: By the name of the shared backbone.
         progress: Sees the calibration, once per backbone that needs one.
         targets: Takes an agent and gives thoughts to align its inner link to, instead of those over

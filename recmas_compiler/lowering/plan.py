@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from recmas_compiler.ir.graph import Graph
+from recmas_compiler.ir.graph import Graph, find_exits, route_messages
 from recmas_compiler.ir.ops import Agent, Decode, Level, Prefill, Send, StepOp, System, Think
-from recmas_compiler.ir.routing import find_exits, route_messages
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.plan import (
     AgentPlan,

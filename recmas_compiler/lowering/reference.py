@@ -57,7 +57,6 @@ class RecordResult:
         thoughts: By `AGENT@ROUND`, each [M, d].
         token_ids: The answer without the token that ended it.
         text: The answer without special tokens.
-        rounds: How many rounds ran.
     """
 
     messages: dict[str, Tensor]
@@ -78,8 +77,6 @@ class ReferenceResult:
             ran.
         thoughts: By `AGENT@ROUND`, each [B, M, d], likewise.
         token_ids: Per record, the answer without the token that ended it.
-        texts: Per record.
-        finish_reasons: Per record.
         rounds: Per record, how many rounds ran: less than the declared ones after an early end.
     """
 
@@ -97,7 +94,6 @@ class _Sequence:
 
     Attributes:
         prefix: Token ids of its last prompt up to the first slot: what a later prompt may reuse.
-        hidden_11D: Hidden state at the last position that ran.
     """
 
     cache: DynamicCache
@@ -110,10 +106,7 @@ class LatentState:
     """Where one record stands.
 
     Attributes:
-        sequences: By agent.
-        thoughts_MD: By (agent, round).
         embeds_MD: By (agent, round): R_k of the thoughts, where the steps computed it.
-        messages_ME: By (link id, round of sending).
         converged_in: The round whose messages were those of the round before; the last round
             followed it. None if every round ran.
     """
@@ -141,7 +134,6 @@ class TorchSystem(nn.Module):
     Args:
         program: Of level UNROLLED or PLANNED, with or without any pass.
         backbones: By the name of the shared backbone.
-        links: By link id.
     """
 
     def __init__(
@@ -212,10 +204,6 @@ class TorchSystem(nn.Module):
         """Answer records, one after the other.
 
         Tools are not run: a call in an answer's text stays a call.
-
-        Args:
-            records: Field values by name.
-            sampling: How to choose tokens instead of the program's own way.
         """
         chosen = self.plan.sampling if sampling is None else sampling
         return gather([self._run_record(i, record, chosen) for i, record in enumerate(records)])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.instruments import Instrument
 from recmas_compiler.ir.ops import Level
 from recmas_compiler.ir.verify import verify
 from recmas_compiler.passes.batch_parallel_agents import BatchParallelAgents
 from recmas_compiler.passes.fuse_links import FuseLinks
-from recmas_compiler.passes.pass_base import Pass
+from recmas_compiler.passes.pass_base import Instrument, Pass
 from recmas_compiler.passes.plan_caches import PlanCaches
 from recmas_compiler.passes.prompt_prefix import HoistPromptPrefix, SharePromptPrefix
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
@@ -36,7 +35,6 @@ def run_pipeline(
     Args:
         graph: What the first pass requires: a topology for the whole pipeline.
         passes: Any part of `PIPELINE`; every pass but UnrollRounds and PlanCaches is optional.
-        instruments: Told before and after each pass.
 
     Raises:
         RecmasError: RM204 for a graph that breaks a rule, RM205 for a pass that fails.

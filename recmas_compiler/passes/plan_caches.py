@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from recmas_compiler.backbones.facts import ENGINE_ELEMENT_BYTES
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Cache, Decode, Level, NodeOp, Prefill, System, Think
-from recmas_compiler.ir.sizes import ENGINE_DTYPE, dtype_bytes
 from recmas_compiler.passes.pass_base import Pass
 from recmas_runtime.formats.plan import cache_capacity
 
@@ -55,7 +55,7 @@ def _cache(system: System, agents: tuple[str, ...], steps: list[str]) -> Cache:
         backbone=backbone.name,
         agents=agents,
         capacity=capacity,
-        bytes_per_sample=len(agents) * capacity * row_bytes * dtype_bytes(ENGINE_DTYPE),
+        bytes_per_sample=len(agents) * capacity * row_bytes * ENGINE_ELEMENT_BYTES,
         first_step=steps[0],  # 3
         last_step=steps[-1],
     )

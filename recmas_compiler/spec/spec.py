@@ -10,14 +10,20 @@ from pathlib import Path
 
 from recmas_compiler.spec.checks.table import run_checks
 from recmas_compiler.spec.document.places import Places, SourcePosition
-from recmas_compiler.spec.document.problems import in_reading_order
-from recmas_compiler.spec.document.yaml_source import parse_mapping, read_text, write_yaml
-from recmas_compiler.spec.overrides import apply_overrides
+from recmas_compiler.spec.document.problems import SET_PREFIX, in_reading_order, problem_at
+from recmas_compiler.spec.document.yaml_source import (
+    Value,
+    parse_mapping,
+    parse_yaml,
+    read_text,
+    resolve,
+    write_yaml,
+)
 from recmas_compiler.spec.patterns.layouts import expand_pattern
 from recmas_compiler.spec.schema.declared import Declared, normalize_link_names
-from recmas_compiler.spec.schema.sections import SpecDocument
-from recmas_compiler.spec.schema.validate import SPECS, validate
+from recmas_compiler.spec.schema.document import SPECS, SpecDocument, validate
 from recmas_runtime.core.errors import Problem, RecmasError
+from recmas_runtime.formats.ids import canonical_link_name
 
 
 def resolved_yaml(document: SpecDocument) -> str:
@@ -33,11 +39,8 @@ class Spec:
     """A checked spec. Two specs are equal if they mean the same, wherever they are written.
 
     Attributes:
-        document: Typed content: the pattern expanded, all defaults filled in.
         path: The file, or None for a spec from text.
         base_dir: Folder that relative paths in the spec start from.
-        places: Where everything stands.
-        warnings: Findings that stop nothing.
     """
 
     document: SpecDocument
@@ -77,7 +80,6 @@ def load_spec(path: str | Path, *, overrides: Iterable[str] = ()) -> Spec:
     """Read and check a spec file; no backbone or link file is touched.
 
     Args:
-        path: The YAML file.
         overrides: `a.b.c=value`, as given to `--set`; later ones win.
 
     Raises:
@@ -98,10 +100,8 @@ def parse_spec(
     """Check a spec given as text. See `load_spec`.
 
     Args:
-        text: YAML.
         file: What to call it in messages.
         base_dir: Folder that relative paths in the spec start from.
-        overrides: `a.b.c=value`, as given to `--set`.
     """
     return _check(text, file=file, path=None, base_dir=Path(base_dir), overrides=overrides)
 
@@ -123,3 +123,63 @@ def _check(
     assert document is not None, "no document and no error"
     warnings = in_reading_order(problems)
     return Spec(document=document, path=path, base_dir=base_dir, places=places, warnings=warnings)
+
+
+_HINT = "Write --set PATH=VALUE, such as --set answer.max_new_tokens=64."
+
+
+def apply_overrides(
+    root: dict[str, Value], places: Places, overrides: Iterable[str]
+) -> list[Problem]:
+    """Set every `path=value` in `root`, in order; later ones win.
+
+    The value is one YAML scalar or flow collection (`[a, b]`, `{a: 1}`). Sections on the way are
+    created. What the schema refuses is reported later, at the place that is recorded here.
+    """
+    problems: list[Problem] = []
+    for override in overrides:
+        place = SourcePosition(file=f"{SET_PREFIX}{override}", line=1, column=1)
+        path, equals, text = override.partition("=")
+        keys = [key.strip() for key in path.split(".")]
+        if not equals or not all(keys):
+            problems.append(problem_at(place, "RM122", "this is not PATH=VALUE.", hint=_HINT))
+            continue
+        try:
+            value = _value(text.strip(), place.file)
+        except RecmasError as error:
+            message = f"the value cannot be read: {error.problems[0].message}"
+            hint = "Put text that begins with a quote or a bracket into quotes."
+            problems.append(problem_at(place, "RM122", message, hint=hint))
+            continue
+        if keys[0] == "links" and len(keys) > 1:
+            keys[1] = canonical_link_name(keys[1]) or keys[1]
+        problems += _set(root, places, keys, value, place)
+    return problems
+
+
+def _value(text: str, file: str) -> Value:
+    """Read a value; text without quotes and brackets is one scalar, whatever else it holds."""
+    if text.startswith(("[", "{", '"', "'")):
+        return parse_yaml(text, file=file).value
+    return resolve(text)
+
+
+def _set(
+    root: dict[str, Value], places: Places, keys: list[str], value: Value, place: SourcePosition
+) -> list[Problem]:
+    section = root
+    for depth, key in enumerate(keys[:-1], start=1):
+        loc = tuple(keys[:depth])
+        if loc not in places.values:
+            places.overwrite(loc, place)
+        inside = section.setdefault(key, {})
+        if inside is None and loc[0] == "links":
+            inside = section[key] = {}
+        if not isinstance(inside, dict):
+            message = f"`{'.'.join(loc)}` is not a mapping, so it has no `{keys[depth]}`."
+            hint = f"Set `{'.'.join(loc)}` as a whole."
+            return [problem_at(place, "RM122", message, hint=hint)]
+        section = inside
+    places.overwrite(tuple(keys), place)
+    section[keys[-1]] = value
+    return []

@@ -7,8 +7,7 @@ From the ground up:
 - `data`: records with target texts, and the hidden states over them that the inner stage learns
   from;
 - `tasks`: what learns: each inner link on its own (`inner`), all links through the whole program
-  (`outer`), or, to compare with, the answer agent's own backbone (`single_agent_baseline`, by the
-  methods of `finetuning`);
+  (`outer`), or, to compare with, the answer agent's own backbone (`finetuning`);
 - `session`: the `train` section with data, backbones and links made ready;
 - `run`: the stages in their order, and the trained links with the receipt that confirms them.
 

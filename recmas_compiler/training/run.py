@@ -19,20 +19,21 @@ from recmas_compiler.links.modules import save_link
 from recmas_compiler.links.trained import RECEIPT_NAME, RECEIPT_VERSION
 from recmas_compiler.lowering.materialize import MaterializedLink
 from recmas_compiler.spec.document.problems import problem_at
-from recmas_compiler.spec.schema.section import Section
+from recmas_compiler.spec.schema.sections import Section
 from recmas_compiler.spec.schema.train import TrainSection
 from recmas_compiler.training.data.hidden_state_cache import HiddenStates, cached_hidden_states
 from recmas_compiler.training.loop.checkpoint import writing
 from recmas_compiler.training.loop.loop import Loop, LoopResult, Sink, StageSection, Task
 from recmas_compiler.training.loop.metrics import draw_curves, write_cost
 from recmas_compiler.training.session import Session, element_type
-from recmas_compiler.training.tasks.finetuning import METHODS, MethodName
-from recmas_compiler.training.tasks.inner import InnerTask, inner_baselines
-from recmas_compiler.training.tasks.outer import OuterTask
-from recmas_compiler.training.tasks.single_agent_baseline import (
+from recmas_compiler.training.tasks.finetuning import (
+    METHODS,
+    MethodName,
     SingleAgentTask,
     calls_without_slots,
 )
+from recmas_compiler.training.tasks.inner import InnerTask, inner_baselines
+from recmas_compiler.training.tasks.outer import OuterTask
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.ids import (
     canonical_link_name,
@@ -57,7 +58,6 @@ class RunOptions:
 
     Attributes:
         folder: Where metrics, checkpoints and curves go, by stage.
-        resume: Go on from the last checkpoints.
         make_sink: Gives a stage's metrics another reader.
     """
 
@@ -71,10 +71,8 @@ class RunReport:
     """What a run did.
 
     Attributes:
-        stages: Figures by stage.
         starts: By link id: where its weights came from before the last stage.
         trained: Ids of the links that learned, in this folder's earlier runs too.
-        interrupted: Whether the user stopped it.
     """
 
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -109,7 +107,6 @@ def run_method(session: Session, method: MethodName, options: RunOptions) -> Run
 
     Args:
         session: Its answer agent's backbone is changed; the other backbones are freed.
-        method: What learns.
         options: How the run is started; results are in its folder's `lora` or `sft`.
 
     Raises:
@@ -310,16 +307,6 @@ def _run_loop(
     own: tuple[Section, ...] = (),
 ) -> LoopResult:
     """Train a task to its end, or until it is interrupted; leave costs and curves in its folder.
-
-    Args:
-        session: What the task was made from.
-        task: What learns.
-        stage: Steps, rate and batch size.
-        options: How the run was started.
-        place: The loop's own folder, within that of the run.
-        title: Names the loop in progress and pictures.
-        levels: Held-out figures to compare with, by name.
-        own: Further settings that the result depends on.
 
     Raises:
         RecmasError: As `Loop.run`.

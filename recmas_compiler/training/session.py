@@ -15,7 +15,7 @@ from torch import nn
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import System, Think
-from recmas_compiler.links.closed_form.calibration import Calibration
+from recmas_compiler.links.calibration import Calibration
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.links.modules import make_link
 from recmas_compiler.links.trained import links_folder
@@ -28,7 +28,7 @@ from recmas_compiler.lowering.training_graph.calls import CallWriter, TrainExamp
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.spec.document.places import path_of
 from recmas_compiler.spec.document.problems import problem_at
-from recmas_compiler.spec.schema.section import Section
+from recmas_compiler.spec.schema.sections import Section
 from recmas_compiler.spec.schema.train import BackboneDtype, TrainSection
 from recmas_compiler.spec.spec import Spec
 from recmas_compiler.training.data.examples import (
@@ -71,8 +71,6 @@ class TrainSettings:
     """What to train on and how.
 
     Attributes:
-        section: The resolved section of the spec.
-        data: Absolute path of the records.
         held_out: Absolute path of the held-out records, or the part of `data` that is held out.
         links_dir: Absolute path of the folder that trained links go to.
     """
@@ -132,15 +130,9 @@ class Session:
     """A spec, made ready to train.
 
     Attributes:
-        spec: What is trained.
-        program: Compiled from it.
-        settings: How.
         examples: The data, without records that are too long.
         backbones: By shared name, on the world's device.
         graph: The program as a module; its links have no trained weights yet.
-        calls: Renders what agents read.
-        world: The processes that share the work.
-        progress: Counts what takes long.
     """
 
     spec: Spec

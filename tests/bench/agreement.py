@@ -25,7 +25,7 @@ from recmas_compiler.links.modules import load_link
 from recmas_compiler.lowering.reference import TorchSystem, load_backbones
 from recmas_compiler.spec.spec import load_spec
 from recmas_runtime.core.progress import LineProgress, Silent
-from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.running.run_trace import MESSAGES_NAME, RECORDS_ARRAY, TraceWriter
 
 # The numeric oracle is the tests' own.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from recmas_cli.main import main
-from recmas_compiler.links.untrained import untrained_links
+from recmas_compiler.links.trained import untrained_links
 from recmas_compiler.spec.spec import Spec, parse_spec
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.formats.bundle import Bundle, open_bundle

@@ -35,8 +35,8 @@ from recmas_export.backbone_graph import (
 )
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.formats.links import stack_operands
+from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.formats.safetensors_file import read_tensors
-from recmas_runtime.formats.tolerances import TOLERANCES
 
 GRAPHS = (DECODER, EMBED, HEAD)
 TOLERANCE = TOLERANCES["hidden_relative"]

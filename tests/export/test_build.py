@@ -34,8 +34,8 @@ from recmas_runtime.checking.verify import verify_bundle
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.core.progress import Silent
 from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.formats.safetensors_file import read_tensors
-from recmas_runtime.formats.tolerances import TOLERANCES
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_room_on_the_disk_is_asked_for_tables_of_angles_too(
     monkeypatch.setattr("recmas_export.build.staged_bundle", refuse)
     spec, program = compile_system(system)
     for most_positions in (2**17, 0):
-        monkeypatch.setattr("recmas_compiler.ir.sizes.MOST_TABLE_POSITIONS", most_positions)
+        monkeypatch.setattr("recmas_compiler.backbones.facts.MOST_TABLE_POSITIONS", most_positions)
         with pytest.raises(KeyboardInterrupt):
             build(program, spec=spec, out=tmp_path / "bundle")
     tables = 0

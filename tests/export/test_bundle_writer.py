@@ -303,7 +303,7 @@ def test_folders_that_cannot_be_locked_are_refused(
     def flock(file: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("recmas_runtime.core.files.fcntl.flock", flock)
+    monkeypatch.setattr("fcntl.flock", flock)
     target = tmp_path / "out"
     with (
         pytest.raises(RecmasError, match=r"RM303.*No locks available"),

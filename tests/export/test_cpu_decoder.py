@@ -14,9 +14,10 @@ import pytest
 from export_cases import CASES, Exported, make_engine, random_ids, random_link
 from recmas_export.backbone_graph import CPU_DECODER, DECODER
 from recmas_export.pipeline import cpu_decoder, run_passes
-from recmas_runtime.engines.onnx.backbone import BackboneEngine, Operands
+from recmas_runtime.engines.interface import Operands
+from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.formats.links import stack_operands
-from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.running.sequence_batch import SequenceBatch
 
 Get = Callable[[str], Exported]

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from export_cases import Exported, make_engine, random_ids, random_link
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.engines.interface import Operands
 from recmas_runtime.engines.onnx import backbone as engines
-from recmas_runtime.engines.onnx.backbone import BackboneEngine, Operands
+from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.engines.onnx.caches import Memory, Series
 from recmas_runtime.engines.onnx.session import make_session
 from recmas_runtime.formats.links import stack_operands
-from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.running.sequence_batch import SequenceBatch
 
 Get = Callable[[str], Exported]

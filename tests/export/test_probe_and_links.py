@@ -13,7 +13,7 @@ import torch
 from export_cases import random_link, relative, session
 from recmas_export.written_graphs import write_link_graph, write_probe
 from recmas_runtime.formats.links import stack_operands
-from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.running.parity import measure_probe
 
 KINDS = ("residual", "ln_residual", "projected")

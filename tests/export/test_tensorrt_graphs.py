@@ -19,7 +19,7 @@ from parser_documentation import OPSETS, element_types, refused_nodes
 from recmas_export.backbone_graph import DECODER, EMBED, HEAD
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.engines.tensorrt.static_graph import input_shapes, read_graph, static_decoder
-from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.formats.precisions import TOLERANCES
 
 CAPACITY = 64
 

@@ -6,9 +6,8 @@ they were computed alike, and deep rounds stay small.
 
 from __future__ import annotations
 
-from recmas_compiler.ir.graph import Graph
+from recmas_compiler.ir.graph import Graph, route_messages
 from recmas_compiler.ir.ops import Agent, Decode, Level, Prefill, Send, System, Think
-from recmas_compiler.ir.routing import route_messages
 
 
 class Symbols:

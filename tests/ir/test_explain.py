@@ -12,9 +12,8 @@ from graphs import EXAMPLES, backbone, sequential, topology
 from recmas_compiler.analysis.explain import explain
 from recmas_compiler.analysis.memory import memory_plan
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.instruments import RecordPasses
-from recmas_compiler.ir.sizes import link_num_parameters
 from recmas_compiler.links.files import LinkWeights
+from recmas_compiler.passes.pass_base import RecordPasses
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_runtime.core.text import counted, human_bytes, listed
 from recmas_runtime.formats.plan import PromptPart, cache_capacity
@@ -140,7 +139,7 @@ def test_shorter_prompts_take_the_caches_that_a_run_takes() -> None:
 def test_link_parameters(kind: str, role: str, expected: int) -> None:
     out_dim = 4 if role == "inner" else 6
     weights = LinkWeights(kind=kind, init="random", file=None, in_dim=4, out_dim=out_dim)  # type: ignore[arg-type]
-    assert link_num_parameters(weights, role) == expected  # type: ignore[arg-type]
+    assert weights.num_parameters(role) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,10 @@ import pytest
 
 from graphs import EXAMPLES, backbone, mixture, sequential, topology
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.instruments import DumpIR, RecordPasses, VerifyPasses
 from recmas_compiler.ir.ops import Level, Prefill, Send, Think
 from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.passes.batch_parallel_agents import BatchParallelAgents
-from recmas_compiler.passes.pass_base import Pass
+from recmas_compiler.passes.pass_base import DumpIR, Pass, RecordPasses, VerifyPasses
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_compiler.passes.plan_caches import PlanCaches
 from recmas_compiler.passes.prompt_prefix import HoistPromptPrefix, SharePromptPrefix

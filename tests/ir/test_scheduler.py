@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from graphs import EXAMPLES, backbone, topology
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.instruments import RecordPasses, VerifyPasses
 from recmas_compiler.ir.ops import Decode, Level
 from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.passes.batch_parallel_agents import BatchParallelAgents
 from recmas_compiler.passes.fuse_links import FuseLinks
+from recmas_compiler.passes.pass_base import RecordPasses, VerifyPasses
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_compiler.passes.plan_caches import PlanCaches
 from recmas_compiler.passes.prompt_prefix import HoistPromptPrefix, SharePromptPrefix

@@ -10,9 +10,9 @@ import pytest
 
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.instruments import VerifyPasses
 from recmas_compiler.ir.ops import Prefill, Think
 from recmas_compiler.ir.printer import print_graph
+from recmas_compiler.passes.pass_base import VerifyPasses
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import parse_spec
 

@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from hand_bundle import CHAT_TEMPLATE, make_tokenizer
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.plan import PromptPart
+from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.prompts.render import (
-    ChatTemplate,
     Prompt,
     Slot,
     Tokens,

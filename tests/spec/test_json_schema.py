@@ -12,12 +12,12 @@ import pytest
 
 from recmas_compiler.spec.document.yaml_source import parse_yaml
 from recmas_compiler.spec.patterns.starter_specs import STARTERS, ready_specs, starter_spec
+from recmas_compiler.spec.schema.document import SECTIONS
 from recmas_compiler.spec.schema.json_schema import (
     json_schema,
     schema_text,
     with_tables,
 )
-from recmas_compiler.spec.schema.sections import SECTIONS
 from recmas_compiler.spec.spec import load_spec, parse_spec
 from spec_texts import CHAIN, PAIR
 from test_malformed_specs import CASES

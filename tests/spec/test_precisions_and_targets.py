@@ -12,12 +12,14 @@ from recmas_runtime.formats.manifest import LossEntry
 from recmas_runtime.formats.precisions import (
     DTYPE_BYTES,
     PRECISIONS,
+    TOLERANCES,
     Dtype,
     PrecisionName,
+    beyond_tolerance,
     buildable,
+    loss_figures,
 )
 from recmas_runtime.formats.targets import DEVICES, TARGET_NAMES, TARGETS
-from recmas_runtime.formats.tolerances import TOLERANCES, beyond_tolerance, loss_figures
 
 SPEC = """
 recmas: 1

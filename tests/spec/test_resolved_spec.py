@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from recmas_compiler.spec.patterns.starter_specs import STARTERS, starter_spec
-from recmas_compiler.spec.schema.sections import SECTIONS, SpecDocument
+from recmas_compiler.spec.schema.document import SECTIONS, SpecDocument
 from recmas_compiler.spec.spec import parse_spec, resolved_yaml
 from recmas_runtime.core.errors import Problem, RecmasError
 from spec_texts import CHAIN, PAIR

@@ -65,7 +65,7 @@ def test_one_round_reuses_nothing() -> None:
 def test_token_counter(tmp_path: Path) -> None:
     write_config(tmp_path / "small")
     spec = parse_spec(PAIR, base_dir=tmp_path)
-    counter = TokenCounter(build_topology(spec).system, base_dir=tmp_path)
+    counter = TokenCounter(build_topology(spec).system)
     assert counter("small", "now solve it") is None
     write_tokenizer(tmp_path / "small")
     assert counter("small", "now solve it") == 3

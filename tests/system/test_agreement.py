@@ -17,7 +17,7 @@ from recmas_compiler.passes.fuse_links import FuseLinks
 from recmas_compiler.passes.prompt_prefix import HoistPromptPrefix, SharePromptPrefix
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_compiler.passes.share_backbones import ShareBackbones
-from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.running.run_trace import TraceWriter
 from tiny_specs import SPECS
 from trace_files import read_messages

@@ -25,7 +25,7 @@ from recmas_compiler.spec.spec import parse_spec
 from recmas_export import assemble
 from recmas_export.backbone_graph import export_backbone
 from recmas_export.build import build
-from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.running.run_trace import TraceWriter
 from tiny_models import write_tiny_backbone
 from trace_files import read_messages

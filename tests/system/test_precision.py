@@ -14,8 +14,8 @@ import pytest
 import recmas_runtime as rt
 from built import BuildTiny, Built, num_weight_bytes
 from recmas_compiler.analysis.memory import memory_plan
+from recmas_compiler.backbones.facts import weights_bytes
 from recmas_compiler.ir.build_topology import build_topology
-from recmas_compiler.ir.sizes import weights_bytes
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import parse_spec
 from recmas_export import parity
@@ -27,8 +27,7 @@ from recmas_runtime.cli.inspect import bundle_text
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.manifest import ParityEntry
-from recmas_runtime.formats.precisions import PRECISIONS, buildable
-from recmas_runtime.formats.tolerances import TOLERANCES, loss_figures
+from recmas_runtime.formats.precisions import PRECISIONS, TOLERANCES, buildable, loss_figures
 from tiny_specs import on_three_backbones
 
 RECORDS: list[dict[str, object]] = [

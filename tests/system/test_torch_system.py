@@ -17,7 +17,7 @@ from recmas_compiler.bench.open_torch import (
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.links import load_operands, stack_operands
-from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.running.run_trace import TraceWriter
 from tiny_specs import SPECS
 from trace_files import read_messages

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.formats.precisions import TOLERANCES
 from simulated_commands import SIMULATED, data_of, run_python, run_simulated
 from trace_files import read_messages
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from ir.graphs import topology
-from recmas_compiler.links.closed_form.aligned import align_inner, align_outer
-from recmas_compiler.links.closed_form.calibration import REQUESTS, Calibration, calibrate
-from recmas_compiler.links.closed_form.least_squares import ridge
+from recmas_compiler.links.aligned import align_inner, align_outer, ridge
+from recmas_compiler.links.calibration import REQUESTS, Calibration, calibrate
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.links.modules import make_link, save_link
 from recmas_compiler.lowering.materialize import materialize_links
@@ -168,7 +167,7 @@ def test_ridge_survives_an_input_that_never_changes() -> None:
 def test_vocabularies_without_common_tokens_are_refused(
     tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recmas_compiler.links.closed_form.aligned.MIN_SHARED_TOKENS", 10_000)
+    monkeypatch.setattr("recmas_compiler.links.aligned.MIN_SHARED_TOKENS", 10_000)
     with pytest.raises(RecmasError, match=r"error\[RM121\]: link 'a->b' cannot be aligned"):
         align_outer(
             make_link("projected", "outer", 64, 64), tiny("llama"), tiny("phi3"), link_id="a->b"

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from recmas_compiler.links.closed_form import aligned
-from recmas_compiler.links.closed_form.aligned import align_inner
-from recmas_compiler.links.closed_form.calibration import Calibration
-from recmas_compiler.links.closed_form.least_squares import (
+from recmas_compiler.links import aligned
+from recmas_compiler.links.aligned import (
     SPREAD,
     THRESHOLD,
+    align_inner,
     direction_map,
     ridge,
     rms,
     spread_out,
     token_detectors,
 )
+from recmas_compiler.links.calibration import Calibration
 from recmas_compiler.links.modules import LinkModule, make_link
 
 WIDTH = 8
@@ -163,6 +163,6 @@ def test_a_sample_that_counts_twice_is_two_samples() -> None:
 def test_sums_over_parts_are_sums_over_all(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden_ND, _, next_ND = thoughts(300)
     whole = direction_map(hidden_ND, next_ND, 0.1)
-    monkeypatch.setattr("recmas_compiler.links.closed_form.least_squares.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("recmas_compiler.links.aligned.ROWS_AT_ONCE", 7)
     for one, other in zip(direction_map(hidden_ND, next_ND, 0.1), whole, strict=True):
         torch.testing.assert_close(one, other)

@@ -16,7 +16,7 @@ from recmas_compiler.links.modules import make_link, randomize, save_link
 from recmas_runtime.formats.link_kinds import LinkKind
 from recmas_runtime.formats.links import Operands, load_operands, stack_operands
 from recmas_runtime.formats.manifest import LinkEntry
-from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.formats.precisions import TOLERANCES
 from tiny_models import FAMILIES
 from tiny_systems import LoadTiny
 

@@ -21,7 +21,7 @@ from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.lowering.training_graph.calls import CallWriter
 from recmas_compiler.training.loop.distributed import World
 from recmas_compiler.training.loop.metrics import METRICS_NAME
-from recmas_compiler.training.tasks.single_agent_baseline import SingleAgentTask
+from recmas_compiler.training.tasks.finetuning import SingleAgentTask
 from recmas_runtime.core.errors import Exit
 from recmas_runtime.core.jsonl import read_json_lines
 from recmas_runtime.formats.plan import PromptPart

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.links.closed_form.calibration import sample_answers
+from recmas_compiler.links.calibration import sample_answers
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.formats.precisions import PRECISIONS
 

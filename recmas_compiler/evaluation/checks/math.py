@@ -75,7 +75,6 @@ def extract_math(text: str, *, wants_number: bool) -> str | None:
     """Return the part of a model's text that is its answer; None if there is none.
 
     Args:
-        text: The whole text.
         wants_number: Whether the right answer is a number: then only numbers are looked for where
             the text does not mark its answer.
     """

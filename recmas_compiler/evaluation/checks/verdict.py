@@ -15,7 +15,6 @@ class Verdict:
     """How a check scores an answer.
 
     Attributes:
-        correct: Whether it counts as right.
         extracted: What was taken for the answer; None if the text holds none.
         score: From 0 to 1, where a check knows degrees; else 0 or 1.
     """

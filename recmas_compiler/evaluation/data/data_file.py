@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from recmas_compiler.evaluation.data.converters import CONVERTERS, UNREADABLE
-from recmas_compiler.evaluation.data.protocol import DataSection, Protocol
+from recmas_compiler.evaluation.data.protocol import CONVERTERS, UNREADABLE, DataSection, Protocol
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.prompts.render import field_text
 from recmas_runtime.running.records import Record
@@ -25,7 +24,6 @@ class Question:
     """A record of a data set: the part that prompts may show, and the part they never see.
 
     Attributes:
-        record: What the system is asked.
         gold: What only the check sees: `answer`, unit tests.
     """
 
@@ -39,7 +37,6 @@ class DataSet:
 
     Attributes:
         questions: The selected ones, in the order of the file.
-        num_records: Records in the file.
         digest: sha256 of the file.
     """
 
@@ -53,7 +50,6 @@ def load_data(path: Path, protocol: Protocol, *, shown: tuple[str, ...]) -> Data
 
     Args:
         path: JSON lines, a JSON list, or Parquet (needs pyarrow).
-        protocol: Which fields to take, and which records.
         shown: Fields that the bundle's prompts show in a place of their own.
 
     Raises:

@@ -81,7 +81,6 @@ class Compiled(Generic[P, R]):
 
     Args:
         function: Takes and gives tensors; is run as it is once compiling it has failed.
-        name: What warnings call it.
     """
 
     def __init__(self, function: Callable[P, R], *, name: str) -> None:
@@ -121,7 +120,6 @@ class AgentCalls:
 
     Args:
         backbone: In eval mode, its weights without gradients.
-        compile_calls: Run the backbone as compiled graphs.
         checkpoint_calls: Keep a call's inputs only and compute it again for its gradients.
     """
 
@@ -140,12 +138,7 @@ class AgentCalls:
         self._extend = Compiled(extend, name=f"a rollout of {source}") if compile_calls else extend
 
     def read(self, rows: Sequence[Row], constants: ConstantRows) -> Tensor:
-        """Return the hidden states [N, S - P, D] of the last columns; rows end together.
-
-        Args:
-            rows: The calls.
-            constants: Where constant columns are kept.
-        """
+        """Return the hidden states [N, S - P, D] of the last columns; rows end together."""
         padded, kept = self._begin(rows, constants)
         start = padded.num_constant
 
@@ -165,10 +158,8 @@ class AgentCalls:
         """Return thoughts [N, M, D] and what they become as input embeddings [N, M, D].
 
         Args:
-            rows: The prompts.
             num_steps: M, at least 1.
             inner: Maps hidden states [N, D] to input embeddings [N, D], each row its own way.
-            constants: Where constant columns are kept.
         """
         padded, kept = self._begin(rows, constants, more=num_steps - 1)
         start = padded.num_constant
@@ -201,13 +192,7 @@ class AgentCalls:
     def _begin(
         self, rows: Sequence[Row], constants: ConstantRows, *, more: int = 0
     ) -> tuple[Padded, Rows]:
-        """Pad rows and run their constant columns, unless an earlier round did.
-
-        Args:
-            rows: The calls.
-            constants: Where constant columns are kept.
-            more: Columns that the caller adds behind these.
-        """
+        """Pad rows and run their constant columns, unless an earlier round did."""
         window = self._backbone.facts.sliding_window
         padded = pad_rows(
             rows,
@@ -294,7 +279,6 @@ class Row:
 
     Attributes:
         pieces: Token ids and messages [M, D] in order; messages are not empty.
-        num_wanted: The hidden states of this many last positions are needed.
     """
 
     pieces: tuple[tuple[int, ...] | Tensor, ...]
@@ -354,11 +338,9 @@ def pad_rows(
     """Embed rows and pad them to one length.
 
     Args:
-        rows: At least one.
         embed: Gives the embeddings [T, D] of token ids [T]; its device and type are the result's.
         multiple: The number of columns, and those of shared and constant ones, are multiples of
             this.
-        always_mask: Give a mask even where there is no padding.
         share_up_to: What rows begin with is shared if there are at most this many columns; None
             for any number.
     """

@@ -27,7 +27,6 @@ class TrainExample:
     Attributes:
         id: Unique within its file.
         index: Place in its file, from 0.
-        fields: Everything the record holds; what prompts refer to.
         targets: Agent to the text that it should think or say.
     """
 
@@ -72,12 +71,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Records as the calls that training makes of them; nothing is on a device yet.
-
-    Attributes:
-        ids: Of the records, in order.
-        calls: One per record.
-    """
+    """Records as the calls that training makes of them; nothing is on a device yet."""
 
     ids: tuple[str, ...]
     calls: Mapping[CallKey, tuple[Call, ...]]
@@ -87,12 +81,7 @@ class Batch:
 
 
 class CallWriter:
-    """Renders and tokenizes calls with each agent's own chat template and tokenizer.
-
-    Args:
-        system: The agents.
-        backbones: By the name of the shared backbone.
-    """
+    """Renders and tokenizes calls with each agent's own chat template and tokenizer."""
 
     def __init__(self, system: System, backbones: Mapping[str, TorchBackbone]) -> None:
         self._system = system
@@ -104,12 +93,6 @@ class CallWriter:
 
     def write(self, agent: str, variant: Variant, form: Form, example: TrainExample) -> Call:
         """Return one call.
-
-        Args:
-            agent: Who is called.
-            variant: Which of its prompts.
-            form: The prompt alone, or the turn: prompt and target text.
-            example: Fields for the prompt, and the target.
 
         Raises:
             RecmasError: RM500 for a field that cannot be used, RM206 for a chat template that

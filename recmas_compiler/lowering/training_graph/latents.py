@@ -28,11 +28,7 @@ Control = Literal["none", "null", "shuffled", "mean"]
 
 @dataclass(frozen=True, kw_only=True)
 class AgentTurn:
-    """One agent's turn in one round.
-
-    Attributes:
-        messages: What fills its slots.
-    """
+    """One agent's turn in one round."""
 
     agent: str
     round: int
@@ -79,12 +75,7 @@ class Latents:
     """Runs turns on a batch and keeps what they yield.
 
     Args:
-        plan: Agents and links.
-        batch: The records.
-        mode: Where thoughts come from.
-        agent_calls: By the name of the shared backbone.
         apply_link: Maps [..., in_dim] to [..., out_dim] by a link's id.
-        taps: Sees every link output; None if nobody asked.
 
     Attributes:
         thoughts_MD: By agent and round, per record.
@@ -135,13 +126,7 @@ class Latents:
     def read_turns(
         self, turns: Sequence[AgentTurn], *, limit: int | None = None, control: Control = "none"
     ) -> dict[AgentTurn, list[Tensor]]:
-        """Read prompts and targets; return what `turns_TD` describes, by turn.
-
-        Args:
-            turns: Of agents that share a backbone.
-            limit: Read this many target tokens at most.
-            control: What slots get instead of messages.
-        """
+        """Read prompts and targets; return what `turns_TD` describes, by turn."""
         rows: list[Row] = []
         for turn in turns:
             calls = self._batch.calls[turn.agent, turn.variant, "turn"]
@@ -236,7 +221,6 @@ def controlled(messages_ME: Sequence[Tensor], control: Control) -> list[Tensor]:
       part of what it says, and what `none` gains over it understates communication.
 
     Args:
-        messages_ME: Per record; they may differ in length.
         control: Which one. `shuffled` needs two records or more.
     """
     return CONTROLS[control](messages_ME)

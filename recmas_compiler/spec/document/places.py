@@ -45,7 +45,6 @@ class Places:
     """The places of one document, by path.
 
     Attributes:
-        file: Name of the file in messages.
         source: The whole text, to find places inside of scalars.
         keys: Where the last key of a path stands.
         values: Where the value begins.

@@ -48,8 +48,6 @@ class Language:
     """What messages say about one kind of YAML file, such as specs.
 
     Attributes:
-        noun: What such a file is called.
-        start_hint: How to begin one.
         file_hint: What to give where a file cannot be read.
         code: The one code of its findings; None where every kind of finding has its own.
         sections: The mappings with fixed keys, by path; see `sections_of`.

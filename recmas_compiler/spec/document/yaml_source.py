@@ -66,7 +66,6 @@ class Source:
 
     Attributes:
         value: The root; mappings keep the order of the file.
-        places: Where everything in it stands.
         problems: Duplicate keys; the first one counts.
     """
 
@@ -124,11 +123,6 @@ def parse_mapping(
 
 def parse_yaml(text: str, *, file: str, language: Language = _VALUE) -> Source:
     """Parse one YAML document.
-
-    Args:
-        text: YAML.
-        file: What to call it in messages.
-        language: What kind of file it is.
 
     Raises:
         RecmasError: RM100 or RM101: characters that YAML forbids, an empty file, invalid YAML,

@@ -3,10 +3,8 @@
 A pattern is expanded in the plain YAML values, before the schema looks at them. What the user wrote
 out stays: of an agent, a link or `answer` only what is missing is filled in.
 
-A prompt is the question, what the role is to do, one line with the slots, and for the agent that
-answers the form of the answer. Round 1 leaves the line with the slots out where nothing was sent
-yet. So everything before the slots is the same in every round and computed once. Sentences are
-short and plain, for small models.
+Round 1 leaves the line with the slots out where nothing was sent yet. So everything before the
+slots is the same in every round and computed once.
 """
 
 from __future__ import annotations
@@ -14,21 +12,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from string import Template
 from typing import Any, Final, Literal
 
+import msgspec
+from msgspec import Struct
 from pydantic import ValidationError
 
 from recmas_compiler.spec.document.places import Loc, Places, SourcePosition
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.document.yaml_source import Value
-from recmas_compiler.spec.schema.answer import ToolsSection
-from recmas_compiler.spec.schema.pattern import (
+from recmas_compiler.spec.schema.sections import (
     DeliberationSection,
     DistillationSection,
     MixtureSection,
     PatternSection,
     Task,
+    ToolsSection,
 )
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import link_name
@@ -47,93 +48,32 @@ RoleName = Literal[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskTexts:
-    """What the prompts of a task have of their own.
-
-    Attributes:
-        question: How the record is shown; begins every prompt.
-        aim: What to think about.
-        answer: What to write, and where the answer stands in it.
-    """
+class TaskTexts(Struct, frozen=True, forbid_unknown_fields=True):
+    """What the prompts of a task have of their own; see `prompts.yaml`."""
 
     question: str
     aim: str
     answer: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class RoleTexts:
-    """What the prompts of a role have of their own.
+class RoleTexts(Struct, frozen=True, forbid_unknown_fields=True):
+    """What the prompts of a role have of their own; see `prompts.yaml`."""
 
-    Attributes:
-        ask: What the agent is to do; `$aim` is the task's, `$agent` the agent's name.
-        thoughts: Says what `$slots` are.
-        answers: Whether the task's answer is asked for.
-    """
-
-    ask: str = ""
     thoughts: str
+    ask: str = ""
     answers: bool = False
 
 
-TASKS: Final[dict[Task, TaskTexts]] = {
-    "general": TaskTexts(
-        question="Question: {{ question }}",
-        aim="which steps lead to the answer",
-        answer="Solve the question step by step, then write the answer in the last line.",
-    ),
-    "math": TaskTexts(
-        question="Problem: {{ question }}",
-        aim="what is given, what is asked and which calculations connect the two",
-        answer="Solve the problem step by step. End with the final number in \\boxed{}.",
-    ),
-    "choice": TaskTexts(
-        question="Question: {{ question }}\n{{ choices }}",
-        aim="what speaks for and against each choice",
-        answer="Decide which choice is right. The last line must be its letter and nothing else.",
-    ),
-    "code": TaskTexts(
-        question="Task: {{ question }}",
-        aim="which inputs there can be, which cases are special and which algorithm fits",
-        answer="Write the whole program in one block that begins with ```python and ends with ```.",
-    ),
-    "search": TaskTexts(
-        question="Question: {{ question }}",
-        aim="which facts lead to the answer, and in which order to find them",
-        answer="Put the facts together. The last line must be the short answer and nothing else.",
-    ),
-}
+class _Wording(Struct, frozen=True, forbid_unknown_fields=True):
+    tasks: dict[Task, TaskTexts]
+    roles: dict[RoleName, RoleTexts]
 
-ROLES: Final[dict[RoleName, RoleTexts]] = {
-    "plan": RoleTexts(
-        ask="Think about $aim. Do not answer yet.",
-        thoughts="Correct what the last attempt got wrong: $slots",
-    ),
-    "review": RoleTexts(
-        ask="Think about $aim. Do not answer yet.",
-        thoughts="Check every step of these thoughts and correct what is wrong: $slots",
-    ),
-    "solve": RoleTexts(thoughts="Thoughts on how to solve it: $slots", answers=True),
-    "alone": RoleTexts(thoughts="Your thoughts so far: $slots", answers=True),
-    "specialist": RoleTexts(
-        ask="You are a specialist in $agent. Think about $aim. Do not answer yet.",
-        thoughts="Correct what the last attempt of the group got wrong: $slots",
-    ),
-    "summarize": RoleTexts(
-        thoughts="Thoughts of specialists, to be weighed against each other: $slots", answers=True
-    ),
-    "expert": RoleTexts(
-        ask="Think carefully about $aim, so that a learner can follow. Do not answer yet.",
-        thoughts="Correct what the learner's last attempt got wrong: $slots",
-    ),
-    "learner": RoleTexts(thoughts="Thoughts of an expert: $slots", answers=True),
-    "reflect": RoleTexts(
-        ask="Think about $aim. Tell apart what is known and what is missing. Do not answer yet.",
-        thoughts="Reflect on the last attempt, on what it found and what it got wrong: $slots",
-    ),
-    "call": RoleTexts(thoughts="Thoughts on what to do: $slots", answers=True),
-}
+
+_WORDING: Final = msgspec.yaml.decode(
+    Path(__file__).with_name("prompts.yaml").read_bytes(), type=_Wording
+)
+TASKS: Final = _WORDING.tasks
+ROLES: Final = _WORDING.roles
 
 _CALLS: Final = (
     "You may use tools. Write a call in this form, and its result follows between <result> and "
@@ -147,9 +87,6 @@ def role_prompts(
     """Return what an agent is asked without and with slots.
 
     Args:
-        role: Its part in the pattern.
-        task: What the answer is to look like.
-        agent: Its name.
         senders: The agents whose messages it has slots for; several are named in the text.
         tools: What it may call, if it answers.
     """
@@ -190,8 +127,6 @@ class Role:
     """An agent of a pattern.
 
     Attributes:
-        agent: Its name.
-        name: What it does.
         loc: Where the pattern names it, below the pattern's own key.
     """
 

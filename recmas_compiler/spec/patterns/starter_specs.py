@@ -8,13 +8,12 @@ current.
 from __future__ import annotations
 
 import sys
-from importlib.resources import files
 from pathlib import Path
 from typing import Final, get_args
 
 from recmas_compiler.spec.document.problems import did_you_mean
 from recmas_compiler.spec.schema.json_schema import SCHEMA_FILE, schema_text, with_tables
-from recmas_compiler.spec.schema.pattern import PATTERN_NAMES, Task
+from recmas_compiler.spec.schema.sections import PATTERN_NAMES, Task
 from recmas_runtime.core.errors import fail
 
 STARTERS: Final = (*PATTERN_NAMES, "custom")
@@ -45,11 +44,7 @@ def starter_spec(pattern: str, *, task: str | None = None, schema: str = SCHEMA_
         raise fail(
             "RM118", f"there is no pattern `{pattern}`.", hint=did_you_mean(pattern, STARTERS)
         )
-    text = (
-        files("recmas_compiler.spec.patterns")
-        .joinpath("starters", f"{pattern}.yaml")
-        .read_text("utf-8")
-    )
+    text = (Path(__file__).parent / "starters" / f"{pattern}.yaml").read_text("utf-8")
     if task is not None:
         text = _with_task(text, pattern, task)
     return schema_line(schema) + text

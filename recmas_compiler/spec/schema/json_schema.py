@@ -6,8 +6,8 @@ import json
 import re
 from typing import Any, Final
 
-from recmas_compiler.spec.schema.pattern import PATTERN_NAMES
-from recmas_compiler.spec.schema.sections import SECTIONS, SpecDocument
+from recmas_compiler.spec.schema.document import SECTIONS, SpecDocument
+from recmas_compiler.spec.schema.sections import PATTERN_NAMES
 from recmas_runtime.core.errors import CODES
 
 SCHEMA_FILE: Final = "recmas.v1.json"

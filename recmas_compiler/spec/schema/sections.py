@@ -1,4 +1,4 @@
-"""The schema of the language: every key with its type, default, bounds and meaning.
+"""The sections of the language but `train`: every key with its type, default, bounds and meaning.
 
 The JSON schema and the tables of `specs/README.md` are made from these classes, so descriptions
 here are what users read. All models are frozen and refuse unknown keys.
@@ -6,10 +6,12 @@ here are what users read. All models are frozen and refuse unknown keys.
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal, Self, TypeVar
 
 from pydantic import (
+    BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     StringConstraints,
     model_serializer,
@@ -17,23 +19,214 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from recmas_compiler.spec.document.problems import sections_of
-from recmas_compiler.spec.schema.answer import AnswerSection
-from recmas_compiler.spec.schema.pattern import PatternSection
-from recmas_compiler.spec.schema.section import (
-    MAX_AGENTS,
-    FilePath,
-    Given,
-    Section,
-    Slug,
-)
-from recmas_compiler.spec.schema.train import TrainSection
-from recmas_runtime.formats.ids import LINK_PATTERN
+from recmas_runtime.formats.ids import LINK_PATTERN, SLUG_PATTERN
 from recmas_runtime.formats.link_kinds import DEFAULT_INIT, DEFAULT_KIND, LinkInit, LinkKind
 from recmas_runtime.formats.precisions import Dtype, PrecisionName
 from recmas_runtime.formats.targets import TargetName
 
-LANGUAGE_VERSION: Final = 1
+MAX_AGENTS: Final = 64
+
+PATH_PATTERN: Final = r"^[^\x00-\x1f]+$"
+
+Slug = Annotated[str, StringConstraints(pattern=f"^{SLUG_PATTERN}$", max_length=64)]
+FilePath = Annotated[str, StringConstraints(pattern=PATH_PATTERN, max_length=4096)]
+
+_T = TypeVar("_T")
+
+
+def _refuse_blank(value: object) -> object:
+    """Refuse `key:` with nothing after it, which is a slip and not a wish for the default."""
+    if value is None:
+        raise PydanticCustomError("blank", "is empty")
+    return value
+
+
+Given = Annotated[_T | None, BeforeValidator(_refuse_blank)]
+"""An optional value which, where its key is written, must be given."""
+
+
+class Section(BaseModel):
+    """A mapping of the language."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+Task = Literal["general", "math", "choice", "code", "search"]
+
+Specialists = Annotated[
+    tuple[Slug, ...], Field(strict=False, min_length=1, max_length=MAX_AGENTS - 1)
+]
+Chain = Annotated[tuple[Slug, ...], Field(strict=False, min_length=1, max_length=MAX_AGENTS)]
+
+
+class MixtureSection(Section):
+    """Specialists side by side, and a summarizer that brings their thoughts together."""
+
+    specialists: Specialists
+    """Agents that think about the question independently of each other."""
+
+    summarizer: Slug
+    """The agent that sees all their thoughts, writes the answer and feeds back to each of them."""
+
+
+class DistillationSection(Section):
+    """An expert and the learner that it guides."""
+
+    expert: Slug
+    """The agent that thinks first, usually on the larger backbone."""
+
+    learner: Slug
+    """The agent that sees its thoughts, writes the answer and feeds back to it."""
+
+
+class DeliberationSection(Section):
+    """A reflector and a caller, which may use tools."""
+
+    reflector: Slug
+    """The agent that thinks about what is known and what is to be done."""
+
+    caller: Slug
+    """The agent that sees its thoughts, calls tools (see `answer.tools`), writes the answer and
+    feeds back to it."""
+
+
+class PatternSection(Section):
+    """A macro that writes agents, links and `answer`; what is written out wins over it.
+
+    Exactly one arrangement, and a task.
+    """
+
+    sequential: Given[Chain] = None
+    """Agents in a chain; the last one writes the answer and feeds back to the first."""
+
+    mixture: Given[MixtureSection] = None
+    """Parallel specialists and a summarizer."""
+
+    distillation: Given[DistillationSection] = None
+    """An expert and a learner."""
+
+    deliberation: Given[DeliberationSection] = None
+    """A reflector and a caller of tools."""
+
+    task: Task = "general"
+    """What the prompts ask for: an answer in the last line (`general`), a number in `\\boxed{}`
+    (`math`), the letter of one of the record's `choices` (`choice`), a block of Python (`code`), a
+    short answer (`search`)."""
+
+    @model_validator(mode="after")
+    def _name_one_pattern(self) -> Self:
+        if len(self.given) != 1:
+            raise PydanticCustomError("one_pattern", "should name one", {"given": self.given})
+        return self
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The patterns that are named, in the order of the schema; exactly one once checked."""
+        return tuple(name for name in PATTERN_NAMES if getattr(self, name) is not None)
+
+
+PATTERN_NAMES: Final = tuple(name for name in PatternSection.model_fields if name != "task")
+
+
+class StopSection(Section):
+    """When the recursion may end before its last round."""
+
+    cosine: float = Field(gt=0.0, le=1.0)
+    """A record is settled once every message of a round has at least this mean cosine to the same
+    link's message of the round before; its next round is then its last. 0.999 is a start."""
+
+
+class SearchSection(Section):
+    """The tool `search`; exactly one of `corpus` and `backend`."""
+
+    corpus: Given[FilePath] = None
+    """Passages to search: a file of JSON lines `{id, title, text}` or a folder of `.txt` and `.md`
+    files, relative to the spec. It is copied into the bundle."""
+
+    backend: Given[Literal["tavily"]] = None
+    """A web service instead of a corpus: `tavily`, with its key in `TAVILY_API_KEY`."""
+
+    top_k: int = Field(default=3, ge=1, le=50)
+    """Passages that a search returns."""
+
+
+class PythonSection(Section):
+    """The tool `python`: code that the model wrote, in a sandbox or not at all."""
+
+    memory_mb: int = Field(default=256, ge=16, le=65_536)
+    """Most memory of the program, in MiB."""
+
+
+class ToolsSection(Section):
+    """What the answer agent may call while it writes, and the bounds of it."""
+
+    search: Given[SearchSection] = None
+    """Lets it search: `<search>words</search>`."""
+
+    python: Given[PythonSection] = None
+    """Lets it run programs: `<python>code</python>`. `{}` takes the defaults."""
+
+    ask: bool = False
+    """Lets it ask a human: `<ask>question</ask>`."""
+
+    functions: tuple[Slug, ...] = Field(default=(), strict=False, max_length=32)
+    """Functions that the caller of the runtime provides, by name: `<NAME>argument</NAME>`."""
+
+    max_calls: int = Field(default=4, ge=1, le=64)
+    """Most calls of one answer; later ones are answered with a refusal."""
+
+    timeout_s: float = Field(default=10.0, gt=0.0, le=600.0)
+    """Most seconds of one call."""
+
+    max_result_chars: int = Field(default=2000, ge=1, le=100_000)
+    """Most characters of a result; a longer one says how much was left out."""
+
+    @property
+    def are_on(self) -> bool:
+        """Whether there is any tool."""
+        return bool(self.search or self.python or self.ask or self.functions)
+
+
+class AnswerSection(Section):
+    """Which agent writes the text, and how its tokens are chosen."""
+
+    agent: Slug
+    """The agent that writes the answer in the last round."""
+
+    max_new_tokens: int = Field(default=256, ge=1, le=32_768)
+    """Most tokens of an answer."""
+
+    temperature: float = Field(default=0.0, ge=0.0, le=10.0)
+    """0 takes the likeliest token; higher is more varied."""
+
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Sample from the likeliest tokens that together have this probability."""
+
+    top_k: int = Field(default=0, ge=0, le=1_000_000)
+    """Sample from the k likeliest tokens; 0 keeps all."""
+
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Drop tokens below this share of the likeliest one's probability."""
+
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    """Above 1 makes tokens that were already written less likely."""
+
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
+    """Seed of the first record of a batch; record i uses seed + i."""
+
+    stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(
+        default=(), strict=False, max_length=16
+    )
+    """Texts that end the answer; they are not part of it."""
+
+    stop_when: Given[StopSection] = None
+    """Early end of the recursion; without it all rounds run."""
+
+    tools: Given[ToolsSection] = None
+    """Tools of the answer agent; without it there are none."""
+
 
 # Variables of the chat template that rendering itself sets.
 RESERVED_TEMPLATE_VARIABLES: Final = frozenset({"messages", "add_generation_prompt"})
@@ -43,7 +236,7 @@ TemplateVariable = Annotated[str, StringConstraints(pattern="^[A-Za-z_][A-Za-z0-
 PromptText = Annotated[str, StringConstraints(min_length=1, max_length=100_000)]
 
 
-def _blank_is_default(value: object) -> object:
+def blank_is_default(value: object) -> object:
     """Read `a -> b:` with nothing after it as a link with all defaults."""
     return {} if value is None else value
 
@@ -177,57 +370,3 @@ class BuildSection(Section):
 
     max_batch: int = Field(default=8, ge=1, le=1024)
     """Most records in one batch."""
-
-
-class SpecDocument(Section):
-    """A latent multi-agent system."""
-
-    recmas: int = Field(
-        ge=LANGUAGE_VERSION, le=LANGUAGE_VERSION, json_schema_extra={"const": LANGUAGE_VERSION}
-    )
-    """Version of the language."""
-
-    name: Slug
-    """Name of the system."""
-
-    rounds: int = Field(default=1, ge=1, le=64)
-    """Passes over the agents. The answer is written in the last one."""
-
-    latent_steps: int = Field(default=16, ge=0, le=4096)
-    """Latent steps of every agent that does not say otherwise; 0 sends empty messages."""
-
-    pattern: Given[PatternSection] = None
-    """A known arrangement of agents, instead of writing it out."""
-
-    backbones: dict[Slug, BackboneSection] = Field(min_length=1, max_length=MAX_AGENTS)
-    """The language models, by name. Agents may share one."""
-
-    agents: dict[Slug, AgentSection] = Field(min_length=1, max_length=MAX_AGENTS)
-    """The agents, by name."""
-
-    links: dict[LinkName, Annotated[LinkSection, BeforeValidator(_blank_is_default)]] = Field(
-        default_factory=dict, max_length=MAX_AGENTS**2
-    )
-    """Who sends thoughts to whom, as `source -> target`."""
-
-    answer: AnswerSection
-    """Which agent writes the text, and how."""
-
-    build: BuildSection = Field(default_factory=BuildSection)
-    """What to build, and for which limits."""
-
-    train: Given[TrainSection] = None
-    """What to train the links on, and how; only `recmasc train` needs it."""
-
-
-SECTIONS: Final = sections_of(SpecDocument)
-"""Every mapping with fixed keys, by its path."""
-
-# Mappings whose keys are names that the user chooses.
-NAMED: Final[dict[tuple[str, ...], str]] = {
-    ("backbones",): "backbone",
-    ("agents",): "agent",
-    ("links",): "link",
-    ("agents", "*", "chat_template"): "template variable",
-    ("train", "targets"): "agent",
-}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BeforeValidator, Field, Strict, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
-from recmas_compiler.spec.schema.section import MAX_AGENTS, FilePath, Given, Section, Slug
+from recmas_compiler.spec.schema.sections import MAX_AGENTS, FilePath, Given, Section, Slug
 from recmas_runtime.formats.link_kinds import PAPER_KIND, RELEASED_KIND, LinkKind
 
 Preset = Literal["default", "released", "paper"]

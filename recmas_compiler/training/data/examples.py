@@ -29,11 +29,8 @@ class Examples:
     """The data of a run.
 
     Attributes:
-        train: What links learn from, in the order of the file.
-        held_out: What they are measured on.
         left_out: How many records are not used, by reason.
         digests: The sha256 of every file read, by what it is for: `train` or `held_out`.
-        warnings: What is doubtful about the data.
     """
 
     train: tuple[TrainExample, ...]
@@ -51,9 +48,7 @@ def load_examples(
     Args:
         spec: Its prompts say which fields a record needs.
         targets: Agent to the field with the text that it should think or say.
-        data: The file to train on.
         held_out: The file to measure on, or the part of `data` to hold out.
-        seed: Draws that part.
 
     Raises:
         RecmasError: RM700 with file and line for every record that cannot be used, for a file

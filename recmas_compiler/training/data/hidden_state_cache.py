@@ -40,7 +40,6 @@ class TargetCall:
     """An agent's prompt as tokens alone, and behind it what it should think or say.
 
     Attributes:
-        ids: All tokens.
         num_target_tokens: How many at the end are the target.
     """
 
@@ -58,8 +57,6 @@ class HiddenStates:
     """Pairs of a hidden state and the token that follows it in a target, call by call.
 
     Attributes:
-        backbone: On its device.
-        calls: In whose targets the tokens are.
         stored_ND: The states of all calls in a row, on disk; None to run the backbone whenever
             they are asked for.
     """
@@ -117,12 +114,7 @@ def cached_hidden_states(
     calls and backbone is used again.
 
     Args:
-        backbone: On its device.
         calls: At least one, none without target tokens.
-        folder: Where files are kept.
-        max_bytes: The largest file.
-        world: Only the main process writes.
-        progress: Counts the calls that are computed.
 
     Raises:
         RecmasError: RM303 if the disk is full or not writable.

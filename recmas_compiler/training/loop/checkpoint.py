@@ -34,10 +34,7 @@ class Checkpoint:
     """What a folder holds.
 
     Attributes:
-        path: The folder.
-        step: Steps done.
         identity: What the run was made of, by name.
-        state: Whatever else the loop keeps.
         tensors: Links, optimizer and random state by name.
     """
 
@@ -57,13 +54,6 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor],
 ) -> Path:
     """Write a checkpoint and remove all but the last ones.
-
-    Args:
-        folder: Where a run's checkpoints are.
-        step: Steps done.
-        identity: What the run is made of; another run's checkpoints are refused by it.
-        state: Plain values.
-        tensors: By name.
 
     Raises:
         RecmasError: RM303 if the disk is full or not writable; the checkpoints before are kept.

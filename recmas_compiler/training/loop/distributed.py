@@ -41,8 +41,6 @@ class World:
 
     Attributes:
         rank: This process, from 0; only 0 writes and shows anything.
-        size: How many there are.
-        device: What this one computes on.
     """
 
     rank: int
@@ -109,10 +107,8 @@ def launch(num_processes: int, module: str, arguments: Sequence[str]) -> Ended:
     and the first one did not.
 
     Args:
-        num_processes: How many.
         module: Joins them with `joined_world`; its first process leaves the exit status of the run
             in the file that `STATUS_FILE` names.
-        arguments: Of the module.
     """
     # torchrun would give every process a single thread, and warn that it does.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))

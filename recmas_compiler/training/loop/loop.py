@@ -97,11 +97,8 @@ class LoopResult:
     """How a loop ended.
 
     Attributes:
-        steps: Steps done.
-        interrupted: Whether the user stopped it before the last one.
         loss: Running mean of the training loss.
         first: The first measurement, before any step.
-        last: The last one.
     """
 
     steps: int
@@ -210,13 +207,7 @@ class Loop:
     """Trains a task.
 
     Args:
-        task: What.
-        section: How.
-        stage: Steps, rate and batch size.
-        folder: Where metrics and checkpoints go.
         identity: What the run is made of; checkpoints of another one are refused.
-        world: The processes that share the work.
-        sink: Receives every entry of the metrics too.
     """
 
     def __init__(
@@ -250,11 +241,6 @@ class Loop:
 
     def run(self, *, resume: bool, title: str, progress: Progress) -> LoopResult:
         """Train to the last step, or until it is interrupted.
-
-        Args:
-            resume: Go on from the last checkpoint, if there is one.
-            title: Names the loop in progress.
-            progress: Counts steps; its note is the last loss.
 
         Raises:
             RecmasError: RM302 if the folder holds a run and `resume` is off, RM303 if the disk is

@@ -48,15 +48,10 @@ class Cost:
     """What a loop took.
 
     Attributes:
-        trainable_parameters: Numbers that learn.
-        steps: Steps done.
         step_seconds: Median over the steps; measurements and checkpoints are not in it.
-        total_seconds: Sum over the steps.
         tokens_per_step: Mean number of tokens with a loss.
         peak_memory_mb: Most memory of a process in MiB, measurements and loading included: of the
             GPU if one is used, else of the whole process.
-        processes: How many shared the steps.
-        device: `cpu` or `cuda`.
     """
 
     trainable_parameters: int
@@ -100,8 +95,6 @@ def draw_curves(
     """Draw loss, gradient norms and learning rate over the steps, beside a loop's metrics.
 
     Args:
-        folder: Of the loop.
-        title: Above the picture.
         levels: Held-out figures to draw as horizontal lines, by name.
 
     Returns:

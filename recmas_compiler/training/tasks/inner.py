@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.links.closed_form.aligned import align_inner
-from recmas_compiler.links.closed_form.calibration import HELD_OUT_EVERY, Calibration
+from recmas_compiler.links.aligned import align_inner
+from recmas_compiler.links.calibration import HELD_OUT_EVERY, Calibration
 from recmas_compiler.links.modules import make_link, randomize
 from recmas_compiler.training.data.hidden_state_cache import HiddenStates
 from recmas_compiler.training.loop.distributed import World
@@ -45,11 +45,7 @@ class InnerTask:
     """Trains one agent's inner link.
 
     Args:
-        agent: Its name.
-        link: Its inner link.
-        train: Hidden states to learn from.
         held_out: Hidden states to measure on; none for no measurements.
-        mse_weight: Weight of the mean squared error beside the cosine loss.
     """
 
     def __init__(
@@ -146,12 +142,7 @@ def inner_baselines(
     """Return the held-out cosine of what costs no training.
 
     Args:
-        agent: Its name.
-        kind: Of its inner link.
-        train: Hidden states to learn from.
-        held_out: Hidden states to measure on.
         aligned: A link that was aligned already, to `train` if that sufficed; None to make one.
-        world: The processes that share the work.
 
     Returns:
         `random`: a link with random weights; `aligned`: the closed form from the training texts,

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from recmas_compiler.lowering.training_graph.calls import TrainExample
-from recmas_compiler.lowering.training_graph.graph import TrainingGraph
+from recmas_compiler.lowering.training_graph.graph import Loss, TrainingGraph
 from recmas_compiler.lowering.training_graph.latents import Control
-from recmas_compiler.lowering.training_graph.loss import Loss
 from recmas_compiler.training.loop.distributed import World
 
 # What the answer agent's slots hold in the last round, by the name that figures have.
@@ -29,10 +28,7 @@ class OuterTask:
     """Trains all links of a graph together.
 
     Args:
-        graph: The program to train.
         links: What learns, by link id; the graph's other links stay as they are.
-        train: Records to learn from.
-        held_out: Records to measure on.
         batch_size: Records of a measurement's batch.
     """
 

@@ -45,14 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineBuild:
-    """What a build of engines gave.
-
-    Attributes:
-        path: The folder in the bundle.
-        record: What the engines are good for.
-        reused: They were there already; nothing was done.
-        figures: By backbone, how far the engines are from the reference.
-    """
+    """What a build gave; `figures` say by backbone how far its engines are from the reference."""
 
     path: Path
     record: EngineRecord
@@ -101,8 +94,6 @@ def build_engines(
     for the same machine stays until then, and goes when they are there.
 
     Args:
-        root: The bundle.
-        progress: Receives TensorRT's phases.
         reuse: Do nothing if the bundle holds engines for this machine.
         kept_timing: Timing caches by folder name, of a bundle that this one has replaced.
 
@@ -194,11 +185,7 @@ def _case_positions(bundle: Bundle, backbone: str) -> int:
 def _check(
     bundle: Bundle, engines: EngineFolder, progress: Progress
 ) -> dict[str, dict[str, float]]:
-    """Run every parity case on the new engines.
-
-    Raises:
-        RecmasError: RM405 for figures beyond their tolerance.
-    """
+    """Run every parity case on the new engines; RM405 for figures beyond their tolerance."""
     from recmas_runtime.engines.tensorrt.backbone import open_backbones
 
     def no_other_engine(entry: BackboneEntry) -> Backbone[Any]:

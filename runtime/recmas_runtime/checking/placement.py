@@ -18,24 +18,11 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from recmas_runtime.core.errors import fail
-from recmas_runtime.engines.onnx.session import (
-    PROVIDERS,
-    Device,
-    call_onnx,
-    make_session,
-    onnx_runtime,
-)
+from recmas_runtime.engines.onnx.caches import NUMPY_TYPES, ort_value
+from recmas_runtime.engines.onnx.session import PROVIDERS, Device, call_onnx, make_session
 
 # What a free dimension of an input gets: one sample, one position, one link; rows of a cache.
 _SIZES: Final = {"capacity": 64}
-_NUMPY_TYPES: Final = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(bool)": np.bool_,
-}
-# The number of bfloat16 among ONNX's types; numpy has no such type.
-_BFLOAT16: Final = 16
 # Providers leave the arithmetic of shapes to the CPU, which is where it belongs. It is told from
 # computation by its results: a handful of integers.
 _SHAPE_TYPES: Final = frozenset({"int64", "int32", "bool"})
@@ -47,13 +34,7 @@ _INSERTED_CAST: Final = "InsertedPrecisionFreeCast_"
 
 
 class StrayNode(NamedTuple):
-    """An operator of a step that does not run where it should.
-
-    Attributes:
-        op_type: Operator.
-        name: Name in the profile.
-        reason: What is wrong with it.
-    """
+    """An operator of a step that does not run where it should."""
 
     op_type: str
     name: str
@@ -73,8 +54,6 @@ def find_stray_nodes(
 
     Args:
         path: An ONNX file; its inputs are fed zeros.
-        threads: Threads within an operator; None takes the physical cores.
-        device: Where it should run.
 
     Raises:
         RecmasError: RM504 if the device cannot be used, RM507 if the graph is refused.
@@ -128,9 +107,5 @@ def _is_shape(outputs: list[dict[str, list[int]]]) -> bool:
 
 
 def _zeros(graph_input: Any) -> Any:
-    ort_value = onnx_runtime().OrtValue
     shape = [size if isinstance(size, int) else _SIZES.get(size, 1) for size in graph_input.shape]
-    if graph_input.type in _NUMPY_TYPES:
-        return ort_value.ortvalue_from_numpy(np.zeros(shape, _NUMPY_TYPES[graph_input.type]))
-    assert graph_input.type == "tensor(bfloat16)", f"an input of type {graph_input.type}"
-    return ort_value.ortvalue_from_numpy_with_onnx_type(np.zeros(shape, np.uint16), _BFLOAT16)
+    return ort_value(np.zeros(shape, NUMPY_TYPES[graph_input.type]), graph_input.type)

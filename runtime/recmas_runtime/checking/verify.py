@@ -12,13 +12,13 @@ from typing import Any
 from recmas_runtime.checking.placement import StrayNode, find_stray_nodes
 from recmas_runtime.core.errors import Exit, Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress, Silent
-from recmas_runtime.engines.interface import Backbone
-from recmas_runtime.engines.onnx.backbone import LinkEngine, Operands
+from recmas_runtime.engines.interface import Backbone, Operands
+from recmas_runtime.engines.onnx.backbone import LinkEngine
 from recmas_runtime.formats.bundle import Bundle, open_bundle, unlisted_files
 from recmas_runtime.formats.links import read_operands
-from recmas_runtime.formats.manifest import LinkEntry, ParityEntry
+from recmas_runtime.formats.manifest import ParityEntry
+from recmas_runtime.formats.precisions import beyond_tolerance
 from recmas_runtime.formats.safetensors_file import read_tensors
-from recmas_runtime.formats.tolerances import beyond_tolerance
 from recmas_runtime.running.open_engines import open_engines
 from recmas_runtime.running.parity import (
     BACKBONE_CASE,
@@ -31,14 +31,7 @@ from recmas_runtime.running.parity import (
 
 @dataclass(frozen=True, kw_only=True)
 class CaseReport:
-    """What one parity case gave here.
-
-    Attributes:
-        backbone: Whose engines ran.
-        precision: Of those engines.
-        figures: Differences by the names of `TOLERANCES`.
-        greedy_tokens_equal: Whether the greedy continuation is the reference's.
-    """
+    """What one parity case gave here; the figures are those of `TOLERANCES`."""
 
     backbone: str
     precision: str
@@ -48,15 +41,7 @@ class CaseReport:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What was found out about a bundle.
-
-    Attributes:
-        num_files: Files whose hashes are right.
-        device: Where the engines ran.
-        probe_absolute: The probe's distance from its known answer.
-        cases: One per parity case.
-        problems: Errors if something is wrong, and warnings.
-    """
+    """What was found out about a bundle; the probe's figure is its distance from the answer."""
 
     num_files: int
     device: str
@@ -97,10 +82,8 @@ def verify_bundle(
     """Hash every file, run the known-answer probe and every parity case.
 
     Args:
-        path: The bundle.
         device: `auto`, `cpu`, `cuda` or `tensorrt`.
         threads: Threads within an operator; None takes the physical cores.
-        progress: Receives how far it has come.
 
     Raises:
         RecmasError: If the bundle cannot be opened or run at all; figures out of tolerance are
@@ -171,23 +154,17 @@ def read_case(bundle: Bundle, entry: ParityEntry) -> tuple[Mapping[str, Any], st
         RecmasError: RM404 for a case that lacks what is measured.
     """
     tensors, metadata = read_tensors(bundle.file(entry.file))
-    _check_case(entry.file, tensors, metadata.get("inner"), bundle.manifest.links)
-    return tensors, metadata["inner"]
-
-
-def _check_case(
-    file: str, tensors: Mapping[str, Any], inner: str | None, links: Mapping[str, LinkEntry]
-) -> None:
-    """Demand that a parity case holds what is measured, for links of this bundle."""
+    inner = metadata.get("inner", "")
     lacking = sorted(BACKBONE_CASE - tensors.keys())
-    unknown = sorted({*case_links(tensors), inner or ""} - links.keys())
+    unknown = sorted({*case_links(tensors), inner} - bundle.manifest.links.keys())
     if lacking or unknown:
         raise fail(
             "RM404",
             f"the parity case lacks tensors {lacking} or names unknown links {unknown}",
-            file=file,
+            file=entry.file,
             hint="Build the bundle again with one version of recmas.",
         )
+    return tensors, inner
 
 
 def out_of_tolerance(file: str, figures: Mapping[str, float], *, precision: str) -> list[Problem]:

@@ -7,7 +7,7 @@ nothing here imports anything else of recmas.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Literal
 
@@ -124,19 +124,14 @@ class Problem:
     """One finding about something the user gave: what, where, what to do.
 
     Attributes:
-        code: Stable code, a key of `CODES`.
-        message: What is wrong, with the offending value.
         hint: What to do about it; a full sentence, or empty.
         severity: Only errors stop anything.
-        file: The file it is in, as the user named it.
-        line: Line, from 1.
-        column: Column, from 1.
     """
 
     code: str
+    severity: Literal["error", "warning"] = "error"
     message: str
     hint: str = ""
-    severity: Literal["error", "warning"] = "error"
     file: str | None = None
     line: int | None = None
     column: int | None = None
@@ -155,23 +150,11 @@ class Problem:
 
     def to_json(self) -> dict[str, str | int | None]:
         """Return the form that `--json` prints."""
-        return {
-            "code": self.code,
-            "severity": self.severity,
-            "message": self.message,
-            "hint": self.hint,
-            "file": self.file,
-            "line": self.line,
-            "column": self.column,
-        }
+        return asdict(self)
 
 
 class RecmasError(Exception):
-    """Something the user can mend. Carries one or more problems, errors first.
-
-    Args:
-        problems: At least one, of which at least one is an error.
-    """
+    """Something the user can correct: one or more problems, of which at least one is an error."""
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
         found = (problems,) if isinstance(problems, Problem) else tuple(problems)

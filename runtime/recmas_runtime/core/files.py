@@ -24,11 +24,7 @@ _SHOWN_NAMES: Final = 3
 
 
 def open_regular(path: Path, *, file: str) -> BufferedReader:
-    """Open a regular file for reading in binary mode.
-
-    Args:
-        path: Where it is.
-        file: How messages name it.
+    """Open a regular file for reading in binary mode; messages name it `file`.
 
     Raises:
         RecmasError: RM401 if it is missing, unreadable or anything but a regular file.
@@ -163,9 +159,7 @@ def placed_together(place: Path, names: Sequence[str]) -> Iterator[Path]:
 def clear_away_dead_builds(folder: Path, names: str = "*") -> None:
     """Remove what killed builds left in a folder, and undo replacements cut off in the middle.
 
-    Args:
-        folder: Where the builds' targets are.
-        names: A pattern for the names of the targets.
+    The names of the builds' targets match the pattern `names`.
     """
     for what in (_REPLACED, _BUILDING):
         for left in sorted(folder.glob(f".{names}.{what}-*")):
@@ -185,8 +179,7 @@ def _beside(target: Path, what: str) -> Path:
 def _lock(folder: Path) -> Iterator[bool]:
     """Lock a folder for the block; give False if it is gone or locked by another build.
 
-    Raises:
-        OSError: Where folders cannot be locked at all, as on some network file systems.
+    Some network file systems lock no folders at all: that is an OSError.
     """
     import fcntl  # not on Windows, where bundles are read all the same
 

@@ -11,13 +11,10 @@ from typing import Any, Self
 
 
 class JsonLines:
-    """A file of JSON values, one a line, to be appended to.
+    """A file of JSON values, one a line, to be appended to; standard output if `path` is None.
 
-    Opening it changes nothing. What the disk refuses is raised as `OSError`: every user has an
-    error code of its own for it.
-
-    Args:
-        path: Made if it is not there; None for standard output.
+    Opening it changes nothing but to make it. What the disk refuses is raised as `OSError`: every
+    user has an error code of its own for it.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -34,10 +31,7 @@ class JsonLines:
                 yield from (line for line in stream if line.endswith(b"\n"))
 
     def keep(self, num_bytes: int | None = None) -> None:
-        """Cut off what lies behind `num_bytes` (None: nothing), and a line that is not whole.
-
-        The next value is appended there.
-        """
+        """Cut off what lies behind `num_bytes` (None: nothing), and a line that is not whole."""
         if self._is_regular:
             size = os.fstat(self._file).st_size if num_bytes is None else num_bytes
             self._end = os.pread(self._file, size, 0).rfind(b"\n") + 1

@@ -21,10 +21,7 @@ class Progress(Protocol):
     def stage(
         self, title: str, total: int | None = None, *, done: int = 0
     ) -> AbstractContextManager[Advance]:
-        """Open a stage of `total` units (None: not known), of which `done` are there already.
-
-        Leaving the context closes it.
-        """
+        """Open a stage of `total` units (None: not known), of which `done` are there already."""
 
 
 class Silent:
@@ -37,11 +34,7 @@ class Silent:
 
 
 class LineProgress:
-    """Keeps one line up to date on a terminal; shows nothing where there is none.
-
-    Args:
-        stream: Where the line goes; standard error by default.
-    """
+    """Keeps one line up to date on a terminal; shows nothing where there is none."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream

@@ -1,18 +1,23 @@
 """What the executor asks of engines, whoever computes: ONNX Runtime or TensorRT.
 
 Shape legend: R rows, S positions of a call, C cache rows per sample, H key/value heads, D head
-width, d model width, V vocabulary.
+width, d model width, V vocabulary, G groups of rows with one link each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
-from recmas_runtime.engines.onnx.backbone import Floats, Indices, Operands
 from recmas_runtime.formats.manifest import BackboneEntry
+
+Floats = NDArray[np.float32]
+Indices = NDArray[np.int64]
+# Of the inner links of a call, see `formats.links.load_operands`; the first axis is G.
+Operands = Mapping[str, NDArray[Any]]
 
 
 class KeyValueRows(Protocol):
@@ -37,7 +42,7 @@ CacheT = TypeVar("CacheT", bound=KeyValueRows)
 
 
 class Backbone(Protocol[CacheT]):
-    """One backbone's engines; `engines.onnx.backbone.BackboneEngine` says what each call means."""
+    """One backbone's engines."""
 
     @property
     def entry(self) -> BackboneEntry:
@@ -63,7 +68,19 @@ class Backbone(Protocol[CacheT]):
         last_index: Indices,
         inner: Operands,
     ) -> tuple[Floats, Floats, Floats]:
-        """Run S positions of every sequence; returns hidden, last hidden, next embeddings."""
+        """Run S positions of every sequence through the backbone and extend the cache.
+
+        Args:
+            cache: Is written at `write_index .. write_index + S`.
+            inputs_embeds: [R, S, d]; what lies after a sequence's last real position is ignored.
+            write_index: [R], the position of each sequence's first input.
+            last_index: [R], each sequence's last real input, counted within S.
+            inner: Of G groups with R = G * B.
+
+        Returns:
+            Hidden states [R, S, d], the last real one [R, 1, d], and its inner link's output
+            [R, 1, d].
+        """
 
     def rollout(
         self,
@@ -74,4 +91,18 @@ class Backbone(Protocol[CacheT]):
         inner: Operands,
         num_steps: int,
     ) -> tuple[Floats, Floats]:
-        """Continue latent steps; returns thoughts and next embeddings, both [num_steps, R, d]."""
+        """Continue latent steps from a prefill's last position.
+
+        The first thought is the prefill's own, so `num_steps - 1` positions are run.
+
+        Args:
+            cache: Is extended by `num_steps - 1` positions.
+            thought: [R, 1, d], the hidden state at the last prompt position.
+            next_embeds: [R, 1, d], its inner link's output.
+            write_index: [R], the position after the prompt.
+            inner: As in `forward`.
+            num_steps: At least 1.
+
+        Returns:
+            Thoughts and their inner links' outputs, both [num_steps, R, d].
+        """

@@ -35,13 +35,7 @@ _COPY_AGAIN: Final = "Copy the bundle again, or build it again."
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """An opened bundle.
-
-    Attributes:
-        root: Its folder.
-        manifest: What it holds.
-        plan: What to run.
-    """
+    """An opened bundle."""
 
     root: Path
     manifest: Manifest
@@ -66,10 +60,7 @@ def open_bundle(
 ) -> Bundle:
     """Open a bundle and check that it is whole and makes sense.
 
-    Args:
-        path: The bundle's folder.
-        verify_hashes: Hash every file; otherwise only small ones and those that say what is done.
-        progress: Is told about hashing.
+    Without `verify_hashes` only small files and those that say what is done are hashed.
 
     Raises:
         RecmasError: RM400 if it is no bundle, RM401 for missing or altered files, RM402 for paths
@@ -88,34 +79,20 @@ def open_bundle(
     manifest = read_json_file(Manifest, root / MANIFEST_NAME, file=MANIFEST_NAME)
     _check_files(root, manifest, verify_hashes=verify_hashes, progress=progress or Silent())
     plan = read_json_file(Plan, inside(root, PLAN_NAME), file=PLAN_NAME)
-    bundle = Bundle(root=root, manifest=manifest, plan=plan)
-    check_bundle(bundle)
-    return bundle
-
-
-def check_bundle(bundle: Bundle) -> None:
-    """Check the plan against the manifest.
-
-    Raises:
-        RecmasError: RM404 with everything that does not fit together.
-    """
-    problems = check_consistency(bundle.manifest, bundle.plan)
-    if problems:
+    if problems := check_consistency(manifest, plan):
         raise RecmasError(problems)
+    return Bundle(root=root, manifest=manifest, plan=plan)
 
 
 def unlisted_files(bundle: Bundle) -> tuple[str, ...]:
     """Return files in the bundle's folder that its manifest does not know; not built engines."""
+    known = bundle.manifest.files.keys() | {MANIFEST_NAME}
     found = sorted(
         path.relative_to(bundle.root).as_posix()
         for path in bundle.root.rglob("*")
         if not path.is_dir()
     )
-    return tuple(
-        f
-        for f in found
-        if f not in bundle.manifest.files and f != MANIFEST_NAME and not is_engine_file(f)
-    )
+    return tuple(f for f in found if f not in known and not is_engine_file(f))
 
 
 def is_engine_file(relative: str) -> bool:

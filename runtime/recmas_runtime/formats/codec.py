@@ -39,8 +39,7 @@ Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 class StrictStruct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of everything that is stored as JSON; a key that has a default may be left out.
 
-    Attributes:
-        newest_version: Of files that have a `version`: the newest that this runtime reads.
+    Files that have a `version` name the newest one that this runtime reads.
     """
 
     newest_version: ClassVar[int | None] = None
@@ -52,12 +51,7 @@ def to_json(value: object) -> Any:
 
 
 def from_json(cls: type[T], data: object, *, file: str) -> T:
-    """Build `cls` from parsed JSON.
-
-    Args:
-        cls: A struct, or a collection of structs.
-        data: What `parse_json` returned.
-        file: How messages name the file that `data` came from.
+    """Build `cls` from parsed JSON, which messages say is from `file`.
 
     Raises:
         RecmasError: RM403 for another format version, RM404 for anything malformed.

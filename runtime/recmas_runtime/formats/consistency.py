@@ -11,7 +11,7 @@ from typing import Final
 
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import inner_link_id, outer_link_id
-from recmas_runtime.formats.links import FORMS
+from recmas_runtime.formats.link_kinds import FORMS
 from recmas_runtime.formats.manifest import MANIFEST_NAME, PLAN_NAME, SPEC_NAME, Manifest
 from recmas_runtime.formats.plan import (
     DecodeStep,
@@ -22,8 +22,7 @@ from recmas_runtime.formats.plan import (
     ThinkStep,
     WriteStep,
 )
-from recmas_runtime.formats.precisions import DTYPE_BYTES, buildable
-from recmas_runtime.formats.tolerances import TOLERANCES
+from recmas_runtime.formats.precisions import DTYPE_BYTES, TOLERANCES, buildable
 
 # Yields (where in the file, what is wrong).
 Rule = Callable[[Manifest, Plan], Iterator[tuple[str, str]]]
@@ -338,22 +337,8 @@ def _misrouted(plan: Plan, step: PrefillStep, sent: set[tuple[str, int]]) -> Ite
 
 # Rules of a later stage may take for granted what those of the stages before it check.
 STAGES: Final[tuple[tuple[str, tuple[Rule, ...]], ...]] = (
-    (
-        MANIFEST_NAME,
-        (
-            backbones_are_usable,
-            links_are_of_known_form,
-            parity_cases_have_backbones,
-        ),
-    ),
-    (
-        PLAN_NAME,
-        (
-            agents_have_what_they_name,
-            prompts_use_what_exists,
-            search_has_its_corpus,
-        ),
-    ),
+    (MANIFEST_NAME, (backbones_are_usable, links_are_of_known_form, parity_cases_have_backbones)),
+    (PLAN_NAME, (agents_have_what_they_name, prompts_use_what_exists, search_has_its_corpus)),
     (PLAN_NAME, (links_fit_their_agents, caches_fit_their_agents, steps_name_what_exists)),
     (
         PLAN_NAME,

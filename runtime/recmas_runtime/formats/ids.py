@@ -36,10 +36,7 @@ def is_inner(link_id: str) -> bool:
 
 
 def link_ends(link: str) -> tuple[str, str]:
-    """Return source and target of a link, by its id or its canonical name.
-
-    Both ends of an inner link are its agent.
-    """
+    """Return source and target of a link, by its id or name; an inner one has its agent twice."""
     if is_inner(link):
         agent = link.removesuffix(_INNER)
         return agent, agent

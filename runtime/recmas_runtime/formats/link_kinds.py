@@ -43,9 +43,6 @@ class _Row:
     """What a kind says.
 
     Attributes:
-        pre_norm: W1 reads a normed input.
-        post_norm: The sum is normed.
-        biases: The linear layers have biases.
         inner_skip: What an inner link adds its branch to: its input, or a matrix of it. Widths of
             outer links differ, so those have the matrix always.
         outer_hidden: Hidden width of outer links, in output widths; that of inner links is one.
@@ -70,14 +67,11 @@ _KINDS: Final[Mapping[LinkKind, _Row]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LinkForm:
-    """What links of one kind and role are made of.
+    """What links of one kind and role are made of; with a skip matrix S is W3, not the identity.
 
     Attributes:
         pre: Name of the norm of the input; None for none.
         post: Name of the norm of the output; None for none.
-        has_skip_matrix: S is W3, not the identity.
-        has_biases: The linear layers have biases.
-        hidden_per_out: Hidden width over output width.
     """
 
     pre: str | None

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.formats.link_kinds import FORMS as FORMS  # consistency takes it from here
-from recmas_runtime.formats.link_kinds import PROJ1, PROJ2, SKIP, LinkForm
+from recmas_runtime.formats.link_kinds import FORMS, PROJ1, PROJ2, SKIP, LinkForm
 from recmas_runtime.formats.manifest import LinkEntry
 from recmas_runtime.formats.safetensors_file import read_tensors
 
@@ -30,7 +29,6 @@ def load_operands(path: Path, entry: LinkEntry) -> Operands:
 
     Args:
         path: safetensors file with the released tensor names, linear layers as [out, in].
-        entry: What the manifest says of the link.
 
     Returns:
         float32 arrays without the G axis (`pre_norm` and `post_norm`: bool): pre_norm [1, 1],
@@ -72,11 +70,7 @@ def load_operands(path: Path, entry: LinkEntry) -> Operands:
 def read_operands(
     path_of: Callable[[str], Path], links: Mapping[str, LinkEntry]
 ) -> dict[str, Operands]:
-    """Return the operands of every link of a bundle, by id.
-
-    Args:
-        path_of: Gives the path of a file of the bundle, and refuses what is none.
-        links: Entries of the manifest.
+    """Return the operands of every link of a bundle, by id; `path_of` is its `Bundle.file`.
 
     Raises:
         RecmasError: As `load_operands` and `path_of`.
@@ -85,13 +79,10 @@ def read_operands(
 
 
 def stack_operands(links: Sequence[Mapping[str, NDArray[Any]]]) -> Operands:
-    """Give operands the leading G axis, one entry per link.
+    """Give the operands of one or more links of equal widths the leading G axis.
 
     Hidden widths may differ: zeros fill up to the widest, and gelu(0) = 0 adds nothing. A single
     link's operands are not copied.
-
-    Args:
-        links: Operands from `load_operands`; at least one, of equal input and output widths.
     """
     if len(links) == 1:
         return {name: operand[None] for name, operand in links[0].items()}

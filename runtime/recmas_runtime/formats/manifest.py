@@ -17,9 +17,7 @@ SPEC_NAME = "spec.yaml"
 class FileEntry(StrictStruct, frozen=True, kw_only=True):
     """A file of the bundle, by its path relative to the bundle with forward slashes.
 
-    Attributes:
-        sha256: Lower-case hexadecimal digest.
-        size_bytes: Exact size.
+    Its SHA-256 digest is in lower-case hexadecimal.
     """
 
     sha256: str
@@ -32,16 +30,13 @@ class BackboneEntry(StrictStruct, frozen=True, kw_only=True):
     Attributes:
         source: Where its weights came from, as the spec names it.
         digest: sha256 over the exported weights.
-        model_type: Hugging Face model type.
         width: Hidden and input-embedding width, d.
-        num_layers: Decoder layers.
         num_kv_heads: Key/value heads per layer, H_kv.
-        head_dim: Width of a head, D.
         vocab_size: Rows of the embedding table.
         max_positions: Longest sequence that the backbone was made for.
+        bos_token: Surface form, or None.
         dtype: Element type of activations and caches.
         precision: `float32`, or `int8` or `int4` for weights in blocks of integers.
-        bos_token: Surface form, or None.
         eos_token_ids: Tokens that end an answer.
         decoder: `decoder.onnx`: inputs_embeds, write_index, last_index, caches, inner link ->
             hidden, thought, next_embeds, caches. Standard operators, but for quantized weights.
@@ -50,8 +45,6 @@ class BackboneEntry(StrictStruct, frozen=True, kw_only=True):
         embed: `embed.onnx`: input_ids -> inputs_embeds.
         head: `head.onnx`: hidden -> logits.
         weights: The one file with the weights all three graphs point into.
-        tokenizer: `tokenizer.json`.
-        chat_template: Jinja text.
         special_tokens: Named special tokens that the chat template may refer to.
     """
 
@@ -89,8 +82,6 @@ class LinkEntry(StrictStruct, frozen=True, kw_only=True):
         file: safetensors file, relative to the bundle.
         kind: `residual`, `ln_residual` or `projected`.
         role: `inner` or `outer`.
-        in_dim: Width it reads.
-        out_dim: Width it writes.
         init: How the weights came to be: `aligned`, `random` or the file they were read from.
         cosine: Held-out cosine of an aligned link to its targets; None where it does not apply.
     """
@@ -111,11 +102,8 @@ class LossEntry(StrictStruct, frozen=True, kw_only=True):
 
     Attributes:
         text: Name of the file, or `recmas's text` for the one that ships with recmas.
-        num_tokens: Tokens that were predicted.
         hidden_cosine: Mean cosine of final hidden states to the reference's.
         greedy_agreement: Share of positions where the likeliest token is the reference's.
-        reference_loss: The reference's loss.
-        loss: The engine's loss.
     """
 
     text: str
@@ -131,8 +119,7 @@ class ParityEntry(StrictStruct, frozen=True, kw_only=True):
 
     Attributes:
         file: safetensors file with inputs and expected outputs, relative to the bundle.
-        backbone: Which backbone's engines it runs.
-        figures: Measured differences by the names of `tolerances.TOLERANCES`.
+        figures: Measured differences by the names of `precisions.TOLERANCES`.
         greedy_tokens_equal: Whether the reference's greedy continuation was reproduced.
         loss: What the precision costs; None in float32.
     """

@@ -31,9 +31,7 @@ def cache_capacity(rows: int) -> int:
 class PromptPart(StrictStruct, frozen=True, kw_only=True):
     """A piece of a prompt: literal text, a field of the input record, or a slot.
 
-    Attributes:
-        kind: What `value` is.
-        value: The text itself, the record field's name, or the agent whose message goes here.
+    Its value is the text, the field's name, or the agent whose message goes here.
     """
 
     kind: Literal["text", "field", "slot"]
@@ -44,12 +42,9 @@ class AgentPlan(StrictStruct, frozen=True, kw_only=True):
     """What the runtime needs to know of an agent.
 
     Attributes:
-        backbone: Id of its backbone in the manifest.
         system: System text, parts of kind text or field; empty for no system message.
         first: Prompt while a slot has no message yet; None if it is never used.
         then: Prompt with all slots filled.
-        inner: Id of its inner link in the manifest.
-        latent_steps: Latent steps per rollout.
         chat_template: Extra variables for the chat template, such as `enable_thinking`.
     """
 
@@ -74,7 +69,6 @@ class LinkPlan(StrictStruct, frozen=True, kw_only=True):
     """A way on which messages go from one agent to another.
 
     Attributes:
-        source: The agent that sends.
         target: The agent whose prompt has the slot.
         carries: `thoughts`, hidden states that an outer link of the manifest maps, or `text`, what
             the source writes.
@@ -89,7 +83,6 @@ class CachePlan(StrictStruct, frozen=True, kw_only=True):
     """A key/value cache: rows for one agent, or for agents that run as one batch.
 
     Attributes:
-        backbone: The backbone whose layers it caches.
         agents: The agents whose rows it holds, in row order (agent-major: all samples of the first
             agent, then all of the second).
         capacity: Rows per sample at the limits of the bundle, a multiple of 64. A run allocates
@@ -107,10 +100,6 @@ class SentMessage(StrictStruct, frozen=True, kw_only=True):
     """A message, told apart from all others of a run.
 
     Where an early exit has left out its round, it is the latest one sent over the link.
-
-    Attributes:
-        link: Id of the link.
-        round: In which it is sent.
     """
 
     link: str
@@ -118,14 +107,7 @@ class SentMessage(StrictStruct, frozen=True, kw_only=True):
 
 
 class Message(StrictStruct, frozen=True, kw_only=True):
-    """What fills a slot.
-
-    Attributes:
-        agent: Whose prompt.
-        slot: The slot's name.
-        link: Id of the link that the message comes over.
-        round: In which it is sent; see `SentMessage`.
-    """
+    """What fills a slot: a message, told apart as `SentMessage` says."""
 
     agent: str
     slot: str
@@ -140,11 +122,7 @@ class PlanStep(
     tag_field="op",
     tag=lambda name: name.removesuffix("Step").lower(),
 ):
-    """A step; in JSON `op` says which.
-
-    Attributes:
-        round: From 1.
-    """
+    """A step; in JSON `op` says which. Rounds count from 1."""
 
     round: Round
 
@@ -163,7 +141,6 @@ class PrefillStep(PlanStep, frozen=True, kw_only=True):
             stays empty: its agent takes no latent steps.
         reuse_prefix: Keep the cached rows of the leading prompt tokens that are equal to those of
             this agent's previous prefill, up to the first slot of either prompt.
-        cache: Id of the cache in the plan.
         prefix_from: Id of the cache of other agents on the same backbone, filled before: its rows
             of leading tokens that are equal may be copied. None for none.
         restore: Id of the snapshot of layer states to begin with. None for none; no layer that
@@ -184,8 +161,7 @@ class PrefillStep(PlanStep, frozen=True, kw_only=True):
 class ThinkStep(PlanStep, frozen=True, kw_only=True):
     """Roll out the latent steps of `agents`, equally many, from their last prefill.
 
-    Attributes:
-        fused: The inner link runs inside the step graph; otherwise as a call of its own.
+    If it is fused, the inner link runs inside the step graph; otherwise as a call of its own.
     """
 
     agents: tuple[str, ...]
@@ -198,7 +174,6 @@ class SendStep(PlanStep, frozen=True, kw_only=True):
 
     Attributes:
         targets: One or more receiving agents, served by one call (their widths are equal).
-        links: Id of the outer link for each target.
         apply_inner: Compute R_k(H) here; otherwise take it from the fused think step.
     """
 
@@ -243,7 +218,6 @@ class SamplingPlan(StrictStruct, frozen=True, kw_only=True):
     """How the answer's tokens are chosen; the defaults that a caller may override.
 
     Attributes:
-        max_new_tokens: Most tokens of an answer.
         temperature: 0 is greedy.
         top_p: Nucleus mass, in (0, 1].
         top_k: Keep the k likeliest; 0 keeps all.
@@ -281,7 +255,6 @@ class SearchPlan(StrictStruct, frozen=True, kw_only=True):
     Attributes:
         backend: `local`, an index over `corpus`, or `tavily`, a web service.
         corpus: JSON lines `{id, title, text}` in the bundle; None for a web service.
-        top_k: Passages that a search returns.
     """
 
     backend: Literal["local", "tavily"]
@@ -292,8 +265,7 @@ class SearchPlan(StrictStruct, frozen=True, kw_only=True):
 class PythonPlan(StrictStruct, frozen=True, kw_only=True):
     """The tool `python`: code that the model wrote, in a sandbox or not at all.
 
-    Attributes:
-        memory_mb: Most memory of the program, in MiB.
+    It may use `memory_mb` MiB.
     """
 
     memory_mb: Annotated[int, Meta(ge=16, le=2**20)]
@@ -303,10 +275,6 @@ class ToolsPlan(StrictStruct, frozen=True, kw_only=True):
     """What the answer agent may call while it writes, and the bounds of it.
 
     Attributes:
-        search: None if it may not search.
-        python: None if it may not run code.
-        ask: Whether it may ask a human.
-        functions: Names of functions that the caller of the runtime provides.
         max_calls: Most calls of one answer; later ones are answered with a refusal.
         timeout_s: Most seconds of one call.
         max_result_chars: Most characters of a result; a longer one says how much was left out.
@@ -322,12 +290,7 @@ class ToolsPlan(StrictStruct, frozen=True, kw_only=True):
 
 
 class Limits(StrictStruct, frozen=True, kw_only=True):
-    """Bounds the bundle was compiled for.
-
-    Attributes:
-        max_prompt_tokens: Most positions of one agent's prompt, messages included.
-        max_batch: Most records in one batch.
-    """
+    """Bounds the bundle was compiled for; messages count among the tokens of a prompt."""
 
     max_prompt_tokens: Count
     max_batch: Annotated[int, Meta(ge=1, le=2**16)]
@@ -336,19 +299,8 @@ class Limits(StrictStruct, frozen=True, kw_only=True):
 class Plan(StrictStruct, frozen=True, kw_only=True):
     """The whole plan.
 
-    Attributes:
-        name: Name of the system.
-        rounds: Number of rounds.
-        answer_agent: The agent that writes the text.
-        agents: By name.
-        links: By id: how messages get from agent to agent.
-        caches: By id.
-        steps: In execution order.
-        sampling: Defaults of the final decode.
-        limits: Bounds.
-        fields: Record fields that the prompts use; `question` first where it is used.
-        stop_when: Early end of the recursion; None runs all rounds.
-        tools: Tools of the answer agent; None for none.
+    The fields are those of records that the prompts use, `question` first where it is used; without
+    `stop_when` all rounds run.
     """
 
     newest_version: ClassVar = PLAN_VERSION

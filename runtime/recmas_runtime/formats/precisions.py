@@ -6,9 +6,11 @@ graph pass in `recmas_export`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
+
+from recmas_runtime.formats.manifest import LossEntry
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 PrecisionName = Literal["float32", "bfloat16", "float16", "int8", "int4"]
@@ -18,7 +20,7 @@ DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "float16": 2, "bfloat16":
 
 # Limits in float32. "Relative" compares max |difference| with max |expected|: hidden states are
 # taken after the final norm, where entries differ in size by orders of magnitude.
-_FLOAT32_TOLERANCES: Final[Mapping[str, float]] = {
+TOLERANCES: Final[Mapping[str, float]] = {
     # Input embeddings: a table lookup and at most one multiplication.
     "embeds_relative": 1e-6,
     # One backbone call on equal inputs, max |difference| / max |expected|. Two correct float32
@@ -42,14 +44,13 @@ class Precision:
 
     Attributes:
         layer_bits: Per weight of the matrices of the decoder's layers, without scales.
-        table_bits: Per weight of the input embedding and the head.
         block_size: Weights that share a scale; None where weights are floating-point numbers.
         targets: Those that can build it (`targets.TARGETS`).
         refusals: By each other target, why its engines cannot have it.
         tolerances: Allowed differences from the float32 reference, by figure. Where weights are
             quantized, such a figure tells a kernel that computes something else (errors of 1 and
             more, or no number at all) from rounding, which random and small models show most.
-        loss_limits: What it may cost, by the names of `tolerances.loss_figures`; a build that loses
+        loss_limits: What it may cost, by the names of `loss_figures`; a build that loses
             more fails. Empty where nothing is lost, and so nothing measured.
     """
 
@@ -91,7 +92,7 @@ PRECISIONS: Final[dict[str, Precision]] = {
         layer_bits=32,
         table_bits=32,
         targets=frozenset({"onnx", "tensorrt"}),
-        tolerances=_FLOAT32_TOLERANCES,
+        tolerances=TOLERANCES,
     ),
     # No target builds the next two, so nothing of them is measured. What ONNX Runtime makes of them
     # was seen in the graphs that version 1.31 itself writes after its optimizations.
@@ -121,7 +122,7 @@ PRECISIONS: Final[dict[str, Precision]] = {
         # SmolLM2, 3e-2 after its 30 layers, 1e-2 where the head rounds its input too. Small and
         # random models reach three times that.
         tolerances={
-            **_FLOAT32_TOLERANCES,
+            **TOLERANCES,
             "embeds_relative": 1e-2,
             "hidden_relative": 0.2,
             "logits_relative": 3e-2,
@@ -142,7 +143,7 @@ PRECISIONS: Final[dict[str, Precision]] = {
         refusals={"tensorrt": "such weights are packed for ONNX Runtime"},
         # As for int8 with 1/8 in the layers: 0.27 measured. Tables have 8 bits.
         tolerances={
-            **_FLOAT32_TOLERANCES,
+            **TOLERANCES,
             "embeds_relative": 1e-2,
             "hidden_relative": 0.8,
             "logits_relative": 3e-2,
@@ -163,3 +164,31 @@ def buildable(target: str | None = None) -> tuple[str, ...]:
         for name, precision in PRECISIONS.items()
         if (precision.targets if target is None else target in precision.targets)
     )
+
+
+def beyond_tolerance(figures: Mapping[str, float], *, precision: str) -> Iterator[str]:
+    """Yield what is wrong with each figure that is not a number within its tolerance."""
+    allowed = PRECISIONS[precision].tolerances
+    for name, value in figures.items():
+        if not value <= allowed[name]:
+            yield f"{name} is {value:.2e}, allowed is {allowed[name]:.0e}"
+
+
+def beyond_loss_limits(loss: LossEntry, *, precision: str) -> Iterator[str]:
+    """Yield what is wrong with each figure of a loss that a precision must not reach."""
+    figures = loss_figures(loss)
+    for name, limit in PRECISIONS[precision].loss_limits.items():
+        if not figures[name] <= limit:
+            yield (
+                f"{name} of {precision} is {figures[name]:.3g} over {loss.text}, "
+                f"allowed is {limit:g}"
+            )
+
+
+def loss_figures(loss: LossEntry) -> dict[str, float]:
+    """Return what a precision costs, each figure the smaller the better and 0 for nothing lost."""
+    return {
+        "1 - hidden cosine": 1 - loss.hidden_cosine,
+        "1 - greedy agreement": 1 - loss.greedy_agreement,
+        "loss increase": loss.loss - loss.reference_loss,
+    }

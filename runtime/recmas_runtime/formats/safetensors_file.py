@@ -55,13 +55,7 @@ class TensorEntry(StrictStruct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """The header of a safetensors file.
-
-    Attributes:
-        tensors: By name.
-        metadata: As stored; empty if the file has none.
-        data_start: The byte of the file where the data begin.
-    """
+    """The header of a safetensors file."""
 
     tensors: dict[str, TensorEntry]
     metadata: dict[str, str]

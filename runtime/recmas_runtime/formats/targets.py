@@ -33,7 +33,6 @@ class Target:
     """A kind of engine.
 
     Attributes:
-        layers: The kinds of attention that its graphs have operators for.
         decoders: Those that are exported, each by its pipeline in `recmas_export.pipeline`.
         machine_engines: Engines that are built from the portable graphs for the machine that the
             build runs on, which must have what they need; None where graphs are all there is.

@@ -18,19 +18,6 @@ from recmas_runtime.formats.plan import PromptPart
 from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.prompts.tokenizer import Span, Tokenizer
 
-__all__ = [
-    "Chat",
-    "ChatTemplate",
-    "Prompt",
-    "Slot",
-    "Tokens",
-    "Turn",
-    "build_prompt",
-    "build_turn",
-    "common_prefix",
-    "field_text",
-]
-
 # Reasoning models think in text unless an agent asks otherwise; here they think in latent steps.
 DEFAULT_VARIABLES: Final[Mapping[str, bool | int | float | str]] = {"enable_thinking": False}
 
@@ -48,12 +35,7 @@ class Chat:
     def load(
         cls, tokenizer_json: str | Path, chat_template: str, special_tokens: Mapping[str, str]
     ) -> Self:
-        """Return what a backbone's files make.
-
-        Args:
-            tokenizer_json: The path of a `tokenizer.json`, or its text.
-            chat_template: The chat template's text.
-            special_tokens: Named special tokens that the template may refer to.
+        """Return what the path or the text of a `tokenizer.json` and a chat template's text make.
 
         Raises:
             RecmasError: RM404 if the tokenizer is malformed, RM206 if the template is.
@@ -101,7 +83,6 @@ class Turn:
     """A prompt followed by the assistant's text, in the items of one prompt.
 
     Attributes:
-        prompt: Ends with a piece of text that holds the end of the prompt and the target.
         num_target_tokens: How many of the last tokens are the assistant's, including what the
             template writes after the text; at least one.
     """
@@ -132,10 +113,7 @@ def build_prompt(
 
     Args:
         system: Parts of the system text; there is no system message if the text is empty.
-        prompt: Parts of the user's message.
         record: Field values; `id` names the record in errors.
-        chat: The backbone's chat template.
-        tokenizer: The backbone's tokenizer.
         variables: Variables of the chat template, over `DEFAULT_VARIABLES`.
 
     Raises:
@@ -164,15 +142,6 @@ def build_turn(
 
     A token is the assistant's if it begins where the prompt ends, or later. The target's text
     never becomes a control token.
-
-    Args:
-        system: Parts of the system text, as for `build_prompt`.
-        prompt: Parts of the user's message.
-        target: The assistant's text.
-        record: Field values; `id` names the record in errors.
-        chat: The backbone's chat template.
-        tokenizer: The backbone's tokenizer.
-        variables: Variables of the chat template, over `DEFAULT_VARIABLES`.
 
     Raises:
         RecmasError: As `build_prompt`; RM206 also if the template does not write the target

@@ -54,10 +54,6 @@ class Sampler:
 
     Each sample has its own random stream, so what it draws does not depend on its neighbours.
 
-    Args:
-        sampling: The settings.
-        seeds: One per sample.
-
     Raises:
         RecmasError: RM505 for settings that mean nothing.
     """
@@ -69,14 +65,10 @@ class Sampler:
         self._written: list[set[int]] = [set() for _ in seeds]
 
     def choose(self, logits: Floats, rows: Sequence[int] | None = None) -> Indices:
-        """Choose one token per row; the lowest id wins a tie of greedy choice.
+        """Choose one token per row, [R]; the lowest id wins a tie of greedy choice.
 
         Args:
-            logits: [R, V].
             rows: The sample that each row belongs to; all in order if None.
-
-        Returns:
-            Token ids [R].
 
         Raises:
             RecmasError: RM507 if logits are not numbers.
@@ -121,14 +113,9 @@ def penalize(scores: Scores, written: set[int], penalty: float) -> None:
 
 
 def warp(scores: Scores, sampling: SamplingPlan) -> Scores:
-    """Apply temperature, top-k, top-p and min-p; what falls away becomes -inf.
+    """Apply temperature, top-k, top-p and min-p to logits [R, V].
 
-    Args:
-        scores: Logits [R, V].
-        sampling: Settings with a temperature above 0.
-
-    Returns:
-        [R, V], shifted so that every row's largest is 0.
+    What falls away becomes -inf; every row is shifted so that its largest is 0.
     """
     with np.errstate(over="ignore"):  # a tiny temperature makes losers -inf, as it should
         scores = (scores - scores.max(axis=1, keepdims=True)) / sampling.temperature
@@ -165,9 +152,6 @@ class StopMatcher:
 
     The stop string that is complete first ends the text, so that the result does not depend on how
     the text was cut into pieces.
-
-    Args:
-        stop: Strings that end the text; none of them empty.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:

@@ -18,17 +18,10 @@ _REPLACEMENT: Final = "\ufffd"
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer without transformers.
+    """A Hugging Face tokenizer without transformers: the path or the text of a `tokenizer.json`.
 
     A control token is an added token that is special, or whose text the chat template writes:
     with one in a prompt, a text can end a turn or open another.
-
-    Args:
-        tokenizer_json: The path of a `tokenizer.json`, or its text.
-        chat_template: The chat template's text.
-
-    Attributes:
-        control_ids: The control tokens' ids.
 
     Raises:
         RecmasError: RM404 if the tokenizer is malformed, RM206 if the template is.
@@ -83,11 +76,7 @@ class Tokenizer:
     def encode_piece(self, text: str, plain: Sequence[Span] = ()) -> tuple[int, ...]:
         """Encode text, with ordinary tokens for control tokens that overlap with `plain`.
 
-        All other tokens are those of `encode`.
-
-        Args:
-            text: The piece.
-            plain: Where foreign text spells control tokens.
+        There foreign text spells control tokens. All other tokens are those of `encode`.
 
         Raises:
             RecmasError: RM500 if a control token cannot be spelled with ordinary tokens.
@@ -97,15 +86,7 @@ class Tokenizer:
         return tuple(token_id for token_id, _ in self.encode_placed(text, plain))
 
     def encode_placed(self, text: str, plain: Sequence[Span] = ()) -> tuple[tuple[int, int], ...]:
-        """Encode text as `encode_piece` does; return each token with its first character's index.
-
-        Args:
-            text: The piece.
-            plain: Where foreign text spells control tokens.
-
-        Raises:
-            RecmasError: RM500 if a control token cannot be spelled with ordinary tokens.
-        """
+        """Encode text as `encode_piece` does; return each token with where it begins in it."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         placed: list[tuple[int, int]] = []
         end = 0

@@ -15,8 +15,8 @@ from typing import Any, TypedDict
 import numpy as np
 from msgspec import structs
 
-from recmas_runtime.engines.interface import Backbone
-from recmas_runtime.engines.onnx.backbone import Floats, Indices, LinkEngine, Operands
+from recmas_runtime.engines.interface import Backbone, Floats, Indices, Operands
+from recmas_runtime.engines.onnx.backbone import LinkEngine
 from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.plan import (
     DecodeStep,

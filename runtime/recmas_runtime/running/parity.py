@@ -14,8 +14,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from recmas_runtime.engines.interface import Backbone
-from recmas_runtime.engines.onnx.backbone import LinkEngine, Operands
+from recmas_runtime.engines.interface import Backbone, Operands
+from recmas_runtime.engines.onnx.backbone import LinkEngine
 from recmas_runtime.engines.onnx.session import Device, call_onnx, make_session
 from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.plan import cache_capacity
@@ -42,7 +42,7 @@ class Parity(NamedTuple):
     """How far engines are from the reference.
 
     Attributes:
-        figures: Largest difference by the names of `tolerances.TOLERANCES`.
+        figures: Largest difference by the names of `precisions.TOLERANCES`.
         greedy_tokens_equal: Whether the greedy continuation is the reference's.
     """
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from recmas_runtime.engines.interface import Backbone, KeyValueRows
-from recmas_runtime.engines.onnx.backbone import Floats, Indices, Operands
+from recmas_runtime.engines.interface import Backbone, Floats, Indices, KeyValueRows, Operands
 from recmas_runtime.engines.onnx.caches import Cache
 from recmas_runtime.formats.plan import cache_capacity
 from recmas_runtime.prompts.render import common_prefix

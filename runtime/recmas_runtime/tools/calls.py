@@ -25,12 +25,7 @@ MAX_ARGUMENT_CHARS: Final = 16_384
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call, as the model wrote it.
-
-    Attributes:
-        name: The tool; `tool_call` where JSON did not say which.
-        argument: Its text, without the white space around it.
-    """
+    """One call, as the model wrote it; its name is `tool_call` where JSON did not say which."""
 
     name: str
     argument: str
@@ -41,11 +36,8 @@ class ToolResult:
     """What came of a call.
 
     Attributes:
-        call: The call.
         status: `refused` if the tool may not or cannot run here, `limit` if the answer has used up
             its calls.
-        text: What the model reads.
-        ms: Milliseconds it took.
     """
 
     call: ToolCall
@@ -65,13 +57,10 @@ class ToolResult:
 
 
 class CallScanner:
-    """Finds the calls in a text that comes in pieces.
+    """Finds the calls of named tools, and those in JSON, in a text that comes in pieces.
 
     The calls are those of the whole text, however it is cut into pieces. Between an opening tag and
     its closing tag nothing else counts as a tag, so code may print what looks like a call.
-
-    Args:
-        names: Tools whose tags are calls; the JSON form always is one.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -105,8 +94,8 @@ class CallScanner:
 def result_block(result: ToolResult) -> str:
     """Return the text that goes into the answer after the call.
 
-    A result cannot close its own block: whoever wrote a web page or a program's output would
-    otherwise speak with the model's voice.
+    A result cannot close its own block: whoever wrote a web page or a program's output could
+    otherwise write what looks like the model's own text.
     """
     text = re.sub(r"<(?=/?result>)", "&lt;", result.text)
     return f"\n<result>\n{text}\n</result>\n"

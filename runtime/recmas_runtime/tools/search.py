@@ -42,13 +42,7 @@ class SearchFailedError(Exception):
 
 @dataclass(frozen=True)
 class Passage:
-    """One thing that was found.
-
-    Attributes:
-        source: Where it is from: a passage's `id`, or a web address.
-        title: Its title; may be empty.
-        text: Its text.
-    """
+    """One thing that was found; its source is a passage's `id`, or a web address."""
 
     source: str
     title: str
@@ -113,10 +107,12 @@ def passages_text(passages: Sequence[Passage], *, max_chars: int) -> str:
         return "nothing found"
     gap = "\n\n"
     share = max(1, (max_chars + len(gap)) // len(passages) - len(gap))
-    return gap.join(
-        shortened(_heading(number, passage) + passage.text.strip(), share)
-        for number, passage in enumerate(passages, start=1)
-    )
+    texts = []
+    for number, passage in enumerate(passages, start=1):
+        title = f"{passage.title} " if passage.title else ""
+        text = f"[{number}] {title}({passage.source})\n{passage.text.strip()}"
+        texts.append(shortened(text, share))
+    return gap.join(texts)
 
 
 def shortened(text: str, max_chars: int) -> str:
@@ -130,11 +126,6 @@ def shortened(text: str, max_chars: int) -> str:
 
 def _left_out(count: int) -> str:
     return f" [... {count} characters left out]"
-
-
-def _heading(number: int, passage: Passage) -> str:
-    title = f"{passage.title} " if passage.title else ""
-    return f"[{number}] {title}({passage.source})\n"
 
 
 def _words(text: str) -> list[str]:
@@ -176,12 +167,7 @@ def _read_passage(line: str, corpus: Path, number: int) -> Passage:
 
 @dataclass(frozen=True)
 class TavilySearch:
-    """Searches the web with Tavily.
-
-    Attributes:
-        top_k: Most passages to return.
-        endpoint: Address of the service.
-    """
+    """Searches the web with Tavily."""
 
     top_k: int
     endpoint: str = TAVILY_ENDPOINT

@@ -36,6 +36,7 @@ from recmas_runtime.tools.search import (
 
 Outcome = tuple[Status, str]
 
+# A program may stand in a Markdown fence.
 _FENCE: Final = re.compile(r"```[a-zA-Z0-9]*\n(.*?)\n?```", re.DOTALL)
 
 
@@ -43,11 +44,8 @@ class Toolbox:
     """Runs an answer agent's calls. Safe to use from many threads.
 
     Args:
-        plan: Which tools there are, and the bounds.
-        corpus: The local corpus, JSON lines; None where the plan has none.
-        functions: What the caller of the runtime provides for the names in `plan.functions`.
+        corpus: JSON lines; None where the plan has no local search.
         ask: Asks a human and returns the reply; None if nobody is there.
-        tavily_endpoint: Address of the web search.
     """
 
     def __init__(
@@ -89,9 +87,7 @@ class Toolbox:
     def run(self, call: ToolCall, *, num_earlier: int) -> ToolResult:
         """Run one call; its errors are in the result.
 
-        Args:
-            call: The call.
-            num_earlier: Calls that the same answer has made before, limited ones included.
+        Calls that the same answer has made before are `num_earlier`, limited ones included.
         """
         start = time.perf_counter()
         status, text = self._outcome(call, num_earlier)
@@ -116,8 +112,18 @@ class Toolbox:
                 # Made on first use, outside of the call's time: an index is built once.
                 self._search = self._search or self._make_search(plan)
         except RecmasError as error:
-            return "refused", _said(error)
-        return self._in_time(partial(_find, self._search, query, self._plan))
+            problem = error.problems[0]
+            return "refused", f"{problem.message}. {problem.hint}"
+        return self._in_time(partial(self._find, self._search, query))
+
+    def _find(self, search: Search, query: str) -> Outcome:
+        try:
+            passages = search.find(query, timeout_s=self._plan.timeout_s)
+        except SearchFailedError as error:
+            return error.status, str(error)
+        except TimeoutError:
+            return "timeout", self._too_long()
+        return "ok", passages_text(passages, max_chars=self._plan.max_result_chars)
 
     def _make_search(self, plan: SearchPlan) -> Search:
         if plan.backend == "tavily":
@@ -126,7 +132,8 @@ class Toolbox:
         return LocalSearch(self._corpus, top_k=plan.top_k)
 
     def _run_python(self, plan: PythonPlan, argument: str) -> Outcome:
-        code = _code(argument)
+        fenced = _FENCE.fullmatch(argument)
+        code = fenced[1] if fenced else argument
         if not code.strip():
             return "error", "the program is empty"
         sandbox = find_sandbox()
@@ -176,12 +183,9 @@ class Toolbox:
 def terminal_ask() -> Callable[[str], str] | None:
     """Return a function that asks on standard error and reads a line of standard input.
 
-    Returns:
-        None where either is no terminal: nobody would see the question.
+    None where either is no terminal: nobody would see the question.
     """
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return None
-    return _ask
+    return _ask if sys.stdin.isatty() and sys.stderr.isatty() else None
 
 
 def _ask(question: str) -> str:
@@ -190,16 +194,6 @@ def _ask(question: str) -> str:
     if not line:
         raise EOFError("nobody answered: the input has ended")
     return line.strip()
-
-
-def _find(search: Search, query: str, plan: ToolsPlan) -> Outcome:
-    try:
-        passages = search.find(query, timeout_s=plan.timeout_s)
-    except SearchFailedError as error:
-        return error.status, str(error)
-    except TimeoutError:
-        return "timeout", f"stopped: it took longer than {plan.timeout_s:g} s"
-    return "ok", passages_text(passages, max_chars=plan.max_result_chars)
 
 
 def _called(function: Callable[[], str]) -> Outcome:
@@ -214,14 +208,3 @@ def _called(function: Callable[[], str]) -> Outcome:
     if not isinstance(text, str):
         return "error", f"the function returned {type(text).__name__}, not text"
     return "ok", text
-
-
-def _code(argument: str) -> str:
-    """Return the program in an argument, which may stand in a Markdown fence."""
-    fenced = _FENCE.fullmatch(argument)
-    return fenced[1] if fenced else argument
-
-
-def _said(error: RecmasError) -> str:
-    problem = error.problems[0]
-    return f"{problem.message}. {problem.hint}"

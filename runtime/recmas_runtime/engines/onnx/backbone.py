@@ -8,14 +8,13 @@ link each, N vectors.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.engines.interface import Floats, Indices, Operands
 from recmas_runtime.engines.onnx.caches import Cache, CachePool, Memory, Series
 from recmas_runtime.engines.onnx.session import Device, call_onnx, make_session
 from recmas_runtime.formats.manifest import BackboneEntry
@@ -23,23 +22,12 @@ from recmas_runtime.formats.manifest import BackboneEntry
 if TYPE_CHECKING:
     import onnxruntime
 
-Floats = NDArray[np.float32]
-Indices = NDArray[np.int64]
-Operands = Mapping[str, NDArray[Any]]
-
 
 class BackboneEngine:
     """One backbone's engines. Agents that share a backbone share this object and its weights.
 
     Args:
-        entry: Its entry in the manifest.
-        root: Folder that the entry's paths are relative to.
-        threads: Threads within an operator; None takes the physical cores.
-        device: Where to run.
         problems: Gets a warning where CUDA graphs are refused, at any time.
-
-    Attributes:
-        uses_graphs: Steps are captured into CUDA graphs, until one is refused.
 
     Raises:
         RecmasError: RM404 if the decoder has other caches than the entry says, RM504 if the device
@@ -143,19 +131,7 @@ class BackboneEngine:
         last_index: Indices,
         inner: Operands,
     ) -> tuple[Floats, Floats, Floats]:
-        """Run S positions of every sequence through the backbone and extend the cache.
-
-        Args:
-            cache: Is written at `write_index .. write_index + S`.
-            inputs_embeds: [R, S, d]; what lies after a sequence's last real position is ignored.
-            write_index: [R], the position of each sequence's first input.
-            last_index: [R], each sequence's last real input, counted within S.
-            inner: Operands of the inner links, G groups with R = G * B.
-
-        Returns:
-            Hidden states [R, S, d], the last real one [R, 1, d], and its inner link's output
-            [R, 1, d].
-        """
+        """Run S positions of every sequence through the backbone and extend the cache."""
         rows, positions, width = inputs_embeds.shape
         assert rows == cache.rows, f"{rows} rows in a cache of {cache.rows}"
         assert int(write_index.max()) + positions <= cache.capacity, "cache overflow"
@@ -212,20 +188,8 @@ class BackboneEngine:
     ) -> tuple[Floats, Floats]:
         """Continue latent steps from a prefill's last position, each in one call.
 
-        The first thought is the prefill's own, so `num_steps - 1` calls are made. All buffers are
-        there before the first call and keep their addresses; between calls a few rows are copied
-        where they are, on a device on the device.
-
-        Args:
-            cache: Is extended by `num_steps - 1` positions.
-            thought: [R, 1, d], the hidden state at the last prompt position.
-            next_embeds: [R, 1, d], its inner link's output.
-            write_index: [R], the position after the prompt.
-            inner: As in `forward`.
-            num_steps: Latent steps, at least 1.
-
-        Returns:
-            Thoughts and their inner links' outputs, both [num_steps, R, d].
+        All buffers are there before the first call and keep their addresses; between calls a few
+        rows are copied where they are, on a device on the device.
         """
         rows, _, width = thought.shape
         assert int(write_index.max()) + num_steps - 1 <= cache.capacity, "cache overflow"
@@ -268,13 +232,7 @@ def _check_caches(decoder: onnxruntime.InferenceSession, entry: BackboneEntry, f
 
 
 class LinkEngine:
-    """The link graph: serves every link of a bundle, their weights are inputs.
-
-    Args:
-        path: `link.onnx`.
-        threads: Threads within an operator; None takes the physical cores.
-        device: Where to run.
-    """
+    """The link graph: serves every link of a bundle, their weights are inputs."""
 
     def __init__(self, path: Path, *, threads: int | None = None, device: Device = "cpu") -> None:
         self._session = make_session(path, threads=threads, device=device)

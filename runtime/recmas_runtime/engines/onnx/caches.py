@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from recmas_runtime.engines.interface import Operands
 from recmas_runtime.engines.onnx.session import NO_GRAPH, call_onnx, onnx_runtime, run_options
 from recmas_runtime.formats.manifest import BackboneEntry
 
@@ -59,13 +60,8 @@ class Memory:
 class DeviceArray:
     """A contiguous array at a fixed address, which binds to a graph's input or output.
 
-    Where memory is shared it is a numpy array; elsewhere `write` and `numpy` copy over the bus and
-    `copy` stays on the device.
-
-    Args:
-        array: Contents; with shared memory the buffer is this array itself.
-        kind: One of `NUMPY_TYPES`, the array's own type.
-        memory: Where the buffer lives.
+    Where memory is shared the buffer is the numpy array itself; elsewhere `write` and `numpy` copy
+    over the bus and `copy` stays on the device.
     """
 
     def __init__(self, array: NDArray[Any], kind: str, memory: Memory) -> None:
@@ -74,7 +70,7 @@ class DeviceArray:
         self._memory = memory
         self._host = array if memory.shared else None
         # On the host the value points into the array, which must outlive it.
-        self._value = _ort_value(array, kind)
+        self._value = ort_value(array, kind)
         if not memory.shared:
             element = _BFLOAT16 if kind == "tensor(bfloat16)" else array.dtype.type
             make = onnx_runtime().OrtValue.ortvalue_from_shape_and_type
@@ -93,7 +89,7 @@ class DeviceArray:
         else:
             whole = np.empty(self.shape, NUMPY_TYPES[self.kind])
             whole[...] = array
-            self._value.update_inplace(_ort_value(whole, self.kind))
+            self._value.update_inplace(ort_value(whole, self.kind))
 
     def copy(self, source: DeviceArray) -> None:
         """Overwrite the buffer with another one of the same place, shape and type."""
@@ -105,8 +101,7 @@ class DeviceArray:
     def take(self, array: NDArray[Any]) -> bool:
         """Overwrite the buffer if that is better than another buffer for this array.
 
-        Returns:
-            False where memory is shared, for an array is a buffer there, or if it does not fit.
+        It is not where memory is shared, for an array is a buffer there, or where it does not fit.
         """
         if self._host is not None or array.shape != self.shape:
             return False
@@ -142,7 +137,7 @@ class DeviceArray:
         if self._host is not None:
             return self._host
         array = np.empty(self.shape, NUMPY_TYPES[self.kind])
-        _ort_value(array, self.kind).update_inplace(self._value)
+        ort_value(array, self.kind).update_inplace(self._value)
         return array
 
     def bind_input(self, binding: Any, name: str) -> None:
@@ -155,13 +150,7 @@ class DeviceArray:
 
 
 class Series:
-    """Arrays of one shape that are stored and loaded one by one, and read together.
-
-    Args:
-        memory: Where they live.
-        initial: [N, ...], their contents.
-        kind: One of `NUMPY_TYPES`.
-    """
+    """Arrays [N, ...] that are stored and loaded one by one, and read together."""
 
     def __init__(self, memory: Memory, initial: NDArray[Any], kind: str = "tensor(float)") -> None:
         self._whole = initial.astype(NUMPY_TYPES[kind]) if memory.shared else None
@@ -189,15 +178,12 @@ class Series:
         )
 
 
-def _ort_value(array: NDArray[Any], kind: str) -> Any:
+def ort_value(array: NDArray[Any], kind: str) -> Any:
     """Return a value of ONNX Runtime that is the memory of an array."""
-    ort_value = onnx_runtime().OrtValue
+    make = onnx_runtime().OrtValue
     if kind == "tensor(bfloat16)":
-        return ort_value.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
-    return ort_value.ortvalue_from_numpy(array)
-
-
-Operands = Mapping[str, NDArray[Any]]
+        return make.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+    return make.ortvalue_from_numpy(array)
 
 
 class Cache:
@@ -211,11 +197,6 @@ class Cache:
     positions binds what depends on their number.
 
     Args:
-        session: The decoder; calls go to this attribute.
-        entry: Its backbone.
-        memory: Where buffers live.
-        rows: Sequences, R.
-        capacity: Positions per sequence, C.
         layers: The rows themselves, by name; None makes them.
     """
 
@@ -271,16 +252,13 @@ class Cache:
         return self._of_row[row]
 
     def narrowed(self, rows: Sequence[int], positions: int) -> Cache | None:
-        """Move some sequences to the beginning, and return those as a cache over the same memory.
+        """Move the first positions of some sequences to the beginning; return a cache of those.
 
-        The other sequences are lost, and this cache must outlive the one that is returned.
+        It lies in this one's memory, which must outlive it; the other sequences are lost. In memory
+        of a device nothing is moved and None returned: parts of its buffers have no handle.
 
         Args:
             rows: Sequences to go on with, in ascending order.
-            positions: Of each that are needed.
-
-        Returns:
-            None, with nothing moved, in memory of a device: parts of its buffers have no handle.
         """
         if not self._memory.shared:
             return None
@@ -350,11 +328,6 @@ class CachePool:
     """Makes caches, and hands those out again that were given back.
 
     What is kept for later never makes the total larger than what was once in use at the same time.
-
-    Args:
-        session: The decoder.
-        entry: Its backbone.
-        memory: Where buffers live.
     """
 
     def __init__(

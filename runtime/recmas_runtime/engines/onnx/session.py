@@ -85,10 +85,8 @@ def make_session(
     """Open a graph.
 
     Args:
-        path: An ONNX file.
         threads: Threads within an operator; None takes the physical cores.
         device: Where to run, from `resolve_device`.
-        options: ONNX Runtime session configuration entries.
         cuda_graphs: Let runs be captured into CUDA graphs, see `run_options`; only runs with bound
             buffers are then possible. Devices without them ignore it.
         profile: Start of the name of a file that every kernel is recorded in; None for no record.
@@ -170,9 +168,7 @@ def call_onnx(call: Callable[..., Any], *arguments: Any) -> Any:
 def run_options(graph_id: int) -> Any:
     """Return options of a run: the CUDA graph that it is captured in and replayed from.
 
-    Args:
-        graph_id: Any positive number, one per set of buffers; `NO_GRAPH` for none. Providers
-            without graphs ignore it.
+    A graph's id is any positive number, one per set of buffers; `NO_GRAPH` for none.
     """
     options = onnx_runtime().RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(graph_id))
@@ -182,8 +178,8 @@ def run_options(graph_id: int) -> Any:
 def physical_cores() -> int:
     """Return how many physical cores this process may use, at least 1.
 
-    Hyper-threads share one floating-point unit, so more threads than cores only get in each
-    other's way. A container's CPU quota counts too.
+    Hyper-threads share one floating-point unit, so more threads than cores only slow each other
+    down. A container's CPU quota counts too.
     """
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     logical = len(allowed) if allowed is not None else os.cpu_count() or 1

@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recmas_runtime.core.errors import Problem
-from recmas_runtime.engines.interface import Backbone, KeyValueRows
-from recmas_runtime.engines.onnx.backbone import Floats, Indices, Operands
+from recmas_runtime.engines.interface import Backbone, Floats, Indices, KeyValueRows, Operands
 from recmas_runtime.engines.onnx.session import call_onnx, make_session
 from recmas_runtime.engines.tensorrt.device_memory import Stream
 from recmas_runtime.engines.tensorrt.engine_cache import BackbonePlans, EngineFolder, no_engine
@@ -43,9 +42,6 @@ def open_backbones(
     """Open every backbone of a bundle on TensorRT.
 
     Args:
-        bundle: The bundle.
-        engines: Those that this machine can use.
-        open_onnx: Opens a backbone on ONNX Runtime.
         problems: Gets a warning when a batch needs more than the engines take.
 
     Raises:
@@ -84,9 +80,7 @@ def open_backbones(
 class TensorrtCache:
     """Keys and values of R sequences on the device; see `recmas_runtime.engines.onnx.caches.Cache`.
 
-    Args:
-        workspace: The memory; it goes back to `give_back` with the end of this object.
-        give_back: Takes the workspace.
+    The workspace goes back to `give_back` with the end of this object.
     """
 
     def __init__(self, workspace: Workspace, give_back: Callable[[Workspace], None]) -> None:
@@ -118,14 +112,7 @@ class _Decoder:
 
 
 class TensorrtBackbone:
-    """One backbone's engines on TensorRT; the calls mean what they do in `BackboneEngine`.
-
-    Args:
-        entry: Its entry in the manifest.
-        root: The bundle.
-        engines: Engines that were built on a machine like this one.
-        plans: This backbone's among them.
-        fallback: Opens the same backbone on ONNX Runtime, for what is larger than the engines.
+    """One backbone's engines on TensorRT; `fallback` opens it on ONNX Runtime for what is larger.
 
     Raises:
         RecmasError: RM510 if TensorRT refuses a plan.

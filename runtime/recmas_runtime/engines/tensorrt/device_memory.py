@@ -82,12 +82,7 @@ class Stream:
     ) -> None:
         """Copy `height` blocks of `width` bytes within the device.
 
-        Args:
-            target: Address of the first block's copy.
-            source: Address of the first block.
-            pitches: Bytes from block to block, in the target and in the source.
-            width: Bytes of a block.
-            height: Number of blocks.
+        Pitches are bytes from block to block, in the target and in the source.
         """
         kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         check(
@@ -126,12 +121,7 @@ class CapturedGraph:
 
 
 class DeviceMemory:
-    """Zeroed device memory; freed with the object.
-
-    Args:
-        num_bytes: Size, at least 1.
-        stream: Where it is zeroed.
-    """
+    """Zeroed device memory; freed with the object."""
 
     def __init__(self, num_bytes: int, stream: Stream) -> None:
         self.num_bytes = num_bytes
@@ -141,17 +131,7 @@ class DeviceMemory:
 
 
 class DeviceTable:
-    """Equal arrays on the device, each at an address that engines take: rows of a padded table.
-
-    Attributes:
-        shape: Of each array.
-
-    Args:
-        num_entries: Arrays.
-        shape: Of each.
-        dtype: Their element type.
-        stream: For all copies.
-    """
+    """Arrays of one shape on the device, each at an address that engines take: a padded table."""
 
     def __init__(
         self, num_entries: int, shape: tuple[int, ...], dtype: np.dtype[Any], stream: Stream

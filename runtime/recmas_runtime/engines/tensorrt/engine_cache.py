@@ -21,12 +21,7 @@ from typing import Any, Final
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.files import sha256_of
-from recmas_runtime.formats.bundle import (
-    ENGINES_FOLDER,
-    Bundle,
-    inside,
-    write_json_atomic,
-)
+from recmas_runtime.formats.bundle import ENGINES_FOLDER, Bundle, inside, write_json_atomic
 from recmas_runtime.formats.codec import StrictStruct, Whole, read_json_file, to_json
 from recmas_runtime.formats.manifest import FileEntry
 
@@ -118,26 +113,14 @@ def _architecture(cuda: Any) -> str:
 
 
 class DecoderPlan(StrictStruct, frozen=True, kw_only=True):
-    """A decoder engine.
-
-    Attributes:
-        capacity: Cache rows per sample that it was built for.
-        file: Its plan.
-    """
+    """A decoder engine; its capacity is the cache rows per sample that it was built for."""
 
     capacity: Whole
     file: str
 
 
 class BackbonePlans(StrictStruct, frozen=True, kw_only=True):
-    """The engines of one backbone.
-
-    Attributes:
-        decoders: By ascending capacity.
-        head: The plan of the language-model head.
-        max_rows: Most rows of a call.
-        max_groups: Most agents that run as one batch.
-    """
+    """The engines of one backbone; decoders by ascending capacity."""
 
     decoders: tuple[DecoderPlan, ...]
     head: str
@@ -148,12 +131,7 @@ class BackbonePlans(StrictStruct, frozen=True, kw_only=True):
 class EngineRecord(StrictStruct, frozen=True, kw_only=True):
     """What a folder of engines is good for. Paths are relative to the folder.
 
-    Attributes:
-        fingerprint: Of the bundle that the engines were built from.
-        tensorrt: Version that built them.
-        architecture: Of the GPU that they were built on.
-        backbones: By name.
-        files: Every plan.
+    The fingerprint is that of the bundle that they were built from.
     """
 
     version: Whole = ENGINES_VERSION
@@ -186,13 +164,7 @@ def engine_folders(root: Path) -> tuple[Path, ...]:
 def choose_engines(
     root: Path, fingerprint: str, platform: Platform
 ) -> tuple[EngineFolder | None, tuple[str, ...]]:
-    """Return engines that this machine can use, or else why it cannot use each there is.
-
-    Args:
-        root: The bundle.
-        fingerprint: Of the bundle.
-        platform: This machine.
-    """
+    """Return engines that this machine can use, or else why it cannot use each there is."""
     reasons = []
     # The folder that is named after this machine most probably fits.
     for path in sorted(engine_folders(root), key=lambda path: path.name != platform.key):
@@ -263,12 +235,8 @@ def no_engine(message: str, root: Path) -> RecmasError:
 def find_engines_or_say_why(bundle: Bundle, problems: list[Problem]) -> EngineFolder | None:
     """Return engines for this machine, or None where ONNX Runtime is to be used.
 
-    A bundle without engines gives no warning. One with engines that cannot be used does: who built
-    them expects them to run.
-
-    Args:
-        bundle: The bundle.
-        problems: Gets a warning with the reasons.
+    A bundle without engines gives no warning. One with engines that cannot be used adds the reasons
+    to `problems`: who built them expects them to run.
     """
     if not engine_folders(bundle.root):
         return None

@@ -20,7 +20,7 @@ import numpy as np
 import tensorrt as trt
 from numpy.typing import NDArray
 
-from recmas_runtime.engines.onnx.backbone import Floats, Indices, Operands
+from recmas_runtime.engines.interface import Floats, Indices, Operands
 from recmas_runtime.engines.tensorrt.device_memory import (
     Binding,
     CapturedGraph,
@@ -44,12 +44,7 @@ _INDEX: Final = np.dtype(np.int64)
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """An input or output of an engine.
-
-    Attributes:
-        dtype: Numpy's equivalent of its element type.
-        shape: Free axes are -1.
-    """
+    """An input or output of an engine; free axes are -1."""
 
     is_input: bool
     dtype: np.dtype[Any]
@@ -58,12 +53,6 @@ class Tensor:
 
 class Engine:
     """A plan that TensorRT has read.
-
-    Attributes:
-        tensors: Its inputs and outputs by name.
-
-    Args:
-        path: The plan.
 
     Raises:
         RecmasError: RM510 if TensorRT refuses it.
@@ -136,13 +125,7 @@ class Engine:
 
 
 class Call:
-    """Calls of an engine in one optimization profile, one after the other.
-
-    Args:
-        engine: The engine.
-        profile: The optimization profile.
-        stream: Where it runs.
-    """
+    """Calls of an engine in one optimization profile, one after the other."""
 
     def __init__(self, engine: Engine, profile: int, stream: Stream) -> None:
         self.engine = engine
@@ -187,15 +170,7 @@ class Call:
 class Workspace:
     """Device memory for R sequences of C positions: caches, indices, inner links, rollouts.
 
-    Attributes:
-        version: Changes when something has moved and must be bound again.
-
-    Args:
-        engine: The decoder of this capacity.
-        stream: Where it runs.
-        entry: The backbone.
-        rows: Sequences, R.
-        capacity: Positions per sequence, C.
+    Its version changes when something has moved and must be bound again.
     """
 
     def __init__(

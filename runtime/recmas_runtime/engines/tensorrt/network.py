@@ -54,13 +54,6 @@ class BuildMonitor(trt.IProgressMonitor):
 
     TensorRT calls from several threads, and no exception may leave a callback: an interrupt makes
     it give up at its next step.
-
-    Attributes:
-        was_interrupted: The user gave up.
-
-    Args:
-        progress: Where stages are shown.
-        title: Put before the names of phases.
     """
 
     def __init__(self, progress: Progress, title: str) -> None:
@@ -118,12 +111,9 @@ def serialize_engine(
     """Build one engine.
 
     Args:
-        model: The graph, without its weights.
         path: Where the graph lies: its weights are found relative to it.
         profiles: Shapes by input, one mapping for each optimization profile.
         timing_cache: From an earlier build, or empty.
-        progress: Is told about TensorRT's phases.
-        title: What is built, for progress.
 
     Returns:
         The serialized engine, and the timing cache with what this build measured.

@@ -50,9 +50,7 @@ class Shapes:
     Attributes:
         capacities: Cache rows per sample, ascending; each is an engine of its own.
         max_rows: Most rows of a call: agents that run as one batch, times records.
-        max_groups: Most agents that run as one batch.
         link_hidden: Least and greatest hidden width of the inner links.
-        prompt_positions: Most positions of a prompt.
     """
 
     capacities: tuple[int, ...]
@@ -67,13 +65,7 @@ def shapes_of(plan: Plan, manifest: Manifest, backbone: str, *, case_positions: 
 
     A cache is an engine's input with a size that is fixed when the engine is built, so there is an
     engine for each capacity that the plan's caches have; see `CachePlan.capacity`. The largest also
-    holds the backbone's parity case, which every engine has to pass.
-
-    Args:
-        plan: The plan.
-        manifest: Of the same bundle.
-        backbone: Whose engines.
-        case_positions: Most positions of a call sequence in the backbone's parity case.
+    holds the `case_positions` of the backbone's parity case, which every engine has to pass.
     """
     caches = [cache for cache in plan.caches.values() if cache.backbone == backbone]
     groups = max(len(cache.agents) for cache in caches)
@@ -116,12 +108,7 @@ def head_ranges(shapes: Shapes) -> Ranges:
 
 
 def profile_shapes(inputs: Mapping[str, Symbols], ranges: Ranges) -> ProfileShapes:
-    """Return the smallest, typical and largest shape of every input that has a free axis.
-
-    Args:
-        inputs: Shapes by input, free axes by their names in the graph.
-        ranges: By axis name.
-    """
+    """Return the smallest, typical and largest shape of every input that has a free axis."""
     shapes = {}
     for name, dims in inputs.items():
         if any(isinstance(dim, str) for dim in dims):
@@ -165,12 +152,7 @@ def input_shapes(model: onnx.ModelProto) -> dict[str, Symbols]:
 
 
 def static_decoder(model: onnx.ModelProto, capacity: int, *, file: str) -> onnx.ModelProto:
-    """Return a copy of a decoder graph for one cache capacity.
-
-    Args:
-        model: The portable graph.
-        capacity: Cache rows per sample.
-        file: Where the graph lies, for messages.
+    """Return a copy of a decoder graph for one cache capacity; messages name the graph `file`.
 
     Raises:
         RecmasError: RM203 for attention that an engine would compute wrongly.

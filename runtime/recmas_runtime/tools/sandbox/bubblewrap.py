@@ -9,7 +9,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -47,11 +47,7 @@ print(json.dumps([folders, mapped]))
 
 @dataclass(frozen=True, kw_only=True)
 class Bubblewrap:
-    """Runs programs under bubblewrap.
-
-    Attributes:
-        executable: Path of `bwrap`.
-    """
+    """Runs programs under bubblewrap."""
 
     executable: str
     name: str = "bubblewrap"
@@ -145,8 +141,6 @@ class Interpreter:
     """An interpreter's files; every path is absolute.
 
     Attributes:
-        executable: The program, links resolved and outside of any virtual environment.
-        folders: Its standard library.
         hidden: Folders of installed packages inside `folders`.
         libraries: The dynamic loader and the shared libraries, under every name they go by.
     """
@@ -204,10 +198,6 @@ def _excess(pid: int, *, max_bytes: int) -> str:
     """Return why the processes below `pid` must be stopped; empty if they need not be.
 
     Limits count each process alone; this reads what all hold together, from outside.
-
-    Args:
-        pid: The sandbox's outermost process.
-        max_bytes: Of memory of all together that is no file's.
     """
     members = tuple(_descendants(pid))
     # Resident sizes are quick to read but count what forks share once for each; proportional ones
@@ -223,19 +213,13 @@ def _excess(pid: int, *, max_bytes: int) -> str:
 
 
 def _descendants(pid: int) -> Iterator[int]:
-    for child in _children(pid):
+    children: list[int] = []
+    with suppress(OSError):  # It has ended meanwhile.
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            children += map(int, (thread / "children").read_text(encoding="ascii").split())
+    for child in children:
         yield child
         yield from _descendants(child)
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    try:
-        for thread in Path(f"/proc/{pid}/task").iterdir():
-            found += map(int, (thread / "children").read_text(encoding="ascii").split())
-    except OSError:  # It has ended meanwhile.
-        pass
-    return found
 
 
 def _resident_bytes(pid: int) -> int:

@@ -31,13 +31,7 @@ _PROXIES: Final = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_pr
 
 @dataclass(frozen=True, kw_only=True)
 class Container:
-    """Runs programs in containers, one for each.
-
-    Attributes:
-        name: `docker` or `podman`.
-        executable: Path of that program.
-        image: An image with `python3`.
-    """
+    """Runs programs in containers of Docker or Podman, one for each; the image has `python3`."""
 
     name: str
     executable: str

@@ -27,12 +27,7 @@ _TRIAL_MEMORY_MB: Final = 256
 
 @dataclass(frozen=True)
 class Survey:
-    """Which sandboxes this machine has.
-
-    Attributes:
-        sandbox: The one to use; None for none.
-        reasons: Backend -> why it is not used; empty for the one that is.
-    """
+    """Which sandbox to use, if any, and for each other backend why it is not used."""
 
     sandbox: Sandbox | None
     reasons: Mapping[str, str]

@@ -43,7 +43,6 @@ class SandboxResult:
         stdout: What it wrote, at most 1 MiB with stderr; bytes that are no UTF-8 replaced.
         stderr_tail: The last 4000 characters of its standard error, and why it was stopped if it
             used more memory or wrote more than it may.
-        exit_code: None if it was stopped.
         ms: Milliseconds it took, with the sandbox around it.
     """
 
@@ -66,7 +65,6 @@ class Sandbox(Protocol):
 
         Args:
             code: The program. It has the standard library, 32 MiB in /tmp, and nothing else.
-            stdin: What it can read.
             timeout_s: Wall-clock seconds, start of the sandbox included.
             memory_mb: MiB of all its processes together.
         """
@@ -90,14 +88,9 @@ def run_python(
 
     Args:
         command: Starts an interpreter inside the sandbox; it is not looked up in PATH.
-        code: The program.
-        stdin: Its input.
         user: Number of the user that a sandbox entered as root goes on as.
-        timeout_s: Wall-clock seconds.
         memory_mb: MiB of each process.
         max_processes: Of the user; None for as many as there may be.
-        env: Environment of the command.
-        pass_fds: Open file descriptors that the command inherits.
         watch: Is given the process id at least every 20 ms; a reason that it returns stops the
             program.
         stop: Is called after the process was killed, for what a kill does not reach.
@@ -126,7 +119,8 @@ def run_python(
             ended, why = _follow(process, exchange, start + timeout_s, watch)
         finally:
             if process.poll() is None:
-                _kill(process)
+                with suppress(ProcessLookupError):  # the sandbox's own rules end what is inside
+                    os.killpg(process.pid, signal.SIGKILL)
                 if stop is not None:
                     stop()
             exchange.close()
@@ -258,9 +252,3 @@ class _Exchange:
         self._selector.unregister(pipe)
         with suppress(OSError):
             pipe.close()
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End the process and its session; the sandbox's own rules end what is inside."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)

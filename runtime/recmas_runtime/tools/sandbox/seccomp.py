@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 # Classic BPF instructions (linux/filter.h) and seccomp's results (linux/seccomp.h).
@@ -32,78 +33,10 @@ _AF_UNIX: Final = 1
 # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
 _NEW_NAMESPACES: Final = 0x7E020000
 
-# The newest system call that this table's choice has considered (open_tree_attr, Linux 6.15).
+# The newest system call that the choice of calls has considered (open_tree_attr, Linux 6.15).
 NEWEST: Final = 467
 
-# System call, number on x86_64, number on aarch64; - where a machine does not have it. Numbers are
-# those of arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h.
-_TABLE: Final = """
-# Files that are open
-read 0 63               write 1 64              readv 19 65             writev 20 66
-pread64 17 67           pwrite64 18 68          preadv 295 69           pwritev 296 70
-preadv2 327 286         pwritev2 328 287        lseek 8 62              close 3 57
-close_range 436 436     dup 32 23               dup2 33 -               dup3 292 24
-fcntl 72 25             ioctl 16 29             flock 73 32             sendfile 40 71
-copy_file_range 326 285 ftruncate 77 46         fallocate 285 47        fadvise64 221 223
-fsync 74 82             fdatasync 75 83         fstat 5 80              fstatfs 138 44
-fchmod 91 52            fchown 93 55            fchdir 81 50            getdents 78 -
-getdents64 217 61
-# Files by their paths
-open 2 -                creat 85 -              openat 257 56           stat 4 -
-lstat 6 -               newfstatat 262 79       statx 332 291           statfs 137 43
-access 21 -             faccessat 269 48        faccessat2 439 439      readlink 89 -
-readlinkat 267 78       truncate 76 45          rename 82 -             renameat 264 38
-renameat2 316 276       link 86 -               linkat 265 37           unlink 87 -
-unlinkat 263 35         symlink 88 -            symlinkat 266 36        mkdir 83 -
-mkdirat 258 34          rmdir 84 -              mknod 133 -             mknodat 259 33
-chmod 90 -              fchmodat 268 53         fchmodat2 452 452       chown 92 -
-lchown 94 -             fchownat 260 54         utime 132 -             utimes 235 -
-utimensat 280 88        getcwd 79 17            chdir 80 49             umask 95 166
-getxattr 191 8          lgetxattr 192 9         fgetxattr 193 10        listxattr 194 11
-llistxattr 195 12       flistxattr 196 13       setxattr 188 5          lsetxattr 189 6
-fsetxattr 190 7         removexattr 197 14      lremovexattr 198 15     fremovexattr 199 16
-# Pipes, event loops and pairs of local sockets; socketpair itself is checked by its arguments
-pipe 22 -               pipe2 293 59            poll 7 -                ppoll 271 73
-select 23 -             pselect6 270 72         epoll_create 213 -      epoll_create1 291 20
-epoll_ctl 233 21        epoll_wait 232 -        epoll_pwait 281 22      eventfd 284 -
-eventfd2 290 19         timerfd_create 283 85   timerfd_settime 286 86  timerfd_gettime 287 87
-sendto 44 206           sendmsg 46 211          sendmmsg 307 269        recvfrom 45 207
-recvmsg 47 212          recvmmsg 299 243        shutdown 48 210         getsockname 51 204
-getpeername 52 205      getsockopt 55 209       setsockopt 54 208
-# Memory
-brk 12 214              mmap 9 222              munmap 11 215           mremap 25 216
-mprotect 10 226         madvise 28 233          msync 26 227            membarrier 324 283
-map_shadow_stack 453 453
-# Threads and locks; clone is checked by its arguments
-futex 202 98            set_robust_list 273 99  set_tid_address 218 96  rseq 334 293
-gettid 186 178          tgkill 234 131          tkill 200 130           sched_yield 24 124
-sched_getaffinity 204 123                       sched_setaffinity 203 122
-sched_getparam 143 121  sched_setparam 142 118  sched_getscheduler 145 120
-sched_setscheduler 144 119                      sched_get_priority_max 146 125
-sched_get_priority_min 147 126                  sched_rr_get_interval 148 127
-getcpu 309 168          arch_prctl 158 -
-# Its own processes
-fork 57 -               vfork 58 -              execve 59 221           execveat 322 281
-exit 60 93              exit_group 231 94       wait4 61 260            waitid 247 95
-kill 62 129             pidfd_open 434 434      pidfd_send_signal 424 424
-getpid 39 172           getppid 110 173         getpgid 121 155         getpgrp 111 -
-setpgid 109 154         getsid 124 156          setsid 112 157          prctl 157 167
-getrlimit 97 163        setrlimit 160 164       prlimit64 302 261       getrusage 98 165
-getpriority 140 141     setpriority 141 140     times 100 153
-# Signals
-rt_sigaction 13 134     rt_sigprocmask 14 135   rt_sigreturn 15 139     rt_sigpending 127 136
-rt_sigsuspend 130 133   rt_sigtimedwait 128 137 sigaltstack 131 132     pause 34 -
-restart_syscall 219 128
-# Users and capabilities: the launcher gives root up with these; nobody gains anything by them
-getuid 102 174          geteuid 107 175         getgid 104 176          getegid 108 177
-getresuid 118 148       getresgid 120 150       getgroups 115 158       setuid 105 146
-setgid 106 144          setreuid 113 145        setregid 114 143        setresuid 117 147
-setresgid 119 149       setgroups 116 159       capget 125 90           capset 126 91
-# Time, random numbers and the description of the machine
-time 201 -              gettimeofday 96 169     clock_gettime 228 113   clock_getres 229 114
-nanosleep 35 101        clock_nanosleep 230 115 alarm 37 -              getitimer 36 102
-setitimer 38 103        getrandom 318 278       uname 63 160            sysinfo 99 179
-"""
+_CALLS: Final = Path(__file__).with_name("seccomp_calls.txt")
 
 
 @dataclass(frozen=True)
@@ -114,9 +47,6 @@ class Machine:
         oci_name: What container engines call it.
         audit: Its AUDIT_ARCH number.
         allowed: System call -> its number, of those that are allowed whatever their arguments.
-        clone: Number of clone.
-        clone3: Number of clone3.
-        socketpair: Number of socketpair.
     """
 
     oci_name: str
@@ -129,7 +59,8 @@ class Machine:
 
 def _allowed(column: int) -> dict[str, int]:
     """Return the calls of one column of the table."""
-    lines = (line for line in _TABLE.splitlines() if not line.startswith("#"))
+    text = _CALLS.read_text(encoding="ascii")
+    lines = (line for line in text.splitlines() if not line.startswith("#"))
     words = " ".join(lines).split()
     rows = zip(words[::3], words[column::3], strict=True)
     return {name: int(number) for name, number in rows if number != "-"}

@@ -1,11 +1,11 @@
-"""Plain values to the typed document, going on after errors that nothing else depends on."""
+"""The whole document: its schema, and plain values to it, going on after errors where it can."""
 
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Final
+from typing import Annotated, Final
 
-from pydantic import ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from recmas_compiler.spec.document.places import Loc, Places
@@ -14,14 +14,85 @@ from recmas_compiler.spec.document.problems import (
     matches,
     schema_errors,
     schema_problem,
+    sections_of,
     show,
 )
 from recmas_compiler.spec.document.yaml_source import Value
-from recmas_compiler.spec.schema.pattern import PATTERN_NAMES
-from recmas_compiler.spec.schema.section import PATH_PATTERN
-from recmas_compiler.spec.schema.sections import LANGUAGE_VERSION, NAMED, SECTIONS, SpecDocument
+from recmas_compiler.spec.schema.sections import (
+    MAX_AGENTS,
+    PATH_PATTERN,
+    PATTERN_NAMES,
+    AgentSection,
+    AnswerSection,
+    BackboneSection,
+    BuildSection,
+    Given,
+    LinkName,
+    LinkSection,
+    PatternSection,
+    Section,
+    Slug,
+    blank_is_default,
+)
+from recmas_compiler.spec.schema.train import TrainSection
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import SLUG_PATTERN
+
+LANGUAGE_VERSION: Final = 1
+
+
+class SpecDocument(Section):
+    """A latent multi-agent system."""
+
+    recmas: int = Field(
+        ge=LANGUAGE_VERSION, le=LANGUAGE_VERSION, json_schema_extra={"const": LANGUAGE_VERSION}
+    )
+    """Version of the language."""
+
+    name: Slug
+    """Name of the system."""
+
+    rounds: int = Field(default=1, ge=1, le=64)
+    """Passes over the agents. The answer is written in the last one."""
+
+    latent_steps: int = Field(default=16, ge=0, le=4096)
+    """Latent steps of every agent that does not say otherwise; 0 sends empty messages."""
+
+    pattern: Given[PatternSection] = None
+    """A known arrangement of agents, instead of writing it out."""
+
+    backbones: dict[Slug, BackboneSection] = Field(min_length=1, max_length=MAX_AGENTS)
+    """The language models, by name. Agents may share one."""
+
+    agents: dict[Slug, AgentSection] = Field(min_length=1, max_length=MAX_AGENTS)
+    """The agents, by name."""
+
+    links: dict[LinkName, Annotated[LinkSection, BeforeValidator(blank_is_default)]] = Field(
+        default_factory=dict, max_length=MAX_AGENTS**2
+    )
+    """Who sends thoughts to whom, as `source -> target`."""
+
+    answer: AnswerSection
+    """Which agent writes the text, and how."""
+
+    build: BuildSection = Field(default_factory=BuildSection)
+    """What to build, and for which limits."""
+
+    train: Given[TrainSection] = None
+    """What to train the links on, and how; only `recmasc train` needs it."""
+
+
+SECTIONS: Final = sections_of(SpecDocument)
+"""Every mapping with fixed keys, by its path."""
+
+# Mappings whose keys are names that the user chooses.
+NAMED: Final[dict[tuple[str, ...], str]] = {
+    ("backbones",): "backbone",
+    ("agents",): "agent",
+    ("links",): "link",
+    ("agents", "*", "chat_template"): "template variable",
+    ("train", "targets"): "agent",
+}
 
 _SLUG_RULE: Final = "lower-case letters, digits, `-` and `_`, beginning with a letter or digit"
 _START_HINT: Final = "`recmasc init sequential` writes a spec to begin with."
@@ -41,8 +112,8 @@ SPECS: Final = Language(
     text_rules={f"^{SLUG_PATTERN}$": f"a name ({_SLUG_RULE})", PATH_PATTERN: "a path"},
 )
 
-# Settings that have a default and that no check between sections looks at: with a wrong one put
-# aside, the other findings are still true. Never so: names, prompts and links.
+# Settings that have a default and that no check between sections looks at: without a wrong one the
+# other findings are still true. Never so: names, prompts and links.
 _INDEPENDENT: Final[tuple[tuple[str, ...], ...]] = (
     ("rounds",),
     ("latent_steps",),
@@ -114,7 +185,7 @@ def _problem(detail: ErrorDetails, places: Places) -> Problem:
 
 
 def _prunable(loc: Loc) -> Loc | None:
-    """Return the setting that an error belongs to, if it can be put aside."""
+    """Return the setting that an error belongs to, if the rest can be checked without it."""
     for length in range(len(loc), 0, -1):
         setting = loc[:length]
         if setting != ("answer", "agent") and any(matches(setting, p) for p in _INDEPENDENT):

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
+import msgspec
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -18,39 +20,8 @@ from recmas_compiler.links.modules import seeded_generator
 from recmas_runtime.core.progress import Progress
 
 # Answers to requests like an agent's own align better than free text of the same length.
-REQUESTS: Final = (
-    "How many apples are left if I had 12 and gave away 5? Explain.",
-    "Explain how rain forms.",
-    "Write a short plan for solving a word problem.",
-    "A train travels 60 miles in 1.5 hours. What is its speed?",
-    "List the steps to compute the area of a triangle.",
-    "Write a Python function that adds two numbers.",
-    "What is the capital of France and why is it famous?",
-    "Check this solution: 3 * 4 = 12, then 12 + 5 = 17.",
-    "Summarise the causes of the First World War.",
-    "A shop sells pens at 3 dollars each. How much do 7 pens cost, with 10% off?",
-    "Which gas do plants take in? Think step by step.",
-    "Criticise the plan: first guess, then check.",
-    "Tell a short story about a dog.",
-    "What is 15% of 240?",
-    "Explain photosynthesis to a child.",
-    "How long does it take to read 300 pages at 20 pages an hour?",
-    "Compare cats and dogs.",
-    "What does a doctor do?",
-    "Solve for x: 2x + 6 = 18.",
-    "Give advice for learning a language.",
-    "Mary has twice as many books as Tom, who has 8. How many do they have together?",
-    "Why is the sky blue?",
-    "Improve this plan: 1. read 2. answer.",
-    "What is the sum of the first ten numbers?",
-    "Describe a good breakfast.",
-    "How do you sort a list?",
-    "A rectangle is 5 by 9. Find its perimeter and its area.",
-    "What is gravity?",
-    "Write the reasoning, then the final answer: 45 / 9 + 2.",
-    "Which is heavier, iron or wood?",
-    "Plan a trip to the sea.",
-    "If a worker earns 15 dollars an hour for 8 hours on 5 days, how much does she earn?",
+REQUESTS: Final = msgspec.yaml.decode(
+    Path(__file__).with_name("requests.yaml").read_bytes(), type=tuple[str, ...]
 )
 # Per sequence. More take longer and hardly align better.
 NUM_TOKENS: Final = 80
@@ -63,7 +34,6 @@ class Calibration:
     """Pairs of a thought and what followed it.
 
     Attributes:
-        hidden_ND: Hidden states.
         expected_ND: What a link should answer: the mean input embedding of the next token under
             the backbone's own distribution, or the next token's itself where texts were given.
         next_ND: Input embedding of the token that came next.
@@ -86,11 +56,6 @@ def calibrate(backbone: TorchBackbone, *, progress: Progress, seed: int = 0) -> 
     Every position's hidden state and distribution is used as it comes along. A sampled token is one
     draw from the distribution; its mean embedding is what a least-squares link would find from many
     draws. Fitting to the mean gains 0.01 to 0.03 of cosine.
-
-    Args:
-        backbone: Whose thoughts.
-        progress: Sees one stage.
-        seed: Of the answers.
     """
     embedding_VD = _embedding_table(backbone)
     hidden, expected, following = [], [], []

@@ -10,7 +10,7 @@ Least squares answers with blurred averages, all of them near the mean embedding
 feeds on them ends there: SmolLM2-135M then writes nothing but line breaks. So the map's answers are
 spread out again as far as real embeddings are, which costs a little of the cosine.
 
-Shape legend: N samples, D inputs, E outputs.
+Shape legend: N samples, D inputs, E outputs, U hidden units.
 """
 
 from __future__ import annotations
@@ -21,17 +21,10 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.links.closed_form.calibration import HELD_OUT_EVERY, Calibration
-from recmas_compiler.links.closed_form.least_squares import (
-    direction_map,
-    ridge,
-    rms,
-    spread_out,
-    token_detectors,
-)
+from recmas_compiler.links.calibration import HELD_OUT_EVERY, Calibration
 from recmas_compiler.links.modules import LinkModule, randomize, seeded_generator
 from recmas_runtime.core.errors import fail
 
@@ -41,7 +34,7 @@ INNER_STRENGTHS: Final = (0.1, 0.3, 1.0, 3.0)
 OUTER_STRENGTHS: Final = (0.001, 0.01, 0.1, 1.0)
 # For finding a map that is known to exist: only keeps the equations solvable.
 EXACT: Final = 1e-6
-# With token detectors: they rarely speak together, so there is little to keep apart.
+# With token detectors: they are rarely active together, so there is little to keep apart.
 DETECTOR_STRENGTH: Final = 0.003
 # Samples for each detector and each input; with fewer, they learn the samples by heart.
 SAMPLES_PER_REGRESSOR: Final = 8
@@ -55,6 +48,19 @@ BRANCH_WEIGHT: Final = 10.0
 
 MIN_SHARED_TOKENS: Final = 64
 
+# Sums go over so many samples at once: in float64, all of them would take gigabytes.
+ROWS_AT_ONCE: Final = 4096
+
+# A token that was seen once cannot be told from its one thought.
+FEWEST_SEEN: Final = 2
+# Added to each input's variance, relative to it: thoughts of rare tokens vary in few directions.
+SHRINKAGE: Final = 0.01
+# Where a unit becomes active, between the mean of all thoughts (0) and that of its token's (1).
+# Below, it detects everything else too; above, it misses its own token.
+THRESHOLD: Final = 0.3
+# How far apart these two means are for a unit: gelu tells them apart and is not yet a step.
+SPREAD: Final = 4.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment:
@@ -63,7 +69,6 @@ class Alignment:
     Attributes:
         cosine: Mean cosine between what the link answers and the embedding it should answer.
         strength: Ridge strength chosen; 0 for the identity.
-        num_held_out: Samples measured on.
         num_detectors: Hidden units that start as detectors of tokens.
     """
 
@@ -103,7 +108,6 @@ def align_inner(link: nn.Module, calibration: Calibration, *, link_id: str) -> A
 
     Args:
         link: Of any kind; changed in place.
-        calibration: Of the agent's backbone.
         link_id: Seeds what stays random.
     """
     samples = _Samples(
@@ -144,8 +148,6 @@ def align_outer(
 
     Args:
         link: Of any kind; changed in place.
-        source: Backbone of the sending agent.
-        target: Backbone of the receiving agent.
         link_id: Seeds what stays random.
 
     Raises:
@@ -211,8 +213,8 @@ def _set_detectors(link: LinkModule, known: _Samples, token_N: Tensor, most: int
     num_detectors = len(bias_U)
     link.proj1.weight[:num_detectors] = weight_UD.float()
     link.proj1.bias[:num_detectors] = bias_U.float()
-    heard_NU = link.branch(known.x_ND)[:, :num_detectors]
-    inputs_NF, truth_NE = torch.cat([known.x_ND, heard_NU], dim=1), known.truth_NE
+    active_NU = link.branch(known.x_ND)[:, :num_detectors]
+    inputs_NF, truth_NE = torch.cat([known.x_ND, active_NU], dim=1), known.truth_NE
     weight_EF, _ = direction_map(inputs_NF, truth_NE, DETECTOR_STRENGTH)
     weight_EF, bias_E = spread_out(
         weight_EF, inputs_NF, truth_NE, mean_E=truth_NE.mean(0, dtype=torch.float64)
@@ -360,3 +362,119 @@ def _ids_by_text(backbone: TorchBackbone) -> dict[str, int]:
         if spelled and "\ufffd" not in spelled:  # parts of a character have no text of their own
             found.setdefault(spelled, i)
     return found
+
+
+# Linear algebra on samples, in float64.
+
+
+def ridge(
+    x_ND: Tensor,
+    y_NE: Tensor,
+    strength: float,
+    *,
+    has_bias: bool = True,
+    weight_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the weight [E, D] and bias [E] of the ridge regression from x to y, in float64.
+
+    Args:
+        strength: Penalty of each input's weights, relative to the input's sum of squares.
+        has_bias: False fits through the origin and returns a bias of zeros.
+        weight_N: How much each sample counts; None for all alike.
+    """
+    shares_N1 = (torch.ones(len(x_ND)) if weight_N is None else weight_N).double()[:, None]
+    shares_N1 = shares_N1 / shares_N1.sum()
+    parts = list(zip(*(torch.split(t, ROWS_AT_ONCE) for t in (x_ND, y_NE, shares_N1)), strict=True))
+    width, height = x_ND.shape[1], y_NE.shape[1]
+    x_mean, y_mean = (torch.zeros(size, dtype=torch.float64) for size in (width, height))
+    if has_bias:
+        for x, y, share_N1 in parts:
+            x_mean += (share_N1 * x).sum(0)
+            y_mean += (share_N1 * y).sum(0)
+    gram_DD = torch.zeros(width, width, dtype=torch.float64)
+    products_DE = torch.zeros(width, height, dtype=torch.float64)
+    for x, y, share_N1 in parts:
+        scaled = share_N1.sqrt() * (x - x_mean)
+        gram_DD += scaled.T @ scaled
+        products_DE += scaled.T @ (share_N1.sqrt() * (y - y_mean))
+    # An input that never changes has no weight to find; its penalty must still not be zero.
+    penalty_D = strength * gram_DD.diagonal().clamp(min=1e-6 * gram_DD.diagonal().mean())
+    weight_ED = torch.linalg.solve(gram_DD + torch.diag(penalty_D), products_DE).T
+    return weight_ED, y_mean - weight_ED @ x_mean
+
+
+def moments(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean [D] and the covariance [D, D] of samples, in float64."""
+    mean_D = x_ND.mean(0, dtype=torch.float64)
+    sum_DD = torch.zeros(len(mean_D), len(mean_D), dtype=torch.float64)
+    for x in torch.split(x_ND, ROWS_AT_ONCE):
+        sum_DD += (x - mean_D).T @ (x - mean_D)
+    return mean_D, sum_DD / len(x_ND)
+
+
+def direction_map(x_ND: Tensor, truth_NE: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+    """Return the weight [E, D] and bias [E] of a map whose answers point to where the truth does.
+
+    Least squares counts distances, and most of a doubtful answer's distance is that it is short. So
+    it is solved twice: the second time for the truth's direction at the length that the first time
+    answered with, in units of that length. Answers stay as short as they are doubtful.
+    """
+    weight_ED, bias_E = ridge(x_ND, truth_NE, strength)
+    length_N1 = torch.cat(
+        [
+            (x.double() @ weight_ED.T + bias_E).norm(dim=1, keepdim=True)
+            for x in torch.split(x_ND, ROWS_AT_ONCE)
+        ]
+    ).clamp(min=1e-6)
+    toward_NE = length_N1.float() * normalize(truth_NE, dim=1)
+    return ridge(x_ND, toward_NE, strength, weight_N=1 / length_N1[:, 0])
+
+
+def spread_out(
+    weight_ED: Tensor, x_ND: Tensor, truth_NE: Tensor, *, mean_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the map with a gain that lets its answers lie as far from their mean as the truth."""
+    x_mean = x_ND.mean(0, dtype=torch.float64)
+    answered = sum(
+        ((x.double() - x_mean) @ weight_ED.T).square().sum().item()
+        for x in torch.split(x_ND, ROWS_AT_ONCE)
+    )
+    gain = rms(truth_NE - truth_NE.mean(0)) / (answered / truth_NE.numel()) ** 0.5
+    return gain * weight_ED, mean_E - gain * weight_ED @ x_mean
+
+
+def token_detectors(x_ND: Tensor, token_N: Tensor, *, most: int) -> tuple[Tensor, Tensor]:
+    """Return the weight [U, D] and bias [U] of one unit for each of the most frequent tokens.
+
+    What a thought says about the next token is a choice among tokens, and a linear map can only mix
+    their embeddings. A unit per frequent token, silent for most thoughts and loud for those that
+    its token followed, lets least squares answer with embeddings instead of averages of them. The
+    direction of a unit is the linear discriminant between its token's thoughts and all others
+    (R. A. Fisher, 1936), with the covariance of all samples, shrunk.
+
+    Args:
+        most: The largest U. There are fewer where fewer tokens were seen `FEWEST_SEEN` times.
+    """
+    tokens, class_N, counts = torch.unique(token_N, return_inverse=True, return_counts=True)
+    frequent = counts.argsort(descending=True, stable=True)[:most]
+    frequent = frequent[counts[frequent] >= FEWEST_SEEN]
+
+    mean_D, covariance_DD = moments(x_ND)
+    sums = torch.zeros(len(tokens), x_ND.shape[1], dtype=torch.float64)
+    parts = (torch.split(t, ROWS_AT_ONCE) for t in (class_N, x_ND))
+    for class_n, x in zip(*parts, strict=True):
+        sums.index_add_(0, class_n, x.double())
+    away_UD = (sums / counts[:, None])[frequent] - mean_D
+    variance_D = covariance_DD.diagonal()
+    # An input that never changes tells nothing; the equations must still have a solution.
+    shrinkage_D = SHRINKAGE * variance_D.clamp(min=1e-6 * variance_D.mean())
+    direction_UD = torch.linalg.solve(covariance_DD + torch.diag(shrinkage_D), away_UD.T).T
+    # How far the token's mean lies along its own direction: positive, for the covariance is.
+    reach_U = (direction_UD * away_UD).sum(1).clamp(min=1e-12)
+    weight_UD = SPREAD / reach_U[:, None] * direction_UD
+    return weight_UD, -weight_UD @ mean_D - SPREAD * THRESHOLD
+
+
+def rms(x: Tensor) -> float:
+    """Return the root of the mean square."""
+    return x.square().mean(dtype=torch.float64).sqrt().item()

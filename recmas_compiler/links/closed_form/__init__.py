@@ -1,1 +1,0 @@
-"""Links in closed form: ridge regressions instead of training steps."""
