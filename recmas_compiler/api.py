@@ -55,11 +55,9 @@ class Program:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildResult:
-    """What a builder gave.
+    """What a builder gave; nothing was done if it was reused.
 
-    Attributes:
-        reused: The bundle was there already; nothing was done.
-        seconds: Wall time by stage: fingerprint, load, links, export, parity, write.
+    Wall time is by stage: fingerprint, load, links, export, parity, write.
     """
 
     path: Path
@@ -68,14 +66,6 @@ class BuildResult:
     parity: tuple[ParityEntry, ...]
     seconds: dict[str, float]
     engines: EngineBuild | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuiltBundle:
-    """A bundle, and the program it is of: with the trained links where there were some."""
-
-    program: Program
-    built: BuildResult
 
 
 class Builder(Protocol):
@@ -90,8 +80,7 @@ class Builder(Protocol):
 def compile(spec: Spec, *, dump_ir: str | Path | None = None, download: bool = False) -> Program:
     """Lower a spec to the program IR, through all passes; no weights are loaded.
 
-    Args:
-        download: Fetch what is missing of `hf:` backbones.
+    Missing `hf:` backbones are fetched only with `download`.
 
     Raises:
         RecmasError: Backbone files that are missing or unsuitable (RM2xx), link files that do not
@@ -114,12 +103,9 @@ def load_and_compile(
     progress: Progress | None = None,
     change: Callable[[Spec], Spec] | None = None,
 ) -> Program:
-    """Load a spec from a file and compile it.
+    """Load a spec from a file, change it if asked, and compile it.
 
-    Args:
-        overrides: `key.path=value`, as of `--set`.
-        progress: Where to report to; missing `hf:` backbones are fetched only if it is given.
-        change: What to make of the spec before it is compiled.
+    Missing `hf:` backbones are fetched only where there is a progress to report to.
 
     Raises:
         RecmasError: As of `load_spec` and `compile`.
@@ -179,8 +165,8 @@ def build(
         RecmasError: RM201 if no builder is installed, RM301 if an engine disagrees with the
             reference, RM302 if something else is at `out`, RM303 if the disk is full.
     """
-    done = build_bundle(program, out, progress=progress, trained_links=trained_links, **options)
-    return done.built.path
+    _, built = build_bundle(program, out, progress=progress, trained_links=trained_links, **options)
+    return built.path
 
 
 def build_bundle(
@@ -191,8 +177,8 @@ def build_bundle(
     trained_links: bool = True,
     dump_ir: str | Path | None = None,
     **options: Any,
-) -> BuiltBundle:
-    """Build as `build` does; returns the program that was built and what is known of the bundle."""
+) -> tuple[Program, BuildResult]:
+    """Build as `build` does; returns the program, with trained links where there are some, too."""
     builder = _builder()
     if trained_links:
         program = with_trained_links(program, dump_ir=dump_ir)
@@ -203,7 +189,7 @@ def build_bundle(
         progress=progress or Silent(),
         **options,
     )
-    return BuiltBundle(program=program, built=built)
+    return program, built
 
 
 def train(

@@ -208,17 +208,15 @@ def bench_engines(
     from recmas_compiler.bench.engine_report import engine_report
     from recmas_compiler.bench.engines import EngineOptions, measure_engines
     from recmas_compiler.bench.plots import draw_engines
-    from recmas_runtime.bench.command import make_folder, unwritable
+    from recmas_runtime.bench.command import make_folder, writing
     from recmas_runtime.formats.bundle import write_json_atomic
 
     make_folder(out)
     asked = EngineOptions(bundles=(bundle, *others), **options)
     report = engine_report(asked, measure_engines(asked, progress=shown_progress(quiet=quiet)))
     if out is not None:
-        try:
+        with writing(out):
             write_json_atomic(out / "engines.json", report.to_json())
             (out / "engines.md").write_text(report.to_markdown() + "\n", encoding="utf-8")
             draw_engines(report, out / "engines.png")
-        except OSError as error:
-            raise unwritable(out, error) from error
     return Outcome(text=report.to_markdown(), data=report.to_json(), interrupted=report.interrupted)

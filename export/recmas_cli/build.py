@@ -79,7 +79,7 @@ def build(
     program = load_and_compile(spec, overrides, dump_ir=dump_ir, progress=progress, change=change)
     name = program.graph.system.name
     folder = out if out is not None else Path("out") / (f"{name}-untrained" if untrained else name)
-    result = build_bundle(
+    program, built = build_bundle(
         program,
         folder,
         progress=progress,
@@ -87,7 +87,6 @@ def build(
         trained_links=not untrained,
         dump_ir=dump_ir,
     )
-    program, built = result.program, result.built
     how = "is current" if built.reused else "written"
     engines = "" if built.engines is None else f"{built.engines.text}\n"
     return Outcome(
@@ -186,4 +185,5 @@ def _built(source: Path) -> Path:
     for warning in program.spec.warnings:
         click.echo(str(warning), err=True)
     folder = Path("out") / program.graph.system.name
-    return build_bundle(program, folder, progress=progress).built.path
+    _, built = build_bundle(program, folder, progress=progress)
+    return built.path

@@ -43,11 +43,7 @@ BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a command found out.
-
-    Attributes:
-        interrupted: Whether the user stopped it, and this is what there is so far.
-    """
+    """What a command found out; what there is so far, if the user interrupted it."""
 
     text: str
     data: Mapping[str, Any] = field(default_factory=dict)

@@ -129,15 +129,7 @@ def train(
 def _train_in_processes(
     spec: Spec, stage: Stage, num_processes: int, arguments: Sequence[str]
 ) -> None:
-    """Run `recmasc train` in several processes of this machine, and exit as they do.
-
-    Args:
-        spec: Has been checked, so that its mistakes are reported once.
-        arguments: Of `recmasc train`, with `--nproc`.
-
-    Raises:
-        RecmasError: RM104 without `train`, RM704 for too many processes.
-    """
+    """Run `recmasc train` in several processes and exit as they do; the spec has been checked."""
     from recmas_compiler.training.loop.distributed import launch
     from recmas_compiler.training.run import check_processes
     from recmas_compiler.training.session import train_settings
@@ -290,11 +282,7 @@ def _change(figures: Mapping[str, Any], name: str) -> str:
 
 
 def _tensorboard(folder: Path) -> Callable[[str], Sink]:
-    """Return what makes a stage's writer.
-
-    Raises:
-        RecmasError: RM201 without the package.
-    """
+    """Return what makes a stage's writer; RM201 without the package."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -16,11 +16,7 @@ _SECONDS_TO_TELL: Final = 10.0
 
 
 def run_launched(status_file: Path, *, is_main: bool) -> None:
-    """Run as a process of `launch`, in which the main one tells how the run ended.
-
-    Args:
-        status_file: Gets the exit status of the main process.
-    """
+    """Run as a process of `launch`; the main one writes its exit status into the status file."""
     try:
         main(["train", *sys.argv[1:]])
     except SystemExit as ended:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from msgspec import structs
@@ -64,11 +64,7 @@ PROBE = "parity/probe.onnx"
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What the manifest says of the files that were made.
-
-    Attributes:
-        seconds: Wall time by stage.
-    """
+    """What the manifest says of the files that were made, and the wall time by stage."""
 
     backbones: dict[str, BackboneEntry]
     links: dict[str, LinkEntry]
@@ -76,20 +72,11 @@ class Parts:
     seconds: dict[str, float]
 
 
-@dataclass
-class _Watch:
-    """Wall time by stage; a stage may be entered more than once."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - started
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - started
 
 
 def assemble(
@@ -104,10 +91,7 @@ def assemble(
 ) -> Parts:
     """Write everything a bundle holds but plan, spec and manifest, and check it against torch.
 
-    Args:
-        folder: An empty folder.
-        backbones: Loaded already, by shared name; None loads them.
-        links: Materialized already, by id; None makes them.
+    What is not given as backbones and links, by shared name and by id, is loaded and made.
 
     Raises:
         RecmasError: RM203 or RM300 where a backbone cannot be exported, RM301 where an engine
@@ -115,12 +99,15 @@ def assemble(
             and what loading, link making and reading the text to measure losses over raise.
         OSError: A file cannot be written.
     """
-    watch = _Watch()
-    with watch("load"):
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "load"):
         loaded = backbones or load_backbones(program, progress=progress)
-    with watch("links"):
+    with _timed(seconds, "links"):
         made = links or materialize_links(program, loaded, progress=progress)
-        entries = _write_links(folder, {i: made[i] for i in _link_ids(plan)})
+        used = [agent.inner for agent in plan.agents.values()]
+        for step in plan.steps:
+            used += step.links if isinstance(step, SendStep) else ()
+        entries = _write_links(folder, {link: made[link] for link in dict.fromkeys(used)})
     stages = _Stages(
         program=program,
         plan=plan,
@@ -130,13 +117,11 @@ def assemble(
         links=entries,
         progress=progress,
     )
-    with watch("export"):
+    with _timed(seconds, "export"):
         exported = stages.export()
-    with watch("parity"):
+    with _timed(seconds, "parity"):
         cases = stages.measure(exported, stages.compare(exported))
-    return Parts(
-        backbones=exported, links=entries, parity=tuple(cases), seconds=dict(watch.seconds)
-    )
+    return Parts(backbones=exported, links=entries, parity=tuple(cases), seconds=seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,13 +201,6 @@ class _Stages:
         inner = load_operands(self.folder / link.file, link)
         engine = BackboneEngine(entry, self.folder)
         return measure_loss(backbone, engine, inner, passages, text=name)
-
-
-def _link_ids(plan: Plan) -> tuple[str, ...]:
-    """Return the links that the plan names: its agents' inner links, the outer ones it uses."""
-    inner = [agent.inner for agent in plan.agents.values()]
-    outer = [link for step in plan.steps if isinstance(step, SendStep) for link in step.links]
-    return tuple(dict.fromkeys(inner + outer))
 
 
 def _write_links(folder: Path, links: Mapping[str, MaterializedLink]) -> dict[str, LinkEntry]:

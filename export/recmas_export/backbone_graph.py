@@ -93,7 +93,10 @@ def _refuse_unsupported(model: Any, facts: BackboneFacts) -> None:
             "the export takes float32.",
             hint="Load it with `load_backbone`, which widens weights.",
         )
-    for rope_type in sorted(_rotary_types(model.config)):
+    # The kinds of rotary scaling; some models have one per layer type.
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    tables = [rope, *(p for p in rope.values() if isinstance(p, dict))]
+    for rope_type in sorted({str(t["rope_type"]) for t in tables if "rope_type" in t}):
         if "dynamic" in rope_type or rope_type == "longrope":
             raise fail(
                 "RM300",
@@ -102,10 +105,3 @@ def _refuse_unsupported(model: Any, facts: BackboneFacts) -> None:
                 hint="Use a backbone whose rotary frequencies are fixed.",
             )
     assert not model.training, "a backbone is frozen and in evaluation mode"
-
-
-def _rotary_types(config: Any) -> set[str]:
-    """Return the kinds of rotary scaling; some models have one per layer type."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    tables = [parameters, *(p for p in parameters.values() if isinstance(p, dict))]
-    return {str(table["rope_type"]) for table in tables if "rope_type" in table}

@@ -87,11 +87,8 @@ def fingerprint(
 ) -> str:
     """Return the sha256 that identifies a build.
 
-    Args:
-        backbones: Digest of the weights by backbone name, see `source_digest`.
-        links: Digest of the weights by link id, where there are weights before the build.
-        corpus: Digest of the passages to search, if there are any.
-        loss_text: Digest of the text that losses are measured over, if one is.
+    Digests are of weights, by backbone (see `source_digest`) and by link where there are weights
+    before the build; of passages and of the text that losses are measured over, if there are any.
     """
     inputs: dict[str, Any] = {
         "program": print_graph(program),

@@ -48,11 +48,7 @@ _NOT_WRITABLE: Final = (
 
 @dataclass(frozen=True)
 class StagedBundle:
-    """A bundle that is being written.
-
-    Attributes:
-        folder: Where its files go; nothing else is in it.
-    """
+    """A bundle that is being written: in `folder`, where nothing else is, for `target`."""
 
     folder: Path
     target: Path
@@ -60,11 +56,7 @@ class StagedBundle:
     def commit(self, manifest: Manifest, *, plan: Plan, spec_yaml: str) -> Manifest:
         """Write plan, spec and, last, the manifest; make all durable; put the bundle in its place.
 
-        Args:
-            manifest: Complete but for `files`.
-
-        Returns:
-            The manifest as written, with every file's size and hash.
+        Returns the manifest as written: completed by `files`, every file's size and hash.
         """
         _write_json(self.folder / PLAN_NAME, plan)
         (self.folder / SPEC_NAME).write_text(spec_yaml, encoding="utf-8")
@@ -83,7 +75,10 @@ class StagedBundle:
         _write_json(self.folder / MANIFEST_NAME, complete)
         _sync(self.folder / MANIFEST_NAME)
         _sync(self.folder)
-        _move_into_place(self.folder, self.target)
+        check_target(self.target)  # it may have changed during a build of minutes
+        if not move_into_place(self.folder, self.target):
+            raise _exists(self.target, "is being replaced by another build")
+        _sync(self.target.parent)
         return complete
 
 
@@ -91,12 +86,9 @@ class StagedBundle:
 def staged_bundle(target: Path, *, needed_bytes: int) -> Iterator[StagedBundle]:
     """Give a folder to build in, beside `target`; it is gone afterwards unless committed.
 
-    Args:
-        target: The bundle's place: free, an empty folder, or a bundle that is to be replaced.
-
     Raises:
-        RecmasError: RM302 if something else is at `target`, RM303 if the disk is full or not
-            writable.
+        RecmasError: RM302 if anything is at `target` but an empty folder or a bundle, RM303 if the
+            disk is full or not writable.
     """
     target = target.resolve()
     needed_bytes += _SLACK_BYTES
@@ -104,7 +96,13 @@ def staged_bundle(target: Path, *, needed_bytes: int) -> Iterator[StagedBundle]:
         target.parent.mkdir(parents=True, exist_ok=True)
         clear_away_dead_builds(target.parent, glob.escape(target.name))
         check_target(target)
-        _check_space(target.parent, needed_bytes)
+        if (free := _free_bytes(target.parent)) < needed_bytes:
+            raise fail(
+                "RM303",
+                f"the bundle needs about {human_bytes(needed_bytes)}, but {target.parent} has "
+                f"{human_bytes(free)} free.",
+                hint="Free some space, or choose an output folder on another disk.",
+            )
         with staged_folder(target) as folder:
             yield StagedBundle(folder, target)
     except OSError as error:
@@ -129,21 +127,21 @@ def check_target(target: Path) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise _in_the_way(target, "is a file")
+        raise _exists(target, "is a file")
     if not any(target.iterdir()):
         return
     try:
         manifest = read_json_file(Manifest, target / MANIFEST_NAME, file=MANIFEST_NAME)
     except RecmasError:
-        raise _in_the_way(target, "is a folder with other things in it") from None
+        raise _exists(target, "is a folder with other things in it") from None
     found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
     known = {*manifest.files, MANIFEST_NAME, *filter(is_engine_file, found)}
     others = sorted(found - known)
     if others:
-        raise _in_the_way(target, f"is a bundle with other files in it, such as {others[0]!r}")
+        raise _exists(target, f"is a bundle with other files in it, such as {others[0]!r}")
 
 
-def _in_the_way(target: Path, what: str) -> RecmasError:
+def _exists(target: Path, what: str) -> RecmasError:
     return fail(
         "RM302",
         f"{target} {what}; it is left as it is.",
@@ -151,28 +149,10 @@ def _in_the_way(target: Path, what: str) -> RecmasError:
     )
 
 
-def _check_space(folder: Path, needed_bytes: int) -> None:
-    free = _free_bytes(folder)
-    if free < needed_bytes:
-        raise fail(
-            "RM303",
-            f"the bundle needs about {human_bytes(needed_bytes)}, but {folder} has "
-            f"{human_bytes(free)} free.",
-            hint="Free some space, or choose an output folder on another disk.",
-        )
-
-
 def _free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
-
-
-def _move_into_place(folder: Path, target: Path) -> None:
-    check_target(target)  # it may have changed during a build of minutes
-    if not move_into_place(folder, target):
-        raise _in_the_way(target, "is being replaced by another build")
-    _sync(target.parent)
 
 
 def _sync(path: Path) -> None:

@@ -72,8 +72,7 @@ def trace_body(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
 def trace_embed(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
     """Return the raw graph of the input embedding: input_ids [B,S] -> inputs_embeds [B,S,d].
 
-    Raises:
-        RecmasError: RM300 where the model cannot be traced.
+    Raises as `trace_body`.
     """
     return _trace(
         _Embed(model),
@@ -86,11 +85,7 @@ def trace_embed(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
 
 
 def trace_head(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
-    """Return the raw graph of the language-model head: hidden [B,d] -> logits [B,V].
-
-    Raises:
-        RecmasError: RM300 where the model cannot be traced.
-    """
+    """Return the raw graph of the head: hidden [B,d] -> logits [B,V]; raises as `trace_body`."""
     with _without_body(model):
         return _trace(
             _Head(model),

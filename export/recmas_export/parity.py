@@ -96,8 +96,7 @@ def link_cases(
 ) -> Case:
     """Return `link.ID.x` [N, di] and `link.ID.y` [N, do] for the links that start on one backbone.
 
-    Args:
-        outer: By link id, with the id of the source's inner link, whose output outer links read.
+    An outer link comes with the id of its source's inner link, whose output it reads.
     """
     hidden = torch.from_numpy(hidden_Nd.copy())
     inputs = {link: (hidden, module) for link, module in inner.items()}
@@ -132,6 +131,7 @@ def passages_of(backbone: TorchBackbone, text: Path) -> list[NDArray[np.int64]]:
     return passages
 
 
+@torch.no_grad()
 def measure_loss(
     backbone: TorchBackbone,
     engine: BackboneEngine,
@@ -140,19 +140,18 @@ def measure_loss(
     *,
     text: str,
 ) -> LossEntry:
-    """Return how much worse an engine predicts than the reference does.
+    """Return how much worse an engine predicts the tokens of passages than the reference does.
 
-    Args:
-        inner: Operands of any of its inner links, without the G axis; they play no part.
-        passages: What to predict, each token from those before it; at least one.
-        text: How the manifest names them.
+    The inner link is any of the backbone's, without the G axis: it plays no part. `text` is how the
+    manifest names the passages, of which there is at least one.
     """
     grouped = stack_operands([inner])
     cosines, agreements, expected, found = [], [], [], []
     for ids_T in passages:
-        hidden_Td = _reference_hidden(backbone, ids_T)[:-1]
+        embeds_1Td = backbone.embed(torch.from_numpy(ids_T)[None])
+        hidden_Td = _array(_hidden(backbone, embeds_1Td)[0, :-1])
         other_Td = _engine_hidden(engine, ids_T, grouped)[:-1]
-        logits_TV = _reference_logits(backbone, hidden_Td)
+        logits_TV = _array(backbone.logits(torch.from_numpy(hidden_Td)))
         other_TV = engine.logits(np.ascontiguousarray(other_Td))
         cosines.append(_cosines(other_Td, hidden_Td))
         agreements.append(other_TV.argmax(-1) == logits_TV.argmax(-1))
@@ -169,11 +168,7 @@ def measure_loss(
 
 
 def refuse(findings: Iterable[tuple[str, str]]) -> None:
-    """Raise if there is any finding of `formats.precisions`.
-
-    Raises:
-        RecmasError: RM301 with all of them.
-    """
+    """Raise RM301 with all findings of `formats.precisions`, if there are any."""
     problems = [
         Problem(code="RM301", message=f"{what}: {finding}.", hint=_HINT)
         for what, finding in findings
@@ -208,20 +203,6 @@ def _greedy(backbone: TorchBackbone, prompt_P: Tensor) -> list[int]:
 
 def _array(tensor: Tensor) -> NDArray[Any]:
     return np.ascontiguousarray(tensor.detach().cpu().numpy())
-
-
-@torch.no_grad()
-def _reference_hidden(backbone: TorchBackbone, ids_T: NDArray[np.int64]) -> NDArray[np.float32]:
-    embeds = backbone.embed(torch.from_numpy(ids_T)[None])
-    hidden = backbone.body(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    return np.asarray(hidden[0].numpy())
-
-
-@torch.no_grad()
-def _reference_logits(
-    backbone: TorchBackbone, hidden_Td: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    return np.asarray(backbone.logits(torch.from_numpy(hidden_Td)).numpy())
 
 
 def _engine_hidden(

@@ -92,11 +92,7 @@ def weight_passes(precision: str, dtype: str) -> tuple[Passes, Passes]:
     """Return the passes that write weights as they are stored: for decoders, and for tables.
 
     They come last of all. Graphs that may share weights go through the same passes, which keep what
-    they have made of each.
-
-    Args:
-        precision: Of the layers, and of the tables: the embedding and the head.
-        dtype: In which float32 weights are stored.
+    they have made of each. Weights that stay float32 numbers are stored in `dtype`.
     """
     row = PRECISIONS[precision]
     layers, tables = (

@@ -34,12 +34,9 @@ _CORPUS: Final = f"answer.tools.search.corpus={SEARCH_CORPUS}"
 class Replanner:
     """Makes plans for a bundle's engines.
 
-    Attributes:
-        spec: What the bundle was built from, all defaults written out.
-
     Raises:
-        RecmasError: RM400 if its spec does not compile to its plan: another version of recmas built
-            it.
+        RecmasError: RM400 if the bundle's spec does not compile to its plan: another version of
+            recmas built it.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -59,8 +56,7 @@ class Replanner:
     def plan(self, *, rounds: int, latent_steps: int | None = None) -> Plan:
         """Return the plan of the same spec with other rounds and latent steps.
 
-        Args:
-            latent_steps: Of all agents that have none of their own; None keeps the spec's.
+        Latent steps are of all agents that have none of their own; None keeps the spec's.
 
         Raises:
             RecmasError: RM1xx for values that the spec refuses, RM506 for a plan that uses links
@@ -85,7 +81,10 @@ class Replanner:
 
     def _compile(self, spec: Spec) -> Plan:
         # Links keep their widths without their files, and only widths are in a plan.
-        known = without_link_files(_without_loss_text(spec), lambda *_: "projected")
+        known = without_link_files(spec, lambda *_: "projected")
+        # The text that the build measured losses over is in no bundle.
+        build = known.document.build.model_copy(update={"loss_text": None})
+        known = replace(known, document=known.document.model_copy(update={"build": build}))
         return build_plan(run_pipeline(build_topology(known, known=self._facts(spec))))
 
     def _facts(self, spec: Spec) -> Mapping[str, BackboneFacts]:
@@ -105,12 +104,6 @@ class Replanner:
             name: _facts(shared.get(name, name), entries[shared.get(name, anything)])
             for name in spec.document.backbones
         }
-
-
-def _without_loss_text(spec: Spec) -> Spec:
-    """Return a spec without the text that its build measured losses over: it is in no bundle."""
-    build = spec.document.build.model_copy(update={"loss_text": None})
-    return replace(spec, document=spec.document.model_copy(update={"build": build}))
 
 
 def _facts(identity: str, entry: BackboneEntry) -> BackboneFacts:

@@ -14,7 +14,7 @@ width.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.tape import Tape
 
-from recmas_export.passes.tidy import IR_VERSION, OPSET, Strip
+from recmas_export.passes.tidy import IR_VERSION, OPSET, Strip, constant
 from recmas_runtime.formats.link_kinds import LAYER_NORM_EPSILON
 
 # Names of the latent step's inputs begin so.
@@ -46,57 +46,43 @@ _ABOVE_K: Final = (
 )
 
 
-@dataclass(frozen=True)
-class Operand:
-    """An input that carries a part of a link's weights."""
-
-    name: str
-    dtype: ir.DataType
-    shape: tuple[int | str, int | str, int | str]
-
-
-def operands(in_dim: int | str, out_dim: int | str) -> tuple[Operand, ...]:
-    """Return the operands of links from `in_dim` to `out_dim`, in the order of graph inputs."""
-    flag, real = ir.DataType.BOOL, ir.DataType.FLOAT
-    return (
-        Operand("pre_norm", flag, ("groups", 1, 1)),
-        Operand("pre_scale", real, ("groups", 1, in_dim)),
-        Operand("pre_bias", real, ("groups", 1, in_dim)),
-        Operand("w1", real, ("groups", in_dim, "link_hidden")),
-        Operand("b1", real, ("groups", 1, "link_hidden")),
-        Operand("w2", real, ("groups", "link_hidden", out_dim)),
-        Operand("w3", real, ("groups", in_dim, out_dim)),
-        Operand("bias", real, ("groups", 1, out_dim)),
-        Operand("post_norm", flag, ("groups", 1, 1)),
-        Operand("post_scale", real, ("groups", 1, out_dim)),
-        Operand("post_bias", real, ("groups", 1, out_dim)),
-    )
-
-
 def operand_inputs(
     in_dim: int | str, out_dim: int | str, *, prefix: str = ""
 ) -> dict[str, ir.Value]:
-    """Return new graph inputs for the operands, by operand name; their own names get the prefix."""
+    """Return new graph inputs for a link's weights, by operand; their own names get the prefix."""
+    flag, real = ir.DataType.BOOL, ir.DataType.FLOAT
+    operands = {
+        "pre_norm": (flag, 1, 1),
+        "pre_scale": (real, 1, in_dim),
+        "pre_bias": (real, 1, in_dim),
+        "w1": (real, in_dim, "link_hidden"),
+        "b1": (real, 1, "link_hidden"),
+        "w2": (real, "link_hidden", out_dim),
+        "w3": (real, in_dim, out_dim),
+        "bias": (real, 1, out_dim),
+        "post_norm": (flag, 1, 1),
+        "post_scale": (real, 1, out_dim),
+        "post_bias": (real, 1, out_dim),
+    }
     return {
-        o.name: ir.Value(name=prefix + o.name, type=ir.TensorType(o.dtype), shape=ir.Shape(o.shape))
-        for o in operands(in_dim, out_dim)
+        name: _value(prefix + name, dtype, ("groups", rows, columns))
+        for name, (dtype, rows, columns) in operands.items()
     }
 
 
-def constant(tape: Tape, value: float | list[int], name: str) -> ir.Value:
-    """Return a new constant of the graph: a float32 scalar or an int64 vector."""
-    dtype = ir.DataType.FLOAT if isinstance(value, float) else ir.DataType.INT64
-    return tape.initializer(ir.tensor(value, dtype=dtype, name=name))
+def _value(name: str, dtype: ir.DataType, shape: Sequence[Any]) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+
+def _type(value: ir.Value, name: str, shape: Sequence[Any]) -> None:
+    """Give a result that leaves the graph its name, float32 and a shape."""
+    value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
 
 
 def append_link(
     tape: Tape, x_GNI: ir.Value, operand: dict[str, ir.Value], *, prefix: str = ""
 ) -> ir.Value:
-    """Append the nodes of the general link and return y [G, N, do].
-
-    Args:
-        prefix: Put before the names of new constants.
-    """
+    """Append the nodes of the general link; returns y [G, N, do]. New constants get the prefix."""
     epsilon = constant(tape, LAYER_NORM_EPSILON, prefix + "epsilon")
     last_axis = constant(tape, [-1], prefix + "last_axis")
 
@@ -125,8 +111,8 @@ class AddLatentStep(InPlacePass):
     1. thought = hidden at `last_index`; next_embeds = R(thought), the inner link.
     2. Its inputs come after `write_index` and at the end, its outputs after `hidden`.
 
-    The operands have one group per agent of the batch; rows are agent-major, so a group's samples
-    are neighbours and [B, 1, d] is [G, B/G, d] in another shape.
+    Operands have one group per agent of the batch; rows are agent-major, so a group's samples are
+    neighbours and [B, 1, d] is [G, B/G, d] in another shape.
     """
 
     def call(self, model: ir.Model) -> PassResult:
@@ -137,9 +123,7 @@ class AddLatentStep(InPlacePass):
         assert hidden.shape is not None
         batch, width = hidden.shape[0], hidden.shape[2]
         assert isinstance(width, int)
-        last_index = ir.Value(
-            name="last_index", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape((batch,))
-        )
+        last_index = _value("last_index", ir.DataType.INT64, (batch,))
         inner = operand_inputs(width, width, prefix=INNER_PREFIX)
 
         index_column = tape.op("Unsqueeze", (last_index, constant(tape, [-1], "thought.last_axis")))
@@ -154,10 +138,8 @@ class AddLatentStep(InPlacePass):
         )
         single = constant(tape, [-1, 1, width], "thought.single")
         next_embeds = tape.op("Reshape", (next_grouped, single))
-        for value, name in ((thought, "thought"), (next_embeds, "next_embeds")):
-            value.name = name
-            value.type = ir.TensorType(ir.DataType.FLOAT)
-            value.shape = ir.Shape((batch, 1, width))
+        _type(thought, "thought", (batch, 1, width))
+        _type(next_embeds, "next_embeds", (batch, 1, width))
 
         for initializer in tape.initializers:
             graph.register_initializer(initializer)
@@ -170,17 +152,11 @@ class AddLatentStep(InPlacePass):
 
 def write_link_graph(path: Path) -> None:
     """Write `link.onnx`: x [G, N, di] and the operands to y [G, N, do], every size free."""
-    x = ir.Value(
-        name="x",
-        type=ir.TensorType(ir.DataType.FLOAT),
-        shape=ir.Shape(("groups", "rows", "in_dim")),
-    )
+    x = _value("x", ir.DataType.FLOAT, ("groups", "rows", "in_dim"))
     inputs = operand_inputs("in_dim", "out_dim")
     tape = Tape()
     y = append_link(tape, x, inputs)
-    y.name = "y"
-    y.type = ir.TensorType(ir.DataType.FLOAT)
-    y.shape = ir.Shape(("groups", "rows", "out_dim"))
+    _type(y, "y", ("groups", "rows", "out_dim"))
     graph = ir.Graph(
         [x, *inputs.values()],
         [y],
@@ -188,8 +164,12 @@ def write_link_graph(path: Path) -> None:
         initializers=tape.initializers,
         opset_imports={"": OPSET},
     )
+    _save(graph, "link", path)
+
+
+def _save(graph: ir.Graph, name: str, path: Path) -> None:
     model = ir.Model(graph, ir_version=IR_VERSION)
-    Strip("link")(model)
+    Strip(name)(model)
     ir.save(model, path)
 
 
@@ -210,14 +190,16 @@ def write_probe(path: Path) -> None:
     - Position p sees rows 0..p. The value at row 0 being k, an even head gets
       k + (1 + 2 + ... + p) / 8 / (p + 2) and an odd head gets k + p / 16.
     """
-    model = _probe_model()
-    Strip("probe")(model)
-    ir.save(model, path)
+    _save(_probe(), "probe", path)
 
 
-def _probe_model() -> ir.Model:
+def _probe() -> ir.Graph:
     tape = Tape()
-    feeds = {name: _default_input(name, array) for name, array in _inputs().items()}
+    feeds = {}
+    for name, array in _inputs().items():
+        tensor = ir.tensor(array, name=name)
+        feeds[name] = _value(name, tensor.dtype, array.shape)
+        feeds[name].const_value = tensor
 
     def op(kind: str, *inputs: ir.Value, **attributes: int | float | str) -> ir.Value:
         return tape.op(kind, inputs, attributes)
@@ -244,10 +226,9 @@ def _probe_model() -> ir.Model:
     output = op("Attention", feeds["query"], keys, values, mask, scale=1.0)
     expected_constant = tape.initializer(ir.tensor(_expected(), name="by_hand"))
     expected = op("Identity", expected_constant)
-    shape = ir.Shape(_expected().shape)
-    for value, name in ((output, "output"), (expected, "expected")):
-        value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), shape
-    graph = ir.Graph(
+    _type(output, "output", _expected().shape)
+    _type(expected, "expected", _expected().shape)
+    return ir.Graph(
         # Inputs with default values: nothing has to be fed, yet no runtime folds them into
         # constants at load, which it would do on the CPU whatever device is being probed.
         list(feeds.values()),
@@ -255,14 +236,6 @@ def _probe_model() -> ir.Model:
         nodes=tape.nodes,
         initializers=[*feeds.values(), *tape.initializers],
         opset_imports={"": OPSET},
-    )
-    return ir.Model(graph, ir_version=IR_VERSION)
-
-
-def _default_input(name: str, array: NDArray[Any]) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    return ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
     )
 
 

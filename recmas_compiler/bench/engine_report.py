@@ -55,11 +55,7 @@ class EngineRow:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineReport:
-    """What came of a run.
-
-    Attributes:
-        rows: Engine by engine, cells from small to large.
-    """
+    """What came of a run: engine by engine, cells from small to large."""
 
     about: Mapping[str, Any]
     rows: tuple[EngineRow, ...]
@@ -146,7 +142,7 @@ _HEAD: Final = (
 
 
 def _line(row: EngineRow) -> Sequence[str]:
-    share, outside = row.figures.get("floor_share"), row.figures.get("outside_share")
+    outside = row.figures.get("outside_share")
     return [
         row.worker.key.engine,
         row.worker.about["precision"],
@@ -154,7 +150,7 @@ def _line(row: EngineRow) -> Sequence[str]:
         "" if row.cell.capacity is None else str(row.cell.capacity),
         str(row.cell.used),
         _text(row.figures.get("step_ms"), ".2f"),
-        _text(share, ".0%"),
+        _text(row.figures.get("floor_share"), ".0%"),
         "" if outside is None else f"{outside.median:.1%}",
         _text(row.figures.get("prefill_tokens_per_s"), ".0f"),
         _text(row.figures.get("decode_tokens_per_s"), ".1f"),

@@ -28,7 +28,7 @@ from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.engines.interface import Floats, Indices
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
 from recmas_runtime.engines.onnx.session import make_session, onnx_runtime, resolve_device
-from recmas_runtime.formats.bundle import Bundle, open_bundle
+from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.links import Operands, load_operands, stack_operands
 from recmas_runtime.formats.manifest import BackboneEntry
 
@@ -40,11 +40,7 @@ WITHOUT_CAPACITY: Final = frozenset({"huggingface", "naive"})
 
 @dataclass(frozen=True, kw_only=True)
 class EngineKey:
-    """Which engine to open.
-
-    Attributes:
-        bundle: Folder of the bundle; links, tables and dimensions come from there.
-    """
+    """Which engine to open: one of `ENGINES`; links, tables and dimensions come from the bundle."""
 
     engine: str
     bundle: str
@@ -55,11 +51,7 @@ class EngineKey:
 
 
 class EngineAdapter(ABC):
-    """One engine, ready to be timed.
-
-    Attributes:
-        step_bytes: Bytes of the weights that a step reads.
-    """
+    """One engine, ready to be timed; a step reads `step_bytes` of weights."""
 
     precision: str
     step_bytes: int
@@ -87,7 +79,7 @@ class EngineAdapter(ABC):
         return None
 
 
-class BackboneAdapter(EngineAdapter):
+class _BackboneAdapter(EngineAdapter):
     """Anything with the methods of the runtime's `BackboneEngine`, and one inner link."""
 
     def __init__(self, engine: Any, *, inner: Operands, precision: str, step_bytes: int) -> None:
@@ -96,7 +88,6 @@ class BackboneAdapter(EngineAdapter):
         self._cache: Any = None
 
     def prepare(self, batch: int, capacity: int, used: int) -> None:
-        """Take a new cache and a prompt."""
         if self._cache is not None:
             self._engine.release(self._cache)
         self._cache = self._engine.new_cache(batch, capacity)
@@ -104,21 +95,18 @@ class BackboneAdapter(EngineAdapter):
         self._used = np.full(batch, used, np.int64)
 
     def prefill(self) -> None:
-        """Run the prompt."""
         zero = np.zeros_like(self._used)
         _, self._hidden, self._next_embeds = self._engine.forward(
             self._cache, self._embeds, zero, self._used - 1, self._inner
         )
 
     def step(self, count: int) -> None:
-        """Take latent steps."""
         # The first hidden state is the prompt's own: one call less than there are states.
         self._engine.rollout(
             self._cache, self._hidden, self._next_embeds, self._used, self._inner, count + 1
         )
 
     def write(self, count: int) -> None:
-        """Write tokens."""
         zero, hidden = np.zeros_like(self._used), self._hidden
         for position in range(count):
             logits = self._engine.logits(np.ascontiguousarray(hidden[:, 0]))
@@ -128,7 +116,7 @@ class BackboneAdapter(EngineAdapter):
             )
 
 
-class OnnxAdapter(BackboneAdapter):
+class _OnnxAdapter(_BackboneAdapter):
     """A bundle's own engine; tells apart what ONNX Runtime takes and what Python adds."""
 
     def __init__(self, engine: BackboneEngine, **about: Any) -> None:
@@ -136,12 +124,10 @@ class OnnxAdapter(BackboneAdapter):
         self._clock = _Clock(engine.decoder)
 
     def prepare(self, batch: int, capacity: int, used: int) -> None:
-        """Take a new cache and a prompt."""
         super().prepare(batch, capacity, used)
         self._cache.session = self._clock
 
     def inside_s(self) -> float:
-        """Return the seconds spent in ONNX Runtime's calls."""
         return self._clock.seconds
 
 
@@ -153,23 +139,18 @@ class _Clock:
         self.seconds = 0.0
 
     def run_with_iobinding(self, *arguments: Any) -> None:
-        """Run the session."""
         start = time.perf_counter()
         self._session.run_with_iobinding(*arguments)
         self.seconds += time.perf_counter() - start
 
 
-class GenaiAdapter(EngineAdapter):
+class _GenaiAdapter(EngineAdapter):
     """A model that onnxruntime-genai's builder wrote, run with its caches bound in place.
 
     Plain ONNX Runtime drives it: the package itself is needed to build such a model, not to run it.
     Two kinds are known by their inputs. The body (`exclude_embeds`, `exclude_lm_head`) maps
-    embeddings to hidden states and so can take latent steps; a whole model maps tokens to logits
-    and writes text.
-
-    Args:
-        entry: The same backbone in a bundle; the model's graphs do not say how wide a head is.
-        link: Applies the inner link behind a body, which has none of its own.
+    embeddings to hidden states and so can take latent steps, the inner link applied behind it; a
+    whole model maps tokens to logits and writes text. A bundle's entry says how wide a head is.
     """
 
     def __init__(
@@ -187,7 +168,7 @@ class GenaiAdapter(EngineAdapter):
         self._output = self._session.get_outputs()[0].name
 
     def prepare(self, batch: int, capacity: int, used: int) -> None:
-        """Take a new cache and a prompt; past and present are one buffer."""
+        # Past and present are one buffer.
         self._used = used
         self._prompt: Floats | Indices = prompt(batch, used, self._entry.vocab_size)
         if self.can_step:
@@ -205,18 +186,15 @@ class GenaiAdapter(EngineAdapter):
             self._binding.bind_ortvalue_output(name.replace("past_key_values", "present"), value)
 
     def prefill(self) -> None:
-        """Run the prompt."""
         self._last = self._run(self._prompt, 0)
 
     def step(self, count: int) -> None:
-        """Take latent steps."""
         hidden = self._last
         for position in range(count):
             following = self._link.apply(hidden[None], self._inner)[0]
             hidden = self._run(following[:, None], self._used + position)
 
     def write(self, count: int) -> None:
-        """Write tokens."""
         logits = self._last
         for position in range(count):
             logits = self._run(logits.argmax(-1)[:, None], self._used + position)
@@ -246,19 +224,22 @@ def open_engine(key: EngineKey) -> EngineAdapter:
     """
     bundle = open_bundle(key.bundle)
     entry = bundle.manifest.backbones[key.backbone]
-    inner = _inner_link(bundle, key.backbone)
+    # The first inner link on the backbone, as one group.
+    name = next(a.inner for a in bundle.plan.agents.values() if a.backbone == key.backbone)
+    link_entry = bundle.manifest.links[name]
+    inner = stack_operands([load_operands(bundle.file(link_entry.file), link_entry)])
     inner_bytes = sum(operand.nbytes for operand in inner.values())
     if key.engine == "genai":
         assert key.genai is not None, "genai needs a model"
         link = LinkEngine(bundle.file(bundle.manifest.link_engine), threads=key.threads)
-        return GenaiAdapter(
+        return _GenaiAdapter(
             Path(key.genai), entry=entry, link=link, inner=inner, threads=key.threads
         )
     if key.engine == "onnx":
         engine = BackboneEngine(
             entry, bundle.root, threads=key.threads, device=resolve_device(key.device)
         )
-        return OnnxAdapter(
+        return _OnnxAdapter(
             engine,
             inner=inner,
             precision=entry.precision,
@@ -269,16 +250,9 @@ def open_engine(key: EngineKey) -> EngineAdapter:
     torch_engine, precision, body_bytes = open_torch_engine(
         bundle.root, key.backbone, kind=key.engine, device=key.device, threads=key.threads
     )
-    return BackboneAdapter(
+    return _BackboneAdapter(
         torch_engine, inner=inner, precision=precision, step_bytes=body_bytes + inner_bytes
     )
-
-
-def _inner_link(bundle: Bundle, backbone: str) -> Operands:
-    """Return the operands of the first inner link on a backbone, as one group."""
-    name = next(a.inner for a in bundle.plan.agents.values() if a.backbone == backbone)
-    entry = bundle.manifest.links[name]
-    return stack_operands([load_operands(bundle.file(entry.file), entry)])
 
 
 # They look single rows of their table up and never read all of it.

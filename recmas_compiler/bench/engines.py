@@ -12,15 +12,14 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from recmas_compiler.bench.engine_worker import ENGINES, WITHOUT_CAPACITY, EngineKey
 from recmas_runtime.core.errors import Problem, RecmasError, fail
@@ -33,11 +32,7 @@ _SECONDS_TO_END: Final = 5.0
 
 
 class Worker:
-    """One engine in a process of its own.
-
-    Attributes:
-        key: What it opened.
-        about: What it says of itself: precision, bytes that a step reads, what it can do.
+    """One engine in a process of its own; `about` is what it says of itself once it is open.
 
     Raises:
         RecmasError: What opening the engine raised; RM507 if the process died.
@@ -114,51 +109,41 @@ def running(keys: Sequence[EngineKey], progress: Progress) -> Iterator[list[Work
             worker.close()
 
 
-class Reader(Protocol):
-    """Reads a block of memory as large as the weights of a step."""
-
-    def seconds(self) -> float:
-        """Return the time of reading the block once."""
+# Reads a block of memory as large as the weights of a step; returns the seconds of reading it once.
+Reader = Callable[[], float]
 
 
-class HostReader:
-    """Reads a block of memory, with as many threads as an engine has."""
+def host_reader(num_bytes: int, *, threads: int) -> Reader:
+    """Return what reads a block of memory, with as many threads as an engine has."""
+    parts = np.array_split(np.ones(num_bytes // 8, np.uint64), threads)
 
-    def __init__(self, num_bytes: int, *, threads: int) -> None:
-        self._parts = np.array_split(np.ones(num_bytes // 8, np.uint64), threads)
-
-    def seconds(self) -> float:
-        """Return the time of reading the block once."""
+    def read() -> float:
         start = time.perf_counter()
-        workers = [threading.Thread(target=_read, args=(part,)) for part in self._parts]
+        # The reduction that computes least: those of floats are slower than the memory of one core.
+        workers = [threading.Thread(target=np.bitwise_or.reduce, args=(part,)) for part in parts]
         for worker in workers:
             worker.start()
         for worker in workers:
             worker.join()
         return time.perf_counter() - start
 
-
-def _read(part: NDArray[np.uint64]) -> None:
-    # The reduction that computes least: those of floats are slower than the memory of one core.
-    np.bitwise_or.reduce(part)
+    return read
 
 
-class DeviceReader:
-    """Reads a block of the memory of the current CUDA device (untried on hardware)."""
+def device_reader(num_bytes: int) -> Reader:
+    """Return what reads a block of the current CUDA device's memory (untried on hardware)."""
+    import torch
 
-    def __init__(self, num_bytes: int) -> None:
-        import torch
+    block = torch.ones(num_bytes // 4, device="cuda")
 
-        self._block = torch.ones(num_bytes // 4, device="cuda")
-        self._synchronize = torch.cuda.synchronize
-
-    def seconds(self) -> float:
-        """Return the time of reading the block once."""
-        self._synchronize()
+    def read() -> float:
+        torch.cuda.synchronize()
         start = time.perf_counter()
-        self._block.sum()
-        self._synchronize()
+        block.sum()
+        torch.cuda.synchronize()
         return time.perf_counter() - start
+
+    return read
 
 
 # Reads of the weights before and behind each visit; the fastest of them is its floor.
@@ -196,11 +181,7 @@ class EngineOptions:
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One setting that an engine is timed in; they run in this order, the small ones first.
-
-    Attributes:
-        capacity: None for engines without a fixed one.
-    """
+    """One setting that an engine is timed in; engines without a fixed capacity have none."""
 
     batch: int
     capacity: int | None
@@ -229,9 +210,8 @@ class Timings:
 class Measured:
     """What a run found; it grows while it runs, so that an interruption keeps what there is.
 
-    Attributes:
-        timings: By the place of the engine, and cell.
-        reads: Seconds of reading so many bytes, before and behind each visit, by bytes.
+    Timings are by the place of the engine, and cell; reads are seconds of reading so many bytes,
+    before and behind each visit, by bytes.
     """
 
     device: str
@@ -267,7 +247,9 @@ def measure_engines(options: EngineOptions, *, progress: Progress) -> Measured:
 def _take_turns(options: EngineOptions, found: Measured, progress: Progress) -> None:
     cells = [_cells(options, worker.key.engine) for worker in found.workers]
     readers = {
-        num_bytes: _reader(num_bytes, found)
+        num_bytes: host_reader(num_bytes, threads=found.threads)
+        if found.device == "cpu"
+        else device_reader(num_bytes)
         for num_bytes in {int(worker.about["step_bytes"]) for worker in found.workers}
     }
     turns = options.warmup + options.repeats
@@ -279,18 +261,14 @@ def _take_turns(options: EngineOptions, found: Measured, progress: Progress) -> 
                 worker = found.workers[place]
                 num_bytes = int(worker.about["step_bytes"])
                 reader, reads = readers[num_bytes], found.reads[num_bytes]
-                reads.append(_fastest_read(reader))
+                reads.append(min(reader() for _ in range(_READS)))
                 for cell in cells[place]:
                     reply = worker.ask(_request(options, worker.key.engine, cell))
-                    reads.append(_fastest_read(reader))
+                    reads.append(min(reader() for _ in range(_READS)))
                     _keep(
                         found, place, cell, reply | {"floor_s": min(reads[-2:])}, counts=turn >= 0
                     )
                     advance()
-
-
-def _fastest_read(reader: Reader) -> float:
-    return min(reader.seconds() for _ in range(_READS))
 
 
 def _request(options: EngineOptions, engine: str, cell: Cell) -> dict[str, int]:
@@ -341,12 +319,6 @@ def _keys(options: EngineOptions, *, device: str, threads: int) -> Iterator[Engi
                         device=device,
                         threads=threads,
                     )
-
-
-def _reader(num_bytes: int, found: Measured) -> Reader:
-    if found.device == "cpu":
-        return HostReader(num_bytes, threads=found.threads)
-    return DeviceReader(num_bytes)
 
 
 def _check(options: EngineOptions) -> None:

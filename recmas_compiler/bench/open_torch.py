@@ -38,12 +38,7 @@ DTYPES: Final[dict[str, Dtype]] = {"cpu": "float32", "cuda": "bfloat16"}
 
 @dataclass(kw_only=True)
 class GrowingCache:
-    """What was computed so far of sequences that all have the same length.
-
-    Attributes:
-        embeds: [R, T, d], every input so far, where everything is computed anew.
-        past: Keys and values, where they are kept.
-    """
+    """Sequences of one length: their inputs [R, T, d], or keys and values where they are kept."""
 
     embeds: Tensor | None = None
     past: DynamicCache = field(default_factory=DynamicCache)
@@ -53,10 +48,7 @@ class TransformersEngine(TorchTables):
     """A backbone as transformers runs it, eagerly: a reference beside the runtime's engines.
 
     It has the methods of the runtime's `BackboneEngine`. Rows of a batch are of one length: it does
-    not pad.
-
-    Args:
-        recompute: Keep no keys and values: every call computes the whole sequence.
+    not pad. With `recompute` no keys and values are kept: every call computes the whole sequence.
     """
 
     def __init__(
@@ -144,11 +136,8 @@ def load_torch_system(
 ) -> System:
     """Open a bundle's system with torch engines in the place of its own.
 
-    Weights come from where the bundle's spec says they are. Tools are left out.
-
-    Args:
-        dtype: Element type of weights, activations and caches.
-        threads: Threads within an operator; None takes torch's own number.
+    Weights come from where the bundle's spec says they are. Tools are left out. Without `threads`,
+    torch takes its own number.
 
     Raises:
         RecmasError: As `recmas_runtime.load`, and RM2xx for backbones that are not there.
@@ -174,11 +163,7 @@ def load_torch_system(
 def open_torch_engine(
     root: Path, backbone: str, *, kind: str, device: str, threads: int
 ) -> tuple[TorchTables, Dtype, int]:
-    """Open one backbone of a bundle as one of `KINDS`.
-
-    Returns:
-        The engine, its element type, and the bytes of weights that a step of it reads.
-    """
+    """Return one of `KINDS`, its element type, and the bytes of weights that a step of it reads."""
     torch.set_num_threads(threads)
     loaded = load_bundle_backbones(root)[backbone]
     dtype = DTYPES[device]

@@ -22,8 +22,7 @@ _WIDTH_OF_A_GROUP: Final = 0.8
 def draw_report(report: BenchReport, path: Path) -> bool:
     """Draw time and tokens per question by rounds, and time by latent steps where they vary.
 
-    Returns:
-        Whether there is a picture: not without matplotlib, and not without figures.
+    Returns False, without a picture, where matplotlib or figures are missing.
     """
     rows = report.figures.rows
     if not rows:
@@ -54,13 +53,15 @@ def _swept(rows: Sequence[Row]) -> list[Row]:
 
 
 def _time_by_rounds(rows: Sequence[Row], axes: Any) -> None:
-    _bars(axes, rows, lambda row: Spread.of(row.cost.seconds), _speed_up)
+    _bars(axes, rows, lambda row: Spread.of(row.cost.seconds), lambda row: _labels(row)[0])
     axes.set_ylabel("seconds per question")
     axes.legend(frameon=False, fontsize="small")
 
 
 def _tokens_by_rounds(rows: Sequence[Row], axes: Any) -> None:
-    _bars(axes, rows, lambda row: Spread.of([row.cost.generated_tokens]), _saved)
+    _bars(
+        axes, rows, lambda row: Spread.of([row.cost.generated_tokens]), lambda row: _labels(row)[1]
+    )
     axes.set_ylabel("generated tokens per question")
 
 
@@ -100,22 +101,17 @@ def _bars(
     axes.margins(y=0.12)
 
 
-def _speed_up(row: Row) -> tuple[str, str]:
+def _labels(row: Row) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Return speed-up and share of tokens saved, each beside the paper's."""
     if row.comparison is None:
-        return "", ""
-    paper = f"paper: {PAPER[row.case.rounds][0]:.1f} x" if _has_paper(row) else ""
-    return f"{row.comparison.speed_up.median:.1f} x", paper
-
-
-def _saved(row: Row) -> tuple[str, str]:
-    if row.comparison is None:
-        return "", ""
-    paper = f"paper: {-PAPER[row.case.rounds][1]:+.1%}" if _has_paper(row) else ""
-    return f"{-row.comparison.token_reduction:+.0%}", paper
-
-
-def _has_paper(row: Row) -> bool:
-    return row.case.name == LATENT and row.case.rounds in PAPER
+        return ("", ""), ("", "")
+    times = saved = ""
+    if row.case.name == LATENT and row.case.rounds in PAPER:
+        speed_up, reduction = PAPER[row.case.rounds]
+        times, saved = f"paper: {speed_up:.1f} x", f"paper: {-reduction:+.1%}"
+    compared = row.comparison
+    ours = f"{compared.speed_up.median:.1f} x", f"{-compared.token_reduction:+.0%}"
+    return (ours[0], times), (ours[1], saved)
 
 
 def _time_by_steps(swept: Sequence[Row], rows: Sequence[Row], axes: Any) -> None:
@@ -147,8 +143,7 @@ def _time_by_steps(swept: Sequence[Row], rows: Sequence[Row], axes: Any) -> None
 def draw_engines(report: EngineReport, path: Path) -> bool:
     """Draw the time of a step, one panel for each batch and number of used rows.
 
-    Returns:
-        Whether there is a picture: not without matplotlib, and not without steps.
+    Returns False, without a picture, where matplotlib or steps are missing.
     """
     rows = [row for row in report.rows if "step_ms" in row.figures]
     panels = sorted({(row.cell.batch, row.cell.used) for row in rows})

@@ -70,11 +70,7 @@ Inner = Mapping[str, Tensor]
 
 
 class TorchTables:
-    """A backbone in torch, without the way it runs its layers.
-
-    Args:
-        backbone: Its model moves to `device` and `dtype`.
-    """
+    """A backbone in torch, moved to device and dtype, without the way it runs its layers."""
 
     def __init__(
         self, backbone: TorchBackbone, *, device: str = "cpu", dtype: torch.dtype = torch.float32
@@ -117,8 +113,7 @@ class TorchTables:
 def apply_inner(hidden_R1d: Tensor, links: Inner) -> Tensor:
     """Return the inner links' outputs [R, 1, d], in the runtime's unified form of a link.
 
-    Args:
-        links: Operands with a leading axis G, as `recmas_runtime.formats.links` describes them.
+    Operands have a leading axis G, as `recmas_runtime.formats.links` describes them.
     """
     width = hidden_R1d.shape[-1]
     x = hidden_R1d.reshape(links["w1"].shape[0], -1, width)
@@ -153,12 +148,10 @@ _OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
 
 @dataclass(kw_only=True, eq=False)
 class TorchCache:
-    """Key/value rows of R sequences, and the rollouts that were captured over them.
+    """Key/value rows of R sequences, and the rollouts that were captured over them, by steps.
 
-    Attributes:
-        keys: One [R, K, C, D] per layer, K key/value heads of width D.
-        write_index: [R], the row where each sequence goes on.
-        rollouts: By number of steps.
+    Keys and values are one [R, K, C, D] per layer, K key/value heads of width D. Each sequence goes
+    on at the row that the write index [R] says.
     """
 
     rows: int
@@ -187,12 +180,9 @@ class TorchCache:
 class TorchEngine(TorchTables):
     """One backbone in torch, its inner link fused into the step.
 
-    On CUDA all steps of a rollout are one CUDA graph (untried on hardware).
-
-    Args:
-        backbone: A loaded backbone, to be used by nobody else: its model moves to `device` and
-            `dtype`, and attends over static caches from now on.
-        compiled: Compile the step; otherwise it runs eagerly, which starts at once.
+    On CUDA all steps of a rollout are one CUDA graph (untried on hardware). Nobody else may use the
+    backbone: its model moves to `device` and `dtype`, and attends over static caches from now on.
+    A step that is not compiled runs eagerly, which starts at once.
     """
 
     def __init__(
@@ -255,9 +245,8 @@ class TorchEngine(TorchTables):
     ) -> tuple[Floats, Floats, Floats]:
         """Run S positions of every sequence from `write_index` on; extends the cache.
 
-        Returns:
-            Hidden states [R, S, d], the one at `last_index` [R, 1, d], and its inner link's output
-            [R, 1, d].
+        Returns hidden states [R, S, d], the one at `last_index` [R, 1, d], and its inner link's
+        output [R, 1, d].
         """
         links, embeds_RSd = self.bind(inner), self.tensor(inputs_embeds)
         cache.write_index.copy_(torch.from_numpy(write_index))
@@ -284,9 +273,8 @@ class TorchEngine(TorchTables):
     ) -> tuple[Floats, Floats]:
         """Continue latent steps from `write_index` on, the position after the prompt.
 
-        Returns:
-            Hidden states and their inner links' outputs, both [M, R, d]; the first ones are
-            `thought` and `next_embeds`, [R, 1, d].
+        Returns hidden states and their inner links' outputs, both [M, R, d]; the first ones are
+        `thought` and `next_embeds`, [R, 1, d].
         """
         links, first_R1d = self.bind(inner), self.tensor(next_embeds)
         cache.write_index.copy_(torch.from_numpy(write_index))
@@ -351,8 +339,7 @@ class TorchEngine(TorchTables):
 class _CapturedRollout:
     """All steps of a rollout as one CUDA graph: one launch, whatever the number of steps.
 
-    Args:
-        roll: Runs the steps; everything it touches keeps its address.
+    Everything that `roll` touches keeps its address.
     """
 
     def __init__(

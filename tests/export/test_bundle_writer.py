@@ -203,7 +203,7 @@ def write_killed(target: Path, where: str) -> None:
 
             bundle_writer._write_json = first_plan
         elif where == "before the swap":
-            bundle_writer._move_into_place = kill
+            bundle_writer.move_into_place = kill
         elif where == "within the swap":
             rename = Path.rename
             Path.rename = lambda self, to: kill() if "building" in self.name else rename(self, to)

@@ -8,9 +8,11 @@ Shape legend: B samples, S positions, D head width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.tape import Tape
 
@@ -63,11 +65,7 @@ class SplitAfterHeads(InPlacePass):
 
 @dataclass(frozen=True)
 class _Product:
-    """x W, or x W + b.
-
-    Attributes:
-        result: The value that others read: the sum where there is a bias.
-    """
+    """x W, or x W + b; the result that others read is the sum where there is a bias."""
 
     matmul: ir.Node
     result: ir.Value
@@ -121,14 +119,12 @@ def _pack(graph: ir.Graph, source: ir.Value, group: list[_Product]) -> None:
                 graph.initializers.pop(old.name, None)
 
 
-def _array(value: ir.Value) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+def _array(value: ir.Value) -> NDArray[Any]:
     assert value.const_value is not None
     return value.const_value.numpy()
 
 
-def _constant(
-    tape: Tape, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], name: str
-) -> ir.Value:
+def _constant(tape: Tape, array: NDArray[Any], name: str) -> ir.Value:
     return tape.initializer(ir.tensor(array, name=name))
 
 

@@ -23,6 +23,18 @@ from onnxscript.rewriter.rules.common import (
     unsqueeze_unsqueeze_rule,
 )
 
+PRODUCER = "recmas"
+# The first opset with TensorScatter.
+OPSET = 24
+# IR version 10 is what the torch exporter writes; every reader of opset 24 knows it.
+IR_VERSION = 10
+
+
+def constant(tape: Tape, value: float | list[int], name: str) -> ir.Value:
+    """Return a new constant of the graph: a float32 scalar or an int64 vector."""
+    dtype = ir.DataType.FLOAT if isinstance(value, float) else ir.DataType.INT64
+    return tape.initializer(ir.tensor(value, dtype=dtype, name=name))
+
 
 def insert(graph: ir.Graph, tape: Tape, *, before: ir.Node) -> None:
     """Put the nodes and initializers of a tape into the graph."""
@@ -43,13 +55,6 @@ def integers(value: ir.Value | None) -> list[int] | None:
     """Return a constant vector of integers; None if it is no constant."""
     tensor = value.const_value if value is not None else None
     return [int(number) for number in tensor.numpy().reshape(-1)] if tensor is not None else None
-
-
-PRODUCER = "recmas"
-# The first opset with TensorScatter.
-OPSET = 24
-# IR version 10 is what the torch exporter writes; every reader of opset 24 knows it.
-IR_VERSION = 10
 
 
 class MultiplyAsStored(InPlacePass):
@@ -77,8 +82,8 @@ class MultiplyAsStored(InPlacePass):
             return False
         vocabulary, width = weight.const_value.shape.numpy()
         tape = Tape()
-        flat = _int_vector(tape, [-1, width], name=f"{weight.name}.rows")
-        unflat = _int_vector(tape, [-1, 1, vocabulary], name=f"{weight.name}.logits")
+        flat = constant(tape, [-1, width], f"{weight.name}.rows")
+        unflat = constant(tape, [-1, 1, vocabulary], f"{weight.name}.logits")
         product = tape.op("Gemm", (tape.op("Reshape", (activation, flat)), weight), {"transB": 1})
         result = tape.op("Reshape", (product, unflat))
         insert(graph, tape, before=node)
@@ -229,20 +234,14 @@ class CheckOperators(InPlacePass):
         return PassResult(model, modified=False)
 
 
-def _is_matrix_transpose(node: ir.Node) -> bool:
-    perm = node.attributes.get("perm")
-    return node.op_type == "Transpose" and (perm is None or tuple(perm.as_ints()) == (1, 0))
-
-
 def _transposed_weight(node: ir.Node) -> ir.Value | None:
     """Return the constant that a node transposes as a matrix, if it does."""
-    source = node.inputs[0] if node.inputs and _is_matrix_transpose(node) else None
+    perm = node.attributes.get("perm")
+    if node.op_type != "Transpose" or (perm is not None and tuple(perm.as_ints()) != (1, 0)):
+        return None
+    source = node.inputs[0]
     return source if source is not None and source.const_value is not None else None
 
 
 def _is_same(left: int | ir.SymbolicDim, right: int | ir.SymbolicDim) -> bool:
     return left == right and (isinstance(left, int) or left.value is not None)
-
-
-def _int_vector(tape: Tape, values: list[int], *, name: str) -> ir.Value:
-    return tape.initializer(ir.tensor(values, dtype=ir.DataType.INT64, name=name))

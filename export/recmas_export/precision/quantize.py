@@ -88,7 +88,11 @@ class QuantizeWeights(InPlacePass):
             return
         array = weight.const_value.numpy()
         # A MatMul has its weight as [K, N], a Gemm of `MultiplyAsStored` as [N, K].
-        blocks = self._blocks(array.T if node.op_type == "MatMul" else array, block_size)
+        weight_NK = array.T if node.op_type == "MatMul" else array
+        key = memory_of(weight_NK)  # 3
+        if key not in self._made:
+            self._made[key] = _quantized(weight_NK, self._bits, block_size)
+        blocks = self._made[key]
         tape = Tape()
         write = _lookup if node.op_type == "Gather" else _product
         result = write(tape, node, weight, blocks)
@@ -100,12 +104,6 @@ class QuantizeWeights(InPlacePass):
         graph.insert_before(node, tape.nodes)
         replaced.replace_all_uses_with(result, replace_graph_outputs=True)
         graph.remove(node, safe=True)
-
-    def _blocks(self, weight_NK: NDArray[Any], block_size: int) -> _Blocks:
-        key = memory_of(weight_NK)  # 3
-        if key not in self._made:
-            self._made[key] = _quantized(weight_NK, self._bits, block_size)
-        return self._made[key]
 
 
 def _weight_of(node: ir.Node) -> ir.Value | None:

@@ -44,10 +44,8 @@ def rounded_layers(
 ) -> Iterator[None]:
     """Hold the weights of a backbone's layers at what few bits can hold; leaving restores them.
 
-    A quantizer with the precision's blocks and no zero points stores the held weights exactly.
-
-    Args:
-        precision: One whose layers have more than 4 bits changes nothing.
+    A quantizer with the precision's blocks and no zero points stores the held weights exactly. A
+    precision whose layers have more than 4 bits changes nothing.
     """
     bits, block_size = PRECISIONS[precision].layer_bits, PRECISIONS[precision].block_size
     if block_size is None or bits > _FEW_BITS:
@@ -64,10 +62,9 @@ def rounded_layers(
 
 
 def compensated(weight_NK: Tensor, products_KK: Tensor, *, bits: int, block_size: int) -> Tensor:
-    """Return a weight rounded so that its outputs change little.
+    """Return a float32 weight rounded so that its outputs change little.
 
-    Args:
-        products_KK: Sums of products of the inputs, x^T x over all positions, float64.
+    The products are float64 sums x^T x of its inputs over all positions.
     """
     num_inputs = weight_NK.shape[1]
     factor_KK = _factor(products_KK).float()
@@ -126,12 +123,7 @@ def _factor(products_KK: Tensor) -> Tensor:
 
 @dataclass
 class _Run:
-    """A sequence on its way through the layers.
-
-    Attributes:
-        hidden: What the next layer reads, [1, T, d].
-        arguments: What else each layer is called with.
-    """
+    """A sequence [1, T, d] before the next layer, and what else each layer is called with."""
 
     hidden: Tensor
     arguments: list[Mapping[str, Any]]

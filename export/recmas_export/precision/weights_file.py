@@ -112,15 +112,9 @@ class _Weight:
 def externalize_weights(models: Sequence[ir.Model], path: Path) -> None:
     """Write the weights of all `models` to one safetensors file and make the models point into it.
 
+    Weights become external data of the file's name, so the graphs must be saved beside it.
     Initializers that are the same memory (a tied head and embedding) are stored once. Equal weights
     give equal bytes.
-
-    Args:
-        models: Changed in place: weights become external data of the file's name, so the graphs
-            must be saved beside it.
-
-    Raises:
-        OSError: The file cannot be written.
     """
     weights = [w for model in models for w in _weights(model.graph)]
     distinct: dict[object, _Weight] = {}
@@ -199,7 +193,8 @@ def _replace(graph: ir.Graph, value: ir.Value, narrow: ir.Tensor[Any]) -> None:
         const_value=narrow,
     )
     graph.register_initializer(stored)
-    for node in [node for node, place in value.uses() if _picks_rows(node, place)]:
+    lookups = [n for n, place in value.uses() if n.op_type == "Gather" and place == 0]
+    for node in lookups:
         _cast_rows(graph, node, stored)
     if value.uses():
         tape = Tape()
@@ -208,10 +203,6 @@ def _replace(graph: ir.Graph, value: ir.Value, narrow: ir.Tensor[Any]) -> None:
         graph.insert_before(graph[0], tape.nodes)
         value.replace_all_uses_with(wide)
     del graph.initializers[name]
-
-
-def _picks_rows(node: ir.Node, place: int) -> bool:
-    return node.op_type == "Gather" and place == 0
 
 
 def _cast_rows(graph: ir.Graph, node: ir.Node, stored: ir.Value) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -11,7 +12,7 @@ from msgspec import structs
 
 from recmas_runtime.bench.measure import TEXT, BenchSettings, make_cases
 from recmas_runtime.bench.report import BenchReport, run_bench
-from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.errors import Problem, fail
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.formats.bundle import write_json_atomic
 from recmas_runtime.formats.plan import Plan
@@ -52,9 +53,9 @@ class BenchOptions:
 
     bundle: Path
     data: str | None
-    questions: tuple[str, ...]
+    questions: Sequence[str]
     limit: int | None
-    baselines: tuple[str, ...]
+    baselines: Sequence[str]
     untrained_bundle: Path | None
     batch: int
     max_new_tokens: int | None
@@ -67,12 +68,7 @@ class BenchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Forms:
-    """A bundle's system in the forms to measure.
-
-    Attributes:
-        by_rounds: In different numbers of rounds; baselines run beside these.
-        by_steps: In different numbers of latent steps.
-    """
+    """A bundle's system in different rounds, beside which baselines run, and latent steps."""
 
     by_rounds: tuple[System, ...]
     by_steps: tuple[System, ...] = ()
@@ -92,9 +88,8 @@ def bench(
 ) -> BenchReport:
     """Measure what the command line asks for.
 
-    Args:
-        problems: Gets lines of the data that cannot be used, questions without an answer, and
-            warnings about the engines of either bundle.
+    `problems` gets lines of the data that cannot be used, questions without an answer, and warnings
+    about the engines of either bundle.
 
     Raises:
         RecmasError: RM506 for options that make no sense, RM502 or RM503 for files, RM508 for a
@@ -127,7 +122,11 @@ def bench(
     # What both bundles lack is said once.
     warnings = dict.fromkeys(problem for system in loaded for problem in system.problems)
     problems += (*report.problems, *warnings)
-    _write_report(report, options.out)
+    if options.out is not None:
+        with writing(options.out):
+            write_json_atomic(options.out / JSON_NAME, report.to_json())
+            text = report.to_markdown() + "\n"
+            (options.out / MARKDOWN_NAME).write_text(text, encoding="utf-8")
     return report
 
 
@@ -207,34 +206,21 @@ def _settings(plan: Plan, options: BenchOptions, records: tuple[Record, ...]) ->
 
 
 def make_folder(out: Path | None) -> None:
-    """Make the folder of a report, before anything takes long.
+    """Make the folder of a report before anything takes long; RM503 if that is not possible."""
+    if out is not None:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
 
-    Raises:
-        RecmasError: RM503 if that is not possible.
-    """
-    if out is None:
-        return
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Raise RM503 for what the file system refuses of a report."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise unwritable(out, error) from error
-
-
-def _write_report(report: BenchReport, out: Path | None) -> None:
-    if out is None:
-        return
-    try:
-        write_json_atomic(out / JSON_NAME, report.to_json())
-        (out / MARKDOWN_NAME).write_text(report.to_markdown() + "\n", encoding="utf-8")
-    except OSError as error:
-        raise unwritable(out, error) from error
-
-
-def unwritable(out: Path, error: OSError) -> RecmasError:
-    """Return what to raise for a report that cannot be written."""
-    return fail(
-        "RM503",
-        f"the report cannot be written: {error.strerror}",
-        file=str(out),
-        hint="Give --out a folder with room that you may write to.",
-    )
+        raise fail(
+            "RM503",
+            f"the report cannot be written: {error.strerror}",
+            file=str(out),
+            hint="Give --out a folder with room that you may write to.",
+        ) from error

@@ -23,10 +23,9 @@ TEXT = "text"
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A row of the table.
+    """A row of the table: `latent`, `untrained-links`, or a baseline by its name.
 
     Attributes:
-        name: `latent`, `untrained-links`, or the baseline's name.
         rounds: Rounds that were asked for; a baseline may need fewer.
         latent_steps: Most latent steps of one rollout; 0 for none.
         system: What runs. Rows that would run the very same thing share one.
@@ -52,11 +51,8 @@ def make_cases(
 ) -> tuple[Case, ...]:
     """Return the rows of a table, all rows of one kind together.
 
-    Args:
-        systems: The system in different numbers of rounds.
-        baselines: Names of what to measure beside each of them.
-        sweep: The system in different numbers of latent steps.
-        untrained: Systems with untrained links, like `systems`.
+    Baselines run beside each of `systems`, which differ in rounds; those of `sweep` differ in
+    latent steps.
 
     Raises:
         RecmasError: RM508 for a baseline that does not exist or does not fit.
@@ -114,12 +110,7 @@ class BenchSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one system took for one batch.
-
-    Attributes:
-        ms: Wall time from records to answers.
-        counts: Sums over the records, by the names in `COUNTS`.
-    """
+    """What one system took for one batch, from records to answers; counts are sums over records."""
 
     ms: float
     phases: Mapping[str, float]
@@ -138,14 +129,11 @@ def measure(
     runs: MutableMapping[RunKey, Run],
     progress: Progress,
 ) -> None:
-    """Run every system on every batch, in each repeat.
+    """Run every system on every batch, in each repeat; those that share a `System` run once.
 
     On a batch all systems take turns, and each time another one begins: what makes the machine
-    slower for a while hits all of them alike.
-
-    Args:
-        cases: The systems; those that share a `System` run once.
-        runs: Is filled as runs end, so that an interruption keeps them.
+    slower for a while hits all of them alike. `runs` fills as they end, so that an interruption
+    keeps them.
 
     Raises:
         RecmasError: RM508 for a batch that a baseline cannot run.

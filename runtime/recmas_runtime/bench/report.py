@@ -57,12 +57,7 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a system takes per question.
-
-    Attributes:
-        seconds: Wall time in each repeat.
-        phases_ms: Median time by phase.
-    """
+    """What a system takes per question: seconds by repeat, medians by phase, means of `COUNTS`."""
 
     seconds: tuple[float, ...]
     phases_ms: Mapping[str, float]
@@ -81,10 +76,9 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A system beside the text system of the same graph and rounds.
+    """A system beside the text system of the same graph and rounds, `against`.
 
     Attributes:
-        against: The text system's name.
         speed_up: Its time over this one's, repeat by repeat.
         token_reduction: Share of the generated tokens that are saved; below 0 for more of them.
         step_reduction: The same with every latent step counted like a token.
@@ -98,11 +92,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row of the table.
-
-    Attributes:
-        comparison: None without a text system to compare with, and for that itself.
-    """
+    """A row of the table; without a comparison if there is no text system, or it is that itself."""
 
     case: Case
     cost: Cost
@@ -131,11 +121,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Everything that a table shows.
-
-    Attributes:
-        left_out: Questions that do not, because a system could not answer one of their batch.
-    """
+    """Everything that a table shows; left out are batches that a system could not answer whole."""
 
     rows: tuple[Row, ...]
     questions: int
@@ -230,11 +216,7 @@ _PACKAGES: Final = ("recmas", "numpy", "onnxruntime", "onnxruntime-gpu", "tokeni
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """What came of a measurement.
-
-    Attributes:
-        interrupted: Whether the user stopped it; what was measured before counts.
-    """
+    """What came of a measurement; if the user interrupted it, what was measured before counts."""
 
     about: Mapping[str, Any]
     figures: Figures
@@ -275,7 +257,7 @@ class BenchReport:
         ]
         if any(row.case.name == LATENT and row.case.rounds in PAPER for row in rows):
             lines += ["", f"paper: {PAPER_SOURCE}; its own models, data and hardware."]
-        phases = [name for name in rows[0].cost.phases_ms if _is_there(name, rows)]
+        phases = [n for n in rows[0].cost.phases_ms if any(row.cost.phases_ms[n] for row in rows)]
         head = ["system", "rounds", "steps", *(f"{name} ms" for name in phases)]
         cells = ([*_label(row), *(f"{row.cost.phases_ms[n]:.1f}" for n in phases)] for row in rows)
         lines += ["", "## Where the time goes", "", markdown_table(head, cells)]
@@ -307,9 +289,7 @@ def run_bench(
 ) -> BenchReport:
     """Measure systems; an interruption by the user ends it and keeps what is measured.
 
-    Args:
-        cases: The systems, the first one of the bundle that the report is about.
-        threads: As the engines were loaded with; None for the physical cores.
+    The first one is that of the bundle that the report is about, loaded with `threads`.
 
     Raises:
         RecmasError: RM508 for a batch that a baseline cannot run; if nothing could be answered,
@@ -402,7 +382,3 @@ def _cells(row: Row) -> list[str]:
 def _label(row: Row) -> list[str]:
     steps = str(row.case.latent_steps) if row.case.latent_steps else ""
     return [row.case.name, str(row.case.rounds), steps]
-
-
-def _is_there(phase: str, rows: Sequence[Row]) -> bool:
-    return any(row.cost.phases_ms[phase] for row in rows)

@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -174,13 +174,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_bundle(bench)
     questions = bench.add_argument_group("questions; a few of recmas's own without these")
     questions.add_argument("--data", metavar="FILE", help="JSON lines")
-    questions.add_argument("--question", action="append", metavar="TEXT", help="may be repeated")
+    several: dict[str, Any] = {"action": "append", "default": []}
+    questions.add_argument(
+        "--question", dest="questions", metavar="TEXT", help="may be repeated", **several
+    )
     questions.add_argument("--limit", type=int, metavar="N", help="the first N only")
     bench.add_argument(
         "--baseline",
-        action="append",
+        dest="baselines",
         metavar="NAME",
         help="what to compare with, as of `recmas run` [default: text]; may be repeated",
+        **several,
     )
     bench.add_argument(
         "--untrained-bundle",
@@ -255,21 +259,7 @@ def _bench(options: argparse.Namespace, outcome: Outcome) -> None:
     from recmas_runtime.bench.command import BenchOptions, bench
     from recmas_runtime.core.progress import LineProgress, Silent
 
-    asked = BenchOptions(
-        bundle=options.bundle,
-        data=options.data,
-        questions=tuple(options.question or ()),
-        limit=options.limit,
-        baselines=tuple(options.baseline or ()),
-        untrained_bundle=options.untrained_bundle,
-        batch=options.batch,
-        max_new_tokens=options.max_new_tokens,
-        warmup=options.warmup,
-        repeats=options.repeats,
-        device=options.device,
-        threads=options.threads,
-        out=options.out,
-    )
+    asked = BenchOptions(**{f.name: getattr(options, f.name) for f in fields(BenchOptions)})
     progress = Silent() if options.quiet else LineProgress()
     report = bench(asked, outcome.problems, progress=progress)
     outcome.data |= report.to_json()

@@ -37,14 +37,10 @@ _SILENT: Final = ("write", "tools")
 
 
 def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Problem]) -> None:
-    """Answer what the command line asks.
+    """Answer what the command line asks; raises what concerns the whole run.
 
-    Args:
-        data: Is filled as answers come, so that an interruption keeps what is finished.
-        problems: Gets what is wrong with single records; the others are answered all the same.
-
-    Raises:
-        RecmasError: What concerns the whole run.
+    `data` fills as answers come, so that an interruption keeps what is finished. `problems` gets
+    what is wrong with single records; the others are answered all the same.
     """
     _check_usage(options)
     overrides = _sampling_overrides(options)
@@ -217,14 +213,7 @@ def _same_file(source: str | None, target: str | None) -> bool:
 
 def _sampling_overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Return the sampling settings that were given, by their names in `SamplingPlan`."""
-    given = {
-        "max_new_tokens": options.max_new_tokens,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "top_k": options.top_k,
-        "min_p": options.min_p,
-        "repetition_penalty": options.repetition_penalty,
-        "seed": options.seed,
-        "stop": tuple(options.stop) if options.stop is not None else None,
-    }
+    given = {name: getattr(options, name) for name in SamplingPlan.__struct_fields__}
+    if options.stop is not None:
+        given["stop"] = tuple(options.stop)
     return {name: value for name, value in given.items() if value is not None}

@@ -41,12 +41,7 @@ Parts = tuple[PromptPart, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """A plan to compare with.
-
-    Attributes:
-        exchanges_messages: The answer agent sees, in the last round, the messages of the next
-            record of its batch.
-    """
+    """A plan to compare with; exchanged are messages, with the next record of the batch."""
 
     plan: Plan
     exchanges_messages: bool = False

@@ -21,11 +21,7 @@ from recmas_runtime.tools.toolbox import Toolbox
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSettings:
-    """What turns a backbone's tokens into text.
-
-    Attributes:
-        max_positions: Positions that the backbone was made for.
-    """
+    """What turns a backbone's tokens into text, up to as many positions as it was made for."""
 
     tokenizer: Tokenizer
     eos_token_ids: frozenset[int]
@@ -97,10 +93,9 @@ class RowDecoder:
 
 
 class TextGenerator:
-    """Decodes the text of every sequence of a batch.
+    """Decodes the text of every prefilled sequence of a batch; the writers are one for each row.
 
-    Args:
-        keeps_sequences: They are used again, so what is in their cache stays.
+    Sequences that are kept are used again, so what is in their cache stays.
     """
 
     def __init__(

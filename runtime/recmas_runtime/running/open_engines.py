@@ -75,11 +75,9 @@ def _demand_cuda(probe: Path, threads: int | None) -> None:
 
 
 def why_no_cuda(driver: str, needed: str) -> str:
-    """Return what is wrong with the NVIDIA driver, empty if nothing is.
+    """Return what is wrong with the NVIDIA driver library, empty if nothing is.
 
-    Args:
-        driver: The driver's library.
-        needed: The CUDA version that ONNX Runtime was built with, such as `13.0`; empty if unknown.
+    Needed is the CUDA version that ONNX Runtime was built with, such as `13.0`; empty if unknown.
     """
     try:
         library = ctypes.CDLL(driver)
@@ -164,9 +162,6 @@ def open_engines(bundle: Bundle, *, device: str, threads: int | None) -> OpenedE
 
 def choose_device(bundle: Bundle, device: str, problems: list[Problem]) -> str:
     """Return what `open_engines` would run a bundle on, without opening anything.
-
-    Args:
-        problems: Gets warnings: why engines of the bundle are not used.
 
     Raises:
         RecmasError: RM504 or RM511 if the device is not there.

@@ -39,12 +39,7 @@ BACKBONE_CASE: Final = frozenset(
 
 
 class Parity(NamedTuple):
-    """How far engines are from the reference.
-
-    Attributes:
-        figures: Largest difference by the names of `precisions.TOLERANCES`.
-        greedy_tokens_equal: Whether the greedy continuation is the reference's.
-    """
+    """Largest differences, by the names of `TOLERANCES`, and whether the greedy texts are equal."""
 
     figures: dict[str, float]
     greedy_tokens_equal: bool
@@ -78,11 +73,9 @@ def measure_backbone_parity(engine: Backbone[Any], case: Case, inner: Operands) 
 
 
 def measure_link_parity(engine: LinkEngine, case: Case, links: Mapping[str, Operands]) -> float:
-    """Return the largest relative difference over the links of a case.
+    """Return the largest relative difference over the links of a case, operands without the G axis.
 
-    Args:
-        case: `link.ID.x` [N, d_in] and expected `link.ID.y` [N, d_out] for any links.
-        links: Operands by link id, without the G axis.
+    A case has `link.ID.x` [N, d_in] and expected `link.ID.y` [N, d_out] for any links.
     """
     return max(
         (

@@ -15,11 +15,7 @@ PromptSource = Callable[[int, str, Variant, Mapping[str, str]], Prompt]
 
 
 class RecordError(RecmasError):
-    """An error of one record that shows only while its batch runs.
-
-    Attributes:
-        record: Its place in the batch.
-    """
+    """An error of one record, at this place of its batch, that shows only while the batch runs."""
 
     def __init__(self, record: int, error: RecmasError) -> None:
         super().__init__(error.problems)
@@ -48,10 +44,7 @@ class RecordPrompts:
         }
 
     def get(self, agent: str, variant: Variant, texts: Mapping[str, str]) -> Prompt:
-        """Return an agent's prompt.
-
-        Args:
-            texts: By slot, text that stands there instead of a message.
+        """Return an agent's prompt, texts by slot in the place of messages.
 
         Raises:
             RecmasError: RM501 if the texts make it too long.
@@ -92,10 +85,6 @@ def _field_of(slot: str) -> str:
 
 
 def prompt_positions(prompt: Prompt, slots: Mapping[str, int]) -> int:
-    """Return how many positions a prompt takes with its messages spliced in.
-
-    Args:
-        slots: Positions of each slot that thoughts fill.
-    """
+    """Return how many positions a prompt takes, given those that thoughts fill in each slot."""
     spliced = sum(slots.get(item.agent, 0) for item in prompt.items if isinstance(item, Slot))
     return prompt.num_tokens + spliced

@@ -107,12 +107,7 @@ Question = str | Mapping[str, object] | Record
 
 
 def as_record(question: Question, index: int) -> Record:
-    """Return a question as a record.
-
-    Args:
-        question: Its text, its fields, or a record already.
-        index: Its place in the input, from 0; where no id is given, ids count from 1.
-    """
+    """Return a question as a record; its index counts from 0, its id from 1 where none is given."""
     if isinstance(question, Record):
         return question
     fields = {"question": question} if isinstance(question, str) else question
@@ -120,10 +115,7 @@ def as_record(question: Question, index: int) -> Record:
 
 
 def question_record(question: str, fields: Sequence[str], *, index: int = 0) -> Record:
-    """Return the record of a single question.
-
-    Args:
-        index: Its place among other questions, from 0; its id counts from 1.
+    """Return the record of a single question; its index counts from 0, its id from 1.
 
     Raises:
         RecmasError: RM500 if it is blank, not valid text, or the prompts need more than it.
@@ -152,11 +144,8 @@ def read_records(
     """Read records from JSON lines; a bad line yields a problem and reading goes on.
 
     A record without `id` gets its line number, and its index counts lines too, so that neither
-    changes when another line is fixed. Blank lines are skipped.
-
-    Args:
-        stream: Bytes; a byte order mark is tolerated.
-        file: How problems name it.
+    changes when another line is fixed. Blank lines are skipped, a byte order mark is tolerated.
+    Problems name the file.
 
     Raises:
         RecmasError: RM502 if reading itself fails.
@@ -235,16 +224,10 @@ def _unusable(message: str) -> RecmasError:
 
 
 class AnswerWriter:
-    """Writes answers as JSON lines, each whole or not at all.
+    """Writes answers as JSON lines, each whole or not at all; to standard output without a path.
 
-    A file ends with a complete line even after an error.
-
-    Args:
-        path: Output file, or None for standard output.
-        resume: Keep the answers that are in the file and add to them.
-
-    Attributes:
-        finished: Ids of the records that the file already answers, when resuming.
+    A file ends with a complete line even after an error. Resuming keeps the answers in the file;
+    `finished` are the ids of their records.
 
     Raises:
         RecmasError: RM503 if it cannot be opened, RM502 if a file to resume is no answer file.
@@ -279,11 +262,7 @@ class AnswerWriter:
             raise self._unwritable(error) from error
 
     def close(self) -> None:
-        """Make sure that the answers are on the disk.
-
-        Raises:
-            RecmasError: RM503.
-        """
+        """Make sure that the answers are on the disk; RM503 if they cannot be."""
         try:
             self._file.sync()
         except OSError as error:

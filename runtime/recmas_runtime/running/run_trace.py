@@ -27,10 +27,9 @@ class StepEvent:
         op: prefill, think, send, write, tools or decode.
         agents: Agents that ran; for send the source, then the targets.
         ms: Wall time; that of tools is not part of the text they were called from.
-        prefilled_tokens: Text tokens run through the backbone, per record.
-        reused_tokens: Text tokens whose cache rows were kept, per record.
-        written_tokens: Tokens of hand-over text, per record.
-        cut_texts: Hand-over texts that ended at their most tokens, per record.
+        prefilled_tokens: Text tokens run through the backbone, like all counts per record.
+        reused_tokens: Text tokens whose cache rows were kept.
+        cut_texts: Hand-over texts that ended at their most tokens.
         tool_calls: The record's place in the batch, and what came of the call.
     """
 
@@ -54,22 +53,17 @@ class Trace(Protocol):
     def add_messages(self, messages: Mapping[str, NDArray[Any]], *, records: Sequence[str]) -> None:
         """See a batch's messages, named `SOURCE->TARGET@ROUND`, each [B, m, d].
 
-        Rows of records whose recursion had ended before that round are NaN.
-
-        Args:
-            messages: Rounds that none of the batch's records ran are not there.
+        Rows of records whose recursion had ended before that round are NaN; rounds that none of
+        them ran are not there.
         """
 
 
 class TraceWriter:
-    """Collects what batches report and writes it into a folder.
+    """Collects what batches report and writes it into a folder, over an earlier trace in it.
 
     `trace.jsonl` grows with the run; `messages.npz` is written by `close`. Its arrays
     `SOURCE->TARGET@ROUND` are of shape [B, m, d] over all answered records in their order, whose
     ids are the array `records`; rows of records that did not run the round are NaN.
-
-    Args:
-        folder: Made if it is not there; an earlier trace in it is overwritten.
 
     Raises:
         RecmasError: RM503 if it cannot be written.

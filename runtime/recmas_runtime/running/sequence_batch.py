@@ -72,12 +72,7 @@ class SequenceBatch:
         return self.engine.logits(np.ascontiguousarray(self.thought[:, 0]))
 
     def prefill(self, embeds: Sequence[Floats], kept: Sequence[int]) -> None:
-        """Run prompts.
-
-        Args:
-            embeds: Input embeddings [T, d] of each row.
-            kept: Leading positions of each row that are in the cache already, less than T.
-        """
+        """Run prompts [T, d]; of each row, fewer than T leading positions are in the cache."""
         self._make_room(max(len(row) for row in embeds))
         inputs, starts, last = ragged_window(embeds, kept, self.cache.capacity)
         _, self.thought, self.next_embeds = self.engine.forward(
@@ -94,11 +89,8 @@ class SequenceBatch:
     ) -> None:
         """Copy another batch's rows of a shared prefix, where it is a good part of the prompts.
 
-        Args:
-            other: Of the same backbone; its rows are of the same records. It stays as it is.
-            prompts: For each row the leading token ids of its prompt.
-            lengths: Positions of each whole prompt.
-            records: Records of the batch: rows of one agent.
+        The other one is of the same backbone and records; it stays as it is. Prompts are the
+        leading token ids, lengths count all positions of each.
         """
         sources, common = [], []
         for row, (ids, length) in enumerate(zip(prompts, lengths, strict=True)):
@@ -131,14 +123,11 @@ class SequenceBatch:
         self.lengths = self.lengths + counts
 
     def select(self, rows: Sequence[int], *, keep: bool) -> SequenceBatch:
-        """Return a batch of some of the rows, to write text.
+        """Return a batch of some of the rows, in ascending order, to write text.
 
-        Inner links do not matter for text, and those of the first agent stand in for all.
-
-        Args:
-            rows: In ascending order.
-            keep: This batch goes on as it is, so its rows are copied. Otherwise it must not be used
-                again: where that can be done, its rows move within its cache.
+        Inner links do not matter for text, and those of the first agent stand in for all. A batch
+        that is to be kept goes on as it is, so its rows are copied. Otherwise it must not be used
+        again: where that can be done, its rows move within its cache.
         """
         chosen = list(rows)
         positions = int(self.lengths[chosen].max())
@@ -181,17 +170,13 @@ class SequenceBatch:
 def ragged_window(
     embeds: Sequence[Floats], kept: Sequence[int], capacity: int
 ) -> tuple[Floats, Indices, Indices]:
-    """Cut the part of each sequence that must run, as one rectangular call.
+    """Cut the part of each sequence [T, d] that must run, as one rectangular call.
 
     Every row writes as many cache rows as the widest one needs. A row that keeps a long prefix and
     adds little would write past the capacity; it starts earlier instead and recomputes the end of
     what it keeps, which gives the same rows again.
 
-    Args:
-        capacity: Cache rows; at least the longest T.
-
-    Returns:
-        Inputs [R, S, d], each row's write index [R], and its last real input within S [R].
+    Returns inputs [R, S, d], each row's write index [R], and its last real input within S [R].
     """
     positions = max(len(s) - k for s, k in zip(embeds, kept, strict=True))
     starts = np.array([min(k, capacity - positions) for k in kept], np.int64)

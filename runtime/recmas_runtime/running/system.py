@@ -33,12 +33,9 @@ PHASES = ("prefill", "think", "send", "write", "decode", "tools")
 
 
 class AnswerStream:
-    """The text of one answer as it is written; afterwards the whole answer.
+    """The text of one answer as it is written; once the iteration has ended, `answer` is set.
 
     It is read once. Others may run on the same engines between two pieces.
-
-    Attributes:
-        answer: Set once the iteration has ended.
     """
 
     def __init__(self, batch: Batch, lock: threading.Lock) -> None:
@@ -79,7 +76,11 @@ class Batch:
         self._total_ms = 0.0
 
     def run(self) -> list[Answer]:
-        """Run everything and return the answers in record order."""
+        """Answer one text or record's fields, or a list of them as ragged batches, in input order.
+
+        Raises:
+            RecmasError: The first record that cannot be answered; `run_batch` keeps the others.
+        """
         for _ in self.pieces():
             pass
         return self.answers()
@@ -205,11 +206,7 @@ def load(
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedBundle:
-    """What a bundle loads once and every system on it shares.
-
-    Attributes:
-        problems: Warnings: why it is not the device that was hoped for.
-    """
+    """What a bundle loads once and every system on it shares; problems say why on which device."""
 
     manifest: Manifest
     device: str
@@ -222,8 +219,7 @@ class LoadedBundle:
 class System:
     """A multi-agent system, ready to answer. One caller at a time runs; others wait.
 
-    Args:
-        exchange: Let the answer agent see the messages of another record; see `baseline`.
+    With `exchange` the answer agent sees the messages of another record; see `baseline`.
     """
 
     def __init__(
@@ -264,11 +260,7 @@ class System:
         )
 
     def with_plan(self, plan: Plan) -> System:
-        """Return a system that runs another plan on the same engines.
-
-        Args:
-            plan: Fits the bundle's manifest, as `recmas_runtime.formats.consistency` checks.
-        """
+        """Return a system that runs another plan, which fits the manifest, on the same engines."""
         return System(plan, self._loaded, self._toolbox)
 
     @overload  # a text is a sequence too, but the first signature comes first
@@ -318,8 +310,7 @@ class System:
     ) -> list[Answer | RecmasError]:
         """Answer records in ragged batches of at most the bundle's `max_batch`.
 
-        Returns:
-            For each record, in order, its answer or why it has none.
+        Returns for each record, in order, its answer or why it has none.
 
         Raises:
             RecmasError: RM505 for settings that concern all records.
