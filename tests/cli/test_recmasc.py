@@ -165,10 +165,10 @@ def test_graph_writes_svg(project: Path, tmp_path: Path) -> None:
 
 
 def test_build_run_and_reuse(project: Path) -> None:
-    built = in_a_process("build", "spec.yaml", "-o", "bundle", "--json", cwd=project)
+    built = recmasc("build", "spec.yaml", "-o", "bundle", "--json", cwd=project)
     assert built.returncode == Exit.OK, built.stderr
     assert json.loads(built.stdout)["data"]["reused"] is False
-    again = in_a_process("build", "spec.yaml", "-o", "bundle", "--json", cwd=project)
+    again = recmasc("build", "spec.yaml", "-o", "bundle", "--json", cwd=project)
     assert json.loads(again.stdout)["data"]["reused"] is True
     ran = in_a_process("run", "bundle", "What is 7 * 8?", "--json", cwd=project)
     assert ran.returncode == Exit.OK, ran.stderr
