@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
@@ -71,15 +72,8 @@ def make_report(
     prompt_digest: str,
     device: str,
     threads: int | None,
-    date: str,
 ) -> Report:
-    """Return the report of an evaluation.
-
-    Args:
-        prompt_digest: sha256 of its prompts.
-        threads: As given; None for the physical cores.
-        date: ISO 8601.
-    """
+    """Return the report of an evaluation that ran on a device with so many threads."""
     answered = [system for system in evaluation.systems if system.scored]
     summaries = tuple(summarize(system) for system in answered)
     versions = package_versions(("recmas", "onnxruntime", "onnxruntime-gpu", "math-verify"))
@@ -101,7 +95,7 @@ def make_report(
             "latent_steps": {n: agent.latent_steps for n, agent in bundle.plan.agents.items()},
         },
         made={
-            "date": date,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": device,
             "threads": threads,
             "machine": platform.machine(),
@@ -217,9 +211,6 @@ def _figure(value: float | None, form: str, *, scale: float = 1.0) -> str:
 
 def write_report(report: Report, folder: Path) -> list[Path]:
     """Write `report.json`, `report.md` and, where matplotlib is installed, `report.png`.
-
-    Returns:
-        What was written.
 
     Raises:
         RecmasError: RM503 if the folder cannot be written.

@@ -49,8 +49,6 @@ class TrainingGraph(ProgramModule):
     batch are one batch here.
 
     Args:
-        program: Of level UNROLLED or PLANNED, with or without any pass.
-        backbones: By the name of the shared backbone; they are frozen here.
         mode: Where thoughts come from: the hidden states over target texts, or a rollout.
         supervise: Whether earlier rounds in which the answer agent runs count too.
         checkpoint_calls: Keep a call's inputs only and compute it again for its gradients: memory
@@ -149,7 +147,7 @@ class TrainingGraph(ProgramModule):
         """Return the loss that training lowers, in the graph's mode.
 
         Args:
-            watch: Let `round_gradients` know of this pass.
+            watch: Count this pass in `round_gradients`.
         """
         latents = self.latents(batch, watch=watch)
         earlier: dict[int, RoundLoss] = {}
@@ -241,11 +239,7 @@ def _run_link(link: nn.Module, states: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundLoss:
-    """The cross-entropy of one round.
-
-    Attributes:
-        is_exact_B: By record, whether greedy decoding would write the target.
-    """
+    """The cross-entropy of one round, by record: the parts of a `Loss`."""
 
     sum_B: Tensor
     tokens: tuple[int, ...]
@@ -290,7 +284,6 @@ def turn_loss(
 
     Args:
         turns_TD: By record, hidden states from the position before the first target token on.
-        checkpointed: Compute the logits again for their gradients instead of keeping them.
     """
     tokens = tuple(call.num_target_tokens for call in calls)
     # A token is seen from the position before it; from the last one there is nothing to see.

@@ -37,11 +37,7 @@ _LONGEST_WAIT: Final = timedelta(days=7)
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The processes of a run, as one of them sees it.
-
-    Attributes:
-        rank: This process, from 0; only 0 writes and shows anything.
-    """
+    """The processes of a run, as one of them sees it: its rank, their number, its device."""
 
     rank: int
     size: int

@@ -92,7 +92,6 @@ class LoopResult:
 
     Attributes:
         loss: Running mean of the training loss.
-        first: The first measurement, before any step.
     """
 
     steps: int
@@ -198,11 +197,7 @@ class _State:
 
 
 class Loop:
-    """Trains a task.
-
-    Args:
-        identity: What the run is made of; checkpoints of another one are refused.
-    """
+    """Trains a task; `identity` is what the run is made of, others' checkpoints are refused."""
 
     def __init__(
         self,
