@@ -270,7 +270,7 @@ def _accuracy_against_time(systems: list[SystemSummary], axes: Any) -> None:
             capsize=3,
             label=system.name,
         )
-    # Systems that hand over text can be many times slower.
+    # Systems that pass text can be many times slower.
     if max(seconds) > 8 * min(seconds):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -149,8 +149,8 @@ class MathProcess:
             return None
         if self._process is None and not self._start():
             return None
-        said = self._ask({"gold": gold, "answer": answer})
-        return None if said is None else said["equal"]
+        reply = self._ask({"gold": gold, "answer": answer})
+        return None if reply is None else reply["equal"]
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -203,8 +203,8 @@ class MathProcess:
                 self.close()
                 return None
             line += piece
-        said: dict[str, Any] = json.loads(line)
-        return said
+        reply: dict[str, Any] = json.loads(line)
+        return reply
 
 
 # Numbers as people and models write them: `$1,234.50`, `\frac{3}{4}`, `2 1/2`, `45 %`, `8 cm`.

@@ -350,7 +350,7 @@ def pad_rows(
     is_shared_S = columns_S < num_shared
     is_padding_NS = ~is_shared_S & (columns_S < num_shared + spare_N1)
     positions_NS = torch.where(is_shared_S, columns_S, columns_S - spare_N1)
-    # Without padding there is nothing to mask, and attention is faster if it is told so.
+    # Without padding there is nothing to mask, and attention is faster without a mask.
     is_padded = any(row.length < num_columns for row in rows)
     num_ids = [max(num_constant - (num_columns - row.length), num_shared) for row in rows]
     return Padded(

@@ -299,10 +299,10 @@ def turn_loss(
 
     found = recomputed(run, states_ND, checkpointed=checkpointed)
     losses, is_first = (torch.split(values_N, list(tokens)) for values_N in found)
-    said = [_num_said(call, backbone.eos_token_ids) for call in calls]
+    answered = [_num_answered(call, backbone.eos_token_ids) for call in calls]
     # Each token is the likeliest after the target's own tokens before it, so greedy decoding, which
-    # begins with the first of them, writes them all; and if one is not, it goes another way there.
-    exact = [is_first_T[:num].all() for is_first_T, num in zip(is_first, said, strict=True)]
+    # begins with the first of them, writes them all; and if one is not, it differs there.
+    exact = [is_first_T[:num].all() for is_first_T, num in zip(is_first, answered, strict=True)]
     return RoundLoss(
         sum_B=torch.stack([losses_T.sum() for losses_T in losses]),
         tokens=tokens,
@@ -334,7 +334,7 @@ def _target_ids(call: Call) -> tuple[int, ...]:
     return last.ids[-call.num_target_tokens :]
 
 
-def _num_said(call: Call, ends: Sequence[int]) -> int:
+def _num_answered(call: Call, ends: Sequence[int]) -> int:
     """Return how many target tokens an answer has; what a template writes behind its end is not."""
     ids = _target_ids(call)
     return next((place + 1 for place, i in enumerate(ids) if i in ends), len(ids))

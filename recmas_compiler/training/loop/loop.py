@@ -169,7 +169,7 @@ def _permutation(num_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 @contextmanager
 def interrupts() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a wish to stop after the step; the second one stops at once."""
+    """Turn the first Ctrl-C into a request to stop after the step; the second one stops at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked  # only the main thread may set handlers
