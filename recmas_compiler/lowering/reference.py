@@ -35,13 +35,7 @@ from recmas_runtime.formats.plan import (
     WriteStep,
     compared_links,
 )
-from recmas_runtime.prompts.render import (
-    Chat,
-    Prompt,
-    Tokens,
-    build_prompt,
-    common_prefix,
-)
+from recmas_runtime.prompts.render import Chat, Prompt, Tokens, build_prompt, common_prefix
 from recmas_runtime.prompts.sampler import Sampler, StopMatcher
 
 Record = Mapping[str, object]
@@ -50,14 +44,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, kw_only=True)
 class RecordResult:
-    """One record's way through a system.
-
-    Attributes:
-        messages: By `SOURCE->TARGET@ROUND`, each [M, e] with e the target's width.
-        thoughts: By `AGENT@ROUND`, each [M, d].
-        token_ids: The answer without the token that ended it.
-        text: The answer without special tokens.
-    """
+    """One record's way through a system, its values as in `ReferenceResult` but without B."""
 
     messages: dict[str, Tensor]
     thoughts: dict[str, Tensor]
@@ -72,11 +59,12 @@ class ReferenceResult:
     """All records of a run, in order.
 
     Attributes:
-        messages: By `SOURCE->TARGET@ROUND`, rounds from 1, each [B, M, e]. Empty messages (of
-            agents without latent steps) do not appear, nor those of rounds that not every record
-            ran.
+        messages: By `SOURCE->TARGET@ROUND`, rounds from 1, each [B, M, e] with e the target's
+            width. Empty messages (of agents without latent steps) do not appear, nor those of
+            rounds that not every record ran.
         thoughts: By `AGENT@ROUND`, each [B, M, d], likewise.
         token_ids: Per record, the answer without the token that ended it.
+        texts: Without special tokens.
         rounds: Per record, how many rounds ran: less than the declared ones after an early end.
     """
 
@@ -90,14 +78,10 @@ class ReferenceResult:
 
 @dataclass(kw_only=True)
 class _Sequence:
-    """An agent's cache while a record runs.
-
-    Attributes:
-        prefix: Token ids of its last prompt up to the first slot: what a later prompt may reuse.
-    """
+    """An agent's cache while a record runs, and the hidden state at the last position in it."""
 
     cache: DynamicCache
-    prefix: tuple[int, ...]
+    prefix: tuple[int, ...]  # of its last prompt up to the first slot: what a later one may reuse
     hidden_11D: Tensor
 
 
@@ -352,10 +336,8 @@ def to_torch(
     """Lower a program to a torch module.
 
     Args:
-        program: Of level UNROLLED or PLANNED.
         backbones: By the name of the shared backbone; loaded if not given.
         links: By link id; read or made as the program says if not given.
-        progress: Sees loading and making.
 
     Raises:
         RecmasError: As `load_backbone` and `materialize_links` do.

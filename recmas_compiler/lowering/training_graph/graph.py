@@ -49,8 +49,6 @@ class TrainingGraph(ProgramModule):
     batch are one batch here.
 
     Args:
-        program: Of level UNROLLED or PLANNED, with or without any pass.
-        backbones: By the name of the shared backbone; they are frozen here.
         mode: Where thoughts come from: the hidden states over target texts, or a rollout.
         supervise: Whether earlier rounds in which the answer agent runs count too.
         checkpoint_calls: Keep a call's inputs only and compute it again for its gradients: memory
@@ -149,7 +147,7 @@ class TrainingGraph(ProgramModule):
         """Return the loss that training lowers, in the graph's mode.
 
         Args:
-            watch: Let `round_gradients` know of this pass.
+            watch: Count this pass in `round_gradients`.
         """
         latents = self.latents(batch, watch=watch)
         earlier: dict[int, RoundLoss] = {}
@@ -241,11 +239,7 @@ def _run_link(link: nn.Module, states: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundLoss:
-    """The cross-entropy of one round.
-
-    Attributes:
-        is_exact_B: By record, whether greedy decoding would write the target.
-    """
+    """The cross-entropy of one round, by record: the parts of a `Loss`."""
 
     sum_B: Tensor
     tokens: tuple[int, ...]
@@ -290,7 +284,6 @@ def turn_loss(
 
     Args:
         turns_TD: By record, hidden states from the position before the first target token on.
-        checkpointed: Compute the logits again for their gradients instead of keeping them.
     """
     tokens = tuple(call.num_target_tokens for call in calls)
     # A token is seen from the position before it; from the last one there is nothing to see.
@@ -306,10 +299,10 @@ def turn_loss(
 
     found = recomputed(run, states_ND, checkpointed=checkpointed)
     losses, is_first = (torch.split(values_N, list(tokens)) for values_N in found)
-    said = [_num_said(call, backbone.eos_token_ids) for call in calls]
+    answered = [_num_answered(call, backbone.eos_token_ids) for call in calls]
     # Each token is the likeliest after the target's own tokens before it, so greedy decoding, which
-    # begins with the first of them, writes them all; and if one is not, it goes another way there.
-    exact = [is_first_T[:num].all() for is_first_T, num in zip(is_first, said, strict=True)]
+    # begins with the first of them, writes them all; and if one is not, it differs there.
+    exact = [is_first_T[:num].all() for is_first_T, num in zip(is_first, answered, strict=True)]
     return RoundLoss(
         sum_B=torch.stack([losses_T.sum() for losses_T in losses]),
         tokens=tokens,
@@ -341,7 +334,7 @@ def _target_ids(call: Call) -> tuple[int, ...]:
     return last.ids[-call.num_target_tokens :]
 
 
-def _num_said(call: Call, ends: Sequence[int]) -> int:
+def _num_answered(call: Call, ends: Sequence[int]) -> int:
     """Return how many target tokens an answer has; what a template writes behind its end is not."""
     ids = _target_ids(call)
     return next((place + 1 for place, i in enumerate(ids) if i in ends), len(ids))

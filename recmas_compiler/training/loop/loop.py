@@ -92,7 +92,6 @@ class LoopResult:
 
     Attributes:
         loss: Running mean of the training loss.
-        first: The first measurement, before any step.
     """
 
     steps: int
@@ -170,7 +169,7 @@ def _permutation(num_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 @contextmanager
 def interrupts() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a wish to stop after the step; the second one stops at once."""
+    """Turn the first Ctrl-C into a request to stop after the step; the second one stops at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked  # only the main thread may set handlers
@@ -198,11 +197,7 @@ class _State:
 
 
 class Loop:
-    """Trains a task.
-
-    Args:
-        identity: What the run is made of; checkpoints of another one are refused.
-    """
+    """Trains a task; `identity` is what the run is made of, others' checkpoints are refused."""
 
     def __init__(
         self,
