@@ -156,8 +156,7 @@ def build(
 
     Args:
         out: The bundle's folder. An older bundle there is replaced in one rename.
-        trained_links: Use the links that `recmasc train` left beside the spec, as
-            `recmasc build` does.
+        trained_links: Use the links that `recmasc train` left beside the spec.
         options: Of the builder, `recmas_export.build.build`: `reuse=False` builds anew even if
             `out` already holds the bundle of this very program.
 

@@ -20,34 +20,22 @@ from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.records import Record, question_record, read_records
 from recmas_runtime.running.system import System, load
 
-QUESTIONS: Final = (
-    "A baker sells 14 loaves in the morning and three times as many in the afternoon. "
-    "How many loaves is that in a day?",
-    "Mira reads 12 pages every evening. How many evenings does she need for a book of 180 pages?",
-    "A train has 9 wagons with 56 seats each, and 37 seats are empty. How many people sit in it?",
-    "Tom pays for four pens at 1.25 each with a note of 10. How much change does he get?",
-    "A tank holds 240 litres. It loses 8 litres an hour. How much is left after 7 hours?",
-    "In a class of 32, a quarter play chess and half of the others swim. How many pupils swim?",
-    "A rope of 45 metres is cut into pieces of 3 metres. How many cuts are needed?",
-    "Two hikers start 27 kilometres apart and walk towards each other, one at 4 and the other at 5 "
-    "kilometres an hour. After how many hours do they meet?",
+# What is asked if neither data nor questions are given, one a line.
+QUESTIONS: Final = tuple(
+    Path(__file__).with_name("questions.txt").read_text(encoding="ascii").splitlines()
 )
-
-
 JSON_NAME: Final = "bench.json"
 MARKDOWN_NAME: Final = "bench.md"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What the command line asks for.
+    """What the command line asks for; no baselines stand for `text`, no limit for all records.
 
     Attributes:
-        limit: Most records; None for all.
-        baselines: Names of what to compare with; none for `text`.
         untrained_bundle: A bundle of the same spec with untrained links.
         max_new_tokens: Instead of the bundle's.
-        threads: Threads within an operator; None takes the physical cores.
+        threads: None takes the physical cores.
         out: Folder of the report; None for none.
     """
 
