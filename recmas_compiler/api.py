@@ -202,10 +202,8 @@ def train(
     """Train a program's links; they land beside its spec, where `build` finds them.
 
     Args:
-        program: Of a spec with a section `train`.
-        out: Folder for metrics, checkpoints and curves.
+        out: Folder for metrics, checkpoints and curves; `resume` goes on from the last checkpoints.
         stage: Inner links agent by agent, all links through the whole program, or both in turn.
-        resume: Go on from the last checkpoints in `out`.
 
     Raises:
         RecmasError: RM104 without `train`, RM700 for data that cannot be used, RM705 if there is

@@ -183,11 +183,7 @@ def shown_progress(*, quiet: bool) -> Progress:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file the user asked for.
-
-    Raises:
-        RecmasError: RM303 if the folder is not there, not writable, or full.
-    """
+    """Write a file the user asked for; RM303 if the folder is not there, not writable, or full."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -17,8 +18,8 @@ from recmas_runtime.core.progress import Progress
 from recmas_runtime.formats.bundle import write_json_atomic
 from recmas_runtime.formats.plan import Plan
 from recmas_runtime.prompts.sampler import check_sampling
-from recmas_runtime.running.records import Record, question_record, read_records
-from recmas_runtime.running.system import System, load
+from recmas_runtime.running.records import Record, question_record, read_records, usable
+from recmas_runtime.running.system import System, check_batch, load
 
 # What is asked if neither data nor questions are given, one a line.
 QUESTIONS: Final = tuple(
@@ -153,16 +154,10 @@ def _gather_records(
 def _read_data(
     data: str, fields: Sequence[str], problems: list[Problem], *, limit: int | None
 ) -> tuple[Record, ...]:
-    records: list[Record] = []
     try:
         with Path(data).open("rb") as stream:
-            for found in read_records(stream, file=data, fields=fields):
-                if isinstance(found, Problem):
-                    problems.append(found)
-                else:
-                    records.append(found)
-                if len(records) == limit:
-                    break
+            found = usable(read_records(stream, file=data, fields=fields), problems)
+            return tuple(islice(found, limit))
     except OSError as error:
         raise fail(
             "RM502",
@@ -170,16 +165,10 @@ def _read_data(
             file=data,
             hint="Give --data a file of JSON lines.",
         ) from error
-    return tuple(records)
 
 
 def _settings(plan: Plan, options: BenchOptions, records: tuple[Record, ...]) -> BenchSettings:
-    if not 1 <= options.batch <= plan.limits.max_batch:
-        raise fail(
-            "RM506",
-            f"--batch {options.batch}, the bundle takes 1 to {plan.limits.max_batch}",
-            hint="Choose a smaller batch, or build with a larger build.max_batch.",
-        )
+    check_batch(options.batch, plan)
     sampling = plan.sampling
     if options.max_new_tokens is not None:
         sampling = structs.replace(sampling, max_new_tokens=options.max_new_tokens)

@@ -78,10 +78,8 @@ class Cost:
 class Comparison:
     """A system beside the text system of the same graph and rounds, `against`.
 
-    Attributes:
-        speed_up: Its time over this one's, repeat by repeat.
-        token_reduction: Share of the generated tokens that are saved; below 0 for more of them.
-        step_reduction: The same with every latent step counted like a token.
+    Speed-up is its time over this one's, repeat by repeat. Tokens that are saved are a share of the
+    generated ones, below 0 for more of them; for steps, every latent step counts like a token.
     """
 
     against: str

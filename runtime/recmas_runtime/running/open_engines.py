@@ -105,12 +105,10 @@ def _judge_driver(library: Any, needed: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedEngines:
-    """What computes.
+    """What computes; problems say why engines of the bundle are not used, more may come in a run.
 
-    Attributes:
-        device: What the backbones run on: `cpu`, `cuda` or `tensorrt`.
-        provider: Where ONNX Runtime runs what it runs; with TensorRT only embeddings and links.
-        problems: Warnings: why engines of the bundle are not used. More may come during a run.
+    Backbones run on the device, `cpu`, `cuda` or `tensorrt`; what ONNX Runtime runs is on the
+    provider, with TensorRT only embeddings and links.
     """
 
     backbones: Mapping[str, Backbone[Any]]
@@ -162,11 +160,7 @@ def open_engines(bundle: Bundle, *, device: str, threads: int | None) -> OpenedE
 
 
 def choose_device(bundle: Bundle, device: str, problems: list[Problem]) -> str:
-    """Return what `open_engines` would run a bundle on, without opening anything.
-
-    Raises:
-        RecmasError: RM504 or RM511 if the device is not there.
-    """
+    """Return what `open_engines` would run a bundle on, opening nothing; raises as it does."""
     if _find_engines(bundle, device, problems) is not None:
         return TENSORRT
     return _find_provider(bundle, device, None, problems)
