@@ -10,7 +10,7 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
@@ -68,13 +68,8 @@ class BuildResult:
     engines: EngineBuild | None = None
 
 
-class Builder(Protocol):
-    """Exports engines and writes a bundle: what an entry point of `recmas.builders` names."""
-
-    def __call__(
-        self, program: Graph, *, spec: Spec, out: Path, progress: Progress | None, **options: Any
-    ) -> BuildResult:
-        """Build; as `build` below."""
+# Exports engines and writes a bundle, as `build` below.
+Builder = Callable[..., BuildResult]
 
 
 def compile(spec: Spec, *, dump_ir: str | Path | None = None, download: bool = False) -> Program:
@@ -182,11 +177,7 @@ def build_bundle(
     if trained_links:
         program = with_trained_links(program, dump_ir=dump_ir)
     built = builder(
-        program.graph,
-        spec=program.spec,
-        out=Path(out),
-        progress=progress or Silent(),
-        **options,
+        program.graph, spec=program.spec, out=Path(out), progress=progress or Silent(), **options
     )
     return program, built
 

@@ -20,11 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from recmas_compiler.api import BuildResult
-from recmas_compiler.backbones.facts import (
-    ENGINE_ELEMENT_BYTES,
-    angle_tables_bytes,
-    weights_bytes,
-)
+from recmas_compiler.backbones.facts import ENGINE_ELEMENT_BYTES, angle_tables_bytes, weights_bytes
 from recmas_compiler.backbones.sources import ResolvedSource, resolve_source
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Backbone

@@ -101,8 +101,7 @@ class TorchTables:
         if self._bound[0] is not operands:
             tensors = {
                 name: torch.from_numpy(array).to(
-                    device=self.device,
-                    dtype=torch.bool if array.dtype == np.bool_ else self.dtype,
+                    device=self.device, dtype=torch.bool if array.dtype == np.bool_ else self.dtype
                 )
                 for name, array in operands.items()
             }

@@ -116,10 +116,7 @@ def _answer_all(
 
 
 def _deliver(
-    answer: Answer,
-    options: argparse.Namespace,
-    writer: AnswerWriter | None,
-    data: dict[str, Any],
+    answer: Answer, options: argparse.Namespace, writer: AnswerWriter | None, data: dict[str, Any]
 ) -> None:
     if writer is not None:
         writer.write(answer)

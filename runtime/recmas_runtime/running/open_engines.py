@@ -60,11 +60,7 @@ def choose_provider(
 def _demand_cuda(probe: Path, threads: int | None) -> None:
     reason = why_no_cuda(_DRIVER, str(getattr(onnx_runtime(), "cuda_version", "") or ""))
     if reason:
-        raise fail(
-            "RM504",
-            reason,
-            hint="Install a newer NVIDIA driver, or use --device cpu.",
-        )
+        raise fail("RM504", reason, hint="Install a newer NVIDIA driver, or use --device cpu.")
     difference = measure_probe(probe, threads=threads, device="cuda")
     if not difference <= TOLERANCES["probe_absolute"]:
         raise fail(

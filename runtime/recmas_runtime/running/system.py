@@ -266,10 +266,7 @@ class System:
         self, questions: Sequence[Question], *, sampling: SamplingPlan | None = None
     ) -> list[Answer]: ...
     def run(
-        self,
-        questions: Question | Sequence[Question],
-        *,
-        sampling: SamplingPlan | None = None,
+        self, questions: Question | Sequence[Question], *, sampling: SamplingPlan | None = None
     ) -> Answer | list[Answer]:
         """Answer one text or record's fields, or a list of them as ragged batches, in input order.
 
