@@ -10,7 +10,7 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
@@ -68,13 +68,8 @@ class BuildResult:
     engines: EngineBuild | None = None
 
 
-class Builder(Protocol):
-    """Exports engines and writes a bundle: what an entry point of `recmas.builders` names."""
-
-    def __call__(
-        self, program: Graph, *, spec: Spec, out: Path, progress: Progress | None, **options: Any
-    ) -> BuildResult:
-        """Build; as `build` below."""
+# Exports engines and writes a bundle, as `build` below.
+Builder = Callable[..., BuildResult]
 
 
 def compile(spec: Spec, *, dump_ir: str | Path | None = None, download: bool = False) -> Program:
@@ -156,8 +151,7 @@ def build(
 
     Args:
         out: The bundle's folder. An older bundle there is replaced in one rename.
-        trained_links: Use the links that `recmasc train` left beside the spec, as
-            `recmasc build` does.
+        trained_links: Use the links that `recmasc train` left beside the spec.
         options: Of the builder, `recmas_export.build.build`: `reuse=False` builds anew even if
             `out` already holds the bundle of this very program.
 
@@ -183,11 +177,7 @@ def build_bundle(
     if trained_links:
         program = with_trained_links(program, dump_ir=dump_ir)
     built = builder(
-        program.graph,
-        spec=program.spec,
-        out=Path(out),
-        progress=progress or Silent(),
-        **options,
+        program.graph, spec=program.spec, out=Path(out), progress=progress or Silent(), **options
     )
     return program, built
 
@@ -203,10 +193,8 @@ def train(
     """Train a program's links; they land beside its spec, where `build` finds them.
 
     Args:
-        program: Of a spec with a section `train`.
-        out: Folder for metrics, checkpoints and curves.
+        out: Folder for metrics, checkpoints and curves; `resume` goes on from the last checkpoints.
         stage: Inner links agent by agent, all links through the whole program, or both in turn.
-        resume: Go on from the last checkpoints in `out`.
 
     Raises:
         RecmasError: RM104 without `train`, RM700 for data that cannot be used, RM705 if there is

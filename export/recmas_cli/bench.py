@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from recmas_cli.console import BUNDLE, DEVICE, QUIET, THREADS, Outcome, command, shown_progress
+from recmas_cli.console import (
+    BUNDLE,
+    DEVICE,
+    FILE,
+    FOLDER,
+    QUIET,
+    THREADS,
+    Outcome,
+    command,
+    shown_progress,
+)
 
 if TYPE_CHECKING:
     from recmas_runtime.bench.command import Forms
@@ -74,7 +84,7 @@ def bench() -> None:
 @click.option(
     "--untrained-bundle",
     "--frozen-bundle",  # the name of version 0.1
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="The system with untrained links, to measure as well.",
 )
 @click.option("--batch", type=int, default=1, show_default=True, help="Records per batch.")
@@ -84,18 +94,12 @@ def bench() -> None:
 @DEVICE
 @THREADS
 @click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for bench.json, bench.md and, with matplotlib, bench.png.",
+    "--out", type=FOLDER, help="Folder for bench.json, bench.md and, with matplotlib, bench.png."
 )
 @QUIET
 @command
 def bench_systems(
-    *,
-    rounds: tuple[int, ...] | None,
-    latent_steps: tuple[int, ...],
-    quiet: bool,
-    **options: Any,
+    *, rounds: tuple[int, ...] | None, latent_steps: tuple[int, ...], quiet: bool, **options: Any
 ) -> Outcome:
     """Measure time, tokens and speed-up of a BUNDLE beside its baselines."""
     from recmas_compiler.bench.plots import draw_report
@@ -147,7 +151,7 @@ def _replanned(
 @click.option(
     "--bundle",
     "others",
-    type=click.Path(path_type=Path),
+    type=FILE,
     multiple=True,
     help="A bundle of the same model in another precision, to measure as well; may be repeated.",
 )
@@ -161,7 +165,7 @@ def _replanned(
 )
 @click.option(
     "--genai",
-    type=click.Path(path_type=Path),
+    type=FILE,
     multiple=True,
     metavar="DIR",
     help="A model that onnxruntime-genai's builder wrote; may be repeated.",
@@ -193,7 +197,7 @@ def _replanned(
 @THREADS
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     help="Folder for engines.json, engines.md and, with matplotlib, engines.png.",
 )
 @QUIET

@@ -11,6 +11,7 @@ import click
 
 from recmas_cli.console import (
     DUMP_IR,
+    FILE,
     QUIET,
     SET,
     SPEC,
@@ -36,9 +37,7 @@ from recmas_runtime.formats.precisions import TARGET_NAMES, TARGETS
 @click.command()
 @SPEC
 @SET
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="The bundle's folder [default: out/NAME]."
-)
+@click.option("-o", "--out", type=FILE, help="The bundle's folder [default: out/NAME].")
 @click.option(
     "--target",
     type=click.Choice(TARGET_NAMES),
@@ -149,10 +148,8 @@ def _untrained(spec: Spec) -> Spec:
     return spec if has_trained_links(spec) and not names_files else untrained_links(spec)
 
 
-@click.command(
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-)
-@click.argument("source", type=click.Path(path_type=Path))
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.argument("source", type=FILE)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(source: Path, arguments: tuple[str, ...]) -> None:
     """Run a SPEC (built first into out/NAME if need be) or a bundle.

@@ -22,7 +22,10 @@ from recmas_runtime.formats.precisions import DEVICES
 # Where nobody watches a bar, a line now and then shows that it is alive.
 LINE_EVERY_S: Final = 30.0
 
-SPEC = click.argument("spec", type=click.Path(path_type=Path))
+FILE = click.Path(path_type=Path)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+
+SPEC = click.argument("spec", type=FILE)
 SET = click.option(
     "--set",
     "overrides",
@@ -31,14 +34,12 @@ SET = click.option(
     help="Override a key of the spec; may be repeated.",
 )
 DUMP_IR = click.option(
-    "--dump-ir",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Write the IR after every pass into this folder.",
+    "--dump-ir", type=FOLDER, help="Write the IR after every pass into this folder."
 )
 QUIET = click.option("--quiet", is_flag=True, help="No progress on stderr.")
 DEVICE = click.option("--device", type=click.Choice(DEVICES), default="auto")
 THREADS = click.option("--threads", type=click.IntRange(1, 4096), metavar="N")
-BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+BUNDLE = click.argument("bundle", type=FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,11 +184,7 @@ def shown_progress(*, quiet: bool) -> Progress:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file the user asked for.
-
-    Raises:
-        RecmasError: RM303 if the folder is not there, not writable, or full.
-    """
+    """Write a file the user asked for; RM303 if the folder is not there, not writable, or full."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:

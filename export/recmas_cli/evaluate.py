@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from recmas_cli.console import BUNDLE, DEVICE, QUIET, THREADS, Outcome, command, shown_progress
+from recmas_cli.console import (
+    BUNDLE,
+    DEVICE,
+    FILE,
+    FOLDER,
+    QUIET,
+    THREADS,
+    Outcome,
+    command,
+    shown_progress,
+)
 
 if TYPE_CHECKING:
     from recmas_compiler.evaluation.evaluate import Evaluated
@@ -15,7 +25,7 @@ if TYPE_CHECKING:
 
 @click.command("eval")
 @BUNDLE
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="Records to ask.")
+@click.option("--data", type=FILE, required=True, help="Records to ask.")
 @click.option("--protocol", required=True, metavar="NAME|FILE", help="How to ask and to check.")
 @click.option(
     "--baseline",
@@ -28,7 +38,7 @@ if TYPE_CHECKING:
 @click.option(
     "--untrained-bundle",
     "--frozen-bundle",  # the name of version 0.1
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="The system with untrained links, for untrained-links.",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Records to ask.")
@@ -42,9 +52,7 @@ if TYPE_CHECKING:
     help="Override a key of the protocol; may be repeated.",
 )
 @click.option(
-    "--out",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for answers and report  [default: out/SYSTEM-PROTOCOL].",
+    "--out", type=FOLDER, help="Folder for answers and report  [default: out/SYSTEM-PROTOCOL]."
 )
 @click.option("--resume", is_flag=True, help="Go on with the answers that are there.")
 @DEVICE

@@ -8,7 +8,7 @@ from typing import Final
 
 import click
 
-from recmas_cli.console import QUIET, SPEC, Outcome, command, shown_progress
+from recmas_cli.console import FILE, FOLDER, QUIET, SPEC, Outcome, command, shown_progress
 from recmas_compiler.released.styles import DEFAULT_TASK, ORGANISATION, style_named
 from recmas_compiler.spec.spec import load_spec
 from recmas_runtime.core.errors import fail
@@ -24,10 +24,10 @@ def import_() -> None:
 @import_.command("released")
 @click.argument("style_name", metavar="STYLE")
 @click.option("--from", "origin", metavar="FOLDER|hf", help="Where the repositories are.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("spec.yaml"))
+@click.option("-o", "--out", type=FILE, default=Path("spec.yaml"))
 @click.option("--task", default=DEFAULT_TASK, show_default=True, help="Whose links to take.")
 @click.option("--agent", "agents", multiple=True, metavar="ROLE=FOLDER", help="One repository.")
-@click.option("--outer", type=click.Path(path_type=Path), help="Repository of the outer links.")
+@click.option("--outer", type=FILE, help="Repository of the outer links.")
 @click.option("--org", default=ORGANISATION, show_default=True, help="Owner, with --from hf.")
 @click.option("--revision", default="main", show_default=True, help="With --from hf.")
 @click.option("--force", is_flag=True, help="Overwrite existing files.")
@@ -88,7 +88,7 @@ def import_released(
 
 @click.command("export-links")
 @SPEC
-@click.option("-o", "--out", type=click.Path(path_type=Path, file_okay=False), required=True)
+@click.option("-o", "--out", type=FOLDER, required=True)
 @click.option("--style", "style_name", required=True, help="As of `recmasc import released`.")
 @click.option("--task", default=DEFAULT_TASK, show_default=True, help="What the links are for.")
 @click.option("--with-models", is_flag=True, help="Copy the models' files too.")

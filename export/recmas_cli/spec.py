@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from recmas_cli.console import DUMP_IR, SET, SPEC, Outcome, command, write_text
+from recmas_cli.console import DUMP_IR, FILE, SET, SPEC, Outcome, command, write_text
 from recmas_compiler.analysis.draw import program_mermaid, topology_mermaid, topology_svg
 from recmas_compiler.analysis.explain import explain as explain_program
 from recmas_compiler.analysis.memory import memory_plan
@@ -20,7 +20,7 @@ from recmas_runtime.core.errors import fail
 
 @click.command()
 @click.argument("pattern")
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("spec.yaml"))
+@click.option("-o", "--out", type=FILE, default=Path("spec.yaml"))
 @click.option(
     "--task", metavar="TASK", help="What to ask for: general, math, choice, code or search."
 )
@@ -104,16 +104,10 @@ def plan(spec: Path, overrides: tuple[str, ...], prompt_tokens: int | None) -> O
 @SPEC
 @SET
 @click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    help="File to write: .svg or .mmd; Mermaid on stdout without it.",
+    "-o", "--out", type=FILE, help="File to write: .svg or .mmd; Mermaid on stdout without it."
 )
 @click.option(
-    "--program",
-    "unrolled",
-    is_flag=True,
-    help="Draw the unrolled program instead (Mermaid only).",
+    "--program", "unrolled", is_flag=True, help="Draw the unrolled program instead (Mermaid only)."
 )
 @command
 def graph(spec: Path, overrides: tuple[str, ...], out: Path | None, *, unrolled: bool) -> Outcome:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
-from recmas_cli.console import QUIET, SET, SPEC, Outcome, command, shown_progress
+from recmas_cli.console import FOLDER, QUIET, SET, SPEC, Outcome, command, shown_progress
 from recmas_compiler.api import load_and_compile, with_trained_links
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import fail
@@ -48,7 +48,7 @@ PROCESS_MODULE: Final = "recmas_cli.training_main"
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FOLDER,
     help="Folder for metrics, checkpoints and curves  [default: out/NAME-training].",
 )
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint.")
@@ -61,10 +61,7 @@ PROCESS_MODULE: Final = "recmas_cli.training_main"
     help="Processes on this machine that share the work, one per GPU.",
 )
 @click.option(
-    "--tensorboard",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="DIR",
-    help="Write the figures for TensorBoard too.",
+    "--tensorboard", type=FOLDER, metavar="DIR", help="Write the figures for TensorBoard too."
 )
 @QUIET
 @command

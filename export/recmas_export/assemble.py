@@ -25,14 +25,7 @@ from recmas_export.backbone_graph import (
     WEIGHTS,
     export_backbone,
 )
-from recmas_export.parity import (
-    OWN_TEXT,
-    link_cases,
-    make_case,
-    measure_loss,
-    passages_of,
-    refuse,
-)
+from recmas_export.parity import OWN_TEXT, link_cases, make_case, measure_loss, passages_of, refuse
 from recmas_export.precision.rounding import rounded_layers
 from recmas_export.written_graphs import write_link_graph, write_probe
 from recmas_runtime.checking.placement import refuse_stray_nodes
@@ -62,14 +55,8 @@ LINK_ENGINE = "links/link.onnx"
 PROBE = "parity/probe.onnx"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What the manifest says of the files that were made, and the wall time by stage."""
-
-    backbones: dict[str, BackboneEntry]
-    links: dict[str, LinkEntry]
-    parity: tuple[ParityEntry, ...]
-    seconds: dict[str, float]
+# What the manifest says of the backbones, links and parity cases that were made.
+Parts = tuple[dict[str, BackboneEntry], dict[str, LinkEntry], tuple[ParityEntry, ...]]
 
 
 @contextmanager
@@ -87,11 +74,13 @@ def assemble(
     names: Sequence[str],
     backbones: Mapping[str, TorchBackbone] | None,
     links: Mapping[str, MaterializedLink] | None,
+    seconds: dict[str, float],
     progress: Progress,
 ) -> Parts:
     """Write everything a bundle holds but plan, spec and manifest, and check it against torch.
 
     What is not given as backbones and links, by shared name and by id, is loaded and made.
+    `seconds` gets the wall time by stage.
 
     Raises:
         RecmasError: RM203 or RM300 where a backbone cannot be exported, RM301 where an engine
@@ -99,7 +88,6 @@ def assemble(
             and what loading, link making and reading the text to measure losses over raise.
         OSError: A file cannot be written.
     """
-    seconds: dict[str, float] = {}
     with _timed(seconds, "load"):
         loaded = backbones or load_backbones(program, progress=progress)
     with _timed(seconds, "links"):
@@ -121,7 +109,7 @@ def assemble(
         exported = stages.export()
     with _timed(seconds, "parity"):
         cases = stages.measure(exported, stages.compare(exported))
-    return Parts(backbones=exported, links=entries, parity=tuple(cases), seconds=seconds)
+    return exported, entries, tuple(cases)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +150,7 @@ class _Stages:
             for name, entry in exported.items():
                 for device in devices:
                     refuse_stray_nodes(self.folder / entry.decoder_on(device), device=device)
-                file = _write_case(self.folder, name, self.plan, self.loaded[name], self.modules)
-                cases.append(_measure(self.folder, file, name, entry, self.links))
+                cases.append(self._compare(name, entry))
                 advance()
         refuse(
             (f"backbone {case.backbone!r}", what)
@@ -171,6 +158,42 @@ class _Stages:
             for what in beyond_tolerance(case.figures, precision=exported[case.backbone].precision)
         )
         return cases
+
+    def _compare(self, name: str, entry: BackboneEntry) -> ParityEntry:
+        """Write a backbone's case, and run it through the runtime's own code."""
+        agents = [agent for agent, found in self.plan.agents.items() if found.backbone == name]
+        inner_ids = {agent: self.plan.agents[agent].inner for agent in agents}
+        inner = {link: self.modules[link] for link in inner_ids.values()}
+        outer = {
+            link: (inner_ids[step.source], self.modules[link])
+            for step in self.plan.steps
+            if isinstance(step, SendStep) and step.source in agents
+            for link in step.links
+        }
+        first_inner = next(iter(inner))
+        case = make_case(self.loaded[name], inner=inner[first_inner])
+        case |= link_cases(case["hidden"][0, -4:], inner=inner, outer=outer)
+        file = f"parity/{name}.safetensors"
+        write_tensors(self.folder / file, case, {"inner": first_inner})
+
+        tensors, _ = read_tensors(self.folder / file)
+        operands = read_operands(self.folder.joinpath, self.links)
+        # Other devices and engines go by the portable decoder, so it is held to the same.
+        forms = [entry, structs.replace(entry, cpu_decoder=None)] if entry.cpu_decoder else [entry]
+        found = [
+            measure_backbone_parity(
+                BackboneEngine(form, self.folder), tensors, operands[first_inner]
+            )
+            for form in forms
+        ]
+        figures = {name: max(p.figures[name] for p in found) for name in found[0].figures}
+        link = measure_link_parity(LinkEngine(self.folder / LINK_ENGINE), tensors, operands)
+        return ParityEntry(
+            file=file,
+            backbone=name,
+            figures={**figures, "link_relative": link},
+            greedy_tokens_equal=all(p.greedy_tokens_equal for p in found),
+        )
 
     def measure(
         self, exported: Mapping[str, BackboneEntry], cases: Sequence[ParityEntry]
@@ -253,44 +276,4 @@ def _entry(backbone: TorchBackbone, root: Path, folder: str, precision: str) -> 
         chat_template=f"{folder}/{CHAT_TEMPLATE}",
         special_tokens=backbone.special_tokens,
         precision=precision,
-    )
-
-
-def _write_case(
-    folder: Path, name: str, plan: Plan, backbone: TorchBackbone, links: Mapping[str, nn.Module]
-) -> str:
-    """Write a backbone's parity case and return its path in the bundle."""
-    agents = [agent for agent, entry in plan.agents.items() if entry.backbone == name]
-    inner = {plan.agents[agent].inner: links[plan.agents[agent].inner] for agent in agents}
-    outer = {
-        link: (plan.agents[step.source].inner, links[link])
-        for step in plan.steps
-        if isinstance(step, SendStep) and step.source in agents
-        for link in step.links
-    }
-    first_inner = next(iter(inner))
-    case = make_case(backbone, inner=inner[first_inner])
-    case |= link_cases(case["hidden"][0, -4:], inner=inner, outer=outer)
-    file = f"parity/{name}.safetensors"
-    write_tensors(folder / file, case, {"inner": first_inner})
-    return file
-
-
-def _measure(
-    folder: Path, file: str, name: str, entry: BackboneEntry, links: Mapping[str, LinkEntry]
-) -> ParityEntry:
-    """Run the written engines over the written case, through the runtime's own code."""
-    tensors, metadata = read_tensors(folder / file)
-    operands = read_operands(folder.joinpath, links)
-    # Other devices and engines go by the portable decoder, so it is held to the same.
-    forms = [entry, structs.replace(entry, cpu_decoder=None)] if entry.cpu_decoder else [entry]
-    inner = operands[metadata["inner"]]
-    found = [measure_backbone_parity(BackboneEngine(e, folder), tensors, inner) for e in forms]
-    figures = {name: max(p.figures[name] for p in found) for name in found[0].figures}
-    link = measure_link_parity(LinkEngine(folder / LINK_ENGINE), tensors, operands)
-    return ParityEntry(
-        file=file,
-        backbone=name,
-        figures={**figures, "link_relative": link},
-        greedy_tokens_equal=all(p.greedy_tokens_equal for p in found),
     )

@@ -13,18 +13,14 @@ import json
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from recmas_compiler.api import BuildResult
-from recmas_compiler.backbones.facts import (
-    ENGINE_ELEMENT_BYTES,
-    angle_tables_bytes,
-    weights_bytes,
-)
+from recmas_compiler.backbones.facts import ENGINE_ELEMENT_BYTES, angle_tables_bytes, weights_bytes
 from recmas_compiler.backbones.sources import ResolvedSource, resolve_source
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Backbone
@@ -161,13 +157,9 @@ def build(
 ) -> BuildResult:
     """Export engines, check them against the reference and write a bundle.
 
-    Target `tensorrt` adds engines for this machine's GPU to the portable ones.
-
-    Args:
-        out: The bundle's folder; an older bundle there is replaced whole.
-        backbones: Loaded already, by shared name; None loads them.
-        links: Materialized already, by id; None makes them.
-        reuse: Return at once if `out` holds the bundle of this very program and these weights.
+    Target `tensorrt` adds engines for this machine's GPU to the portable ones. What is not given as
+    backbones and links, by shared name and by id, is loaded and made. A bundle of this very program
+    and these weights is reused if it may be; an older one at `out` is replaced whole.
 
     Raises:
         RecmasError: RM123 where a search corpus holds what is no passage, RM126 where nothing can
@@ -183,77 +175,59 @@ def build(
         find_platform()
     check_target(out)
     kept_timing = timing_caches(out)
-    result = _build_portable(
-        program,
-        spec=spec,
-        out=out,
-        backbones=backbones,
-        links=links,
-        watcher=watcher,
-        reuse=reuse,
-    )
-    if target.machine_engines is None:
-        return result
-    engines = build_engines(out, progress=watcher, reuse=reuse, kept_timing=kept_timing)
-    return replace(result, engines=engines)
-
-
-def _build_portable(
-    program: Graph,
-    *,
-    spec: Spec,
-    out: Path,
-    backbones: Mapping[str, TorchBackbone] | None,
-    links: Mapping[str, MaterializedLink] | None,
-    watcher: Progress,
-    reuse: bool,
-) -> BuildResult:
-    """Write the bundle that runs anywhere."""
     started = time.perf_counter()
     with watcher.stage("Hashing weights"):
         inputs = _inputs(program)
         identity = _fingerprint(inputs, spec=spec, links=links)
     seconds = {"fingerprint": time.perf_counter() - started}
-    if reuse and (present := _bundle_with(identity, out)) is not None:
-        return BuildResult(
-            path=out, fingerprint=identity, reused=True, parity=present.parity, seconds=seconds
-        )
-    plan = build_plan(program)
-    with staged_bundle(out, needed_bytes=_estimated_bytes(inputs)) as staged:
-        # Torch and transformers take seconds to import.
-        from recmas_export.assemble import LINK_ENGINE, PROBE, assemble
+    present = _bundle_with(identity, out) if reuse else None
+    manifest = present
+    if manifest is None:
+        plan = build_plan(program)
+        with staged_bundle(out, needed_bytes=_estimated_bytes(inputs)) as staged:
+            # Torch and transformers take seconds to import.
+            from recmas_export.assemble import LINK_ENGINE, PROBE, assemble
 
-        parts = assemble(
-            program,
-            plan,
-            staged.folder,
-            names=tuple(inputs.backbones),
-            backbones=backbones,
-            links=links,
-            progress=watcher,
-        )
-        if inputs.corpus is not None:
-            write_corpus(inputs.corpus, staged.folder)
-        write_receipts(inputs.receipts, staged.folder)
-        manifest = Manifest(
-            name=program.system.name,
-            fingerprint=identity,
-            spec_digest=spec.digest,
-            precision=program.system.build.precision,
-            tools=tool_versions(),
-            backbones=parts.backbones,
-            links=parts.links,
-            link_engine=LINK_ENGINE,
-            probe=PROBE,
-            parity=parts.parity,
-            files={},
-        )
-        started = time.perf_counter()
-        with watcher.stage("Writing the bundle"):
-            staged.commit(manifest, plan=plan, spec_yaml=spec.system_yaml())
-        seconds |= {**parts.seconds, "write": time.perf_counter() - started}
+            exported, entries, parity = assemble(
+                program,
+                plan,
+                staged.folder,
+                names=tuple(inputs.backbones),
+                backbones=backbones,
+                links=links,
+                seconds=seconds,
+                progress=watcher,
+            )
+            if inputs.corpus is not None:
+                write_corpus(inputs.corpus, staged.folder)
+            write_receipts(inputs.receipts, staged.folder)
+            manifest = Manifest(
+                name=program.system.name,
+                fingerprint=identity,
+                spec_digest=spec.digest,
+                precision=program.system.build.precision,
+                tools=tool_versions(),
+                backbones=exported,
+                links=entries,
+                link_engine=LINK_ENGINE,
+                probe=PROBE,
+                parity=parity,
+                files={},
+            )
+            started = time.perf_counter()
+            with watcher.stage("Writing the bundle"):
+                staged.commit(manifest, plan=plan, spec_yaml=spec.system_yaml())
+            seconds["write"] = time.perf_counter() - started
+    engines = None
+    if target.machine_engines is not None:
+        engines = build_engines(out, progress=watcher, reuse=reuse, kept_timing=kept_timing)
     return BuildResult(
-        path=out, fingerprint=identity, reused=False, parity=parts.parity, seconds=seconds
+        path=out,
+        fingerprint=identity,
+        reused=present is not None,
+        parity=manifest.parity,
+        seconds=seconds,
+        engines=engines,
     )
 
 
@@ -263,8 +237,7 @@ class _Inputs:
 
     Attributes:
         backbones: The shared ones that live agents use, by name.
-        links: Live agents' inner links and all outer ones, by id.
-        link_files: Those of the links that are read from a file, by id.
+        links: Live agents' inner links and all outer ones, by id; some are read from files.
         loss_text: The text that losses are measured over, where one is read.
     """
 

@@ -118,12 +118,7 @@ def staged_bundle(target: Path, *, needed_bytes: int) -> Iterator[StagedBundle]:
 
 
 def check_target(target: Path) -> None:
-    """Make sure that a bundle may be put at `target`.
-
-    Raises:
-        RecmasError: RM302 if anything but an empty folder or an unaltered set of bundle files is
-            there.
-    """
+    """Raise RM302 if anything but an empty folder or unaltered bundle files is at `target`."""
     if not target.exists():
         return
     if not target.is_dir():

@@ -111,8 +111,7 @@ def link_cases(
 def passages_of(backbone: TorchBackbone, text: Path) -> list[NDArray[np.int64]]:
     """Return the beginning of a text in UTF-8, cut into passages of token ids [T], T > 1.
 
-    Raises:
-        RecmasError: RM126 if it cannot be read or there is nothing to predict in it.
+    RM126 if it cannot be read or there is nothing to predict in it.
     """
     tokenizer = backbone.tokenizer
     # The mark that sequences of some models begin with.
@@ -150,7 +149,11 @@ def measure_loss(
     for ids_T in passages:
         embeds_1Td = backbone.embed(torch.from_numpy(ids_T)[None])
         hidden_Td = _array(_hidden(backbone, embeds_1Td)[0, :-1])
-        other_Td = _engine_hidden(engine, ids_T, grouped)[:-1]
+        cache, last = engine.new_cache(1, cache_capacity(len(ids_T))), np.array([len(ids_T) - 1])
+        found_1Td, _, _ = engine.forward(
+            cache, engine.embed(ids_T[None]), np.array([0]), last, grouped
+        )
+        other_Td = np.array(found_1Td[0, :-1])
         logits_TV = _array(backbone.logits(torch.from_numpy(hidden_Td)))
         other_TV = engine.logits(np.ascontiguousarray(other_Td))
         cosines.append(_cosines(other_Td, hidden_Td))
@@ -203,15 +206,6 @@ def _greedy(backbone: TorchBackbone, prompt_P: Tensor) -> list[int]:
 
 def _array(tensor: Tensor) -> NDArray[Any]:
     return np.ascontiguousarray(tensor.detach().cpu().numpy())
-
-
-def _engine_hidden(
-    engine: BackboneEngine, ids_T: NDArray[np.int64], inner: Operands
-) -> NDArray[np.float32]:
-    cache = engine.new_cache(1, cache_capacity(len(ids_T)))
-    last = np.array([len(ids_T) - 1])
-    hidden, _, _ = engine.forward(cache, engine.embed(ids_T[None]), np.array([0]), last, inner)
-    return np.array(hidden[0])
 
 
 def _cosines(a_Td: NDArray[Any], b_Td: NDArray[Any]) -> NDArray[np.float64]:

@@ -19,13 +19,10 @@ _FIGURES: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRow:
-    """One engine in one cell.
+    """One engine in one cell, with the most resident memory of its process.
 
-    Attributes:
-        figures: By the names in `_FIGURES`; an engine that cannot do something lacks it. The share
-            of the floor is that of each visit: its fastest read over its step. 1 is as fast as
-            memory allows.
-        memory_mb: Most resident memory of the engine's process.
+    Figures go by the names in `_FIGURES`; an engine that cannot do something lacks it. The share of
+    the floor is that of each visit: its fastest read over its step. 1 is as fast as memory allows.
     """
 
     worker: Worker

@@ -217,11 +217,7 @@ def prompt(batch: int, positions: int, vocab_size: int) -> Indices:
 
 
 def open_engine(key: EngineKey) -> EngineAdapter:
-    """Open what a key names.
-
-    Raises:
-        RecmasError: As loading a bundle, a backbone or a graph does.
-    """
+    """Open what a key names; raises as loading a bundle, a backbone or a graph does."""
     bundle = open_bundle(key.bundle)
     entry = bundle.manifest.backbones[key.backbone]
     # The first inner link on the backbone, as one group.

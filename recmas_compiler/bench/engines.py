@@ -163,7 +163,7 @@ class EngineOptions:
         genai: Folders that onnxruntime-genai's builder wrote; what is named is measured.
         used: Positions in the cache when a step begins.
         steps: Latent steps, and tokens, of one turn.
-        threads: Threads within an operator; None takes the physical cores.
+        threads: None takes the physical cores.
     """
 
     bundles: tuple[Path, ...]

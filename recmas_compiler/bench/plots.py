@@ -95,8 +95,7 @@ def _bars(
                 textcoords="offset points",
             )  # fmt: skip
     axes.set_xticks(
-        range(len(rounds)),
-        [f"{counted(count, 'round')}\n{papers[count]}" for count in rounds],
+        range(len(rounds)), [f"{counted(count, 'round')}\n{papers[count]}" for count in rounds]
     )
     axes.margins(y=0.12)
 

@@ -101,8 +101,7 @@ class TorchTables:
         if self._bound[0] is not operands:
             tensors = {
                 name: torch.from_numpy(array).to(
-                    device=self.device,
-                    dtype=torch.bool if array.dtype == np.bool_ else self.dtype,
+                    device=self.device, dtype=torch.bool if array.dtype == np.bool_ else self.dtype
                 )
                 for name, array in operands.items()
             }
@@ -279,20 +278,17 @@ class TorchEngine(TorchTables):
         links, first_R1d = self.bind(inner), self.tensor(next_embeds)
         cache.write_index.copy_(torch.from_numpy(write_index))
         if self.device.type == "cuda" and num_steps > 1:
-            hidden, embeds = self._captured(cache, links, num_steps)(first_R1d)
+            captured = cache.rollouts.get(num_steps)
+            if captured is None or captured.links is not links:
+                captured = _CapturedRollout(self._roll, cache, links, num_steps)
+                cache.rollouts[num_steps] = captured
+            hidden, embeds = captured(first_R1d)
         else:
             hidden, embeds = self._roll(first_R1d, cache, links, num_steps)
         return (
             np.concatenate([thought[None, :, 0], to_numpy(hidden[:, :, 0])]),
             np.concatenate([next_embeds[None, :, 0], to_numpy(embeds[:, :, 0])]),
         )
-
-    def _captured(self, cache: TorchCache, links: Inner, num_steps: int) -> _CapturedRollout:
-        captured = cache.rollouts.get(num_steps)
-        if captured is None or captured.links is not links:
-            captured = _CapturedRollout(self._roll, cache, links, num_steps)
-            cache.rollouts[num_steps] = captured
-        return captured
 
     def _roll(
         self, embeds_R1d: Tensor, cache: TorchCache, links: Inner, num_steps: int

@@ -38,14 +38,11 @@ class UseGroupedAttention(InPlacePass):
 
     1. Each layer whose mask is the causal one and whose heads have a width that the kernel takes,
        from its packed product to the input of the next product (`GroupedAttention`).
-    2. Angles become tables, computed once for every position.
+    2. Angles become tables of P rows, computed once for every position.
     3. Where a table would be too large, all layers stay as they are.
 
     A call of several samples and several positions must then begin at row 0 of each sample's cache:
     behind cached rows, the operator takes a longer call of one sample only.
-
-    Args:
-        max_positions: Rows of the tables, P.
     """
 
     def __init__(self, max_positions: int) -> None:

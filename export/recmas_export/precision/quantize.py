@@ -37,12 +37,9 @@ _ACCURACY_LEVEL: Final = 4
 
 @dataclass(frozen=True, kw_only=True)
 class _Blocks:
-    """A quantized weight.
+    """A quantized weight, with what it was made from: so its address stays its own.
 
-    Attributes:
-        wide: What it was made from, kept alive so that its address stays its own.
-        packed: uint8 [N, n, b], low bits first.
-        scales: float32 [N, n].
+    Elements are uint8 [N, n, b], low bits first, scales float32 [N, n].
     """
 
     wide: NDArray[Any]
@@ -58,12 +55,9 @@ class QuantizeWeights(InPlacePass):
     1. A product with a weight becomes a MatMulNBits.
     2. A lookup in a table of weights becomes a GatherBlockQuantized.
     3. Weights that share memory, in whatever graph, are quantized once and share it afterwards.
-    4. A precision without blocks changes nothing.
+    4. Without a block size, for weights that stay numbers of their own, nothing changes.
 
     Weights are float32 and still inside the graph.
-
-    Args:
-        block_size: Weights that share a scale; None for weights that stay numbers of their own.
     """
 
     def __init__(self, *, bits: int, block_size: int | None) -> None:

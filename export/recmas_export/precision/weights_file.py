@@ -59,9 +59,6 @@ class NarrowWeights(InPlacePass):
 
     Engines compute in float32. ONNX Runtime folds the casts when it opens a graph; the measured
     cost is load time (docs/benchmarks.md).
-
-    Args:
-        dtype: `float32` changes nothing.
     """
 
     def __init__(self, dtype: str) -> None:

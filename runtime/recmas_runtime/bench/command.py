@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -17,37 +18,25 @@ from recmas_runtime.core.progress import Progress
 from recmas_runtime.formats.bundle import write_json_atomic
 from recmas_runtime.formats.plan import Plan
 from recmas_runtime.prompts.sampler import check_sampling
-from recmas_runtime.running.records import Record, question_record, read_records
-from recmas_runtime.running.system import System, load
+from recmas_runtime.running.records import Record, question_record, read_records, usable
+from recmas_runtime.running.system import System, check_batch, load
 
-QUESTIONS: Final = (
-    "A baker sells 14 loaves in the morning and three times as many in the afternoon. "
-    "How many loaves is that in a day?",
-    "Mira reads 12 pages every evening. How many evenings does she need for a book of 180 pages?",
-    "A train has 9 wagons with 56 seats each, and 37 seats are empty. How many people sit in it?",
-    "Tom pays for four pens at 1.25 each with a note of 10. How much change does he get?",
-    "A tank holds 240 litres. It loses 8 litres an hour. How much is left after 7 hours?",
-    "In a class of 32, a quarter play chess and half of the others swim. How many pupils swim?",
-    "A rope of 45 metres is cut into pieces of 3 metres. How many cuts are needed?",
-    "Two hikers start 27 kilometres apart and walk towards each other, one at 4 and the other at 5 "
-    "kilometres an hour. After how many hours do they meet?",
+# What is asked if neither data nor questions are given, one a line.
+QUESTIONS: Final = tuple(
+    Path(__file__).with_name("questions.txt").read_text(encoding="ascii").splitlines()
 )
-
-
 JSON_NAME: Final = "bench.json"
 MARKDOWN_NAME: Final = "bench.md"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What the command line asks for.
+    """What the command line asks for; no baselines stand for `text`, no limit for all records.
 
     Attributes:
-        limit: Most records; None for all.
-        baselines: Names of what to compare with; none for `text`.
         untrained_bundle: A bundle of the same spec with untrained links.
         max_new_tokens: Instead of the bundle's.
-        threads: Threads within an operator; None takes the physical cores.
+        threads: None takes the physical cores.
         out: Folder of the report; None for none.
     """
 
@@ -165,16 +154,10 @@ def _gather_records(
 def _read_data(
     data: str, fields: Sequence[str], problems: list[Problem], *, limit: int | None
 ) -> tuple[Record, ...]:
-    records: list[Record] = []
     try:
         with Path(data).open("rb") as stream:
-            for found in read_records(stream, file=data, fields=fields):
-                if isinstance(found, Problem):
-                    problems.append(found)
-                else:
-                    records.append(found)
-                if len(records) == limit:
-                    break
+            found = usable(read_records(stream, file=data, fields=fields), problems)
+            return tuple(islice(found, limit))
     except OSError as error:
         raise fail(
             "RM502",
@@ -182,16 +165,10 @@ def _read_data(
             file=data,
             hint="Give --data a file of JSON lines.",
         ) from error
-    return tuple(records)
 
 
 def _settings(plan: Plan, options: BenchOptions, records: tuple[Record, ...]) -> BenchSettings:
-    if not 1 <= options.batch <= plan.limits.max_batch:
-        raise fail(
-            "RM506",
-            f"--batch {options.batch}, the bundle takes 1 to {plan.limits.max_batch}",
-            hint="Choose a smaller batch, or build with a larger build.max_batch.",
-        )
+    check_batch(options.batch, plan)
     sampling = plan.sampling
     if options.max_new_tokens is not None:
         sampling = structs.replace(sampling, max_new_tokens=options.max_new_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from statistics import median
 from typing import Any, Final
@@ -41,11 +41,7 @@ class Spread:
 
     def to_json(self) -> dict[str, float]:
         """Return the form that `--json` prints."""
-        return {
-            "median": round(self.median, 6),
-            "min": round(self.min, 6),
-            "max": round(self.max, 6),
-        }
+        return {name: round(value, 6) for name, value in asdict(self).items()}
 
     def to_text(self, form: str, *, unit: str = "") -> str:
         """Return the median, and the least and the most where they differ."""
@@ -78,10 +74,8 @@ class Cost:
 class Comparison:
     """A system beside the text system of the same graph and rounds, `against`.
 
-    Attributes:
-        speed_up: Its time over this one's, repeat by repeat.
-        token_reduction: Share of the generated tokens that are saved; below 0 for more of them.
-        step_reduction: The same with every latent step counted like a token.
+    Speed-up is its time over this one's, repeat by repeat. Tokens that are saved are a share of the
+    generated ones, below 0 for more of them; for steps, every latent step counts like a token.
     """
 
     against: str
@@ -281,11 +275,7 @@ class BenchReport:
 
 
 def run_bench(
-    cases: Sequence[Case],
-    settings: BenchSettings,
-    *,
-    threads: int | None,
-    progress: Progress,
+    cases: Sequence[Case], settings: BenchSettings, *, threads: int | None, progress: Progress
 ) -> BenchReport:
     """Measure systems; an interruption by the user ends it and keeps what is measured.
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from recmas_runtime.core.errors import CODES, Exit, Problem, RecmasError, fail
+from recmas_runtime.core.progress import LineProgress, Progress, Silent
 from recmas_runtime.core.terminal import lasting_interrupts
 from recmas_runtime.formats.precisions import DEVICES
 
@@ -144,7 +145,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     run = _command(commands, "run", "Answer questions with a bundle.", _run)
-    _add_bundle(run)
     run.add_argument("question", nargs="?", metavar="QUESTION", help="one question")
     files = run.add_argument_group("many questions")
     files.add_argument("--input", metavar="FILE", help="JSON lines to answer; - is stdin")
@@ -171,7 +171,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_machine(run)
 
     bench = _command(commands, "bench", "Measure a bundle beside its baselines.", _bench)
-    _add_bundle(bench)
     questions = bench.add_argument_group("questions; a few of recmas's own without these")
     questions.add_argument("--data", metavar="FILE", help="JSON lines")
     several: dict[str, Any] = {"action": "append", "default": []}
@@ -205,42 +204,42 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(
         commands, "verify", "Check hashes, the known-answer probe and the parity cases.", _verify
     )
-    _add_bundle(verify)
     _add_machine(verify)
 
     engines = _command(
         commands, "engines", "Build TensorRT engines for this machine into a bundle.", _engines
     )
-    _add_bundle(engines)
     engines.add_argument("--force", action="store_true", help="build even if they are there")
     engines.add_argument("--quiet", action="store_true", help="no progress")
 
-    inspect = _command(commands, "inspect", "Tell what is in a bundle.", _inspect)
-    _add_bundle(inspect)
-
-    _command(commands, "doctor", "Tell what this machine has.", _doctor)
+    _command(commands, "inspect", "Tell what is in a bundle.", _inspect)
+    _command(commands, "doctor", "Tell what this machine has.", _doctor, of_bundle=False)
     return parser
 
 
 Command = Callable[[argparse.Namespace, Outcome], None]
 
 
-def _command(commands: Any, name: str, about: str, run: Command) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, about: str, run: Command, *, of_bundle: bool = True
+) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=about, description=about)
     parser.set_defaults(command=run)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    if of_bundle:
+        parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
     return parser
-
-
-def _add_bundle(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=DEVICES)
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: physical cores")
     parser.add_argument("--quiet", action="store_true", help="no progress, no summary")
+
+
+def _progress(options: argparse.Namespace) -> Progress:
+    return Silent() if options.quiet else LineProgress()
 
 
 def _positive(text: str) -> int:
@@ -257,11 +256,9 @@ def _run(options: argparse.Namespace, outcome: Outcome) -> None:
 
 def _bench(options: argparse.Namespace, outcome: Outcome) -> None:
     from recmas_runtime.bench.command import BenchOptions, bench
-    from recmas_runtime.core.progress import LineProgress, Silent
 
     asked = BenchOptions(**{f.name: getattr(options, f.name) for f in fields(BenchOptions)})
-    progress = Silent() if options.quiet else LineProgress()
-    report = bench(asked, outcome.problems, progress=progress)
+    report = bench(asked, outcome.problems, progress=_progress(options))
     outcome.data |= report.to_json()
     outcome.text = report.to_markdown()
     outcome.interrupted = report.interrupted
@@ -270,13 +267,12 @@ def _bench(options: argparse.Namespace, outcome: Outcome) -> None:
 def _verify(options: argparse.Namespace, outcome: Outcome) -> None:
     from recmas_runtime.checking.verify import verify_bundle
     from recmas_runtime.cli.inspect import verify_text
-    from recmas_runtime.core.progress import LineProgress, Silent
 
     report = verify_bundle(
         options.bundle,
         device=options.device,
         threads=options.threads,
-        progress=Silent() if options.quiet else LineProgress(),
+        progress=_progress(options),
     )
     outcome.data |= report.to_json()
     outcome.text = verify_text(report)
@@ -285,13 +281,8 @@ def _verify(options: argparse.Namespace, outcome: Outcome) -> None:
 
 def _engines(options: argparse.Namespace, outcome: Outcome) -> None:
     from recmas_runtime.checking.build_tensorrt import build_engines
-    from recmas_runtime.core.progress import LineProgress, Silent
 
-    built = build_engines(
-        options.bundle,
-        progress=Silent() if options.quiet else LineProgress(),
-        reuse=not options.force,
-    )
+    built = build_engines(options.bundle, progress=_progress(options), reuse=not options.force)
     outcome.data |= built.to_json()
     outcome.text = built.text
 

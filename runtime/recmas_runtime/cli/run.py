@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from msgspec import structs
 
@@ -26,9 +26,11 @@ from recmas_runtime.running.records import (
     Record,
     question_record,
     read_records,
+    unreadable,
+    usable,
 )
 from recmas_runtime.running.run_trace import TraceWriter
-from recmas_runtime.running.system import System, load
+from recmas_runtime.running.system import System, check_batch, load
 from recmas_runtime.tools.toolbox import terminal_ask
 
 STANDARD_STREAM: Final = "-"
@@ -49,13 +51,8 @@ def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Proble
         options.bundle, device=options.device, threads=options.threads, ask=terminal_ask()
     ).baseline(options.baseline)
     sampling = structs.replace(system.plan.sampling, **overrides)
-    max_batch = system.plan.limits.max_batch
-    if options.batch is not None and not 1 <= options.batch <= max_batch:
-        raise fail(
-            "RM506",
-            f"--batch {options.batch}, the bundle takes 1 to {max_batch}",
-            hint="Choose a smaller batch, or build with a larger build.max_batch.",
-        )
+    if options.batch is not None:
+        check_batch(options.batch, system.plan)
     try:
         if options.question is not None and not (options.json or options.output or options.trace):
             _stream(system, options, sampling)
@@ -119,10 +116,7 @@ def _answer_all(
 
 
 def _deliver(
-    answer: Answer,
-    options: argparse.Namespace,
-    writer: AnswerWriter | None,
-    data: dict[str, Any],
+    answer: Answer, options: argparse.Namespace, writer: AnswerWriter | None, data: dict[str, Any]
 ) -> None:
     if writer is not None:
         writer.write(answer)
@@ -155,29 +149,12 @@ def _records(
     if options.question is not None:
         return iter([question_record(options.question, fields)])
     if options.input == STANDARD_STREAM:
-        return _usable(read_records(sys.stdin.buffer, file="<stdin>", fields=fields), problems)
-    stream = stack.enter_context(_open_input(options.input))
-    return _usable(read_records(stream, file=options.input, fields=fields), problems)
-
-
-def _open_input(name: str) -> BinaryIO:
+        return usable(read_records(sys.stdin.buffer, file="<stdin>", fields=fields), problems)
     try:
-        return Path(name).open("rb")
+        stream = stack.enter_context(Path(options.input).open("rb"))  # noqa: SIM115
     except OSError as error:
-        raise fail(
-            "RM502",
-            f"the input cannot be read: {error.strerror}",
-            file=name,
-            hint="Give --input a file of JSON lines, or - for standard input.",
-        ) from error
-
-
-def _usable(found: Iterator[Record | Problem], problems: list[Problem]) -> Iterator[Record]:
-    for item in found:
-        if isinstance(item, Problem):
-            problems.append(item)
-        else:
-            yield item
+        raise unreadable(options.input, error) from error
+    return usable(read_records(stream, file=options.input, fields=fields), problems)
 
 
 def _open_writer(options: argparse.Namespace) -> AnswerWriter | None:

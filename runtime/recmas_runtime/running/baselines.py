@@ -48,11 +48,9 @@ class Baseline:
 
 
 def apply_baseline(plan: Plan, name: str, manifest: Manifest) -> Baseline:
-    """Return the baseline of a latent plan.
+    """Return the baseline of a latent plan: `latent`, or one of `BASELINES`, `text@N`, `moa@N`.
 
-    Args:
-        name: `latent`, one of `BASELINES`, or `text@N` and `moa@N` with N tokens per text.
-        manifest: Of the bundle; says how long prompts may become.
+    N is tokens per text. The manifest says how long prompts may become.
 
     Raises:
         RecmasError: RM508 for a name that is none, or that this system has no use for.

@@ -34,8 +34,6 @@ class RowDecoder:
     Attributes:
         text: What is certain so far, results of tools included.
         num_tokens: Tokens that the model wrote, one that ended the text included.
-        num_result_tokens: Tokens of tool results.
-        results: Of the tool calls, in order.
         finish_reason: None while it goes on.
     """
 

@@ -59,11 +59,7 @@ def choose_provider(
 def _demand_cuda(probe: Path, threads: int | None) -> None:
     reason = why_no_cuda(_DRIVER, str(getattr(onnx_runtime(), "cuda_version", "") or ""))
     if reason:
-        raise fail(
-            "RM504",
-            reason,
-            hint="Install a newer NVIDIA driver, or use --device cpu.",
-        )
+        raise fail("RM504", reason, hint="Install a newer NVIDIA driver, or use --device cpu.")
     difference = measure_probe(probe, threads=threads, device="cuda")
     if not difference <= TOLERANCES["probe_absolute"]:
         raise fail(
@@ -104,12 +100,10 @@ def _judge_driver(library: Any, needed: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedEngines:
-    """What computes.
+    """What computes; problems say why engines of the bundle are not used, more may come in a run.
 
-    Attributes:
-        device: What the backbones run on: `cpu`, `cuda` or `tensorrt`.
-        provider: Where ONNX Runtime runs what it runs; with TensorRT only embeddings and links.
-        problems: Warnings: why engines of the bundle are not used. More may come during a run.
+    Backbones run on the device, `cpu`, `cuda` or `tensorrt`; what ONNX Runtime runs is on the
+    provider, with TensorRT only embeddings and links.
     """
 
     backbones: Mapping[str, Backbone[Any]]
@@ -161,11 +155,7 @@ def open_engines(bundle: Bundle, *, device: str, threads: int | None) -> OpenedE
 
 
 def choose_device(bundle: Bundle, device: str, problems: list[Problem]) -> str:
-    """Return what `open_engines` would run a bundle on, without opening anything.
-
-    Raises:
-        RecmasError: RM504 or RM511 if the device is not there.
-    """
+    """Return what `open_engines` would run a bundle on, opening nothing; raises as it does."""
     if _find_engines(bundle, device, problems) is not None:
         return TENSORRT
     return _find_provider(bundle, device, None, problems)

@@ -44,7 +44,7 @@ class RecordPrompts:
         }
 
     def get(self, agent: str, variant: Variant, texts: Mapping[str, str]) -> Prompt:
-        """Return an agent's prompt, texts by slot in the place of messages.
+        """Return an agent's prompt, texts by slot in place of messages.
 
         Raises:
             RecmasError: RM501 if the texts make it too long.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
@@ -19,12 +19,10 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One thing to answer.
+    """One thing to answer; prompts may refer to its fields, `id` and what else the input gave.
 
-    Attributes:
-        fields: What prompts may refer to; `id`, `question` and whatever else the input gave.
-        index: Place in the input, from 0. Sampling adds it to the seed, so that an answer does not
-            depend on which records share its batch.
+    Its index is the place in the input, from 0. Sampling adds it to the seed, so that an answer
+    does not depend on which records share its batch.
     """
 
     id: str
@@ -43,8 +41,8 @@ class Usage:
     Attributes:
         prompt_tokens: Text tokens that were prefilled, over all agents and rounds, and those of
             tool results.
-        handover_tokens: Tokens of text that agents wrote for each other; latent systems write none.
-        completion_tokens: Tokens of the answer, including one that ended it.
+        handover_tokens: Of text that agents wrote for each other; latent systems write none.
+        completion_tokens: Of the answer, including one that ended it.
     """
 
     prompt_tokens: int
@@ -57,10 +55,7 @@ class Usage:
 class Timing:
     """Wall time by phase, in milliseconds; for a batch, of the whole batch.
 
-    Attributes:
-        write: Of hand-over text.
-        decode: Of the answer's text.
-        tools: Inside tools, which neither `write` nor `decode` count.
+    Hand-over text is `write`, the answer's `decode`; neither counts the time inside tools.
     """
 
     prefill: float
@@ -74,13 +69,10 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """An answer and how it came about.
+    """An answer, its text including tool calls and their results.
 
-    Attributes:
-        answer: The text, including tool calls and their results.
-        finish_reason: `stop` for a stop token or string, `length` at `max_new_tokens` or where the
-            backbone's positions end.
-        rounds: Rounds that ran, the answering one included.
+    It finished with `stop` for a stop token or string, with `length` at `max_new_tokens` or where
+    the backbone's positions end. The answering round counts among the rounds.
     """
 
     id: str
@@ -115,7 +107,7 @@ def as_record(question: Question, index: int) -> Record:
 
 
 def question_record(question: str, fields: Sequence[str], *, index: int = 0) -> Record:
-    """Return the record of a single question; its index counts from 0, its id from 1.
+    """Return the record of a single question, its index from 0, its id from 1.
 
     Raises:
         RecmasError: RM500 if it is blank, not valid text, or the prompts need more than it.
@@ -126,11 +118,7 @@ def question_record(question: str, fields: Sequence[str], *, index: int = 0) -> 
 
 
 def check_record(record: Record, fields: Sequence[str]) -> None:
-    """Refuse a record that the prompts cannot use.
-
-    Raises:
-        RecmasError: RM500 if a field is missing, of a wrong kind, or the question is blank.
-    """
+    """Raise RM500 if a field that prompts use is missing, of a wrong kind, or a blank question."""
     for name in fields:
         if not field_text(name, record.fields).strip() and name == "question":
             raise fail(
@@ -175,6 +163,15 @@ def read_records(
             yield record
 
 
+def usable(found: Iterable[Record | Problem], problems: list[Problem]) -> Iterator[Record]:
+    """Yield the records; problems are kept instead."""
+    for item in found:
+        if isinstance(item, Problem):
+            problems.append(item)
+        else:
+            yield item
+
+
 def _numbered_lines(stream: BinaryIO, *, file: str) -> Iterator[tuple[int, bytes | None]]:
     """Yield lines with their numbers, from 1; None for one that is too long to be a record."""
     number = 0
@@ -194,12 +191,17 @@ def _read_line(stream: BinaryIO, *, file: str) -> bytes:
     try:
         return stream.readline(MAX_LINE_BYTES + 1)
     except OSError as error:
-        raise fail(
-            "RM502",
-            f"the input cannot be read: {error.strerror}",
-            file=file,
-            hint="Give --input a file of JSON lines, or - for standard input.",
-        ) from error
+        raise unreadable(file, error) from error
+
+
+def unreadable(file: str, error: OSError) -> RecmasError:
+    """Return what to raise for an input that cannot be opened or read."""
+    return fail(
+        "RM502",
+        f"the input cannot be read: {error.strerror}",
+        file=file,
+        hint="Give --input a file of JSON lines, or - for standard input.",
+    )
 
 
 def _parse_record(line: bytes, *, number: int) -> Record:

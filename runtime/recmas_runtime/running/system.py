@@ -76,11 +76,7 @@ class Batch:
         self._total_ms = 0.0
 
     def run(self) -> list[Answer]:
-        """Answer one text or record's fields, or a list of them as ragged batches, in input order.
-
-        Raises:
-            RecmasError: The first record that cannot be answered; `run_batch` keeps the others.
-        """
+        """Run everything and return the answers in record order."""
         for _ in self.pieces():
             pass
         return self.answers()
@@ -243,13 +239,11 @@ class System:
         return tuple(self._loaded.problems)
 
     def baseline(self, name: str) -> System:
-        """Return an alternative to this system on the same engines.
+        """Return an alternative to this system on the same engines; `latent` is the system itself.
 
         It has the same prompts, sampler and token accounting; only what agents hand over differs.
-
-        Args:
-            name: `latent` for the system itself, or one of `running.baselines.BASELINES`;
-                `text@N` and `moa@N` end hand-over texts after N tokens.
+        Names are those of `running.baselines.BASELINES`; `text@N` and `moa@N` end hand-over texts
+        after N tokens.
 
         Raises:
             RecmasError: RM508 for a name that is none, or that this system has no use for.
@@ -272,18 +266,9 @@ class System:
         self, questions: Sequence[Question], *, sampling: SamplingPlan | None = None
     ) -> list[Answer]: ...
     def run(
-        self,
-        questions: Question | Sequence[Question],
-        *,
-        sampling: SamplingPlan | None = None,
+        self, questions: Question | Sequence[Question], *, sampling: SamplingPlan | None = None
     ) -> Answer | list[Answer]:
-        """Answer one question, or a list of them as ragged batches.
-
-        Args:
-            questions: A text, a record's fields, or a list of either.
-
-        Returns:
-            An answer for a single question, a list in input order for a list.
+        """Answer one text or record's fields, or a list of them as ragged batches, in input order.
 
         Raises:
             RecmasError: The first record that cannot be answered; `run_batch` keeps the others.
@@ -320,7 +305,8 @@ class System:
         ready: list[_Ready] = []
         for index, record in enumerate(records):
             try:
-                ready.append(_Ready(index, record, self._prompts(record)))
+                prompts = RecordPrompts(self.plan, self._loaded.chats, record)
+                ready.append(_Ready(index, record, prompts))
             except RecmasError as error:
                 results[index] = error
         with (progress or Silent()).stage("answering", len(records)) as advance:
@@ -339,15 +325,12 @@ class System:
         """
         settings = self._settings(sampling)
         record = as_record(question, 0)
-        (part,) = self._parts([_Ready(0, record, self._prompts(record))])
+        prompts = RecordPrompts(self.plan, self._loaded.chats, record)
+        (part,) = self._parts([_Ready(0, record, prompts)])
         return AnswerStream(self._batch(part, settings, None), self._loaded.lock)
 
     def _parts(self, ready: Sequence[_Ready]) -> list[list[_Ready]]:
-        """Cut records into batches, all of about the same size.
-
-        Raises:
-            RecmasError: RM508 for a record that would need another one's messages and runs alone.
-        """
+        """Cut records into batches of about the same size; RM508 if one would run alone."""
         num_parts = -(-len(ready) // self.plan.limits.max_batch)
         bounds = [len(ready) * i // num_parts for i in range(num_parts + 1)] if ready else [0]
         parts = [list(ready[a:b]) for a, b in pairwise(bounds)]
@@ -395,9 +378,6 @@ class System:
         )
         return Batch(execution, [ready.record for ready in part], trace)
 
-    def _prompts(self, record: Record) -> RecordPrompts:
-        return RecordPrompts(self.plan, self._loaded.chats, record)
-
     def _settings(self, sampling: SamplingPlan | None) -> SamplingPlan:
         settings = self.plan.sampling if sampling is None else sampling
         check_sampling(settings)
@@ -412,6 +392,16 @@ class System:
         return settings
 
 
+def check_batch(batch: int, plan: Plan) -> None:
+    """Raise RM506 for a batch that is more than a bundle takes."""
+    if not 1 <= batch <= plan.limits.max_batch:
+        raise fail(
+            "RM506",
+            f"--batch {batch}, the bundle takes 1 to {plan.limits.max_batch}",
+            hint="Choose a smaller batch, or build with a larger build.max_batch.",
+        )
+
+
 @dataclass(frozen=True)
 class _Ready:
     """A record that can run, and its place in the input."""
@@ -422,11 +412,7 @@ class _Ready:
 
 
 def load_parts(bundle: Bundle, opened: OpenedEngines) -> LoadedBundle:
-    """Load what systems of a bundle share, around engines that are open.
-
-    Raises:
-        RecmasError: RM40x for files of the bundle that are not what they should be.
-    """
+    """Load what systems of a bundle share, around open engines; RM40x for files that are wrong."""
     manifest = bundle.manifest
     chats, decoder_settings = {}, {}
     for name, entry in manifest.backbones.items():
