@@ -71,7 +71,6 @@ LAYERS = (
     "recmas_compiler.bench",
     "recmas_compiler",
     "recmas_export.passes",
-    "recmas_export.precision",
     "recmas_export",
     "recmas_cli",
 )
