@@ -29,7 +29,7 @@ from msgspec import structs
 
 import recmas_runtime as rt
 from recmas_compiler import api
-from recmas_compiler.bench.open_torch import load_bundle_backbones, load_torch_system
+from recmas_compiler.bench.open_torch import load_bundle_backbones
 from recmas_compiler.links.modules import load_link
 from recmas_compiler.lowering.reference import TorchSystem
 from recmas_compiler.spec.spec import load_spec
@@ -38,9 +38,10 @@ from recmas_runtime.engines.onnx.session import physical_cores
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.running.run_trace import StepEvent
 
-# The numeric oracle is the tests' own.
+# The numeric oracle and the torch system are the tests' own.
 sys.path.extend(str(folder / "tests") for folder in Path(__file__).parents[1:3])
 from kit.naive import run_naive
+from kit.torch_system import load_torch_system
 
 # 61 tokens: about what a grade-school word problem has.
 QUESTION = (

@@ -72,7 +72,6 @@ LAYERS = (
     "recmas_compiler.bench",
     "recmas_compiler",
     "recmas_export.passes",
-    "recmas_export.precision",
     "recmas_export",
     "recmas_cli",
 )

@@ -26,7 +26,7 @@ from recmas_export.backbone_graph import (
     export_backbone,
 )
 from recmas_export.parity import OWN_TEXT, link_cases, make_case, measure_loss, passages_of, refuse
-from recmas_export.precision.rounding import rounded_layers
+from recmas_export.rounding import rounded_layers
 from recmas_export.written_graphs import write_link_graph, write_probe
 from recmas_runtime.checking.placement import refuse_stray_nodes
 from recmas_runtime.core.files import sha256_of

@@ -20,7 +20,7 @@ from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_export import pipeline
 from recmas_export.export_torch import trace_body, trace_embed, trace_head
 from recmas_export.pipeline import run_passes
-from recmas_export.precision.weights_file import externalize_weights
+from recmas_export.weights_file import externalize_weights
 from recmas_runtime.core.errors import fail
 from recmas_runtime.formats.precisions import TARGETS, DecoderForm
 

@@ -20,8 +20,8 @@ from recmas_export.passes.tidy import (
     StoreTransposed,
     Strip,
 )
-from recmas_export.precision.quantize import QuantizeWeights
-from recmas_export.precision.weights_file import NarrowWeights
+from recmas_export.quantize import QuantizeWeights
+from recmas_export.weights_file import NarrowWeights
 from recmas_export.written_graphs import AddLatentStep
 from recmas_runtime.formats.precisions import PRECISIONS
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -23,12 +23,9 @@ from recmas_compiler.lowering.reference import load_backbones
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import load_spec
 from recmas_runtime.core.progress import Silent
-from recmas_runtime.engines.interface import Backbone, Floats, Indices, Operands
-from recmas_runtime.engines.onnx.backbone import LinkEngine
-from recmas_runtime.formats.bundle import inside, open_bundle
+from recmas_runtime.engines.interface import Floats, Indices, Operands
+from recmas_runtime.formats.bundle import inside
 from recmas_runtime.formats.manifest import SPEC_NAME
-from recmas_runtime.running.open_engines import OpenedEngines
-from recmas_runtime.running.system import System, load_parts
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -124,40 +121,6 @@ KINDS: Final[dict[str, Callable[..., TorchTables]]] = {
     "huggingface": TransformersEngine,
     "naive": partial(TransformersEngine, recompute=True),
 }
-
-
-def load_torch_system(
-    path: str | Path,
-    *,
-    device: str = "cpu",
-    dtype: Dtype = "float32",
-    threads: int | None = None,
-    compiled: bool = True,
-) -> System:
-    """Open a bundle's system with torch engines in the place of its own.
-
-    Weights come from where the bundle's spec says they are. Tools are left out. Without `threads`,
-    torch takes its own number.
-
-    Raises:
-        RecmasError: As `recmas_runtime.load`, and RM2xx for backbones that are not there.
-    """
-    bundle = open_bundle(path)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    engines = {
-        name: TorchEngine(backbone, device=device, dtype=getattr(torch, dtype), compiled=compiled)
-        for name, backbone in load_bundle_backbones(bundle.root).items()
-    }
-    opened = OpenedEngines(
-        # Of an entry, the executor asks for dimensions only, and the compiler's facts have those.
-        backbones=cast("dict[str, Backbone[Any]]", engines),
-        link=LinkEngine(bundle.file(bundle.manifest.link_engine), threads=threads),
-        device=device,
-        provider="cpu",
-        problems=[],
-    )
-    return System(bundle.plan, load_parts(bundle, opened))
 
 
 def open_torch_engine(

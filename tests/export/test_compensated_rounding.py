@@ -18,8 +18,8 @@ from kit.engines import CASES
 from kit.models import load_tiny
 from recmas_compiler.backbones.torch_model import TorchBackbone, weights_digest
 from recmas_compiler.links.calibration import sample_answers
-from recmas_export.precision import rounding as compensated_rounding
-from recmas_export.precision.rounding import compensated, rounded_layers
+from recmas_export import rounding as compensated_rounding
+from recmas_export.rounding import compensated, rounded_layers
 from recmas_runtime.core.progress import Silent
 
 BLOCK_SIZE = 32

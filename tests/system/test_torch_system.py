@@ -11,11 +11,8 @@ import recmas_runtime as rt
 from kit.bundles import BuildTiny
 from kit.files import read_messages
 from kit.specs import SPECS
-from recmas_compiler.bench.open_torch import (
-    TransformersEngine,
-    load_bundle_backbones,
-    load_torch_system,
-)
+from kit.torch_system import load_torch_system
+from recmas_compiler.bench.open_torch import TransformersEngine, load_bundle_backbones
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.links import load_operands, stack_operands

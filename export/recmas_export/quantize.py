@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.tape import Tape
 
-from recmas_export.precision.weights_file import SMALLEST_WEIGHT, memory_of
+from recmas_export.weights_file import SMALLEST_WEIGHT, memory_of
 from recmas_runtime.engines.onnx.session import onnx_runtime
 
 _DOMAIN: Final = "com.microsoft"

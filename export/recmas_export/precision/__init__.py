@@ -1,1 +1,0 @@
-"""Smaller weights: quantizing, rounding, and what that loses."""
