@@ -1,31 +1,18 @@
-"""`recmasc build`: a bundle, with the trained links beside the spec; `recmasc run` builds first."""
+"""`recmasc build`: a bundle, with the trained links that lie beside the spec."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import click
 
-from recmas_cli.console import (
-    DUMP_IR,
-    FILE,
-    QUIET,
-    SET,
-    SPEC,
-    Outcome,
-    RichProgress,
-    command,
-    report,
-    shown_progress,
-)
-from recmas_compiler.api import Program, build_bundle, load_and_compile, with_trained_links
+from recmas_cli.console import DUMP_IR, FILE, QUIET, SET, SPEC, Outcome, command, shown_progress
+from recmas_compiler.api import Program, build_bundle, load_and_compile
 from recmas_compiler.links.trained import has_trained_links, untrained_links
 from recmas_compiler.spec.spec import Spec, load_spec
 from recmas_runtime.cli.inspect import loss_text
-from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.engines.tensorrt.engine_cache import find_platform
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.codec import to_json
@@ -146,41 +133,3 @@ def _untrained(spec: Spec) -> Spec:
     sections = [agent.inner for agent in spec.document.agents.values()]
     names_files = any(link.weights for link in [*sections, *spec.document.links.values()])
     return spec if has_trained_links(spec) and not names_files else untrained_links(spec)
-
-
-@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.argument("source", type=FILE)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def run(source: Path, arguments: tuple[str, ...]) -> None:
-    """Run a SPEC (built first into out/NAME if need be) or a bundle.
-
-    ARGUMENTS are those of `recmas run`; `recmas run --help` lists them.
-    """
-    sys.exit(_run(source, arguments))
-
-
-def _run(source: Path, arguments: Sequence[str]) -> int:
-    """Return the exit status of `recmas run`, or of a build that failed."""
-    from recmas_runtime.cli.main import main as runtime_main
-
-    bundle = source
-    if not source.is_dir() or not (source / MANIFEST_NAME).exists():
-        try:
-            bundle = _built(source)
-        except RecmasError as error:
-            report(error.problems, as_json="--json" in arguments)
-            return int(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            return Exit.INTERRUPTED
-    return runtime_main(["run", str(bundle), *arguments])
-
-
-def _built(source: Path) -> Path:
-    progress = RichProgress()
-    program = with_trained_links(load_and_compile(source, progress=progress))
-    for warning in program.spec.warnings:
-        click.echo(str(warning), err=True)
-    folder = Path("out") / program.graph.system.name
-    _, built = build_bundle(program, folder, progress=progress)
-    return built.path

@@ -1,0 +1,32 @@
+"""`recmasc check`: everything that is wrong with a spec."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from recmas_cli.console import SET, SPEC, Outcome, command
+from recmas_compiler.api import load_and_compile
+
+
+@click.command()
+@SPEC
+@SET
+@command
+def check(spec: Path, overrides: tuple[str, ...]) -> Outcome:
+    """Check a spec: syntax, names, slots, links, widths. Loads no weights."""
+    program = load_and_compile(spec, overrides)
+    system = program.graph.system
+    counts = {
+        "agents": len(system.agents),
+        "links": len(system.links),
+        "rounds": system.rounds,
+        "steps": len(program.graph),
+    }
+    listed = ", ".join(f"{value} {key}" for key, value in counts.items())
+    return Outcome(
+        text=f"{spec}: ok ({listed})",
+        data={"name": system.name, **counts},
+        problems=program.spec.warnings,
+    )
