@@ -19,9 +19,9 @@ demo: setup
 	$(BIN)/recmasc build specs/sequential.yaml --out out/sequential
 	$(BIN)/recmas run out/sequential "$(QUESTION)"
 
-# A process for each core, four at most: each may hold a real model. Files stay whole, for their fixtures.
+# A process for each core, four at most: each may hold a real model. Files stay whole, slow ones first.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-heavy: setup
 	$(BIN)/python -m pytest -q -m heavy
@@ -33,10 +33,10 @@ lint: setup
 
 bench: setup
 	$(BIN)/recmasc build specs/sequential.yaml --out out/bench --set latent_steps=32
-	$(BIN)/recmasc build tests/bench/one_agent.yaml --out out/one-agent
+	$(BIN)/recmasc build benchmarks/one_agent.yaml --out out/one-agent
 	$(BIN)/recmasc bench engines out/bench
-	$(BIN)/python tests/bench/latent_phase.py out/bench --beside naive,cached
-	$(BIN)/python tests/bench/memory.py out/one-agent out/bench
+	$(BIN)/python benchmarks/latent_phase.py out/bench --beside naive,cached
+	$(BIN)/python benchmarks/memory.py out/one-agent out/bench
 
 # The wheel in an empty environment, outside the repository, without torch.
 wheel-check: setup

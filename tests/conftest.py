@@ -1,20 +1,34 @@
-"""What every group of tests shares."""
+"""What every group of tests shares; what needs torch is imported on demand."""
 
 from __future__ import annotations
 
 import difflib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from kit.files import MadeOnce
+
+if TYPE_CHECKING:
+    from kit.bundles import BuildTiny
+
 GOLDEN = Path(__file__).parent / "golden"
+SLOWEST_FIRST = ("smollm2", "training", "system", "export", "released", "torch", "bench_command")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="Write golden files instead of comparing."
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run slow groups first, so that no process is left alone with one of them at the end."""
+    places = {name: place for place, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.parent.name, len(places)))
 
 
 @pytest.fixture
@@ -38,3 +52,52 @@ def golden(request: pytest.FixtureRequest) -> Callable[..., None]:
             pytest.fail("\n".join(diff) or "texts differ only in line ends", pytrace=False)
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Folders that all processes of this test run share."""
+    return MadeOnce(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def hand_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of two agents and two rounds that answers a digit with a letter; only to be read."""
+    from kit.hand_bundle import write_hand_bundle
+
+    return write_hand_bundle(tmp_path_factory.mktemp("by-hand") / "by-hand")
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny backbones `llama`, `qwen3` and `gemma3`; only to be read."""
+    from kit.models import write_tiny_backbone
+
+    root = tmp_path_factory.mktemp("families")
+    for number, family in enumerate(("llama", "qwen3", "gemma3")):
+        write_tiny_backbone(root / family, family, seed=number)
+    return root
+
+
+@pytest.fixture(scope="session")
+def build_tiny(
+    families: Path, made_once: MadeOnce, tmp_path_factory: pytest.TempPathFactory
+) -> BuildTiny:
+    """Build a YAML text whose backbones are in `families`, or in another folder; once per text."""
+    from kit.bundles import tiny_builder
+
+    return tiny_builder(families, made_once, lambda: tmp_path_factory.mktemp("bundles") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def project(
+    build_tiny: BuildTiny, families: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder with a spec of three agents and three rounds, its tiny backbone and its bundle."""
+    from kit.specs import SEQUENTIAL
+
+    root = tmp_path_factory.mktemp("project")
+    shutil.copytree(families / "llama", root / "llama")
+    (root / "spec.yaml").write_text(SEQUENTIAL)
+    build_tiny(SEQUENTIAL, base_dir=root, out=root / "bundle")
+    return root

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -20,7 +21,7 @@ SOURCES = sorted(
     for folder in ("recmas_compiler", "runtime/recmas_runtime", "export")
     for path in (ROOT / folder).rglob("*.py")
 )
-BENCH = ROOT / "tests/bench"
+BENCH = ROOT / "benchmarks"
 SCRIPTS = sorted(p.stem for p in BENCH.glob("*.py") if "def main(" in p.read_text(encoding="utf-8"))
 MAX_LINES = 600
 MAX_FILES = 14  # of a folder, its `__init__.py` included
@@ -74,10 +75,6 @@ LAYERS = (
     "recmas_export",
     "recmas_cli",
 )
-# Arrows up that the move has left to be turned.
-PENDING: set[tuple[str, str]] = {
-    ("recmas_compiler.api", "recmas_export.build"),
-}
 
 
 def module_name(path: Path) -> str:
@@ -107,6 +104,15 @@ def imports_of(path: Path) -> set[str]:
     return {name for name in found if name in MODULES} - {module_name(path)}
 
 
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md", "docs/glossary.md"])
+def test_pages_name_files_that_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8").split("## How to add")[0]
+    roots = ("recmas_compiler/", "runtime/", "export/", "tests/", "docs/")
+    named = re.findall(rf"`((?:{'|'.join(roots)})[\w./-]*)`", text)
+    missing = [name for name in named if "<" not in name and not (ROOT / name).exists()]
+    assert not missing
+
+
 def test_every_package_has_a_layer() -> None:
     with_files = {package_of(name) for name in MODULES if name not in PACKAGES}
     with_files |= {name for name in PACKAGES if imports_of(MODULES[name])}
@@ -123,7 +129,7 @@ def test_imports_point_one_way(path: Path) -> None:
         for found in imports_of(path)
         if package_of(found) != package_of(name) and rank[package_of(found)] > own
     }
-    assert upward <= PENDING
+    assert not upward
 
 
 def test_no_import_cycle() -> None:
@@ -156,19 +162,23 @@ def test_folders_are_small() -> None:
     assert not {k: n for k, n in held.items() if n > MAX_FILES and k not in MAY_HOLD_MORE}
 
 
-@pytest.mark.parametrize("command", ["check", "explain", "plan", "graph", "ir"])
-def test_looking_at_a_spec_loads_no_torch(command: str) -> None:
+def test_looking_at_a_spec_loads_no_torch() -> None:
     code = (
         "import sys, contextlib\n"
         "from recmas_cli.main import main\n"
-        f"with contextlib.suppress(SystemExit): main([{command!r}, 'specs/sequential.yaml'])\n"
-        "print([m for m in ('torch', 'transformers', 'onnx') if m in sys.modules], file=sys.stderr)"
+        "for command in ('check', 'explain', 'plan', 'graph', 'ir'):\n"
+        "    print('command', command, flush=True)\n"
+        "    with contextlib.suppress(SystemExit): main([command, 'specs/sequential.yaml'])\n"
+        "    loaded = [m for m in ('torch', 'transformers', 'onnx') if m in sys.modules]\n"
+        "    assert not loaded, (command, loaded)\n"
     )
     ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert ran.stdout
-    assert ran.stderr.splitlines()[-1] == "[]"
+    assert ran.returncode == 0, ran.stderr
+    _, *shown = ran.stdout.split("command ")
+    assert len(shown) == 5
+    assert all(len(part.splitlines()) > 1 for part in shown), "every command prints something"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

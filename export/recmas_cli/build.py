@@ -31,7 +31,7 @@ from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.codec import to_json
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.manifest import MANIFEST_NAME, SPEC_NAME, ParityEntry
-from recmas_runtime.formats.targets import TARGET_NAMES, TARGETS
+from recmas_runtime.formats.precisions import TARGET_NAMES, TARGETS
 
 
 @click.command()

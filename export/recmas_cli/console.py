@@ -17,7 +17,7 @@ import click
 
 from recmas_runtime.core.errors import Exit, Problem, RecmasError, fail
 from recmas_runtime.core.progress import Advance, Progress, Silent
-from recmas_runtime.formats.targets import DEVICES
+from recmas_runtime.formats.precisions import DEVICES
 
 # Where nobody watches a bar, a line now and then shows that it is alive.
 LINE_EVERY_S: Final = 30.0

@@ -37,9 +37,13 @@ from recmas_runtime.formats.ids import link_file_name
 from recmas_runtime.formats.links import load_operands, read_operands
 from recmas_runtime.formats.manifest import BackboneEntry, LinkEntry, LossEntry, ParityEntry
 from recmas_runtime.formats.plan import Plan, SendStep
-from recmas_runtime.formats.precisions import PRECISIONS, beyond_loss_limits, beyond_tolerance
+from recmas_runtime.formats.precisions import (
+    PRECISIONS,
+    TARGETS,
+    beyond_loss_limits,
+    beyond_tolerance,
+)
 from recmas_runtime.formats.safetensors_file import read_tensors, write_tensors
-from recmas_runtime.formats.targets import TARGETS
 from recmas_runtime.running.open_engines import choose_provider
 from recmas_runtime.running.parity import (
     measure_backbone_parity,

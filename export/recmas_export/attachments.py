@@ -78,7 +78,7 @@ def write_corpus(corpus: Path, folder: Path) -> None:
 
 
 def receipts_of(link_files: Iterable[Path]) -> tuple[Path, ...]:
-    """Return the training receipts that verify at least one of the files, in order."""
+    """Return the training receipts that hold the hash of at least one of the files, in order."""
     digests: dict[Path, set[str]] = {}
     for file in link_files:
         digests.setdefault(file.parent, set()).add(sha256_of(file))

@@ -22,7 +22,7 @@ from recmas_export.export_torch import trace_body, trace_embed, trace_head
 from recmas_export.pipeline import run_passes
 from recmas_export.weights_file import externalize_weights
 from recmas_runtime.core.errors import fail
-from recmas_runtime.formats.targets import TARGETS, DecoderForm
+from recmas_runtime.formats.precisions import TARGETS, DecoderForm
 
 DECODER, EMBED, HEAD = "decoder.onnx", "embed.onnx", "head.onnx"
 CPU_DECODER = "decoder.cpu.onnx"

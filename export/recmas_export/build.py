@@ -46,8 +46,7 @@ from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.manifest import MANIFEST_VERSION, Manifest
 from recmas_runtime.formats.plan import PLAN_VERSION
-from recmas_runtime.formats.precisions import PRECISIONS
-from recmas_runtime.formats.targets import TARGETS
+from recmas_runtime.formats.precisions import PRECISIONS, TARGETS
 
 if TYPE_CHECKING:
     from recmas_compiler.backbones.torch_model import TorchBackbone
@@ -65,6 +64,7 @@ TOOLS: Final = (
     "transformers",
 )
 
+# What a build depends on beside the code: templates, tables, texts.
 _SOURCE_SUFFIXES: Final = frozenset({".json", ".py", ".txt", ".yaml"})
 
 # What a Hugging Face folder may hold that a loaded model depends on.

@@ -17,8 +17,12 @@ from typing import Any, Final, Literal
 from recmas_compiler.spec.document.places import UNKNOWN, SourcePosition
 from recmas_compiler.spec.document.problems import problem_at, show
 from recmas_runtime.core.errors import RecmasError
-from recmas_runtime.formats.precisions import DTYPE_BYTES, PRECISIONS
-from recmas_runtime.formats.targets import HEAD_MULTIPLE, MOST_TABLE_POSITIONS
+from recmas_runtime.formats.precisions import (
+    DTYPE_BYTES,
+    HEAD_MULTIPLE,
+    MOST_TABLE_POSITIONS,
+    PRECISIONS,
+)
 
 AttentionKind = Literal["full", "sliding", "linear"]
 

@@ -19,6 +19,7 @@ from recmas_compiler.spec.document.places import (
 )
 from recmas_compiler.spec.document.problems import did_you_mean, problem_at
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.text import first_line
 
 _HUB_NAME = re.compile(r"hf:([A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+)@([A-Za-z0-9_./-]+)\Z")
 _LOOKS_LIKE_HUB = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+\Z")
@@ -260,11 +261,9 @@ def hub_snapshot(
         hint = f"Download it: hf download {repository} --revision {revision}"
         raise _missing(position, message, hint) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        message = f"{repository} at {revision} cannot be fetched: {reason}"
-        raise _missing(
-            position, message, "Check the network and the disk, and try again."
-        ) from error
+        message = f"{repository} at {revision} cannot be fetched: {first_line(error)}"
+        hint = "Check the network and the disk, and try again."
+        raise _missing(position, message, hint) from error
 
 
 def _missing(position: SourcePosition, message: str, hint: str) -> RecmasError:

@@ -29,6 +29,7 @@ from recmas_compiler.backbones.sources import (
 )
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.core.progress import Progress
+from recmas_runtime.core.text import first_line
 
 # The self-check compares two ways of computing the same numbers in float32; a head or an embedding
 # that does something unknown (a logit scale, say) is off by far more than rounding.
@@ -281,25 +282,22 @@ def _named_errors(source: str) -> Iterator[None]:
     except ImportError as error:
         raise fail(
             "RM201",
-            f"loading backbone {source!r} needs a package that is not installed: {_line(error)}",
+            f"loading backbone {source!r} needs a package that is not installed: "
+            f"{first_line(error)}",
             hint='Install the compiler\'s packages: pip install "recmas[compile]".',
         ) from error
     except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise fail(
             "RM202",
-            f"backbone {source!r} cannot be loaded: {_line(error)}",
+            f"backbone {source!r} cannot be loaded: {first_line(error)}",
             hint="Choose a causal language model that this version of transformers knows.",
         ) from error
     except OSError as error:
         raise fail(
             "RM200",
-            f"files of backbone {source!r} are missing or unreadable: {_line(error)}",
+            f"files of backbone {source!r} are missing or unreadable: {first_line(error)}",
             hint="Check the folder or download the model again.",
         ) from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

@@ -89,7 +89,7 @@ class _BackboneAdapter(EngineAdapter):
 
     def prepare(self, batch: int, capacity: int, used: int) -> None:
         if self._cache is not None:
-            self._engine.give_back(self._cache)
+            self._engine.release(self._cache)
         self._cache = self._engine.new_cache(batch, capacity)
         self._embeds = self._engine.embed(prompt(batch, used, self._engine.entry.vocab_size))
         self._used = np.full(batch, used, np.int64)

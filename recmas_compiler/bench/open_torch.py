@@ -63,7 +63,7 @@ class TransformersEngine(TorchTables):
         """Return an empty cache; it grows, whatever the capacity."""
         return GrowingCache()
 
-    def give_back(self, cache: GrowingCache) -> None:
+    def release(self, cache: GrowingCache) -> None:
         """Do nothing: a cache is not used again."""
 
     @torch.no_grad()

@@ -229,7 +229,7 @@ class TorchEngine(TorchTables):
         index = torch.zeros(rows, dtype=torch.long, device=self.device)
         return TorchCache(rows=rows, capacity=capacity, keys=keys, values=values, write_index=index)
 
-    def give_back(self, cache: TorchCache) -> None:
+    def release(self, cache: TorchCache) -> None:
         """Keep a cache that its user needs no more for the next one."""
         self._idle.append(cache)
 

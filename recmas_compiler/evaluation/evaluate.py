@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +14,7 @@ from recmas_compiler.evaluation.checks import make_check
 from recmas_compiler.evaluation.data.data_file import DataSet, load_data
 from recmas_compiler.evaluation.data.protocol import Protocol, load_protocol
 from recmas_compiler.evaluation.report import Report, make_report, write_report
-from recmas_compiler.evaluation.runner import check_gold, run_systems
+from recmas_compiler.evaluation.runner import run_systems
 from recmas_runtime.core.errors import Problem, fail
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.formats.bundle import Bundle, open_bundle
@@ -30,11 +29,7 @@ NAME: Final = "evaluation.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Everything that must be equal for answers to belong together.
-
-    Attributes:
-        untrained_bundle: The fingerprint of the bundle with untrained links; None without one.
-    """
+    """Everything that must be equal for answers to belong together: digests and fingerprints."""
 
     protocol: str
     data: str
@@ -56,13 +51,9 @@ _WORDS: Final = {
 
 def prompt_digest(plan: Plan) -> str:
     """Return the sha256 of every prompt and system text of a plan, by agent."""
+    parts = ("system", "first", "then", "chat_template")
     prompts = {
-        name: {
-            "system": to_json(agent.system),
-            "first": to_json(agent.first),
-            "then": to_json(agent.then),
-            "chat_template": to_json(agent.chat_template),
-        }
+        name: {part: to_json(getattr(agent, part)) for part in parts}
         for name, agent in plan.agents.items()
     }
     return hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()
@@ -161,11 +152,7 @@ class EvalOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """What an evaluation gave.
-
-    Attributes:
-        warnings: What a reader of the figures should know.
-    """
+    """What an evaluation gave, and what a reader of its figures should know."""
 
     report: Report
     written: tuple[Path, ...]
@@ -183,7 +170,9 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
     bundle = open_bundle(options.bundle, verify_hashes=False)
     asked = (UNTRAINED if name == OLD_UNTRAINED else name for name in options.baselines)
     names = tuple(dict.fromkeys(asked)) or (LATENT,)
-    _check_names(names, bundle)
+    for name in names:
+        if name != UNTRAINED:
+            apply_baseline(bundle.plan, name, bundle.manifest)
     untrained = _untrained_bundle(options, names, bundle)
     batch_size = _batch_size(options, bundle)
     warnings: list[Problem] = []
@@ -200,7 +189,8 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
         batch_size=batch_size,
     )
     with make_check(protocol.check) as check:
-        check_gold(check, data.questions)
+        for question in data.questions:
+            check("", question)  # what it cannot use is refused before anything is asked
         resumed = claim_folder(folder, identity, resume=options.resume)
         evaluation = run_systems(
             _systems(names, options),
@@ -221,7 +211,6 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
         prompt_digest=identity.prompts,
         device=device,
         threads=options.threads,
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     return Evaluated(
         report=report,
@@ -240,27 +229,16 @@ def option_overrides(limit: int | None, seeds: str | None) -> tuple[str, ...]:
 
 def _systems(names: Sequence[str], options: EvalOptions) -> Mapping[str, Callable[[], System]]:
     """Return how to make each system; all but the untrained one share one set of engines."""
-    loaded: list[System] = []
+    opened = partial(load, device=options.device, threads=options.threads)
+    base = cache(partial(opened, options.bundle))
 
-    def base() -> System:
-        if not loaded:
-            loaded.append(load(options.bundle, device=options.device, threads=options.threads))
-        return loaded[0]
-
-    def untrained() -> System:
-        assert options.untrained_bundle is not None
-        return load(options.untrained_bundle, device=options.device, threads=options.threads)
-
-    def baseline(name: str) -> System:
-        return base().baseline(name)
-
-    return {name: untrained if name == UNTRAINED else partial(baseline, name) for name in names}
-
-
-def _check_names(names: Sequence[str], bundle: Bundle) -> None:
-    for name in names:
+    def make(name: str) -> System:
         if name != UNTRAINED:
-            apply_baseline(bundle.plan, name, bundle.manifest)
+            return base().baseline(name)
+        assert options.untrained_bundle is not None
+        return opened(options.untrained_bundle)
+
+    return {name: partial(make, name) for name in names}
 
 
 def _untrained_bundle(options: EvalOptions, names: Sequence[str], bundle: Bundle) -> Bundle | None:

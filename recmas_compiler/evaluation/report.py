@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
@@ -71,15 +72,8 @@ def make_report(
     prompt_digest: str,
     device: str,
     threads: int | None,
-    date: str,
 ) -> Report:
-    """Return the report of an evaluation.
-
-    Args:
-        prompt_digest: sha256 of its prompts.
-        threads: As given; None for the physical cores.
-        date: ISO 8601.
-    """
+    """Return the report of an evaluation that ran on a device with so many threads."""
     answered = [system for system in evaluation.systems if system.scored]
     summaries = tuple(summarize(system) for system in answered)
     versions = package_versions(("recmas", "onnxruntime", "onnxruntime-gpu", "math-verify"))
@@ -101,7 +95,7 @@ def make_report(
             "latent_steps": {n: agent.latent_steps for n, agent in bundle.plan.agents.items()},
         },
         made={
-            "date": date,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": device,
             "threads": threads,
             "machine": platform.machine(),
@@ -218,9 +212,6 @@ def _figure(value: float | None, form: str, *, scale: float = 1.0) -> str:
 def write_report(report: Report, folder: Path) -> list[Path]:
     """Write `report.json`, `report.md` and, where matplotlib is installed, `report.png`.
 
-    Returns:
-        What was written.
-
     Raises:
         RecmasError: RM503 if the folder cannot be written.
     """
@@ -279,7 +270,7 @@ def _accuracy_against_time(systems: list[SystemSummary], axes: Any) -> None:
             capsize=3,
             label=system.name,
         )
-    # Systems that hand over text can be many times slower.
+    # Systems that pass text can be many times slower.
     if max(seconds) > 8 * min(seconds):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

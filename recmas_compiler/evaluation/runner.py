@@ -11,7 +11,7 @@ from typing import Any, Final, Self
 
 from msgspec import structs
 
-from recmas_compiler.evaluation.checks.verdict import Check
+from recmas_compiler.evaluation.checks.verdict import NO_ANSWER, Check
 from recmas_compiler.evaluation.data.data_file import Question
 from recmas_compiler.evaluation.data.protocol import MAX_ROLLOUTS, Protocol
 from recmas_runtime.core.errors import RecmasError, fail
@@ -27,11 +27,7 @@ _STREAMS_PER_RUN: Final = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One batch of one seed and rollout.
-
-    Attributes:
-        number: Place in the order of all jobs, from 0.
-    """
+    """One batch of one seed and rollout; numbers count all jobs of a system, from 0."""
 
     number: int
     seed: int
@@ -96,16 +92,13 @@ class ScoredAnswer:
 class AnswerLog:
     """The file of all answers of a system: whole jobs only, an unfinished one is cut off.
 
-    Attributes:
-        scored: All answers so far, those read at the start included.
-
     Raises:
         RecmasError: RM503 if it cannot be written, RM603 if what is there is of other jobs.
     """
 
     def __init__(self, path: Path, jobs: Sequence[Job], *, resume: bool) -> None:
         self._path = path
-        self.scored: list[ScoredAnswer] = []
+        self.scored: list[ScoredAnswer] = []  # those read at the start included
         self.num_jobs = 0
         try:
             self._file = JsonLines(path)
@@ -198,24 +191,10 @@ class SystemAnswers:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The outcome of a run.
-
-    Attributes:
-        systems: In the order they were asked for; those not reached are left out.
-    """
+    """The outcome of a run; systems that an interruption kept from running are left out."""
 
     systems: tuple[SystemAnswers, ...]
     interrupted: bool
-
-
-def check_gold(check: Check, questions: Sequence[Question]) -> None:
-    """Refuse questions that the check cannot use, before anything is asked.
-
-    Raises:
-        RecmasError: RM601.
-    """
-    for question in questions:
-        check("", question)
 
 
 def run_systems(
@@ -287,19 +266,11 @@ def _run_job(system: System, job: Job, protocol: Protocol, check: Check) -> list
 def _score(
     result: Answer | RecmasError, question: Question, job: Job, check: Check, batch_size: int
 ) -> ScoredAnswer:
+    verdict, answer, failure = NO_ANSWER, None, None
     if isinstance(result, RecmasError):
-        return ScoredAnswer(
-            id=question.record.id,
-            seed=job.seed,
-            rollout=job.rollout,
-            correct=False,
-            extracted=None,
-            score=0.0,
-            batch_size=0,
-            answer=None,
-            failure=result.problems[0].message,
-        )
-    verdict = check(result.answer, question)
+        batch_size, failure = 0, result.problems[0].message
+    else:
+        verdict, answer = check(result.answer, question), result.to_json()
     return ScoredAnswer(
         id=question.record.id,
         seed=job.seed,
@@ -308,6 +279,6 @@ def _score(
         extracted=verdict.extracted,
         score=verdict.score,
         batch_size=batch_size,
-        answer=result.to_json(),
-        failure=None,
+        answer=answer,
+        failure=failure,
     )

@@ -45,9 +45,6 @@ def wilson(num_right: float, num: int, *, confidence: float = CONFIDENCE) -> Int
 def pass_at(k: int, *, num_answers: int, num_right: int) -> float:
     """Return the chance that at least one of `k` answers to a question is right, without bias.
 
-    Args:
-        k: At most `num_answers`.
-
     Source: Chen et al. 2021, arXiv 2107.03374, equation 1.
     """
     assert 1 <= k <= num_answers
@@ -79,7 +76,6 @@ class SystemSummary:
     """The figures of one system.
 
     Attributes:
-        name: `latent` or the baseline's name.
         num_questions: Questions answered at least once.
         accuracy: Share of right answers, each question weighing the same.
         interval: Wilson's 95 % interval of the accuracy, over questions.
@@ -121,7 +117,6 @@ class Comparison:
     McNemar's test.
 
     Attributes:
-        against: The first system's name.
         num_only_system: Questions that only it has right (more often).
         num_only_against: Questions that only the first has right (more often).
         p: Exact, two-sided: the chance of such a split between equally good systems.
@@ -235,17 +230,19 @@ def savings(systems: Sequence[SystemSummary]) -> tuple[Saving, ...]:
 
 def right_by_question(scored: Iterable[ScoredAnswer]) -> dict[str, float]:
     """Return the share of right answers to every question, in the order of the questions."""
+    return {question: mean(verdicts) for question, verdicts in _by_question(scored).items()}
+
+
+def _by_question(scored: Iterable[ScoredAnswer]) -> Mapping[str, list[bool]]:
     answers: defaultdict[str, list[bool]] = defaultdict(list)
     for one in scored:
         answers[one.id].append(one.correct)
-    return {question: mean(verdicts) for question, verdicts in answers.items()}
+    return answers
 
 
 def _pass_at(scored: Sequence[ScoredAnswer]) -> dict[str, float]:
     """Return pass@k for powers of two and for all answers; questions asked less often are out."""
-    answers: defaultdict[str, list[bool]] = defaultdict(list)
-    for one in scored:
-        answers[one.id].append(one.correct)
+    answers = _by_question(scored)
     num = max(map(len, answers.values()), default=0)
     if num < 2:
         return {}

@@ -33,7 +33,7 @@ from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.formats.ids import link_name
 from recmas_runtime.formats.link_kinds import LinkRole
 from recmas_runtime.formats.plan import PythonPlan, SamplingPlan, SearchPlan, StopPlan, ToolsPlan
-from recmas_runtime.formats.targets import TARGETS
+from recmas_runtime.formats.precisions import TARGETS
 
 
 def build_topology(

@@ -80,7 +80,7 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
     used: list[str] = []
     untrained: list[str] = []
     warnings: list[Problem] = []
-    settled: set[Problem] = set()
+    outdated: set[Problem] = set()
 
     def use_trained(
         link_id: str, role: LinkRole, loc: Loc, section: WeightsSection
@@ -101,14 +101,14 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
             used.append(link_id)
         elif entry.get("start") != "file":  # the spec's own files were trained elsewhere
             untrained.append(link_id)
-        settled.update(_warnings_about_start(spec, loc))
+        outdated.update(_warnings_about_start(spec, loc))
         return {"init": None, "weights": f"{_setting(spec)}/{file.name}"}
 
     changed = _with_links(spec, use_trained)
     return TrainedLinks(
         spec=replace(
             changed,
-            warnings=(*(w for w in spec.warnings if w not in settled), *warnings),
+            warnings=(*(w for w in spec.warnings if w not in outdated), *warnings),
         ),
         folder=folder,
         used=tuple(used),
@@ -170,7 +170,7 @@ def _why_unfit(
     try:
         header = read_link_header(file)
         if sha256_of(file) != digest:
-            return "it is not the file that its receipt vouches for"
+            return "its hash is not the one in its receipt"
         fitting_kind(header, role, kind=section.kind, source=source, target=target)
     except LinkFileError as error:
         return str(error)

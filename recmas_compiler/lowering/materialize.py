@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
+from recmas_compiler.ir.ops import System
 from recmas_compiler.links.aligned import Alignment, align_inner, align_outer
 from recmas_compiler.links.calibration import Calibration, calibrate
 from recmas_compiler.links.files import LinkWeights
@@ -77,38 +78,35 @@ def materialize_links(
             calibrations[source] = calibrate(backbones[source], progress=progress)
         return align_inner(module, calibrations[source], link_id=link_id)
 
-    def make(
-        link_id: str,
-        weights: LinkWeights,
-        role: LinkRole,
-        ends: tuple[str, str],
-        where: SourcePosition,
-    ) -> MaterializedLink:
-        source, target = (system.backbone_of(agent).name for agent in ends)
-        reads, writes = backbones[source].facts.identity, backbones[target].facts.identity
+    made: dict[str, MaterializedLink] = {}
+    for link_id, weights, role, ends, where in declared_links(system):
+        source, target = (backbones[system.backbone_of(a).name].facts.identity for a in ends)
         alignment = None
         if weights.file is not None:
-            module = load_declared_link(weights, role, source=reads, target=writes, where=where)
+            module = load_declared_link(weights, role, source=source, target=target, where=where)
         else:
             module = make_link(weights.kind, role, weights.in_dim, weights.out_dim)
             if weights.init == "random":
                 randomize(module, link_id=link_id)
             else:
                 alignment = align(link_id, module, ends, role)
-        return MaterializedLink(
+        made[link_id] = MaterializedLink(
             module=module,
             weights=weights,
             role=role,
-            source=reads,
-            target=writes,
+            source=source,
+            target=target,
             init=weights.init if weights.file is None else "file",
             alignment=alignment,
         )
-
-    made: dict[str, MaterializedLink] = {}
-    for name, agent in system.agents.items():
-        link_id = inner_link_id(name)
-        made[link_id] = make(link_id, agent.inner, "inner", (name, name), agent.where)
-    for link_id, link in system.links.items():
-        made[link_id] = make(link_id, link.weights, "outer", (link.source, link.target), link.where)
     return made
+
+
+def declared_links(
+    system: System,
+) -> Iterator[tuple[str, LinkWeights, LinkRole, tuple[str, str], SourcePosition]]:
+    """Yield every link's id, weights, role, the agents at its ends, and its place in the spec."""
+    for name, agent in system.agents.items():
+        yield inner_link_id(name), agent.inner, "inner", (name, name), agent.where
+    for link_id, link in system.links.items():
+        yield link_id, link.weights, "outer", (link.source, link.target), link.where

@@ -35,13 +35,7 @@ from recmas_runtime.formats.plan import (
     WriteStep,
     compared_links,
 )
-from recmas_runtime.prompts.render import (
-    Chat,
-    Prompt,
-    Tokens,
-    build_prompt,
-    common_prefix,
-)
+from recmas_runtime.prompts.render import Chat, Prompt, Tokens, build_prompt, common_prefix
 from recmas_runtime.prompts.sampler import Sampler, StopMatcher
 
 Record = Mapping[str, object]
@@ -50,14 +44,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, kw_only=True)
 class RecordResult:
-    """One record's way through a system.
-
-    Attributes:
-        messages: By `SOURCE->TARGET@ROUND`, each [M, e] with e the target's width.
-        thoughts: By `AGENT@ROUND`, each [M, d].
-        token_ids: The answer without the token that ended it.
-        text: The answer without special tokens.
-    """
+    """One record's way through a system, its values as in `ReferenceResult` but without B."""
 
     messages: dict[str, Tensor]
     thoughts: dict[str, Tensor]
@@ -72,11 +59,12 @@ class ReferenceResult:
     """All records of a run, in order.
 
     Attributes:
-        messages: By `SOURCE->TARGET@ROUND`, rounds from 1, each [B, M, e]. Empty messages (of
-            agents without latent steps) do not appear, nor those of rounds that not every record
-            ran.
+        messages: By `SOURCE->TARGET@ROUND`, rounds from 1, each [B, M, e] with e the target's
+            width. Empty messages (of agents without latent steps) do not appear, nor those of
+            rounds that not every record ran.
         thoughts: By `AGENT@ROUND`, each [B, M, d], likewise.
         token_ids: Per record, the answer without the token that ended it.
+        texts: Without special tokens.
         rounds: Per record, how many rounds ran: less than the declared ones after an early end.
     """
 
@@ -90,14 +78,10 @@ class ReferenceResult:
 
 @dataclass(kw_only=True)
 class _Sequence:
-    """An agent's cache while a record runs.
-
-    Attributes:
-        prefix: Token ids of its last prompt up to the first slot: what a later prompt may reuse.
-    """
+    """An agent's cache while a record runs, and the hidden state at the last position in it."""
 
     cache: DynamicCache
-    prefix: tuple[int, ...]
+    prefix: tuple[int, ...]  # of its last prompt up to the first slot: what a later one may reuse
     hidden_11D: Tensor
 
 
@@ -125,15 +109,16 @@ class LatentState:
         return self.messages_ME[link, round_]
 
 
-class TorchSystem(nn.Module):
+class ProgramModule(nn.Module):
     """A program as a module: links are trainable parameters, backbones are frozen.
 
-    It follows the program's plan, as the runtime does; steps that the answer does not need are left
-    out.
+    It follows the program's plan, as the runtime does, without the steps that the answer does not
+    need.
 
     Args:
         program: Of level UNROLLED or PLANNED, with or without any pass.
         backbones: By the name of the shared backbone.
+        links: By link id.
     """
 
     def __init__(
@@ -150,12 +135,6 @@ class TorchSystem(nn.Module):
         self.backbones = dict(backbones)
         self.frozen = nn.ModuleDict({name: b.model for name, b in backbones.items()})
         self.links = nn.ModuleDict({module_name(name): link for name, link in links.items()})
-        self._chats = {
-            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
-            for name, b in backbones.items()
-        }
-        self._agents = {name: agent_plan(self.system, name) for name in self.system.agents}
-        self._compared = compared_links(self.plan)
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:
@@ -167,6 +146,25 @@ class TorchSystem(nn.Module):
     def link(self, link_id: str) -> nn.Module:
         """Return a link by its id, such as `planner->solver` or `planner.inner`."""
         return self.links[module_name(link_id)]
+
+
+class TorchSystem(ProgramModule):
+    """Runs a program step by step, one record after the other."""
+
+    def __init__(
+        self,
+        program: Graph,
+        *,
+        backbones: Mapping[str, TorchBackbone],
+        links: Mapping[str, nn.Module],
+    ) -> None:
+        super().__init__(program, backbones=backbones, links=links)
+        self._chats = {
+            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
+            for name, b in backbones.items()
+        }
+        self._agents = {name: agent_plan(self.system, name) for name in self.system.agents}
+        self._compared = compared_links(self.plan)
 
     def prompt(self, agent: str, variant: Variant, record: Record) -> Prompt:
         """Return an agent's prompt for a record as tokens and slots."""
@@ -338,10 +336,8 @@ def to_torch(
     """Lower a program to a torch module.
 
     Args:
-        program: Of level UNROLLED or PLANNED.
         backbones: By the name of the shared backbone; loaded if not given.
         links: By link id; read or made as the program says if not given.
-        progress: Sees loading and making.
 
     Raises:
         RecmasError: As `load_backbone` and `materialize_links` do.

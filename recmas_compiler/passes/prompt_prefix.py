@@ -77,8 +77,8 @@ class SharePromptPrefix(Pass):
         for step, op in graph.in_order():
             if not isinstance(op, Prefill):
                 continue
-            is_settled = op.reuse is not None or op.prefix_of is not None  # 1
-            source = None if is_settled else _most_alike(graph.system, op, latest)
+            has_source = op.reuse is not None or op.prefix_of is not None  # 1
+            source = None if has_source else _longest_shared(graph.system, op, latest)
             if source is not None:
                 nodes[step] = replace(op, prefix_of=source)
                 edges.append(Edge(source, step, Flow(carries="cache")))
@@ -88,7 +88,7 @@ class SharePromptPrefix(Pass):
         return graph.replaced(nodes=nodes, edges=tuple(edges))
 
 
-def _most_alike(
+def _longest_shared(
     system: System, op: Prefill, latest: Mapping[tuple[str, ...], tuple[str, Prefill]]
 ) -> str | None:
     if not has_rows(system, op):  # 3

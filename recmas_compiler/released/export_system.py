@@ -59,11 +59,8 @@ def export_system(
     Args:
         spec: Its agents are called as the style's roles, its links have weights of kind
             `ln_residual`.
-        style: Names the repositories and links.
-        task: What the links were trained for.
         out: Folder that the repositories become sub-folders of.
         with_models: Copy the models' files too, as released repositories hold them.
-        force: Replace files that are there.
 
     Returns:
         The folders of the repositories, agents first.

@@ -1,11 +1,14 @@
-"""From released repositories to a spec and link files."""
+"""From released repositories to a spec and link files.
+
+The spec is a commented template of the system's paradigm, filled in.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import Final, get_args
@@ -25,9 +28,6 @@ from recmas_runtime.core.files import check_free, placed_together
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.link_kinds import RELEASED_KIND
 from recmas_runtime.formats.precisions import Dtype
-
-# A spec may name a model whose layers this version cannot run; another one may.
-_LAYERS: Final = "RM203"
 
 # What the released systems run with.
 ROUNDS: Final = 3
@@ -58,13 +58,15 @@ _LIMITS: Final = """\
 build:
   max_prompt_tokens: {prompt} # messages included; longer questions are refused, never cut"""
 
+# A spec may name a model whose layers this version cannot run; another one may.
+_LAYERS: Final = "RM203"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
     """What an import wrote.
 
     Attributes:
-        spec: The spec.
         links: Link files, inner ones first.
         warnings: What `check` and `build` will refuse in it, and why.
     """
@@ -86,13 +88,6 @@ def import_system(
 ) -> Imported:
     """Write a spec at `out` and its links beside it; all of it or nothing.
 
-    Args:
-        style: The system's style.
-        repositories: Where its parts are.
-        task: Whose links to take.
-        out: The spec's path.
-        force: Replace files that are there.
-
     Raises:
         RecmasError: RM207 and RM208 for what is missing or cannot be used, RM302 and RM303 if
             `out` cannot be written.
@@ -103,18 +98,7 @@ def import_system(
     models = {role: _describe(repo.location) for role, repo in repositories.agents.items()}
     tensors = _read_links(style, repositories, models, task)
 
-    def text(sources: Mapping[str, str], links: Mapping[str, str]) -> str:
-        return spec_text(
-            style,
-            task=task,
-            sources=sources,
-            dtypes={role: model.dtype for role, model in models.items()},
-            links=links,
-            origins={role: repository.name for role, repository in repositories.agents.items()}
-            | {"outer links": repositories.outer.name},
-            facts={role: m.facts for role, m in models.items() if m.facts is not None},
-        )
-
+    text = partial(_spec_text, style, repositories, models, task=task)
     agents = repositories.agents
     with placed_together(out.parent, [*names.values(), out.name]) as staging:
         for name, (source, target) in _ends(style).items():
@@ -126,10 +110,10 @@ def import_system(
                 target=models[target].identity,
             )
         sources = {role: repository.source(out.parent) for role, repository in agents.items()}
-        (staging / out.name).write_text(text(sources, names), encoding="utf-8")
+        (staging / out.name).write_text(text(sources=sources, links=names), encoding="utf-8")
         staged = {key: str((staging / name).absolute()) for key, name in names.items()}
         locations = {role: repository.location for role, repository in agents.items()}
-        warnings = _check(text(locations, staged), out)
+        warnings = _check(text(sources=locations, links=staged), out)
     return Imported(
         spec=out, links=tuple(out.parent / name for name in names.values()), warnings=warnings
     )
@@ -221,32 +205,23 @@ def _check(text: str, out: Path) -> tuple[Problem, ...]:
     return spec.warnings
 
 
-def spec_text(
+def _spec_text(
     style: Style,
+    repositories: Repositories,
+    models: Mapping[str, _Model],
     *,
     task: str,
     sources: Mapping[str, str],
-    dtypes: Mapping[str, str],
     links: Mapping[str, str],
-    origins: Mapping[str, str],
-    facts: Mapping[str, BackboneFacts],
 ) -> str:
-    """Return the YAML of an imported system.
-
-    Args:
-        style: Its style.
-        task: The task whose links it has.
-        sources: Backbone sources by role.
-        dtypes: Element types of the backbones' weights, by role.
-        links: Link files, relative to the spec: inner links by role, outer links by key.
-        origins: Names of the repositories, by what they hold.
-        facts: By role, as far as they are known: limits stay within them.
-    """
-    prompt, answer = _limits(style, facts)
+    """Return the YAML of the system with these backbone sources by role, and link files."""
+    prompt, answer = _limits(style, models)
+    origins = {role: repository.name for role, repository in repositories.agents.items()}
+    origins["outer links"] = repositories.outer.name
     width = max(map(len, origins))
     # YAML reads every JSON string as it is meant; nothing in a path can break out of it.
     values = {f"{role}_source": json.dumps(s, ensure_ascii=False) for role, s in sources.items()}
-    values |= {f"{role}_dtype": dtype for role, dtype in dtypes.items()}
+    values |= {f"{role}_dtype": model.dtype for role, model in models.items()}
     values |= {f"{a.role}_inner": json.dumps(links[a.role]) for a in style.agents}
     values |= {link.key: json.dumps(links[link.key]) for link in style.links}
     header = _HEADER.format(
@@ -254,7 +229,7 @@ def spec_text(
         task=task,
         origins="\n".join(f"#   {k:<{width}}  {_one_line(name)}" for k, name in origins.items()),
     )
-    template = files("recmas_compiler.released").joinpath("templates", f"{style.paradigm}.yaml")
+    template = Path(__file__).parent / "templates" / f"{style.paradigm}.yaml"
     return Template(template.read_text("utf-8")).substitute(
         values,
         header=header,
@@ -271,9 +246,9 @@ def _one_line(name: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in name)
 
 
-def _limits(style: Style, facts: Mapping[str, BackboneFacts]) -> tuple[int, int]:
+def _limits(style: Style, models: Mapping[str, _Model]) -> tuple[int, int]:
     """Return the longest prompt and answer: small models leave less room than is wanted."""
-    positions = [fact.max_positions for fact in facts.values()]
-    prompt = min([_LONGEST_PROMPT, *(count // 2 for count in positions)])
-    room = facts[style.answer].max_positions - prompt if style.answer in facts else _LONGEST_ANSWER
+    positions = {role: m.facts.max_positions for role, m in models.items() if m.facts is not None}
+    prompt = min([_LONGEST_PROMPT, *(count // 2 for count in positions.values())])
+    room = positions[style.answer] - prompt if style.answer in positions else _LONGEST_ANSWER
     return prompt, min(_LONGEST_ANSWER, room)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from recmas_compiler.links.files import LinkHeader, misfit
 from recmas_compiler.links.modules import link_widths
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.text import first_line
 from recmas_runtime.formats.link_kinds import RELEASED_KIND, LinkRole
 
 # Released files add a few kilobytes of pickle and padding to their tensors.
@@ -37,8 +38,6 @@ def read_pickled_link(
     and refuses all else.
 
     Args:
-        path: The `.pt` file.
-        role: Inner or outer.
         in_dim: Width it must read; None if nothing tells.
         out_dim: Width it must write; None if nothing tells.
 
@@ -53,7 +52,7 @@ def read_pickled_link(
         state = torch.load(path, map_location="cpu", weights_only=True)
     # A hostile pickle can make the reader raise whatever it likes.
     except Exception as error:
-        raise _refusal(path, f"it is not a plain state dict ({_line(error)})") from error
+        raise _refusal(path, f"it is not a plain state dict ({first_line(error)})") from error
     if type(state) not in (dict, OrderedDict):
         raise _refusal(path, f"it is not a plain state dict but a {type(state).__name__}")
     for name, tensor in state.items():
@@ -70,7 +69,7 @@ def read_link_file(path: Path, role: LinkRole) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise _refusal(path, _line(error)) from error
+        raise _refusal(path, first_line(error)) from error
     return _checked(path, tensors, role, in_dim=None, out_dim=None)
 
 
@@ -147,7 +146,3 @@ def _checked(
 def _refusal(path: Path, why: str) -> RecmasError:
     hint = "Get the file again from where it was released."
     return fail("RM208", f"{path.name} cannot be used: {why}", file=str(path), hint=hint)
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -34,7 +34,6 @@ class Repository:
 
     Attributes:
         name: Its released name, or its folder's.
-        folder: Where its files are.
         hub: `hf:ORG/NAME@COMMIT` if it is the hub's, else None.
     """
 
@@ -62,7 +61,6 @@ class Repositories:
 
     Attributes:
         agents: By role, in the style's order.
-        outer: The outer links.
     """
 
     agents: Mapping[str, Repository]
@@ -75,11 +73,8 @@ def find_repositories(
     """Find a system's repositories on this disk.
 
     Args:
-        style: What to look for.
         folder: Holds them as sub-folders whose names begin as the released ones do; None if all
             are named one by one.
-        agents: Folders by role, instead of what `folder` holds.
-        outer: Folder of the outer links, instead of what `folder` holds.
 
     Raises:
         RecmasError: RM207 if one is missing or incomplete, or several could be meant; RM506 for a
@@ -88,15 +83,8 @@ def find_repositories(
     named = _named(style, agents, outer)
     wanted = {role for role in (*_roles(style), _OUTER) if role not in named}
     found = named | (_search(style, folder, wanted) if wanted else {})
-    for role in _roles(style):
-        if not is_file(found[role] / "config.json"):
-            hint = "Give the whole repository: the model with its links."
-            raise fail("RM207", "there is no config.json", file=str(found[role]), hint=hint)
-    if not is_file(found[_OUTER] / OUTER_CONFIG):
-        hint = "Give the repository of the outer links."
-        raise fail("RM207", f"there is no {OUTER_CONFIG}", file=str(found[_OUTER]), hint=hint)
     local = {role: Repository(name=path.name, folder=path) for role, path in found.items()}
-    return Repositories(agents={r: local[r] for r in _roles(style)}, outer=local[_OUTER])
+    return _complete(style, local)
 
 
 def fetch_repositories(
@@ -113,37 +101,35 @@ def fetch_repositories(
 
     Args:
         style: What to look for; repositories have their released names.
-        organisation: Owner on the hub.
-        revision: Branch, tag or commit of every repository.
-        agents: Folders by role, instead of the hub's.
-        outer: Folder of the outer links, instead of the hub's.
 
     Raises:
         RecmasError: RM200 if the hub has no such repository or cannot be reached, RM202 if it is
             gated, RM207 as `find_repositories`.
     """
     named = _named(style, agents, outer)
+    found = {role: Repository(name=path.name, folder=path) for role, path in named.items()}
     names = {role: style.agent_repository(role) for role in _roles(style)}
-    names[_OUTER] = style.outer_repository
-    folders = dict(named)
-    hub: dict[str, str] = {}
-    for role, name in names.items():
+    for role, name in {**names, _OUTER: style.outer_repository}.items():
         if role not in named:
             repository = f"{organisation}/{name}"
-            folders[role] = hub_snapshot(repository, revision, download=True, files=_HUB_FILES)
+            folder = hub_snapshot(repository, revision, download=True, files=_HUB_FILES)
             # The cache names the folder after the commit that the revision stands for.
-            hub[role] = f"hf:{repository}@{folders[role].name}"
-    local = find_repositories(
-        style, folder=None, agents={r: folders[r] for r in _roles(style)}, outer=folders[_OUTER]
-    )
-    found = {**local.agents, _OUTER: local.outer}
-    known = {
-        role: Repository(name=names[role], folder=repository.folder, hub=hub[role])
-        if role in hub
-        else repository
-        for role, repository in found.items()
-    }
-    return Repositories(agents={r: known[r] for r in _roles(style)}, outer=known[_OUTER])
+            hub = f"hf:{repository}@{folder.name}"
+            found[role] = Repository(name=name, folder=folder, hub=hub)
+    return _complete(style, found)
+
+
+def _complete(style: Style, found: Mapping[str, Repository]) -> Repositories:
+    """Return the repositories, after looking for the configs that all of them must have."""
+    for role in _roles(style):
+        if not is_file(found[role].folder / "config.json"):
+            hint = "Give the whole repository: the model with its links."
+            raise fail("RM207", "there is no config.json", file=str(found[role].folder), hint=hint)
+    outer = found[_OUTER]
+    if not is_file(outer.folder / OUTER_CONFIG):
+        hint = "Give the repository of the outer links."
+        raise fail("RM207", f"there is no {OUTER_CONFIG}", file=str(outer.folder), hint=hint)
+    return Repositories(agents={role: found[role] for role in _roles(style)}, outer=outer)
 
 
 def _roles(style: Style) -> list[str]:

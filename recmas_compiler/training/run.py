@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +33,7 @@ from recmas_compiler.training.tasks.finetuning import (
 )
 from recmas_compiler.training.tasks.inner import InnerTask, inner_baselines
 from recmas_compiler.training.tasks.outer import OuterTask
+from recmas_runtime.checking.machine import package_versions
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.ids import (
     canonical_link_name,
@@ -130,8 +130,7 @@ def run_method(session: Session, method: MethodName, options: RunOptions) -> Run
         compute=element_type(section.backbone_dtype, world.device),
     )
     stage = section.outer.model_copy(update={"lr": learner.settings.lr})
-    own = (learner.settings,)
-    result = _run_loop(session, task, stage, options, place=method, title=method, own=own)
+    result = _run_loop(session, task, stage, options, place=method, own=(learner.settings,))
     if not result.interrupted and world.is_main:
         with writing(options.folder / method):
             learner.save(options.folder / method)
@@ -156,11 +155,7 @@ def check_processes(section: TrainSection, stage: Stage, num_processes: int) -> 
 
 
 def _check_learning(session: Session, stage: Stage) -> None:
-    """Make sure that there is something to learn, before anything that takes long.
-
-    Raises:
-        RecmasError: RM705.
-    """
+    """Make sure that there is something to learn, before anything that takes long."""
     reached = session.graph.used_links
     hint = "Take a link out of `train.outer.freeze`, or raise `latent_steps` or `rounds`."
     setting: tuple[str, ...] = ("outer", "freeze")
@@ -241,9 +236,8 @@ def _train_agent(
         held_out=held_out,
         mse_weight=stage.mse_weight,
     )
-    place, title = f"inner/{agent}", f"inner {agent}"
-    result = _run_loop(session, task, stage, options, place=place, title=title, levels=levels)
-    return result, levels
+    place = f"inner/{agent}"
+    return _run_loop(session, task, stage, options, place=place, levels=levels), levels
 
 
 def _outer_stage(session: Session, options: RunOptions, report: RunReport) -> None:
@@ -262,7 +256,7 @@ def _outer_stage(session: Session, options: RunOptions, report: RunReport) -> No
         held_out=session.examples.held_out[: settings.eval_records],
         batch_size=settings.outer.batch_size,
     )
-    result = _run_loop(session, task, settings.outer, options, place="outer", title="outer")
+    result = _run_loop(session, task, settings.outer, options, place="outer")
     report.stages["outer"] = result.figures
     report.interrupted = result.interrupted
     if not result.interrupted:
@@ -302,16 +296,11 @@ def _run_loop(
     options: RunOptions,
     *,
     place: str,
-    title: str,
     levels: Mapping[str, float] | None = None,
     own: tuple[Section, ...] = (),
 ) -> LoopResult:
-    """Train a task to its end, or until it is interrupted; leave costs and curves in its folder.
-
-    Raises:
-        RecmasError: As `Loop.run`.
-    """
-    world, folder = session.world, options.folder / place
+    """Train a task to its end, or until it is interrupted; leave costs and curves in its folder."""
+    world, folder, title = session.world, options.folder / place, place.replace("/", " ")
     loop = Loop(
         task,
         session.settings.section,
@@ -408,13 +397,6 @@ def _receipt(session: Session, report: RunReport) -> dict[str, Any]:
         "device": session.world.device.type,
         "versions": {
             "python": platform.python_version(),
-            **{name: _version(name) for name in _VERSIONS},
+            **{name: version or "unknown" for name, version in package_versions(_VERSIONS).items()},
         },
     }
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"  # a checkout that was never installed has no metadata

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from torch import nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
@@ -21,6 +20,7 @@ from recmas_compiler.links.modules import make_link
 from recmas_compiler.links.trained import links_folder
 from recmas_compiler.lowering.materialize import (
     MaterializedLink,
+    declared_links,
     materialize_links,
 )
 from recmas_compiler.lowering.reference import load_backbones
@@ -31,18 +31,13 @@ from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.schema.sections import Section
 from recmas_compiler.spec.schema.train import BackboneDtype, TrainSection
 from recmas_compiler.spec.spec import Spec
-from recmas_compiler.training.data.examples import (
-    Examples,
-    leave_out_long,
-    load_examples,
-)
+from recmas_compiler.training.data.examples import Examples, leave_out_long, load_examples
 from recmas_compiler.training.data.hidden_state_cache import HiddenStates, TargetCall
 from recmas_compiler.training.loop.distributed import World
 from recmas_compiler.training.tasks.inner import calibration_of, can_align
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.formats.ids import inner_link_id, link_file_name
-from recmas_runtime.formats.link_kinds import LinkRole
 from recmas_runtime.prompts.render import Tokens
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,20 +45,9 @@ _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What a run may change between two starts and still end with the same weights, and the stages and
 # methods, each of which counts by itself.
 _WITHOUT_EFFECT: Final = (
-    "accumulation",
-    "cache_mb",
-    "checkpoint_calls",
-    "checkpoint_every",
-    "data",
-    "eval_every",
-    "eval_records",
-    "inner",
-    "links_dir",
-    "lora",
-    "outer",
-    "preset",
-    "sft",
-)
+    "accumulation", "cache_mb", "checkpoint_calls", "checkpoint_every", "data", "eval_every",
+    "eval_records", "inner", "links_dir", "lora", "outer", "preset", "sft",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,20 +180,18 @@ class Session:
         def target(agent: str) -> Calibration | None:
             if as_built or agent not in self.thinkers:
                 return None
-            found = self._calibration(agent, (hidden_states or {}).get(agent))
+            states = (hidden_states or {}).get(agent)
+            with self.progress.stage(f"Aligning {agent}"):
+                if states is None:
+                    calls = self.target_calls(agent, self.examples.train)
+                    states = HiddenStates(backbone=self.backbone(agent), calls=calls)
+                found = calibration_of(states)
             return found if can_align(found) else None
 
         made = materialize_links(program, self.backbones, progress=self.progress, targets=target)
         for link_id, link in made.items():
             self.graph.link(link_id).load_state_dict(link.module.state_dict())
         return made
-
-    def _calibration(self, agent: str, states: HiddenStates | None) -> Calibration:
-        with self.progress.stage(f"Aligning {agent}"):
-            if states is None:
-                calls = self.target_calls(agent, self.examples.train)
-                states = HiddenStates(backbone=self.backbone(agent), calls=calls)
-            return calibration_of(states)
 
 
 def open_session(
@@ -235,10 +217,14 @@ def open_session(
     dtype = element_type(weights or section.backbone_dtype, world.device)
     for backbone in backbones.values():
         backbone.model.to(device=world.device, dtype=dtype)
+    blank = {  # of the declared form; weights come later
+        link_id: make_link(weights.kind, role, weights.in_dim, weights.out_dim).to(world.device)
+        for link_id, weights, role, *_ in declared_links(program.system)
+    }
     graph = TrainingGraph(
         program,
         backbones=backbones,
-        links={link_id: module.to(world.device) for link_id, module in _blank_links(program)},
+        links=blank,
         mode=section.outer.mode,
         supervise=section.outer.supervise,
         checkpoint_calls=section.checkpoint_calls,
@@ -280,18 +266,6 @@ def _thinkers(program: Graph, settings: TrainSettings) -> tuple[str, ...]:
         agent for _, op in program.in_order() if isinstance(op, Think) for agent in op.agents
     }
     return tuple(agent for agent in settings.section.targets if agent in thinking)
-
-
-def _blank_links(program: Graph) -> list[tuple[str, nn.Module]]:
-    """Return a link of the declared form for every agent and edge; weights come later."""
-    system = program.system
-
-    def blank(weights: LinkWeights, role: LinkRole) -> nn.Module:
-        return make_link(weights.kind, role, weights.in_dim, weights.out_dim)
-
-    inner = [(inner_link_id(name), blank(a.inner, "inner")) for name, a in system.agents.items()]
-    outer = [(link_id, blank(link.weights, "outer")) for link_id, link in system.links.items()]
-    return inner + outer
 
 
 def _with_files(program: Graph, folder: Path) -> Graph:

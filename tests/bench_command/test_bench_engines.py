@@ -15,6 +15,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from kit.bundles import BuildTiny
+from kit.specs import SEQUENTIAL
 from recmas_cli.main import main
 from recmas_compiler.bench.engine_worker import (
     peak_resident_bytes,
@@ -22,14 +24,9 @@ from recmas_compiler.bench.engine_worker import (
     weight_bytes,
     weight_precision,
 )
-from recmas_compiler.ir.build_topology import build_topology
-from recmas_compiler.passes.pipeline import run_pipeline
-from recmas_compiler.spec.spec import parse_spec
-from recmas_export.build import build
 from recmas_runtime.core.errors import Exit
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.safetensors_file import read_tensors
-from tiny_specs import SEQUENTIAL
 
 QUICK = ("--steps", "3", "--warmup", "0", "--repeats", "2", "--threads", "1", "--quiet")
 SMALL = ("--capacity", "64", "--used", "8")
@@ -37,13 +34,10 @@ FIGURES = ("step_ms", "prefill_tokens_per_s", "decode_tokens_per_s")
 
 
 @pytest.fixture(scope="module")
-def bundle(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(project: Path, build_tiny: BuildTiny) -> Path:
     """The tiny bundle, its backbone named by an absolute path: other engines load it too."""
     text = SEQUENTIAL.replace("source: llama", f"source: {project / 'llama'}")
-    out = tmp_path_factory.mktemp("absolute") / "bundle"
-    spec = parse_spec(text, file=str(project / "spec.yaml"), base_dir=project)
-    build(run_pipeline(build_topology(spec)), spec=spec, out=out)
-    return out
+    return build_tiny(text).bundle
 
 
 def recmasc(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:

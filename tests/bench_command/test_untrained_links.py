@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kit.specs import MIXTURE, SEQUENTIAL
 from recmas_cli.main import main
 from recmas_compiler.links.trained import untrained_links
 from recmas_compiler.spec.spec import Spec, parse_spec
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.formats.bundle import Bundle, open_bundle
 from recmas_runtime.formats.safetensors_file import read_tensors
-from tiny_specs import MIXTURE, SEQUENTIAL
 
 TRAINED = {
     "planner -> critic": "trained/forward.safetensors",

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from kit.specs import SEQUENTIAL
+from recmas_cli.main import main
 from recmas_runtime.core.errors import Exit
 from recmas_runtime.formats.manifest import MANIFEST_NAME
-from tiny_models import write_tiny_backbone
-from tiny_specs import SEQUENTIAL
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a spec and its tiny backbone."""
-    folder = tmp_path_factory.mktemp("project")
-    write_tiny_backbone(folder / "llama", "llama", seed=0)
-    (folder / "spec.yaml").write_text(SEQUENTIAL)
-    return folder
+@dataclass(frozen=True)
+class Ran:
+    """What a command printed and its exit status."""
+
+    returncode: object
+    stdout: str
+    stderr: str
 
 
-def recmasc(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def in_a_process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run `recmasc` as a shell would."""
     return subprocess.run(
         [sys.executable, "-m", "recmas_cli.main", *arguments],
         cwd=cwd,
@@ -38,9 +42,26 @@ def recmasc(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def recmasc(*arguments: str, cwd: Path) -> Ran:
+    """Run `recmasc` in this process, in another folder."""
+    out, err = io.StringIO(), io.StringIO()
+    with chdir(cwd), redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return Ran(returncode=ended.value.code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def project(families: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a spec and its tiny backbone."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "llama").symlink_to(families / "llama")
+    (folder / "spec.yaml").write_text(SEQUENTIAL)
+    return folder
+
+
 def test_init_writes_a_spec_that_checks(tmp_path: Path) -> None:
-    assert recmasc("init", "sequential", cwd=tmp_path).returncode == Exit.OK
-    assert recmasc("check", "spec.yaml", cwd=tmp_path).returncode == Exit.OK
+    assert in_a_process("init", "sequential", cwd=tmp_path).returncode == Exit.OK
+    assert in_a_process("check", "spec.yaml", cwd=tmp_path).returncode == Exit.OK
     first, *_ = (tmp_path / "spec.yaml").read_text().splitlines()
     schema = first.partition("$schema=")[2]
     json.loads((tmp_path / schema).read_text())
@@ -59,7 +80,7 @@ def test_init_writes_a_spec_of_every_pattern(pattern: str, tmp_path: Path) -> No
 
 
 def test_init_names_the_tasks_it_knows(tmp_path: Path) -> None:
-    ran = recmasc("init", "mixture", "--task", "maths", cwd=tmp_path)
+    ran = in_a_process("init", "mixture", "--task", "maths", cwd=tmp_path)
     assert ran.returncode == Exit.SPEC_INVALID
     assert "Did you mean `math`?" in ran.stderr
     assert not (tmp_path / "spec.yaml").exists()
@@ -149,7 +170,7 @@ def test_build_run_and_reuse(project: Path) -> None:
     assert json.loads(built.stdout)["data"]["reused"] is False
     again = recmasc("build", "spec.yaml", "-o", "bundle", "--json", cwd=project)
     assert json.loads(again.stdout)["data"]["reused"] is True
-    ran = recmasc("run", "bundle", "What is 7 * 8?", "--json", cwd=project)
+    ran = in_a_process("run", "bundle", "What is 7 * 8?", "--json", cwd=project)
     assert ran.returncode == Exit.OK, ran.stderr
     (answer,) = json.loads(ran.stdout)["data"]["answers"]
     assert set(answer) == {

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
+from kit.files import WriteRecords, lines
+from kit.fixtures import exports_once, one_thread
 from recmas_compiler.evaluation.data.data_file import Question
-from recmas_compiler.ir.build_topology import build_topology
-from recmas_compiler.passes.pipeline import run_pipeline
-from recmas_compiler.spec.spec import parse_spec
-from recmas_export.build import build
 from recmas_runtime.running.records import Record
-from record_files import WriteRecords
-from tiny_models import write_tiny_backbone
-from tiny_specs import SEQUENTIAL
-from torch_fixtures import one_thread
 
-__all__ = ["one_thread"]
+__all__ = ["exports_once", "one_thread"]
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(project: Path) -> Path:
     """A bundle of three agents on a tiny backbone."""
-    root = tmp_path_factory.mktemp("tiny")
-    write_tiny_backbone(root / "llama", "llama", seed=0)
-    spec = parse_spec(SEQUENTIAL, file=str(root / "spec.yaml"), base_dir=root)
-    build(run_pipeline(build_topology(spec)), spec=spec, out=root / "bundle")
-    return root / "bundle"
+    return project / "bundle"
 
 
 @pytest.fixture
@@ -38,7 +27,7 @@ def write_records(tmp_path: Path) -> WriteRecords:
 
     def write(records: Sequence[Mapping[str, object]]) -> Path:
         path = tmp_path / "records.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        path.write_text(lines(*records))
         return path
 
     return write

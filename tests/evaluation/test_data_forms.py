@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from kit.files import WriteRecords
 from recmas_compiler.evaluation.data.data_file import load_data
 from recmas_compiler.evaluation.data.protocol import load_protocol
 from recmas_runtime.core.errors import RecmasError
-from record_files import WriteRecords
 
 LIST = {"text": ["bank", "mall"], "label": ["A", "B"]}
 GPQA = {

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 import recmas_runtime as rt
+from kit.files import WriteRecords
 from recmas_cli.evaluate import shown
 from recmas_compiler.evaluation.checks.text import extract_words
 from recmas_compiler.evaluation.evaluate import EvalOptions, evaluate
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.core.progress import Silent
-from record_files import WriteRecords
 
 PROTOCOL = """
 name: words

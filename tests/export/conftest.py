@@ -1,24 +1,20 @@
+"""Backbones exported as a build does it."""
+
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 
 import pytest
-import torch
 
-from export_cases import Exported, export_tiny
+from kit.engines import Exported, export_tiny
+from kit.files import MadeOnce
+from kit.fixtures import one_thread
 
-
-@pytest.fixture(scope="session", autouse=True)
-def single_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+def exported(made_once: MadeOnce) -> Callable[[str], Exported]:
     """Give the exported backbone of a case; each is exported once per run."""
-    root = tmp_path_factory.mktemp("exported")
-    return cache(lambda name: export_tiny(root, name))
+    return cache(partial(export_tiny, made_once))

@@ -15,15 +15,8 @@ import onnx
 import pytest
 import torch
 
-from export_cases import (
-    CASES,
-    Exported,
-    load_tiny,
-    random_ids,
-    random_link,
-    relative,
-    weights_bytes,
-)
+from kit.engines import CASES, Exported, random_ids, random_link, relative, weights_bytes
+from kit.models import load_tiny
 from recmas_export.backbone_graph import (
     CHAT_TEMPLATE,
     DECODER,

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from built_cases import compile_system, write_system
-from hand_bundle import edit_json, rehash
+from kit.bundles import compile_system, write_twins
+from kit.hand_bundle import edit_json, rehash
 from recmas_cli.main import main
 from recmas_compiler.backbones.sources import resolve_source
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
@@ -40,7 +40,7 @@ from recmas_runtime.formats.safetensors_file import read_tensors
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_system(tmp_path_factory.mktemp("system"))
+    return write_twins(tmp_path_factory.mktemp("system"))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_disk_that_fills_up_during_the_build(system: Path, tmp_path: Path) -> No
         "import resource, sys\n"
         f"sys.path[:0] = {sys.path!r}\n"
         "from pathlib import Path\n"
-        "from built_cases import compile_system\n"
+        "from kit.bundles import compile_system\n"
         "from recmas_export.build import build\n"
         "from recmas_runtime.core.errors import RecmasError\n"
         f"spec, program = compile_system(Path({str(system)!r}))\n"

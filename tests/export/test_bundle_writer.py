@@ -5,14 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
+from kit.killed import kill, killed_in
 from recmas_export import bundle_writer
 from recmas_export.bundle_writer import check_target, staged_bundle
 from recmas_runtime.core.errors import Exit, RecmasError
@@ -188,37 +186,34 @@ def test_failed_swap_puts_the_older_bundle_back(
     assert around(target) == ["out"]
 
 
-# Where a killed build may stand, as the function during which the process kills itself.
-KILL = """
-import os, signal, sys
-from pathlib import Path
-sys.path[:0] = {path!r}
-from recmas_export import bundle_writer
-from test_bundle_writer import write
+def write_killed(target: Path, where: str) -> None:
+    """Write a bundle in a process that dies at a place."""
 
-def kill(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
+    def write_until_killed() -> None:
+        if where == "files":
+            bundle_writer.sha256_of = kill
+        elif where == "manifest":
+            write_json = bundle_writer._write_json
 
-where = {where!r}
-if where == "files":
-    bundle_writer.sha256_of = kill
-elif where == "manifest":
-    write_json = bundle_writer._write_json
-    def first_plan(path, value):
-        if path.name == "manifest.json":
-            path.write_text('{{"version": 1, "na')
-            kill()
-        write_json(path, value)
-    bundle_writer._write_json = first_plan
-elif where == "before the swap":
-    bundle_writer.move_into_place = kill
-elif where == "within the swap":
-    rename = Path.rename
-    Path.rename = lambda self, to: kill() if "building" in self.name else rename(self, to)
-elif where == "after the swap":
-    bundle_writer.shutil.rmtree = kill
-write(Path({target!r}), "second")
-"""
+            def first_plan(path: Path, value: object) -> None:
+                if path.name == "manifest.json":
+                    path.write_text('{"version": 1, "na')
+                    kill()
+                write_json(path, value)
+
+            bundle_writer._write_json = first_plan
+        elif where == "before the swap":
+            bundle_writer.move_into_place = kill
+        elif where == "within the swap":
+            rename = Path.rename
+            Path.rename = lambda self, to: kill() if "building" in self.name else rename(self, to)
+        elif where == "after the swap":
+            bundle_writer.shutil.rmtree = kill
+        write(target, "second")
+
+    killed_in(write_until_killed)
+
+
 PLACES = ("files", "manifest", "before the swap", "within the swap", "after the swap")
 
 
@@ -230,9 +225,7 @@ def test_killed_build_leaves_a_whole_bundle_or_none(
     target = tmp_path / "out"
     if older:
         write(target, "first")
-    script = KILL.format(path=sys.path, where=where, target=str(target))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    write_killed(target, where)
     if target.exists():
         assert name_of(target) == ("second" if where == "after the swap" else "first")
     else:
@@ -248,8 +241,7 @@ def test_replacement_cut_off_in_the_middle_is_undone(tmp_path: Path) -> None:
     """The next build fails too, for a reason of its own: the older bundle is back all the same."""
     target = tmp_path / "out"
     write(target, "first")
-    script = KILL.format(path=sys.path, where="within the swap", target=str(target))
-    subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    write_killed(target, "within the swap")
     assert not target.exists()
     with pytest.raises(KeyboardInterrupt):
         write(target, "third", stop_at="files")

@@ -14,7 +14,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 )
 from torch import Tensor, nn
 
-from export_cases import CASES, load_tiny
+from kit.engines import CASES
+from kit.models import load_tiny
 from recmas_compiler.backbones.torch_model import TorchBackbone, weights_digest
 from recmas_compiler.links.calibration import sample_answers
 from recmas_export import rounding as compensated_rounding

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from export_cases import CASES, Exported, make_engine, random_ids, random_link
+from kit.engines import CASES, Exported, make_engine, random_ids, random_link
 from recmas_export.backbone_graph import CPU_DECODER, DECODER
 from recmas_export.pipeline import cpu_decoder, run_passes
 from recmas_runtime.engines.interface import Operands

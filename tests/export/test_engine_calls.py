@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from export_cases import Exported, make_engine, random_ids, random_link
+from kit.engines import Exported, make_engine, random_ids, random_link
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.engines.interface import Operands
 from recmas_runtime.engines.onnx import backbone as engines

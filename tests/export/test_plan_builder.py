@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from built_cases import compile_system, write_system
+from kit.bundles import compile_system, write_twins
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.lowering.plan import build_plan, live_agents, live_backbones
 from recmas_runtime.formats.codec import from_json, to_json
@@ -27,7 +27,7 @@ from recmas_runtime.formats.plan import (
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_system(tmp_path_factory.mktemp("system"))
+    return write_twins(tmp_path_factory.mktemp("system"))
 
 
 def program(system: Path, *overrides: str) -> Graph:

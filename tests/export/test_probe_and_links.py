@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from export_cases import random_link, relative, session
+from kit.engines import random_link, relative, session
 from recmas_export.written_graphs import write_link_graph, write_probe
 from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.precisions import TOLERANCES

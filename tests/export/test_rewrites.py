@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from export_cases import CASES, Exported
+from kit.engines import CASES, Exported
 from recmas_export.pipeline import CLEAN, run_passes
 
 Arrays = Mapping[str, NDArray[Any]]

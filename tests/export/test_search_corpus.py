@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from built_cases import compile_system, write_system
+from kit.bundles import compile_system, write_twins
 from recmas_export.attachments import corpus_lines
 from recmas_export.build import build
 from recmas_runtime.core.errors import RecmasError
@@ -94,7 +94,7 @@ def test_nothing_to_search(tmp_path: Path) -> None:
 
 
 def test_it_is_part_of_the_bundle_and_of_its_identity(tmp_path: Path) -> None:
-    path = write_system(tmp_path / "system")
+    path = write_twins(tmp_path / "system")
     corpus = path.parent / "passages.jsonl"
     corpus.write_text('{"text": "Cats sleep all day."}\n')
     spec, program = compile_system(path, "answer.tools.search.corpus=passages.jsonl")

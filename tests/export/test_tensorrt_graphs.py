@@ -14,8 +14,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from export_cases import CASES, Exported, random_ids, relative
-from parser_documentation import OPSETS, element_types, refused_nodes
+from kit.engines import CASES, Exported, random_ids, relative
+from kit.parser_documentation import OPSETS, element_types, refused_nodes
 from recmas_export.backbone_graph import DECODER, EMBED, HEAD
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.engines.tensorrt.static_graph import input_shapes, read_graph, static_decoder

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, settings
 
-from graphs import EXAMPLES, sequential, topology
+from kit.graphs import EXAMPLES, sequential, topology
 from recmas_compiler.analysis.draw import (
     Box,
     Point,

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from graphs import EXAMPLES, backbone, sequential, topology
+from kit.graphs import EXAMPLES, backbone, sequential, topology
 from recmas_compiler.analysis.explain import explain
 from recmas_compiler.analysis.memory import memory_plan
 from recmas_compiler.ir.graph import Graph

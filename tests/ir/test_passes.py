@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from graphs import EXAMPLES, backbone, mixture, sequential, topology
+from kit.graphs import EXAMPLES, backbone, mixture, sequential, topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Level, Prefill, Send, Think
 from recmas_compiler.ir.printer import print_graph

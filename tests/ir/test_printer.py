@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import recmas_compiler as rc
-from graphs import sequential, topology
+from kit.graphs import sequential, topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import BuildOptions
 from recmas_compiler.ir.printer import print_graph, prompt_text

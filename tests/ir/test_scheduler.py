@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphs import EXAMPLES, backbone, topology
+from kit.graphs import EXAMPLES, backbone, topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Decode, Level
 from recmas_compiler.ir.printer import print_graph

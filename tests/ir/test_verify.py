@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from graphs import EXAMPLES, backbone, diamond, mixture, sequential, topology
+from kit.graphs import EXAMPLES, backbone, diamond, mixture, sequential, topology
 from recmas_compiler.ir.graph import Edge, Graph
 from recmas_compiler.ir.ops import Cache, Decode, Flow, Level, NodeOp, Prefill, Send, Think
 from recmas_compiler.ir.verify import RULES, verify

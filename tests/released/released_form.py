@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kit.models import write_tiny_backbone
 from recmas_compiler.links.modules import make_link, randomize
 from recmas_compiler.released.styles import Style
-from tiny_models import write_tiny_backbone
 
 # role -> family and width of the tiny model in its place
 MODELS = {

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 import recmas_runtime as rt
-from built import Built
+from kit.bundles import Built
+from kit.models import write_tiny_backbone
 from recmas_cli.main import group
 from recmas_compiler import api
 from recmas_compiler.backbones.sources import describe_backbone
@@ -28,7 +29,6 @@ from recmas_compiler.spec.spec import load_spec
 from recmas_runtime.core.errors import Exit
 from recmas_runtime.core.progress import Silent
 from released_form import Release, copy_tree, edit_json, files_in, narrow_model, write_release
-from tiny_models import write_tiny_backbone
 
 RECORDS: list[dict[str, object]] = [
     {"id": "1", "question": "What is 7 * 8?"},

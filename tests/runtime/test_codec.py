@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from msgspec import inspect
 
-from hand_bundle import DELETE, make_plan
+from kit.hand_bundle import DELETE, make_plan
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.engines.tensorrt.engine_cache import EngineRecord
 from recmas_runtime.formats import codec

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from hand_bundle import edit_json, rehash
+from kit.hand_bundle import edit_json, rehash
 from recmas_runtime.cli.main import main
 from recmas_runtime.formats.safetensors_file import read_tensors, write_tensors
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from hand_bundle import write_link
+from kit.hand_bundle import write_link
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.link_kinds import FORMS
 from recmas_runtime.formats.links import expected_tensors, load_operands, stack_operands

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hand_bundle import DELETE, edit_json, rehash
+from kit.hand_bundle import DELETE, edit_json, rehash
 from recmas_runtime.cli.main import main
 from recmas_runtime.core.errors import CODES, RecmasError
 from recmas_runtime.core.files import sha256_of

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from hand_bundle import CHAT_TEMPLATE, make_tokenizer
+from kit.hand_bundle import CHAT_TEMPLATE, make_tokenizer
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.plan import PromptPart
 from recmas_runtime.prompts.chat_template import ChatTemplate

@@ -9,11 +9,11 @@ import pytest
 pytest.importorskip("torch", reason="tiny models and transformers need torch")
 transformers = pytest.importorskip("transformers", reason="compares with transformers")
 
+from kit.models import FAMILIES, make_tokenizer  # noqa: E402
 from recmas_runtime.formats.plan import PromptPart  # noqa: E402
 from recmas_runtime.prompts.chat_template import ChatTemplate  # noqa: E402
 from recmas_runtime.prompts.render import Slot, Tokens, build_prompt  # noqa: E402
 from recmas_runtime.prompts.tokenizer import Tokenizer  # noqa: E402
-from tiny_models import FAMILIES, make_tokenizer  # noqa: E402
 
 TOOL_TEMPLATE = r"""{%- macro turn(role, text) -%}
 <|im_start|>{{ role }}

@@ -15,7 +15,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from hand_bundle import edit_json, rehash
+from kit.hand_bundle import edit_json, rehash
 from recmas_runtime.cli.main import main
 from recmas_runtime.running.system import PHASES
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import recmas_runtime as rt
-from hand_bundle import edit_json, rehash
+from kit.hand_bundle import edit_json, rehash
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.running import records
 from recmas_runtime.running.records import (

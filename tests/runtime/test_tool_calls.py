@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import recmas_runtime as rt
-from hand_bundle import edit_json, rehash
+from kit.hand_bundle import edit_json, rehash
 from recmas_runtime.running.run_trace import EVENTS_NAME, TraceWriter
 
 CALL = "<lookup>Q</lookup>"

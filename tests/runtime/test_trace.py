@@ -10,8 +10,8 @@ import numpy as np
 from msgspec import structs
 
 import recmas_runtime as rt
+from kit.files import read_messages
 from recmas_runtime.running.run_trace import EVENTS_NAME, MESSAGES_NAME, TraceWriter
-from trace_files import read_messages
 
 
 def records(**questions: str) -> list[rt.Record]:

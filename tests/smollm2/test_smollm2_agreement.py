@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.smollm2
-BENCH = Path(__file__).parents[1] / "bench"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 QUESTIONS = [
     "A box holds 12 eggs. How many eggs are in 5 boxes?",
@@ -24,7 +24,7 @@ def agree(bundle: Path, folder: Path, questions: list[str], max_new_tokens: int)
     data = folder / "questions.jsonl"
     lines = [json.dumps({"id": str(i), "question": q}) for i, q in enumerate(questions)]
     data.write_text("\n".join(lines) + "\n")
-    command = [sys.executable, str(BENCH / "agreement.py"), str(bundle), "--data", str(data)]
+    command = [sys.executable, str(BENCHMARKS / "agreement.py"), str(bundle), "--data", str(data)]
     done = subprocess.run(
         [*command, "--max-new-tokens", str(max_new_tokens)], capture_output=True, text=True
     )

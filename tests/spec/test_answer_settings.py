@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from kit.specs import PAIR, at, write_config
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.spec.spec import parse_spec
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.formats.plan import PythonPlan, SearchPlan, StopPlan, ToolsPlan
-from spec_texts import PAIR, at, write_config
 
 # id: (code, what stands in `answer` besides the agent); `@@` marks the place
 MALFORMED = {

@@ -10,6 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from kit.specs import CHAIN, PAIR
 from recmas_compiler.spec.document.yaml_source import parse_yaml
 from recmas_compiler.spec.patterns.starter_specs import STARTERS, ready_specs, starter_spec
 from recmas_compiler.spec.schema.document import SECTIONS
@@ -19,7 +20,6 @@ from recmas_compiler.spec.schema.json_schema import (
     with_tables,
 )
 from recmas_compiler.spec.spec import load_spec, parse_spec
-from spec_texts import CHAIN, PAIR
 from test_malformed_specs import CASES
 
 SPECS = Path(__file__).parents[2] / "specs"

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from kit.specs import CHAIN, PAIR, at
 from recmas_compiler.spec.document.yaml_source import MAX_BYTES
 from recmas_compiler.spec.spec import load_spec, parse_spec
 from recmas_runtime.core.errors import Exit, RecmasError
-from spec_texts import CHAIN, PAIR, at
 
 # id: (code, piece of PAIR, what stands there instead)
 CASES: dict[str, tuple[str, str, str]] = {

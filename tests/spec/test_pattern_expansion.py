@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
+from kit.specs import CHAIN
 from recmas_compiler.spec.patterns.layouts import ROLES, TASKS
 from recmas_compiler.spec.patterns.starter_specs import STARTERS, TASK_NAMES, starter_spec
 from recmas_compiler.spec.spec import Spec, parse_spec
 from recmas_runtime.core.errors import RecmasError
-from spec_texts import CHAIN
 
 PATTERNS = {
     "sequential": "sequential: [planner, critic, solver]",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from kit.specs import CHAIN, PAIR
 from recmas_compiler.spec.patterns.starter_specs import STARTERS, starter_spec
 from recmas_compiler.spec.spec import Spec, parse_spec
 from recmas_runtime.core.errors import RecmasError
-from spec_texts import CHAIN, PAIR
 
 
 def links_of(spec: Spec) -> dict[str, bool]:

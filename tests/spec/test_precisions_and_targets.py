@@ -10,8 +10,11 @@ from recmas_compiler.spec.spec import parse_spec
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.manifest import LossEntry
 from recmas_runtime.formats.precisions import (
+    DEVICES,
     DTYPE_BYTES,
     PRECISIONS,
+    TARGET_NAMES,
+    TARGETS,
     TOLERANCES,
     Dtype,
     PrecisionName,
@@ -19,7 +22,6 @@ from recmas_runtime.formats.precisions import (
     buildable,
     loss_figures,
 )
-from recmas_runtime.formats.targets import DEVICES, TARGET_NAMES, TARGETS
 
 SPEC = """
 recmas: 1

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from kit.specs import CHAIN, PAIR
 from recmas_compiler.spec.patterns.starter_specs import STARTERS, starter_spec
 from recmas_compiler.spec.schema.document import SECTIONS, SpecDocument
 from recmas_compiler.spec.spec import parse_spec, resolved_yaml
 from recmas_runtime.core.errors import Problem, RecmasError
-from spec_texts import CHAIN, PAIR
 
 WORDS = st.text(alphabet="ab c\n\t'\"#:-{}[]|>&*!%@`,?\\\u00e9\u2028\U0001f600", max_size=20)
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9_-]{0,5}", fullmatch=True)

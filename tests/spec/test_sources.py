@@ -9,13 +9,13 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from kit.specs import write_config
 from recmas_compiler.analysis.token_count import read_gguf_values
 from recmas_compiler.backbones import sources
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.sources import BUILTINS, SMOLLM2, describe_backbone, resolve_source
 from recmas_compiler.spec.document.places import SourcePosition
 from recmas_runtime.core.errors import RecmasError
-from spec_texts import write_config
 
 HERE = SourcePosition(file="spec.yaml", line=5, column=13)
 

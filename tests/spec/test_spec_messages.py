@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from kit.specs import CHAIN, PAIR
 from recmas_compiler.spec.spec import parse_spec
 from recmas_runtime.core.errors import RecmasError
-from spec_texts import CHAIN, PAIR
 
 # name: (piece of PAIR, what stands there instead)
 EDITS: dict[str, tuple[tuple[str, str], ...]] = {

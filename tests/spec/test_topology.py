@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from kit.specs import CHAIN, PAIR, write_config
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent, Level, Link
@@ -19,7 +20,6 @@ from recmas_compiler.spec.spec import parse_spec
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.formats.link_kinds import FORMS, LinkKind, LinkRole
 from recmas_runtime.formats.plan import PromptPart, SamplingPlan
-from spec_texts import CHAIN, PAIR, write_config
 
 
 def topology(text: str, folder: Path) -> Graph:

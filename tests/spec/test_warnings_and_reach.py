@@ -10,13 +10,13 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kit.specs import PAIR, write_config
 from recmas_compiler.analysis.token_count import TokenCounter
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.spec.checks.table import closing_links, feedbacks_to
 from recmas_compiler.spec.schema.sections import LinkSection
 from recmas_compiler.spec.spec import parse_spec
 from recmas_runtime.core.errors import RecmasError
-from spec_texts import PAIR, write_config
 
 EARLY_SLOT = PAIR.replace(
     "Solve {{ question }} with {{ latent.planner }}",

@@ -9,10 +9,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kit.specs import PAIR
 from recmas_compiler.spec.document.yaml_source import Value, parse_yaml, resolve, write_yaml
 from recmas_compiler.spec.spec import parse_spec
 from recmas_runtime.core.errors import RecmasError
-from spec_texts import PAIR
 
 SCALARS: dict[str, object] = {
     "5e-4": 5e-4,

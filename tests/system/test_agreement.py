@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import recmas_runtime as rt
-from built import BuildTiny, Built
+from kit.bundles import BuildTiny, Built
+from kit.files import read_messages
+from kit.specs import SPECS
 from recmas_compiler.ir.ops import Prefill, Think
 from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.lowering.reference import ReferenceResult
@@ -19,8 +21,6 @@ from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_compiler.passes.share_backbones import ShareBackbones
 from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.running.run_trace import TraceWriter
-from tiny_specs import SPECS
-from trace_files import read_messages
 
 QUESTIONS = [
     "What is 7 * 8?",

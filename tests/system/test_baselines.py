@@ -9,13 +9,13 @@ import torch
 from msgspec import structs
 
 import recmas_runtime as rt
-from built import BuildTiny, Built
+from kit.bundles import BuildTiny, Built
+from kit.specs import ANSWER, SPECS
 from naive_texts import EMPTY, NaiveTexts
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Prefill
 from recmas_runtime.running.baselines import BASELINES
 from recmas_runtime.running.record_prompts import RecordPrompts
-from tiny_specs import ANSWER, SPECS
 
 QUESTIONS = [
     "What is 7 * 8?",
@@ -25,7 +25,7 @@ QUESTIONS = [
     "x",
 ]
 RECORDS = [rt.Record(id=str(i), fields={"question": q}, index=i) for i, q in enumerate(QUESTIONS)]
-ANSWER_TOKENS = 12  # of every spec in tiny_specs
+ANSWER_TOKENS = 12  # of every spec in kit.specs
 
 # Prompts with lines of every kind: text alone, a slot alone, a slot in text, a slot beside a field.
 LINES = f"""

@@ -9,12 +9,12 @@ import pytest
 from msgspec import structs
 
 import recmas_runtime as rt
-from built import BuildTiny
+from kit.bundles import BuildTiny
+from kit.specs import SPECS
 from recmas_runtime.formats.plan import StopPlan
 from recmas_runtime.running.executor import mean_cosine
 from recmas_runtime.running.run_trace import StepEvent
 from recmas_runtime.running.system import System
-from tiny_specs import SPECS
 
 QUESTIONS = ["What is 7 * 8?", "Name a colour, please.", "A", "Why do cats sleep all day long?"]
 ROUNDS = 5

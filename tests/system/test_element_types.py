@@ -9,15 +9,15 @@ import onnx
 import pytest
 import torch
 
-from built import BuildTiny, num_weight_bytes
+from kit.bundles import BuildTiny, num_weight_bytes
+from kit.models import write_tiny_backbone
+from kit.specs import on_three_backbones
 from recmas_compiler.backbones.sources import describe_backbone
 from recmas_compiler.backbones.torch_model import load_backbone
 from recmas_export.backbone_graph import DECODER, EMBED, HEAD, WEIGHTS, export_backbone
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Silent
 from recmas_runtime.formats.safetensors_file import read_tensors
-from tiny_models import write_tiny_backbone
-from tiny_specs import on_three_backbones
 
 RECORDS: list[dict[str, object]] = [
     {"id": "1", "question": "What is 7 * 8?"},

@@ -6,29 +6,19 @@ patterns themselves.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import recmas_runtime as rt
-from built import Built
-from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.ir.build_topology import build_topology
+from kit.bundles import BuildTiny, tiny_builder
+from kit.files import MadeOnce, read_messages
+from kit.models import write_tiny_backbone
 from recmas_compiler.ir.ops import Prefill
-from recmas_compiler.passes.pipeline import run_pipeline
-from recmas_compiler.spec.spec import parse_spec
-from recmas_export import assemble
-from recmas_export.backbone_graph import export_backbone
-from recmas_export.build import build
 from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.running.run_trace import TraceWriter
-from tiny_models import write_tiny_backbone
-from trace_files import read_messages
 
 HEAD = """
 recmas: 1
@@ -187,49 +177,14 @@ RECORDS = [
     )
 ]
 
-BuildMixed = Callable[[str], Built]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _export_each_backbone_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Exporting takes seconds and depends on the backbone alone: later builds copy its files."""
-    exported: dict[tuple[str, str], Path] = {}
-
-    def export_once(
-        backbone: TorchBackbone, folder: Path, *, precision: str, **options: Any
-    ) -> None:
-        key = backbone.facts.identity, precision
-        if key not in exported:
-            exported[key] = tmp_path_factory.mktemp("exported") / "backbone"
-            export_backbone(backbone, exported[key], precision=precision, **options)
-        shutil.copytree(exported[key], folder)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assemble, "export_backbone", export_once)
-        yield
-
 
 @pytest.fixture(scope="module")
-def build_mixed(tmp_path_factory: pytest.TempPathFactory) -> BuildMixed:
+def build_mixed(made_once: MadeOnce, tmp_path_factory: pytest.TempPathFactory) -> BuildTiny:
     """Build a spec over `llama`, `qwen3` and `gemma3` of widths 64, 48 and 32; once per text."""
     folder = tmp_path_factory.mktemp("mixed")
     for seed, (family, width) in enumerate((("llama", 64), ("qwen3", 48), ("gemma3", 32))):
         write_tiny_backbone(folder / family, family, seed=seed, hidden_size=width)
-    made: dict[str, Built] = {}
-
-    def make(text: str) -> Built:
-        if text not in made:
-            spec = parse_spec(text, file=str(folder / "spec.yaml"), base_dir=folder)
-            topology = build_topology(spec)
-            program = run_pipeline(topology)
-            bundle = tmp_path_factory.mktemp("bundles") / "bundle"
-            build(program, spec=spec, out=bundle)
-            made[text] = Built(
-                bundle=bundle, topology=topology, program=program, system=rt.load(bundle, threads=1)
-            )
-        return made[text]
-
-    return make
+    return tiny_builder(folder, made_once, lambda: tmp_path_factory.mktemp("bundles") / "bundle")
 
 
 def run(
@@ -249,7 +204,7 @@ def run(
 
 @pytest.mark.parametrize("name", SPECS)
 def test_engines_reference_and_naive_form_agree(
-    name: str, build_mixed: BuildMixed, tmp_path: Path
+    name: str, build_mixed: BuildTiny, tmp_path: Path
 ) -> None:
     built = build_mixed(SPECS[name])
     single, messages = run(built.system, tmp_path / "one", batch=1)
@@ -269,7 +224,7 @@ def test_engines_reference_and_naive_form_agree(
 
 
 @pytest.mark.parametrize("name", ["sequential", "mixture", "diamond"])
-def test_messages_have_the_width_of_their_target(name: str, build_mixed: BuildMixed) -> None:
+def test_messages_have_the_width_of_their_target(name: str, build_mixed: BuildTiny) -> None:
     built = build_mixed(SPECS[name])
     system = built.program.system
     widths = {name: system.backbone_of(name).facts.width for name in system.agents}
@@ -279,7 +234,7 @@ def test_messages_have_the_width_of_their_target(name: str, build_mixed: BuildMi
         assert message.shape == (1, system.agents[source].latent_steps, widths[target])
 
 
-def test_only_specialists_that_share_a_backbone_are_a_batch(build_mixed: BuildMixed) -> None:
+def test_only_specialists_that_share_a_backbone_are_a_batch(build_mixed: BuildTiny) -> None:
     program = build_mixed(MIXTURE).program
     assert {op.agents for op in program.nodes().values() if isinstance(op, Prefill)} == {
         ("math", "code"),
@@ -290,7 +245,7 @@ def test_only_specialists_that_share_a_backbone_are_a_batch(build_mixed: BuildMi
 
 @pytest.mark.parametrize("name", ["self_loop", "sequential"])
 def test_all_forms_end_early_in_the_same_round(
-    name: str, build_mixed: BuildMixed, tmp_path: Path
+    name: str, build_mixed: BuildTiny, tmp_path: Path
 ) -> None:
     text = SPECS[name].replace("rounds: 3", "rounds: 5")
     full = build_mixed(text).naive(RECORDS).messages
@@ -329,7 +284,7 @@ def test_all_forms_end_early_in_the_same_round(
 
 
 def test_no_early_end_without_the_messages_that_the_last_round_awaits(
-    build_mixed: BuildMixed, tmp_path: Path
+    build_mixed: BuildTiny, tmp_path: Path
 ) -> None:
     built = build_mixed(AWAITED)
     answers, _ = run(built.system, tmp_path, batch=len(RECORDS))

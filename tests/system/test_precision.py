@@ -12,7 +12,8 @@ import onnx
 import pytest
 
 import recmas_runtime as rt
-from built import BuildTiny, Built, num_weight_bytes
+from kit.bundles import BuildTiny, Built, num_weight_bytes
+from kit.specs import on_three_backbones
 from recmas_compiler.analysis.memory import memory_plan
 from recmas_compiler.backbones.facts import weights_bytes
 from recmas_compiler.ir.build_topology import build_topology
@@ -28,7 +29,6 @@ from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.manifest import ParityEntry
 from recmas_runtime.formats.precisions import PRECISIONS, TOLERANCES, buildable, loss_figures
-from tiny_specs import on_three_backbones
 
 RECORDS: list[dict[str, object]] = [
     {"id": "1", "question": "What is 7 * 8?"},

@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import recmas_runtime as rt
-from built import BuildTiny
+from kit.bundles import BuildTiny
+from kit.specs import SPECS
 from recmas_runtime.running.sequence_batch import ragged_window
-from tiny_specs import SPECS
 
 QUESTIONS = st.lists(
     st.text(st.characters(codec="ascii", min_codepoint=33), min_size=1, max_size=120),

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 import recmas_runtime as rt
-from built import BuildTiny
+from kit.bundles import BuildTiny
+from kit.models import write_tiny_backbone
+from kit.specs import SPECS
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.lowering.plan import build_plan
 from recmas_compiler.passes.pipeline import run_pipeline
@@ -17,8 +19,6 @@ from recmas_export.build import build
 from recmas_export.replan import Replanner
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.plan import Plan, ThinkStep
-from tiny_models import write_tiny_backbone
-from tiny_specs import SPECS
 
 # Equal backbones under two names, one of a dead agent, links from files, a corpus to search.
 FILES = """

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import recmas_runtime as rt
-from built import BuildTiny
+from kit.bundles import BuildTiny
+from kit.files import read_messages
+from kit.specs import SPECS
 from kit.torch_system import load_torch_system
 from recmas_compiler.bench.open_torch import TransformersEngine, load_bundle_backbones
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
@@ -16,8 +18,6 @@ from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.links import load_operands, stack_operands
 from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.running.run_trace import TraceWriter
-from tiny_specs import SPECS
-from trace_files import read_messages
 
 QUESTIONS = ["What is 7 * 8?", "Anna has three plans and an orange. Which is best?", "Hm?"]
 RECORDS = [{"id": str(i), "question": question} for i, question in enumerate(QUESTIONS)]

@@ -5,14 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from kit.bundles import compile_system, each_backbone_exported_once, write_trio
+from kit.files import MadeOnce
+from recmas_export.build import build
 from simulated_commands import run_simulated
-from tiny_bundle import build_bundle
 
 
 @pytest.fixture(scope="session")
-def portable_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def portable_bundle(made_once: MadeOnce, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle without engines; not to be changed."""
-    return build_bundle(tmp_path_factory.mktemp("trio"))
+    root = tmp_path_factory.mktemp("trio")
+    spec, program = compile_system(write_trio(root))
+    with each_backbone_exported_once(made_once):
+        return build(program, spec=spec, out=root / "bundle").path
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from kit.killed import kill, killed_in
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.engines.tensorrt.engine_cache import (
     RECORD_NAME,
@@ -140,25 +138,20 @@ def test_the_first_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-KILL = """
-import os, shutil, signal, sys
-from pathlib import Path
-sys.path[:0] = {path!r}
-from test_engine_cache import write_engines
+def write_killed(root: Path, where: str) -> None:
+    """Write engines in a process that dies at a place."""
 
-def kill(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
+    def write_until_killed() -> None:
+        if where == "building":
+            Path.write_bytes = kill
+        elif where == "within the swap":
+            rename = Path.rename
+            Path.rename = lambda self, to: kill() if "building" in self.name else rename(self, to)
+        elif where == "after the swap":
+            shutil.rmtree = kill
+        write_engines(root)
 
-where = {where!r}
-if where == "building":
-    Path.write_bytes = kill
-elif where == "within the swap":
-    rename = Path.rename
-    Path.rename = lambda self, to: kill() if "building" in self.name else rename(self, to)
-elif where == "after the swap":
-    shutil.rmtree = kill
-write_engines(Path({root!r}))
-"""
+    killed_in(write_until_killed)
 
 
 @pytest.mark.parametrize("where", ["building", "within the swap", "after the swap"])
@@ -166,9 +159,7 @@ def test_a_killed_build_leaves_whole_engines_and_nothing_for_long(
     tmp_path: Path, where: str
 ) -> None:
     ours = write_engines(tmp_path)
-    script = KILL.format(path=sys.path, where=where, root=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    write_killed(tmp_path, where)
     engines, reasons = choose_engines(tmp_path, FINGERPRINT, HERE)
     assert (engines is None) == (where == "within the swap")
     assert reasons == ()

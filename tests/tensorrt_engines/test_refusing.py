@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from kit.bundles import write_trio
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.engines.tensorrt.engine_cache import _architecture
 from simulated_commands import run_python
-from tiny_bundle import write_spec
 
 # Hidden, so that the tests say the same on a machine that has them.
 HIDDEN = "import sys; sys.modules['tensorrt'] = None\n"
@@ -22,7 +22,7 @@ RECMASC = f"{HIDDEN}from recmas_cli.main import main; main(sys.argv[1:])"
 @pytest.mark.parametrize("how", [("--target", "tensorrt"), ("--set", "build.target=tensorrt")])
 def test_a_build_is_refused_before_weights_are_loaded(how: tuple[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    asked = ("build", str(write_spec(tmp_path)), "--out", str(out), "--json", *how)
+    asked = ("build", str(write_trio(tmp_path)), "--out", str(out), "--json", *how)
     ran = run_python("-c", RECMASC, *asked)
     assert ran.returncode == 4
     (problem,) = json.loads(ran.stdout)["problems"]
@@ -33,7 +33,7 @@ def test_a_build_is_refused_before_weights_are_loaded(how: tuple[str, str], tmp_
 
 
 def test_a_spec_for_tensorrt_can_be_checked_anywhere(tmp_path: Path) -> None:
-    spec = write_spec(tmp_path)
+    spec = write_trio(tmp_path)
     text = spec.read_text(encoding="utf-8")
     spec.write_text(text.replace("build: {", "build: {target: tensorrt, "), encoding="utf-8")
     ran = run_python("-c", RECMASC, "check", str(spec), "--json")

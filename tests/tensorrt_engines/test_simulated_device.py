@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kit.files import read_messages
 from recmas_runtime.formats.precisions import TOLERANCES
 from simulated_commands import SIMULATED, data_of, run_python, run_simulated
-from trace_files import read_messages
 
 QUESTIONS = ["What is seven times eight?", "Why?", "Three friends plan a garden."]
 LONG = ("--max-new-tokens", "150")
@@ -179,7 +179,7 @@ from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.links import load_operands, stack_operands
 from recmas_runtime.running.open_engines import open_engines
 from recmas_runtime.engines.tensorrt import execution
-from recmas_runtime.engines.tensorrt.device_memory import Stream
+from recmas_runtime.engines.tensorrt.execution import Stream
 
 execution.MOST_STEPS_OF_A_GRAPH = 2
 bundle = open_bundle(sys.argv[1])

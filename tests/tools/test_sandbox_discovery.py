@@ -14,7 +14,6 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from refused_calls import REFUSED
 
 from recmas_runtime.cli.main import main
 from recmas_runtime.tools import find_sandbox, terminal_ask
@@ -27,6 +26,7 @@ from recmas_runtime.tools.sandbox.seccomp import (
     filter_program,
     oci_profile,
 )
+from refused_calls import REFUSED
 
 
 def test_nothing_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

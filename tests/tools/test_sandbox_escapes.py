@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from refused_calls import REFUSED
 
 from recmas_runtime.tools.sandbox import Sandbox, SandboxResult, find_sandbox, survey_sandboxes
 from recmas_runtime.tools.sandbox.program import (
@@ -31,6 +30,7 @@ from recmas_runtime.tools.sandbox.program import (
     MAX_TMP_FILES,
 )
 from recmas_runtime.tools.sandbox.seccomp import MACHINES, NEWEST
+from refused_calls import REFUSED
 
 pytestmark = pytest.mark.skipif(
     find_sandbox() is None, reason=f"no sandbox here: {dict(survey_sandboxes().reasons)}"

@@ -1,5 +1,5 @@
 """Tiny backbones, loaded once for all torch tests."""
 
-from torch_fixtures import one_thread, tiny
+from kit.fixtures import one_thread, tiny
 
 __all__ = ["one_thread", "tiny"]

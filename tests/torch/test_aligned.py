@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ir.graphs import topology
+from kit.graphs import topology
+from kit.models import LoadTiny
+from kit.systems import RECORDS, declare
 from recmas_compiler.links.aligned import align_inner, align_outer, ridge
 from recmas_compiler.links.calibration import REQUESTS, Calibration, calibrate
 from recmas_compiler.links.files import LinkWeights
@@ -24,7 +26,6 @@ from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Advance, Silent
 from recmas_runtime.formats.link_kinds import LinkKind
-from tiny_systems import RECORDS, LoadTiny, declare
 
 KINDS = get_args(LinkKind)
 

@@ -9,22 +9,14 @@ import pytest
 import torch
 from msgspec import structs
 
-from ir.graphs import topology
+from kit.graphs import topology
+from kit.models import FAMILIES, LoadTiny
+from kit.systems import RECORDS, assert_agree, declare, naive_result, random_links, reference_result
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Level
 from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.lowering.reference import TorchSystem
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
-from tiny_models import FAMILIES
-from tiny_systems import (
-    RECORDS,
-    LoadTiny,
-    assert_agree,
-    declare,
-    naive_result,
-    random_links,
-    reference_result,
-)
 
 STEPS = 4
 

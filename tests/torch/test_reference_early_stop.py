@@ -9,23 +9,16 @@ import pytest
 import torch
 from msgspec import structs
 
-from ir.graphs import topology
+from kit.graphs import topology
+from kit.models import LoadTiny
 from kit.naive import run_naive
+from kit.systems import MAX_NEW_TOKENS, RECORDS, assert_agree, declare, naive_result, random_links
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.lowering.reference import ReferenceResult, TorchSystem
 from recmas_compiler.passes.pass_base import Pass
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_runtime.formats.plan import StopPlan
-from tiny_systems import (
-    MAX_NEW_TOKENS,
-    RECORDS,
-    LoadTiny,
-    assert_agree,
-    declare,
-    naive_result,
-    random_links,
-)
 
 ROUNDS = 6
 

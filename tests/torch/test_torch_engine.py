@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from kit.models import FAMILIES, LoadTiny
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.bench.torch_engine import TorchEngine, apply_inner
 from recmas_compiler.links.modules import make_link, randomize, save_link
@@ -17,8 +18,6 @@ from recmas_runtime.formats.link_kinds import LinkKind
 from recmas_runtime.formats.links import Operands, load_operands, stack_operands
 from recmas_runtime.formats.manifest import LinkEntry
 from recmas_runtime.formats.precisions import TOLERANCES
-from tiny_models import FAMILIES
-from tiny_systems import LoadTiny
 
 LENGTHS = np.array([5, 11, 8])
 CAPACITY, NUM_STEPS = 64, 4
@@ -163,7 +162,7 @@ def test_a_cache_that_was_given_back_is_used_again(tiny: LoadTiny) -> None:
     engine = TorchEngine(own(tiny("llama")), compiled=False)
     first = engine.new_cache(2, CAPACITY)
     assert engine.new_cache(2, CAPACITY) is not first
-    engine.give_back(first)
+    engine.release(first)
     assert engine.new_cache(2, 2 * CAPACITY) is not first
     assert engine.new_cache(2, CAPACITY) is first
 

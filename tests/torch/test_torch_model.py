@@ -17,12 +17,11 @@ from transformers import (
     Gemma3ForConditionalGeneration,
 )
 
+from kit.models import COMMON_DIMS, FAMILIES, LoadTiny, load_folder, write_tiny_backbone
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone, weights_digest
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Silent
-from tiny_models import COMMON_DIMS, FAMILIES, write_tiny_backbone
-from tiny_systems import LoadTiny, load_folder
 
 
 def facts_of(folder: Path, **changes: Any) -> BackboneFacts:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tiny_models import write_tiny_backbone
-from torch_fixtures import one_thread, tiny
-from training_specs import write_case
+from kit.fixtures import exports_once, one_thread, tiny
+from kit.models import write_tiny_backbone
+from kit.training import write_case
 
-__all__ = ["one_thread", "tiny"]
+__all__ = ["exports_once", "one_thread", "tiny"]
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,14 @@ from dataclasses import replace
 import torch
 from msgspec import structs
 
+from kit.models import LoadTiny
+from kit.systems import random_links
+from kit.training import on_one
 from recmas_compiler.lowering.reference import TorchSystem
 from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.training.tasks.outer import CONTROLS, exact_answers
-from tiny_systems import LoadTiny, random_links
-from training_systems import on_one
 
 NUM_TOKENS = 6
 QUESTIONS = ["What is 7 * 8?", "The rest?", "Anna has three plans."]

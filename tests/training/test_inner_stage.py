@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from kit.models import LoadTiny
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.links.modules import make_link, randomize
 from recmas_compiler.training.data.hidden_state_cache import (
@@ -27,7 +28,6 @@ from recmas_compiler.training.tasks.inner import (
 )
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Silent
-from tiny_systems import LoadTiny
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 MIB = 2**20

@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 import recmas_compiler as rc
+from kit.training import changed
 from recmas_cli.main import main
 from recmas_compiler.training.loop.metrics import METRICS_NAME
 from recmas_runtime.core.errors import Exit, fail
 from recmas_runtime.core.jsonl import read_json_lines
-from training_specs import changed
 
 COMMAND = [sys.executable, "-m", "recmas_cli.main", "train"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -154,7 +154,7 @@ def test_the_build_takes_trained_links(here: Path, capsys: pytest.CaptureFixture
     link.write_bytes(link.read_bytes()[:-4] + b"\0\0\0\1")
     altered = recmasc(capsys, "build", here, "--quiet", "-o", "other")
     (warning,) = [p for p in altered["problems"] if p["code"] == "RM751"]
-    assert "not the file that its receipt vouches for" in warning["message"]
+    assert "its hash is not the one in its receipt" in warning["message"]
     assert "planner->solver" not in altered["data"]["trained_links"]
     shutil.rmtree("links")
     assert recmasc(capsys, "build", here, "--quiet", "-o", "before")["data"]["reused"]

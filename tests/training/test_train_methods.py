@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from kit.models import LoadTiny, load_folder
+from kit.training import examples, on_one
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.lowering.training_graph.calls import CallWriter
 from recmas_compiler.training.loop.distributed import World
@@ -27,8 +29,6 @@ from recmas_runtime.core.jsonl import read_json_lines
 from recmas_runtime.formats.plan import PromptPart
 from recmas_runtime.running.baselines import without_slots
 from test_train_command import COMMAND, ENVIRONMENT, recmasc
-from tiny_systems import LoadTiny, load_folder
-from training_systems import examples, on_one
 
 NEEDS_PEFT = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
 METHODS = [pytest.param("lora", marks=NEEDS_PEFT), "sft"]

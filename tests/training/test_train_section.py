@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
+from kit.training import SPEC, changed
 from recmas_compiler.spec.schema.train import PRESET_KINDS, PRESETS
 from recmas_compiler.spec.spec import parse_spec
 from recmas_runtime.core.errors import RecmasError
-from training_specs import SPEC, changed
 
 # name -> code, piece of the spec, what stands there instead; `@@` marks the place of the finding
 REFUSED = {

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 
+from kit.models import LoadTiny
+from kit.systems import declare
+from kit.training import changed_agents, examples, on_one, training_graph
 from recmas_compiler.lowering.training_graph.calls import Call, CallWriter, TrainExample
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.plan import PromptPart
 from recmas_runtime.prompts.render import Slot, Tokens
 from recmas_runtime.prompts.tokenizer import Tokenizer
-from tiny_systems import LoadTiny, declare
-from training_systems import changed_agents, examples, on_one, training_graph
 
 TEXT = "An end."
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
+from kit.models import LoadTiny
+from kit.systems import random_links
+from kit.training import TOPOLOGIES, examples, on_one, training_graph
 from recmas_compiler.lowering.training_graph.agent_calls import Compiled, CompileWarning
 from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
-from tiny_systems import LoadTiny, random_links
-from training_systems import TOPOLOGIES, examples, on_one, training_graph
 from training_tolerances import TOLERANCES
 
 

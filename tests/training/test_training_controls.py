@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kit.models import LoadTiny
+from kit.systems import random_links
+from kit.training import examples, on_one, training_graph
 from plain_training import PlainTraining
 from recmas_compiler.lowering.training_graph.latents import controlled
 from recmas_compiler.training.loop.distributed import World
 from recmas_compiler.training.tasks.outer import OuterTask
-from tiny_systems import LoadTiny, random_links
-from training_systems import examples, on_one, training_graph
 from training_tolerances import TOLERANCES
 
 MODES = ["teacher_forced", "rollout"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kit.training import SPEC, changed, lines, record, write_case
 from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.spec.spec import load_spec
 from recmas_compiler.training.data.examples import (
@@ -16,7 +17,6 @@ from recmas_compiler.training.data.examples import (
 from recmas_compiler.training.session import train_settings
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Silent
-from training_specs import SPEC, changed, lines, record, write_case
 
 
 def load(folder: Path, text: str = SPEC, data: str | None = None) -> Examples:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kit.models import LoadTiny
+from kit.systems import random_links
+from kit.training import examples, in_float64, on_one, training_graph
 from plain_training import PlainTraining
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
-from tiny_systems import LoadTiny, random_links
-from training_systems import examples, in_float64, on_one, training_graph
 from training_tolerances import TOLERANCES
 
 MODES = ["teacher_forced", "rollout"]

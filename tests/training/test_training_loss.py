@@ -5,21 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ir.graphs import topology
+from kit.graphs import topology
+from kit.models import LoadTiny
+from kit.systems import declare, random_links
+from kit.training import STEPS, TOPOLOGIES, changed_agents, examples, on_one, training_graph
 from plain_training import PlainTraining
 from recmas_compiler.ir.ops import Level
 from recmas_compiler.lowering.reference import TorchSystem
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
-from tiny_systems import LoadTiny, declare, random_links
-from training_systems import (
-    STEPS,
-    TOPOLOGIES,
-    changed_agents,
-    examples,
-    on_one,
-    training_graph,
-)
 from training_tolerances import TOLERANCES
 
 MODES = ["teacher_forced", "rollout"]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ir.graphs import topology
+from kit.graphs import topology
+from kit.models import LoadTiny
+from kit.systems import declare
+from kit.training import STEPS, examples, training_graph
 from recmas_compiler.lowering.training_graph.agent_calls import (
     FEWEST_CONSTANT_COLUMNS,
     AgentCalls,
     Row,
     pad_rows,
 )
-from tiny_systems import LoadTiny, declare
-from training_systems import STEPS, examples, training_graph
 from training_tolerances import TOLERANCES
 
 LEAD = tuple(range(1, FEWEST_CONSTANT_COLUMNS + 5))

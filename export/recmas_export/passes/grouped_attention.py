@@ -21,7 +21,7 @@ from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSe
 
 from recmas_export.passes.tidy import integers, take_over
 from recmas_runtime.engines.onnx.session import onnx_runtime
-from recmas_runtime.formats.targets import HEAD_MULTIPLE, MOST_TABLE_POSITIONS
+from recmas_runtime.formats.precisions import HEAD_MULTIPLE, MOST_TABLE_POSITIONS
 
 DOMAIN: Final = "com.microsoft"
 

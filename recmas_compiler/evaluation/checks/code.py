@@ -7,12 +7,12 @@ import json
 import re
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import starmap
 from typing import Any, Final
 
 from recmas_compiler.evaluation.checks.verdict import (
     NO_ANSWER,
-    StatelessCheck,
+    Check,
     Verdict,
     unusable_gold,
     verdict,
@@ -23,16 +23,7 @@ from recmas_runtime.core.errors import fail
 from recmas_runtime.tools.sandbox import Sandbox, find_sandbox
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One run of a program: what it reads, and what it must write."""
-
-    program: str
-    stdin: str
-    stdout: str
-
-
-class CodeCheck(StatelessCheck):
+class CodeCheck(Check):
     """Runs a record's unit tests against the code of an answer; all must pass.
 
     Args:
@@ -55,13 +46,13 @@ class CodeCheck(StatelessCheck):
         code = extract_code(without_thinking(answer))
         if code is None:
             return NO_ANSWER
-        return verdict(correct=all(map(self._passes, _runs(code, question))), extracted=code)
+        return verdict(correct=all(starmap(self._passes, _runs(code, question))), extracted=code)
 
-    def _passes(self, run: _Run) -> bool:
+    def _passes(self, program: str, stdin: str, stdout: str) -> bool:
         result = self._sandbox.run(
-            run.program, stdin=run.stdin, timeout_s=self._timeout_s, memory_mb=self._memory_mb
+            program, stdin=stdin, timeout_s=self._timeout_s, memory_mb=self._memory_mb
         )
-        return result.status == "ok" and equal_output(result.stdout, run.stdout)
+        return result.status == "ok" and equal_output(result.stdout, stdout)
 
 
 def require_sandbox() -> Sandbox:
@@ -80,21 +71,22 @@ def require_sandbox() -> Sandbox:
     return sandbox
 
 
-def _runs(code: str, question: Question) -> Iterator[_Run]:
-    """Yield what must succeed for the code to be right."""
+def _runs(code: str, question: Question) -> Iterator[tuple[str, str, str]]:
+    """Yield programs with what they read and what they must write for the code to be right."""
     gold = question.gold
     prompt, entry_point = gold.get("prompt"), gold.get("entry_point")
     if isinstance(prompt, str) and isinstance(entry_point, str):
         code = with_prompt(code, prompt, entry_point)
     mark = secrets.token_hex(16)
     if asserted := _tests(question, "tests"):
-        program = assertion_program(code, [str(test) for test in asserted])
-        yield _Run(program, f"{mark}\n", mark)
+        program = "\n".join((_PROLOGUE, code, *map(str, asserted), _EPILOGUE))
+        yield program, f"{mark}\n", mark
     if calls := _tests(question, "calls"):
         cases = [(case["arguments"], case["result"]) for case in calls]
-        yield _Run(call_program(code, str(gold["function"]), cases), f"{mark}\n", mark)
+        yield call_program(code, str(gold["function"]), cases), f"{mark}\n", mark
     for case in _tests(question, "inputs"):
-        yield _Run(input_program(code), case["input"], case["output"])
+        program = f"{_COMMON_IMPORTS}\n{code}\n"
+        yield program, case["input"], case["output"]
 
 
 def _tests(question: Question, kind: str) -> Sequence[Any]:
@@ -169,20 +161,10 @@ def with_prompt(code: str, prompt: str, entry_point: str) -> str:
     return f"{prompt.rstrip()}\n{body}\n"
 
 
-def assertion_program(code: str, tests: Sequence[str]) -> str:
-    """Return a program that runs tests, each a piece of code that raises if it fails."""
-    return "\n".join((_PROLOGUE, code, *tests, _EPILOGUE))
-
-
 def call_program(code: str, name: str, cases: Sequence[tuple[list[object], object]]) -> str:
     """Return a program that calls a function, or a method of `Solution`, and compares results."""
     calls = _CALLS.format(name=name, cases=json.dumps(cases))
     return "\n".join((_PROLOGUE, _COMMON_IMPORTS, code, "import json as _json", calls, _EPILOGUE))
-
-
-def input_program(code: str) -> str:
-    """Return a program that reads standard input and writes standard output."""
-    return f"{_COMMON_IMPORTS}\n{code}\n"
 
 
 def equal_output(found: str, wanted: str) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, Final, Self
 
 from recmas_compiler.evaluation.checks.verdict import (
     NO_ANSWER,
+    Check,
     Verdict,
     after_phrases,
     gold_text,
@@ -35,14 +36,11 @@ _SENTENCE_END: Final = re.compile(r"[.;!?](?=\s|$)")
 _NOTATION: Final = ((r"\\[dt]frac", r"\\frac"), (r"\\frac(\d)(\d)", r"\\frac{\1}{\2}"))
 
 
-class MathCheck:
+class MathCheck(Check):
     """Compares mathematical answers.
 
     Numbers are compared here, exactly; other expressions by math-verify in a process that is killed
     after `timeout_s`, and where it is not installed or fails, as text.
-
-    Args:
-        timeout_s: For one comparison.
     """
 
     def __init__(self, *, timeout_s: float) -> None:
@@ -55,9 +53,6 @@ class MathCheck:
         if found is None:
             return NO_ANSWER
         return verdict(correct=self._is_equal(gold, found), extracted=found)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self._process.close()
@@ -154,8 +149,8 @@ class MathProcess:
             return None
         if self._process is None and not self._start():
             return None
-        said = self._ask({"gold": gold, "answer": answer})
-        return None if said is None else said["equal"]
+        reply = self._ask({"gold": gold, "answer": answer})
+        return None if reply is None else reply["equal"]
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -208,8 +203,8 @@ class MathProcess:
                 self.close()
                 return None
             line += piece
-        said: dict[str, Any] = json.loads(line)
-        return said
+        reply: dict[str, Any] = json.loads(line)
+        return reply
 
 
 # Numbers as people and models write them: `$1,234.50`, `\frac{3}{4}`, `2 1/2`, `45 %`, `8 cm`.
@@ -256,12 +251,7 @@ _CURRENCY: Final = re.compile(r"\\\$|[$\u20ac\u00a3\u00a5]")
 
 @dataclass(frozen=True)
 class Number:
-    """A number that was read.
-
-    Attributes:
-        value: As written: 45 for `45 %`.
-        is_percent: Whether it is a percentage.
-    """
+    """A number as written: 45 for `45 %`."""
 
     value: Fraction
     is_percent: bool = False

@@ -10,7 +10,7 @@ from typing import Final
 
 from recmas_compiler.evaluation.checks.verdict import (
     NO_ANSWER,
-    StatelessCheck,
+    Check,
     Verdict,
     after_phrases,
     gold_text,
@@ -29,7 +29,7 @@ _NO_PUNCTUATION: Final = str.maketrans("", "", string.punctuation + "\u2018\u201
 _ARTICLES: Final = re.compile(r"\b(?:a|an|the)\b")
 
 
-class ExactCheck(StatelessCheck):
+class ExactCheck(Check):
     """Compares words: equal once case, punctuation, articles and spacing are set aside.
 
     Args:
@@ -50,7 +50,7 @@ class ExactCheck(StatelessCheck):
         return verdict(correct=any(said == normalize(gold) for gold in golds), extracted=found)
 
 
-class F1Check(StatelessCheck):
+class F1Check(Check):
     """Scores the words that an answer shares with the nearest right one; correct is exact match."""
 
     def __call__(self, answer: str, question: Question) -> Verdict:
@@ -144,7 +144,7 @@ _NAMED: Final = rf"(?:\b(?:option|choice|letter|answer)\b{_OPENING})?"
 _SECOND: Final = re.compile(r"^[\s*)\].,]*(?:or|and|/|&)[\s*(\[]*([A-Z])(?![A-Za-z])")
 
 
-class ChoiceCheck(StatelessCheck):
+class ChoiceCheck(Check):
     """Compares the letter that an answer means with the right one.
 
     What names two choices, or none, is no answer.

@@ -44,20 +44,11 @@ class Check(Protocol):
         """
 
     def __enter__(self) -> Self:
-        """Return the check itself."""
-
-    def __exit__(self, *exception: object) -> None:
-        """Free what the check holds."""
-
-
-class StatelessCheck:
-    """A check that holds nothing."""
-
-    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        pass
+        """Free what the check holds; most hold nothing."""
+        return
 
 
 def gold_texts(question: Question) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,11 +21,7 @@ MAX_PROBLEMS: Final = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A record of a data set: the part that prompts may show, and the part they never see.
-
-    Attributes:
-        gold: What only the check sees: `answer`, unit tests.
-    """
+    """A record that prompts may show, and what only the check sees: `answer`, unit tests."""
 
     record: Record
     gold: Mapping[str, object]
@@ -33,12 +29,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """The questions of an evaluation.
-
-    Attributes:
-        questions: The selected ones, in the order of the file.
-        digest: sha256 of the file.
-    """
+    """The questions of an evaluation in the order of the file, and the file's sha256."""
 
     questions: tuple[Question, ...]
     num_records: int
@@ -78,7 +69,7 @@ def load_data(path: Path, protocol: Protocol, *, shown: tuple[str, ...]) -> Data
                 raise _unusable(f"id {record_id!r} is already that of line {lines[record_id]}")
         except RecmasError as error:
             (problem,) = error.problems
-            problems.append(_placed(problem, path, line))
+            problems.append(replace(problem, file=str(path), line=line))
             continue
         lines[record_id] = line
         questions.append(question)
@@ -216,9 +207,3 @@ def _value(row: Mapping[str, Any], paths: list[str]) -> Any:
 
 def _unusable(message: str) -> RecmasError:
     return fail("RM601", message, hint="Correct the data, or choose the protocol that it is for.")
-
-
-def _placed(problem: Problem, path: Path, line: int) -> Problem:
-    return Problem(
-        code=problem.code, message=problem.message, hint=problem.hint, file=str(path), line=line
-    )

@@ -13,7 +13,7 @@ import json
 import pickletools
 import random
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
@@ -21,7 +21,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 from pydantic import Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
 
-from recmas_compiler.spec.document.places import Places
+from recmas_compiler.spec.document.places import Places, SourcePosition
 from recmas_compiler.spec.document.problems import (
     Language,
     did_you_mean,
@@ -223,11 +223,8 @@ def load_protocol(name: str, *, overrides: Iterable[str] = ()) -> Protocol:
 def parse_protocol(text: str, *, file: str, overrides: Iterable[str] = ()) -> Protocol:
     """Parse the text of a protocol file.
 
-    Args:
-        file: How messages name it.
-
     Raises:
-        RecmasError: As `load_protocol`.
+        RecmasError: As `load_protocol`; messages name `file`.
     """
     root, places, problems = parse_mapping(text, file=file, language=_PROTOCOLS)
     problems += apply_overrides(root, places, overrides)
@@ -244,41 +241,29 @@ def parse_protocol(text: str, *, file: str, overrides: Iterable[str] = ()) -> Pr
     return protocol
 
 
-def _cross_checks(protocol: Protocol, places: Places) -> list[Problem]:
-    """Return what is wrong although every value for itself is right."""
-    problems = []
+def _cross_checks(protocol: Protocol, places: Places) -> Iterator[Problem]:
+    """Yield what is wrong although every value for itself is right."""
     data, seeds = protocol.data, protocol.seeds
+
+    def problem(place: SourcePosition, message: str, hint: str) -> Problem:
+        return _PROTOCOLS.problem(place, "RM600", message, hint)
+
     if "question" not in data.fields:
         place = places.key(("data", "fields"))
-        hint = "Say where the question stands."
-        problems.append(
-            _PROTOCOLS.problem(place, "RM600", "`data.fields` has no `question`.", hint)
-        )
+        yield problem(place, "`data.fields` has no `question`.", "Say where the question stands.")
     for name in sorted(set(data.append) - set(data.fields)):
-        place = places.key(("data", "append", name))
-        hint = did_you_mean(name, data.fields)
-        problems.append(
-            _PROTOCOLS.problem(place, "RM600", f"`{name}` is not one of `data.fields`.", hint)
-        )
+        place, hint = places.key(("data", "append", name)), did_you_mean(name, data.fields)
+        yield problem(place, f"`{name}` is not one of `data.fields`.", hint)
     if data.convert is not None and data.convert not in CONVERTERS:
-        place = places.value(("data", "convert"))
-        hint = did_you_mean(data.convert, CONVERTERS)
-        problems.append(
-            _PROTOCOLS.problem(
-                place, "RM600", f"no converter is called {show(data.convert)}.", hint
-            )
-        )
+        place, hint = places.value(("data", "convert")), did_you_mean(data.convert, CONVERTERS)
+        yield problem(place, f"no converter is called {show(data.convert)}.", hint)
     if len(set(seeds)) < len(seeds):
-        place = places.value(("seeds",))
-        problems.append(
-            _PROTOCOLS.problem(place, "RM600", f"the seeds {seeds} are not distinct.", "Drop one.")
-        )
+        message = f"the seeds {seeds} are not distinct."
+        yield problem(places.value(("seeds",)), message, "Drop one.")
     elif protocol.temperature == 0 and (protocol.rollouts > 1 or len(seeds) > 1):
         key = "rollouts" if protocol.rollouts > 1 else "seeds"
         message = f"`{key}` asks for several answers, and at temperature 0 all are the same."
-        hint = "Set `temperature`, or ask once."
-        problems.append(_PROTOCOLS.problem(places.key((key,)), "RM600", message, hint))
-    return problems
+        yield problem(places.key((key,)), message, "Set `temperature`, or ask once.")
 
 
 def _with_check(check: Value) -> Language:

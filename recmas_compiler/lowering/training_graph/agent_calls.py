@@ -13,10 +13,9 @@ M latent steps, D width.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any, Final, Generic, ParamSpec, TypeVar
 
 import torch
@@ -41,16 +40,6 @@ COMPILED_COLUMNS: Final = 8
 # One function is compiled anew for gradients on or off and needed or not, a constant part or none,
 # one position or many, one row or many: never for another length.
 MOST_VERSIONS: Final = 32
-
-# Torch's own annotations do not know the last two.
-_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType(
-    {
-        "fullgraph": True,
-        "dynamic": True,
-        "recompile_limit": MOST_VERSIONS,
-        "isolate_recompiles": True,
-    }
-)
 
 _FAILURES: Final = (
     TorchDynamoException,
@@ -86,7 +75,11 @@ class Compiled(Generic[P, R]):
     def __init__(self, function: Callable[P, R], *, name: str) -> None:
         self._function = function
         self._name = name
-        self._compiled: Callable[P, R] | None = torch.compile(function, **_OPTIONS)
+        # Torch's own annotations do not know these two.
+        others: Any = {"recompile_limit": MOST_VERSIONS, "isolate_recompiles": True}
+        self._compiled: Callable[P, R] | None = torch.compile(
+            function, fullgraph=True, dynamic=True, **others
+        )
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run it, compiled if that is possible."""
@@ -146,7 +139,7 @@ class AgentCalls:
             positions_NR = _columns(padded.positions_NS, start)
             return self._read(embeds_NRD, padded.mask_NS, positions_NR, *kept)
 
-        return self._with_gradients(run, _columns(padded.embeds_NSD, start))
+        return recomputed(run, _columns(padded.embeds_NSD, start), checkpointed=self._checkpoint)
 
     def roll_out(
         self,
@@ -187,7 +180,7 @@ class AgentCalls:
                 positions_N1 = positions_N1 + 1
             return torch.stack(thoughts_ND, dim=1), torch.stack(inputs_ND, dim=1)
 
-        return self._with_gradients(run, _columns(padded.embeds_NSD, start))
+        return recomputed(run, _columns(padded.embeds_NSD, start), checkpointed=self._checkpoint)
 
     def _begin(
         self, rows: Sequence[Row], constants: ConstantRows, *, more: int = 0
@@ -231,11 +224,13 @@ class AgentCalls:
     def _embed(self, ids: Tensor) -> Tensor:
         return self._backbone.embed(ids.to(next(self._backbone.embedding.parameters()).device))
 
-    def _with_gradients(self, run: Callable[[Tensor], R], embeds_NRD: Tensor) -> R:
-        if not self._checkpoint or not torch.is_grad_enabled():
-            return run(embeds_NRD)
-        result: R = checkpoint(run, embeds_NRD, use_reentrant=False, preserve_rng_state=False)
-        return result
+
+def recomputed(run: Callable[[Tensor], R], inputs: Tensor, *, checkpointed: bool) -> R:
+    """Run a function; if `checkpointed`, keep its inputs only and run again for its gradients."""
+    if not checkpointed or not torch.is_grad_enabled():
+        return run(inputs)
+    result: R = checkpoint(run, inputs, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 def _columns(rows_NS: Tensor, first: int, end: int | None = None) -> Tensor:
@@ -344,7 +339,7 @@ def pad_rows(
         share_up_to: What rows begin with is shared if there are at most this many columns; None
             for any number.
     """
-    num_columns = _round_up(max(row.length for row in rows), multiple)
+    num_columns = -(-max(row.length for row in rows) // multiple) * multiple
     may_share = share_up_to is None or num_columns <= share_up_to
     shared_ids = _shared_ids(rows, multiple) if may_share else ()
     num_shared = len(shared_ids)
@@ -355,7 +350,7 @@ def pad_rows(
     is_shared_S = columns_S < num_shared
     is_padding_NS = ~is_shared_S & (columns_S < num_shared + spare_N1)
     positions_NS = torch.where(is_shared_S, columns_S, columns_S - spare_N1)
-    # Without padding there is nothing to mask, and attention is faster if it is told so.
+    # Without padding there is nothing to mask, and attention is faster without a mask.
     is_padded = any(row.length < num_columns for row in rows)
     num_ids = [max(num_constant - (num_columns - row.length), num_shared) for row in rows]
     return Padded(
@@ -400,7 +395,3 @@ def _embeds(
     ]
     shared_TD, rest_TD = torch.tensor_split(torch.cat(pieces_TD), (num_shared,))
     return torch.cat((shared_TD, pad(rest_TD, (0, 0, num_columns - row.length, 0))))
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

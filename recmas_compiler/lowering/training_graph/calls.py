@@ -145,7 +145,7 @@ class CallWriter:
         if self._system.rounds > 1 and not before.issuperset(declared.slots("then")):
             rounds.append(("then", set(declared.slots("then"))))
 
-        def spoken(sender: str, senders: set[str]) -> Tokens:
+        def ideal(sender: str, senders: set[str]) -> Tokens:
             text = example.targets.get(sender, "") if sender in senders else ""
             ids = tokenizer.encode_piece(text, plain=[(0, len(text))])
             return Tokens(ids[: self._agents[sender].latent_steps])
@@ -153,7 +153,7 @@ class CallWriter:
         turns = []
         for variant, senders in rounds:
             turn = self.write(agent, variant, "turn", example)
-            items = (spoken(i.agent, senders) if isinstance(i, Slot) else i for i in turn.items)
+            items = (ideal(i.agent, senders) if isinstance(i, Slot) else i for i in turn.items)
             turns.append(replace(turn, items=tuple(items)))
         return tuple(turns)
 

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, Self
+from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.lowering.plan import build_plan
-from recmas_compiler.lowering.reference import module_name
-from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls, Compiled
+from recmas_compiler.lowering.reference import ProgramModule
+from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls, Compiled, recomputed
 from recmas_compiler.lowering.training_graph.calls import (
     Batch,
     Call,
@@ -35,7 +33,6 @@ from recmas_compiler.lowering.training_graph.latents import (
     Mode,
     agent_turns,
 )
-from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_runtime.formats.plan import PrefillStep
 from recmas_runtime.prompts.render import Tokens
 
@@ -45,16 +42,13 @@ EARLIER_ROUNDS_WEIGHT: Final = 0.1
 Supervise = Literal["final", "all"]
 
 
-class TrainingGraph(nn.Module):
+class TrainingGraph(ProgramModule):
     """A program that learns: the loss of the answer agent's text, with gradients for every link.
 
-    It follows the program's plan, without what the answer does not need. All rounds run:
-    `answer.stop_when` is for answering only. Agents that the program runs as one batch are one
-    batch here.
+    All rounds run: `answer.stop_when` is for answering only. Agents that the program runs as one
+    batch are one batch here.
 
     Args:
-        program: Of level UNROLLED or PLANNED, with or without any pass.
-        backbones: By the name of the shared backbone; they are frozen here.
         mode: Where thoughts come from: the hidden states over target texts, or a rollout.
         supervise: Whether earlier rounds in which the answer agent runs count too.
         checkpoint_calls: Keep a call's inputs only and compute it again for its gradients: memory
@@ -74,21 +68,15 @@ class TrainingGraph(nn.Module):
         checkpoint_calls: bool = False,
         compile_calls: bool = False,
     ) -> None:
-        super().__init__()
-        self.program = program
-        self.system = program.system
+        super().__init__(program, backbones=backbones, links=links)
+        self.frozen.requires_grad_(False)
         self.mode = mode
-        self.plan = build_plan(RemoveDeadSteps()(program))
         prefills = (step for step in self.plan.steps if isinstance(step, PrefillStep))
         *batches, (self.answer,) = map(agent_turns, prefills)
         self.batches = tuple(batches)
         self._supervised = tuple(
             turn for turn in self.thinking if supervise == "all" and turn.agent == self.answer.agent
         )
-        self.backbones = dict(backbones)
-        self.frozen = nn.ModuleDict({name: b.model for name, b in backbones.items()})
-        self.frozen.requires_grad_(False)
-        self.links = nn.ModuleDict({module_name(name): link for name, link in links.items()})
         self._checkpoint_calls = checkpoint_calls
         self._writer = CallWriter(self.system, backbones)
         self._agent_calls = {
@@ -97,17 +85,6 @@ class TrainingGraph(nn.Module):
         }
         self._run_link = Compiled(_run_link, name="a link") if compile_calls else _run_link
         self._taps = GradientTaps()
-        self.train(False)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode of the links; backbones always stay in eval mode."""
-        super().train(mode)
-        self.frozen.eval()
-        return self
-
-    def link(self, link_id: str) -> nn.Module:
-        """Return a link by its id, such as `planner->solver` or `planner.inner`."""
-        return self.links[module_name(link_id)]
 
     @property
     def thinking(self) -> tuple[AgentTurn, ...]:
@@ -170,7 +147,7 @@ class TrainingGraph(nn.Module):
         """Return the loss that training lowers, in the graph's mode.
 
         Args:
-            watch: Let `round_gradients` know of this pass.
+            watch: Count this pass in `round_gradients`.
         """
         latents = self.latents(batch, watch=watch)
         earlier: dict[int, RoundLoss] = {}
@@ -262,11 +239,7 @@ def _run_link(link: nn.Module, states: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundLoss:
-    """The cross-entropy of one round.
-
-    Attributes:
-        is_exact_B: By record, whether greedy decoding would write the target.
-    """
+    """The cross-entropy of one round, by record: the parts of a `Loss`."""
 
     sum_B: Tensor
     tokens: tuple[int, ...]
@@ -311,7 +284,6 @@ def turn_loss(
 
     Args:
         turns_TD: By record, hidden states from the position before the first target token on.
-        checkpointed: Compute the logits again for their gradients instead of keeping them.
     """
     tokens = tuple(call.num_target_tokens for call in calls)
     # A token is seen from the position before it; from the last one there is nothing to see.
@@ -325,15 +297,12 @@ def turn_loss(
         is_first_N = logits_NV.detach().argmax(-1) == wanted_N
         return cross_entropy(logits_NV, wanted_N, reduction="none"), is_first_N
 
-    if checkpointed and torch.is_grad_enabled():
-        found = checkpoint(run, states_ND, use_reentrant=False, preserve_rng_state=False)
-    else:
-        found = run(states_ND)
+    found = recomputed(run, states_ND, checkpointed=checkpointed)
     losses, is_first = (torch.split(values_N, list(tokens)) for values_N in found)
-    said = [_num_said(call, backbone.eos_token_ids) for call in calls]
+    answered = [_num_answered(call, backbone.eos_token_ids) for call in calls]
     # Each token is the likeliest after the target's own tokens before it, so greedy decoding, which
-    # begins with the first of them, writes them all; and if one is not, it goes another way there.
-    exact = [is_first_T[:num].all() for is_first_T, num in zip(is_first, said, strict=True)]
+    # begins with the first of them, writes them all; and if one is not, it differs there.
+    exact = [is_first_T[:num].all() for is_first_T, num in zip(is_first, answered, strict=True)]
     return RoundLoss(
         sum_B=torch.stack([losses_T.sum() for losses_T in losses]),
         tokens=tokens,
@@ -365,7 +334,7 @@ def _target_ids(call: Call) -> tuple[int, ...]:
     return last.ids[-call.num_target_tokens :]
 
 
-def _num_said(call: Call, ends: Sequence[int]) -> int:
+def _num_answered(call: Call, ends: Sequence[int]) -> int:
     """Return how many target tokens an answer has; what a template writes behind its end is not."""
     ids = _target_ids(call)
     return next((place + 1 for place, i in enumerate(ids) if i in ends), len(ids))

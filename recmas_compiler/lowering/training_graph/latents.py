@@ -7,10 +7,9 @@ the target, N rows (agents x records), S columns, T target tokens of a record.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from types import MappingProxyType
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +20,9 @@ from recmas_runtime.formats.plan import Message, Plan, PrefillStep, Variant
 from recmas_runtime.prompts.render import Tokens
 
 Mode = Literal["teacher_forced", "rollout"]
+
+_ByTurn = dict[tuple[str, int], list[Tensor]]
+"""A tensor for each record, by agent (or link) and round."""
 
 Control = Literal["none", "null", "shuffled", "mean"]
 """What the answer agent gets instead of its messages, to see what the messages are worth."""
@@ -71,39 +73,30 @@ class GradientTaps:
         self._squares[key] = self._squares[key] + gradient.detach().float().square().sum()
 
 
+@dataclass(eq=False, kw_only=True)
 class Latents:
     """Runs turns on a batch and keeps what they yield.
 
-    Args:
-        apply_link: Maps [..., in_dim] to [..., out_dim] by a link's id.
-
     Attributes:
+        apply_link: Maps [..., in_dim] to [..., out_dim] by a link's id.
         thoughts_MD: By agent and round, per record.
         turns_TD: By agent and round, per record: hidden states of a turn from the position before
             its first target token. Only in mode `teacher_forced`.
     """
 
-    def __init__(
-        self,
-        *,
-        plan: Plan,
-        batch: Batch,
-        mode: Mode,
-        agent_calls: Mapping[str, AgentCalls],
-        apply_link: Callable[[str, Tensor], Tensor],
-        taps: GradientTaps | None,
-    ) -> None:
-        self.thoughts_MD: dict[tuple[str, int], list[Tensor]] = {}
-        self.turns_TD: dict[tuple[str, int], list[Tensor]] = {}
-        self._plan = plan
-        self._batch = batch
-        self._mode = mode
-        self._agent_calls = agent_calls
-        self._apply_link = apply_link
-        self._taps = taps
-        self._constants: dict[str, ConstantRows] = {name: {} for name in agent_calls}
-        self._inputs_MD: dict[tuple[str, int], list[Tensor]] = {}
-        self._messages_ME: dict[tuple[str, int], list[Tensor]] = {}
+    plan: Plan
+    batch: Batch
+    mode: Mode
+    agent_calls: Mapping[str, AgentCalls]
+    apply_link: Callable[[str, Tensor], Tensor]
+    taps: GradientTaps | None
+    thoughts_MD: _ByTurn = field(default_factory=dict, init=False)
+    turns_TD: _ByTurn = field(default_factory=dict, init=False)
+    _inputs_MD: _ByTurn = field(default_factory=dict, init=False)
+    _messages_ME: _ByTurn = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self._constants: dict[str, ConstantRows] = {name: {} for name in self.agent_calls}
 
     def think(self, turns: Sequence[AgentTurn], *, whole: bool) -> None:
         """Run a batch of turns; those that send them messages must have run before.
@@ -112,8 +105,8 @@ class Latents:
             turns: Of agents that share a backbone and take equally many latent steps.
             whole: Read targets to their end, not only as far as the agents think.
         """
-        num_steps = self._plan.agents[turns[0].agent].latent_steps
-        if self._mode == "rollout":
+        num_steps = self.plan.agents[turns[0].agent].latent_steps
+        if self.mode == "rollout":
             self._roll_out(turns, num_steps)
             return
         # Later positions change nothing before them, so they need not run.
@@ -129,43 +122,44 @@ class Latents:
         """Read prompts and targets; return what `turns_TD` describes, by turn."""
         rows: list[Row] = []
         for turn in turns:
-            calls = self._batch.calls[turn.agent, turn.variant, "turn"]
+            calls = self.batch.calls[turn.agent, turn.variant, "turn"]
             cut = [call if limit is None else call.cut(limit) for call in calls]
             rows += self._rows(turn, cut, control)
-        name = self._plan.agents[turns[0].agent].backbone
-        hidden_NSD = self._agent_calls[name].read(rows, self._constants[name])
+        name = self.plan.agents[turns[0].agent].backbone
+        hidden_NSD = self.agent_calls[name].read(rows, self._constants[name])
         states = [h_SD[-row.num_wanted :] for h_SD, row in zip(hidden_NSD, rows, strict=True)]
-        return dict(zip(turns, _parts(states, len(self._batch)), strict=True))
+        size = len(self.batch)
+        return {turn: states[i * size : (i + 1) * size] for i, turn in enumerate(turns)}
 
     def message(self, link_id: str, round_: int) -> list[Tensor]:
         """Return a link's message [M, E] of a round, per record; its source must have thought."""
         key = link_id, round_
         if key not in self._messages_ME:
-            inputs_MD = self._inputs(self._plan.links[link_id].source, round_)
+            inputs_MD = self._inputs(self.plan.links[link_id].source, round_)
             self._messages_ME[key] = self._map(link_id, round_, inputs_MD)
         return self._messages_ME[key]
 
     def _roll_out(self, turns: Sequence[AgentTurn], num_steps: int) -> None:
         rows: list[Row] = []
         for turn in turns:
-            calls = self._batch.calls[turn.agent, turn.variant, "prompt"]
+            calls = self.batch.calls[turn.agent, turn.variant, "prompt"]
             rows += self._rows(turn, calls, "none")
 
         def inner(hidden_ND: Tensor) -> Tensor:
-            parts_BD = torch.split(hidden_ND, len(self._batch))
+            parts_BD = torch.split(hidden_ND, len(self.batch))
             return torch.cat(
                 [
-                    self._linked(self._plan.agents[turn.agent].inner, turn.round, part_BD)
+                    self._linked(self.plan.agents[turn.agent].inner, turn.round, part_BD)
                     for turn, part_BD in zip(turns, parts_BD, strict=True)
                 ]
             )
 
-        name = self._plan.agents[turns[0].agent].backbone
-        thoughts_NMD, inputs_NMD = self._agent_calls[name].roll_out(
+        name = self.plan.agents[turns[0].agent].backbone
+        thoughts_NMD, inputs_NMD = self.agent_calls[name].roll_out(
             rows, num_steps, inner, self._constants[name]
         )
         for i, turn in enumerate(turns):
-            of_turn = slice(i * len(self._batch), (i + 1) * len(self._batch))
+            of_turn = slice(i * len(self.batch), (i + 1) * len(self.batch))
             self.thoughts_MD[turn.agent, turn.round] = list(thoughts_NMD[of_turn])
             self._inputs_MD[turn.agent, turn.round] = list(inputs_NMD[of_turn])
 
@@ -190,7 +184,7 @@ class Latents:
         key = agent, round_
         if key not in self._inputs_MD:
             thoughts_MD = self.thoughts_MD[key]
-            self._inputs_MD[key] = self._map(self._plan.agents[agent].inner, round_, thoughts_MD)
+            self._inputs_MD[key] = self._map(self.plan.agents[agent].inner, round_, thoughts_MD)
         return self._inputs_MD[key]
 
     def _map(self, link_id: str, round_: int, states_MD: Sequence[Tensor]) -> list[Tensor]:
@@ -200,14 +194,10 @@ class Latents:
         return list(torch.split(output_NE, lengths))
 
     def _linked(self, link_id: str, round_: int, states_ND: Tensor) -> Tensor:
-        output_NE = self._apply_link(link_id, states_ND)
-        if self._taps is not None:
-            self._taps.tap(output_NE, link_id, round_)
+        output_NE = self.apply_link(link_id, states_ND)
+        if self.taps is not None:
+            self.taps.tap(output_NE, link_id, round_)
         return output_NE
-
-
-def _parts(states: list[Tensor], size: int) -> list[list[Tensor]]:
-    return [states[first : first + size] for first in range(0, len(states), size)]
 
 
 def controlled(messages_ME: Sequence[Tensor], control: Control) -> list[Tensor]:
@@ -223,32 +213,19 @@ def controlled(messages_ME: Sequence[Tensor], control: Control) -> list[Tensor]:
     Args:
         control: Which one. `shuffled` needs two records or more.
     """
-    return CONTROLS[control](messages_ME)
-
-
-def _own(messages_ME: Sequence[Tensor]) -> list[Tensor]:
-    return list(messages_ME)
-
-
-def _nothing(messages_ME: Sequence[Tensor]) -> list[Tensor]:
-    return [message_ME[:0] for message_ME in messages_ME]
-
-
-def _next(messages_ME: Sequence[Tensor]) -> list[Tensor]:
-    assert len(messages_ME) > 1, "one record has no other record's message"
-    return [*messages_ME[1:], messages_ME[0]]
-
-
-def _mean(messages_ME: Sequence[Tensor]) -> list[Tensor]:
-    longest = max(len(message_ME) for message_ME in messages_ME)
-    means_1E = [
-        torch.stack([m[i] for m in messages_ME if len(m) > i]).mean(dim=0, keepdim=True)
-        for i in range(longest)
-    ]
-    mean_ME = torch.cat(means_1E) if means_1E else messages_ME[0]
-    return [mean_ME] * len(messages_ME)
-
-
-CONTROLS: Final = MappingProxyType[Control, Callable[[Sequence[Tensor]], list[Tensor]]](
-    {"none": _own, "null": _nothing, "shuffled": _next, "mean": _mean}
-)
+    match control:
+        case "none":
+            return list(messages_ME)
+        case "null":
+            return [message_ME[:0] for message_ME in messages_ME]
+        case "shuffled":
+            assert len(messages_ME) > 1, "one record has no other record's message"
+            return [*messages_ME[1:], messages_ME[0]]
+        case "mean":
+            longest = max(len(message_ME) for message_ME in messages_ME)
+            means_1E = [
+                torch.stack([m[i] for m in messages_ME if len(m) > i]).mean(dim=0, keepdim=True)
+                for i in range(longest)
+            ]
+            mean_ME = torch.cat(means_1E) if means_1E else messages_ME[0]
+            return [mean_ME] * len(messages_ME)

@@ -19,8 +19,7 @@ from recmas_compiler.spec.schema.sections import (
 from recmas_compiler.spec.schema.train import PRESET_KINDS, TrainSection
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import canonical_link_name, link_name
-from recmas_runtime.formats.precisions import PRECISIONS, PrecisionName
-from recmas_runtime.formats.targets import precision_hint
+from recmas_runtime.formats.precisions import PRECISIONS, PrecisionName, precision_hint
 
 
 def check_settings(declared: Declared) -> Iterator[Problem]:
@@ -85,7 +84,7 @@ def _all_weights(declared: Declared) -> Iterator[tuple[Loc, str, WeightsSection]
 # Tags that mean something to the runtime: a function of this name could never be called.
 RESERVED_TAGS: Final = ("search", "python", "ask", "result", "tool_call")
 
-# Rounds 1 and 2 are compared, and a settled record's next round is its last: round 3 at best.
+# Rounds 1 and 2 are compared, and a converged record's next round is its last: round 3 at best.
 _FEWEST_ROUNDS_TO_SAVE_ONE: Final = 4
 
 

@@ -21,8 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from recmas_runtime.formats.ids import LINK_PATTERN, SLUG_PATTERN
 from recmas_runtime.formats.link_kinds import DEFAULT_INIT, DEFAULT_KIND, LinkInit, LinkKind
-from recmas_runtime.formats.precisions import Dtype, PrecisionName
-from recmas_runtime.formats.targets import TargetName
+from recmas_runtime.formats.precisions import Dtype, PrecisionName, TargetName
 
 MAX_AGENTS: Final = 64
 
@@ -134,8 +133,8 @@ class StopSection(Section):
     """When the recursion may end before its last round."""
 
     cosine: float = Field(gt=0.0, le=1.0)
-    """A record is settled once every message of a round has at least this mean cosine to the same
-    link's message of the round before; its next round is then its last. 0.999 is a start."""
+    """A record has converged once every message of a round has at least this mean cosine to the
+    same link's message of the round before; its next round is then its last. 0.999 is a start."""
 
 
 class SearchSection(Section):

@@ -227,9 +227,6 @@ def _overlap(
     """Refuse held-out records that are training records; warn where only what they say is equal.
 
     Equal contents under two ids may be chance: in a small domain records drawn apart often agree.
-
-    Raises:
-        RecmasError: RM700.
     """
 
     def asked(example: TrainExample) -> str:

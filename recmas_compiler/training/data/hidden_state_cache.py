@@ -37,11 +37,7 @@ _WINDOW: Final = 256
 
 @dataclass(frozen=True, kw_only=True)
 class TargetCall:
-    """An agent's prompt as tokens alone, and behind it what it should think or say.
-
-    Attributes:
-        num_target_tokens: How many at the end are the target.
-    """
+    """An agent's prompt as tokens alone, and behind it its target: what it should think or say."""
 
     ids: tuple[int, ...]
     num_target_tokens: int

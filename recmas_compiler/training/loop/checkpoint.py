@@ -31,12 +31,7 @@ _MOMENTS: Final = ("exp_avg", "exp_avg_sq", "step")
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a folder holds.
-
-    Attributes:
-        identity: What the run was made of, by name.
-        tensors: Links, optimizer and random state by name.
-    """
+    """What a folder holds: `identity` says what the run was made of, by name."""
 
     path: Path
     step: int

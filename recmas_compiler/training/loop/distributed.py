@@ -37,11 +37,7 @@ _LONGEST_WAIT: Final = timedelta(days=7)
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The processes of a run, as one of them sees it.
-
-    Attributes:
-        rank: This process, from 0; only 0 writes and shows anything.
-    """
+    """The processes of a run, as one of them sees it: its rank, their number, its device."""
 
     rank: int
     size: int
@@ -114,7 +110,7 @@ def launch(num_processes: int, module: str, arguments: Sequence[str]) -> Ended:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     debug = "--debug" in arguments
     if not debug:
-        logging.disable()  # torchrun tells of every process that it ends
+        logging.disable()  # torchrun logs every process that it ends
     both_streams = ",".join(f"{rank}:3" for rank in range(1, num_processes))
     with TemporaryDirectory(prefix="recmas-train-") as name:
         folder = Path(name)
@@ -135,7 +131,7 @@ def launch(num_processes: int, module: str, arguments: Sequence[str]) -> Ended:
 
 
 def _first_failure(error: ChildFailedError, logs: Path, trace: str) -> Ended:
-    """Return what the process that failed first has said, and its exit status."""
+    """Return the output and the exit status of the process that failed first."""
     rank, failure = error.get_first_failure()
     stdout, stderr = (
         "".join(

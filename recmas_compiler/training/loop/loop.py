@@ -64,19 +64,17 @@ class StepLoss(Protocol):
 
 
 class Task(Protocol):
-    """What a loop trains."""
+    """What a loop trains.
 
-    @property
-    def name(self) -> str:
-        """Names it in messages."""
+    Attributes:
+        name: For messages.
+        links: What learns, by link id.
+        num_examples: Records to learn from.
+    """
 
-    @property
-    def links(self) -> Mapping[str, nn.Module]:
-        """What learns, by link id."""
-
-    @property
-    def num_examples(self) -> int:
-        """Records to learn from."""
+    name: str
+    links: Mapping[str, nn.Module]
+    num_examples: int
 
     def loss(self, places: Sequence[int]) -> StepLoss:
         """Return the loss of the records at these places."""
@@ -85,11 +83,7 @@ class Task(Protocol):
         """Return figures on what is held out; empty if nothing is."""
 
     def gradient_figures(self, tokens: float) -> Mapping[str, Any]:
-        """Return figures about the last step's gradients, besides their norms by link.
-
-        Args:
-            tokens: Of the step; losses were sums until now.
-        """
+        """Return figures about the gradients of a step of so many tokens, besides norms by link."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +92,6 @@ class LoopResult:
 
     Attributes:
         loss: Running mean of the training loss.
-        first: The first measurement, before any step.
     """
 
     steps: int
@@ -176,7 +169,7 @@ def _permutation(num_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 @contextmanager
 def interrupts() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a wish to stop after the step; the second one stops at once."""
+    """Turn the first Ctrl-C into a request to stop after the step; the second one stops at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked  # only the main thread may set handlers
@@ -204,11 +197,7 @@ class _State:
 
 
 class Loop:
-    """Trains a task.
-
-    Args:
-        identity: What the run is made of; checkpoints of another one are refused.
-    """
+    """Trains a task; `identity` is what the run is made of, others' checkpoints are refused."""
 
     def __init__(
         self,

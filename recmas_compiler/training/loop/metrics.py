@@ -10,6 +10,7 @@ import json
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, mean, median
 from typing import Any, Final
@@ -17,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from recmas_compiler.analysis.plots import COLOURS, Panel, save_figure
 from recmas_compiler.training.loop.distributed import World
 from recmas_runtime.core.jsonl import read_json_lines
 
@@ -24,10 +26,6 @@ METRICS_NAME: Final = "metrics.jsonl"
 COST_NAME: Final = "cost.json"
 CURVES_NAME: Final = "curves.png"
 
-# Okabe and Ito's colours, which people with colour blindness tell apart.
-_COLOURS: Final = (
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999",
-)  # fmt: skip
 _FIGURES: Final = ("latent", "null", "shuffled", "mean", "cosine", "alone")
 _ROUNDS: Final = ("-", "--", ":", "-.")
 # Wider running means would hide the beginning.
@@ -100,38 +98,20 @@ def draw_curves(
     Returns:
         The picture; None without matplotlib, or without a single step.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
     steps = _entries(folder, "step")
     if not steps:
         return None
-    norms = {"grad_norm": "gradient norm by link, before clipping"}
+    panels: list[Panel] = [partial(_draw_loss, steps, _entries(folder, "eval"), levels or {})]
+    panels.append(partial(_draw_gradients, steps, "grad_norm", "by link, before clipping"))
     if "round_grad_norm" in steps[-1]:
-        norms["round_grad_norm"] = "gradient norm at a link's output, by round"
-    # Not pyplot: it keeps figures and picks a window system.
-    figure = Figure(figsize=(9 + 4 * len(norms), 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    losses, *gradients, rates = figure.subplots(1, 2 + len(norms))
-    _draw_loss(losses, steps, _entries(folder, "eval"), levels or {})
-    for axes, (name, label) in zip(gradients, norms.items(), strict=True):
-        _draw_gradients(axes, steps, name)
-        axes.set_ylabel(label)
-    rates.plot(_column(steps, "step"), _column(steps, "lr"), color=_COLOURS[0])
-    rates.set_ylabel("learning rate")
-    for axes in (losses, *gradients, rates):
-        axes.set_xlabel("step")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.3)
-    figure.suptitle(title)
+        how = "at a link's output, by round"
+        panels.append(partial(_draw_gradients, steps, "round_grad_norm", how))
+    panels.append(partial(_draw_rates, steps))
     path = folder / CURVES_NAME
-    figure.savefig(path, dpi=130)
-    return path
+    return path if save_figure(path, panels, panel_size=(4.3, 5), title=title) else None
 
 
-def _draw_loss(axes: Any, steps: Entries, measured: Entries, levels: Mapping[str, float]) -> None:
+def _draw_loss(steps: Entries, measured: Entries, levels: Mapping[str, float], axes: Any) -> None:
     places, losses = _column(steps, "step"), _column(steps, "loss")
     axes.plot(places, losses, color="#999999", alpha=0.35, linewidth=0.8)
     axes.plot(places, _smoothed(losses), color="#999999", label="training loss")
@@ -139,19 +119,19 @@ def _draw_loss(axes: Any, steps: Entries, measured: Entries, levels: Mapping[str
     names = [name for name in _FIGURES if any(name in entry for entry in measured)]
     is_cosine = names == ["cosine"]
     figures = axes.twinx() if is_cosine else axes
-    for colour, name in zip(_COLOURS, names, strict=False):
+    for colour, name in zip(COLOURS, names, strict=False):
         found = [entry for entry in measured if name in entry]
         places, values = _column(found, "step"), _column(found, name)
         figures.plot(places, values, "o-", color=colour, ms=3, label=f"held out: {name}")
-    for colour, (name, level) in zip(_COLOURS[1:], levels.items(), strict=False):
+    for colour, (name, level) in zip(COLOURS[1:], levels.items(), strict=False):
         figures.axhline(level, color=colour, linestyle="--", linewidth=1, label=name)
     if is_cosine:
         figures.set_ylabel("held-out cosine")
         figures.spines["top"].set_visible(False)
-    _legend(axes, [*axes.get_lines()[1:], *(figures.get_lines() if is_cosine else ())])
+    _finish(axes, [*axes.get_lines()[1:], *(figures.get_lines() if is_cosine else ())])
 
 
-def _draw_gradients(axes: Any, steps: Entries, name: str) -> None:
+def _draw_gradients(steps: Entries, name: str, how: str, axes: Any) -> None:
     keys = list(steps[-1][name])
     # The same colours in every panel; links that do not learn come after those that do.
     links = list(dict.fromkeys([*steps[-1]["grad_norm"], *(key.partition("@")[0] for key in keys)]))
@@ -160,19 +140,29 @@ def _draw_gradients(axes: Any, steps: Entries, name: str) -> None:
         axes.plot(
             _column(steps, "step"),
             _smoothed([entry[name].get(key, 0.0) for entry in steps]),
-            color=_COLOURS[links.index(link_id) % len(_COLOURS)],
+            color=COLOURS[links.index(link_id) % len(COLOURS)],
             linestyle=_ROUNDS[(int(round_ or 1) - 1) % len(_ROUNDS)],
             label=key,
         )
     if any(norm > 0 for norm in steps[-1][name].values()):
         axes.set_yscale("log")
-    _legend(axes, axes.get_lines())
+    axes.set_ylabel(f"gradient norm {how}")
+    _finish(axes, axes.get_lines())
 
 
-def _legend(axes: Any, lines: Sequence[Any]) -> None:
-    """List the lines below the panel, where they cover nothing."""
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
-    axes.legend(handles=lines, ncols=2, frameon=False, fontsize=8, **place)
+def _draw_rates(steps: Entries, axes: Any) -> None:
+    axes.plot(_column(steps, "step"), _column(steps, "lr"), color=COLOURS[0])
+    axes.set_ylabel("learning rate")
+    _finish(axes, ())
+
+
+def _finish(axes: Any, lines: Sequence[Any]) -> None:
+    """Name the steps, and list the lines below the panel, where they cover nothing."""
+    axes.set_xlabel("step")
+    axes.grid(axis="y", alpha=0.3)
+    if lines:
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
+        axes.legend(handles=lines, ncols=2, frameon=False, fontsize=8, **place)
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

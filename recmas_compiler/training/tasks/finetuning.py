@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, Protocol
@@ -19,12 +19,11 @@ from typing import Any, Final, Literal, Protocol
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.ops import System
 from recmas_compiler.lowering.reference import module_name
-from recmas_compiler.lowering.training_graph.agent_calls import Row, pad_rows
+from recmas_compiler.lowering.training_graph.agent_calls import Row, pad_rows, recomputed
 from recmas_compiler.lowering.training_graph.calls import Call, CallWriter, TrainExample
 from recmas_compiler.lowering.training_graph.graph import Loss, turn_loss, weighted_loss
 from recmas_compiler.spec.schema.train import LoraSection, SftSection, TrainSection
@@ -39,54 +38,44 @@ ADAPTER: Final = "adapter"
 MODEL: Final = "model"
 
 
+@dataclass(eq=False)
 class SingleAgentTask:
     """Trains weights of one backbone on one agent's prompts and targets.
 
-    Args:
+    Attributes:
         writer: Renders the agent's prompt, which has no slots.
         batch_size: Records of a measurement's batch.
-        checkpointed: Compute calls again for their gradients instead of keeping them.
         compute: Element type of products; weights keep theirs.
     """
 
-    def __init__(
-        self,
-        writer: CallWriter,
-        agent: str,
-        backbone: TorchBackbone,
-        learning: Mapping[str, nn.Module],
-        *,
-        train: Sequence[TrainExample],
-        held_out: Sequence[TrainExample],
-        batch_size: int,
-        checkpointed: bool,
-        compute: torch.dtype,
-    ) -> None:
-        self.name = f"`{agent}` alone"
-        self.links = learning
-        self.num_examples = len(train)
-        self._writer = writer
-        self._agent = agent
-        self._backbone = backbone
-        self._train = train
-        self._held_out = held_out
-        self._batch_size = batch_size
-        self._checkpointed = checkpointed
-        self._compute = compute
+    writer: CallWriter
+    agent: str
+    backbone: TorchBackbone
+    links: Mapping[str, nn.Module]
+    _: KW_ONLY
+    train: Sequence[TrainExample]
+    held_out: Sequence[TrainExample]
+    batch_size: int
+    checkpointed: bool
+    compute: torch.dtype
+
+    def __post_init__(self) -> None:
+        self.name = f"`{self.agent}` alone"
+        self.num_examples = len(self.train)
 
     def loss(self, places: Sequence[int]) -> Loss:
         """Return the loss of the records at these places."""
-        return self._loss([self._train[place] for place in places])
+        return self._loss([self.train[place] for place in places])
 
     @torch.no_grad()
     def measure(self, world: World) -> Mapping[str, Any]:
         """Return the held-out loss."""
-        if not self._held_out:
+        if not self.held_out:
             return {}
         sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-        batches = range(0, len(self._held_out), self._batch_size)
+        batches = range(0, len(self.held_out), self.batch_size)
         for first in world.share(batches):
-            loss = self._loss(self._held_out[first : first + self._batch_size])
+            loss = self._loss(self.held_out[first : first + self.batch_size])
             sums[0] += loss.total.double()
             sums[1] += loss.tokens
         total, tokens = world.add_up(sums).tolist()
@@ -97,24 +86,24 @@ class SingleAgentTask:
         return {}
 
     def _loss(self, examples: Sequence[TrainExample]) -> Loss:
-        calls = [self._writer.write(self._agent, "then", "turn", e) for e in examples]
+        calls = [self.writer.write(self.agent, "then", "turn", e) for e in examples]
         rows = [Row(pieces=(_ids(call),), num_wanted=call.num_target_tokens + 1) for call in calls]
-        device = self._backbone.model.device
-        reduced = self._compute != torch.float32
+        device = self.backbone.model.device
+        reduced = self.compute != torch.float32
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced):
             hidden_NSD = self._read(rows)
             turns_TD = [h_SD[-row.num_wanted :] for h_SD, row in zip(hidden_NSD, rows, strict=True)]
-            loss = turn_loss(self._backbone, turns_TD, calls, checkpointed=self._checkpointed)
+            loss = turn_loss(self.backbone, turns_TD, calls, checkpointed=self.checkpointed)
         return weighted_loss(loss, last_round=1, earlier={})
 
     def _read(self, rows: Sequence[Row]) -> Tensor:
-        device = self._backbone.model.device
+        device = self.backbone.model.device
         padded = pad_rows(
-            rows, lambda ids: self._backbone.embed(ids.to(device)), multiple=1, always_mask=False
+            rows, lambda ids: self.backbone.embed(ids.to(device)), multiple=1, always_mask=False
         )
 
         def run(embeds_NSD: Tensor) -> Tensor:
-            hidden_NSD: Tensor = self._backbone.body(
+            hidden_NSD: Tensor = self.backbone.body(
                 inputs_embeds=embeds_NSD,
                 attention_mask=padded.mask_NS,
                 position_ids=padded.positions_NS,
@@ -122,12 +111,7 @@ class SingleAgentTask:
             ).last_hidden_state
             return hidden_NSD
 
-        if not self._checkpointed or not torch.is_grad_enabled():
-            return run(padded.embeds_NSD)
-        hidden_NSD: Tensor = checkpoint(
-            run, padded.embeds_NSD, use_reentrant=False, preserve_rng_state=False
-        )
-        return hidden_NSD
+        return recomputed(run, padded.embeds_NSD, checkpointed=self.checkpointed)
 
 
 def calls_without_slots(
@@ -175,10 +159,7 @@ class FullLearner:
 
 
 class LoraLearner:
-    """Low-rank additions to every matrix of a backbone but its embeddings and its head.
-
-    Args:
-        section: How to train; the additions are drawn by its seed.
+    """Low-rank additions, drawn by the seed, to all matrices but embeddings and head.
 
     Raises:
         RecmasError: RM201 without peft.

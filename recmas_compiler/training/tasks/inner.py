@@ -6,6 +6,7 @@ Shape legend: N target tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -41,45 +42,37 @@ class InnerLoss(NamedTuple):
     tokens: int
 
 
+@dataclass(eq=False)
 class InnerTask:
-    """Trains one agent's inner link.
+    """Trains one agent's inner link."""
 
-    Args:
-        held_out: Hidden states to measure on; none for no measurements.
-    """
+    agent: str
+    link: nn.Module
+    _: KW_ONLY
+    train: HiddenStates
+    held_out: HiddenStates
+    mse_weight: float
 
-    def __init__(
-        self,
-        agent: str,
-        link: nn.Module,
-        *,
-        train: HiddenStates,
-        held_out: HiddenStates,
-        mse_weight: float,
-    ) -> None:
-        self.name = f"the inner link of `{agent}`"
-        self.links: Mapping[str, nn.Module] = {inner_link_id(agent): link}
-        self.num_examples = len(train)
-        self._link = link
-        self._train = train
-        self._held_out = held_out
-        self._mse_weight = mse_weight
+    def __post_init__(self) -> None:
+        self.name = f"the inner link of `{self.agent}`"
+        self.links: Mapping[str, nn.Module] = {inner_link_id(self.agent): self.link}
+        self.num_examples = len(self.train)
 
     def loss(self, places: Sequence[int]) -> InnerLoss:
         """Return one minus the cosine, and the weighted squared error, summed over tokens."""
-        hidden_ND, next_N = self._train.pairs(places)
-        wanted_ND = embeddings(self._train.backbone, next_N)
-        answer_ND = self._link(hidden_ND)
+        hidden_ND, next_N = self.train.pairs(places)
+        wanted_ND = embeddings(self.train.backbone, next_N)
+        answer_ND = self.link(hidden_ND)
         total = (1 - cosine_similarity(answer_ND, wanted_ND, dim=-1)).sum()
-        if self._mse_weight:
-            total = total + self._mse_weight * (answer_ND - wanted_ND).square().mean(-1).sum()
+        if self.mse_weight:
+            total = total + self.mse_weight * (answer_ND - wanted_ND).square().mean(-1).sum()
         return InnerLoss(total=total, tokens=len(next_N))
 
     def measure(self, world: World) -> Mapping[str, Any]:
         """Return the mean cosine on held-out tokens."""
-        if not len(self._held_out):
+        if not len(self.held_out):
             return {}
-        return {"cosine": mean_cosine(self._link, self._held_out, world)}
+        return {"cosine": mean_cosine(self.link, self.held_out, world)}
 
     def gradient_figures(self, tokens: float) -> Mapping[str, Any]:
         """Return nothing more: there is one link and no round."""

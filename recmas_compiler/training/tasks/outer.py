@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Final
 
 import torch
@@ -24,36 +25,30 @@ CONTROLS: Final[Mapping[str, Control]] = {
 _FEWEST: Final = 2
 
 
+@dataclass(eq=False)
 class OuterTask:
     """Trains all links of a graph together.
 
-    Args:
+    Attributes:
         links: What learns, by link id; the graph's other links stay as they are.
         batch_size: Records of a measurement's batch.
     """
 
-    name = "the outer stage"
+    graph: TrainingGraph
+    links: Mapping[str, nn.Module]
+    _: KW_ONLY
+    train: Sequence[TrainExample]
+    held_out: Sequence[TrainExample]
+    batch_size: int
 
-    def __init__(
-        self,
-        graph: TrainingGraph,
-        links: Mapping[str, nn.Module],
-        *,
-        train: Sequence[TrainExample],
-        held_out: Sequence[TrainExample],
-        batch_size: int,
-    ) -> None:
-        self.links = links
-        self.num_examples = len(train)
-        self._graph = graph
-        self._train = train
-        self._held_out = held_out
-        self._batch_size = batch_size
+    def __post_init__(self) -> None:
+        self.name = "the outer stage"
+        self.num_examples = len(self.train)
 
     def loss(self, places: Sequence[int]) -> Loss:
         """Return the loss of the records at these places."""
-        batch = self._graph.prepare([self._train[place] for place in places])
-        loss: Loss = self._graph(batch, watch=True)
+        batch = self.graph.prepare([self.train[place] for place in places])
+        loss: Loss = self.graph(batch, watch=True)
         return loss
 
     @torch.no_grad()
@@ -62,19 +57,17 @@ class OuterTask:
 
         Only what beats `shuffled` and `mean` is communication; the rest is a learned soft prompt.
         """
-        if not self._held_out:
+        if not self.held_out:
             return {}
         names = [
-            name
-            for name in CONTROLS
-            if name in ("latent", "null") or len(self._held_out) >= _FEWEST
+            name for name in CONTROLS if name in ("latent", "null") or len(self.held_out) >= _FEWEST
         ]
         sums = torch.zeros(len(names), 2, dtype=torch.float64, device=world.device)
-        for places in world.share(_batches(len(self._held_out), self._batch_size)):
-            batch = self._graph.prepare([self._held_out[place] for place in places])
+        for places in world.share(_batches(len(self.held_out), self.batch_size)):
+            batch = self.graph.prepare([self.held_out[place] for place in places])
             # A gold text's hidden states carry the answer: thoughts are always generated here.
             controls = [CONTROLS[name] for name in names]
-            found = self._graph.compare(batch, controls=controls, mode="rollout")
+            found = self.graph.compare(batch, controls=controls, mode="rollout")
             for row, control in enumerate(controls):
                 sums[row, 0] += found[control].total.double()
                 sums[row, 1] += found[control].tokens
@@ -83,7 +76,7 @@ class OuterTask:
 
     def gradient_figures(self, tokens: float) -> Mapping[str, Any]:
         """Return the gradient norm at each link's output by round, of this process's records."""
-        norms = self._graph.round_gradients()
+        norms = self.graph.round_gradients()
         return {
             "round_grad_norm": {
                 f"{link_id}@{round_}": norm / tokens for (link_id, round_), norm in norms.items()

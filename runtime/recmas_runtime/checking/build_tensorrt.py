@@ -92,10 +92,8 @@ def build_engines(
 
     The engines take their place only after they have passed the bundle's parity cases; an older set
     for the same machine stays until then, and goes when they are there.
-
-    Args:
-        reuse: Do nothing if the bundle holds engines for this machine.
-        kept_timing: Timing caches by folder name, of a bundle that this one has replaced.
+    With `reuse` nothing is done where the bundle holds such engines. Of a bundle that this one has
+    replaced, `kept_timing` are the timing caches by folder name.
 
     Raises:
         RecmasError: RM201, RM504 or RM509 if this machine has no TensorRT, before anything else;

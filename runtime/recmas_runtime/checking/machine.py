@@ -32,6 +32,7 @@ def describe_machine() -> dict[str, Any]:
     from recmas_runtime.tools.sandbox import survey_sandboxes
     from recmas_runtime.tools.search import KEY_VARIABLE
 
+    available = _entry("/proc/meminfo", "MemAvailable:")
     sandboxes = survey_sandboxes()
     versions = package_versions(PACKAGES)
     installed = versions["onnxruntime"] or versions["onnxruntime-gpu"]
@@ -40,11 +41,11 @@ def describe_machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": versions,
         "providers": list(onnx_runtime().get_available_providers()) if installed else [],
-        "cpu": _cpu_name(),
+        "cpu": _entry("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "logical_cpus": os.cpu_count(),
         "default_threads": physical_cores(),
         "memory_bytes": total_memory_bytes(),
-        "memory_available_bytes": _meminfo_bytes("MemAvailable"),
+        "memory_available_bytes": int(available.split()[0]) * 1024 if available else None,
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
         "telemetry": False,
         "sandbox": sandboxes.sandbox.name if sandboxes.sandbox is not None else None,
@@ -89,19 +90,10 @@ def machine_text(facts: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:<16}{value}" for name, value in rows)
 
 
-def _cpu_name() -> str:
+def _entry(path: str, key: str) -> str | None:
+    """Return what a table of the kernel says of a key; None where there is no such table or key."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _meminfo_bytes(key: str) -> int | None:
-    """Return an entry of /proc/meminfo; None where there is no such file."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)

@@ -23,8 +23,8 @@ from recmas_runtime.engines.onnx.session import PROVIDERS, Device, call_onnx, ma
 
 # What a free dimension of an input gets: one sample, one position, one link; rows of a cache.
 _SIZES: Final = {"capacity": 64}
-# Providers leave the arithmetic of shapes to the CPU, which is where it belongs. It is told from
-# computation by its results: a handful of integers.
+# Providers leave the arithmetic of shapes to the CPU, which is where it belongs. It differs
+# from computation in its results: a handful of integers.
 _SHAPE_TYPES: Final = frozenset({"int64", "int32", "bool"})
 _LARGEST_SHAPE: Final = 16
 _MOST_NAMED: Final = 5
@@ -47,20 +47,20 @@ class StrayNode(NamedTuple):
 def find_stray_nodes(
     path: Path, *, threads: int | None = None, device: Device = "cpu"
 ) -> tuple[StrayNode, ...]:
-    """Run a graph once, for one position, and return the operators that ran elsewhere.
+    """Run a graph once over zeros, for one position, and return the operators that ran elsewhere.
 
     Copies between devices and casts that ONNX Runtime inserted count as such; arithmetic of shapes
     on the CPU does not.
-
-    Args:
-        path: An ONNX file; its inputs are fed zeros.
 
     Raises:
         RecmasError: RM504 if the device cannot be used, RM507 if the graph is refused.
     """
     with tempfile.TemporaryDirectory(prefix="recmas-") as folder:
         session = make_session(path, threads=threads, device=device, profile=Path(folder) / "step")
-        feeds = {i.name: _zeros(i) for i in session.get_inputs()}
+        feeds = {}
+        for given in session.get_inputs():
+            shape = [size if isinstance(size, int) else _SIZES.get(size, 1) for size in given.shape]
+            feeds[given.name] = ort_value(np.zeros(shape, NUMPY_TYPES[given.type]), given.type)
         call_onnx(session.run_with_ort_values, None, feeds)
         profile = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     kernels = [event for event in profile if event["name"].endswith("_kernel_time")]
@@ -104,8 +104,3 @@ def _is_shape(outputs: list[dict[str, list[int]]]) -> bool:
         for output in outputs
         for kind, shape in output.items()
     )
-
-
-def _zeros(graph_input: Any) -> Any:
-    shape = [size if isinstance(size, int) else _SIZES.get(size, 1) for size in graph_input.shape]
-    return ort_value(np.zeros(shape, NUMPY_TYPES[graph_input.type]), graph_input.type)

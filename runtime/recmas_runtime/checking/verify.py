@@ -92,7 +92,17 @@ def verify_bundle(
     watcher = progress or Silent()
     bundle = open_bundle(path, verify_hashes=True, progress=watcher)
     opened = open_engines(bundle, device=device, threads=threads)
-    problems = [*opened.problems, *(_unlisted(relative) for relative in unlisted_files(bundle))]
+    problems = [*opened.problems]
+    problems += [
+        Problem(
+            code="RM401",
+            message="the manifest does not list this file",
+            hint="Nothing reads it; delete it or build the bundle again.",
+            severity="warning",
+            file=relative,
+        )
+        for relative in unlisted_files(bundle)
+    ]
     with watcher.stage("Running known cases", 1 + len(bundle.manifest.parity)) as advance:
         where = opened.provider
         probe, file = math.inf, bundle.manifest.probe
@@ -199,16 +209,6 @@ def _misplaced(file: str, node: StrayNode) -> Problem:
         hint="Upgrade onnxruntime; answers are right, but slow.",
         severity="warning",
         file=file,
-    )
-
-
-def _unlisted(relative: str) -> Problem:
-    return Problem(
-        code="RM401",
-        message="the manifest does not list this file",
-        hint="Nothing reads it; delete it or build the bundle again.",
-        severity="warning",
-        file=relative,
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from recmas_runtime.core.errors import CODES, Exit, Problem, RecmasError, fail
 from recmas_runtime.core.progress import LineProgress, Progress, Silent
 from recmas_runtime.core.terminal import lasting_interrupts
-from recmas_runtime.formats.targets import DEVICES
+from recmas_runtime.formats.precisions import DEVICES
 
 
 @dataclass(kw_only=True)

@@ -102,12 +102,9 @@ def move_into_place(folder: Path, target: Path) -> bool:
 
 
 def check_free(place: Path, names: Sequence[str], *, force: bool) -> None:
-    """Refuse to write over files, unless the user wants that.
+    """Refuse to write over files named relative to a folder, unless the user wants that.
 
-    Args:
-        place: Folder that the files go to.
-        names: The files, relative to it.
-        force: Existing files may be replaced; folders of their names may not.
+    With `force` existing files may be replaced; folders of their names may not.
 
     Raises:
         RecmasError: RM302 if something already exists there.
@@ -125,11 +122,9 @@ def check_free(place: Path, names: Sequence[str], *, force: bool) -> None:
 
 @contextmanager
 def placed_together(place: Path, names: Sequence[str]) -> Iterator[Path]:
-    """Give a folder to write files in; move them to `place` if the body succeeds.
+    """Give a folder to write files in; move them to `place`, made if need be, if the body succeeds.
 
-    Args:
-        place: Where they go; made if it is not there.
-        names: Every file, relative to the folder. The last one is moved last: where it is, all are.
+    The last one of `names` is moved last: where it is, all are.
 
     Raises:
         RecmasError: RM303 if the disk is full or not writable.

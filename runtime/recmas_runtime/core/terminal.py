@@ -5,10 +5,10 @@ from __future__ import annotations
 import _thread
 import sys
 import threading
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final, TextIO
+from unicodedata import category
 
 # Line breaks and tabs, and the joiners that scripts and emoji are spelled with.
 _HARMLESS: Final = "\n\t\u200c\u200d"
@@ -17,19 +17,16 @@ _AGAIN_AFTER_S: Final = 0.05
 
 def harmless(text: str) -> str:
     """Return text that cannot steer a terminal: control characters are shown, not sent."""
-    return "".join(c if _is_harmless(c) else repr(c)[1:-1] for c in text)
+    # Of all spaces, only the ASCII one counts as printable.
+    return "".join(
+        c if c.isprintable() or c in _HARMLESS or category(c) == "Zs" else repr(c)[1:-1]
+        for c in text
+    )
 
 
 def shown_on(stream: TextIO, text: str) -> str:
     """Return foreign text as it can be written to `stream`: harmless if that is a terminal."""
     return harmless(text) if stream.isatty() else text
-
-
-def _is_harmless(character: str) -> bool:
-    # Of all spaces, only the ASCII one counts as printable.
-    return (
-        character.isprintable() or character in _HARMLESS or unicodedata.category(character) == "Zs"
-    )
 
 
 @contextmanager

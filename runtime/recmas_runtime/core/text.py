@@ -29,6 +29,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or else its type's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return an aligned Markdown table; the first column is text, the others are figures."""
     cells = [tuple(head), *map(tuple, rows)]

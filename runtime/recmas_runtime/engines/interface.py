@@ -57,7 +57,7 @@ class Backbone(Protocol[CacheT]):
     def new_cache(self, rows: int, capacity: int) -> CacheT:
         """Return a cache for `rows` sequences of at least `capacity` positions."""
 
-    def give_back(self, cache: Any) -> None:
+    def release(self, cache: Any) -> None:
         """Take a cache that its user needs no more."""
 
     def forward(

@@ -147,7 +147,12 @@ def _check_files(
     always = {*interpreted_files(manifest)}
     for relative, entry in manifest.files.items():
         try:
-            _check_size(inside(root, relative), relative, entry)
+            with open_regular(inside(root, relative), file=relative) as stream:
+                size_bytes = os.fstat(stream.fileno()).st_size
+            if size_bytes != entry.size_bytes:
+                raise _altered(
+                    relative, f"{size_bytes} bytes, the manifest says {entry.size_bytes}"
+                )
         except RecmasError as error:
             problems += error.problems
             continue
@@ -166,13 +171,6 @@ def _check_files(
             advance(entry.size_bytes)
     if problems:
         raise RecmasError(problems)
-
-
-def _check_size(path: Path, relative: str, entry: FileEntry) -> None:
-    with open_regular(path, file=relative) as stream:
-        size_bytes = os.fstat(stream.fileno()).st_size
-    if size_bytes != entry.size_bytes:
-        raise _altered(relative, f"{size_bytes} bytes, the manifest says {entry.size_bytes}")
 
 
 def _altered(relative: str, message: str) -> RecmasError:

@@ -97,7 +97,7 @@ def read_json_file(cls: type[T], path: Path, *, file: str) -> T:
     return from_json(cls, parse_json(raw, file=file), file=file)
 
 
-def malformed(file: str, message: str) -> RecmasError:
+def malformed(file: str | None, message: str) -> RecmasError:
     """Return RM404 for a file of a bundle."""
     return fail("RM404", message, file=file, hint="Build the bundle again, or copy it afresh.")
 

@@ -68,16 +68,15 @@ def check_consistency(manifest: Manifest, plan: Plan) -> tuple[Problem, ...]:
 def backbones_are_usable(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
     """Element types and precisions are known and end tokens are in the vocabulary."""
     for name, backbone in manifest.backbones.items():
+        where = f"backbones.{name}"
         if backbone.dtype not in DTYPE_BYTES:
-            yield f"backbones.{name}.dtype", f"unknown element type {backbone.dtype!r}"
+            yield f"{where}.dtype", f"unknown element type {backbone.dtype!r}"
         if backbone.precision not in buildable():
-            yield f"backbones.{name}.precision", f"unknown precision {backbone.precision!r}"
+            yield f"{where}.precision", f"unknown precision {backbone.precision!r}"
+        size = backbone.vocab_size
         for token_id in backbone.eos_token_ids:
-            if token_id >= backbone.vocab_size:
-                yield (
-                    f"backbones.{name}.eos_token_ids",
-                    f"token {token_id} of a vocabulary of {backbone.vocab_size}",
-                )
+            if token_id >= size:
+                yield f"{where}.eos_token_ids", f"token {token_id} of a vocabulary of {size}"
 
 
 def links_are_of_known_form(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
@@ -107,14 +106,11 @@ def agents_have_what_they_name(manifest: Manifest, plan: Plan) -> Iterator[tuple
         if backbone is None:
             yield f"agents.{name}.backbone", f"unknown backbone {agent.backbone!r}"
             continue
-        inner = manifest.links.get(agent.inner)
+        where, inner = f"agents.{inner_link_id(name)}", manifest.links.get(agent.inner)
         if inner is None or inner.role != "inner":
-            yield f"agents.{inner_link_id(name)}", f"unknown inner link {agent.inner!r}"
+            yield where, f"unknown inner link {agent.inner!r}"
         elif inner.in_dim != backbone.width:
-            yield (
-                f"agents.{inner_link_id(name)}",
-                f"width {inner.in_dim} on a backbone of width {backbone.width}",
-            )
+            yield where, f"width {inner.in_dim} on a backbone of width {backbone.width}"
 
 
 def prompts_use_what_exists(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
@@ -144,11 +140,8 @@ def links_fit_their_agents(manifest: Manifest, plan: Plan) -> Iterator[tuple[str
         source, target = (plan.agents[agent].backbone for agent in (link.source, link.target))
         widths = manifest.backbones[source].width, manifest.backbones[target].width
         if (outer.in_dim, outer.out_dim) != widths:
-            yield (
-                where,
-                f"link {name!r} maps {outer.in_dim} to {outer.out_dim}, the agents need "
-                f"{widths[0]} to {widths[1]}",
-            )
+            needed = f"the agents need {widths[0]} to {widths[1]}"
+            yield where, f"link {name!r} maps {outer.in_dim} to {outer.out_dim}, {needed}"
 
 
 def search_has_its_corpus(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
@@ -175,12 +168,10 @@ def caches_fit_their_agents(manifest: Manifest, plan: Plan) -> Iterator[tuple[st
                 yield f"{where}.agents", f"unknown agent {agent!r}"
             elif plan.agents[agent].backbone != cache.backbone:
                 yield f"{where}.agents", f"agent {agent!r} is on another backbone"
-        if cache.capacity % 64 or cache.capacity < plan.limits.max_prompt_tokens:
-            yield (
-                f"{where}.capacity",
-                f"{cache.capacity} is no multiple of 64 that holds a prompt of "
-                f"{plan.limits.max_prompt_tokens} tokens",
-            )
+        longest = plan.limits.max_prompt_tokens
+        if cache.capacity % 64 or cache.capacity < longest:
+            what = f"is no multiple of 64 that holds a prompt of {longest} tokens"
+            yield f"{where}.capacity", f"{cache.capacity} {what}"
 
 
 def steps_name_what_exists(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
@@ -274,11 +265,8 @@ def steps_come_in_order(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, s
                     or step.prefix_from not in prefilled
                     or plan.caches[step.prefix_from].backbone != plan.caches[step.cache].backbone
                 ):
-                    yield (
-                        f"{where}.prefix_from",
-                        f"{step.prefix_from!r} is no cache that other agents on this backbone "
-                        "have filled",
-                    )
+                    what = "is no cache that other agents on this backbone have filled"
+                    yield f"{where}.prefix_from", f"{step.prefix_from!r} {what}"
                 for what in _misrouted(plan, step, sent):
                     yield f"{where}.messages", what
                 prefilled[step.cache] = step.round

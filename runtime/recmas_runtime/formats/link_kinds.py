@@ -11,7 +11,7 @@ those of linear layers are [out, in].
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal, get_args
@@ -67,11 +67,10 @@ _KINDS: Final[Mapping[LinkKind, _Row]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LinkForm:
-    """What links of one kind and role are made of; with a skip matrix S is W3, not the identity.
+    """What links of one kind and role are made of.
 
-    Attributes:
-        pre: Name of the norm of the input; None for none.
-        post: Name of the norm of the output; None for none.
+    Their norms are named `pre` and `post`, None for none; with a skip matrix S is W3, not the
+    identity.
     """
 
     pre: str | None
@@ -92,17 +91,16 @@ class LinkForm:
 
     def shapes(self, in_dim: int, out_dim: int) -> dict[str, tuple[int, ...]]:
         """Return name and shape of every tensor, in the order of their use."""
-        return dict(self._shapes(in_dim, out_dim))
-
-    def _shapes(self, in_dim: int, out_dim: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        shapes: dict[str, tuple[int, ...]] = {}
         if self.pre is not None:
-            yield from ((f"{self.pre}.{part}", (in_dim,)) for part in ("weight", "bias"))
+            shapes |= {f"{self.pre}.weight": (in_dim,), f"{self.pre}.bias": (in_dim,)}
         for name, shape in self.layers(in_dim, out_dim).items():
-            yield f"{name}.weight", shape
+            shapes[f"{name}.weight"] = shape
             if self.has_biases:
-                yield f"{name}.bias", shape[:1]
+                shapes[f"{name}.bias"] = shape[:1]
         if self.post is not None:
-            yield from ((f"{self.post}.{part}", (out_dim,)) for part in ("weight", "bias"))
+            shapes |= {f"{self.post}.weight": (out_dim,), f"{self.post}.bias": (out_dim,)}
+        return shapes
 
     def num_parameters(self, in_dim: int, out_dim: int) -> int:
         """Return how many numbers a link holds."""

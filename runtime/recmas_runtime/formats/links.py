@@ -20,7 +20,6 @@ from recmas_runtime.formats.link_kinds import FORMS, PROJ1, PROJ2, SKIP, LinkFor
 from recmas_runtime.formats.manifest import LinkEntry
 from recmas_runtime.formats.safetensors_file import read_tensors
 
-Floats = NDArray[np.float32]
 Operands = dict[str, NDArray[Any]]
 
 
@@ -42,8 +41,7 @@ def load_operands(path: Path, entry: LinkEntry) -> Operands:
     if form is None:
         raise _wrong(path, f"no link is of kind {entry.kind!r} and role {entry.role!r}")
     tensors, metadata = read_tensors(path)
-    _check_metadata(path, entry, metadata)
-    _check_tensors(path, entry, form, tensors)
+    _check(path, entry, form, tensors, metadata)
     values = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
     source, target = entry.in_dim, entry.out_dim
     skip = values[f"{SKIP}.weight"].T if form.has_skip_matrix else np.eye(source)
@@ -51,7 +49,7 @@ def load_operands(path: Path, entry: LinkEntry) -> Operands:
     for layer in (PROJ2, SKIP):
         bias = bias + values.get(f"{layer}.bias", np.float32(0))
     hidden = form.hidden_dim(target)
-    operands = {
+    operands: Operands = {
         "pre_norm": np.array([[form.pre is not None]]),
         "pre_scale": values.get(f"{form.pre}.weight", np.ones(source))[None],
         "pre_bias": values.get(f"{form.pre}.bias", np.zeros(source))[None],
@@ -64,7 +62,10 @@ def load_operands(path: Path, entry: LinkEntry) -> Operands:
         "post_scale": values.get(f"{form.post}.weight", np.ones(target))[None],
         "post_bias": values.get(f"{form.post}.bias", np.zeros(target))[None],
     }
-    return {name: _contiguous(operand) for name, operand in operands.items()}
+    for name, operand in operands.items():
+        kind = np.bool_ if operand.dtype == np.bool_ else np.float32
+        operands[name] = np.ascontiguousarray(operand, kind)  # engines bind these buffers directly
+    return operands
 
 
 def read_operands(
@@ -96,16 +97,17 @@ def expected_tensors(entry: LinkEntry) -> dict[str, tuple[int, ...]]:
     return FORMS[entry.kind, entry.role].shapes(entry.in_dim, entry.out_dim)
 
 
-def _check_metadata(path: Path, entry: LinkEntry, metadata: Mapping[str, str]) -> None:
+def _check(
+    path: Path,
+    entry: LinkEntry,
+    form: LinkForm,
+    tensors: Mapping[str, NDArray[Any]],
+    metadata: Mapping[str, str],
+) -> None:
     said = {"kind": entry.kind, "in_dim": str(entry.in_dim), "out_dim": str(entry.out_dim)}
     for key, value in said.items():
         if metadata.get(key) != value:
             raise _wrong(path, f"metadata {key!r} is {metadata.get(key)!r}, expected {value!r}")
-
-
-def _check_tensors(
-    path: Path, entry: LinkEntry, form: LinkForm, tensors: Mapping[str, NDArray[Any]]
-) -> None:
     shapes = form.shapes(entry.in_dim, entry.out_dim)
     if entry.role == "inner" and entry.in_dim != entry.out_dim:
         raise _wrong(path, f"an inner link of widths {entry.in_dim} and {entry.out_dim}")
@@ -131,13 +133,6 @@ def _widen_hidden(link: Mapping[str, NDArray[Any]], hidden: int) -> Operands:
         "b1": np.pad(link["b1"], columns),
         "w2": np.pad(link["w2"], rows),
     }
-
-
-def _contiguous(operand: NDArray[Any]) -> NDArray[Any]:
-    # Engines bind these buffers directly.
-    return np.ascontiguousarray(
-        operand, dtype=np.bool_ if operand.dtype == np.bool_ else np.float32
-    )
 
 
 def _wrong(path: Path, message: str) -> RecmasError:

@@ -29,10 +29,7 @@ class BackboneEntry(StrictStruct, frozen=True, kw_only=True):
 
     Attributes:
         source: Where its weights came from, as the spec names it.
-        digest: sha256 over the exported weights.
-        width: Hidden and input-embedding width, d.
         num_kv_heads: Key/value heads per layer, H_kv.
-        vocab_size: Rows of the embedding table.
         max_positions: Longest sequence that the backbone was made for.
         bos_token: Surface form, or None.
         dtype: Element type of activations and caches.
@@ -120,7 +117,6 @@ class ParityEntry(StrictStruct, frozen=True, kw_only=True):
     Attributes:
         file: safetensors file with inputs and expected outputs, relative to the bundle.
         figures: Measured differences by the names of `precisions.TOLERANCES`.
-        greedy_tokens_equal: Whether the reference's greedy continuation was reproduced.
         loss: What the precision costs; None in float32.
     """
 
@@ -136,7 +132,6 @@ class Manifest(StrictStruct, frozen=True, kw_only=True):
 
     Attributes:
         fingerprint: sha256 over the printed program, options and weights: equal for equal inputs.
-        spec_digest: sha256 of the resolved spec.
         precision: Of the build; a backbone's own counts.
         tools: Versions of what built it.
         link_engine: `links/link.onnx`, relative to the bundle.

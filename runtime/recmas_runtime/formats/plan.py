@@ -66,12 +66,10 @@ class AgentPlan(StrictStruct, frozen=True, kw_only=True):
 
 
 class LinkPlan(StrictStruct, frozen=True, kw_only=True):
-    """A way on which messages go from one agent to another.
+    """A way on which messages go from one agent to another, whose prompt has the slot.
 
-    Attributes:
-        target: The agent whose prompt has the slot.
-        carries: `thoughts`, hidden states that an outer link of the manifest maps, or `text`, what
-            the source writes.
+    It carries `thoughts`, hidden states that an outer link of the manifest maps, or `text`, what
+    the source writes.
     """
 
     source: str
@@ -186,7 +184,7 @@ class SendStep(PlanStep, frozen=True, kw_only=True):
 class WriteStep(PlanStep, frozen=True, kw_only=True):
     """Write text from the last prefill of `agents`, to be put into the slots of other agents.
 
-    Latent systems have none; systems whose agents hand over text, the baselines, consist of them.
+    Latent systems have none; systems whose agents pass text, the baselines, consist of them.
 
     Attributes:
         max_new_tokens: Most tokens of each text; None for as many as an answer may have.
@@ -241,19 +239,17 @@ class SamplingPlan(StrictStruct, frozen=True, kw_only=True):
 class StopPlan(StrictStruct, frozen=True, kw_only=True):
     """When the recursion may end before its last round.
 
-    Attributes:
-        cosine: A record has converged once every message of a round has at least this mean cosine
-            to the same link's message of the round before. Its next round is then its last.
+    A record has converged once every message of a round has at least this mean cosine to the same
+    link's message of the round before. Its next round is then its last.
     """
 
     cosine: Annotated[float, Meta(gt=0.0, le=1.0)]
 
 
 class SearchPlan(StrictStruct, frozen=True, kw_only=True):
-    """The tool `search`.
+    """The tool `search`: over an index of a local corpus, or with a web service.
 
     Attributes:
-        backend: `local`, an index over `corpus`, or `tavily`, a web service.
         corpus: JSON lines `{id, title, text}` in the bundle; None for a web service.
     """
 
@@ -275,9 +271,9 @@ class ToolsPlan(StrictStruct, frozen=True, kw_only=True):
     """What the answer agent may call while it writes, and the bounds of it.
 
     Attributes:
-        max_calls: Most calls of one answer; later ones are answered with a refusal.
-        timeout_s: Most seconds of one call.
-        max_result_chars: Most characters of a result; a longer one says how much was left out.
+        max_calls: Of one answer; later ones are answered with a refusal.
+        timeout_s: Of one call.
+        max_result_chars: A longer result says how much was left out.
     """
 
     search: SearchPlan | None = None

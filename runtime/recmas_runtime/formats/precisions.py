@@ -1,14 +1,16 @@
-"""Every precision that engines can hold weights in: one row each, and nothing else says so.
+"""What can be built: every target, and every precision that engines can hold weights in.
 
-A new precision is a row here and, where its weights need another form than blocks of integers, a
-graph pass in `recmas_export`.
+One row each, and nothing else says so. A new precision is a row here and, where its weights need
+another form than blocks of integers, a graph pass in `recmas_export`. A new target is a row here,
+its name in the column `targets` of the precisions and, where it needs engines of its own, the
+package that opens them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from recmas_runtime.formats.manifest import LossEntry
 
@@ -17,6 +19,22 @@ PrecisionName = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 
 # Element types that weights are stored in, with the bytes of one.
 DTYPE_BYTES: Final[Mapping[str, int]] = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+TargetName = Literal["onnx", "tensorrt"]
+TARGET_NAMES: Final[tuple[str, ...]] = get_args(TargetName)
+
+# A decoder that is exported: in standard operators, or in those of ONNX Runtime's CPU provider.
+DecoderForm = Literal["portable", "cpu"]
+
+TENSORRT: Final = "tensorrt"
+# What a bundle can be run on: ONNX Runtime's devices, the engines built for one machine, or `auto`.
+DEVICES: Final = ("auto", "cpu", "cuda", TENSORRT)
+
+# Limits of the decoder for ONNX Runtime's CPU provider. Angles are in tables up to here: 64 MiB for
+# heads of 128. Tables for more positions would take more memory than its attention is worth.
+MOST_TABLE_POSITIONS: Final = 2**17
+# Heads of other widths its attention does not take.
+HEAD_MULTIPLE: Final = 16
 
 # Limits in float32. "Relative" compares max |difference| with max |expected|: hidden states are
 # taken after the final norm, where entries differ in size by orders of magnitude.
@@ -45,7 +63,7 @@ class Precision:
     Attributes:
         layer_bits: Per weight of the matrices of the decoder's layers, without scales.
         block_size: Weights that share a scale; None where weights are floating-point numbers.
-        targets: Those that can build it (`targets.TARGETS`).
+        targets: Those of `TARGETS` that can build it.
         refusals: By each other target, why its engines cannot have it.
         tolerances: Allowed differences from the float32 reference, by figure. Where weights are
             quantized, such a figure tells a kernel that computes something else (errors of 1 and
@@ -157,6 +175,40 @@ PRECISIONS: Final[dict[str, Precision]] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A kind of engine.
+
+    Attributes:
+        decoders: Those that are exported, each by its pipeline in `recmas_export.pipeline`.
+        machine_engines: Engines that are built from the portable graphs for the machine that the
+            build runs on, which must have what they need; None where graphs are all there is.
+        other_precision: What to do instead where it cannot build a precision, after a list of those
+            it can.
+    """
+
+    layers: frozenset[str]
+    decoders: tuple[DecoderForm, ...]
+    machine_engines: Literal["tensorrt"] | None = None
+    other_precision: str
+
+
+TARGETS: Final[dict[str, Target]] = {
+    "onnx": Target(
+        layers=frozenset({"full", "sliding"}),
+        decoders=("portable", "cpu"),
+        other_precision=". To store float32 in half the bytes, set `dtype`.",
+    ),
+    "tensorrt": Target(
+        layers=frozenset({"full", "sliding"}),
+        # Its bundles run on machines without a GPU too.
+        decoders=("portable", "cpu"),
+        machine_engines=TENSORRT,
+        other_precision=", or target `onnx`.",
+    ),
+}
+
+
 def buildable(target: str | None = None) -> tuple[str, ...]:
     """Return the precisions that a target can build, or any target where none is given."""
     return tuple(
@@ -192,3 +244,10 @@ def loss_figures(loss: LossEntry) -> dict[str, float]:
         "1 - greedy agreement": 1 - loss.greedy_agreement,
         "loss increase": loss.loss - loss.reference_loss,
     }
+
+
+def precision_hint(target: str) -> str:
+    """Return what to use where a target cannot build a precision."""
+    *others, last = buildable(target)
+    names = f"{', '.join(others)} or {last}" if others else last
+    return f"Use {names}{TARGETS[target].other_precision}"

@@ -111,7 +111,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     for name, entry in header.tensors.items():
         flat = np.asarray(data[slice(*entry.data_offsets)])
         tensor = flat.view(_DTYPES[entry.dtype]).reshape(entry.shape)
-        tensors[name] = _widen_bfloat16(tensor) if entry.dtype == "BF16" else tensor
+        if entry.dtype == "BF16":  # the upper half of a float32
+            tensor = (tensor.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        tensors[name] = tensor
     return tensors, header.metadata
 
 
@@ -140,8 +142,3 @@ def write_tensors(
         for name in names:
             dtype = tensors[name].dtype.newbyteorder("<")
             stream.write(np.ascontiguousarray(tensors[name], dtype=dtype).data)
-
-
-def _widen_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    # A bfloat16 is the upper half of a float32.
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)

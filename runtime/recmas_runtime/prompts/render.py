@@ -82,9 +82,8 @@ class Prompt:
 class Turn:
     """A prompt followed by the assistant's text, in the items of one prompt.
 
-    Attributes:
-        num_target_tokens: How many of the last tokens are the assistant's, including what the
-            template writes after the text; at least one.
+    Of its last tokens `num_target_tokens`, at least one, are the assistant's, including what the
+    template writes after the text.
     """
 
     prompt: Prompt

@@ -67,8 +67,7 @@ class Sampler:
     def choose(self, logits: Floats, rows: Sequence[int] | None = None) -> Indices:
         """Choose one token per row, [R]; the lowest id wins a tie of greedy choice.
 
-        Args:
-            rows: The sample that each row belongs to; all in order if None.
+        `rows` are the samples that the rows belong to: all in order if None.
 
         Raises:
             RecmasError: RM507 if logits are not numbers.

@@ -9,6 +9,7 @@ from typing import Final
 import tokenizers
 
 from recmas_runtime.core.errors import fail
+from recmas_runtime.formats.codec import malformed
 from recmas_runtime.prompts.chat_template import ChatTemplate
 
 Span = tuple[int, int]  # characters [first, last) of a text
@@ -29,19 +30,12 @@ class Tokenizer:
 
     def __init__(self, tokenizer_json: str | Path, chat_template: str) -> None:
         file = str(tokenizer_json) if isinstance(tokenizer_json, Path) else None
+        read = tokenizers.Tokenizer.from_file if file else tokenizers.Tokenizer.from_str
         try:
-            if isinstance(tokenizer_json, Path):
-                self._tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_json))
-            else:
-                self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
+            self._tokenizer = read(str(tokenizer_json))
         # The library raises bare exceptions for whatever it finds wrong.
         except Exception as error:
-            raise fail(
-                "RM404",
-                f"malformed tokenizer: {error}",
-                file=file,
-                hint="Build the bundle again, or copy it afresh.",
-            ) from error
+            raise malformed(file, f"malformed tokenizer: {error}") from error
         # A saved tokenizer may carry settings that would cut or pad prompts.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

@@ -21,8 +21,7 @@ from recmas_runtime.engines.tensorrt.engine_cache import (
 )
 from recmas_runtime.formats.bundle import Bundle
 from recmas_runtime.formats.manifest import BackboneEntry
-from recmas_runtime.formats.precisions import TOLERANCES
-from recmas_runtime.formats.targets import TENSORRT
+from recmas_runtime.formats.precisions import TENSORRT, TOLERANCES
 from recmas_runtime.running.parity import measure_probe
 
 _DRIVER: Final = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"

@@ -45,7 +45,7 @@ class StepEvent:
 
 
 class Trace(Protocol):
-    """Receives everything that batches do."""
+    """Records everything that batches do."""
 
     def add_event(self, event: StepEvent, *, batch: int) -> None:
         """See a step of a batch of so many records."""

@@ -45,7 +45,7 @@ class SequenceBatch:
     thought: Floats
     next_embeds: Floats
     owner: SequenceBatch | None = None
-    _give_back: Callable[[], object] = field(init=False)
+    _release_cache: Callable[[], object] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.owner is None:
@@ -156,14 +156,14 @@ class SequenceBatch:
         larger = self.engine.new_cache(len(rows), cache_capacity(positions + DECODE_HEADROOM))
         larger.copy_rows(self.cache, rows, int(self.lengths.max()))
         if self.owner is None:
-            self._give_back()
+            self._release_cache()
         self.owner = None
         self._hold(larger)
 
     def _hold(self, cache: KeyValueRows) -> None:
-        """Use a cache until this batch is gone, or `_give_back` is called."""
+        """Use a cache until this batch is gone, or `_release_cache` is called."""
         self.cache = cache
-        self._give_back = release = weakref.finalize(self, self.engine.give_back, cache)
+        self._release_cache = release = weakref.finalize(self, self.engine.release, cache)
         release.atexit = False
 
 

@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 Status = Literal["ok", "error", "timeout", "refused", "limit"]
 
@@ -113,9 +113,7 @@ def json_problem(body: str) -> str:
 
 
 def _call(name: str, argument: str) -> ToolCall:
-    if name != JSON_FORM:
-        return ToolCall(name, argument)
-    found = _read_json(argument)
+    found = _read_json(argument) if name == JSON_FORM else ToolCall(name, argument)
     return found if isinstance(found, ToolCall) else ToolCall(JSON_FORM, argument)
 
 
@@ -128,18 +126,13 @@ def _read_json(body: str) -> ToolCall | str:
         return f"this is not valid JSON ({error}); {_EXPECTED}"
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return f"this names no tool; {_EXPECTED}"
-    argument = _argument(call.get("arguments"))
-    if argument is None:
+    argument = call.get("arguments")
+    if isinstance(argument, dict) and len(argument) == 1:
+        (value,) = argument.values()
+        argument = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if not isinstance(argument, str):
         return f"`arguments` of `{call['name']}` is not one value; {_EXPECTED}"
     return ToolCall(valid_text(call["name"]), valid_text(argument.strip()))
-
-
-def _argument(given: Any) -> str | None:
-    """Return the text of `arguments`: a string, or an object with one value."""
-    if isinstance(given, dict) and len(given) == 1:
-        (given,) = given.values()
-        return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-    return given if isinstance(given, str) else None
 
 
 _EXPECTED: Final = 'write {"name": "TOOL", "arguments": {"KEY": "TEXT"}}'

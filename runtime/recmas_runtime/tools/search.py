@@ -64,9 +64,8 @@ class Search(Protocol):
 class LocalSearch:
     """Ranks the passages of a corpus by BM25; the same query always finds the same.
 
-    Args:
-        corpus: JSON lines `{id, title, text}`; `title` may be left out.
-        top_k: Most passages to return. Passages that share no word with the query are not returned.
+    The corpus is JSON lines `{id, title, text}`; `title` may be left out. At most `top_k` passages
+    are returned, and none that shares no word with the query.
 
     Raises:
         RecmasError: bm25s is not installed (RM201), or the corpus cannot be used (RM404).

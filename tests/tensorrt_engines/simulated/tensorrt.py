@@ -22,7 +22,7 @@ import onnxruntime
 from cuda.bindings import runtime as cudart
 from google.protobuf.message import DecodeError
 
-from parser_documentation import refused_nodes
+from kit.parser_documentation import refused_nodes
 
 __version__ = os.environ.get("SIMULATED_TENSORRT", "11.4.0.106")
 

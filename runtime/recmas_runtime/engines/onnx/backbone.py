@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 class BackboneEngine:
     """One backbone's engines. Agents that share a backbone share this object and its weights.
 
-    Args:
-        problems: Gets a warning where CUDA graphs are refused, at any time.
+    Where CUDA graphs are refused, at any time, `problems` gets a warning.
 
     Raises:
         RecmasError: RM404 if the decoder has other caches than the entry says, RM504 if the device
@@ -119,9 +118,9 @@ class BackboneEngine:
         """Return a cache for `rows` sequences of at most `capacity` positions."""
         return self.caches.take(rows, capacity)
 
-    def give_back(self, cache: Cache) -> None:
+    def release(self, cache: Cache) -> None:
         """Keep a cache that its user needs no more for the next one."""
-        self.caches.give_back(cache)
+        self.caches.release(cache)
 
     def forward(
         self,

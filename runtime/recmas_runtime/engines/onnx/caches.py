@@ -36,12 +36,10 @@ _BFLOAT16: Final = 16  # its number among ONNX's types
 
 
 class Memory:
-    """Where the buffers of an engine live.
+    """Where the buffers of an engine live, by ONNX Runtime's name of the device.
 
-    Args:
-        device: As ONNX Runtime names it.
-        shared: The device's memory is the host's, so numpy reads and writes buffers in place. A
-            device that is the host may still be told that it is not; it then does what others do.
+    Memory that is shared is the host's, so numpy reads and writes buffers in place. The host may
+    be treated as if it were another device; it then does what others do.
     """
 
     def __init__(self, device: str, *, shared: bool) -> None:
@@ -116,9 +114,8 @@ class DeviceArray:
     def move_leading(self, rows: Sequence[int], positions: int) -> None:
         """Move rows of a buffer [R, H, C, D] to its beginning, the first `positions` of each.
 
-        Args:
-            rows: In ascending order, so that none is overwritten before it has moved.
-            positions: The others of these rows keep what lay at the beginning before.
+        Rows come in ascending order, so that none is overwritten before it has moved; their other
+        positions keep what lay at the beginning before.
         """
         assert self._host is not None, "parts of a device's buffer have no handle"
         for place, row in enumerate(rows):
@@ -191,13 +188,11 @@ class Cache:
 
     The cache is written in place: input and output of the graph are the same buffer. Rows at and
     beyond a sequence's write index are never read, so forgetting is only a smaller write index.
+    The rows are made here, unless `layers` has them by name.
 
     There are two bindings. A call of one position has all its buffers at fixed addresses, so
     nothing is bound again from step to step and a CUDA graph of it can be replayed. A call of more
     positions binds what depends on their number.
-
-    Args:
-        layers: The rows themselves, by name; None makes them.
     """
 
     def __init__(
@@ -363,7 +358,7 @@ class CachePool:
         self._drop_idle()
         return made
 
-    def give_back(self, cache: Cache) -> None:
+    def release(self, cache: Cache) -> None:
         """Keep a cache that its user needs no more."""
         self._idle.append(cache)
 

@@ -86,7 +86,6 @@ def make_session(
 
     Args:
         threads: Threads within an operator; None takes the physical cores.
-        device: Where to run, from `resolve_device`.
         cuda_graphs: Let runs be captured into CUDA graphs, see `run_options`; only runs with bound
             buffers are then possible. Devices without them ignore it.
         profile: Start of the name of a file that every kernel is recorded in; None for no record.
@@ -106,11 +105,13 @@ def make_session(
     if profile is not None:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(profile)
+    first, *others = PROVIDERS[device]
+    cuda_options = {**_CUDA_OPTIONS, "enable_cuda_graph": str(int(cuda_graphs))}
     try:
         session = ort.InferenceSession(
             str(path),
             settings,
-            providers=_providers(device, cuda_graphs=cuda_graphs),
+            providers=[first] if device == "cpu" else [(first, cuda_options), *others],
             # It would print, and go on without the provider that was asked for.
             enable_fallback=0,
         )
@@ -123,20 +124,13 @@ def make_session(
             hint="Run `recmas verify` on the bundle; if it passes, upgrade onnxruntime.",
         ) from error
     # A provider that cannot start is dropped with a log line; that must not go unnoticed.
-    if PROVIDERS[device][0] not in session.get_providers():
+    if first not in session.get_providers():
         raise fail(
             "RM504",
-            f"{PROVIDERS[device][0]} did not start; only {', '.join(session.get_providers())} did",
+            f"{first} did not start; only {', '.join(session.get_providers())} did",
             hint="Check the CUDA driver and libraries, or use --device cpu.",
         )
     return session
-
-
-def _providers(device: Device, *, cuda_graphs: bool) -> list[str | tuple[str, dict[str, str]]]:
-    first, *others = PROVIDERS[device]
-    if device == "cpu":
-        return [first]
-    return [(first, {**_CUDA_OPTIONS, "enable_cuda_graph": str(int(cuda_graphs))}), *others]
 
 
 @functools.cache

@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.engines.interface import Backbone, Floats, Indices, KeyValueRows, Operands
 from recmas_runtime.engines.onnx.session import call_onnx, make_session
-from recmas_runtime.engines.tensorrt.device_memory import Stream
 from recmas_runtime.engines.tensorrt.engine_cache import BackbonePlans, EngineFolder, no_engine
-from recmas_runtime.engines.tensorrt.execution import Call, Engine, Workspace
+from recmas_runtime.engines.tensorrt.execution import Call, Engine, Stream, Workspace
 from recmas_runtime.engines.tensorrt.static_graph import PREFILL, STEP, choose_capacity
 from recmas_runtime.formats.bundle import Bundle
 from recmas_runtime.formats.manifest import BackboneEntry
@@ -41,8 +40,7 @@ def open_backbones(
 ) -> Mapping[str, Backbone[Any]]:
     """Open every backbone of a bundle on TensorRT.
 
-    Args:
-        problems: Gets a warning when a batch needs more than the engines take.
+    A batch that needs more than the engines take adds a warning to `problems`.
 
     Raises:
         RecmasError: RM510 if TensorRT refuses a plan, RM511 if a backbone has none.
@@ -80,14 +78,14 @@ def open_backbones(
 class TensorrtCache:
     """Keys and values of R sequences on the device; see `recmas_runtime.engines.onnx.caches.Cache`.
 
-    The workspace goes back to `give_back` with the end of this object.
+    The workspace goes back to `release` with the end of this object.
     """
 
-    def __init__(self, workspace: Workspace, give_back: Callable[[Workspace], None]) -> None:
+    def __init__(self, workspace: Workspace, release: Callable[[Workspace], None]) -> None:
         self.workspace = workspace
         self.rows = workspace.rows
         self.capacity = workspace.capacity
-        weakref.finalize(self, give_back, workspace).atexit = False
+        weakref.finalize(self, release, workspace).atexit = False
 
     def copy_rows(self, source: KeyValueRows, rows: Sequence[int], positions: int) -> None:
         """Take the first `positions` of the given sequences of another cache, in this order."""
@@ -169,10 +167,10 @@ class TensorrtBackbone:
         workspace = Workspace(engine, self._stream, self.entry, rows=rows, capacity=chosen)
         return TensorrtCache(workspace, self._take_back)
 
-    def give_back(self, cache: KeyValueRows) -> None:
+    def release(self, cache: KeyValueRows) -> None:
         """Take a cache that its user needs no more; one of TensorRT returns when it is dropped."""
         if not isinstance(cache, TensorrtCache):
-            self._beyond().give_back(cache)
+            self._beyond().release(cache)
 
     def forward(
         self,

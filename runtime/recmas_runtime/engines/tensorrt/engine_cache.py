@@ -294,11 +294,7 @@ def staged_engines(root: Path, platform: Platform) -> Iterator[Path]:
 
 
 def write_record(
-    folder: Path,
-    *,
-    fingerprint: str,
-    platform: Platform,
-    backbones: Mapping[str, BackbonePlans],
+    folder: Path, *, fingerprint: str, platform: Platform, backbones: Mapping[str, BackbonePlans]
 ) -> EngineRecord:
     """Write the record of the plans in a folder, with their sizes and hashes."""
     plans = sorted(folder.glob("*.plan"))

@@ -116,10 +116,7 @@ def _way_out(sandbox: Sandbox, folder: Path, server: socket.socket) -> str:
         "written": [str(path) for path in written],
     }
     ran = sandbox.run(
-        _PROBE,
-        stdin=json.dumps(settings),
-        timeout_s=_TRIAL_TIMEOUT_S,
-        memory_mb=_TRIAL_MEMORY_MB,
+        _PROBE, stdin=json.dumps(settings), timeout_s=_TRIAL_TIMEOUT_S, memory_mb=_TRIAL_MEMORY_MB
     )
     open_doors = [f"writing to {path.parent}" for path in written if path.exists()]
     for path in written:

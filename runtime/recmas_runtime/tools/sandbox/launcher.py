@@ -1,6 +1,6 @@
 """The first program inside a sandbox: binds its limits to itself, then becomes the given program.
 
-It is handed over as text (`python -c`), so it imports the standard library only. Its arguments are
+It is passed as text (`python -c`), so it imports the standard library only. Its arguments are
 a JSON object of settings; the program's code comes first on standard input, what is left there is
 the program's own input.
 """

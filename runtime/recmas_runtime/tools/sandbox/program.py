@@ -25,7 +25,7 @@ MAX_TMP_BYTES: Final = 32 << 20
 MAX_TMP_FILES: Final = 4096
 STDERR_TAIL_CHARS: Final = 4000
 
-# Handed over as text: a file would have to be put into the sandbox first.
+# Passed as text: a file would have to be put into the sandbox first.
 _LAUNCHER: Final = Path(__file__).with_name("launcher.py")
 
 _READ_BYTES: Final = 1 << 16
@@ -43,7 +43,6 @@ class SandboxResult:
         stdout: What it wrote, at most 1 MiB with stderr; bytes that are no UTF-8 replaced.
         stderr_tail: The last 4000 characters of its standard error, and why it was stopped if it
             used more memory or wrote more than it may.
-        ms: Milliseconds it took, with the sandbox around it.
     """
 
     status: Literal["ok", "error", "timeout"]
@@ -98,10 +97,20 @@ def run_python(
     Raises:
         OSError: The command cannot be started.
     """
-    limits = _limits(timeout_s=timeout_s, memory_mb=memory_mb)
+    limits = {  # of every process, by their names in `resource`
+        "RLIMIT_AS": memory_mb << 20,
+        "RLIMIT_CPU": math.ceil(timeout_s) + 1,
+        "RLIMIT_FSIZE": MAX_FILE_BYTES,
+        "RLIMIT_NOFILE": MAX_OPEN_FILES,
+        "RLIMIT_SIGPENDING": MAX_PROCESSES,
+        "RLIMIT_CORE": 0,
+        "RLIMIT_MEMLOCK": 0,
+        "RLIMIT_MSGQUEUE": 0,
+    }
     if max_processes is not None:
         limits["RLIMIT_NPROC"] = max_processes
-    program = _encoded(code)
+    # Lone surrogates, which UTF-8 has not, become `?`.
+    program, given = (text.encode("utf-8", "replace") for text in (code, stdin))
     settings = {"code_bytes": len(program), "user": user, "limits": limits}
     launcher = _LAUNCHER.read_text(encoding="ascii")
     start = time.perf_counter()
@@ -114,7 +123,7 @@ def run_python(
         pass_fds=pass_fds,
         start_new_session=True,
     ) as process:
-        exchange = _Exchange(process, program + _encoded(stdin))
+        exchange = _Exchange(process, program + given)
         try:
             ended, why = _follow(process, exchange, start + timeout_s, watch)
         finally:
@@ -136,25 +145,6 @@ def run_python(
         exit_code=exit_code,
         ms=(time.perf_counter() - start) * 1e3,
     )
-
-
-def _limits(*, timeout_s: float, memory_mb: int) -> dict[str, int]:
-    """Return the resource limits of every process, by their names in `resource`."""
-    return {
-        "RLIMIT_AS": memory_mb << 20,
-        "RLIMIT_CPU": math.ceil(timeout_s) + 1,
-        "RLIMIT_FSIZE": MAX_FILE_BYTES,
-        "RLIMIT_NOFILE": MAX_OPEN_FILES,
-        "RLIMIT_SIGPENDING": MAX_PROCESSES,
-        "RLIMIT_CORE": 0,
-        "RLIMIT_MEMLOCK": 0,
-        "RLIMIT_MSGQUEUE": 0,
-    }
-
-
-def _encoded(text: str) -> bytes:
-    """Return the text as UTF-8; lone surrogates, which UTF-8 has not, become `?`."""
-    return text.encode("utf-8", "replace")
 
 
 def _follow(

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from kit.bundles import each_backbone_exported_once
+from kit.files import MadeOnce
+from kit.models import LoadTiny, load_tiny
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from tiny_models import write_tiny_backbone
-from tiny_systems import LoadTiny, load_folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,6 +22,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def exports_once(made_once: MadeOnce) -> Iterator[None]:
+    """Builds in this process export each backbone once per test run."""
+    with each_backbone_exported_once(made_once):
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> LoadTiny:
     """Return the loaded tiny backbone of a family; equal arguments give the same object."""
@@ -29,8 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> LoadTiny:
     def load(family: str, *, seed: int = 0, **dims: object) -> TorchBackbone:
         key = f"{family}-{seed}-{sorted(dims.items())}"
         if key not in made:
-            folder = write_tiny_backbone(tmp_path_factory.mktemp(family), family, seed=seed, **dims)
-            made[key] = load_folder(folder)
+            made[key] = load_tiny(tmp_path_factory.mktemp(family), family, seed=seed, **dims)
         return made[key]
 
     return load

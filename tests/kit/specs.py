@@ -1,4 +1,46 @@
-"""Specs of every shape, on tiny backbones."""
+"""The specs of the tests: YAML texts of every shape, and backbone folders that hold only a config.
+
+No torch is needed. `SPECS` and what follows are on tiny backbones (`kit.models`) in folders named
+after their family; `kit.bundles` builds them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from recmas_runtime.core.errors import Problem
+
+# What tests of the language vary, on a backbone that is only declared.
+PAIR = """\
+recmas: 1
+name: demo
+rounds: 2
+backbones:
+  small: {source: ./small}
+agents:
+  planner:
+    backbone: small
+    prompt:
+      first: Plan {{ question }}
+      then: Plan {{ question }} again {{ latent.solver }}
+  solver:
+    backbone: small
+    prompt: Solve {{ question }} with {{ latent.planner }}
+links:
+  planner -> solver: {}
+  solver -> planner: {feedback: true}
+answer: {agent: solver}
+"""
+
+CHAIN = """\
+recmas: 1
+name: chain
+rounds: 3
+pattern: {sequential: [planner, critic, solver]}
+backbones:
+  small: {source: ./small}
+"""
 
 ANSWER = """
 answer: {agent: solver, max_new_tokens: 12}
@@ -217,3 +259,95 @@ def on_three_backbones(
 ) -> str:
     """Return a ring of three agents; arguments are what stands between a section's braces."""
     return _ON_THREE_BACKBONES % (small, other, third, build)
+
+
+# Two names of one backbone beside another, links of every kind, a field that a spec declares.
+TWINS = """
+recmas: 1
+name: pair
+rounds: 2
+latent_steps: 3
+backbones:
+  small: {source: models/small}
+  twin: {source: models/small}
+  other: {source: models/other}
+agents:
+  planner:
+    backbone: small
+    system: You are careful. Today is {{ day }}.
+    prompt:
+      first: "{{ question }} Plan."
+      then: "{{ question }} Thought: {{ latent.solver }} Plan."
+    inner: {kind: residual, init: random}
+  critic:
+    backbone: other
+    prompt: "{{ question }} Plan: {{ latent.planner }}"
+    inner: {kind: ln_residual, init: random}
+  solver:
+    backbone: twin
+    prompt: "{{ question }} {{ hint }} Critic: {{ latent.critic }}"
+    inner: {kind: projected, init: random}
+links:
+  planner -> critic: {kind: projected, init: random}
+  critic -> solver: {kind: ln_residual, init: random}
+  solver -> planner: {feedback: true, kind: residual, init: random}
+answer: {agent: solver, max_new_tokens: 8}
+build: {max_prompt_tokens: 64, max_batch: 4}
+"""
+
+# Two agents run as one batch, their inner links have different hidden widths, and the third agent
+# is on a backbone of its own, so that there is more than one.
+TRIO = """
+recmas: 1
+name: trio
+rounds: 2
+latent_steps: 5
+backbones:
+  small: {source: models/small}
+  other: {source: models/other}
+agents:
+  one:
+    backbone: small
+    prompt: {first: "{{ question }}", then: "{{ question }} {{ latent.solver }}"}
+    inner: {kind: residual, init: random}
+  two:
+    backbone: small
+    prompt: "Plan. {{ question }}"
+    inner: {kind: ln_residual, init: random}
+  solver:
+    backbone: other
+    prompt: "{{ question }} {{ latent.one }} {{ latent.two }}"
+    inner: {kind: projected, init: random}
+links:
+  one -> solver: {init: random}
+  two -> solver: {init: random}
+  solver -> one: {feedback: true, init: random}
+answer: {agent: solver, max_new_tokens: 12}
+build: {max_prompt_tokens: 120, max_batch: 3}
+"""
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+
+
+def write_config(folder: Path, **changes: object) -> Path:
+    """Write a folder with a Llama config, changed; a value of None removes the key."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {key: value for key, value in (LLAMA | changes).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def at(problem: Problem) -> tuple[str, int | None, int | None]:
+    """Return code, line and column."""
+    return problem.code, problem.line, problem.column

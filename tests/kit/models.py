@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from recmas_compiler.backbones.sources import describe_backbone
+from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
+from recmas_runtime.core.progress import Silent
 
 # Pairs that the tokenizers join, in this order; `_` stands for a space (U+0120 in byte-level BPE).
 _PAIRS = """
@@ -240,6 +245,8 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+LoadTiny = Callable[..., TorchBackbone]  # the type of the fixture `tiny`
+
 COMMON_DIMS: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -330,6 +337,17 @@ def write_tiny_backbone(folder: Path, family: str, *, seed: int = 0, **dims: Any
         del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def load_folder(folder: Path) -> TorchBackbone:
+    """Load a backbone as the compiler does, from its folder."""
+    facts = describe_backbone(str(folder), base_dir=folder)
+    return load_backbone(facts, progress=Silent())
+
+
+def load_tiny(folder: Path, family: str, *, seed: int = 0, **dims: Any) -> TorchBackbone:
+    """Write a tiny backbone and load it."""
+    return load_folder(write_tiny_backbone(folder, family, seed=seed, **dims))
 
 
 def _fill(model: PreTrainedModel, *, seed: int) -> None:

@@ -1,6 +1,6 @@
 """What makes messages carry content where a soft prompt would also lower the loss.
 
-    python tests/bench/split_information.py OUT --data TRAIN.jsonl
+    python benchmarks/split_information.py OUT --data TRAIN.jsonl
         [--studies question,numbers,frozen,warm,find] [--steps 200] [--eval-every 25] [--look]
 
 Word problems whose information is split between agents: only the reader's prompt has what the
@@ -197,10 +197,10 @@ def right_by_position(path: Path) -> list[float]:
         table_VD = normalize(backbone.embed(torch.arange(backbone.facts.vocab_size)).float())
         hits: list[list[bool]] = []
         for example, message_MD in zip(some, latents.message("reader->solver", 1), strict=True):
-            heard = (normalize(message_MD.float()) @ table_VD.T).argmax(-1).tolist()
+            nearest = (normalize(message_MD.float()) @ table_VD.T).argmax(-1).tolist()
             text = example.targets["reader"]
             meant = backbone.tokenizer(text, add_special_tokens=False).input_ids
-            hits.append([a == b for a, b in zip(heard, meant, strict=False)])
+            hits.append([a == b for a, b in zip(nearest, meant, strict=False)])
     longest = max(map(len, hits))
     columns = [[row[i] for row in hits if len(row) > i] for i in range(longest)]
     return [sum(column) / len(column) for column in columns]

@@ -1,6 +1,6 @@
 """Engines, reference and naive form on the same questions: equal text, equal messages?
 
-    python tests/bench/agreement.py BUNDLE --data QUESTIONS.jsonl [--limit 20] [--max-new-tokens 32]
+    python benchmarks/agreement.py BUNDLE --data QUESTIONS.jsonl [--limit 20] [--max-new-tokens 32]
 
 Runs the bundle one by one and as ragged batches of 8, the eager reference and the naive form, all
 greedy and on the bundle's own links, and prints how many texts are equal and the largest

@@ -1,6 +1,6 @@
 """The latent phase of built systems, everything before the answer's text, by batch size.
 
-    python tests/bench/latent_phase.py BUNDLE [BUNDLE ...] [--batch 1,2,4,8] [--repeats 3]
+    python benchmarks/latent_phase.py BUNDLE [BUNDLE ...] [--batch 1,2,4,8] [--repeats 3]
         [--beside naive,cached,torch] [--question TEXT] [--threads N] [--json FILE]
 
 BUNDLEs are of one system in different precisions. Prints a Markdown table: seconds, those of

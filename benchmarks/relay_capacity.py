@@ -1,6 +1,6 @@
 """How much a message carries: codes of some digits through a relay of trained links.
 
-    python tests/bench/relay_capacity.py OUT [--digits 1,2,3,4,5,6] [--latent-steps 1,2,4,8]
+    python benchmarks/relay_capacity.py OUT [--digits 1,2,3,4,5,6] [--latent-steps 1,2,4,8]
         [--relays one,two,three,feedback,mixed] [--steps 300] [--inner-steps 0] [--other SOURCE]
 
 Trains the links of one relay per cell by rollout, from aligned links or, with --inner-steps, from

@@ -1,6 +1,6 @@
 """How gradients fare from round to round, and how a training step grows with the system.
 
-    python tests/bench/training_growth.py OUT [--source BACKBONE] [--rounds 3] [--records 4]
+    python benchmarks/training_growth.py OUT [--source BACKBONE] [--rounds 3] [--records 4]
 
 **Gradients.** A relay of two agents runs some rounds by rollout, all on one backbone. Three
 hand-overs take a thought h (a hidden state after the final norm) to the next input embedding, and

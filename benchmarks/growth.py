@@ -1,6 +1,6 @@
 """How the time of the latent phase grows with agents, rounds, latent steps and prompt length.
 
-    python tests/bench/growth.py BUNDLE [--repeats 2] [--threads N] [--json FILE]
+    python benchmarks/growth.py BUNDLE [--repeats 2] [--threads N] [--json FILE]
 
 Engines and weights are the bundle's; only plans and questions differ: a ring of agents on one
 backbone, each hearing the one before it, the last one answering. One of the four grows at a time.
@@ -130,12 +130,12 @@ def ring(plan: Plan, size: Size) -> Plan:
     agents, caches, steps = {}, {}, list[Step]()
     for i in range(size.agents):
         question = PromptPart(kind="field", value="question")
-        heard = PromptPart(kind="slot", value=f"a{(i - 1) % size.agents}")
+        slot = PromptPart(kind="slot", value=f"a{(i - 1) % size.agents}")
         agents[f"a{i}"] = AgentPlan(
             backbone=like.backbone,
             system=(),
             first=(question,) if i == 0 else None,
-            then=(question, heard),
+            then=(question, slot),
             inner=like.inner,
             latent_steps=size.latent_steps,
         )

@@ -1,6 +1,6 @@
 """What training brings: links before and after both stages, controls, LoRA, full fine-tuning.
 
-    python tests/bench/training_table.py SPEC OUT [--rounds 1,2,3] [--methods lora]
+    python benchmarks/training_table.py SPEC OUT [--rounds 1,2,3] [--methods lora]
         [--steps N] [--data test.jsonl --protocol gsm8k --limit 200]
 
 Runs what is missing and goes on with what was stopped: the inner stage once, the outer stage for

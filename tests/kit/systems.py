@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 from msgspec import structs
 from torch import nn
 
 from kit.naive import run_naive
-from recmas_compiler.backbones.sources import describe_backbone
-from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
+from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Backbone
 from recmas_compiler.links.modules import make_link, randomize
 from recmas_compiler.lowering.reference import ReferenceResult, TorchSystem
 from recmas_compiler.spec.document.places import UNKNOWN
-from recmas_runtime.core.progress import Silent
 from recmas_runtime.formats.ids import inner_link_id
 
 RECORDS = [
@@ -25,15 +22,6 @@ RECORDS = [
 ]
 MAX_NEW_TOKENS = 10
 MESSAGE_TOLERANCE = 1e-4
-
-
-LoadTiny = Callable[..., TorchBackbone]
-
-
-def load_folder(folder: Path) -> TorchBackbone:
-    """Load a backbone as the compiler does, from its folder."""
-    facts = describe_backbone(str(folder), base_dir=folder)
-    return load_backbone(facts, progress=Silent())
 
 
 def declare(name: str, backbone: TorchBackbone) -> Backbone:

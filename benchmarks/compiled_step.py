@@ -1,6 +1,6 @@
 """Whether compiling pays: the time of a training step, compiled and eager, in turns.
 
-    python tests/bench/compiled_step.py SPEC OUT [--mode rollout] [--dtype bfloat16]
+    python benchmarks/compiled_step.py SPEC OUT [--mode rollout] [--dtype bfloat16]
         [--batches 4] [--repeats 3]
 
 Forward and backward of the first batches of the spec's records, which differ in length. First all

@@ -13,16 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from recmas_compiler.backbones.sources import describe_backbone
-from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone, weights_digest
+from kit.files import MadeOnce
+from kit.models import load_folder, load_tiny
+from recmas_compiler.backbones.torch_model import TorchBackbone, weights_digest
 from recmas_compiler.links.modules import make_link, randomize, save_link
 from recmas_export.backbone_graph import CPU_DECODER, DECODER, EMBED, HEAD, export_backbone
-from recmas_runtime.core.progress import Silent
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.engines.onnx.caches import CachePool, Memory
 from recmas_runtime.formats.links import load_operands, stack_operands
 from recmas_runtime.formats.manifest import BackboneEntry, LinkEntry
-from tiny_models import write_tiny_backbone
 
 Operands = dict[str, NDArray[Any]]
 
@@ -152,18 +151,22 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def load_tiny(folder: Path, family: str, **dims: Any) -> TorchBackbone:
-    write_tiny_backbone(folder, family, **dims)
-    facts = describe_backbone(str(folder), base_dir=folder)
-    return load_backbone(facts, progress=Silent())
-
-
-def export_tiny(root: Path, name: str) -> Exported:
+def export_tiny(made_once: MadeOnce, name: str) -> Exported:
+    """Return the exported backbone of a case; files in its folder are shared by the test run."""
     family, dims = CASES[name]
-    backbone = load_tiny(root / f"{name}-source", family, **dims)
-    before = _appearance(backbone)
-    export_backbone(backbone, root / name)
-    return Exported(backbone, root / name, was_changed=_appearance(backbone) != before)
+
+    def make(new: Path) -> None:
+        backbone = load_tiny(new / "source", family, **dims)
+        before = _appearance(backbone)
+        export_backbone(backbone, new / "graphs")
+        (new / "was_changed").write_text(str(_appearance(backbone) != before))
+
+    folder = made_once(f"exported case {name}", make)
+    return Exported(
+        load_folder(folder / "source"),
+        folder / "graphs",
+        was_changed=(folder / "was_changed").read_text() == "True",
+    )
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SMOL = "builtin:smollm2-135m-instruct"
-MAKE_DATA = Path(__file__).parents[2] / "examples" / "relay" / "make_data.py"
+MAKE_DATA = Path(__file__).parents[1] / "examples" / "relay" / "make_data.py"
 
 READ = "{{ context }} Repeat it."
 PASS = "{{ latent.%s }} Repeat it."

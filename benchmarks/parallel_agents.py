@@ -1,6 +1,6 @@
 """Agents that run as one batch against the same agents one after another, in one process.
 
-    python tests/bench/parallel_agents.py BUNDLE [--latent-steps N] [--repeats N] [--json FILE]
+    python benchmarks/parallel_agents.py BUNDLE [--latent-steps N] [--repeats N] [--json FILE]
 
 BUNDLE is one whose specialists share a backbone, such as that of specs/mixture.yaml. One plan is
 what the compiler makes of its spec, the other what it makes without BatchParallelAgents; both run

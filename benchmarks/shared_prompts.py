@@ -1,6 +1,6 @@
 """Agents that copy the beginning of their prompts from each other, against the same without.
 
-    python tests/bench/shared_prompts.py BUNDLE [--batch 1,8] [--times 1,6] [--repeats N]
+    python benchmarks/shared_prompts.py BUNDLE [--batch 1,8] [--times 1,6] [--repeats N]
 
 One plan is the bundle's, the other is the same without `prefix_from`; both run on the same engines,
 in turn, so that both see the same machine. A question is a word problem, written one or more times.

@@ -1,6 +1,6 @@
 """Resident memory of bundles beside what `recmasc plan` predicts, each run in its own process.
 
-    python tests/bench/memory.py BUNDLE [BUNDLE ...] [--batch 1,8] [--words 20,380]
+    python benchmarks/memory.py BUNDLE [BUNDLE ...] [--batch 1,8] [--words 20,380]
 
 Each process loads a bundle, answers a batch of questions of so many words, and prints its peak
 resident set. The prediction is for prompts as long as the longest of them was.

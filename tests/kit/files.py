@@ -1,0 +1,53 @@
+"""Files that tests write and read."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recmas_runtime.running.run_trace import MESSAGES_NAME, RECORDS_ARRAY
+
+# The type of the fixture `write_records`.
+WriteRecords = Callable[[Sequence[Mapping[str, object]]], Path]
+
+
+class MadeOnce:
+    """Folders that are made once per test run, whichever of its processes asks first."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        base = factory.getbasetemp()
+        # A process of pytest-xdist has a folder of its own in the folder of the run.
+        self._root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made-once"
+        self._root.mkdir(exist_ok=True)
+
+    def __call__(self, key: str, make: Callable[[Path], object]) -> Path:
+        """Return the folder of `key`, not to be changed; `make` writes it if it is not there."""
+        folder = self._root / hashlib.sha256(key.encode()).hexdigest()[:16]
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                half = folder.with_suffix(".half")
+                shutil.rmtree(half, ignore_errors=True)
+                half.mkdir()
+                make(half)
+                half.rename(folder)
+        return folder
+
+
+def lines(*records: object) -> str:
+    """Return records as JSON lines; texts are lines already."""
+    return "".join(f"{r if isinstance(r, str) else json.dumps(r)}\n" for r in records)
+
+
+def read_messages(folder: Path) -> dict[str, np.ndarray]:
+    """Return a trace's messages [records, m, d] by link and round; NaN where a record has none."""
+    with np.load(folder / MESSAGES_NAME, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays if name != RECORDS_ARRAY}
