@@ -37,10 +37,8 @@ BUILDERS: Final = "recmas.builders"
 class Program:
     """A compiled system: its spec, its topology, and the program after all passes.
 
-    Attributes:
-        graph: The unrolled program; `print(program)` shows it.
-        records: The graph before and after every pass, in order.
-        trained: The links that `recmasc train` left beside the spec, where the program uses them.
+    Printing it shows the unrolled program. Records are the graph before and after every pass. The
+    trained links are those that `recmasc train` left beside the spec, where the program uses them.
     """
 
     spec: Spec

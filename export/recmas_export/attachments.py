@@ -33,10 +33,9 @@ _MAX_PASSAGE_BYTES: Final = 2**24
 def corpus_lines(corpus: Path) -> Iterator[str]:
     """Yield a line of JSON `{id, title, text}` per passage, each with its line break.
 
-    Args:
-        corpus: A file of JSON lines, each with a `text` and optionally a `title` and an `id`, or a
-            folder whose `.txt` and `.md` files, sub-folders included, are passages. Blank lines
-            and empty files are skipped.
+    A corpus is a file of JSON lines, each with a `text` and optionally a `title` and an `id`, or a
+    folder whose `.txt` and `.md` files, sub-folders included, are passages. Blank lines and empty
+    files are skipped.
 
     Raises:
         RecmasError: RM123 with file and line for what is no passage, an id that is there twice, or

@@ -40,13 +40,9 @@ def export_backbone(
 ) -> None:
     """Write a backbone's graphs, weights, tokenizer and chat template into `folder`.
 
-    The model is left as it was. Equal weights give equal bytes.
-
-    Args:
-        precision: How the graphs hold weights; blocks of integers are in the form that ONNX
-            Runtime's CPU provider runs fastest.
-        decoders: Besides the portable decoder, that for the CPU is written where it has layers for
-            it.
+    The model is left as it was. Equal weights give equal bytes. Blocks of integers are in the form
+    that ONNX Runtime's CPU provider runs fastest; a decoder for the CPU is written besides the
+    portable one where it has layers for it.
 
     Raises:
         RecmasError: RM203 for layers the portable graph has no operator for, RM300 where the model

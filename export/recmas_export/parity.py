@@ -62,9 +62,8 @@ def make_case(backbone: TorchBackbone, *, inner: nn.Module) -> Case:
     The reference runs without any cache: its own causal mask over the whole sequence. The positions
     after the prompt get what they get in a rollout, outputs of the inner link.
 
-    Returns:
-        `inputs_embeds` [1, T, d], `chunks` [N], `hidden` [1, T, d], `thought_next` [N, 1, d],
-        `logits_hidden` [n, d], `logits` [n, V], `greedy_prompt` [P], `greedy_tokens` [K].
+    Returns `inputs_embeds` [1, T, d], `chunks` [N], `hidden` [1, T, d], `thought_next` [N, 1, d],
+    `logits_hidden` [n, d], `logits` [n, V], `greedy_prompt` [P], `greedy_tokens` [K].
     """
     ids_1P = torch.tensor([_prompt(backbone)])
     prompt_1Pd = backbone.embed(ids_1P)

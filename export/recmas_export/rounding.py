@@ -51,7 +51,9 @@ def rounded_layers(
     if block_size is None or bits > _FEW_BITS:
         yield
         return
-    layers = _layers(backbone)
+    # The decoder's layers, in order.
+    lists = (module for module in backbone.body.modules() if isinstance(module, nn.ModuleList))
+    layers = list(next(found for found in lists if len(found) == backbone.facts.num_layers))
     exact = {linear: linear.weight.data for layer in layers for linear in _linears(layer)}
     try:
         _round_layers(backbone, layers, bits=bits, block_size=block_size, progress=progress)
@@ -205,12 +207,6 @@ def _call(layer: nn.Module, run: _Run, index: int) -> Tensor:
     output = layer(run.hidden, **run.arguments[index])
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
-
-
-def _layers(backbone: TorchBackbone) -> Sequence[nn.Module]:
-    """Return the decoder layers in order."""
-    lists = (module for module in backbone.body.modules() if isinstance(module, nn.ModuleList))
-    return list(next(found for found in lists if len(found) == backbone.facts.num_layers))
 
 
 def _linears(layer: nn.Module) -> list[nn.Linear]:

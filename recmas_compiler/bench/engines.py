@@ -155,15 +155,11 @@ _NAIVE_STEPS: Final = 1
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What the command line asks for.
+    """What the command line asks for; no engines stand for all of them.
 
-    Attributes:
-        bundles: Folders; engines that are not a bundle's own measure the first.
-        engines: Names; empty for all of them.
-        genai: Folders that onnxruntime-genai's builder wrote; what is named is measured.
-        used: Positions in the cache when a step begins.
-        steps: Latent steps, and tokens, of one turn.
-        threads: None takes the physical cores.
+    Engines that are not a bundle's own measure the first bundle. A step begins behind the `used`
+    positions of a cache; `steps` are latent steps, and tokens, of one turn. No threads stand for
+    the physical cores.
     """
 
     bundles: tuple[Path, ...]

@@ -33,11 +33,7 @@ MARKDOWN_NAME: Final = "bench.md"
 class BenchOptions:
     """What the command line asks for; no baselines stand for `text`, no limit for all records.
 
-    Attributes:
-        untrained_bundle: A bundle of the same spec with untrained links.
-        max_new_tokens: Instead of the bundle's.
-        threads: None takes the physical cores.
-        out: Folder of the report; None for none.
+    The untrained bundle is one of the same spec; without threads, engines take the physical cores.
     """
 
     bundle: Path
@@ -137,27 +133,14 @@ def _gather_records(
     options: BenchOptions, fields: Sequence[str], problems: list[Problem]
 ) -> tuple[Record, ...]:
     """Return what to ask; lines that cannot be used go to `problems`."""
-    if options.data is not None:
-        records = _read_data(options.data, fields, problems, limit=options.limit)
-        if not records:
-            raise fail(
-                "RM506",
-                "the data has no question to ask",
-                file=options.data,
-                hint="Give --data a file of JSON lines with a `question` each.",
-            )
-        return records
-    texts = (options.questions or QUESTIONS)[: options.limit]
-    return tuple(question_record(text, fields, index=i) for i, text in enumerate(texts))
-
-
-def _read_data(
-    data: str, fields: Sequence[str], problems: list[Problem], *, limit: int | None
-) -> tuple[Record, ...]:
+    data = options.data
+    if data is None:
+        texts = (options.questions or QUESTIONS)[: options.limit]
+        return tuple(question_record(text, fields, index=i) for i, text in enumerate(texts))
     try:
         with Path(data).open("rb") as stream:
             found = usable(read_records(stream, file=data, fields=fields), problems)
-            return tuple(islice(found, limit))
+            records = tuple(islice(found, options.limit))
     except OSError as error:
         raise fail(
             "RM502",
@@ -165,6 +148,14 @@ def _read_data(
             file=data,
             hint="Give --data a file of JSON lines.",
         ) from error
+    if not records:
+        raise fail(
+            "RM506",
+            "the data has no question to ask",
+            file=data,
+            hint="Give --data a file of JSON lines with a `question` each.",
+        )
+    return records
 
 
 def _settings(plan: Plan, options: BenchOptions, records: tuple[Record, ...]) -> BenchSettings:

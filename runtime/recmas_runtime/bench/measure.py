@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.progress import Progress
-from recmas_runtime.formats.plan import Plan, SamplingPlan, ThinkStep
+from recmas_runtime.formats.plan import SamplingPlan, ThinkStep
 from recmas_runtime.running.baselines import LATENT
 from recmas_runtime.running.records import Answer, Record
 from recmas_runtime.running.run_trace import StepEvent
@@ -72,18 +72,13 @@ def make_cases(
 
 def _case(name: str, system: System, *, rounds: int | None = None) -> Case:
     plan = system.plan
+    thinks = (step for step in plan.steps if isinstance(step, ThinkStep))
     return Case(
         name=name,
         rounds=plan.rounds if rounds is None else rounds,
-        latent_steps=most_latent_steps(plan),
+        latent_steps=max((plan.num_latent_steps(step) for step in thinks), default=0),
         system=system,
     )
-
-
-def most_latent_steps(plan: Plan) -> int:
-    """Return the latent steps of the plan's longest rollout."""
-    thinks = (step for step in plan.steps if isinstance(step, ThinkStep))
-    return max((plan.num_latent_steps(step) for step in thinks), default=0)
 
 
 # Of `Usage`, and what else is counted of a run.

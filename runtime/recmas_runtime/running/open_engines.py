@@ -116,10 +116,9 @@ class OpenedEngines:
 def open_engines(bundle: Bundle, *, device: str, threads: int | None) -> OpenedEngines:
     """Open a bundle's engines.
 
-    Args:
-        device: `cpu` and `cuda` are ONNX Runtime's; `tensorrt` takes nothing else; `auto` takes
-            TensorRT where the bundle has engines for this machine, then CUDA, then the CPU.
-        threads: Threads within an operator; None takes the physical cores.
+    Devices `cpu` and `cuda` are ONNX Runtime's; `tensorrt` takes nothing else; `auto` takes
+    TensorRT where the bundle has engines for this machine, then CUDA, then the CPU. Without
+    threads, an operator takes the physical cores.
 
     Raises:
         RecmasError: RM504 for a device that is not there, RM507 or RM510 if a graph or plan is

@@ -46,13 +46,11 @@ class Parity(NamedTuple):
 
 
 def measure_backbone_parity(engine: Backbone[Any], case: Case, inner: Operands) -> Parity:
-    """Run a backbone's engines over a case.
+    """Run a backbone's engines over a case and its inner link, operands without the G axis.
 
-    Args:
-        case: `inputs_embeds` [1, T, d]; `chunks` [N], lengths of the calls that T is cut into;
-            expected `hidden` [1, T, d] and `thought_next` [N, 1, d]; `logits_hidden` [n, d] with
-            expected `logits` [n, V]; `greedy_prompt` [P] with expected `greedy_tokens` [K].
-        inner: Operands of the case's inner link, without the G axis.
+    A case has `inputs_embeds` [1, T, d]; `chunks` [N], lengths of the calls that T is cut into;
+    expected `hidden` [1, T, d] and `thought_next` [N, 1, d]; `logits_hidden` [n, d] with expected
+    `logits` [n, V]; `greedy_prompt` [P] with expected `greedy_tokens` [K].
     """
     grouped = stack_operands([inner])
     hidden, following = _run_chunks(engine, case["inputs_embeds"], case["chunks"], grouped)
