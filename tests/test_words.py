@@ -32,7 +32,7 @@ BANNED = {
     r"\bVoices?\b": "DecoderSettings",
     r"\bMachinery\b": "LoadedBundle",
     r"\bbegin_like\b|\bbegins? alike\b|\bmost alike\b": "a shared prefix",
-    r"\bmended\b|\bmends\b": "fixed, fixes",
+    r"\b[Mm]end(s|ed)?\b": "fixed, fixes",
     r"\b[Tt]old (of|about)\b": "receives progress, is called",
     r"\bvouch(es|ed|ing)?\b": "verify, a hash in the receipt",
     r"\bleft aside\b": "ignored",

@@ -49,7 +49,7 @@ def choose_provider(
         warning = Problem(
             code="RM504",
             message=f"runs on the CPU, for CUDA cannot be used: {error.problems[0].message}",
-            hint="Mend that, or say --device cpu to run there without this warning.",
+            hint="Fix that, or say --device cpu to run there without this warning.",
             severity="warning",
         )
         return "cpu", (warning,)
