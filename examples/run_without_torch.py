@@ -1,13 +1,13 @@
-"""What a deployment does: numpy, onnxruntime, tokenizers and jinja2 are all it needs.
+"""What a deployment does: no torch; `pip install "recmas[cpu]"` is all it needs.
 
-pip install "recmas[cpu]"
 python run_without_torch.py BUNDLE
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+
+from msgspec import structs
 
 import recmas_runtime as rt
 
@@ -23,7 +23,9 @@ def main(bundle: str) -> None:
     print("\n", stream.answer.usage, stream.answer.timing_ms, sep="")
 
     questions = ["What is 2 + 2?", "Tom had 12 apples and gave 5 away. How many are left?"]
-    warm = replace(system.plan.sampling, temperature=0.7, top_p=0.9, seed=7, max_new_tokens=24)
+    warm = structs.replace(
+        system.plan.sampling, temperature=0.7, top_p=0.9, seed=7, max_new_tokens=24
+    )
     for answer in system.run(questions, sampling=warm):  # one ragged batch
         print(answer.id, repr(answer.answer), answer.finish_reason)
 

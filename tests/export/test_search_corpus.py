@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kit.bundles import compile_system, write_twins
+from kit.bundles import compile_system, each_backbone_exported_once, write_twins
+from kit.files import MadeOnce
 from recmas_export.attachments import corpus_lines
 from recmas_export.build import build
 from recmas_runtime.core.errors import RecmasError
@@ -93,7 +94,13 @@ def test_nothing_to_search(tmp_path: Path) -> None:
             list(corpus_lines(corpus))
 
 
-def test_it_is_part_of_the_bundle_and_of_its_identity(tmp_path: Path) -> None:
+def test_it_is_part_of_the_bundle_and_of_its_identity(tmp_path: Path, made_once: MadeOnce) -> None:
+    # What the corpus changes is the bundle, not its graphs.
+    with each_backbone_exported_once(made_once):
+        _check_bundle_and_identity(tmp_path)
+
+
+def _check_bundle_and_identity(tmp_path: Path) -> None:
     path = write_twins(tmp_path / "system")
     corpus = path.parent / "passages.jsonl"
     corpus.write_text('{"text": "Cats sleep all day."}\n')
