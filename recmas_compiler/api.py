@@ -10,7 +10,7 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
@@ -19,6 +19,7 @@ from recmas_compiler.links.files import End
 from recmas_compiler.links.trained import TrainedLinks, find_trained_links
 from recmas_compiler.passes.pass_base import DumpIR, Instrument, Record, RecordPasses
 from recmas_compiler.passes.pipeline import run_pipeline
+from recmas_compiler.spec.schema.train import Stage
 from recmas_compiler.spec.spec import Spec, load_spec
 from recmas_runtime.core.errors import fail
 from recmas_runtime.core.progress import Progress, Silent
@@ -184,7 +185,7 @@ def train(
     program: Program,
     out: str | Path,
     *,
-    stage: Literal["inner", "outer", "all"] = "all",
+    stage: Stage = "all",
     resume: bool = False,
     progress: Progress | None = None,
 ) -> RunReport:

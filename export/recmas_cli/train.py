@@ -12,6 +12,7 @@ import click
 
 from recmas_cli.console import FOLDER, QUIET, SET, SPEC, Outcome, command, shown_progress
 from recmas_compiler.api import load_and_compile, with_trained_links
+from recmas_compiler.spec.schema.train import Stage
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import fail
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from recmas_compiler.training.session import Session
     from recmas_compiler.training.tasks.finetuning import MethodName
 
-Stage = Literal["inner", "outer", "all"]
 
 # What every process of `--nproc` runs.
 PROCESS_MODULE: Final = "recmas_cli.training_main"

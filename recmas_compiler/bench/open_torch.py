@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ from recmas_runtime.core.progress import Silent
 from recmas_runtime.engines.interface import Floats, Indices, Operands
 from recmas_runtime.formats.bundle import inside
 from recmas_runtime.formats.manifest import SPEC_NAME
-
-Dtype = Literal["float32", "bfloat16", "float16"]
+from recmas_runtime.formats.precisions import Dtype
 
 # What each device computes in fastest without a change of the weights' meaning.
 DTYPES: Final[dict[str, Dtype]] = {"cpu": "float32", "cuda": "bfloat16"}

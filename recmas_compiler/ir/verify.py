@@ -22,11 +22,13 @@ from recmas_compiler.ir.ops import (
 from recmas_compiler.links.files import LinkWeights
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.formats.ids import inner_link_id, outer_link_id, path_text
-from recmas_runtime.formats.plan import CACHE_ROWS_MULTIPLE, Variant
+from recmas_runtime.formats.plan import (
+    CACHE_ROWS_MULTIPLE,
+    MAX_LATENT_STEPS,
+    MAX_ROUNDS,
+    Variant,
+)
 from recmas_runtime.formats.precisions import DTYPE_BYTES, buildable
-
-MAX_ROUNDS = 64
-MAX_LATENT_STEPS = 4096
 
 # (type of the step, type of the step that takes from it) -> what flows
 FLOWS: dict[tuple[type[NodeOp], type[NodeOp]], str] = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,9 @@ from recmas_runtime.formats.plan import (
 )
 from recmas_runtime.prompts.render import Chat, Prompt, Tokens, build_prompt, common_prefix
 from recmas_runtime.prompts.sampler import Sampler, StopMatcher
+from recmas_runtime.running.records import FinishReason
 
 Record = Mapping[str, object]
-FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, kw_only=True)

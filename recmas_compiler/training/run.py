@@ -8,7 +8,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from recmas_compiler.links.trained import RECEIPT_NAME, RECEIPT_VERSION
 from recmas_compiler.lowering.materialize import MaterializedLink
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.schema.sections import Section
-from recmas_compiler.spec.schema.train import TrainSection
+from recmas_compiler.spec.schema.train import Stage, TrainSection
 from recmas_compiler.training.data.hidden_state_cache import HiddenStates, cached_hidden_states
 from recmas_compiler.training.loop.checkpoint import writing
 from recmas_compiler.training.loop.loop import Loop, LoopResult, Sink, StageSection, Task
@@ -42,8 +42,6 @@ from recmas_runtime.formats.ids import (
     link_file_name,
     outer_link_id,
 )
-
-Stage = Literal["inner", "outer", "all"]
 
 LINKS: Final = "links"
 HIDDEN_STATES: Final = "hidden_states"

@@ -37,6 +37,7 @@ from recmas_compiler.spec.schema.sections import (
 from recmas_compiler.spec.schema.train import TrainSection
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import SLUG_PATTERN
+from recmas_runtime.formats.plan import MAX_LATENT_STEPS, MAX_ROUNDS
 
 LANGUAGE_VERSION: Final = 1
 
@@ -52,10 +53,10 @@ class SpecDocument(Section):
     name: Slug
     """Name of the system."""
 
-    rounds: int = Field(default=1, ge=1, le=64)
+    rounds: int = Field(default=1, ge=1, le=MAX_ROUNDS)
     """Passes over the agents. The answer is written in the last one."""
 
-    latent_steps: int = Field(default=16, ge=0, le=4096)
+    latent_steps: int = Field(default=16, ge=0, le=MAX_LATENT_STEPS)
     """Latent steps of every agent that does not say otherwise; 0 sends empty messages."""
 
     pattern: Given[PatternSection] = None

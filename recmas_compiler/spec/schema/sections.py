@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from recmas_runtime.formats.ids import LINK_PATTERN, SLUG_PATTERN
 from recmas_runtime.formats.link_kinds import DEFAULT_INIT, DEFAULT_KIND, LinkInit, LinkKind
+from recmas_runtime.formats.plan import MAX_LATENT_STEPS
 from recmas_runtime.formats.precisions import Dtype, PrecisionName, TargetName
 
 MAX_AGENTS: Final = 64
@@ -342,7 +343,7 @@ class AgentSection(Section):
     inner: InnerSection = Field(default_factory=lambda: InnerSection.model_validate({}))
     """The agent's inner link."""
 
-    latent_steps: Given[Annotated[int, Field(ge=0, le=4096)]] = None
+    latent_steps: Given[Annotated[int, Field(ge=0, le=MAX_LATENT_STEPS)]] = None
     """Latent steps of this agent instead of the spec's `latent_steps`."""
 
     chat_template: dict[TemplateVariable, TemplateValue] = Field(default_factory=dict)

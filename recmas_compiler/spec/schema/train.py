@@ -12,6 +12,7 @@ from recmas_compiler.spec.schema.sections import MAX_AGENTS, FilePath, Given, Se
 from recmas_runtime.formats.link_kinds import PAPER_KIND, RELEASED_KIND, LinkKind
 
 Preset = Literal["default", "released", "paper"]
+Stage = Literal["inner", "outer", "all"]  # what `recmasc train --stage` takes
 Mode = Literal["teacher_forced", "rollout"]
 Supervise = Literal["final", "all"]
 BackboneDtype = Literal["auto", "float32", "bfloat16"]

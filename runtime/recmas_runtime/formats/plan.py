@@ -7,7 +7,7 @@ format lives here once. A plan holds no tensors; names in it are resolved by the
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from msgspec import Meta, field
 
@@ -16,8 +16,11 @@ from recmas_runtime.formats.codec import Count, Finite, Size, StrictStruct, Whol
 PLAN_VERSION = 2
 
 Variant = Literal["first", "then"]
-Round = Annotated[int, Meta(ge=1, le=64)]
-LatentSteps = Annotated[int, Meta(ge=0, le=4096)]
+# Bounds of the language too: a plan of more would be unrolled into more steps than anyone runs.
+MAX_ROUNDS: Final = 64
+MAX_LATENT_STEPS: Final = 4096
+Round = Annotated[int, Meta(ge=1, le=MAX_ROUNDS)]
+LatentSteps = Annotated[int, Meta(ge=0, le=MAX_LATENT_STEPS)]
 
 # Engines see few distinct capacities, and attention kernels want aligned lengths.
 CACHE_ROWS_MULTIPLE = 64
