@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal, get_args
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
-from recmas_runtime.formats.manifest import LossEntry
+if TYPE_CHECKING:  # help shall not wait for the formats
+    from recmas_runtime.formats.manifest import LossEntry
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 PrecisionName = Literal["float32", "bfloat16", "float16", "int8", "int4"]
