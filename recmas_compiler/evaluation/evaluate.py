@@ -22,7 +22,7 @@ from recmas_runtime.formats.codec import to_json
 from recmas_runtime.formats.plan import Plan
 from recmas_runtime.running.baselines import LATENT, apply_baseline
 from recmas_runtime.running.open_engines import choose_device
-from recmas_runtime.running.system import System, load
+from recmas_runtime.running.system import System, check_batch, load
 
 NAME: Final = "evaluation.json"
 
@@ -174,7 +174,8 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
         if name != UNTRAINED:
             apply_baseline(bundle.plan, name, bundle.manifest)
     untrained = _untrained_bundle(options, names, bundle)
-    batch_size = _batch_size(options, bundle)
+    batch_size = bundle.plan.limits.max_batch if options.batch is None else options.batch
+    check_batch(batch_size, bundle.plan)
     warnings: list[Problem] = []
     device = choose_device(bundle, options.device, warnings)
     data = load_data(options.data, protocol, shown=bundle.plan.fields)
@@ -262,17 +263,6 @@ def _untrained_bundle(options: EvalOptions, names: Sequence[str], bundle: Bundle
             hint="Build both from the same spec; only the links may differ.",
         )
     return untrained
-
-
-def _batch_size(options: EvalOptions, bundle: Bundle) -> int:
-    most = bundle.plan.limits.max_batch
-    if options.batch is not None and not 1 <= options.batch <= most:
-        raise fail(
-            "RM506",
-            f"--batch {options.batch}, the bundle takes 1 to {most}",
-            hint="Choose a smaller batch, or build with a larger build.max_batch.",
-        )
-    return options.batch or most
 
 
 def _check_fields(bundle: Bundle, data: DataSet) -> None:

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
+from recmas_runtime.core.text import first_line
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -94,7 +95,7 @@ class Compiled(Generic[P, R]):
                     return self._compiled(*args, **kwargs)
             except _FAILURES as error:
                 self._compiled = None
-                cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+                cause = first_line(error)
                 warnings.warn(
                     f"{self._name} runs eagerly, torch.compile cannot compile it: {cause}",
                     CompileWarning,
