@@ -22,7 +22,11 @@ from recmas_cli.released import export_links, import_
 from recmas_cli.run import run
 from recmas_cli.train import train
 from recmas_runtime.core.errors import Exit, fail
-from recmas_runtime.core.terminal import lasting_interrupts
+from recmas_runtime.core.terminal import (
+    end_signals_interrupt,
+    lasting_interrupts,
+    open_standard_streams,
+)
 
 # In the order of `recmasc --help`'s reader: from a spec to a bundle, then what is measured.
 COMMANDS = (
@@ -55,9 +59,10 @@ for each in COMMANDS:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `recmasc`; exits with the codes of `recmas_runtime.core.errors.Exit`."""
+    open_standard_streams()
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        with lasting_interrupts():
+        with end_signals_interrupt(), lasting_interrupts():
             status: Any = group.main(args=given, prog_name="recmasc", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
