@@ -11,7 +11,7 @@ from click.shell_completion import CompletionItem, get_completion_class
 
 from recmas_cli.printing import lose_output, note, report, show
 from recmas_runtime.core.errors import Exit, fail
-from recmas_runtime.core.terminal import lasting_interrupts
+from recmas_runtime.core.terminal import end_signals_interrupt, lasting_interrupts
 
 
 class Entry(NamedTuple):
@@ -100,7 +100,7 @@ def run(given: list[str]) -> int:
     """
     call: Callable[..., Any] = group.main
     try:
-        with lasting_interrupts():
+        with end_signals_interrupt(), lasting_interrupts():
             status = call(args=given, prog_name="recmasc", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         note(error.format_message())

@@ -17,6 +17,7 @@ import click
 from recmas_cli.printing import envelope, report, show
 from recmas_cli.printing import note as note_line
 from recmas_runtime.core.errors import Exit, Problem, RecmasError, fail, missing_package
+from recmas_runtime.core.files import write_whole
 from recmas_runtime.core.progress import Advance, Progress, Silent
 from recmas_runtime.core.terminal import harmless
 from recmas_runtime.formats.precisions import DEVICES
@@ -197,7 +198,7 @@ def shown_progress(*, quiet: bool) -> Progress:
 def write_text(path: Path, text: str) -> None:
     """Write a file the user asked for; RM303 if the folder is not there, not writable, or full."""
     try:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise fail(
             "RM303", f"cannot write {path}: {error.strerror}", hint="Choose another --out."

@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _run(given: list[str]) -> int:
     """Return the exit status; where recmas is installed without its compiler, RM201 is all."""
     from recmas_runtime.core.errors import RecmasError, missing_package
+    from recmas_runtime.core.terminal import open_standard_streams
 
+    open_standard_streams()
     try:
         from recmas_cli.commands import run
 
