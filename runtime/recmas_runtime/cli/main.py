@@ -18,7 +18,11 @@ from typing import Any, NoReturn
 
 from recmas_runtime.core.errors import CODES, Exit, Problem, RecmasError, fail
 from recmas_runtime.core.progress import LineProgress, Progress, Silent
-from recmas_runtime.core.terminal import lasting_interrupts
+from recmas_runtime.core.terminal import (
+    end_signals_interrupt,
+    lasting_interrupts,
+    open_standard_streams,
+)
 from recmas_runtime.formats.precisions import DEVICES
 
 
@@ -42,6 +46,7 @@ class Outcome:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `recmas` and return its exit status."""
+    open_standard_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
     as_json, debug = "--json" in given, "--debug" in given
     outcome = Outcome()
@@ -50,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         options = _parse(given)
-        with lasting_interrupts():
+        with end_signals_interrupt(), lasting_interrupts():
             options.command(options, outcome)
     except RecmasError as error:
         if debug:

@@ -1,7 +1,7 @@
 """What users are told when something is wrong: stable codes, places, exit codes.
 
-This module is the lowest one of the project: every package raises these errors and
-nothing here imports anything else of recmas.
+Every package raises these errors; nothing here imports more of recmas than what makes text safe to
+print.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Literal
+
+from recmas_runtime.core.terminal import harmless
 
 
 class Exit(IntEnum):
@@ -140,13 +142,14 @@ class Problem:
         assert self.code in CODES, f"unregistered code {self.code}"
 
     def __str__(self) -> str:
+        """Return the line that is printed; names and values in it are foreign, so made harmless."""
         place = ":".join(str(p) for p in (self.file, self.line, self.column) if p is not None)
         head = f"{place}: " if place else ""
         body = self.message
         if self.hint:
             stop = "" if body.endswith((".", "?", "!")) else "."
             body = f"{body}{stop} {self.hint}"
-        return f"{head}{self.severity}[{self.code}]: {body}"
+        return harmless(f"{head}{self.severity}[{self.code}]: {body}")
 
     def to_json(self) -> dict[str, str | int | None]:
         """Return the form that `--json` prints."""
@@ -181,4 +184,16 @@ def fail(
     """Make an error with a single problem, for `raise`."""
     return RecmasError(
         Problem(code=code, message=message, hint=hint, file=file, line=line, column=column)
+    )
+
+
+def missing_package(error: ModuleNotFoundError, *, extra: str = "compile") -> RecmasError:
+    """Return RM201 for a package that comes with an extra; a module of our own is raised again."""
+    package = (error.name or "").partition(".")[0]
+    if not package or package.startswith("recmas_"):
+        raise error
+    return fail(
+        "RM201",
+        f"the Python package `{package}` is not installed",
+        hint=f'Install recmas with its extra `{extra}`: pip install "recmas[{extra}]".',
     )

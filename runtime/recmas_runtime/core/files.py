@@ -1,7 +1,8 @@
-"""Files: read what is a regular one, put folders and several files in their place whole."""
+"""Files: read regular ones, put files and folders in their place whole, lock what is written."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
@@ -19,6 +20,7 @@ from recmas_runtime.core.errors import fail
 # `.NAME.building-XXXX` is a build under way, `.NAME.replaced-XXXX` a folder on its way out.
 _BUILDING: Final = "building"
 _REPLACED: Final = "replaced"
+_KNOWS_NO_LOCKS: Final = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)
 # Of files that exist already, a message names so many.
 _SHOWN_NAMES: Final = 3
 
@@ -53,6 +55,70 @@ def sha256_of(path: Path) -> str:
     """
     with open_regular(path, file=str(path)) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def exclusive(path: Path, *, code: str, what: str) -> Iterator[None]:
+    """Lock an existing file or folder for the block, so that only one process writes there.
+
+    The lock is advisory (`flock`) and ends with the process. File systems that know no locks are
+    written without one.
+
+    Args:
+        code: The error's code if the lock is taken.
+        what: What holds it then, such as "training".
+
+    Raises:
+        RecmasError: `code` if another process, or another call of this one, holds the lock.
+        OSError: If the path cannot be opened.
+    """
+    import fcntl  # not on Windows, where bundles are read all the same
+
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            hint = "Wait for it, or choose another place."
+            raise fail(code, f"another {what} writes here", file=str(path), hint=hint) from None
+        except OSError as error:
+            if error.errno not in _KNOWS_NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Write a file so that whoever looks finds the old one or all of the new one.
+
+    It is written beside, synced to disk and renamed, and the folder is synced: a power cut leaves
+    one of the two. Text is written as UTF-8.
+
+    Raises:
+        OSError: If it cannot be written; what was there is untouched.
+    """
+    staged = path.with_name(f".writing-{secrets.token_hex(4)}")
+    try:
+        with staged.open("xb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last over a power cut, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

@@ -1,12 +1,15 @@
-"""What a terminal gets and sends: foreign text that cannot steer it, Ctrl-C that is not lost."""
+"""What the outside gets and sends: text that cannot steer a terminal, signals, closed streams."""
 
 from __future__ import annotations
 
 import _thread
+import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Final, TextIO
 from unicodedata import category
 
@@ -56,3 +59,49 @@ def lasting_interrupts() -> Iterator[None]:
         sys.unraisablehook = before
         for timer in again:
             timer.cancel()
+
+
+@contextmanager
+def end_signals_interrupt() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP act as Ctrl-C, whatever that does at the moment.
+
+    Clusters and containers send the one, a closed terminal the other; a program that leaves them to
+    the system ends at once and cleans nothing up. A signal that is ignored stays ignored (`nohup`).
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    names = ("SIGTERM", "SIGHUP")  # Windows knows no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {n: signal.getsignal(n) for n in numbers}
+    mine = [n for n in numbers if before[n] is signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, before[number])
+
+
+def open_standard_streams() -> None:
+    """Put the null device where standard input, output or error is closed.
+
+    Otherwise the first file that is opened takes the free number, and what belongs on the stream
+    is written into it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+        if getattr(sys, name) is None:
+            stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
