@@ -1,4 +1,4 @@
-"""A prompt with the assistant's text behind it: the whole text, whatever the template does to it."""
+"""A prompt with the assistant's text behind it: the whole text, whatever the template does."""
 
 from __future__ import annotations
 
