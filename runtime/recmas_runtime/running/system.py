@@ -18,6 +18,7 @@ from recmas_runtime.formats.bundle import Bundle, open_bundle
 from recmas_runtime.formats.links import read_operands
 from recmas_runtime.formats.manifest import Manifest
 from recmas_runtime.formats.plan import Plan, SamplingPlan, ThinkStep, Variant
+from recmas_runtime.prompts.chat_template import read_template
 from recmas_runtime.prompts.render import Chat, Prompt
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.baselines import apply_baseline
@@ -484,7 +485,7 @@ def load_parts(bundle: Bundle, opened: OpenedEngines) -> LoadedBundle:
     manifest = bundle.manifest
     chats, decoder_settings = {}, {}
     for name, entry in manifest.backbones.items():
-        template = bundle.file(entry.chat_template).read_text(encoding="utf-8")
+        template = read_template(bundle.file(entry.chat_template), file=entry.chat_template)
         chats[name] = Chat.load(bundle.file(entry.tokenizer), template, entry.special_tokens)
         decoder_settings[name] = DecoderSettings(
             tokenizer=chats[name].tokenizer,
