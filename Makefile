@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 QUESTION ?= A farmer has 3 fields with 14 rows of corn in each. How many rows of corn are there?
 
-.PHONY: setup demo test test-heavy lint bench wheel-check clean
+.PHONY: setup demo test test-heavy test-faults lint bench wheel-check clean
 
 setup: .venv/.ready
 
@@ -25,6 +25,10 @@ test: setup
 
 test-heavy: setup
 	$(BIN)/python -m pytest -q -m heavy
+
+# Thousands of damaged inputs, kills and full disks; tests/README.md says how to repeat one case.
+test-faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults --numprocesses auto --maxprocesses 4 --dist load tests/faults
 
 lint: setup
 	$(BIN)/ruff check .
