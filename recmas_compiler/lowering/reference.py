@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from recmas_compiler.backbones.cache_argument import with_cache
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.lowering.materialize import materialize_links
@@ -379,7 +380,7 @@ def _stack(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _extend(backbone: TorchBackbone, cache: DynamicCache, embeds_1TD: Tensor) -> Tensor:
     """Run positions behind those in the cache; return the last one's hidden state [1, 1, D]."""
-    out = backbone.body(inputs_embeds=embeds_1TD, past_key_values=cache, use_cache=True)
+    out = backbone.body(inputs_embeds=embeds_1TD, **with_cache(backbone.body, cache))
     hidden_11D: Tensor = out.last_hidden_state[:, -1:]
     return hidden_11D
 
