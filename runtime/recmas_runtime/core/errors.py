@@ -102,6 +102,8 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM510": (Exit.RUN_FAILED, "TensorRT refuses a graph or an engine"),
     "RM511": (Exit.ENVIRONMENT, "no TensorRT engine that this machine can use"),
     "RM512": (Exit.USAGE, "a stream that is read twice"),
+    "RM520": (Exit.USAGE, "an output that holds something already"),
+    "RM521": (Exit.USAGE, "--resume with the answers of another run"),
     "RM550": (Exit.OK, "warning: TensorRT engines of a bundle that are not used"),
     # RM6xx: evaluation
     "RM600": (Exit.USAGE, "a protocol that is not there or malformed"),
@@ -186,4 +188,16 @@ def fail(
     """Make an error with a single problem, for `raise`."""
     return RecmasError(
         Problem(code=code, message=message, hint=hint, file=file, line=line, column=column)
+    )
+
+
+def missing_package(error: ModuleNotFoundError, *, extra: str = "compile") -> RecmasError:
+    """Return RM201 for a package that comes with an extra; a module of our own is raised again."""
+    package = (error.name or "").partition(".")[0]
+    if not package or package.startswith("recmas_"):
+        raise error
+    return fail(
+        "RM201",
+        f"the Python package `{package}` is not installed",
+        hint=f'Install recmas with its extra `{extra}`: pip install "recmas[{extra}]".',
     )

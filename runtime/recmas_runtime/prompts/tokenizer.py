@@ -180,6 +180,10 @@ class Tokenizer:
         told = self._normalized(matched).replace(_WORD_START, " ").strip()
         return told != self._tokenizer.id_to_token(token_id)
 
+    def token_text(self, token_id: int) -> str:
+        """Return a token as the vocabulary spells it; empty for none of it."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
     def _encode_plain(self, text: str) -> list[int]:
         """Spell `text` with ordinary tokens, as it would be in the middle of other text."""
         # SentencePiece tokenizers put a space before the first word, but not after a line break.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.plan import Plan, PrefillStep, PromptPart, Variant, slot_positions
-from recmas_runtime.prompts.render import Chat, Prompt, Slot, build_prompt, text_chars
+from recmas_runtime.prompts.render import Chat, Prompt, Slot, Tokens, build_prompt, text_chars
 from recmas_runtime.prompts.tokenizer import Tokenizer
 from recmas_runtime.running.records import Record, check_record
 
@@ -26,15 +26,21 @@ class RecordError(RecmasError):
 class RecordPrompts:
     """Every prompt of a plan for one record.
 
+    Args:
+        num_rows: By backbone, the rows of its table of embeddings.
+
     Raises:
-        RecmasError: RM500 for a missing field or blank question, RM501 for a prompt that is too
-            long.
+        RecmasError: RM500 for a missing field, a blank question or a token without a row, RM501 for
+            a prompt that is too long.
     """
 
-    def __init__(self, plan: Plan, chats: Mapping[str, Chat], record: Record) -> None:
+    def __init__(
+        self, plan: Plan, chats: Mapping[str, Chat], record: Record, *, num_rows: Mapping[str, int]
+    ) -> None:
         check_record(record, plan.fields)
         self._plan = plan
         self._chats = chats
+        self._num_rows = num_rows
         self._record = record
         self._slots = slot_positions(plan)
         self._built = {
@@ -67,6 +73,7 @@ class RecordPrompts:
             tokenizer=chat.tokenizer,
             variables=spec.chat_template,
         )
+        self._check_tokens(prompt, agent)
         positions = prompt_positions(prompt, self._slots.get((agent, variant), {}))
         limit = self._plan.limits.max_prompt_tokens
         if positions > limit:
@@ -98,6 +105,21 @@ class RecordPrompts:
                 f"{num_chars} characters, the {limit} tokens that the bundle allows hold at most "
                 f"{room}",
                 hint="Shorten the question, or build with a larger build.max_prompt_tokens.",
+            )
+
+    def _check_tokens(self, prompt: Prompt, agent: str) -> None:
+        """Refuse tokens that a tokenizer knows and its backbone does not: engines would fail."""
+        backbone = self._plan.agents[agent].backbone
+        num_rows = self._num_rows[backbone]
+        ids = (i for item in prompt.items if isinstance(item, Tokens) for i in item.ids)
+        beyond = next((token_id for token_id in ids if token_id >= num_rows), None)
+        if beyond is not None:
+            token = self._chats[backbone].tokenizer.token_text(beyond)
+            raise fail(
+                "RM500",
+                f"record {self._record.id!r}: the prompt of agent {agent!r} has the token "
+                f"{token!r} ({beyond}); backbone {backbone!r} has embeddings for {num_rows} only",
+                hint="Remove it from the record, or build with the tokenizer of this very model.",
             )
 
 
