@@ -85,6 +85,21 @@ class RecordPrompts:
             )
         return prompt
 
+    def _check_tokens(self, prompt: Prompt, agent: str) -> None:
+        """Refuse tokens that a tokenizer knows and its backbone does not: engines would fail."""
+        backbone = self._plan.agents[agent].backbone
+        num_rows = self._num_rows[backbone]
+        ids = (i for item in prompt.items if isinstance(item, Tokens) for i in item.ids)
+        beyond = next((token_id for token_id in ids if token_id >= num_rows), None)
+        if beyond is not None:
+            token = self._chats[backbone].tokenizer.token_text(beyond)
+            raise fail(
+                "RM500",
+                f"record {self._record.id!r}: the prompt of agent {agent!r} has the token "
+                f"{token!r} ({beyond}); backbone {backbone!r} has embeddings for {num_rows} only",
+                hint="Remove it from the record, or build with the tokenizer of this very model.",
+            )
+
     def _refuse_long(
         self,
         agent: str,
@@ -105,21 +120,6 @@ class RecordPrompts:
                 f"{num_chars} characters, the {limit} tokens that the bundle allows hold at most "
                 f"{room}",
                 hint="Shorten the question, or build with a larger build.max_prompt_tokens.",
-            )
-
-    def _check_tokens(self, prompt: Prompt, agent: str) -> None:
-        """Refuse tokens that a tokenizer knows and its backbone does not: engines would fail."""
-        backbone = self._plan.agents[agent].backbone
-        num_rows = self._num_rows[backbone]
-        ids = (i for item in prompt.items if isinstance(item, Tokens) for i in item.ids)
-        beyond = next((token_id for token_id in ids if token_id >= num_rows), None)
-        if beyond is not None:
-            token = self._chats[backbone].tokenizer.token_text(beyond)
-            raise fail(
-                "RM500",
-                f"record {self._record.id!r}: the prompt of agent {agent!r} has the token "
-                f"{token!r} ({beyond}); backbone {backbone!r} has embeddings for {num_rows} only",
-                hint="Remove it from the record, or build with the tokenizer of this very model.",
             )
 
 
