@@ -33,7 +33,8 @@ class JsonLines:
     def keep(self, num_bytes: int | None = None) -> None:
         """Cut off what lies behind `num_bytes` (None: nothing), and a line that is not whole."""
         if self._is_regular:
-            size = os.fstat(self._file).st_size if num_bytes is None else num_bytes
+            there = os.fstat(self._file).st_size
+            size = there if num_bytes is None else min(num_bytes, there)
             self._end = os.pread(self._file, size, 0).rfind(b"\n") + 1
             os.ftruncate(self._file, self._end)
             os.lseek(self._file, self._end, os.SEEK_SET)
