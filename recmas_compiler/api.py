@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.printer import print_graph
-from recmas_compiler.links.files import End
+from recmas_compiler.links.files import end_of
 from recmas_compiler.links.trained import TrainedLinks, find_trained_links
 from recmas_compiler.passes.pass_base import DumpIR, Instrument, Record, RecordPasses
 from recmas_compiler.passes.pipeline import run_pipeline
@@ -124,7 +124,7 @@ def with_trained_links(program: Program, *, dump_ir: str | Path | None = None) -
         return program
     system = program.graph.system
     facts = {name: system.backbone_of(name).facts for name in system.agents}
-    ends = {name: End(width=f.width, identity=f.identity) for name, f in facts.items()}
+    ends = {name: end_of(backbone) for name, backbone in facts.items()}
     trained = find_trained_links(program.spec, ends)
     if trained is None:
         return program
