@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from kit.bundles import BuildTiny
 
 GOLDEN = Path(__file__).parent / "golden"
-SLOWEST_FIRST = ("smollm2", "training", "system", "export", "released", "torch", "bench_command")
+SLOWEST_FIRST = (
+    "smollm2",
+    "training",
+    "system",
+    "export",
+    "released",
+    "with_torch",
+    "bench_command",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

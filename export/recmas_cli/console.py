@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
-import sys
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -15,8 +14,12 @@ from typing import Any, Final
 
 import click
 
-from recmas_runtime.core.errors import Exit, Problem, RecmasError, fail
+from recmas_cli.printing import envelope, report, show
+from recmas_cli.printing import note as note_line
+from recmas_runtime.core.errors import Exit, Problem, RecmasError, fail, missing_package
+from recmas_runtime.core.files import write_whole
 from recmas_runtime.core.progress import Advance, Progress, Silent
+from recmas_runtime.core.terminal import harmless
 from recmas_runtime.formats.precisions import DEVICES
 
 # Where nobody watches a bar, a line now and then shows that it is alive.
@@ -37,8 +40,19 @@ DUMP_IR = click.option(
     "--dump-ir", type=FOLDER, help="Write the IR after every pass into this folder."
 )
 QUIET = click.option("--quiet", is_flag=True, help="No progress on stderr.")
-DEVICE = click.option("--device", type=click.Choice(DEVICES), default="auto")
-THREADS = click.option("--threads", type=click.IntRange(1, 4096), metavar="N")
+DEVICE = click.option(
+    "--device",
+    type=click.Choice(DEVICES),
+    default="auto",
+    show_default=True,
+    help="Where to run; auto takes the best that is there.",
+)
+THREADS = click.option(
+    "--threads",
+    type=click.IntRange(1, 4096),
+    metavar="N",
+    help="Threads of the CPU  [default: physical cores].",
+)
 BUNDLE = click.argument("bundle", type=FILE)
 
 
@@ -52,64 +66,62 @@ class Outcome:
     interrupted: bool = False
 
 
-def envelope(*, ok: bool, data: Mapping[str, Any] | None, problems: tuple[Problem, ...]) -> str:
-    """Return the one JSON object that `--json` prints, for success and failure alike."""
-    body = {"ok": ok, "data": data, "problems": [p.to_json() for p in problems]}
-    return json.dumps(body, ensure_ascii=False)
-
-
-def command(run: Callable[..., Outcome]) -> Callable[..., None]:
+def command(run: Callable[..., Outcome]) -> Callable[..., int]:
     """Give a function that returns an `Outcome` the options `--json` and `--debug`."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
     @click.option("--debug", is_flag=True, help="Show tracebacks.")
     @functools.wraps(run)
-    def wrapped(*, as_json: bool, debug: bool, **arguments: Any) -> None:
+    def wrapped(*, as_json: bool, debug: bool, **arguments: Any) -> int:
         try:
-            outcome = run(**arguments)
+            with _told():
+                outcome = run(**arguments)
         except RecmasError as error:
             if debug:
                 traceback.print_exc()
             report(error.problems, as_json=as_json)
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            sys.exit(Exit.INTERRUPTED)
-        except BrokenPipeError:
-            sys.exit(Exit.OK)
-        except Exception as error:
+            return error.exit_code
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        # A bug of ours, or of a library: some that are not written in Python raise BaseExceptions.
+        except BaseException as error:
             if debug:
-                raise
-            click.echo(
+                traceback.print_exc()
+            note_line(
                 f"internal error: {type(error).__name__}: {error}\n"
-                "This is a bug in recmas. Run again with --debug and report what it prints.",
-                err=True,
+                "This is a bug in recmas. Run again with --debug and report what it prints."
             )
             if as_json:
-                click.echo(envelope(ok=False, data=None, problems=()))
-            sys.exit(Exit.RUN_FAILED)
+                show(envelope(ok=False, data=None, problems=()))
+            return Exit.RUN_FAILED
         if as_json:
             ok = not outcome.interrupted
-            click.echo(envelope(ok=ok, data=outcome.data, problems=outcome.problems))
+            show(envelope(ok=ok, data=outcome.data, problems=outcome.problems))
         else:
             for problem in outcome.problems:
-                click.echo(str(problem), err=True)
+                note_line(str(problem))
             if outcome.text:
-                click.echo(outcome.text.rstrip("\n"))
+                show(outcome.text.rstrip("\n"))
         if outcome.interrupted:
-            click.echo("interrupted", err=True)
-            sys.exit(Exit.INTERRUPTED)
+            note_line("interrupted")
+            return Exit.INTERRUPTED
+        return Exit.OK
 
     return wrapped
 
 
-def report(problems: tuple[Problem, ...], *, as_json: bool) -> None:
-    """Print problems: as an envelope on stdout, or as lines on stderr."""
-    if as_json:
-        click.echo(envelope(ok=False, data=None, problems=problems))
-        return
-    for problem in problems:
-        click.echo(str(problem), err=True)
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell in recmas's words what the machine refuses: a package, a file, a place."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise missing_package(error) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        where = "" if error.filename is None else f" {os.fsdecode(error.filename)}"
+        hint = "Choose another place, or make room."
+        raise fail("RM303", f"cannot read or write{where}: {reason}", hint=hint) from error
 
 
 class RichProgress:
@@ -141,17 +153,18 @@ class RichProgress:
         )
         from rich.progress import Progress as Bars
 
-        columns = [SpinnerColumn(), TextColumn("{task.description}")]
+        # Titles and notes hold names from specs: they are text, not markup, and steer no terminal.
+        columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False)]
         if total is not None:
             columns += [BarColumn(), MofNCompleteColumn()]
-        columns += [TextColumn("{task.fields[note]}"), TimeElapsedColumn()]
+        columns += [TextColumn("{task.fields[note]}", markup=False), TimeElapsedColumn()]
         if total is not None:
             columns.append(TimeRemainingColumn())
         with Bars(*columns, console=Console(stderr=True)) as bars:
-            task = bars.add_task(title, total=total, completed=done, note="")
+            task = bars.add_task(harmless(title), total=total, completed=done, note="")
 
             def advance(num_units: int = 1, /, *, note: str = "") -> None:
-                bars.update(task, advance=num_units, note=note)
+                bars.update(task, advance=num_units, note=harmless(note))
 
             yield advance
             if total is None:  # a spinner ends as a full bar of one
@@ -159,7 +172,7 @@ class RichProgress:
 
     @contextmanager
     def _lines(self, title: str, total: int | None, done: int) -> Iterator[Advance]:
-        click.echo(f"{title} ...", err=True)
+        note_line(f"{title} ...")
         started = shown = self._clock()
         counted = done
 
@@ -172,8 +185,7 @@ class RichProgress:
             shown = now
             left_s = (now - started) / (counted - done) * (total - counted)
             told = f"{note}, " if note else ""
-            line = f"{title}: {counted}/{total}, {told}{left_s / 60:.1f} min left"
-            click.echo(line, err=True)
+            note_line(f"{title}: {counted}/{total}, {told}{left_s / 60:.1f} min left")
 
         yield advance
 
@@ -186,7 +198,7 @@ def shown_progress(*, quiet: bool) -> Progress:
 def write_text(path: Path, text: str) -> None:
     """Write a file the user asked for; RM303 if the folder is not there, not writable, or full."""
     try:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise fail(
             "RM303", f"cannot write {path}: {error.strerror}", hint="Choose another --out."

@@ -1,80 +1,64 @@
-"""`recmasc`: the compiler's command line. Heavy packages load only where they are needed."""
+"""`recmasc`: the compiler's command line. Before `main` runs, nothing slow is imported."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
-
-import click
-
-from recmas_cli.bench import bench
-from recmas_cli.build import build
-from recmas_cli.check import check
-from recmas_cli.console import report
-from recmas_cli.doctor import doctor
-from recmas_cli.evaluate import evaluate
-from recmas_cli.explain import explain
-from recmas_cli.graph import graph
-from recmas_cli.init import init
-from recmas_cli.ir import ir
-from recmas_cli.plan import plan
-from recmas_cli.released import export_links, import_
-from recmas_cli.run import run
-from recmas_cli.train import train
-from recmas_runtime.core.errors import Exit, fail
-from recmas_runtime.core.terminal import (
-    end_signals_interrupt,
-    lasting_interrupts,
-    open_standard_streams,
-)
-
-# In the order of `recmasc --help`'s reader: from a spec to a bundle, then what is measured.
-COMMANDS = (
-    init,
-    check,
-    explain,
-    plan,
-    graph,
-    ir,
-    build,
-    train,
-    run,
-    evaluate,
-    bench,
-    import_,
-    export_links,
-    doctor,
-)
+from typing import NoReturn
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="recmas", prog_name="recmasc")
-def group() -> None:
-    """Compile latent multi-agent systems: YAML spec -> checked program -> engines and bundle."""
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run `recmasc`; exits with the codes of `recmas_runtime.core.errors.Exit`.
 
-
-for each in COMMANDS:
-    group.add_command(each)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run `recmasc`; exits with the codes of `recmas_runtime.core.errors.Exit`."""
-    open_standard_streams()
+    Args:
+        arguments: None for the program itself; once it ends, it takes no more Ctrl-C.
+    """
     given = sys.argv[1:] if arguments is None else arguments
+    is_program = arguments is None
+    # The imports, most of a second, are what Ctrl-C may stop too.
     try:
-        with end_signals_interrupt(), lasting_interrupts():
-            status: Any = group.main(args=given, prog_name="recmasc", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        sys.exit(Exit.USAGE)
-    except click.ClickException as error:
-        problem = fail("RM506", error.format_message(), hint="See `recmasc --help`.")
-        report(problem.problems, as_json="--json" in given)
-        sys.exit(Exit.USAGE)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        sys.exit(Exit.INTERRUPTED)
-    sys.exit(status if isinstance(status, int) else Exit.OK)
+        try:
+            status = _run(given)
+        except KeyboardInterrupt:
+            if is_program:
+                _ignore_interrupts()
+            status = _interrupted()
+    except KeyboardInterrupt:  # pressed twice
+        status = _interrupted()
+    if is_program:
+        _ignore_interrupts()
+    sys.exit(status)
+
+
+def _run(given: list[str]) -> int:
+    """Return the exit status; where recmas is installed without its compiler, RM201 is all."""
+    from recmas_runtime.core.errors import RecmasError, missing_package
+    from recmas_runtime.core.terminal import open_standard_streams
+
+    open_standard_streams()
+    try:
+        from recmas_cli.commands import run
+
+        return run(given)
+    except ModuleNotFoundError as error:
+        from recmas_cli.printing import report
+
+        missing: RecmasError = missing_package(error)
+        report(missing.problems, as_json="--json" in given)
+        return missing.exit_code
+
+
+def _ignore_interrupts() -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _interrupted() -> int:
+    from recmas_cli.printing import note
+    from recmas_runtime.core.errors import Exit
+
+    note("interrupted")
+    return Exit.INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from recmas_cli.console import FILE, RichProgress, report
+from recmas_cli.console import FILE, RichProgress
+from recmas_cli.printing import report
 from recmas_compiler.api import build_bundle, load_and_compile, with_trained_links
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.formats.manifest import MANIFEST_NAME

@@ -46,9 +46,9 @@ LAYER_KINDS: Final[Mapping[str, AttentionKind]] = {
     "conv": "linear",
 }
 
-# Made by tests/torch/config_defaults.py from transformers' config classes: by model type what its
-# configs may leave out. `layer_cycle` repeats over the depth; it is empty where only the config can
-# tell; `text_config` is a model type.
+# Made by tests/with_torch/config_defaults.py from transformers' config classes: by model type what
+# its configs may leave out. `layer_cycle` repeats over the depth; it is empty where only the config
+# can tell; `text_config` is a model type.
 DEFAULTS_FILE: Final = Path(__file__).with_name("config_defaults.json")
 
 # A config states its size itself. Only where it is part of another one transformers writes no more

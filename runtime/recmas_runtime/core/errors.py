@@ -193,3 +193,15 @@ def fail(
     return RecmasError(
         Problem(code=code, message=message, hint=hint, file=file, line=line, column=column)
     )
+
+
+def missing_package(error: ModuleNotFoundError, *, extra: str = "compile") -> RecmasError:
+    """Return RM201 for a package that comes with an extra; a module of our own is raised again."""
+    package = (error.name or "").partition(".")[0]
+    if not package or package.startswith("recmas_"):
+        raise error
+    return fail(
+        "RM201",
+        f"the Python package `{package}` is not installed",
+        hint=f'Install recmas with its extra `{extra}`: pip install "recmas[{extra}]".',
+    )

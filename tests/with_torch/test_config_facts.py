@@ -69,7 +69,7 @@ def test_families(family: str, variant: str, tmp_path: Path) -> None:
 
 def test_the_table_of_defaults_is_that_of_transformers() -> None:
     wanted, found = table_text(), DEFAULTS_FILE.read_text()
-    assert found == wanted, "run `python tests/torch/config_defaults.py`"
+    assert found == wanted, "run `python tests/with_torch/config_defaults.py`"
 
 
 # They list their layers by further values, or under names that no target knows.

@@ -1,6 +1,6 @@
 """What configs of every causal language model may leave out, read from transformers' classes.
 
-`python tests/torch/config_defaults.py` writes the table that the compiler reads; do so when
+`python tests/with_torch/config_defaults.py` writes the table that the compiler reads; do so when
 transformers is updated.
 """
 
