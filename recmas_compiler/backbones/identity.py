@@ -50,7 +50,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
 def _content(path: Path) -> str:
     digest = hashlib.sha256()
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
             found = os.fstat(stream.fileno())
             if not stat.S_ISREG(found.st_mode):
                 return "no file"

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -77,17 +77,13 @@ def finish_replacing(folder: Path) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     give_up = time.monotonic() + _LONGEST_WAIT_S
-    while True:
-        lock = exclusive(folder, code="RM302", what="training")
-        try:
-            lock.__enter__()
-        except RecmasError:
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(0.05)
-        else:
-            break
-    try:
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(exclusive(folder, code="RM302", what="training"))
+                break
+            except RecmasError:
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(0.05)
         yield
-    finally:
-        lock.__exit__(None, None, None)

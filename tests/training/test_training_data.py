@@ -14,7 +14,7 @@ from recmas_compiler.training.data.examples import (
     Examples,
     leave_out_long,
 )
-from recmas_compiler.training.session import train_settings
+from recmas_compiler.training.settings import train_settings
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Silent
 

@@ -31,7 +31,7 @@ from recmas_compiler.training.loop.loop import (
     rate_factor,
 )
 from recmas_compiler.training.loop.metrics import COST_NAME, METRICS_NAME, draw_curves, write_cost
-from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.jsonl import read_json_lines
 from recmas_runtime.core.progress import Advance
 
@@ -368,10 +368,13 @@ def test_a_state_of_another_form_is_damage(tmp_path: Path, seed: int) -> None:
     state.write_text(json.dumps(edited))
     if edited == values:
         return
+    refused: tuple[Problem, ...] = ()
     try:
         result, _ = run(tmp_path, settings=section(steps=4), resume=True)
     except RecmasError as error:
-        assert [p.code for p in error.problems] == ["RM703"], seed
+        refused = error.problems
+    if refused:
+        assert [p.code for p in refused] == ["RM703"], seed
     else:
         kept = ("identity", "step", "tensors_sha256", "checkpoint")
         assert all(edited[name] == values[name] for name in kept), seed

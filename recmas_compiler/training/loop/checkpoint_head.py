@@ -138,11 +138,11 @@ def read_head(path: Path) -> Head:
     return head
 
 
-def newest_head(folder: Path) -> Head | None:
-    """Return what the newest checkpoint says of itself that can be read; None if none can."""
+def newest_head(folder: Path) -> tuple[Path, Head] | None:
+    """Return the newest checkpoint that says what it is, and what it says; None if none does."""
     for path in reversed(checkpoints(folder)):
         try:
-            return read_head(path)
+            return path, read_head(path)
         except RecmasError:
             continue
     return None

@@ -168,7 +168,11 @@ def interrupts(*, tell: bool = True) -> Iterator[threading.Event]:
 
 
 class Loop:
-    """Trains a task; `identity` is what the run is made of, others' checkpoints are refused."""
+    """Trains a task.
+
+    `identity` is what the run is made of: others' checkpoints are refused. `machine` is what its
+    last bits depend on, besides threads and versions: where that changes, it is said.
+    """
 
     def __init__(
         self,
@@ -178,6 +182,7 @@ class Loop:
         *,
         folder: Path,
         identity: Mapping[str, str],
+        machine: Mapping[str, str] | None = None,
         world: World,
         sink: Sink | None = None,
     ) -> None:
@@ -186,6 +191,13 @@ class Loop:
         self._stage = stage
         self._folder = folder
         self._identity = identity
+        self._machine = {
+            "threads": str(torch.get_num_threads()),
+            "processes": str(world.size),
+            "device": world.device.type,
+            "torch": torch.__version__,
+            **(machine or {}),
+        }
         self._world = world
         self._sink = sink
         self._step_done = 0
@@ -366,8 +378,8 @@ class Loop:
         figures = self._task.measure(self._world)
         if not figures:
             return
-        self._at.first = self._at.first or figures
-        self._at.last = figures
+        self._at.first = self._at.first or dict(figures)
+        self._at.last = dict(figures)
         self._write({"kind": "eval", "step": self._step_done, **figures})
 
     def _write(self, entry: Mapping[str, Any]) -> None:
@@ -390,15 +402,6 @@ class Loop:
                 tensors=run_tensors(self._task.links, self._optimizer),
             )
         self._world.wait()
-
-    @property
-    def _machine(self) -> dict[str, str]:
-        return {
-            "threads": str(torch.get_num_threads()),
-            "processes": str(self._world.size),
-            "device": self._world.device.type,
-            "torch": torch.__version__,
-        }
 
     def _where(self) -> str:
         return (
