@@ -186,7 +186,7 @@ def _large_batches(
     return tuple(
         problem_at(
             spec.position("train", name, "batch_size"),
-            "RM755",
+            "RM758",
             f"batches of {size} records are filled by taking the {num_records} training records "
             "again and again.",
             hint=f"Set `train.{name}.batch_size` to {num_records} or less; the same is learned.",
