@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -263,8 +264,11 @@ def _costs(out: Path) -> dict[str, Any]:
     """Return what every loop in a run's folder took, by its own folder."""
     from recmas_compiler.training.loop.metrics import COST_NAME, read_cost
 
-    folders = sorted(path.parent for path in out.glob(f"**/{COST_NAME}"))
-    return {str(folder.relative_to(out)): asdict(read_cost(folder)) for folder in folders}
+    costs = {}
+    for folder in sorted(path.parent for path in out.glob(f"**/{COST_NAME}")):
+        with suppress(OSError, ValueError, TypeError, RecursionError):  # an earlier loop's, damaged
+            costs[str(folder.relative_to(out))] = asdict(read_cost(folder))
+    return costs
 
 
 def _stage_lines(stages: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:

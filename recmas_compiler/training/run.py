@@ -26,7 +26,13 @@ from recmas_compiler.training.loop.checkpoint_head import newest_head
 from recmas_compiler.training.loop.distributed import joined_world
 from recmas_compiler.training.loop.loop import Loop, LoopResult, Sink, StageSection, Task
 from recmas_compiler.training.loop.memory import memory_named
-from recmas_compiler.training.loop.metrics import draw_curves, write_cost
+from recmas_compiler.training.loop.metrics import (
+    COST_NAME,
+    METRICS_NAME,
+    MetricsError,
+    draw_curves,
+    write_cost,
+)
 from recmas_compiler.training.preflight import (
     OUTER,
     check_processes,
@@ -47,6 +53,7 @@ from recmas_compiler.training.tasks.outer import OuterTask
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.files import sha256_of, write_whole
 from recmas_runtime.core.progress import Progress
+from recmas_runtime.core.text import first_line
 from recmas_runtime.formats.ids import (
     canonical_link_name,
     inner_link_id,
@@ -419,12 +426,26 @@ def _run_loop(
     report.warnings += result.warnings
     if world.is_main:
         with writing(folder):
-            write_cost(folder, task.links, world)
             if levels:
                 text = json.dumps(dict(levels), indent=1) + "\n"
                 write_whole(folder / BASELINES, text)
-            draw_curves(folder, title=f"{session.system.name}: {title}", levels=levels)
+            try:
+                write_cost(folder, task.links, world)
+                draw_curves(folder, title=f"{session.system.name}: {title}", levels=levels)
+            except (MetricsError, ValueError, TypeError, KeyError, ArithmeticError) as error:
+                report.warnings += (_no_figures(folder, error),)
     return result
+
+
+def _no_figures(folder: Path, error: Exception) -> Problem:
+    """Warn that what a loop wrote of itself was changed by somebody; links do not depend on it."""
+    return Problem(
+        code="RM753",
+        severity="warning",
+        message=f"{METRICS_NAME} in {folder} cannot be read ({first_line(error)}); there are no "
+        f"{COST_NAME} and no curves",
+        hint="The links are whole.",
+    )
 
 
 def _note_starts(report: RunReport, links: Mapping[str, MaterializedLink]) -> None:
