@@ -101,6 +101,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM510": (Exit.RUN_FAILED, "TensorRT refuses a graph or an engine"),
     "RM511": (Exit.ENVIRONMENT, "no TensorRT engine that this machine can use"),
     "RM512": (Exit.USAGE, "a stream that is read twice"),
+    "RM513": (Exit.USAGE, "a system that one of its own tools asks"),
     "RM550": (Exit.OK, "warning: TensorRT engines of a bundle that are not used"),
     # RM6xx: evaluation
     "RM600": (Exit.USAGE, "a protocol that is not there or malformed"),

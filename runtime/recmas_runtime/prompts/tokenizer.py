@@ -40,6 +40,12 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.control_ids = self._find_control_ids(ChatTemplate(chat_template).literals)
+        # Of the tokens that `decode` leaves out.
+        self.special_texts = {
+            token_id: token.content
+            for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
 
     def _find_control_ids(self, literals: Sequence[str]) -> frozenset[int]:
         added = self._tokenizer.get_added_tokens_decoder()
@@ -151,6 +157,11 @@ class IncrementalDecoder:
         if text:
             self._context, self._written = self._written, len(self._ids)
         return text
+
+    @property
+    def holds_part(self) -> bool:
+        """Whether a part of a character is held back."""
+        return self._pending().endswith(_REPLACEMENT)
 
     def flush(self) -> str:
         """Return what was held back, complete or not."""
