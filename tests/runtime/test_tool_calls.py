@@ -195,7 +195,11 @@ def test_others_are_answered_while_a_tool_runs(tool_bundle: Path) -> None:
 
 
 def test_many_callers_with_tools_are_answered_as_if_alone(tool_bundle: Path) -> None:
-    system = rt.load(tool_bundle, functions={"lookup": lambda _: time.sleep(0.01) or "14 rows"})
+    def lookup(_: str) -> str:
+        time.sleep(0.01)
+        return "14 rows"
+
+    system = rt.load(tool_bundle, functions={"lookup": lookup})
     questions = ["C", "7", "CC", "long question 3"] * 3
     alone = [system.run(question) for question in questions]
     with ThreadPoolExecutor(6) as pool:
