@@ -307,6 +307,7 @@ class TorchSystem(ProgramModule):
             tokenizer=tokenizer,
             eos_token_ids=frozenset(backbone.eos_token_ids),
             max_positions=backbone.facts.max_positions,
+            num_rows=backbone.facts.vocab_size,
         )
         specials = visible_specials(tokenizer, sampling.stop)
         writer = RowDecoder(settings, sampling.stop, specials=specials)

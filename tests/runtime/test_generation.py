@@ -38,7 +38,9 @@ def make(
     lock = EngineLock()
     tools = AnswerTools(toolbox=toolbox, lock=lock)
     eos = frozenset(raw.token_to_id(token) for token in ends)
-    settings = DecoderSettings(tokenizer=tokenizer, eos_token_ids=eos, max_positions=512)
+    settings = DecoderSettings(
+        tokenizer=tokenizer, eos_token_ids=eos, max_positions=512, num_rows=512
+    )
     row = RowDecoder(settings, stop, tools, specials=visible_specials(tokenizer, stop, tools))
 
     def write(text: str) -> str:

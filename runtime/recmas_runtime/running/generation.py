@@ -7,10 +7,12 @@ joins the text and the cache, and decoding goes on.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from recmas_runtime.core.errors import fail
 from recmas_runtime.core.text import THINKING_MARKS
 from recmas_runtime.formats.plan import SamplingPlan
 from recmas_runtime.prompts.sampler import Sampler, StopMatcher
@@ -29,11 +31,15 @@ _SHOWN: Final = frozenset(mark for marks in THINKING_MARKS for mark in marks)
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSettings:
-    """What turns a backbone's tokens into text, up to as many positions as it was made for."""
+    """What turns a backbone's tokens into text, up to as many positions as it was made for.
+
+    Its table of embeddings has `num_rows`.
+    """
 
     tokenizer: Tokenizer
     eos_token_ids: frozenset[int]
     max_positions: int
+    num_rows: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +84,7 @@ class RowDecoder:
     ) -> None:
         self._eos = settings.eos_token_ids
         self._tokenizer = settings.tokenizer
+        self._num_rows = settings.num_rows
         self._decoder = IncrementalDecoder(settings.tokenizer)
         self._stop = stop
         self._matcher = StopMatcher(stop)
@@ -143,6 +150,15 @@ class RowDecoder:
             if any(first < end and start < last for start, end in spans)
         ]
         ids = self._tokenizer.encode_piece(written, plain)
+        beyond = next((token_id for token_id in ids if token_id >= self._num_rows), None)
+        if beyond is not None:
+            raise fail(
+                "RM500",
+                f"the result of the tool `{self.results[-1].call.name}` has the token "
+                f"{self._tokenizer.token_text(beyond)!r} ({beyond}), which the backbone has no "
+                "embedding for",
+                hint="Build with the tokenizer of this very model.",
+            )
         self.num_result_tokens += len(ids)
         return piece, ids if self._leaves_out_token else (token_id, *ids)
 
@@ -245,6 +261,8 @@ class TextGenerator:
         stop = sampling.stop
         specials = visible_specials(settings.tokenizer, stop, tools)
         self.writers = [RowDecoder(settings, stop, tools, specials=specials) for _ in seeds]
+        # When the first tokens were there, by `time.perf_counter`.
+        self.first_at: float | None = None
 
     def pieces(self) -> Iterator[tuple[int, str]]:
         """Write until every text is finished; yields (row, text) as text becomes certain."""
@@ -252,6 +270,8 @@ class TextGenerator:
         rows = list(range(len(self.writers)))
         while True:
             chosen = self._sampler.choose(sequences.logits(), rows).tolist()
+            if self.first_at is None:
+                self.first_at = time.perf_counter()
             going: list[int] = []  # places in the batch
             tokens: list[tuple[int, ...]] = []
             for place, (row, token_id) in enumerate(zip(rows, chosen, strict=True)):
