@@ -100,6 +100,11 @@ class Tokenizer:
         """Return the text of token ids, special tokens left out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    @property
+    def largest_id(self) -> int:
+        """The largest id of a token, added ones included."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
     def token_text(self, token_id: int) -> str:
         """Return a token as the vocabulary spells it; empty for none of it."""
         return self._tokenizer.id_to_token(token_id) or ""

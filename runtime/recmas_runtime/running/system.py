@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import overload
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.files import reason_of
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.core.text import listed
 from recmas_runtime.engines.interface import FREE_MEMORY, Floats, OutOfMemoryError
 from recmas_runtime.formats.bundle import Bundle, open_bundle
+from recmas_runtime.formats.codec import malformed
 from recmas_runtime.formats.links import read_operands
 from recmas_runtime.formats.manifest import Manifest
 from recmas_runtime.formats.plan import Plan, SamplingPlan, ThinkStep, Variant
@@ -314,7 +316,7 @@ class System:
         ready: list[_Ready] = []
         for index, record in enumerate(records):
             try:
-                ready.append(_Ready(index, record, self._prompts(record)))
+                ready.append(_Ready(index, record, self.prompts(record)))
             except RecmasError as error:
                 results[index] = error
             except MemoryError:
@@ -336,7 +338,7 @@ class System:
         """
         settings = self._settings(sampling)
         record = as_record(question, 0)
-        (part,) = self._parts([_Ready(0, record, self._prompts(record))])
+        (part,) = self._parts([_Ready(0, record, self.prompts(record))])
         return AnswerStream(self._batch(part, settings, None), self._loaded.lock)
 
     def check_question(self, record: Record) -> None:
@@ -350,7 +352,8 @@ class System:
                 hint=needed_fields(fields) if fields else "Write {{ question }} in a prompt.",
             )
 
-    def _prompts(self, record: Record) -> RecordPrompts:
+    def prompts(self, record: Record) -> RecordPrompts:
+        """Return every prompt of a record; RM500, RM501 or RM206 if one cannot be built."""
         backbones = self.manifest.backbones
         num_rows = {name: entry.vocab_size for name, entry in backbones.items()}
         return RecordPrompts(self.plan, self._loaded.chats, record, num_rows=num_rows)
@@ -479,12 +482,21 @@ class _Ready:
     prompts: RecordPrompts
 
 
+def _template_text(bundle: Bundle, relative: str) -> str:
+    try:
+        return bundle.file(relative).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise malformed(relative, f"not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise malformed(relative, f"it cannot be read: {reason_of(error)}") from None
+
+
 def load_parts(bundle: Bundle, opened: OpenedEngines) -> LoadedBundle:
     """Load what systems of a bundle share, around open engines; RM40x for files that are wrong."""
     manifest = bundle.manifest
     chats, decoder_settings = {}, {}
     for name, entry in manifest.backbones.items():
-        template = bundle.file(entry.chat_template).read_text(encoding="utf-8")
+        template = _template_text(bundle, entry.chat_template)
         chats[name] = Chat.load(bundle.file(entry.tokenizer), template, entry.special_tokens)
         decoder_settings[name] = DecoderSettings(
             tokenizer=chats[name].tokenizer,
