@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from recmas_compiler.api import Program as Program
     from recmas_compiler.api import build as build
     from recmas_compiler.api import compile as compile
@@ -28,9 +29,23 @@ __all__ = sorted(name for names in _HOMES.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names:
-            from importlib import import_module
+    """Import what is asked for; RM201 where recmas is installed without its extra `compile`."""
+    if name == "__version__":
+        from importlib.metadata import version
 
-            return getattr(import_module(module), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return version("recmas")
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    try:
+        return getattr(import_module(home), name)
+    except ModuleNotFoundError as error:
+        from recmas_runtime.core.errors import missing_package
+
+        raise missing_package(error) from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, "__version__", *globals()})

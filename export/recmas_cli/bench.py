@@ -62,7 +62,7 @@ def bench() -> None:
     """
 
 
-@bench.command("systems")
+@bench.command("systems", short_help="A system beside its baselines; the default.")
 @BUNDLE
 @click.option("--rounds", type=_Numbers(), help="Rounds to measure  [default: 1,2,3].")
 @click.option(
@@ -146,7 +146,7 @@ def _replanned(
     return forms_of
 
 
-@bench.command("engines")
+@bench.command("engines", short_help="Engines beside other engines and the floor.")
 @BUNDLE
 @click.option(
     "--bundle",
@@ -193,7 +193,13 @@ def _replanned(
 )
 @click.option("--warmup", type=int, default=1, show_default=True, help="Turns before it counts.")
 @click.option("--repeats", type=int, default=5, show_default=True, help="Turns that count.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to measure; auto takes the best that is there.",
+)
 @THREADS
 @click.option(
     "--out",

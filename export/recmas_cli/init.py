@@ -14,7 +14,14 @@ from recmas_runtime.core.errors import fail
 
 @click.command()
 @click.argument("pattern")
-@click.option("-o", "--out", type=FILE, default=Path("spec.yaml"))
+@click.option(
+    "-o",
+    "--out",
+    type=FILE,
+    default=Path("spec.yaml"),
+    show_default=True,
+    help="The spec to write; other files land beside it.",
+)
 @click.option(
     "--task", metavar="TASK", help="What to ask for: general, math, choice, code or search."
 )

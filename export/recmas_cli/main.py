@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
+# Of the extra `compile`. Some come with other packages too, so one alone says nothing.
+NEEDED = ("click", "networkx", "pydantic", "yaml")
+
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run `recmasc`; exits with the codes of `recmas_runtime.core.errors.Exit`.
@@ -31,11 +34,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def _run(given: list[str]) -> int:
     """Return the exit status; where recmas is installed without its compiler, RM201 is all."""
+    from importlib.util import find_spec
+
     from recmas_runtime.core.errors import RecmasError, missing_package
     from recmas_runtime.core.terminal import open_standard_streams
 
     open_standard_streams()
     try:
+        for package in NEEDED:
+            if find_spec(package) is None:
+                raise ModuleNotFoundError(name=package)
         from recmas_cli.commands import run
 
         return run(given)

@@ -21,10 +21,17 @@ def import_() -> None:
     """Turn systems that others trained into specs."""
 
 
-@import_.command("released")
+@import_.command("released", short_help="A released RecursiveMAS system.")
 @click.argument("style_name", metavar="STYLE")
 @click.option("--from", "origin", metavar="FOLDER|hf", help="Where the repositories are.")
-@click.option("-o", "--out", type=FILE, default=Path("spec.yaml"))
+@click.option(
+    "-o",
+    "--out",
+    type=FILE,
+    default=Path("spec.yaml"),
+    show_default=True,
+    help="The spec to write; link files land beside it.",
+)
 @click.option("--task", default=DEFAULT_TASK, show_default=True, help="Whose links to take.")
 @click.option("--agent", "agents", multiple=True, metavar="ROLE=FOLDER", help="One repository.")
 @click.option("--outer", type=FILE, help="Repository of the outer links.")
@@ -88,7 +95,7 @@ def import_released(
 
 @click.command("export-links")
 @SPEC
-@click.option("-o", "--out", type=FOLDER, required=True)
+@click.option("-o", "--out", type=FOLDER, required=True, help="Folder of the repositories.")
 @click.option("--style", "style_name", required=True, help="As of `recmasc import released`.")
 @click.option("--task", default=DEFAULT_TASK, show_default=True, help="What the links are for.")
 @click.option("--with-models", is_flag=True, help="Copy the models' files too.")

@@ -56,7 +56,7 @@ CASES: dict[str, tuple[str, str, str]] = {
     "unknown_in_prompt": ("RM103", "      first:", "      @@last: x\n      first:"),
     "unknown_in_link": ("RM103", "{feedback: true}", "{feedback: true, @@delay: 1}"),
     "unknown_in_inner": ("RM103", "  solver:\n", "  solver:\n    inner: {@@rank: 3}\n"),
-    "merge_key": ("RM103", "{agent: solver}", "{agent: solver, @@<<: {seed: 1}}"),
+    "merged_key": ("RM103", "{agent: solver}", "{agent: solver, <<: {@@seeds: 1}}"),
     # missing keys
     "no_version": ("RM104", "recmas: 1\nname", "@@name"),
     "no_name": ("RM104", "recmas: 1\nname: demo", "@@recmas: 1"),

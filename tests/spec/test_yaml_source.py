@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -128,6 +129,72 @@ def test_depth_counts_what_aliases_stand_for() -> None:
     problem = refused.value.problems[0]
     assert (problem.code, problem.line, problem.column) == ("RM101", 2, 16)
     assert "levels deep" in problem.message
+
+
+MERGES = [
+    "a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n",
+    "a: &a {x: 1, y: 2}\nb:\n  y: 3\n  <<: *a\n  z: 4\n",
+    "a: &a {x: 1}\nb: &b {x: 2, y: 2}\nc: {<<: [*a, *b], z: 3}\n",
+    "a: &a {x: 1}\nb: &b {<<: *a, y: 2}\nc: {<<: *b, x: 5}\nd: {<<: [*b, *a]}\n",
+    "b: {<<: {x: 1}, y: 2}\nc: {<<: [{x: 1}, {x: 2, z: 3}]}\n",
+    "a: &a [{x: 1}, {y: 2}]\nb: {<<: *a}\n",
+    "a: &a {in: {deep: [1, 2]}}\nb: {<<: *a}\nc: {<<: []}\n",
+]
+
+
+@pytest.mark.parametrize("text", MERGES)
+def test_merge_keys_mean_what_yaml_1_1_says(text: str) -> None:
+    source = parse_yaml(text, file="f")
+    assert source.value == yaml.safe_load(text)
+    assert source.problems == ()
+
+
+def test_what_is_merged_has_the_place_where_it_is_written() -> None:
+    source = parse_yaml("a: &a\n  x: 1\n  y: {z: 2}\nb:\n  <<: *a\n  x: 3\n", file="f")
+    assert str(source.places.keys["b", "y"]) == "f:3:3"
+    assert str(source.places.values["b", "y", "z"]) == "f:3:10"
+    assert str(source.places.values["b", "x"]) == "f:6:6"
+    broken = PAIR.replace("  solver:\n", "  solver:\n    <<: {late_steps: 3}\n", 1)
+    with pytest.raises(RecmasError) as refused:
+        parse_spec(broken, file="demo.yaml")
+    (problem,) = refused.value.problems
+    assert (problem.code, problem.line, problem.column) == ("RM103", 13, 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "place"),
+    [
+        ("b: {<<: 1, x: 2}", "RM101", (1, 9)),
+        ("b: {<<: , x: 2}", "RM101", (1, 9)),
+        ("a: &a 5\nb:\n  x: 2\n  <<: [{y: 1}, *a]\n", "RM101", (4, 16)),
+        ("b: {<<: {y: 1}, <<: {y: 2}, x: 2}", "RM102", (1, 17)),
+        ("a: &a {y: 1, y: 2}\nb: {<<: *a, x: 2}", "RM102", (1, 14)),
+    ],
+)
+def test_merges_that_cannot_be(text: str, code: str, place: tuple[int, int]) -> None:
+    source = parse_yaml(text, file="f")
+    found = [(p.code, (p.line, p.column)) for p in dict.fromkeys(source.problems)]
+    assert found == [(code, place)]
+    assert isinstance(source.value, dict)
+    assert isinstance(source.value["b"], dict)
+    assert source.value["b"]["x"] == 2
+
+
+def test_a_quoted_merge_key_is_a_key() -> None:
+    value: Value = {"<<": {"a": 1}}
+    assert parse_yaml('"<<": {a: 1}', file="f").value == value
+    assert parse_yaml(write_yaml({"<<": {"a": 1}}), file="f").value == value
+
+
+def test_merges_count_what_aliases_stand_for() -> None:
+    names = [f"a{number}" for number in range(31)]
+    lines = ["a0: &a0 {" + ", ".join(f"k{number}: 0" for number in range(500)) + "}"]
+    lines += [f"{n}: &{n} {{<<: [*{b}, *{b}]}}" for b, n in pairwise(names)]
+    with pytest.raises(RecmasError, match="counting aliases each time"):
+        parse_yaml("\n".join(lines), file="f")
+    inside = "a: &a {b: &b {<<: *a}}"
+    with pytest.raises(RecmasError, match="inside of its own anchor"):
+        parse_yaml(inside, file="f")
 
 
 PROMPTS = {

@@ -1,8 +1,8 @@
 """YAML text to plain values, with the place of every key and value; and values back to text.
 
 PyYAML composes the nodes from the events of its C parser; what they mean is decided here: YAML 1.2
-scalars, no tags, no duplicate keys, and bounds on size, depth and aliases so that no text can
-exhaust the compiler.
+scalars, merge keys, no tags, no duplicate keys, and bounds on size, depth and aliases so that no
+text can exhaust the compiler.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _Mark = Any  # a place of PyYAML's, whose own class and the C parser's are not r
 
 _NOT_IN_YAML = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _VALUE = Language(noun="value")
+_MERGE = "<<"  # of YAML 1.1; YAML 1.2 leaves such a key to the program
 
 # Plain words of the core schema of YAML 1.2.2, chapter 10.3.2. It differs from what PyYAML resolves
 # by itself (YAML 1.1): `no` and `on` are text, `5e-4` is a number, `0o17` is octal and `017` is
@@ -66,7 +67,7 @@ class Source:
 
     Attributes:
         value: The root; mappings keep the order of the file.
-        problems: Duplicate keys; the first one counts.
+        problems: Duplicate keys, of which the first one counts, and what cannot be merged.
     """
 
     value: Value
@@ -108,7 +109,7 @@ def parse_mapping(
     """Parse one YAML document that is a mapping.
 
     Returns:
-        The mapping, its places, and its duplicate keys.
+        The mapping, its places, and the problems of its keys.
 
     Raises:
         RecmasError: As `parse_yaml`; RM105 for anything but a mapping.
@@ -288,21 +289,61 @@ def _plain(node: yaml.Node, loc: Loc, places: Places, problems: list[Problem]) -
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, (*loc, i), places, problems) for i, item in enumerate(node.value)]
     mapping: dict[str, Value] = {}
+    for name, (key, item) in _entries(node, places.file, problems).items():
+        item_loc = (*loc, name)
+        places.keys[item_loc] = _place(key.start_mark, places.file)
+        mapping[name] = _plain(item, item_loc, places, problems)
+    return mapping
+
+
+def _entries(
+    node: yaml.Node, file: str, problems: list[Problem]
+) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    """Return key and value nodes of a mapping by name, those that it merges (`<<`) included.
+
+    As YAML 1.1 has it, the mapping's own keys win, then those of the first mapping merged.
+    """
+    own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+    merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+    merged_at: yaml.Node | None = None
     for key, item in node.value:
-        name, place = _aliased(key), _place(key.start_mark, places.file)
+        name = _aliased(key)
         if not isinstance(name, yaml.ScalarNode):
             message = "a key must be a plain word, and this is a mapping or a list."
             hint = "Put text that begins with `{` or `[` into quotes, or into a block (`|`)."
-            raise _refused(key.start_mark, places.file, message, hint)
-        item_loc = (*loc, name.value)
-        if name.value in mapping:
+            raise _refused(key.start_mark, file, message, hint)
+        is_merge = name.value == _MERGE and not name.style
+        earlier = merged_at if is_merge else own.get(name.value, (None,))[0]
+        if earlier is not None:
             message = f"`{name.value}` is given a second time, first in line "
-            message += f"{places.keys[item_loc].line}."
-            problems.append(problem_at(place, "RM102", message, hint="Remove one of the two."))
+            message += f"{_place(earlier.start_mark, file).line}."
+            hint = "Merge a list: `<<: [*one, *other]`." if is_merge else "Remove one of the two."
+            place = _place(key.start_mark, file)
+            problems.append(problem_at(place, "RM102", message, hint=hint))
+        elif is_merge:
+            merged_at = key
+            for mapping in _mappings(item, file, problems):
+                for inner, entry in _entries(mapping, file, problems).items():
+                    merged.setdefault(inner, entry)
+        else:
+            own[name.value] = (key, item)
+    return merged | own
+
+
+def _mappings(node: yaml.Node, file: str, problems: list[Problem]) -> list[yaml.Node]:
+    """Return the mappings that stand behind a merge key: one, or a list of them."""
+    named = _aliased(node)
+    items = named.value if isinstance(named, yaml.SequenceNode) else [node]
+    found = []
+    for item in items:
+        mapping = _aliased(item)
+        if isinstance(mapping, yaml.MappingNode):
+            found.append(mapping)
             continue
-        places.keys[item_loc] = place
-        mapping[name.value] = _plain(item, item_loc, places, problems)
-    return mapping
+        message = "`<<` merges mappings, and this is none."
+        hint = 'Write `<<: *anchor`; a key of that name is written `"<<"`.'
+        problems.append(problem_at(_place(item.start_mark, file), "RM101", message, hint=hint))
+    return found
 
 
 def _aliased(node: yaml.Node) -> yaml.Node:

@@ -24,6 +24,7 @@ from recmas_runtime.formats.links import read_operands
 from recmas_runtime.formats.manifest import PLAN_NAME, Manifest, ParityEntry
 from recmas_runtime.formats.precisions import beyond_tolerance
 from recmas_runtime.formats.safetensors_file import read_tensors
+from recmas_runtime.prompts.trial import render_once
 from recmas_runtime.running.open_engines import open_engines
 from recmas_runtime.running.parity import (
     BACKBONE_CASE,
@@ -106,8 +107,7 @@ def verify_bundle(
     opened = open_engines(bundle, device=device, threads=threads)
     problems = [*opened.problems]
     loaded = load_parts(bundle, opened)
-    with _failures_as_findings(PLAN_NAME, problems):
-        _check_prompts(bundle, loaded)
+    problems += _prompt_problems(bundle, loaded)
     problems += _tokens_without_rows(bundle, loaded)
     problems += [
         Problem(
@@ -156,11 +156,30 @@ def verify_bundle(
     )
 
 
-def _check_prompts(bundle: Bundle, loaded: LoadedBundle) -> None:
-    """Render every prompt once; raises what a run would raise for each of its records."""
-    fields = dict.fromkeys(bundle.plan.fields, "What is 7 * 8?")
-    system = System(bundle.plan, loaded)
-    system.prompts(Record(id="1", fields=fields))
+def _prompt_problems(bundle: Bundle, loaded: LoadedBundle) -> list[Problem]:
+    """Render every prompt once and return what a run would find wrong with it."""
+    plan, chats = bundle.plan, loaded.chats
+    templates = {name: chat.template for name, chat in chats.items()}
+    # That a date changes is told where a spec can fix it, at build.
+    findings = render_once(plan.agents, templates, has_date=True)
+    problems = [
+        _disagrees(PLAN_NAME, f"prompt `{f.place}` of agent {f.agent!r}: {f.problem.message}")
+        for f in findings
+        if f.problem.severity == "error"
+    ]
+    if problems:
+        return problems
+    # As tokens, too; what is of another kind than text is for records to say.
+    record = Record(id="1", fields=dict.fromkeys(plan.fields, "What is 7 * 8?"))
+    try:
+        System(plan, loaded).prompts(record)
+    except RecmasError as error:
+        problems += [
+            _disagrees(PLAN_NAME, problem.message)
+            for problem in error.problems
+            if problem.code != "RM500"
+        ]
+    return problems
 
 
 def _tokens_without_rows(bundle: Bundle, loaded: LoadedBundle) -> list[Problem]:

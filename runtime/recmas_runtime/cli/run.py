@@ -209,6 +209,7 @@ class _Run:
                 "fingerprint": self.system.manifest.fingerprint,
                 "baseline": options.baseline,
                 "sampling": to_json(self.sampling),
+                "date": self.system.prompt_day,
             }
             path = Path(options.output)
             return stack.enter_context(

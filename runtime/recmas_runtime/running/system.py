@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import overload
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
-from recmas_runtime.core.files import reason_of
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.core.text import listed
 from recmas_runtime.engines.interface import FREE_MEMORY, Floats, OutOfMemoryError
 from recmas_runtime.formats.bundle import Bundle, open_bundle
-from recmas_runtime.formats.codec import malformed
 from recmas_runtime.formats.links import read_operands
 from recmas_runtime.formats.manifest import Manifest
 from recmas_runtime.formats.plan import Plan, SamplingPlan, ThinkStep, Variant
-from recmas_runtime.prompts.render import Chat, Prompt
+from recmas_runtime.prompts.chat_template import read_template
+from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Chat, Prompt
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.baselines import apply_baseline
 from recmas_runtime.running.executor import Engines, Execution, tool_events
@@ -341,6 +340,18 @@ class System:
         (part,) = self._parts([_Ready(0, record, self.prompts(record))])
         return AnswerStream(self._batch(part, settings, None), self._loaded.lock)
 
+    @property
+    def prompt_day(self) -> str | None:
+        """The date that prompts show, as YYYY-MM-DD; None if no chat template writes one."""
+        hello = [{"role": "user", "content": "Hello"}]
+        for chat in self._loaded.chats.values():
+            try:
+                if chat.template.changes_with_the_day(hello, **DEFAULT_VARIABLES):
+                    return chat.template.day.isoformat()
+            except RecmasError:
+                continue  # such a template fails for every record, which is told there
+        return None
+
     def check_question(self, record: Record) -> None:
         """Raise RM500 for a question that no prompt shows: it would be answered unread."""
         fields = self.plan.fields
@@ -482,21 +493,12 @@ class _Ready:
     prompts: RecordPrompts
 
 
-def _template_text(bundle: Bundle, relative: str) -> str:
-    try:
-        return bundle.file(relative).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise malformed(relative, f"not UTF-8 at byte {error.start}") from None
-    except OSError as error:
-        raise malformed(relative, f"it cannot be read: {reason_of(error)}") from None
-
-
 def load_parts(bundle: Bundle, opened: OpenedEngines) -> LoadedBundle:
     """Load what systems of a bundle share, around open engines; RM40x for files that are wrong."""
     manifest = bundle.manifest
     chats, decoder_settings = {}, {}
     for name, entry in manifest.backbones.items():
-        template = _template_text(bundle, entry.chat_template)
+        template = read_template(bundle.file(entry.chat_template), file=entry.chat_template)
         chats[name] = Chat.load(bundle.file(entry.tokenizer), template, entry.special_tokens)
         decoder_settings[name] = DecoderSettings(
             tokenizer=chats[name].tokenizer,
