@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from kit.files import read_messages
+from recmas_runtime.engines.tensorrt.own_engines import remember_engines
 from recmas_runtime.formats.precisions import TOLERANCES
 from simulated_commands import SIMULATED, data_of, run_python, run_simulated
 
@@ -153,6 +154,7 @@ def test_a_plan_that_tensorrt_refuses(own_bundle: Path, records: Path) -> None:
         "size_bytes": len(b"garbage"),
     }
     record.write_text(json.dumps(changed), encoding="utf-8")
+    assert remember_engines(record)  # or else nobody would look at them
     body = run(own_bundle, records)
     assert body["ok"]
     assert len(texts(body)) == len(QUESTIONS)

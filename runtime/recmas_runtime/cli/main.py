@@ -10,7 +10,6 @@ import io
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -64,8 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with end_signals_interrupt(), lasting_interrupts():
             options.command(options, outcome)
     except SystemExit:  # help and version
-        with suppress(BrokenPipeError):
+        try:
             write_out("")
+        except BrokenPipeError:
+            pass
+        except RecmasError as error:
+            note(str(error))
+            return error.exit_code
         raise
     except RecmasError as error:
         _note_traceback(debug)
