@@ -184,6 +184,11 @@ class Tokenizer:
         told = self._normalized(matched).replace(_WORD_START, " ").strip()
         return told != self._tokenizer.id_to_token(token_id)
 
+    @property
+    def largest_id(self) -> int:
+        """The largest id of a token, added ones included."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
     def token_text(self, token_id: int) -> str:
         """Return a token as the vocabulary spells it; empty for none of it."""
         return self._tokenizer.id_to_token(token_id) or ""

@@ -18,7 +18,7 @@ from recmas_runtime.formats.links import read_operands
 from recmas_runtime.formats.manifest import Manifest
 from recmas_runtime.formats.plan import Plan, SamplingPlan, ThinkStep, Variant
 from recmas_runtime.prompts.chat_template import read_template
-from recmas_runtime.prompts.render import Chat, Prompt
+from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Chat, Prompt
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.baselines import apply_baseline
 from recmas_runtime.running.engine_lock import EngineLock
@@ -316,7 +316,7 @@ class System:
         ready: list[_Ready] = []
         for index, record in enumerate(records):
             try:
-                ready.append(_Ready(index, record, self._prompts(record)))
+                ready.append(_Ready(index, record, self.prompts(record)))
             except RecmasError as error:
                 results[index] = error
             except MemoryError:
@@ -338,8 +338,20 @@ class System:
         """
         settings = self._settings(sampling)
         record = as_record(question, 0)
-        (part,) = self._parts([_Ready(0, record, self._prompts(record))])
+        (part,) = self._parts([_Ready(0, record, self.prompts(record))])
         return AnswerStream(self._batch(part, settings, None), self._loaded.lock)
+
+    @property
+    def prompt_day(self) -> str | None:
+        """The date that prompts show, as YYYY-MM-DD; None if no chat template writes one."""
+        hello = [{"role": "user", "content": "Hello"}]
+        for chat in self._loaded.chats.values():
+            try:
+                if chat.template.changes_with_the_day(hello, **DEFAULT_VARIABLES):
+                    return chat.template.day.isoformat()
+            except RecmasError:
+                continue  # such a template fails for every record, which is told there
+        return None
 
     def check_question(self, record: Record) -> None:
         """Raise RM500 for a question that no prompt shows: it would be answered unread."""
@@ -352,7 +364,8 @@ class System:
                 hint=needed_fields(fields) if fields else "Write {{ question }} in a prompt.",
             )
 
-    def _prompts(self, record: Record) -> RecordPrompts:
+    def prompts(self, record: Record) -> RecordPrompts:
+        """Return every prompt of a record; RM500, RM501 or RM206 if one cannot be built."""
         backbones = self.manifest.backbones
         num_rows = {name: entry.vocab_size for name, entry in backbones.items()}
         return RecordPrompts(self.plan, self._loaded.chats, record, num_rows=num_rows)
