@@ -26,7 +26,7 @@ from recmas_compiler.lowering.reference import TorchSystem, load_backbones
 from recmas_compiler.spec.spec import load_spec
 from recmas_runtime.core.progress import LineProgress, Silent
 from recmas_runtime.formats.precisions import TOLERANCES
-from recmas_runtime.running.run_trace import MESSAGES_NAME, RECORDS_ARRAY, TraceWriter
+from recmas_runtime.running.run_trace import TraceWriter, messages_name
 
 # The numeric oracle is the tests' own.
 sys.path.extend(str(folder / "tests") for folder in Path(__file__).parents[1:3])
@@ -110,8 +110,8 @@ def run_traced(
                     raise answer
                 texts.append(answer.answer)
         trace.close()
-        with np.load(Path(folder) / MESSAGES_NAME) as arrays:
-            return texts, {name: arrays[name] for name in arrays if name != RECORDS_ARRAY}
+        records = [dict(np.load(Path(folder) / messages_name(record))) for record in questions]
+        return texts, {name: np.stack([r[name] for r in records]) for name in records[0]}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -172,14 +172,18 @@ class Messages:
         self.tokens: dict[int, list[int]] = {}
         self.seconds: dict[str, float] = {}
 
-    def add_event(self, event: StepEvent, *, batch: int) -> None:
-        counts = self.tokens.setdefault(event.round, [0, 0])
-        counts[0] += sum(event.prefilled_tokens)
-        counts[1] += sum(event.reused_tokens)
-        self.seconds[event.op] = self.seconds.get(event.op, 0.0) + event.ms / 1e3
-
-    def add_messages(self, messages: Mapping[str, Any], *, records: object) -> None:
-        self.found = messages
+    def add_batch(
+        self,
+        records: object,
+        events: Sequence[StepEvent],
+        messages: Sequence[Mapping[str, Any]],
+    ) -> None:
+        for event in events:
+            counts = self.tokens.setdefault(event.round, [0, 0])
+            counts[0] += sum(event.prefilled_tokens)
+            counts[1] += sum(event.reused_tokens)
+            self.seconds[event.op] = self.seconds.get(event.op, 0.0) + event.ms / 1e3
+        self.found = {name: np.stack([m[name] for m in messages]) for name in messages[0]}
 
 
 def count_tokens(system: rt.System, question: str) -> dict[int, dict[str, int]]:

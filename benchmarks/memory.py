@@ -24,11 +24,10 @@ import recmas_runtime as rt
 
 class Longest:
     tokens = 0
-    def add_event(self, event, *, batch):
-        counts = zip(event.prefilled_tokens, event.reused_tokens)
-        self.tokens = max([self.tokens, *map(sum, counts)])
-    def add_messages(self, messages, *, records):
-        pass
+    def add_batch(self, records, events, messages):
+        for event in events:
+            counts = zip(event.prefilled_tokens, event.reused_tokens)
+            self.tokens = max([self.tokens, *map(sum, counts)])
 
 path, batch, words = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 question = "word " * words

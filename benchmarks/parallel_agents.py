@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -129,12 +130,9 @@ class Events:
     def __init__(self) -> None:
         self.steps: list[tuple[str, frozenset[str], float]] = []
 
-    def add_event(self, event: StepEvent, *, batch: int) -> None:
-        """Keep an event."""
-        self.steps.append((event.op, frozenset(event.agents), event.ms))
-
-    def add_messages(self, messages: object, *, records: object) -> None:
-        """Messages are not looked at."""
+    def add_batch(self, records: object, events: Sequence[StepEvent], messages: object) -> None:
+        """Keep the steps; messages are not looked at."""
+        self.steps += ((event.op, frozenset(event.agents), event.ms) for event in events)
 
     def ms_of(self, agents: set[str]) -> dict[str, float]:
         """Return the time of prompts and latent steps of some agents."""

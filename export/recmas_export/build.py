@@ -68,7 +68,7 @@ TOOLS: Final = (
 _SOURCE_SUFFIXES: Final = frozenset({".json", ".py", ".txt", ".yaml"})
 
 # What a Hugging Face folder may hold that a loaded model depends on.
-_MODEL_SUFFIXES: Final = (".bin", ".jinja", ".json", ".model", ".safetensors", ".txt")
+_MODEL_SUFFIXES: Final = (".jinja", ".json", ".model", ".safetensors", ".txt")
 
 
 def fingerprint(

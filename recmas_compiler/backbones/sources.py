@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,8 +30,16 @@ _MODEL_FILES: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
 
-# Files of those forms that are an adapter's, beside the model in the same folder.
-_ADAPTER_FILES: Final = (ADAPTER_CONFIG, "adapter_model.safetensors", "innerlink_config.json")
+# Files of those forms that are a link's, beside the model in the same folder.
+_LINK_FILES: Final = (ADAPTER_CONFIG, "innerlink_config.json")
+
+# PEFT's weights, and what a PEFT config always says; a link's config of the same name does not.
+_PEFT_WEIGHTS: Final = "adapter_model.*"
+_PEFT_KEY: Final = "peft_type"
+
+# Weights in forms that are never read: they are pickled, or made for other libraries.
+_OTHER_WEIGHTS: Final = (".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".pkl", ".pt", ".pth")
+_LARGEST_CONFIG_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +115,8 @@ def resolve_source(
 
     Raises:
         RecmasError: RM200 if the files are not there, RM201 if huggingface_hub is not, RM202 for a
-            gated repository.
+            gated repository, for an adapter beside the model and for weights that are not in
+            safetensors.
     """
     if source.startswith("builtin:"):
         return _resolve_builtin(source, position)
@@ -147,7 +157,52 @@ def files_of(facts: BackboneFacts, *, download: bool = False) -> ResolvedSource:
 def model_files(folder: Path) -> tuple[Path, ...]:
     """Return a model's own files in its folder, without those of an adapter beside it."""
     found = {path for pattern in _MODEL_FILES for path in folder.glob(pattern)}
-    return tuple(sorted(path for path in found if path.name not in _ADAPTER_FILES))
+    return tuple(sorted(path for path in found if path.name not in _LINK_FILES))
+
+
+def _check_files(folder: Path, source: str, position: SourcePosition) -> None:
+    """Refuse a folder that holds more than a model, or its weights in another form.
+
+    Raises:
+        RecmasError: RM202 for an adapter of PEFT, whose model computes something else than the
+            weights beside it say, and for weights that are in no safetensors file.
+    """
+    if next(folder.glob(_PEFT_WEIGHTS), None) is not None or _is_peft(folder / ADAPTER_CONFIG):
+        message = (
+            f"the backbone `{source}` has an adapter of PEFT in its folder, which recmas does not "
+            "apply."
+        )
+        hint = (
+            "Merge it (peft: `model.merge_and_unload().save_pretrained(FOLDER)`) and name that "
+            "folder; or move the adapter's files away to use the model without it."
+        )
+        raise RecmasError(problem_at(position, "RM202", message, hint=hint))
+    others = sorted(
+        path.name
+        for path in folder.glob("*")
+        if path.suffix in _OTHER_WEIGHTS and not path.name.startswith("adapter")
+    )
+    if others and next(folder.glob("*.safetensors"), None) is None:
+        message = (
+            f"the backbone `{source}` has its weights in {others[0]} and in no safetensors file."
+        )
+        hint = (
+            "recmas reads safetensors only. Convert it where you trust it: load it with "
+            "transformers and call `save_pretrained`, which writes safetensors."
+        )
+        raise RecmasError(problem_at(position, "RM202", message, hint=hint))
+
+
+def _is_peft(config: Path) -> bool:
+    """Tell whether an adapter's config is PEFT's; one that cannot be read may be."""
+    if not is_file(config):
+        return False
+    try:
+        with config.open("rb") as stream:
+            said = json.loads(stream.read(_LARGEST_CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return True
+    return not isinstance(said, dict) or _PEFT_KEY in said
 
 
 def _resolve_builtin(source: str, position: SourcePosition) -> ResolvedSource:
@@ -176,6 +231,7 @@ def _resolve_folder(source: str, base_dir: Path, position: SourcePosition) -> Re
         if _LOOKS_LIKE_HUB.match(source):
             hint += f" For a model of the Hugging Face hub write `hf:{source}@main`."
         raise _missing(position, message, hint)
+    _check_files(folder, source, position)
     if not is_file(folder / "config.json"):
         message = f"the backbone folder `{source}` has no config.json."
         hint = "Give the folder of a Hugging Face model: config, weights and tokenizer."
@@ -192,6 +248,7 @@ def _resolve_hub(source: str, position: SourcePosition, *, download: bool) -> Re
         raise RecmasError(problem_at(position, "RM105", message, hint=hint))
     repository, revision = match.groups()
     folder = hub_snapshot(repository, revision, position=position, download=download)
+    _check_files(folder, source, position)
     if not is_file(folder / "config.json"):
         message = f"{repository} at {revision} has no config.json."
         raise _missing(position, message, "Choose a repository with a causal language model.")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers import modeling_gguf_pytorch_utils as gguf_loader
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from recmas_compiler.backbones.facts import BackboneFacts
+from recmas_compiler.backbones.gguf_file import read_gguf_values, refuse_adapter
+from recmas_compiler.backbones.own_tokenizer import check_rows, load_tokenizer
 from recmas_compiler.backbones.sources import (
     ADAPTER_CONFIG,
     ResolvedSource,
@@ -105,24 +108,29 @@ def load_backbone(
     ):
         # transformers finds a GGUF file by name inside the folder
         load: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+        gguf = None
         if resolved.gguf_file is not None:
             load["gguf_file"] = resolved.gguf_file
+            gguf = read_gguf_values(folder / resolved.gguf_file)
+            refuse_adapter(gguf, source=facts.source)
         model = _load_model(resolved, folder, load)
+        _check_weights(model, facts.source)
         _round_weights(model, dtype, facts.source)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **load)
-    if not tokenizer.is_fast:
-        raise fail(
-            "RM202",
-            f"backbone {facts.source!r} has no tokenizer.json, only a slow Python tokenizer",
-            hint="Choose a backbone whose repository has a tokenizer.json.",
-        )
+        tokenizer = load_tokenizer(folder, load, gguf=gguf, source=facts.source)
+    chat_template = _chat_template(tokenizer, facts.source)
+    check_rows(
+        tokenizer,
+        chat_template,
+        num_rows=model.get_input_embeddings().weight.shape[0],
+        source=facts.source,
+    )
     backbone = TorchBackbone(
         facts=facts,
         dtype=dtype,
         model=model,
         tokenizer=tokenizer,
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
-        chat_template=_chat_template(tokenizer, facts.source),
+        chat_template=chat_template,
         special_tokens=dict(tokenizer.special_tokens_map),
         bos_token=tokenizer.bos_token,
         eos_token_ids=_eos_token_ids(model, tokenizer),
@@ -145,8 +153,22 @@ def _load_model(resolved: ResolvedSource, folder: Path, load: dict[str, Any]) ->
     config = AutoConfig.from_pretrained(folder, **load)
     _check_config(config, resolved)
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, output_loading_info=True, **load
+        folder,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, with the shapes
+        use_safetensors=True if resolved.gguf_file is None else None,
+        **load,
     )
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise fail(
+            "RM202",
+            f"backbone {resolved.source!r} has {name!r} of shape {list(found)}, but its "
+            f"config.json says {list(wanted)}",
+            hint="Give weights and config.json of one model.",
+        )
+    _refuse_unused(model, info["unexpected_keys"], resolved.source)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise fail(
@@ -161,6 +183,40 @@ def _load_model(resolved: ResolvedSource, folder: Path, load: dict[str, Any]) ->
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
     return model.requires_grad_(False).eval()
+
+
+def _refuse_unused(model: Any, names: Iterable[str], source: str) -> None:
+    """Refuse tensors that belong to a layer of the model and that it has no place for.
+
+    They are biases that the config denies, scales of quantized weights, adapters: without them the
+    layer computes something else. Tensors of parts that the model does not have are no loss.
+    """
+    layers = {
+        name for name, module in model.named_modules() if name and not list(module.children())
+    }
+    unused = sorted(
+        name
+        for name in names
+        if any(parent in layers for parent in accumulate(name.split("."), "{}.{}".format))
+    )
+    if unused:
+        raise fail(
+            "RM202",
+            f"backbone {source!r} has {len(unused)} tensors that its config.json has no place for, "
+            f"such as {unused[0]!r}",
+            hint="Give weights and config.json of one model: unquantized, with adapters merged.",
+        )
+
+
+def _check_weights(model: Any, source: str) -> None:
+    """Refuse weights that are not numbers: whatever is computed with them is not one, either."""
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise fail(
+                "RM202",
+                f"backbone {source!r} has weights that are NaN or infinite, in {name!r}",
+                hint="Download it again; if they were trained, training diverged.",
+            )
 
 
 def _round_weights(model: Any, dtype: str, source: str) -> None:

@@ -65,6 +65,9 @@ class TransformersEngine(TorchTables):
     def release(self, cache: GrowingCache) -> None:
         """Do nothing: a cache is not used again."""
 
+    def drop_idle(self) -> None:
+        """Do nothing: nothing is kept."""
+
     @torch.no_grad()
     def forward(
         self,

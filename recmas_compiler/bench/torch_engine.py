@@ -233,6 +233,10 @@ class TorchEngine(TorchTables):
         """Keep a cache that its user needs no more for the next one."""
         self._idle.append(cache)
 
+    def drop_idle(self) -> None:
+        """Free the caches that are kept for later."""
+        self._idle.clear()
+
     @torch.no_grad()
     def forward(
         self,

@@ -138,7 +138,7 @@ class AnswerLog:
             if len(part) < len(job.questions):
                 break
             found = [self._read(line, taken + i) for i, line in enumerate(part, start=1)]
-            wanted = [(q.record.id, job.seed, job.rollout) for q in job.questions]
+            wanted = [(str(q.record.id), job.seed, job.rollout) for q in job.questions]
             if [(one.id, one.seed, one.rollout) for one in found] != wanted:
                 raise self._foreign(taken + 1)
             self.scored += found
@@ -272,7 +272,7 @@ def _score(
     else:
         verdict, answer = check(result.answer, question), result.to_json()
     return ScoredAnswer(
-        id=question.record.id,
+        id=str(question.record.id),
         seed=job.seed,
         rollout=job.rollout,
         correct=verdict.correct,

@@ -230,9 +230,13 @@ def open_session(
         checkpoint_calls=section.checkpoint_calls,
         compile_calls=section.compile,
     )
-    calls, thinkers = CallWriter(program.system, backbones), _thinkers(program, settings)
+    calls, thinkers = graph.writer, _thinkers(program, settings)
 
     def lengths(example: TrainExample) -> dict[tuple[str, int], int]:
+        # A text of any length is looked at before it takes its length in time.
+        least = {(agent, 1): calls.min_positions(agent, example) for agent in program.system.agents}
+        if max(least.values()) > section.max_length:
+            return least
         found = graph.lengths(example)
         for agent in thinkers:  # whose turns are read with perfect messages too
             for round_, turn in enumerate(calls.write_ideal(agent, example), start=1):
@@ -240,6 +244,7 @@ def open_session(
         return found
 
     examples = leave_out_long(examples, lengths, max_length=section.max_length, progress=progress)
+    examples = replace(examples, warnings=examples.warnings + calls.warnings())
     return Session(
         spec=spec,
         program=program,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recmas_runtime.running.run_trace import MESSAGES_NAME, RECORDS_ARRAY
+from recmas_runtime.running.run_trace import RECORDS_NAME
 
 # The type of the fixture `write_records`.
 WriteRecords = Callable[[Sequence[Mapping[str, object]]], Path]
@@ -49,5 +49,13 @@ def lines(*records: object) -> str:
 
 def read_messages(folder: Path) -> dict[str, np.ndarray]:
     """Return a trace's messages [records, m, d] by link and round; NaN where a record has none."""
-    with np.load(folder / MESSAGES_NAME, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays if name != RECORDS_ARRAY}
+    lines = (folder / RECORDS_NAME).read_text(encoding="utf-8").splitlines()
+    records = []
+    for line in lines:
+        with np.load(folder / json.loads(line)["file"], allow_pickle=False) as arrays:
+            records.append(dict(arrays))
+    some = {name: message for record in records for name, message in record.items()}
+    return {
+        name: np.stack([record.get(name, np.full_like(message, np.nan)) for record in records])
+        for name, message in some.items()
+    }

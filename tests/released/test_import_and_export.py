@@ -230,10 +230,10 @@ def test_transformers_sees_only_the_model(
     repository = folder / "Deliberation-Reflector-Qwen3.5-4B"
     plain = write_tiny_backbone(tmp_path / "plain", "qwen3", seed=0, hidden_size=48)
     narrow_model(plain, torch.bfloat16)
-    from recmas_compiler.backbones import torch_model
+    from recmas_compiler.backbones import own_tokenizer, torch_model
 
     shown: list[set[str]] = []
-    for loader in (torch_model.AutoModelForCausalLM, torch_model.AutoTokenizer):
+    for loader in (torch_model.AutoModelForCausalLM, own_tokenizer.AutoTokenizer):
         load = loader.from_pretrained
 
         def spy(path: Path, *args: object, load: object = load, **kwargs: object) -> object:

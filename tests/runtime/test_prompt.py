@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import pytest
@@ -249,12 +250,23 @@ def test_tokens_that_a_normalizer_makes_become_plain_text() -> None:
     assert shown(prompt, raw) == "<|user|>a <|stop|> b"
 
 
-def test_a_token_is_control_if_it_is_special_or_the_template_writes_it() -> None:
+def test_a_token_is_control_unless_it_is_a_plain_word_or_space() -> None:
     raw = make_tokenizer()
-    raw.add_tokens(["<think>", "<tool>", "\n\n"])
-    tokenizer = RuntimeTokenizer(raw.to_str(), "<think>\n\n{{ messages[0].content }}")
-    ids = {raw.token_to_id(t) for t in ("<|end|>", "<|user|>", "<think>")}
+    raw.add_tokens(["<think>", "[TOOL]", "\n\n", "photon", "\u2581\u2581", "Human"])
+    tokenizer = RuntimeTokenizer(raw.to_str(), "Human:\n\n{{ messages[0].content }}")
+    ids = {raw.token_to_id(t) for t in ("<|end|>", "<|user|>", "<think>", "[TOOL]", "Human")}
     assert tokenizer.control_ids == ids
+
+
+def test_added_tokens_in_a_field_become_plain_text() -> None:
+    raw = make_tokenizer()
+    raw.add_tokens(["<think>", "photon"])
+    prompt = build(field("q"), record={"q": "a photon <think>"}, raw=raw)
+    (piece,) = prompt.items
+    assert isinstance(piece, Tokens)
+    assert raw.token_to_id("photon") in piece.ids
+    assert raw.token_to_id("<think>") not in piece.ids
+    assert shown(prompt, raw) == "<|user|>a photon <think>"
 
 
 def metaspace_tokenizer() -> Tokenizer:
@@ -265,6 +277,53 @@ def metaspace_tokenizer() -> Tokenizer:
     raw.decoder = decoders.Metaspace(prepend_scheme="first")
     raw.add_special_tokens([AddedToken("<|end|>", normalized=False)])
     return raw
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_piece_behind_a_slot_begins_with_no_space_that_nobody_wrote(scheme: str) -> None:
+    raw = metaspace_tokenizer()
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    parts = (text("see"), slot("a"), text("and then"), slot("b"), text(" on"))
+    prompt = build(*parts, raw=raw, template="{{ messages[0].content }}")
+    words = [
+        [raw.id_to_token(i) for i in item.ids] for item in prompt.items if isinstance(item, Tokens)
+    ]
+    assert ["".join(word) for word in words] == ["\u2581see", "and\u2581then", "\u2581on"]
+
+
+def test_a_normalizer_that_prepends_is_undone_behind_a_slot() -> None:
+    raw = metaspace_tokenizer()
+    raw.pre_tokenizer = None
+    raw.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    prompt = build(slot("a"), text("go<|end|>on"), raw=raw, template="{{ messages[0].content }}")
+    (_, piece) = prompt.items
+    assert isinstance(piece, Tokens)
+    assert [raw.id_to_token(i) for i in piece.ids[:3]] == ["g", "o", "<|end|>"]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_character_that_the_vocabulary_lacks_is_unknown_and_no_attack(scheme: str) -> None:
+    raw = metaspace_tokenizer()
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    raw.add_special_tokens(["<unk>"])
+    unknown = raw.token_to_id("<unk>")
+    question = "go \u4e2d on"
+    prompt = build(
+        field("q"), record={"q": question}, raw=raw, template="{{ messages[0].content }}"
+    )
+    (piece,) = prompt.items
+    assert isinstance(piece, Tokens)
+    assert list(piece.ids) == raw.encode(question, add_special_tokens=False).ids
+    assert unknown in piece.ids
+    spelled = build(
+        field("q"), record={"q": "<unk>"}, raw=raw, template="{{ messages[0].content }}"
+    )
+    (piece,) = spelled.items
+    assert isinstance(piece, Tokens)
+    assert unknown not in piece.ids
+    assert shown(spelled, raw).strip() == "<unk>"
 
 
 def test_plain_spelling_adds_no_space_with_sentencepiece_tokenizers() -> None:
@@ -323,3 +382,22 @@ def test_streaming_keeps_the_spaces_of_sentencepiece_tokenizers() -> None:
 def test_a_malformed_tokenizer_is_refused() -> None:
     with pytest.raises(RecmasError, match="RM404"):
         RuntimeTokenizer("{}", "")
+
+
+@pytest.mark.parametrize("prefix", ["####", "\u00e9"])
+def test_a_library_that_panics_is_an_error_with_a_code(
+    prefix: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = {"a": 0, "b": 1, "ab": 2}
+    raw = json.loads(Tokenizer(models.BPE(model, [("a", "b")])).to_str())
+    raw["model"]["continuing_subword_prefix"] = prefix
+    with pytest.raises(RecmasError, match="RM404"):
+        RuntimeTokenizer(json.dumps(raw), "")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_library_that_fails_on_a_text_is_an_error_with_a_code() -> None:
+    raw = Tokenizer(models.WordLevel({"a": 0}, "[UNK]"))  # which it lacks
+    tokenizer = RuntimeTokenizer(raw.to_str(), "")
+    with pytest.raises(RecmasError, match=r"RM404.*UNK"):
+        tokenizer.encode("b")

@@ -38,7 +38,12 @@ def write_questions(path: Path, *questions: str) -> Path:
 
 def answers_of(path: Path) -> list[tuple[str, str]]:
     lines = path.read_text(encoding="utf-8").splitlines()
-    return [(a["id"], a["answer"]) for a in map(json.loads, lines)]
+    return [(a["id"], a["answer"]) for a in map(json.loads, lines) if "answer" in a]
+
+
+def failures_of(path: Path) -> list[tuple[Any, str]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [(a["id"], a["error"]["code"]) for a in map(json.loads, lines) if "error" in a]
 
 
 def test_one_question_is_answered_as_plain_text(
@@ -66,7 +71,7 @@ def test_json_is_one_object(hand_bundle: Path, capsys: pytest.CaptureFixture[str
     del answer["timing_ms"]
     assert answer == {
         "id": "1",
-        "question": "7",
+        "record": {"question": "7"},
         "answer": "h",
         "finish_reason": "stop",
         "rounds": 2,
@@ -76,6 +81,7 @@ def test_json_is_one_object(hand_bundle: Path, capsys: pytest.CaptureFixture[str
             "handover_tokens": 0,
             "completion_tokens": 2,
         },
+        "batch_size": 1,
         "tool_calls": [],
     }
 
@@ -105,9 +111,12 @@ def test_bad_lines_are_reported_and_the_others_answered(
     assert main([*arguments, "--json"]) == 1
     body = json_of(capsys)
     assert body["ok"] is False
-    assert [a["answer"] for a in body["data"]["answers"]] == ["b", "c"]
+    assert [a.get("answer") for a in body["data"]["answers"]] == ["b", None, None, "c"]
     assert {(p["code"], p["line"]) for p in body["problems"]} == {("RM500", 2), ("RM501", None)}
     assert answers_of(out) == [("1", "b"), ("4", "c")]
+    assert failures_of(out) == [("2", "RM500"), ("3", "RM501")]
+    last = json.loads(out.read_text().splitlines()[2])
+    assert last["record"] == {"question": "x" * 200}
 
 
 def test_standard_streams_carry_json_lines(hand_bundle: Path) -> None:
@@ -120,7 +129,7 @@ def test_standard_streams_carry_json_lines(hand_bundle: Path) -> None:
     )
     (line,) = done.stdout.splitlines()
     assert json.loads(line)["id"] == "\u00e9"
-    assert done.stderr.startswith(b"answered 1 records in ")
+    assert done.stderr.startswith(b"answered 1 record in ")
 
 
 def test_resuming_answers_only_what_is_missing(
@@ -154,6 +163,125 @@ def test_sampling_does_not_depend_on_batches_or_resuming(hand_bundle: Path, tmp_
     assert answers_of(out) == texts[0]
 
 
+def test_answers_of_another_run_are_not_gone_on_with(
+    hand_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = write_questions(tmp_path / "q.jsonl", "1", "2")
+    out = tmp_path / "a.jsonl"
+    arguments = ["run", str(hand_bundle), "--input", str(questions), "--output", str(out)]
+    assert main([*arguments, "--quiet"]) == 0
+    whole = out.read_bytes()
+    for more, code, message in (
+        ([], "RM520", "holds"),
+        (["--resume", "--baseline", "text"], "RM521", 'baseline was "latent", is "text"'),
+        (["--resume", "--max-new-tokens", "4"], "RM521", "sampling.max_new_tokens was 8, is 4"),
+    ):
+        capsys.readouterr()
+        assert main([*arguments, *more, "--json"]) == 2
+        (problem,) = json_of(capsys)["problems"]
+        assert problem["code"] == code
+        assert message in problem["message"]
+        assert out.read_bytes() == whole
+    assert main([*arguments, "--force", "--max-new-tokens", "1", "--quiet"]) == 0
+    assert [json.loads(line)["finish_reason"] for line in out.read_text().splitlines()] == [
+        "length",
+        "length",
+    ]
+
+
+def test_records_that_failed_are_tried_again(
+    hand_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"id": 1, "question": "1"}\n{"id": "x", "question": ""}\n')
+    out = tmp_path / "a.jsonl"
+    arguments = ["run", str(hand_bundle), "--input", str(questions), "--output", str(out)]
+    assert main(arguments) == 1
+    assert (answers_of(out), failures_of(out)) == ([(1, "b")], [("x", "RM500")])
+    assert main([*arguments, "--resume"]) == 1
+    assert (answers_of(out), failures_of(out)) == ([(1, "b")], [("x", "RM500")])
+    assert ", 1 failed, 1 there already\n" in capsys.readouterr().err
+    questions.write_text(questions.read_text().replace('""', '"2"'))
+    assert main([*arguments, "--resume"]) == 0
+    assert (answers_of(out), failures_of(out)) == ([(1, "b"), ("x", "c")], [])
+
+
+def test_answers_keep_what_records_hold(hand_bundle: Path, tmp_path: Path) -> None:
+    records = [
+        {"id": 17, "question": "1", "answer": "gold", "meta": {"k": [1, None, "\u00e9"]}},
+        {"question": "2", "x": 1.5},
+    ]
+    questions = tmp_path / "q.jsonl"
+    questions.write_text("".join(json.dumps(record) + "\n" for record in records))
+    out = tmp_path / "a.jsonl"
+    arguments = ["run", str(hand_bundle), "--input", str(questions), "--output", str(out)]
+    assert main([*arguments, "--quiet"]) == 0
+    found = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [line["record"] for line in found] == records
+    assert [(line["id"], line["answer"], line["batch_size"]) for line in found] == [
+        (17, "b", 2),
+        ("2", "c", 2),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["hard link", "link", "by standard input", "by standard output"])
+def test_an_input_is_never_written_over(hand_bundle: Path, tmp_path: Path, kind: str) -> None:
+    questions = write_questions(tmp_path / "q.jsonl", "1", "2")
+    before = questions.read_bytes()
+    other = tmp_path / "other"
+    if kind == "hard link":
+        os.link(questions, other)
+    elif kind == "link":
+        other.symlink_to(questions)
+    source, target = str(questions), str(other)
+    with questions.open("rb") as stdin, questions.open("ab") as stdout:
+        if kind == "by standard input":
+            source, target = "-", str(questions)
+        if kind == "by standard output":
+            target = "-"
+        done = subprocess.run(
+            [*RECMAS, "run", str(hand_bundle), "--input", source, "--output", target, "--force"],
+            stdin=stdin,
+            stdout=stdout if target == "-" else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            check=False,
+            env=ENVIRONMENT,
+        )
+    assert done.returncode == 2
+    assert b"error[RM506]: --input and --output are the same file" in done.stderr
+    assert questions.read_bytes() == before
+
+
+def test_a_trace_does_not_write_over_input_or_output(
+    hand_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = write_questions(tmp_path / "trace.jsonl", "1")
+    arguments = ["run", str(hand_bundle), "--input", str(questions), "--trace", str(tmp_path)]
+    assert main([*arguments, "--output", str(tmp_path / "a"), "--force"]) == 2
+    assert "--input and --trace (trace.jsonl) are the same file" in capsys.readouterr().err
+    assert questions.stat().st_size > 0
+
+
+def test_two_runs_into_one_output(hand_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    command = [*RECMAS, "run", str(hand_bundle), "--input", "-", "--output", str(out), "--batch=1"]
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, env=ENVIRONMENT)
+    assert first.stdin is not None
+    first.stdin.write(b'{"question": "1"}\n')
+    first.stdin.flush()
+    while not (out.exists() and out.read_bytes().endswith(b"\n")):
+        assert first.poll() is None
+    for more in ("--resume", "--force"):
+        second = subprocess.run(
+            [*command, more], input=b"", capture_output=True, check=False, env=ENVIRONMENT
+        )
+        assert second.returncode == 1
+        assert b"error[RM503]: another run writes here" in second.stderr
+    first.communicate(b'{"question": "2"}\n', timeout=60)
+    assert first.returncode == 0
+    assert answers_of(out) == [("1", "b"), ("2", "c")]
+
+
 def test_a_trace_holds_every_message_and_step(hand_bundle: Path, tmp_path: Path) -> None:
     questions = write_questions(tmp_path / "q.jsonl", "1", "22", "333")
     arguments = ["run", str(hand_bundle), "--input", str(questions), "--quiet"]
@@ -162,21 +290,26 @@ def test_a_trace_holds_every_message_and_step(hand_bundle: Path, tmp_path: Path)
         main([*arguments, "--output", str(tmp_path / "a"), "--batch", "2", "--trace", str(folder)])
         == 0
     )
-    messages = np.load(folder / "messages.npz", allow_pickle=False)
-    assert {name: messages[name].shape for name in messages} == {
-        "planner->solver@1": (3, 2, 260),
-        "solver->planner@1": (3, 2, 260),
-        "planner->solver@2": (3, 2, 260),
-        "records": (3,),
-    }
-    assert messages["records"].tolist() == ["1", "2", "3"]
-    events = [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()]
-    assert len(events) == 2 * 11  # two batches
-    assert [e["op"] for e in events[:3]] == ["prefill", "think", "send"]
-    assert [e["batch"] for e in events] == [2] * 11 + [1] * 11
-    again = events[6]
-    assert (again["op"], again["round"], again["agents"]) == ("prefill", 2, ["planner"])
-    assert again["reused_tokens"] == [len("<") + len("Plan: 1"), len("<") + len("Plan: 22")]
+    lines = [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()]
+    assert [(line["id"], line["file"], line["batch_size"]) for line in lines] == [
+        ("1", "000001.npz", 2),
+        ("2", "000002.npz", 2),
+        ("3", "000003.npz", 1),
+    ]
+    for line in lines:
+        messages = np.load(folder / line["file"], allow_pickle=False)
+        assert {name: messages[name].shape for name in messages} == {
+            "planner->solver@1": (2, 260),
+            "solver->planner@1": (2, 260),
+            "planner->solver@2": (2, 260),
+        }
+        assert len(line["steps"]) == 11
+        assert [e["op"] for e in line["steps"][:3]] == ["prefill", "think", "send"]
+    again = [line["steps"][6] for line in lines]
+    assert {(e["op"], e["round"], *e["agents"]) for e in again} == {("prefill", 2, "planner")}
+    assert [e["reused_tokens"] for e in again] == [
+        len("<") + len("Plan: 1"), len("<") + len("Plan: 22"), len("<") + len("Plan: 333"),
+    ]  # fmt: skip
 
 
 def test_a_question_with_a_trace_is_answered_as_text(
@@ -208,7 +341,7 @@ def test_sampling_settings_reach_the_decode(
         ([], 2, "RM506", "required: COMMAND"),
         (["frobnicate"], 2, "RM506", "invalid choice: 'frobnicate'"),
         (["run"], 2, "RM506", "required: BUNDLE"),
-        (["run", "B"], 2, "RM506", "give a QUESTION or --input"),
+        (["run", "B"], 2, "RM506", "give a QUESTION, --field or --input"),
         (["run", "B", "q", "--input", "x"], 2, "RM506", "not both"),
         (["run", "B", "q", "--resume"], 2, "RM506", "--resume needs --output FILE"),
         (["run", "B", "--input", "x", "--output", "./x"], 2, "RM506", "are the same file"),
@@ -311,7 +444,9 @@ def test_interruption_keeps_finished_answers(hand_bundle: Path, tmp_path: Path) 
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert stderr.decode().endswith("interrupted; finished answers are kept\n")
+    assert stderr.decode().endswith(
+        f"interrupted; finished answers are kept in {out}: the same command with --resume goes on\n"
+    )
     assert b"Traceback" not in stderr
     body = json.loads(stdout)
     assert (body["ok"], [a["answer"] for a in body["data"]["answers"]]) == (False, ["b"])
@@ -429,6 +564,6 @@ def test_the_question_may_come_after_options(
     for order in (["7", "--seed", "1"], ["--seed", "1", "7"]):
         assert main(["run", str(hand_bundle), *order, "--json"]) == 0
         (answer,) = json_of(capsys)["data"]["answers"]
-        assert answer["question"] == "7"
+        assert answer["record"] == {"question": "7"}
     assert main(["run", str(hand_bundle), "--seed", "1", "7", "8"]) == 2
     assert "unrecognized arguments: 8" in capsys.readouterr().err

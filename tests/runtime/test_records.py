@@ -14,31 +14,35 @@ import recmas_runtime as rt
 from kit.hand_bundle import edit_json, rehash
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.running import records
+from recmas_runtime.running.answer_file import AnswerWriter
 from recmas_runtime.running.records import (
     Answer,
-    AnswerWriter,
+    FailedRecord,
     Record,
     Timing,
     Usage,
+    count_records,
+    open_records,
     question_record,
     read_records,
 )
 from recmas_runtime.tools.calls import ToolCall, ToolResult
 
 
-def read(raw: bytes, *fields: str) -> list[Record | Problem]:
+def read(raw: bytes, *fields: str) -> list[Record | FailedRecord]:
     return list(read_records(io.BytesIO(raw), file="in.jsonl", fields=fields or ("question",)))
 
 
-def answer(name: str = "a", text: str = "four") -> Answer:
+def answer(name: str | int = "a", text: str = "four") -> Answer:
     return Answer(
         id=name,
-        question="2+2?",
+        record={"question": "2+2?", "answer": 4},
         answer=text,
         finish_reason="stop",
         rounds=2,
         usage=Usage(prompt_tokens=3, latent_steps=2, handover_tokens=0, completion_tokens=1),
         timing_ms=Timing(prefill=1.23456, think=2, send=0.5, write=0, decode=4, tools=1, total=9),
+        batch_size=3,
         tool_calls=(ToolResult(ToolCall("search", "corn"), "ok", "14 rows", 1.00049),),
     )
 
@@ -47,6 +51,10 @@ def test_records_keep_their_fields_and_places() -> None:
     first, second = read(b'{"id": "x", "question": "q", "choices": ["a"]}\n{"question": "r"}')
     assert first == Record(id="x", fields={"id": "x", "question": "q", "choices": ["a"]}, index=0)
     assert second == Record(id="2", fields={"id": "2", "question": "r"}, index=1)
+    assert first.given == {"id": "x", "question": "q", "choices": ["a"]}
+    assert second.given == {"question": "r"}
+    (third,) = read(b'{"id": 7, "question": "q"}')
+    assert (third.id, type(third.id)) == (7, int)
 
 
 @pytest.mark.parametrize(
@@ -75,24 +83,37 @@ def test_what_is_tolerated(raw: bytes) -> None:
         (b'{"question": "\xff"}', "not UTF-8 at byte 15 of the line"),
         (b'{"question": NaN}', "not valid JSON: NaN is not a JSON number"),
         (b"[" * 100_000, "not valid JSON: maximum recursion depth"),
+        (
+            b'{"question": "q", "x": ' + b"[" * 100 + b"]" * 100 + b"}",
+            "nested more than 100 levels deep",
+        ),
+        (b'{"question": "q", "x": 1e999}', "not valid JSON: 1e999 is beyond the range of numbers"),
         (b'{"question": ""}', "record '2' has an empty question"),
         (b'{"question": " \\n "}', "record '2' has an empty question"),
-        (b'{"question": null}', "record '2' has no field 'question'"),
+        (b'{"question": null}', "record '2' has null in field 'question'"),
         (b'{"text": "q"}', "record '2' has no field 'question'"),
         (b'{"question": {}}', "record '2' field 'question' is neither text, number nor"),
         (b'{"question": "\\ud800"}', "record '2' field 'question' holds half a surrogate pair"),
         (b'{"question": "q", "id": {}}', "id {} is neither text nor an integer"),
-        (b'{"question": "q", "id": ""}', "id '' is neither text nor an integer"),
-        (b'{"question": "q", "id": null}', "id None is neither text nor an integer"),
-        (b'{"question": "q", "id": true}', "id True is neither text nor an integer"),
+        (b'{"question": "q", "id": ""}', 'id "" is neither text nor an integer'),
+        (b'{"question": "q", "id": null}', "id null is neither text nor an integer"),
+        (b'{"question": "q", "id": true}', "id true is neither text nor an integer"),
+        (b'{"question": "q", "id": 1.5}', "id 1.5 is neither text nor an integer"),
+        (
+            b'{"question": "q", "id": "' + b"x" * 1025 + b'"}',
+            "the id is longer than 1024 characters",
+        ),
+        (b'{"question": "q", "id": ' + b"9" * 1025 + b"}", "the id is longer than 1024 characters"),
         (b'{"question": "q", "id": "1"}', "id '1' is already that of line 1"),
+        (b'{"question": "q", "id": 1}', "id 1 is already that of line 1"),
     ],
 )
 def test_a_bad_line_does_not_cost_the_others(line: bytes, message: str) -> None:
-    first, problem, last = read(b'{"question": "q"}\n' + line + b'\n{"question": "r"}\n')
+    first, failed, last = read(b'{"question": "q"}\n' + line + b'\n{"question": "r"}\n')
     assert isinstance(first, Record)
     assert isinstance(last, Record)
-    assert isinstance(problem, Problem)
+    assert isinstance(failed, FailedRecord)
+    problem = failed.problem
     assert (problem.code, problem.file, problem.line) == ("RM500", "in.jsonl", 2)
     assert problem.message.startswith(message)
 
@@ -100,9 +121,9 @@ def test_a_bad_line_does_not_cost_the_others(line: bytes, message: str) -> None:
 def test_lines_without_end_are_not_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "MAX_LINE_BYTES", 100)
     long = b'{"question": "' + b"x" * 1000 + b'"}'
-    _, problem, last = read(b'{"question": "q"}\n' + long + b'\n{"question": "r"}')
-    assert isinstance(problem, Problem)
-    assert problem.message == "the line is longer than 100 bytes"
+    _, failed, last = read(b'{"question": "q"}\n' + long + b'\n{"question": "r"}')
+    assert isinstance(failed, FailedRecord)
+    assert failed.problem.message == "the line is longer than 100 bytes"
     assert isinstance(last, Record)
     assert last.id == "3"
 
@@ -113,9 +134,58 @@ def test_fields_that_prompts_do_not_use_may_be_anything() -> None:
 
 
 def test_fields_that_prompts_use_must_be_there() -> None:
-    (problem,) = read(b'{"question": "q"}', "question", "choices")
-    assert isinstance(problem, Problem)
-    assert "no field 'choices'" in problem.message
+    (failed,) = read(b'{"question": "q"}', "question", "choices")
+    assert isinstance(failed, FailedRecord)
+    assert "no field 'choices'" in failed.problem.message
+    assert failed.problem.hint == (
+        "The prompts use question and choices: give --field question=... --field choices=..., or "
+        '--input with lines such as {"question": "...", "choices": "..."}.'
+    )
+
+
+def test_a_failure_has_the_form_of_a_line() -> None:
+    bad, other = read(b'{"id": 3, "question": " ", "gold": "x"}\n[1]\n')
+    assert isinstance(bad, FailedRecord)
+    assert bad.to_json() == {
+        "id": 3,
+        "record": {"id": 3, "question": " ", "gold": "x"},
+        "error": {"code": "RM500", "message": "record 3 has an empty question"},
+    }
+    assert other.to_json() == {
+        "id": "2",
+        "record": None,
+        "error": {"code": "RM500", "message": "the line is not a JSON object"},
+    }
+
+
+def test_an_input_that_never_ends_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for device in ("/dev/zero", "/dev/urandom"):
+        with pytest.raises(RecmasError, match=r"RM502.*it is a device"):
+            open_records(device)
+    with open_records("/dev/null") as empty:
+        assert empty.read() == b""
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(records, "MAX_SKIPPED_BYTES", 1000)
+    with pytest.raises(RecmasError, match=r"RM502.*line 2 does not end"):
+        read(b'{"question": "q"}\n' + b"x" * 2000)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000, "missing", "file/below", "loop", "n\0l"])
+def test_inputs_that_cannot_be_opened_are_told(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(RecmasError, match="RM502"):
+        open_records(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("raw", [b"", b"a", b"a\n", b"a\n\n \nb", b"\n\n", b"a\nb\n"])
+def test_records_are_counted_beforehand(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "in").write_bytes(raw)
+    with open_records(str(tmp_path / "in")) as stream:
+        assert count_records(stream) == len([x for x in raw.split(b"\n") if x.strip()])
+        assert stream.read() == raw
 
 
 def test_a_single_question_is_a_record() -> None:
@@ -146,7 +216,7 @@ def test_an_answer_is_one_line_of_the_agreed_form(tmp_path: Path) -> None:
     assert raw.count(b"\n") == 1
     assert json.loads(raw) == {
         "id": "a",
-        "question": "2+2?",
+        "record": {"question": "2+2?", "answer": 4},
         "answer": "caf\u00e9\n",
         "finish_reason": "stop",
         "rounds": 2,
@@ -165,6 +235,7 @@ def test_an_answer_is_one_line_of_the_agreed_form(tmp_path: Path) -> None:
             "tools": 1,
             "total": 9,
         },
+        "batch_size": 3,
         "tool_calls": [
             {
                 "name": "search",
@@ -192,31 +263,54 @@ def test_half_a_surrogate_pair_is_written_as_json_can(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.jsonl").read_bytes())["id"] == "\ud800"
 
 
+def failure(name: str) -> FailedRecord:
+    problem = Problem(code="RM500", message="bad")
+    return FailedRecord(id=name, record={"question": ""}, problem=problem)
+
+
 def test_resuming_keeps_answers_and_cuts_a_half_line(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    writer = AnswerWriter(path)
-    writer.write(answer("a"))
-    writer.write(answer("b"))
-    writer.close()
+    with AnswerWriter(path) as writer:
+        for result in (answer("a"), failure("x"), answer(7), failure("y")):
+            writer.write(result)
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:20])
-    writer = AnswerWriter(path, resume=True)
-    assert writer.finished == {"a", "b"}
-    writer.write(answer("c"))
-    writer.close()
-    assert [json.loads(line)["id"] for line in path.read_bytes().splitlines()] == ["a", "b", "c"]
+    with AnswerWriter(path, resume=True) as writer:
+        assert (writer.finished, writer.num_dropped) == ({"a", "7"}, 2)
+        writer.write(answer("x"))
+    assert [json.loads(line)["id"] for line in path.read_bytes().splitlines()] == ["a", 7, "x"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.run.json"]
 
 
 def test_resuming_what_is_not_there_starts_it(tmp_path: Path) -> None:
-    writer = AnswerWriter(tmp_path / "out.jsonl", resume=True)
-    assert writer.finished == frozenset()
-    writer.close()
+    with AnswerWriter(tmp_path / "out.jsonl", resume=True) as writer:
+        assert writer.finished == frozenset()
 
 
-@pytest.mark.parametrize("line", [b"hello\n", b"[]\n", b'{"id": 1, "answer": "x"}\n', b"{}\n"])
+def test_resuming_the_answers_of_another_run_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    this = {"fingerprint": "1", "sampling": {"seed": 0, "stop": []}}
+    with AnswerWriter(path, identity=this) as writer:
+        writer.write(answer())
+    before = path.read_bytes()
+    other = {"fingerprint": "2", "sampling": {"seed": 0, "stop": ["x"]}}
+    with pytest.raises(RecmasError, match=r"RM521.*fingerprint was .1., is .2.; sampling.stop was"):
+        AnswerWriter(path, identity=other, resume=True)
+    AnswerWriter(path, identity=this, resume=True).close()
+    (tmp_path / "out.jsonl.run.json").write_text("")
+    with pytest.raises(RecmasError, match=r"RM521.*cannot tell whose"):
+        AnswerWriter(path, identity=this, resume=True)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("line", [b"hello\n", b"[]\n", b'{"id": 1.5, "answer": "x"}\n', b"{}\n"])
 def test_resuming_another_file_is_refused_and_leaves_it_alone(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(line + b"rest")
+    with pytest.raises(RecmasError, match="RM521"):
+        AnswerWriter(path, resume=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "notes.txt.run.json").write_text('{"format": 2}')
     with pytest.raises(RecmasError) as caught:
         AnswerWriter(path, resume=True)
     (problem,) = caught.value.problems
@@ -224,14 +318,31 @@ def test_resuming_another_file_is_refused_and_leaves_it_alone(tmp_path: Path, li
     assert path.read_bytes() == line + b"rest"
 
 
-def test_without_resuming_old_answers_are_replaced(tmp_path: Path) -> None:
-    (tmp_path / "out.jsonl").write_text("old\n")
-    AnswerWriter(tmp_path / "out.jsonl").close()
-    assert (tmp_path / "out.jsonl").read_bytes() == b""
+def test_old_answers_are_replaced_only_on_demand(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text("old\n")
+    with pytest.raises(RecmasError, match=r"RM520.*--force"):
+        AnswerWriter(path)
+    assert path.read_bytes() == b"old\n"
+    AnswerWriter(path, force=True).close()
+    assert path.read_bytes() == b""
+
+
+def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with AnswerWriter(path) as writer:
+        for options in ({}, {"resume": True}, {"force": True}):
+            with pytest.raises(RecmasError, match=r"RM503.*another run writes here"):
+                AnswerWriter(path, **options)
+        writer.write(answer())
+        with pytest.raises(RecmasError, match=r"RM503.*another run"):
+            AnswerWriter(path, force=True)
+    assert path.read_bytes().count(b"\n") == 1
+    AnswerWriter(path, resume=True).close()
 
 
 def test_places_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "missing/out.jsonl"):
+    for path in (tmp_path, tmp_path / "missing/out.jsonl", tmp_path / ("x" * 300)):
         with pytest.raises(RecmasError, match="RM503"):
             AnswerWriter(path)
 
@@ -250,7 +361,7 @@ from pathlib import Path
 sys.path[:0] = {paths!r}
 from test_records import answer
 from recmas_runtime.core.errors import RecmasError
-from recmas_runtime.running.records import AnswerWriter
+from recmas_runtime.running.answer_file import AnswerWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails instead
 writer = AnswerWriter(Path({out!r}))
 try:

@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 from recmas_runtime.core.errors import RecmasError
-from recmas_runtime.prompts import chat_template
+from recmas_runtime.prompts import template_sandbox
 from recmas_runtime.prompts.chat_template import ChatTemplate
 
 
@@ -127,7 +127,7 @@ def test_much_of_little_is_refused(text: str) -> None:
 def test_much_that_comes_little_by_little_is_refused(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat_template, "MAX_TURNS", 20_000)
+    monkeypatch.setattr(template_sandbox, "MAX_TURNS", 20_000)
     with pytest.raises(RecmasError, match="RM206"):
         render(OTHERS[name])
 

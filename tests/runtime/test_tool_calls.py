@@ -10,7 +10,7 @@ import pytest
 
 import recmas_runtime as rt
 from kit.hand_bundle import edit_json, rehash
-from recmas_runtime.running.run_trace import EVENTS_NAME, TraceWriter
+from recmas_runtime.running.run_trace import RECORDS_NAME, TraceWriter
 
 CALL = "<lookup>Q</lookup>"
 
@@ -129,11 +129,11 @@ def test_stream_and_trace_tell_of_tools(tool_bundle: Path, tmp_path: Path) -> No
     trace = TraceWriter(tmp_path)
     system.run_batch([rt.Record(id="1", fields={"question": "C"})], trace=trace)
     trace.close()
-    events = [json.loads(line) for line in (tmp_path / EVENTS_NAME).read_text().splitlines()]
+    (line,) = (tmp_path / RECORDS_NAME).read_text().splitlines()
+    events = json.loads(line)["steps"]
     assert [event["op"] for event in events[-2:]] == ["decode", "tools"]
     (call,) = events[-1]["tool_calls"]
     assert {**call, "ms": 0} == {
-        "record": 0,
         "name": "lookup",
         "argument": "Q",
         "status": "ok",

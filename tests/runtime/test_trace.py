@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from msgspec import structs
 
 import recmas_runtime as rt
-from kit.files import read_messages
-from recmas_runtime.running.run_trace import EVENTS_NAME, MESSAGES_NAME, TraceWriter
+from recmas_runtime.running.run_trace import RECORDS_NAME, TraceWriter
 
 
 def records(**questions: str) -> list[rt.Record]:
@@ -20,15 +20,16 @@ def records(**questions: str) -> list[rt.Record]:
 
 def trace_of(system: rt.System, asked: list[rt.Record], folder: Path) -> list[Any]:
     """Answer records and return the results; the trace lies in the folder."""
-    trace = TraceWriter(folder)
-    results = system.run_batch(asked, trace=trace)
-    trace.close()
-    return results
+    with TraceWriter(folder) as trace:
+        return system.run_batch(asked, trace=trace)
 
 
-def events_of(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / EVENTS_NAME).read_text().splitlines()
-    return [{**json.loads(line), "ms": 0} for line in lines]
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / RECORDS_NAME).read_text().splitlines()]
+
+
+def steps_of(folder: Path) -> list[list[dict[str, Any]]]:
+    return [[{**step, "ms": 0} for step in line["steps"]] for line in lines_of(folder)]
 
 
 def test_rounds_that_start_over_are_traced_once(hand_bundle: Path, tmp_path: Path) -> None:
@@ -42,29 +43,44 @@ def test_rounds_that_start_over_are_traced_once(hand_bundle: Path, tmp_path: Pat
     assert isinstance(long, rt.RecmasError)
     assert "RM501" in str(long)
     trace_of(system, [asked[0], asked[2]], tmp_path / "fit")
-    assert events_of(tmp_path / "over") == events_of(tmp_path / "fit")
+    assert steps_of(tmp_path / "over") == steps_of(tmp_path / "fit")
 
 
-def test_rows_stand_for_the_records_in_their_order(tmp_path: Path) -> None:
-    trace = TraceWriter(tmp_path)
-    first, last, later = (np.full((n, 2, 3), n, np.float32) for n in (1, 2, 3))
-    trace.add_messages({"a->b@1": first, "a->b@3": first}, records=["1"])
-    trace.add_messages({"a->b@1": last, "a->b@2": last, "a->b@3": last}, records=["2", "\ud800"])
-    trace.add_messages({"a->b@1": later, "b->a@1": later[:, :1]}, records=["x", "y", "z"])
-    trace.close()
-    with np.load(tmp_path / MESSAGES_NAME, allow_pickle=False) as arrays:
-        assert arrays["records"].tolist() == ["1", "2", "\ud800", "x", "y", "z"]
-    nothing = np.nan
-    for name, expected in {
-        "a->b@1": [1, 2, 2, 3, 3, 3],
-        "a->b@2": [nothing, 2, 2, nothing, nothing, nothing],
-        "a->b@3": [1, 2, 2, nothing, nothing, nothing],
-        "b->a@1": [nothing, nothing, nothing, 3, 3, 3],
-    }.items():
-        np.testing.assert_array_equal(read_messages(tmp_path)[name][:, 0, 0], expected)
+def batch(*places: int, value: float = 1) -> tuple[Any, ...]:
+    asked = [rt.Record(id=place, fields={}, index=place - 1) for place in places]
+    return asked, [], [{"a->b@1": np.full((2, 3), value + i)} for i, _ in enumerate(places)]
+
+
+def test_each_record_has_a_file_named_after_its_place(tmp_path: Path) -> None:
+    with TraceWriter(tmp_path) as trace:
+        trace.add_batch(*batch(1, 3))
+        trace.add_batch(*batch(1_000_000))
+        # Written as they come, not at the end.
+        assert len(lines_of(tmp_path)) == 3
+    assert [(line["id"], line["file"], line["batch_size"]) for line in lines_of(tmp_path)] == [
+        (1, "000001.npz", 2),
+        (3, "000003.npz", 2),
+        (1_000_000, "1000000.npz", 1),
+    ]
+    with np.load(tmp_path / "000003.npz", allow_pickle=False) as arrays:
+        assert {name: arrays[name].tolist() for name in arrays} == {"a->b@1": [[2.0] * 3] * 2}
+
+
+def test_a_trace_is_replaced_only_on_demand(tmp_path: Path) -> None:
+    with TraceWriter(tmp_path) as trace:
+        trace.add_batch(*batch(1, 2))
+    (tmp_path / "000009.npz").write_bytes(b"not of a trace")
+    with pytest.raises(rt.RecmasError, match=r"RM520.*trace.jsonl.*--force"):
+        TraceWriter(tmp_path)
+    with TraceWriter(tmp_path, resume=True) as trace:
+        trace.add_batch(*batch(3))
+    assert [line["id"] for line in lines_of(tmp_path)] == [1, 2, 3]
+    with TraceWriter(tmp_path, force=True) as trace:
+        trace.add_batch(*batch(2))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["000002.npz", "000009.npz", "trace.jsonl"]
 
 
 def test_a_trace_of_nothing_is_empty(tmp_path: Path) -> None:
     TraceWriter(tmp_path).close()
-    with np.load(tmp_path / MESSAGES_NAME, allow_pickle=False) as arrays:
-        assert {name: arrays[name].tolist() for name in arrays} == {"records": []}
+    assert (tmp_path / RECORDS_NAME).read_bytes() == b""

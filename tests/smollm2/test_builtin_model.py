@@ -5,14 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
-from recmas_compiler.analysis.token_count import TokenCounter, read_gguf_values
+from recmas_compiler.analysis.token_count import TokenCounter
 from recmas_compiler.backbones.facts import count_parameters
-from recmas_compiler.backbones.sources import BUILTINS, SMOLLM2, resolve_source
+from recmas_compiler.backbones.gguf_file import read_gguf_tokenizer, read_gguf_values
+from recmas_compiler.backbones.sources import (
+    BUILTINS,
+    SMOLLM2,
+    describe_backbone,
+    resolve_source,
+)
+from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.spec.patterns.starter_specs import starter_spec
 from recmas_compiler.spec.spec import parse_spec
+from recmas_runtime.core.progress import Silent
+from recmas_runtime.prompts.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.smollm2
 
@@ -42,15 +50,34 @@ def test_facts_of_the_builtin_are_those_of_its_file() -> None:
     )
 
 
-def test_tokens_of_the_builtin_are_counted_as_transformers_does() -> None:
+@pytest.fixture(scope="module")
+def smollm2() -> TorchBackbone:
+    return load_backbone(describe_backbone(SMOLLM2, base_dir=Path()), progress=Silent())
+
+
+# Made with llama.cpp (llama_tokenize without special tokens) on the same file: it reads the split
+# that the file names.
+LLAMA_CPP_IDS = {
+    "What is 7 * 8?": "1780 314 216 39 1672 216 40 47",
+    "Tom's 16 eggs\n\n  cost  2/5 of $3.14": (
+        "24960 506 216 33 38 5246 8866 1708 256 34 31 37 282 1885 35 30 33 36"
+    ),
+    "It costs 1234567 dollars.\n\n12\n3": (
+        "1589 3499 216 33 34 35 36 37 38 39 8358 30 1116 33 34 198 35"
+    ),
+    "caf\xe9 \U0001f600 \u0663\xbd": "83 1939 2756 40303 218 216 164 113 16738",
+    "    return x1 ** 2\n\n\n\tend": "333 1003 1792 33 1903 216 34 16506 197 486",
+}
+
+
+@pytest.mark.parametrize("text", LLAMA_CPP_IDS)
+def test_tokens_of_the_builtin_are_those_of_llama_cpp(text: str, smollm2: TorchBackbone) -> None:
+    expected = [int(i) for i in LLAMA_CPP_IDS[text].split()]
     spec = parse_spec(starter_spec("sequential"))
-    counter = TokenCounter(build_topology(spec).system)
+    assert TokenCounter(build_topology(spec).system)("smol", text) == len(expected)
     resolved = resolve_source(SMOLLM2, base_dir=Path())
-    reference = AutoTokenizer.from_pretrained(resolved.folder, gguf_file=resolved.gguf_file)
-    for text in (
-        "What is 7 * 8?",
-        "Tom's 16 eggs\n\n  cost  2/5 of $3.14",
-        "caf\u00e9 \U0001f600",
-        "",
-    ):
-        assert counter("smol", text) == len(reference(text, add_special_tokens=False)["input_ids"])
+    counted = read_gguf_tokenizer(resolved.folder / str(resolved.gguf_file))
+    assert counted is not None
+    assert counted.encode(text).ids == expected
+    assert list(Tokenizer(smollm2.tokenizer_json, smollm2.chat_template).encode(text)) == expected
+    assert smollm2.tokenizer(text, add_special_tokens=False).input_ids == expected

@@ -8,12 +8,19 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import tokenizers
+from tokenizers import pre_tokenizers
 
 from kit.specs import write_config
-from recmas_compiler.analysis.token_count import read_gguf_values
 from recmas_compiler.backbones import sources
 from recmas_compiler.backbones.facts import BackboneFacts
+from recmas_compiler.backbones.gguf_file import (
+    read_gguf_values,
+    refuse_adapter,
+    split_as_named,
+)
 from recmas_compiler.backbones.sources import BUILTINS, SMOLLM2, describe_backbone, resolve_source
+from recmas_compiler.spec.checks.prefix_reuse import count_tokens
 from recmas_compiler.spec.document.places import SourcePosition
 from recmas_runtime.core.errors import RecmasError
 
@@ -229,3 +236,125 @@ def test_malformed_gguf(content: bytes, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"GGUF file|malformed header"):
         read_gguf_values(path)
+
+
+def refused(folder: Path) -> str:
+    """Return what is said of the backbone in `folder`, which has a config."""
+    write_config(folder / "model")
+    with pytest.raises(RecmasError) as caught:
+        describe_backbone("model", base_dir=folder, position=HERE)
+    assert [problem.code for problem in caught.value.problems] == ["RM202"]
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("adapter_config.json", '{"peft_type": "LORA", "r": 8}'),
+        ("adapter_config.json", '{"peft_type": null}'),
+        ("adapter_config.json", "not JSON"),
+        ("adapter_config.json", "[]"),
+        ("adapter_model.safetensors", ""),
+        ("adapter_model.bin", ""),
+    ],
+)
+def test_an_adapter_of_peft_is_refused(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).write_text(content)
+    (tmp_path / "model" / "model.safetensors").touch()
+    assert refused(tmp_path).startswith(
+        "spec.yaml:5:13: error[RM202]: the backbone `model` has an adapter of PEFT in its folder, "
+        "which recmas does not apply. Merge it"
+    )
+
+
+def test_a_link_of_recursive_mas_is_no_adapter_of_peft(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "adapter_config.json").write_text('{"adapter_type": "ln_res_adapter"}')
+    (tmp_path / "model" / "adapter(math).pt").touch()
+    assert facts(tmp_path).width == 32
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_model.bin",
+        "pytorch_model-00001-of-00002.bin",
+        "consolidated.00.pth",
+        "tf_model.h5",
+        "flax_model.msgpack",
+        "model.onnx",
+    ],
+)
+def test_weights_that_are_not_in_safetensors_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).touch()
+    said = refused(tmp_path)
+    assert f"has its weights in {name} and in no safetensors file" in said
+    assert "Convert it" in said
+    (tmp_path / "model" / "model.safetensors").touch()
+    assert facts(tmp_path).width == 32
+
+
+def test_a_gguf_file_with_an_adapter_is_refused() -> None:
+    refuse_adapter({"general.type": "model"}, source="a.gguf")
+    refuse_adapter({}, source="a.gguf")
+    with pytest.raises(
+        RecmasError, match=r"RM202.*'a.gguf' holds no model but is of type 'adapter'"
+    ):
+        refuse_adapter({"general.type": "adapter"}, source="a.gguf")
+
+
+SPLITS = {
+    "gpt-2": ["Ab", "12", "345", "\u010a\u010a", "\u0120x"],
+    "smollm": ["Ab", "1", "2", "3", "4", "5", "\u010a\u010a", "\u0120x"],
+    "qwen2": ["Ab", "1", "2", "3", "4", "5", "\u010a\u010a", "\u0120x"],
+    "llama-bpe": ["Ab", "123", "4", "5", "\u010a\u010a", "\u0120x"],
+}
+
+
+def gguf_values(split: str | None) -> dict[str, object]:
+    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": split}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_gguf_files_name_how_words_are_split(name: str) -> None:
+    letters = [*pre_tokenizers.ByteLevel.alphabet()]
+    merges = [("A", "b"), ("1", "2"), ("3", "4"), ("34", "5"), ("\u010a", "\u010a")]
+    merges += [("\u0120", "x")]
+    joined = [*letters, *(a + b for a, b in merges), "123"]
+    vocabulary = {token: i for i, token in enumerate(joined)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    split_as_named(tokenizer, gguf_values(name), source="a.gguf")
+    assert tokenizer.encode("Ab12345\n\n x").tokens == SPLITS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("from-the-future", "names the pre-tokenizer 'from-the-future'"), (None, "names no pre-")],
+)
+def test_an_unknown_split_is_refused(name: str | None, said: str) -> None:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    with pytest.raises(RecmasError) as caught:
+        split_as_named(tokenizer, gguf_values(name), source="a.gguf")
+    assert said in str(caught.value)
+    assert "smollm" in str(caught.value)
+
+
+def test_vocabularies_of_another_kind_have_no_split() -> None:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    split_as_named(tokenizer, {"tokenizer.ggml.model": "llama"}, source="a.gguf")
+    assert tokenizer.pre_tokenizer is None
+
+
+def test_tokens_are_counted_without_the_files_cutting_and_padding(tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="b"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_truncation(16)
+    tokenizer.enable_padding(length=16)
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    assert count_tokens(path, "a " * 331) == 331
+    assert count_tokens(path, "a b") == 2
+    (tmp_path / "broken.json").write_text("{}")
+    assert count_tokens(tmp_path / "broken.json", "a b") is None

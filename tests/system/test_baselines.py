@@ -267,7 +267,8 @@ def test_hand_over_texts_never_become_control_tokens(build_tiny: BuildTiny) -> N
     built = build_tiny(SPECS["sequential"])
     system = built.system.baseline("text")
     chats = system._loaded.chats
-    prompts = RecordPrompts(system.plan, chats, RECORDS[0])
+    num_rows = {"tiny": system.manifest.backbones["tiny"].vocab_size}
+    prompts = RecordPrompts(system.plan, chats, RECORDS[0], num_rows=num_rows)
     tokenizer = chats["tiny"].tokenizer
     harmless = prompts.get("critic", "then", {"planner": "all is well"})
     harmful = prompts.get(

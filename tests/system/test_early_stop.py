@@ -13,7 +13,6 @@ from kit.bundles import BuildTiny
 from kit.specs import SPECS
 from recmas_runtime.formats.plan import StopPlan
 from recmas_runtime.running.executor import mean_cosine
-from recmas_runtime.running.run_trace import StepEvent
 from recmas_runtime.running.system import System
 
 QUESTIONS = ["What is 7 * 8?", "Name a colour, please.", "A", "Why do cats sleep all day long?"]
@@ -67,10 +66,8 @@ def settled_at(build_tiny: BuildTiny, question: str) -> float:
     messages: dict[str, np.ndarray] = {}
 
     class Listener:
-        def add_messages(self, found: dict[str, np.ndarray], *, records: object) -> None:
-            messages.update(found)
-
-        def add_event(self, event: StepEvent, *, batch: int) -> None: ...
+        def add_batch(self, records: object, events: object, found: list[dict]) -> None:
+            messages.update({name: message[None] for name, message in found[0].items()})
 
     system = system_with(build_tiny, "sequential", None)
     record = rt.Record(id="1", fields={"question": question})

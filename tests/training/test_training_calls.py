@@ -77,14 +77,24 @@ def test_words_begin_where_the_token_before_ends(tiny: LoadTiny) -> None:
     assert starts.count(text.index("\u4e2d")) == 3
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen3"])
-def test_a_template_that_moves_text_is_refused(tiny: LoadTiny, family: str) -> None:
+def test_a_template_that_moves_text_is_refused(tiny: LoadTiny) -> None:
     with pytest.raises(RecmasError) as caught:
-        write(tiny, family)
+        write(tiny, "mistral")
     (problem,) = caught.value.problems
     assert problem.code == "RM206"
-    assert problem.message.startswith("agent 'solver', record '7': the chat template does not")
-    write(tiny, family, system=(), chat_template={"enable_thinking": True})
+    assert problem.message.startswith(
+        "agent 'solver', record '7': the chat template writes the conversation in another way"
+    )
+    write(tiny, "mistral", system=())
+
+
+def test_a_block_of_reasoning_that_past_turns_lack_belongs_to_the_prompt(tiny: LoadTiny) -> None:
+    call, text = write(tiny, "qwen3")
+    assert text == "An end.<|im_end|>\n"
+    last = call.items[-1]
+    assert isinstance(last, Tokens)
+    decoded = tiny("qwen3").tokenizer.decode(last.ids)
+    assert decoded.endswith("<think>\n\n</think>\n\nAn end.<|im_end|>\n")
 
 
 def test_a_template_that_leaves_out_the_assistant_is_refused(tiny: LoadTiny) -> None:
@@ -172,3 +182,36 @@ def test_nobody_speaks_without_a_target(tiny: LoadTiny) -> None:
     alone = replace(examples(graph)[0], targets={"critic": "A better plan."})
     (turn,) = writer.write_ideal("critic", alone)
     assert turn.items[1] == Tokens(())
+
+
+def test_targets_that_the_template_would_strip_are_trained_whole_and_told_of(
+    tiny: LoadTiny,
+) -> None:
+    backbone = tiny("llama")  # which trims every message
+    graph = on_one("sequential", backbone)
+    writer = CallWriter(graph.system, {"tiny": backbone})
+    first, second = examples(graph)[:2]
+    assert writer.write("solver", "then", "turn", first)
+    assert writer.warnings() == ()
+    spaced = replace(second, targets={"solver": "The end.\n"})
+    call = writer.write("solver", "then", "turn", spaced)
+    last = call.items[-1]
+    assert isinstance(last, Tokens)
+    assert backbone.tokenizer.decode(last.ids).endswith("The end.\n<|eot_id|>")
+    (warning,) = writer.warnings()
+    assert warning.code == "RM755"
+    assert "agent 'solver'" in warning.message
+    assert f"the target of 1 record, the first is {second.id!r}" in warning.message
+
+
+def test_a_long_record_is_measured_without_being_written(tiny: LoadTiny) -> None:
+    backbone = tiny("llama")
+    graph = on_one("sequential", backbone)
+    writer = CallWriter(graph.system, {"tiny": backbone})
+    example = examples(graph)[0]
+    assert writer.min_positions("solver", example) <= 40
+    longest = len("<|start_header_id|>")
+    asked = replace(example, fields={"question": "<|eot_id|>" * 10_000})
+    assert writer.min_positions("solver", asked) >= 100_000 // longest
+    said = replace(example, targets={"solver": "x" * 100_000})
+    assert writer.min_positions("solver", said) >= 100_000 // longest

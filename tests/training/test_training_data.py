@@ -32,7 +32,7 @@ WRONG = {
     "a_number": ("7", "not a JSON object"),
     "nan": ('{"question": NaN}', "NaN is not a JSON number"),
     "id_used_before": (record(0), "id 'r0' is already that of line 1"),
-    "id_empty": (record(9, id=""), "id '' is neither text nor an integer"),
+    "id_empty": (record(9, id=""), 'id "" is neither text nor an integer'),
     "id_a_list": (record(9, id=["a"]), "neither text nor an integer"),
     "no_question": (record(9, question=None), "has no field 'question', which the prompts use"),
     "question_empty": (record(9, question="  "), "has an empty question"),

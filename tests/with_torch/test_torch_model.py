@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -18,10 +20,13 @@ from transformers import (
 )
 
 from kit.models import COMMON_DIMS, FAMILIES, LoadTiny, load_folder, write_tiny_backbone
+from recmas_compiler.backbones import own_tokenizer
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone, weights_digest
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Silent
+from recmas_runtime.prompts.exerciser import sample_texts
+from recmas_runtime.prompts.tokenizer import Tokenizer as RuntimeTokenizer
 
 
 def facts_of(folder: Path, **changes: Any) -> BackboneFacts:
@@ -107,9 +112,7 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
 
 def test_missing_weights_are_refused(tmp_path: Path) -> None:
     write_tiny_backbone(tmp_path, "llama")
-    weights = load_file(tmp_path / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    change_weights(tmp_path, lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))
     code, text = refusal(tmp_path)
     assert code == "RM202"
     assert "lacks 1 weights, such as 'model.layers.1.mlp.up_proj.weight'" in text
@@ -131,7 +134,10 @@ def test_cut_weights_are_refused(tmp_path: Path) -> None:
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     write_tiny_backbone(tmp_path, "llama")
     edit(tmp_path / "config.json", intermediate_size=128)
-    assert refusal(tmp_path)[0] == "RM202"
+    code, text = refusal(tmp_path)
+    assert code == "RM202"
+    shapes = "of shape [64, 96], but its config.json says [64, 128]"
+    assert f"has 'model.layers.0.mlp.down_proj.weight' {shapes}" in text
 
 
 def test_a_model_that_is_not_causal_is_refused(tmp_path: Path) -> None:
@@ -218,3 +224,172 @@ def test_a_padded_vocabulary_loads(tmp_path: Path) -> None:
     assert backbone.facts.vocab_size == 320
     assert len(backbone.tokenizer) < 320
     assert set(COMMON_DIMS) <= backbone.model.config.to_dict().keys()
+
+
+LLAMA3_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def write_with_tokenizer(folder: Path, **settings: Any) -> Tokenizer:
+    """Write a tiny model whose tokenizer joins three digits and line breaks; return that one."""
+    write_tiny_backbone(folder, "llama", vocab_size=400)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokens = list(tokenizer.get_vocab(with_added_tokens=False))
+    merges = [("1", "2"), ("12", "3"), ("\u010a", "\u010a"), ("4", "5"), ("2", "3")]
+    vocab = {token: i for i, token in enumerate([*tokens, *(a + b for a, b in merges)])}
+    special = FAMILIES["llama"].special
+    own = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    own.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    own.decoder = decoders.ByteLevel()
+    own.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    own.add_tokens([AddedToken("<extra>", normalized=False)])
+    own.enable_truncation(5)
+    own.enable_padding(length=5)
+    own.save(str(folder / "tokenizer.json"))
+    edit(folder / "tokenizer_config.json", **settings)
+    own.no_truncation()
+    own.no_padding()
+    return own
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "PreTrainedTokenizerFast",
+        "GPT2Tokenizer",
+        "LlamaTokenizer",
+        "Qwen2Tokenizer",
+        "GemmaTokenizer",
+    ],
+)
+def test_the_tokenizer_is_that_of_the_models_own_file(named: str, tmp_path: Path) -> None:
+    """transformers makes some classes anew from the vocabulary, with a split of their own."""
+    own = write_with_tokenizer(tmp_path, tokenizer_class=named)
+    backbone = load_folder(tmp_path)
+    ours = RuntimeTokenizer(backbone.tokenizer_json, backbone.chat_template)
+    for text in [*sample_texts(["<extra>", "<|eot_id|>"]), "It costs 1234567 dollars.\n\nNext"]:
+        expected = own.encode(text, add_special_tokens=False).ids
+        assert list(ours.encode(text)) == expected, text
+        assert backbone.tokenizer(text, add_special_tokens=False).input_ids == expected
+    assert backbone.special_tokens["eos_token"] == "<|eot_id|>"
+    assert json.loads(backbone.tokenizer_json)["truncation"] is None
+    assert json.loads(backbone.tokenizer_json)["padding"] is None
+
+
+def test_tokens_that_the_settings_add_are_kept(tmp_path: Path) -> None:
+    own = write_with_tokenizer(tmp_path, extra_special_tokens=["<more>"])
+    assert own.token_to_id("<more>") is None
+    backbone = load_folder(tmp_path)
+    ours = RuntimeTokenizer(backbone.tokenizer_json, backbone.chat_template)
+    assert ours.encode("<more>") == (own.get_vocab_size(),)
+
+
+def test_a_tokenizer_that_is_not_its_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_with_tokenizer(tmp_path)
+    usual = own_tokenizer.PreTrainedTokenizerFast.from_pretrained
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        """Give what a version of transformers with a split of its own would."""
+        tokenizer = usual(*args, **kwargs)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return tokenizer
+
+    monkeypatch.setattr(own_tokenizer.PreTrainedTokenizerFast, "from_pretrained", changed)
+    code, text = refusal(tmp_path)
+    assert code == "RM202"
+    assert "is not that of its tokenizer.json: in " in text
+    assert "in the place of" in text
+
+
+def test_a_token_without_a_row_is_refused(tmp_path: Path) -> None:
+    write_tiny_backbone(tmp_path, "llama")
+    path = tmp_path / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    rows = tokenizer.get_vocab_size()
+    # as models have it for inputs that are not text; no text can spell it
+    tokenizer.add_tokens([AddedToken("<image>", special=True)])
+    tokenizer.save(str(path))
+    assert load_folder(tmp_path).facts.vocab_size == rows
+    tokenizer.add_tokens([AddedToken("<extra>", special=False)])
+    tokenizer.save(str(path))
+    code, text = refusal(tmp_path)
+    assert code == "RM202"
+    assert f"has a token beyond the {rows} rows of the embedding table" in text
+    assert f'such as "<extra>" with the id {rows + 1}' in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "template"),
+    [({}, "{{ '<image>' }}"), ({"bos_token": "<image>"}, "{{ bos_token }}")],
+)
+def test_a_token_without_a_row_in_a_template_is_refused(
+    settings: dict[str, str], template: str, tmp_path: Path
+) -> None:
+    write_tiny_backbone(tmp_path, "qwen2")
+    path = tmp_path / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_tokens([AddedToken("<image>", special=True)])
+    tokenizer.save(str(path))
+    edit(tmp_path / "tokenizer_config.json", **settings)
+    if settings:
+        load_folder(tmp_path)
+    template_file = tmp_path / "chat_template.jinja"
+    template_file.write_text(template + template_file.read_text())
+    assert refusal(tmp_path)[0] == "RM202"
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    # read into memory: the file must not change under a map of it
+    weights = load(Path(folder / "model.safetensors").read_bytes())
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value: float, tmp_path: Path) -> None:
+    write_tiny_backbone(tmp_path, "llama")
+    change_weights(tmp_path, lambda w: w["model.layers.1.mlp.up_proj.weight"][0].fill_(value))
+    code, text = refusal(tmp_path)
+    assert code == "RM202"
+    assert "weights that are NaN or infinite, in 'model.layers.1.mlp.up_proj.weight'" in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.mlp.up_proj.weight_scale_inv",
+        "model.layers.0.self_attn.q_proj.lora_A.default.weight",
+    ],
+)
+def test_tensors_that_a_layer_has_no_place_for_are_refused(name: str, tmp_path: Path) -> None:
+    write_tiny_backbone(tmp_path, "llama")
+    change_weights(tmp_path, lambda w: w.update({name: torch.ones(4)}))
+    code, text = refusal(tmp_path)
+    assert code == "RM202"
+    assert f"has 1 tensors that its config.json has no place for, such as '{name}'" in text
+
+
+def test_tensors_of_parts_that_the_model_does_not_have_are_no_loss(tmp_path: Path) -> None:
+    write_tiny_backbone(tmp_path, "llama")
+    extra = {"mtp.layers.0.weight": torch.ones(4), "vision.patches.weight": torch.ones(4)}
+    change_weights(tmp_path, lambda w: w.update(extra))
+    load_folder(tmp_path)
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    write_tiny_backbone(tmp_path, "llama")
+    weights = load_file(tmp_path / "model.safetensors")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    code, text = refusal(tmp_path)
+    assert code == "RM202"
+    assert "has its weights in pytorch_model.bin and in no safetensors file" in text

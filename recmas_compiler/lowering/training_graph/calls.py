@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Literal
 
 from recmas_compiler.ir.ops import System
 from recmas_compiler.lowering.plan import agent_plan
-from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.text import counted
 from recmas_runtime.formats.plan import Variant
-from recmas_runtime.prompts.render import Chat, Slot, Tokens, build_prompt, build_turn
+from recmas_runtime.prompts.render import Chat, Slot, Tokens, build_prompt, text_chars
+from recmas_runtime.prompts.turn import build_turn
 
 if TYPE_CHECKING:  # what reads training data does not need torch
     from recmas_compiler.backbones.torch_model import TorchBackbone
@@ -90,6 +92,35 @@ class CallWriter:
             name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
             for name, b in backbones.items()
         }
+        # Records, by agent, whose target the template does not write as it stands.
+        self._changed: dict[str, dict[str, None]] = {}
+
+    def warnings(self) -> tuple[Problem, ...]:
+        """Return what was found out about the targets of the calls written so far."""
+        return tuple(
+            Problem(
+                code="RM755",
+                severity="warning",
+                message=f"the chat template of agent {agent!r} would strip or shorten the target "
+                f"of {counted(len(records), 'record')}, the first is {next(iter(records))!r}",
+                hint="They are trained whole, as they stand in the data, between the prompt and "
+                "what the template writes behind an answer.",
+            )
+            for agent, records in self._changed.items()
+        )
+
+    def min_positions(self, agent: str, example: TrainExample) -> int:
+        """Return how many positions a call of the agent takes at least, without writing it.
+
+        0 for what cannot be told so.
+        """
+        declared = self._agents[agent]
+        record = {**example.fields, "id": example.id}
+        most = self._chats[declared.backbone].tokenizer.max_token_chars
+        variants = (declared.then, declared.first or ())
+        chars = max(text_chars((*declared.system, *parts), record) for parts in variants)
+        chars = max(chars, len(example.targets.get(agent, "")))
+        return 0 if most is None else -(-chars // most)
 
     def write(self, agent: str, variant: Variant, form: Form, example: TrainExample) -> Call:
         """Return one call.
@@ -123,6 +154,8 @@ class CallWriter:
             )
         except RecmasError as error:
             raise _named(error, agent, example) from error
+        if not turn.is_as_written:
+            self._changed.setdefault(agent, {})[example.id] = None
         return Call(items=turn.prompt.items, num_target_tokens=turn.num_target_tokens)
 
     def write_ideal(self, agent: str, example: TrainExample) -> tuple[Call, ...]:
@@ -147,7 +180,7 @@ class CallWriter:
 
         def ideal(sender: str, senders: set[str]) -> Tokens:
             text = example.targets.get(sender, "") if sender in senders else ""
-            ids = tokenizer.encode_piece(text, plain=[(0, len(text))])
+            ids = tokenizer.encode_piece(text, plain=[(0, len(text))], continues=True)
             return Tokens(ids[: self._agents[sender].latent_steps])
 
         turns = []

@@ -78,7 +78,7 @@ class TrainingGraph(ProgramModule):
             turn for turn in self.thinking if supervise == "all" and turn.agent == self.answer.agent
         )
         self._checkpoint_calls = checkpoint_calls
-        self._writer = CallWriter(self.system, backbones)
+        self.writer = CallWriter(self.system, backbones)
         self._agent_calls = {
             name: AgentCalls(b, compile_calls=compile_calls, checkpoint_calls=checkpoint_calls)
             for name, b in backbones.items()
@@ -209,7 +209,7 @@ class TrainingGraph(ProgramModule):
             for form in (*self._forms(turn, self.mode), *self._forms(turn, "rollout")):
                 key = turn.agent, turn.variant, form
                 if key not in calls:
-                    calls[key] = self._writer.write(*key, example)
+                    calls[key] = self.writer.write(*key, example)
         return calls
 
     def _forms(self, turn: AgentTurn, mode: Mode) -> tuple[Form, ...]:

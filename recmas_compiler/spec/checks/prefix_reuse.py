@@ -71,7 +71,11 @@ def count_tokens(tokenizer_json: Path, text: str) -> int | None:
 @lru_cache(maxsize=8)
 def _load(tokenizer_json: Path) -> tokenizers.Tokenizer | None:
     try:
-        return tokenizers.Tokenizer.from_file(str(tokenizer_json))
+        tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_json))
     # The library raises bare exceptions; without a tokenizer the count is an estimate.
     except Exception:
         return None
+    # A file may carry settings that cut or pad whatever is encoded.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -14,7 +14,7 @@ from recmas_compiler.spec.document.problems import problem_at, show
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress
-from recmas_runtime.running.records import Record, read_records
+from recmas_runtime.running.records import FailedRecord, Record, read_records
 
 # A file with one mistake often has it in every line.
 MAX_PROBLEMS: Final = 20
@@ -133,8 +133,8 @@ class _Reader:
         try:
             with path.open("rb") as stream:
                 for found in read_records(stream, file=str(path), fields=self.prompt_fields):
-                    if isinstance(found, Problem):
-                        problems.append(replace(found, code="RM700", hint=_CORRECT))
+                    if isinstance(found, FailedRecord):
+                        problems.append(replace(found.problem, code="RM700", hint=_CORRECT))
                     elif wrong := self._wrong_targets(found, str(path)):
                         problems += wrong
                     else:
@@ -156,7 +156,9 @@ class _Reader:
 
     def _example(self, record: Record) -> TrainExample:
         texts = {agent: str(record.fields[name]) for agent, name in self._targets.items()}
-        return TrainExample(id=record.id, index=record.index, fields=record.fields, targets=texts)
+        return TrainExample(
+            id=str(record.id), index=record.index, fields=record.fields, targets=texts
+        )
 
     def _wrong_targets(self, record: Record, file: str) -> list[Problem]:
         wrong = []

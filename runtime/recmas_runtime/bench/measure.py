@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final
-
-from numpy.typing import NDArray
+from typing import Final
 
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.progress import Progress
@@ -183,10 +181,10 @@ class _TextCounter:
         self.num_texts = 0
         self.num_cut = 0
 
-    def add_event(self, event: StepEvent, *, batch: int) -> None:
-        if event.op == "write":
-            self.num_texts += batch * len(event.agents)
-            self.num_cut += sum(event.cut_texts)
-
-    def add_messages(self, messages: Mapping[str, NDArray[Any]], *, records: Sequence[str]) -> None:
-        pass
+    def add_batch(
+        self, records: Sequence[Record], events: Sequence[StepEvent], messages: object
+    ) -> None:
+        for event in events:
+            if event.op == "write":
+                self.num_texts += len(records) * len(event.agents)
+                self.num_cut += sum(event.cut_texts)

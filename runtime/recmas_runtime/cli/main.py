@@ -34,6 +34,7 @@ class Outcome:
     text: str = ""
     problems: list[Problem] = field(default_factory=list)
     interrupted: bool = False
+    interruption: str = "interrupted"  # what is said then
 
     @property
     def exit_code(self) -> Exit:
@@ -94,7 +95,7 @@ def _report(outcome: Outcome, *, as_json: bool) -> int:
     except BrokenPipeError:
         _silence_stdout()
     if outcome.interrupted:
-        print("interrupted; finished answers are kept", file=sys.stderr)
+        print(outcome.interruption, file=sys.stderr)
     return outcome.exit_code
 
 
@@ -151,11 +152,19 @@ def _parser() -> argparse.ArgumentParser:
 
     run = _command(commands, "run", "Answer questions with a bundle.", _run)
     run.add_argument("question", nargs="?", metavar="QUESTION", help="one question")
+    run.add_argument(
+        "--field",
+        dest="fields",
+        action="append",
+        metavar="NAME=VALUE",
+        help="a field that the prompts use; may be repeated, a name too, for a list",
+    )
     files = run.add_argument_group("many questions")
     files.add_argument("--input", metavar="FILE", help="JSON lines to answer; - is stdin")
     files.add_argument("--output", metavar="FILE", help="JSON lines to write; - is stdout")
     files.add_argument("--batch", type=int, metavar="N", help="records per batch")
     files.add_argument("--resume", action="store_true", help="go on with an output file")
+    files.add_argument("--force", action="store_true", help="write over an output or trace")
     run.add_argument("--trace", type=Path, metavar="DIR", help="write messages and steps here")
     run.add_argument(
         "--baseline",
@@ -254,8 +263,13 @@ def _positive(text: str) -> int:
 
 
 def _run(options: argparse.Namespace, outcome: Outcome) -> None:
-    from recmas_runtime.cli.run import run
+    from recmas_runtime.cli.run import STANDARD_STREAM, run
 
+    if options.output not in (None, STANDARD_STREAM):
+        outcome.interruption += (
+            f"; finished answers are kept in {options.output}: "
+            "the same command with --resume goes on"
+        )
     run(options, outcome.data, outcome.problems)
 
 

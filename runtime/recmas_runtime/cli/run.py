@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import stat
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing
-from dataclasses import asdict
-from itertools import islice
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,25 +18,29 @@ from msgspec import structs
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.progress import LineProgress, Silent
 from recmas_runtime.core.terminal import shown_on
-from recmas_runtime.core.text import counted
+from recmas_runtime.core.text import counted, time_left
+from recmas_runtime.formats.codec import to_json
 from recmas_runtime.formats.plan import SamplingPlan
 from recmas_runtime.prompts.sampler import check_sampling
+from recmas_runtime.running.answer_file import IDENTITY_SUFFIX, AnswerWriter
 from recmas_runtime.running.records import (
     Answer,
-    AnswerWriter,
+    FailedRecord,
     Record,
+    count_records,
+    open_records,
     question_record,
     read_records,
-    unreadable,
-    usable,
 )
-from recmas_runtime.running.run_trace import TraceWriter
+from recmas_runtime.running.run_trace import RECORDS_NAME, TraceWriter
 from recmas_runtime.running.system import System, check_batch, load
 from recmas_runtime.tools.toolbox import terminal_ask
 
 STANDARD_STREAM: Final = "-"
 # Phases that most systems do not have.
 _SILENT: Final = ("write", "tools")
+# Lines that cannot be used are written down at the latest behind so many.
+_MOST_WAITING: Final = 1000
 
 
 def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Problem]) -> None:
@@ -44,7 +49,8 @@ def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Proble
     `data` fills as answers come, so that an interruption keeps what is finished. `problems` gets
     what is wrong with single records; the others are answered all the same.
     """
-    _check_usage(options)
+    fields = _given_fields(options)
+    _check_usage(options, fields)
     overrides = _sampling_overrides(options)
     check_sampling(structs.replace(SamplingPlan(), **overrides))  # before anything takes long
     system = load(
@@ -54,17 +60,21 @@ def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Proble
     if options.batch is not None:
         check_batch(options.batch, system.plan)
     try:
-        if options.question is not None and not (options.json or options.output or options.trace):
-            _stream(system, options, sampling)
+        single = None if fields is None else question_record(fields, system.plan.fields)
+        if single is not None:
+            system.check_question(single)
+        if single is not None and not (options.json or options.output or options.trace):
+            _stream(system, single, options, sampling)
         else:
-            _answer_all(system, options, sampling, data, problems)
+            _Run(system, sampling, options, data, problems).answer_all(single)
     finally:
         problems += system.problems
 
 
-def _stream(system: System, options: argparse.Namespace, sampling: SamplingPlan) -> None:
+def _stream(
+    system: System, record: Record, options: argparse.Namespace, sampling: SamplingPlan
+) -> None:
     """Write one answer as plain text, as it comes."""
-    record = question_record(options.question, system.plan.fields)
     stream = system.stream(record, sampling=sampling)
     try:
         for piece in stream:
@@ -76,56 +86,151 @@ def _stream(system: System, options: argparse.Namespace, sampling: SamplingPlan)
         print(_summary(stream.answer), file=sys.stderr)
 
 
-def _answer_all(
-    system: System,
-    options: argparse.Namespace,
-    sampling: SamplingPlan,
-    data: dict[str, Any],
-    problems: list[Problem],
-) -> None:
-    """Answer records in batches; every finished batch is written before the next begins."""
-    batch_size = options.batch or system.plan.limits.max_batch
-    start = time.perf_counter()
-    num_answers = 0
-    with ExitStack() as stack:
-        trace = None
-        if options.trace is not None:
-            trace = stack.enter_context(closing(TraceWriter(options.trace)))
-        records = _records(stack, system, options, problems)
-        writer = _open_writer(options)
-        if writer is not None:
-            stack.enter_context(closing(writer))
-            records = (record for record in records if record.id not in writer.finished)
+@dataclass
+class _Run:
+    """A run over records, and what has come of it so far."""
+
+    system: System
+    sampling: SamplingPlan
+    options: argparse.Namespace
+    data: dict[str, Any]
+    problems: list[Problem]
+    num_answers: int = 0
+    num_failed: int = 0
+    num_resumed: int = 0
+
+    def answer_all(self, single: Record | None) -> None:
+        """Answer records in batches; every finished batch is written before the next begins."""
+        options = self.options
+        start = time.perf_counter()
+        with ExitStack() as stack:
+            found, total = self._records(stack, single)
+            writer = self._open_writer(stack)
+            trace = None
+            if options.trace is not None:
+                trace = stack.enter_context(
+                    TraceWriter(options.trace, resume=options.resume, force=options.force)
+                )
+            if options.json:
+                self.data["answers"] = []
+            # A progress line would run into answers on the same terminal.
+            quiet = options.quiet or not (options.json or options.output)
+            progress = Silent() if quiet else LineProgress()
+            advance = stack.enter_context(progress.stage("Answered", total))
+            finished = frozenset() if writer is None else writer.finished
+            for batch in self._batches(found, finished):
+                self._answer(batch, writer, trace)
+                seen = self.num_answers + self.num_failed + self.num_resumed
+                seconds = time.perf_counter() - start
+                done = seen - self.num_resumed
+                left = None if total is None else max(0, total - seen)
+                advance(len(batch), note=self._note(done, left, seconds))
+        if not options.quiet and single is None:
+            seconds = time.perf_counter() - start
+            counts = "".join(f", {count}" for count in self._other_counts())
+            print(
+                f"answered {counted(self.num_answers, 'record')} in {seconds:.1f} s{counts}",
+                file=sys.stderr,
+            )
+
+    def _answer(
+        self,
+        batch: list[Record | FailedRecord | None],
+        writer: AnswerWriter | None,
+        trace: TraceWriter | None,
+    ) -> None:
+        """Answer a batch and write what came of it, in the order of the input."""
+        records = [item for item in batch if isinstance(item, Record)]
+        results = iter(self.system.run_batch(records, sampling=self.sampling, trace=trace))
+        for item in batch:
+            if item is None:
+                self.num_resumed += 1
+                continue
+            result: Answer | FailedRecord | RecmasError
+            result = next(results) if isinstance(item, Record) else item
+            if isinstance(item, Record) and isinstance(result, RecmasError):
+                result = FailedRecord(id=item.id, record=item.given, problem=result.problems[0])
+            assert not isinstance(result, RecmasError)
+            self._deliver(result, writer)
+
+    def _deliver(self, result: Answer | FailedRecord, writer: AnswerWriter | None) -> None:
+        options = self.options
         if options.json:
-            data["answers"] = []
-        # A progress line would run into answers on the same terminal.
-        quiet = options.quiet or not (options.json or options.output)
-        progress = Silent() if quiet else LineProgress()
-        advance = stack.enter_context(progress.stage("Answered"))
-        while batch := list(islice(records, batch_size)):
-            for result in system.run_batch(batch, sampling=sampling, trace=trace):
-                if isinstance(result, RecmasError):
-                    problems += result.problems
-                    continue
-                num_answers += 1
-                _deliver(result, options, writer, data)
-            advance(len(batch))
-    if not options.quiet and options.question is None:
-        seconds = time.perf_counter() - start
-        print(f"answered {num_answers} records in {seconds:.1f} s", file=sys.stderr)
+            self.data["answers"].append(result.to_json())
+        if writer is not None:
+            writer.write(result)
+        if isinstance(result, FailedRecord):
+            self.num_failed += 1
+            self.problems.append(result.problem)
+            return
+        self.num_answers += 1
+        if writer is None and not options.json:  # one question, with a trace
+            print(shown_on(sys.stdout, result.answer), flush=True)
+        if options.input is None and not options.quiet:
+            print(_summary(result), file=sys.stderr)
 
+    def _batches(
+        self, found: Iterator[Record | FailedRecord], finished: frozenset[str]
+    ) -> Iterator[list[Record | FailedRecord | None]]:
+        """Yield batches of records; with each what lies between: failures, None for finished."""
+        size = self.options.batch or self.system.plan.limits.max_batch
+        batch: list[Record | FailedRecord | None] = []
+        num_records = 0
+        for item in found:
+            if isinstance(item, Record) and str(item.id) not in finished:
+                num_records += 1
+                batch.append(item)
+            else:
+                batch.append(None if isinstance(item, Record) else item)
+            if num_records == size or len(batch) == _MOST_WAITING:
+                yield batch
+                batch, num_records = [], 0
+        if batch:
+            yield batch
 
-def _deliver(
-    answer: Answer, options: argparse.Namespace, writer: AnswerWriter | None, data: dict[str, Any]
-) -> None:
-    if writer is not None:
-        writer.write(answer)
-    if options.json:
-        data["answers"].append(answer.to_json())
-    elif writer is None:  # one question, with a trace
-        print(shown_on(sys.stdout, answer.answer), flush=True)
-    if options.question is not None and not options.quiet:
-        print(_summary(answer), file=sys.stderr)
+    def _records(
+        self, stack: ExitStack, single: Record | None
+    ) -> tuple[Iterator[Record | FailedRecord], int | None]:
+        """Return what to answer, and how many there are, if that can be known."""
+        options, fields = self.options, self.system.plan.fields
+        if single is not None:
+            return iter([single]), 1
+        if options.input == STANDARD_STREAM:
+            return read_records(sys.stdin.buffer, file="<stdin>", fields=fields), None
+        stream = stack.enter_context(open_records(options.input))
+        total = count_records(stream)
+        return read_records(stream, file=options.input, fields=fields), total
+
+    def _open_writer(self, stack: ExitStack) -> AnswerWriter | None:
+        options = self.options
+        to_stdout = options.output == STANDARD_STREAM
+        if options.output is not None and not to_stdout:
+            identity = {
+                "bundle": self.system.plan.name,
+                "fingerprint": self.system.manifest.fingerprint,
+                "baseline": options.baseline,
+                "sampling": to_json(self.sampling),
+            }
+            path = Path(options.output)
+            return stack.enter_context(
+                AnswerWriter(path, identity=identity, resume=options.resume, force=options.force)
+            )
+        if to_stdout or (options.input is not None and not options.json):
+            return stack.enter_context(AnswerWriter(None))
+        return None
+
+    def _other_counts(self) -> list[str]:
+        counts = {"failed": self.num_failed, "there already": self.num_resumed}
+        return [f"{count} {what}" for what, count in counts.items() if count]
+
+    def _note(self, done: int, left: int | None, seconds: float) -> str:
+        """Return what stands beside the count: other counts, the rate, the time left."""
+        parts = self._other_counts()
+        if done and seconds > 0:
+            parts.append(f"{done / seconds:.2g}/s")
+            if left:
+                parts.append(f"{time_left(left * seconds / done)} left")
+        return ", ".join(parts)
 
 
 def _summary(answer: Answer) -> str:
@@ -141,51 +246,77 @@ def _summary(answer: Answer) -> str:
     )
 
 
-def _records(
-    stack: ExitStack, system: System, options: argparse.Namespace, problems: list[Problem]
-) -> Iterator[Record]:
-    """Return the records to answer; what cannot be used goes to `problems`."""
-    fields = system.plan.fields
+def _given_fields(options: argparse.Namespace) -> dict[str, object] | None:
+    """Return the fields of the one record that the command line gives; None if it gives none.
+
+    A name that is given several times is a list.
+    """
+    fields: dict[str, object] = {}
+    for text in options.fields or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise fail("RM506", f"--field {text!r} is not NAME=VALUE", hint=_HELP)
+        before = fields.get(name)
+        if before is None:
+            fields[name] = value
+        else:
+            fields[name] = [*(before if isinstance(before, list) else [before]), value]
     if options.question is not None:
-        return iter([question_record(options.question, fields)])
-    if options.input == STANDARD_STREAM:
-        return usable(read_records(sys.stdin.buffer, file="<stdin>", fields=fields), problems)
-    try:
-        stream = stack.enter_context(Path(options.input).open("rb"))  # noqa: SIM115
-    except OSError as error:
-        raise unreadable(options.input, error) from error
-    return usable(read_records(stream, file=options.input, fields=fields), problems)
+        if "question" in fields:
+            raise fail("RM506", "the question is given twice", hint=_HELP)
+        fields["question"] = options.question
+    return fields or None
 
 
-def _open_writer(options: argparse.Namespace) -> AnswerWriter | None:
-    if options.output is not None and options.output != STANDARD_STREAM:
-        return AnswerWriter(Path(options.output), resume=options.resume)
-    if options.output == STANDARD_STREAM or (options.question is None and not options.json):
-        return AnswerWriter(None)
-    return None
+_HELP: Final = "See `recmas run --help`."
 
 
-def _check_usage(options: argparse.Namespace) -> None:
+def _check_usage(options: argparse.Namespace, fields: Mapping[str, object] | None) -> None:
     """Refuse arguments that contradict each other."""
+    single, source, target = fields is not None, options.input, options.output
+    to_file = target not in (None, STANDARD_STREAM)
     wrong = {
-        "give a QUESTION or --input, not both": options.question is not None
-        and options.input is not None,
-        "give a QUESTION or --input": options.question is None and options.input is None,
-        "--json already prints the answers on stdout": options.json
-        and options.output == STANDARD_STREAM,
-        "--resume needs --output FILE": options.resume
-        and options.output in (None, STANDARD_STREAM),
-        "--input and --output are the same file": _same_file(options.input, options.output),
+        "give a QUESTION or --input, not both": single and source is not None,
+        "give a QUESTION, --field or --input": not single and source is None,
+        "--json already prints the answers on stdout": options.json and target == STANDARD_STREAM,
+        "--resume needs --output FILE": options.resume and not to_file,
+        "give --resume or --force, not both": options.resume and options.force,
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
-            raise fail("RM506", message, hint="See `recmas run --help`.")
+            raise fail("RM506", message, hint=_HELP)
+    # Where a run reads and where it writes, none of which may be one file.
+    places: dict[str, str | int | None] = {"--input": source, "--output": target}
+    if not single and target is None and not options.json:
+        places["--output"] = STANDARD_STREAM
+    if to_file:
+        places["--output's identity"] = f"{target}{IDENTITY_SUFFIX}"
+    if options.trace is not None:
+        places[f"--trace ({RECORDS_NAME})"] = str(options.trace / RECORDS_NAME)
+    seen: dict[tuple[int, int] | str, str] = {}
+    for number, (option, place) in enumerate(places.items()):
+        if place is None:
+            continue
+        # Standard input and output come first and second, which are their descriptors.
+        key = _identity(number if place == STANDARD_STREAM else str(place))
+        if key is not None and key in seen:
+            raise fail("RM506", f"{seen[key]} and {option} are the same file", hint=_HELP)
+        if key is not None:
+            seen[key] = option
 
 
-def _same_file(source: str | None, target: str | None) -> bool:
-    if source is None or target is None or STANDARD_STREAM in (source, target):
-        return False
-    return Path(source).resolve() == Path(target).resolve()
+def _identity(place: str | int) -> tuple[int, int] | str | None:
+    """Return what tells a regular file, by path or descriptor, from others; None for other things.
+
+    A file that is not there yet is told by its path.
+    """
+    try:
+        found = os.fstat(place) if isinstance(place, int) else Path(place).stat()
+    except OSError:
+        return os.path.realpath(place) if isinstance(place, str) else None
+    except ValueError:  # NUL in a name
+        return None
+    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
 
 
 def _sampling_overrides(options: argparse.Namespace) -> dict[str, Any]:

@@ -60,6 +60,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM151": (Exit.OK, "warning: an agent whose thoughts nobody receives"),
     "RM152": (Exit.OK, "warning: links without trained weights"),
     "RM153": (Exit.OK, "warning: an early end of the rounds that can never come"),
+    "RM155": (Exit.OK, "warning: a chat template that writes the date of the day"),
     # RM2xx: backbones and compilation
     "RM200": (Exit.ENVIRONMENT, "a backbone's files are not there"),
     "RM201": (Exit.ENVIRONMENT, "a Python package that this needs is not installed"),
@@ -101,6 +102,8 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM510": (Exit.RUN_FAILED, "TensorRT refuses a graph or an engine"),
     "RM511": (Exit.ENVIRONMENT, "no TensorRT engine that this machine can use"),
     "RM512": (Exit.USAGE, "a stream that is read twice"),
+    "RM520": (Exit.USAGE, "an output that holds something already"),
+    "RM521": (Exit.USAGE, "--resume with the answers of another run"),
     "RM550": (Exit.OK, "warning: TensorRT engines of a bundle that are not used"),
     # RM6xx: evaluation
     "RM600": (Exit.USAGE, "a protocol that is not there or malformed"),
@@ -118,6 +121,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM750": (Exit.OK, "warning: training records that are left out"),
     "RM751": (Exit.OK, "warning: trained links that do not fit the spec any more"),
     "RM752": (Exit.OK, "warning: held-out records that training has seen in part"),
+    "RM755": (Exit.OK, "warning: training targets that a chat template would shorten"),
 }
 
 

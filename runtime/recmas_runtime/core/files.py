@@ -25,6 +25,12 @@ _KNOWS_NO_LOCKS: Final = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF
 _SHOWN_NAMES: Final = 3
 
 
+def reason_of(error: OSError) -> str:
+    """Return why the system refuses something, and what to do where only the system can help."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{reason} (raise `ulimit -n`)" if error.errno == errno.EMFILE else reason
+
+
 def open_regular(path: Path, *, file: str) -> BufferedReader:
     """Open a regular file for reading in binary mode; messages name it `file`.
 
@@ -35,11 +41,11 @@ def open_regular(path: Path, *, file: str) -> BufferedReader:
     try:
         # Opening a pipe or a device without O_NONBLOCK could wait for ever.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # no name of a file holds NUL
         raise fail("RM401", "the file is missing", file=file, hint=hint) from None
     except OSError as error:
         raise fail(
-            "RM401", f"the file cannot be read: {error.strerror}", file=file, hint=hint
+            "RM401", f"the file cannot be read: {reason_of(error)}", file=file, hint=hint
         ) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -29,6 +29,13 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def time_left(seconds: float) -> str:
+    """Return a time to go, rounded as people say it: `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of what an error says, or else its type's name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,18 +6,54 @@ width, d model width, V vocabulary, G groups of rows with one link each.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.formats.manifest import BackboneEntry
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
 # Of the inner links of a call, see `formats.links.load_operands`; the first axis is G.
 Operands = Mapping[str, NDArray[Any]]
+
+
+LOWER_BATCH: Final = "Lower --batch, shorten the records, or free memory."
+# At load nothing runs yet, so that batches are no remedy.
+FREE_MEMORY: Final = "Free memory, or build with a smaller precision or backbone."
+# What allocators say, in the words of ONNX Runtime, the C++ library, CUDA and the system.
+_OUT_OF_MEMORY: Final = re.compile(
+    r"bad[_ ]alloc|failed to allocate|cannot allocate|out of memory|allocate memory|"
+    r"allocation failed|not enough memory",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of numpy or of an engine says that there is no memory left."""
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+class OutOfMemoryError(RecmasError):
+    """RM507: memory runs out. A smaller batch may have room.
+
+    Args:
+        what: What there is no memory for, a sentence without its full stop.
+    """
+
+    def __init__(self, what: str, hint: str = LOWER_BATCH) -> None:
+        super().__init__(Problem(code="RM507", message=f"memory runs out: {what}", hint=hint))
+
+    @classmethod
+    def of(cls, problems: Sequence[Problem]) -> OutOfMemoryError:
+        """Return such an error of problems that were told already."""
+        made = cls("")
+        RecmasError.__init__(made, problems)
+        return made
 
 
 class KeyValueRows(Protocol):
@@ -59,6 +95,9 @@ class Backbone(Protocol[CacheT]):
 
     def release(self, cache: Any) -> None:
         """Take a cache that its user needs no more."""
+
+    def drop_idle(self) -> None:
+        """Free what is kept for later batches: memory is short."""
 
     def forward(
         self,

@@ -1,388 +1,77 @@
-"""Chat templates: Jinja text from a model's authors, rendered the way transformers renders it.
-
-A template is foreign code. It runs in Jinja's immutable sandbox, sees only plain values, and has a
-budget for each rendering that bounds
-
-- the turns of all loops and the calls of macros, functions and methods, together;
-- the characters of all text that is made on the way, kept or not, where an element of a list or
-  dict counts as `ELEMENT_CHARS`. Where a short text can become a long one (`_FILTER_COSTS`,
-  `_METHOD_COSTS`, some operators), the result is counted before it is made; all other results are
-  small multiples of what they are made from, and counted afterwards.
-
-Time in seconds is not bounded: a turn may search all of the text that the budget allows.
-"""
+"""Chat templates: Jinja text from a model's authors, rendered the way transformers renders it."""
 
 from __future__ import annotations
 
-import json
-import math
-import re
-import string
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, ValuesView
-from contextlib import contextmanager
-from contextvars import ContextVar
-from datetime import datetime
-from functools import cached_property, wraps
-from typing import Any, Final
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Self
 
 import jinja2
-import jinja2.ext
 from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.parser import Parser
-from jinja2.runtime import Context, LoopContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
 
 from recmas_runtime.core.errors import RecmasError, fail
-
-# Far beyond any prompt that fits a bundle, far below what hurts.
-MAX_TURNS: Final = 200_000
-MAX_MADE_CHARS: Final = 64_000_000
-MAX_OUTPUT_CHARS: Final = 16_000_000
-
-# About what an element of a list takes beside its own text, and an output in a list of outputs.
-ELEMENT_CHARS: Final = 64
-_OUTPUT_CHARS: Final = 8
-
-# Larger integers Python does not write either, and products of millions of bits take minutes.
-_MAX_BITS: Final = 2**14
-_MAX_TIME_FORMAT: Final = 1000
-
-# They write HTML, or for debugging, and a short text can become a long one.
-_LEFT_OUT: Final = ("pprint", "urlize", "xmlattr")
-# No template can spell these filters.
-_TURNS: Final = "turns of a loop"
-_KEPT: Final = "a new value"
-# The names in scope, which Jinja passes with every call from within a loop or block.
-_SCOPES: Final = ("_loop_vars", "_block_vars")
-
-Cost = Callable[..., int]
-
-
-class Budget:
-    """What one rendering may still do."""
-
-    def __init__(self) -> None:
-        self._turns_left = MAX_TURNS
-        self._chars_left = MAX_MADE_CHARS
-
-    def turn(self) -> None:
-        """Count a loop's turn or a call; OverflowError if it was one too many."""
-        self._turns_left -= 1
-        if self._turns_left < 0:
-            raise OverflowError(f"more than {MAX_TURNS} loop turns and calls")
-
-    def charge(self, num_chars: int, what: str = "text") -> None:
-        """Count characters; OverflowError if there are too many."""
-        self._chars_left -= max(0, num_chars)
-        if self._chars_left < 0:
-            raise OverflowError(f"{what!r} makes it more than {MAX_MADE_CHARS} characters")
-
-    def kept(self, value: Any) -> Any:
-        """Count what a value takes and return it; an iterator's values as they come."""
-        if isinstance(value, Iterator):
-            return map(self.kept, value)
-        self.charge(_size(value))
-        return value
-
-
-_BUDGET: Final[ContextVar[Budget]] = ContextVar("budget")
-
-
-@contextmanager
-def rendering_budget() -> Iterator[None]:
-    """Give what is rendered within the block a budget of its own; nothing renders without one."""
-    token = _BUDGET.set(Budget())
-    try:
-        yield
-    finally:
-        _BUDGET.reset(token)
-
-
-class TemplateEnvironment(ImmutableSandboxedEnvironment):
-    """What templates run in: the settings, filters and functions that transformers gives them."""
-
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
-
-    def __init__(self) -> None:
-        super().__init__(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[_GenerationTag, "jinja2.ext.loopcontrols"],
-        )
-        self.filters["tojson"] = _to_json
-        for name in _LEFT_OUT:
-            del self.filters[name]
-        for name, function in self.filters.items():
-            self.filters[name] = _counted(name, function)
-        self.filters |= {_TURNS: _turns, _KEPT: lambda value: _BUDGET.get().kept(value)}
-        del self.globals["lipsum"]
-        self.globals |= {
-            "namespace": _Namespace,
-            "raise_exception": _raise_exception,
-            "strftime_now": _strftime_now,
-        }
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Refuse bytes, which nobody counts, and methods of `dict` that would change a value."""
-        if attr in ("encode", "to_bytes") or (isinstance(obj, type) and attr != "fromkeys"):
-            return False
-        return super().is_safe_attribute(obj, attr, value)
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Compute an operator whose result may be large."""
-        budget = _BUDGET.get()
-        budget.charge(_operator_cost(operator, left, right), operator)
-        return budget.kept(super().call_binop(context, operator, left, right))
-
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        """Call a macro, a function or a method; the names leave all others to keywords."""
-        budget = _BUDGET.get()
-        budget.turn()
-        named = {name: value for name, value in kwargs.items() if name not in _SCOPES}
-        budget.kept((args, named))
-        if isinstance(__obj, LoopContext):  # a recursive loop's next level
-            args = tuple(map(_turns, args))
-        method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps `str.format`
-        owner = getattr(method, "__self__", None)
-        if isinstance(owner, str | int):
-            args = _priced(_METHOD_COSTS, method.__name__, (owner, *args), named)[1:]
-        return budget.kept(super().call(__context, __obj, *args, **kwargs))
-
-    def concat(self, parts: Iterable[str]) -> str:
-        """Join what a macro or a block has put out."""
-        found = list(parts)
-        _BUDGET.get().charge(sum(map(len, found)))
-        return "".join(found)
-
-    def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
-        _Counting().visit(source)
-        return super()._generate(source, *args, **kwargs)
-
-
-class _Counting(NodeTransformer):
-    """Sends through a filter what Jinja's own hooks do not reach.
-
-    Jinja runs filters on constants when it compiles; without a budget they fail there, and it
-    leaves them for the rendering.
-    """
-
-    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
-        self.generic_visit(node, *args, **kwargs)
-        match node:
-            case nodes.For():
-                outputs = sum(len(output.nodes) for output in node.find_all(nodes.Output))
-                node.iter = _filtered(node.iter, _TURNS, nodes.Const(outputs))
-            case nodes.Concat():
-                return _filtered(nodes.List(node.nodes, lineno=node.lineno), "join")
-            case nodes.Tuple(ctx="load") | nodes.List() | nodes.Dict():
-                return _filtered(node, _KEPT)
-            case nodes.Getitem(arg=nodes.Slice()):
-                return _filtered(node, _KEPT)
-        return node
-
-
-def _filtered(node: nodes.Node, name: str, *args: nodes.Expr) -> nodes.Filter:
-    return nodes.Filter(
-        node, name, list(args), [], None, None, lineno=node.lineno, environment=node.environment
-    )
-
-
-def _turns(iterable: Iterable[Any], outputs: int = 1) -> Iterator[Any]:
-    budget = _BUDGET.get()
-    for item in iterable:
-        budget.turn()
-        budget.charge(_OUTPUT_CHARS * outputs)
-        yield item
-
-
-def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a filter that counts its result, before it is made if the filter has a cost."""
-    # Some filters get Jinja's environment or context first.
-    start = 1 if hasattr(function, "jinja_pass_arg") else 0
-
-    @wraps(function)
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        args = (*args[:start], *_priced(_FILTER_COSTS, name, args[start:], kwargs))
-        return _BUDGET.get().kept(function(*args, **kwargs))
-
-    return counted
-
-
-def _priced(
-    costs: Mapping[str, Cost], name: str, args: tuple[Any, ...], named: Mapping[str, Any]
-) -> tuple[Any, ...]:
-    """Count what a call is about to make, if it has a cost; return its arguments."""
-    if name in costs:
-        # Iterators become lists, because they can be read only once.
-        args = tuple(list(v) if isinstance(v, Iterator) else v for v in args)
-        _BUDGET.get().charge(costs[name](*args, **named), name)
-    return args
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks assistant text for training; here its body is simply written."""
-
-    tags = {"generation"}  # noqa: RUF012 (Jinja's own interface)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Jinja's `namespace`, closed to names that reach into Python's internals."""
-
-    def __init__(self, /, *args: Any, **attributes: Any) -> None:
-        super().__init__()
-        for name, value in dict(*args, **attributes).items():
-            self[name] = value
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"namespace attribute {name!r}")
-        super().__setitem__(name, value)
-
-    def __repr__(self) -> str:
-        # Namespaces that hold each other would be written out once for every way to reach them.
-        return "<Namespace>"
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML characters, which no model was trained on.
-    encoder = json.JSONEncoder(
-        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-    # Piece by piece, because indentation grows with depth.
-    return "".join(map(_BUDGET.get().kept, encoder.iterencode(value)))
-
-
-def _raise_exception(message: str) -> str:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    if len(format) > _MAX_TIME_FORMAT:
-        raise OverflowError(f"a format of time with more than {_MAX_TIME_FORMAT} characters")
-    return datetime.now().strftime(format)
-
-
-# Costs: about how many characters something makes at most, known before it does.
-
-
-def _size(value: object) -> int:
-    """Return about how many characters a value is written with; beyond the budget, just so much.
-
-    What is reached in several ways counts several times, as it would be written.
-    """
-    size = 0
-    waiting = [value]
-    while waiting and size <= MAX_MADE_CHARS:
-        match waiting.pop():
-            case str(text):
-                size += len(text)
-            case int(number):
-                size += number.bit_length() // 8
-            case dict(items):
-                size += 2 * ELEMENT_CHARS * len(items)
-                waiting += (*items.keys(), *items.values())
-            case list() | tuple() | Set() | ValuesView() as items:
-                size += ELEMENT_CHARS * len(items)
-                waiting += items
-    return size
-
-
-def _operator_cost(operator: str, left: Any, right: Any) -> int:
-    if operator == "%":
-        values = right if isinstance(right, tuple) else (right,)
-        return _formatted(left, *values) if isinstance(left, str) else 0
-    if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
-        bits = left.bit_length()
-        if (bits * right if operator == "**" else bits + right.bit_length()) > _MAX_BITS:
-            what = f"power of {right}" if operator == "**" else "product"
-            raise OverflowError(f"a {what} with more than {_MAX_BITS} bits")
-        return 0
-    repeated, times = (right, left) if isinstance(left, int) else (left, right)
-    return _size(repeated) * times if operator == "*" and isinstance(times, int) else 0
-
-
-def _spread(*values: Any, **named: Any) -> int:
-    """Cost where each character may become as many as all numbers and lengths multiplied."""
-    found = (*values, *named.values())
-    return math.prod(1 + (abs(v) if isinstance(v, int) else _size(v)) for v in found)
-
-
-def _formatted(text: str, *args: Any, **kwargs: Any) -> int:
-    """Cost where every field may be every argument, and of every width that can be found."""
-    widths = sum(map(int, re.findall(r"\d+(?=[.,_%}a-zA-Z])", text)))
-    stars = text.count("*") * max((arg for arg in args if isinstance(arg, int)), default=0)
-    fields = text.count("%") + text.count("{")
-    return len(text) + widths + stars + fields * _size((args, kwargs))
-
-
-def _formatted_fields(text: str, *args: Any, **kwargs: Any) -> int:
-    for _, name, spec, _ in string.Formatter().parse(text):
-        if "{" in (spec or "") or not {".", "["}.isdisjoint(name or ""):
-            raise SecurityError(f"format field {name!r} of a size that the text does not tell")
-    return _formatted(text, *args, **kwargs)
-
-
-def _joined(parts: Iterable[Any], d: str = "", attribute: object = None) -> int:
-    found = list(parts)
-    return _size(found) + _size(d) * len(found)
-
-
-def _replaced(text: object, old: object, new: object, count: object = None) -> int:
-    return str(text).count(str(old)) * _size(new)
-
-
-# What is taken goes first, then the arguments by the names that Jinja gives them.
-_FILTER_COSTS: Final[dict[str, Cost]] = {
-    **dict.fromkeys(("batch", "center", "indent", "slice", "wordwrap"), _spread),
-    "format": _formatted,
-    "join": _joined,
-    "replace": _replaced,
-    # Powers of ten, and the time that they take.
-    "round": lambda value, precision=0, method="common": precision**2,
-    # Without its `start`, which could be a list.
-    "sum": lambda values, attribute=None: 0,
-    "tojson": lambda value, ensure_ascii=False, indent=None, **_: _spread(value, indent),
-}
-
-# Of strings and integers.
-_METHOD_COSTS: Final[dict[str, Cost]] = {
-    **dict.fromkeys(("center", "expandtabs", "ljust", "rjust", "translate", "zfill"), _spread),
-    "format": _formatted_fields,
-    "format_map": _formatted_fields,
-    "join": lambda separator, parts: _joined(parts, separator),
-    "replace": _replaced,
-}
+from recmas_runtime.core.files import open_regular
+from recmas_runtime.formats.codec import malformed
+from recmas_runtime.prompts.template_sandbox import (
+    MAX_OUTPUT_CHARS,
+    TemplateEnvironment,
+    rendering_budget,
+    strftime_on,
+)
+
+# The longest templates of public models have about 30,000 characters; compiling takes time.
+MAX_TEMPLATE_CHARS: Final = 2**17
+
+# A template whose text depends on the day differs between these two in every part of a date.
+_DAYS: Final = (date(2001, 2, 3), date(2012, 11, 25))
+
+_HINT: Final = (
+    "Change the agent's system text or `chat_template` settings, or give the backbone a `template` "
+    "of your own."
+)
 
 
 class ChatTemplate:
     """A compiled chat template.
 
+    Args:
+        special_tokens: What the template may name: `bos_token`, `eos_token`, ...
+        day: What a template gets that writes the date; None for today, which then stays.
+
     Raises:
-        RecmasError: RM206 if it is not valid Jinja.
+        RecmasError: RM206 if it is not valid Jinja, or longer than any template.
     """
 
-    def __init__(self, text: str, special_tokens: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        text: str,
+        special_tokens: Mapping[str, str] | None = None,
+        *,
+        day: date | None = None,
+    ) -> None:
         self.text = text
         self.special_tokens = dict(special_tokens or {})
-        environment = TemplateEnvironment()
+        self.day = day or date.today()
+        if len(text) > MAX_TEMPLATE_CHARS:
+            raise _cannot_render(
+                f"the chat template has {len(text)} characters, at most {MAX_TEMPLATE_CHARS} are "
+                "taken"
+            )
+        self._environment = TemplateEnvironment()
         try:
-            self._template = environment.from_string(text)
-            self._tree = environment.parse(text)
+            self._template = self._environment.from_string(text)
         # Some mistakes are found only by Python, in the code that Jinja has made.
-        except (jinja2.TemplateSyntaxError, SyntaxError, RecursionError) as error:
+        except (jinja2.TemplateSyntaxError, SyntaxError, RecursionError, ValueError) as error:
             raise _cannot_render(f"the chat template is not valid Jinja: {error}") from error
+
+    def on(self, day: date) -> Self:
+        """Return the same template on another day."""
+        other = copy.copy(self)
+        other.day = day
+        return other
 
     def render(
         self,
@@ -396,9 +85,11 @@ class ChatTemplate:
         With a generation prompt it ends with the opening of the assistant's turn.
 
         Raises:
-            RecmasError: RM206 if the template refuses these messages, fails or does not end.
+            RecmasError: RM206 if the template refuses these messages, fails, does not end, or
+                writes what is no text.
         """
         values: dict[str, Any] = {
+            "strftime_now": strftime_on(self.day),
             **self.special_tokens,
             **variables,
             "messages": [dict(message) for message in messages],
@@ -415,10 +106,16 @@ class ChatTemplate:
                     if num_chars > MAX_OUTPUT_CHARS:
                         raise OverflowError(f"more than {MAX_OUTPUT_CHARS} characters of output")
                     pieces.append(piece)
+            rendered = "".join(pieces)
+            rendered.encode()  # an escape in a template may write half of a surrogate pair
         # Foreign code may raise anything: what `raise_exception` says, undefined variables, ...
         except Exception as error:
             raise _cannot_render(f"the chat template failed: {error}") from error
-        return "".join(pieces)
+        return rendered
+
+    @cached_property
+    def _tree(self) -> nodes.Template:
+        return self._environment.parse(self.text)
 
     @cached_property
     def literals(self) -> tuple[str, ...]:
@@ -434,10 +131,62 @@ class ChatTemplate:
         messages = [{"role": "system", "content": probe}, {"role": "user", "content": "Hello"}]
         return probe in self.render(messages, add_generation_prompt=True)
 
+    @property
+    def date_variables(self) -> tuple[str, ...]:
+        """Variables that the template sets to the date, where they are not given to it."""
+        return tuple(dict.fromkeys(self._date_variables()))
+
+    def _date_variables(self) -> Iterator[str]:
+        for assignment in self._tree.find_all(nodes.Assign):
+            names = {name.name for name in assignment.node.find_all(nodes.Name)}
+            if "strftime_now" in names and isinstance(assignment.target, nodes.Name):
+                yield assignment.target.name
+
+    def changes_with_the_day(
+        self, messages: Sequence[Mapping[str, str]], **variables: bool | int | float | str
+    ) -> bool:
+        """Tell whether the day shows in a rendered conversation."""
+        if not any(name.name == "strftime_now" for name in self._tree.find_all(nodes.Name)):
+            return False
+        first, second = (
+            self.on(day).render(messages, add_generation_prompt=True, **variables) for day in _DAYS
+        )
+        return first != second
+
+
+def read_template(path: Path, *, file: str) -> str:
+    """Return the text of a template's file, which messages name `file`.
+
+    Raises:
+        RecmasError: RM401 if it cannot be read, RM404 if it is too long or not UTF-8.
+    """
+    with open_regular(path, file=file) as stream:
+        raw = stream.read(4 * MAX_TEMPLATE_CHARS + 1)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if len(raw) > 4 * MAX_TEMPLATE_CHARS:
+            raise malformed(file, "the chat template is too long") from None
+        raise malformed(
+            file, f"the chat template is not UTF-8: byte {error.start} is {raw[error.start]:#04x}"
+        ) from None
+    if len(text) > MAX_TEMPLATE_CHARS:
+        raise malformed(file, f"the chat template has more than {MAX_TEMPLATE_CHARS} characters")
+    # As Python reads text: a template is the same with any line ends.
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parse_day(text: str) -> date:
+    """Return the day of `YYYY-MM-DD`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if len(text) != len("YYYY-MM-DD"):
+        raise ValueError(f"{text!r} is not of the form YYYY-MM-DD")
+    return date.fromisoformat(text)
+
 
 def _cannot_render(message: str) -> RecmasError:
-    return fail(
-        "RM206",
-        message,
-        hint="Change the agent's system text or `chat_template` settings, or use another backbone.",
-    )
+    # What a template raises may hold anything, too.
+    return fail("RM206", message.encode(errors="backslashreplace").decode(), hint=_HINT)

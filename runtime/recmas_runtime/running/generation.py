@@ -7,9 +7,11 @@ joins the text and the cache, and decoding goes on.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from recmas_runtime.core.errors import fail
 from recmas_runtime.formats.plan import SamplingPlan
 from recmas_runtime.prompts.sampler import Sampler, StopMatcher
 from recmas_runtime.prompts.tokenizer import IncrementalDecoder, Tokenizer
@@ -21,11 +23,15 @@ from recmas_runtime.tools.toolbox import Toolbox
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSettings:
-    """What turns a backbone's tokens into text, up to as many positions as it was made for."""
+    """What turns a backbone's tokens into text, up to as many positions as it was made for.
+
+    Its table of embeddings has `num_rows`.
+    """
 
     tokenizer: Tokenizer
     eos_token_ids: frozenset[int]
     max_positions: int
+    num_rows: int
 
 
 class RowDecoder:
@@ -42,6 +48,7 @@ class RowDecoder:
     ) -> None:
         self._eos = settings.eos_token_ids
         self._tokenizer = settings.tokenizer
+        self._num_rows = settings.num_rows
         self._decoder = IncrementalDecoder(settings.tokenizer)
         self._stop = stop
         self._matcher = StopMatcher(stop)
@@ -86,6 +93,15 @@ class RowDecoder:
         self.text += held + block
         # Text of a tool must never become control tokens.
         ids = self._tokenizer.encode_piece(block, self._tokenizer.control_spans(block))
+        beyond = next((token_id for token_id in ids if token_id >= self._num_rows), None)
+        if beyond is not None:
+            raise fail(
+                "RM500",
+                f"the result of the tool `{call.name}` has the token "
+                f"{self._tokenizer.token_text(beyond)!r} ({beyond}), which the backbone has no "
+                "embedding for",
+                hint="Build with the tokenizer of this very model.",
+            )
         self.num_result_tokens += len(ids)
         return held + block, ids
 
@@ -114,6 +130,8 @@ class TextGenerator:
         self._toolbox = toolbox
         scanners = [None if toolbox is None else toolbox.scanner() for _ in seeds]
         self.writers = [RowDecoder(settings, sampling.stop, scanner) for scanner in scanners]
+        # When the first tokens were there, by `time.perf_counter`.
+        self.first_at: float | None = None
 
     def pieces(self) -> Iterator[tuple[int, str]]:
         """Write until every text is finished; yields (row, text) as text becomes certain."""
@@ -121,6 +139,8 @@ class TextGenerator:
         rows = list(range(len(self.writers)))
         while True:
             chosen = self._sampler.choose(sequences.logits(), rows).tolist()
+            if self.first_at is None:
+                self.first_at = time.perf_counter()
             going: list[int] = []  # places in the batch
             tokens: list[tuple[int, ...]] = []
             for place, (row, token_id) in enumerate(zip(rows, chosen, strict=True)):

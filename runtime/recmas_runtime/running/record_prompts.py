@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.plan import Plan, PrefillStep, PromptPart, Variant, slot_positions
-from recmas_runtime.prompts.render import Chat, Prompt, Slot, build_prompt
+from recmas_runtime.prompts.render import Chat, Prompt, Slot, Tokens, build_prompt, text_chars
+from recmas_runtime.prompts.tokenizer import Tokenizer
 from recmas_runtime.running.records import Record, check_record
 
 # Returns a prompt of the current batch: the record's place in the batch, the agent, which of its
@@ -25,15 +26,21 @@ class RecordError(RecmasError):
 class RecordPrompts:
     """Every prompt of a plan for one record.
 
+    Args:
+        num_rows: By backbone, the rows of its table of embeddings.
+
     Raises:
-        RecmasError: RM500 for a missing field or blank question, RM501 for a prompt that is too
-            long.
+        RecmasError: RM500 for a missing field, a blank question or a token without a row, RM501 for
+            a prompt that is too long.
     """
 
-    def __init__(self, plan: Plan, chats: Mapping[str, Chat], record: Record) -> None:
+    def __init__(
+        self, plan: Plan, chats: Mapping[str, Chat], record: Record, *, num_rows: Mapping[str, int]
+    ) -> None:
         check_record(record, plan.fields)
         self._plan = plan
         self._chats = chats
+        self._num_rows = num_rows
         self._record = record
         self._slots = slot_positions(plan)
         self._built = {
@@ -55,14 +62,18 @@ class RecordPrompts:
         spec = self._plan.agents[agent]
         fields = {_field_of(slot): text for slot, text in texts.items()}
         chat = self._chats[spec.backbone]
+        parts = [_as_text(p) if p.value in texts else p for p in spec.parts(variant)]
+        record = {**self._record.fields, **fields}
+        self._refuse_long(agent, (*spec.system, *parts), record, chat.tokenizer)
         prompt = build_prompt(
             system=spec.system,
-            prompt=[_as_text(p) if p.value in texts else p for p in spec.parts(variant)],
-            record={**self._record.fields, **fields},
+            prompt=parts,
+            record=record,
             chat=chat.template,
             tokenizer=chat.tokenizer,
             variables=spec.chat_template,
         )
+        self._check_tokens(prompt, agent)
         positions = prompt_positions(prompt, self._slots.get((agent, variant), {}))
         limit = self._plan.limits.max_prompt_tokens
         if positions > limit:
@@ -73,6 +84,43 @@ class RecordPrompts:
                 hint="Shorten the question, or build with a larger build.max_prompt_tokens.",
             )
         return prompt
+
+    def _check_tokens(self, prompt: Prompt, agent: str) -> None:
+        """Refuse tokens that a tokenizer knows and its backbone does not: engines would fail."""
+        backbone = self._plan.agents[agent].backbone
+        num_rows = self._num_rows[backbone]
+        ids = (i for item in prompt.items if isinstance(item, Tokens) for i in item.ids)
+        beyond = next((token_id for token_id in ids if token_id >= num_rows), None)
+        if beyond is not None:
+            token = self._chats[backbone].tokenizer.token_text(beyond)
+            raise fail(
+                "RM500",
+                f"record {self._record.id!r}: the prompt of agent {agent!r} has the token "
+                f"{token!r} ({beyond}); backbone {backbone!r} has embeddings for {num_rows} only",
+                hint="Remove it from the record, or build with the tokenizer of this very model.",
+            )
+
+    def _refuse_long(
+        self,
+        agent: str,
+        parts: Sequence[PromptPart],
+        record: Mapping[str, object],
+        tokenizer: Tokenizer,
+    ) -> None:
+        """Refuse a text that cannot fit before it is rendered, which takes its length in time."""
+        limit = self._plan.limits.max_prompt_tokens
+        num_chars = text_chars(parts, record)
+        if num_chars <= limit or tokenizer.max_token_chars is None:
+            return
+        room = limit * tokenizer.max_token_chars
+        if num_chars > room:
+            raise fail(
+                "RM501",
+                f"record {self._record.id!r}: its text in the prompt of agent {agent!r} has "
+                f"{num_chars} characters, the {limit} tokens that the bundle allows hold at most "
+                f"{room}",
+                hint="Shorten the question, or build with a larger build.max_prompt_tokens.",
+            )
 
 
 def _as_text(part: PromptPart) -> PromptPart:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
-from recmas_runtime.core.jsonl import JsonLines
+from recmas_runtime.core.files import reason_of
+from recmas_runtime.core.text import listed
 from recmas_runtime.formats.codec import refuse_constant
 from recmas_runtime.prompts.render import field_text
 from recmas_runtime.tools.calls import ToolResult
 
 FinishReason = Literal["stop", "length"]
+# Ids are text or integers, and stay what they are; two that read alike count as one.
+RecordId = str | int
+# Ids stand in messages, answers and traces.
+MAX_ID_CHARS: Final = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +33,18 @@ class Record:
 
     Its index is the place in the input, from 0. Sampling adds it to the seed, so that an answer
     does not depend on which records share its batch.
+
+    Attributes:
+        given: The fields as they were given, before a counted id was added.
     """
 
-    id: str
+    id: RecordId
     fields: Mapping[str, object]
     index: int = 0
+    given: Mapping[str, object] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "given", self.fields)
         # Prompts may show the id, whether it was given or counted.
         object.__setattr__(self, "fields", {**self.fields, "id": self.id})
 
@@ -53,7 +68,7 @@ class Usage:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Wall time by phase, in milliseconds; for a batch, of the whole batch.
+    """Wall time by phase, in milliseconds: of the whole batch, the same in each of its answers.
 
     Hand-over text is `write`, the answer's `decode`; neither counts the time inside tools.
     """
@@ -73,26 +88,67 @@ class Answer:
 
     It finished with `stop` for a stop token or string, with `length` at `max_new_tokens` or where
     the backbone's positions end. The answering round counts among the rounds.
+
+    Attributes:
+        id: The record's, as it was given; its number in the input, as text, if it has none.
+        record: The record's fields as they were given.
+        batch_size: Records that ran together; the times are theirs.
     """
 
-    id: str
-    question: str
+    id: RecordId
+    record: Mapping[str, object]
     answer: str
     finish_reason: FinishReason
     rounds: int
     usage: Usage
     timing_ms: Timing
+    batch_size: int = 1
     tool_calls: tuple[ToolResult, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that `--json` and answer files have."""
-        timing = {phase: round(ms, 3) for phase, ms in asdict(self.timing_ms).items()}
-        calls = [result.to_json() for result in self.tool_calls]
-        return {**asdict(self), "timing_ms": timing, "tool_calls": calls}
+        return {
+            "id": self.id,
+            "record": dict(self.record),
+            "answer": self.answer,
+            "finish_reason": self.finish_reason,
+            "rounds": self.rounds,
+            "usage": asdict(self.usage),
+            "timing_ms": {phase: round(ms, 3) for phase, ms in asdict(self.timing_ms).items()},
+            "batch_size": self.batch_size,
+            "tool_calls": [result.to_json() for result in self.tool_calls],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedRecord:
+    """A record without an answer, and why.
+
+    Attributes:
+        id: The record's, or the number of its line.
+        record: The fields as they were given; None for a line that holds no record.
+    """
+
+    id: RecordId
+    record: Mapping[str, object] | None
+    problem: Problem
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form that `--json` and answer files have."""
+        return {
+            "id": self.id,
+            "record": None if self.record is None else dict(self.record),
+            "error": {"code": self.problem.code, "message": self.problem.message},
+        }
 
 
 # Longer than any prompt that a bundle takes.
 MAX_LINE_BYTES: Final = 2**24
+# Deeper than data is, and what can be read can also be written.
+MAX_NESTING: Final = 100
+_BLOCK_BYTES: Final = 2**20
+# A line this long is no text: something like /dev/zero would be read for ever.
+MAX_SKIPPED_BYTES: Final = 2**30
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 Question = str | Mapping[str, object] | Record
@@ -103,11 +159,14 @@ def as_record(question: Question, index: int) -> Record:
     if isinstance(question, Record):
         return question
     fields = {"question": question} if isinstance(question, str) else question
-    return Record(id=str(fields.get("id", index + 1)), fields=fields, index=index)
+    given: Any = fields.get("id", str(index + 1))
+    return Record(id=given, fields=fields, index=index)
 
 
-def question_record(question: str, fields: Sequence[str], *, index: int = 0) -> Record:
-    """Return the record of a single question, its index from 0, its id from 1.
+def question_record(
+    question: str | Mapping[str, object], fields: Sequence[str], *, index: int = 0
+) -> Record:
+    """Return the record of a single question or its fields; its index is from 0, its id from 1.
 
     Raises:
         RecmasError: RM500 if it is blank, not valid text, or the prompts need more than it.
@@ -118,7 +177,17 @@ def question_record(question: str, fields: Sequence[str], *, index: int = 0) -> 
 
 
 def check_record(record: Record, fields: Sequence[str]) -> None:
-    """Raise RM500 if a field that prompts use is missing, of a wrong kind, or a blank question."""
+    """Raise RM500 for an unusable id, and for fields of prompts that are missing or unusable."""
+    _check_id(record.id, "Correct the record.")
+    missing = [name for name in fields if record.fields.get(name) is None]
+    if missing:
+        name = missing[0]
+        how = f"has null in field {name!r}" if name in record.fields else f"has no field {name!r}"
+        raise fail(
+            "RM500",
+            f"record {record.id!r} {how}, which the prompts use",
+            hint=needed_fields(fields),
+        )
     for name in fields:
         if not field_text(name, record.fields).strip() and name == "question":
             raise fail(
@@ -126,10 +195,69 @@ def check_record(record: Record, fields: Sequence[str]) -> None:
             )
 
 
+def needed_fields(fields: Sequence[str]) -> str:
+    """Return how to give what the prompts use, as a hint."""
+    line = json.dumps(dict.fromkeys(fields, "..."))
+    options = " ".join(f"--field {name}=..." for name in fields)
+    return (
+        f"The prompts use {listed(fields)}: give {options}, or --input with lines such as {line}."
+    )
+
+
+def _check_id(given: object, hint: str) -> None:
+    if type(given) not in (str, int) or given == "":
+        shown = json.dumps(given, default=repr)
+        raise fail("RM500", f"id {shown} is neither text nor an integer", hint=hint)
+    if _num_chars(given) > MAX_ID_CHARS:
+        raise fail("RM500", f"the id is longer than {MAX_ID_CHARS} characters", hint=hint)
+
+
+def _num_chars(given: object) -> int:
+    if isinstance(given, int):  # Python refuses to write out very long ones
+        return 1 + given.bit_length() * 30103 // 100000
+    return len(str(given))
+
+
+def open_records(file: str) -> BinaryIO:
+    """Open an input of records: a file, or a pipe, which may be endless.
+
+    Raises:
+        RecmasError: RM502 if it cannot be read, or is a device that never ends.
+    """
+    try:
+        stream = Path(file).open("rb")  # noqa: SIM115
+        mode = os.fstat(stream.fileno()).st_mode
+    except OSError as error:
+        raise unreadable(file, error) from error
+    except ValueError as error:
+        raise unreadable(file, OSError(errno.EINVAL, str(error))) from error
+    is_null = stat.S_ISCHR(mode) and os.path.realpath(file) == os.devnull
+    if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not stream.isatty() and not is_null):
+        stream.close()
+        raise unreadable(file, OSError(errno.EINVAL, "it is a device"))
+    return stream
+
+
+def count_records(stream: BinaryIO) -> int | None:
+    """Return how many lines that are not blank lie ahead in a regular file; None for others."""
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        return None
+    start = stream.tell()
+    count, in_line = 0, False
+    while block := stream.read(_BLOCK_BYTES):
+        *whole, rest = block.split(b"\n")
+        for part in whole:
+            count += in_line or bool(part.strip())
+            in_line = False
+        in_line = in_line or bool(rest.strip())
+    stream.seek(start)
+    return count + in_line
+
+
 def read_records(
     stream: BinaryIO, *, file: str, fields: Sequence[str]
-) -> Iterator[Record | Problem]:
-    """Read records from JSON lines; a bad line yields a problem and reading goes on.
+) -> Iterator[Record | FailedRecord]:
+    """Read records from JSON lines; a bad line yields a failure and reading goes on.
 
     A record without `id` gets its line number, and its index counts lines too, so that neither
     changes when another line is fixed. Blank lines are skipped, a byte order mark is tolerated.
@@ -140,34 +268,36 @@ def read_records(
     """
     seen: dict[str, int] = {}
     for number, line in _numbered_lines(stream, file=file):
+        found: Record | None = None
         try:
             if line is None:
                 raise _unusable(f"the line is longer than {MAX_LINE_BYTES} bytes")
             if not line.strip():
                 continue
-            record = _parse_record(line, number=number)
-            if record.id in seen:
-                raise _unusable(f"id {record.id!r} is already that of line {seen[record.id]}")
-            check_record(record, fields)
-            seen[record.id] = number
+            found = _parse_record(line, number=number)
+            _check_id(found.id, _CORRECT_LINE)
+            if str(found.id) in seen:
+                raise _unusable(f"id {found.id!r} is already that of line {seen[str(found.id)]}")
+            check_record(found, fields)
+            seen[str(found.id)] = number
         except RecmasError as error:
             (problem,) = error.problems
-            yield Problem(
-                code=problem.code,
-                message=problem.message,
-                hint=problem.hint,
-                file=file,
-                line=number,
+            # An id that is no id cannot stand for the record.
+            has_id = found is not None and type(found.id) in (str, int)
+            yield FailedRecord(
+                id=found.id if found is not None and has_id else str(number),
+                record=None if found is None else found.given,
+                problem=replace(problem, file=file, line=number),
             )
         else:
-            yield record
+            yield found
 
 
-def usable(found: Iterable[Record | Problem], problems: list[Problem]) -> Iterator[Record]:
-    """Yield the records; problems are kept instead."""
+def usable(found: Iterable[Record | FailedRecord], problems: list[Problem]) -> Iterator[Record]:
+    """Yield the records; the problems of the others are kept instead."""
     for item in found:
-        if isinstance(item, Problem):
-            problems.append(item)
+        if isinstance(item, FailedRecord):
+            problems.append(item.problem)
         else:
             yield item
 
@@ -182,8 +312,18 @@ def _numbered_lines(stream: BinaryIO, *, file: str) -> Iterator[tuple[int, bytes
         if len(line) <= MAX_LINE_BYTES:
             yield number, line
             continue
+        skipped = len(line)
         while line and not line.endswith(b"\n"):
             line = _read_line(stream, file=file)
+            skipped += len(line)
+            if skipped > MAX_SKIPPED_BYTES:
+                raise fail(
+                    "RM502",
+                    f"line {number} does not end within {MAX_SKIPPED_BYTES >> 20} MiB",
+                    file=file,
+                    line=number,
+                    hint="Give --input JSON lines: one object in each line.",
+                )
         yield number, None
 
 
@@ -198,7 +338,7 @@ def unreadable(file: str, error: OSError) -> RecmasError:
     """Return what to raise for an input that cannot be opened or read."""
     return fail(
         "RM502",
-        f"the input cannot be read: {error.strerror}",
+        f"the input cannot be read: {reason_of(error)}",
         file=file,
         hint="Give --input a file of JSON lines, or - for standard input.",
     )
@@ -206,7 +346,11 @@ def unreadable(file: str, error: OSError) -> RecmasError:
 
 def _parse_record(line: bytes, *, number: int) -> Record:
     try:
-        parsed = json.loads(line.rstrip(b"\r\n").decode("utf-8"), parse_constant=refuse_constant)
+        parsed = json.loads(
+            line.rstrip(b"\r\n").decode("utf-8"),
+            parse_constant=refuse_constant,
+            parse_float=_finite,
+        )
     except UnicodeDecodeError as error:
         raise _unusable(f"not UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
@@ -215,82 +359,31 @@ def _parse_record(line: bytes, *, number: int) -> Record:
         raise _unusable(f"not valid JSON: {error}") from None
     if not isinstance(parsed, dict):
         raise _unusable("the line is not a JSON object")
-    record_id = parsed.get("id", number)
-    if type(record_id) not in (str, int) or record_id == "":
-        raise _unusable(f"id {record_id!r} is neither text nor an integer")
+    if line.count(b"[") + line.count(b"{") > MAX_NESTING and _depth(parsed) > MAX_NESTING:
+        raise _unusable(f"nested more than {MAX_NESTING} levels deep")
     return as_record(parsed, number - 1)
 
 
+def _finite(text: str) -> float:
+    """Read a number as JSON has it; one beyond every float could not be written again."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:60]} is beyond the range of numbers")
+    return number
+
+
+def _depth(value: object) -> int:
+    """Return how many levels of lists and tables a value has."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        inner = (item.values() if isinstance(item, dict) else item for item in level)
+        level = list(chain.from_iterable(inner))
+    return depth
+
+
+_CORRECT_LINE: Final = "Correct the line; the other records are not affected."
+
+
 def _unusable(message: str) -> RecmasError:
-    return fail("RM500", message, hint="Correct the line; the other records are not affected.")
-
-
-class AnswerWriter:
-    """Writes answers as JSON lines, each whole or not at all; to standard output without a path.
-
-    A file ends with a complete line even after an error. Resuming keeps the answers in the file;
-    `finished` are the ids of their records.
-
-    Raises:
-        RecmasError: RM503 if it cannot be opened, RM502 if a file to resume is no answer file.
-    """
-
-    def __init__(self, path: Path | None, *, resume: bool = False) -> None:
-        self._name = "<stdout>" if path is None else str(path)
-        try:
-            self._file = JsonLines(path)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        try:
-            found = enumerate(self._file.lines(), start=1) if resume else ()
-            self.finished = frozenset(self._answered_id(line, number=n) for n, line in found)
-            self._file.keep(None if resume else 0)
-        except BaseException:
-            self._file.close()
-            raise
-
-    def write(self, answer: Answer) -> None:
-        """Append an answer.
-
-        Raises:
-            RecmasError: RM503 if it could not be written; the answers before it are kept.
-            BrokenPipeError: If nobody reads standard output any more.
-        """
-        try:
-            self._file.append(answer.to_json())
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def close(self) -> None:
-        """Make sure that the answers are on the disk; RM503 if they cannot be."""
-        try:
-            self._file.sync()
-        except OSError as error:
-            raise self._unwritable(error) from error
-        finally:
-            self._file.close()
-
-    def _answered_id(self, line: bytes, *, number: int) -> str:
-        try:
-            answer: Any = json.loads(line)
-            if isinstance(answer["id"], str) and isinstance(answer["answer"], str):
-                return answer["id"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            pass
-        raise fail(
-            "RM502",
-            "--resume found a line that is not an answer",
-            file=self._name,
-            line=number,
-            hint="Name the output of an earlier run, or leave --resume out to start afresh.",
-        )
-
-    def _unwritable(self, error: OSError) -> RecmasError:
-        return fail(
-            "RM503",
-            f"the output cannot be written: {error.strerror}",
-            file=self._name,
-            hint="Make room or choose another place; --resume goes on from the finished answers.",
-        )
+    return fail("RM500", message, hint=_CORRECT_LINE)

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.files import reason_of
+from recmas_runtime.core.jsonl import JsonLines
+from recmas_runtime.running.records import Record
 from recmas_runtime.tools.calls import ToolResult
 
-MESSAGES_NAME = "messages.npz"
-EVENTS_NAME = "trace.jsonl"
-RECORDS_ARRAY = "records"
+RECORDS_NAME: Final = "trace.jsonl"
+_FILE: Final = re.compile(r'"file": "([0-9]{6,}\.npz)"')
+
+
+def messages_name(record: Record) -> str:
+    """Return the file of a record's messages: its place in the input, from `000001.npz`."""
+    return f"{record.index + 1:06d}.npz"
+
+
+# Of `StepEvent`, per record.
+_COUNTS: Final = ("prefilled_tokens", "reused_tokens", "written_tokens", "cut_texts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +43,7 @@ class StepEvent:
         reused_tokens: Text tokens whose cache rows were kept.
         cut_texts: Hand-over texts that ended at their most tokens.
         tool_calls: The record's place in the batch, and what came of the call.
+        first_ms: Of a decode: the time to its first tokens.
     """
 
     op: str
@@ -42,90 +55,123 @@ class StepEvent:
     written_tokens: tuple[int, ...] = ()
     cut_texts: tuple[int, ...] = ()
     tool_calls: tuple[tuple[int, ToolResult], ...] = ()
+    first_ms: float = 0.0
+
+    def of_record(self, row: int) -> dict[str, Any]:
+        """Return the step with the counts of one record of the batch; the time is the batch's."""
+        return {
+            "op": self.op,
+            "round": self.round,
+            "agents": list(self.agents),
+            "ms": round(self.ms, 3),
+            **{name: counts[row] if (counts := getattr(self, name)) else 0 for name in _COUNTS},
+            "tool_calls": [call.to_json() for place, call in self.tool_calls if place == row],
+        }
 
 
 class Trace(Protocol):
-    """Records everything that batches do."""
+    """Receives everything that batches do, once they have answers."""
 
-    def add_event(self, event: StepEvent, *, batch: int) -> None:
-        """See a step of a batch of so many records."""
+    def add_batch(
+        self,
+        records: Sequence[Record],
+        events: Sequence[StepEvent],
+        messages: Sequence[Mapping[str, NDArray[Any]]],
+    ) -> None:
+        """Receive a batch: its steps, and for each record the messages of the rounds that it ran.
 
-    def add_messages(self, messages: Mapping[str, NDArray[Any]], *, records: Sequence[str]) -> None:
-        """See a batch's messages, named `SOURCE->TARGET@ROUND`, each [B, m, d].
-
-        Rows of records whose recursion had ended before that round are NaN; rounds that none of
-        them ran are not there.
+        Messages are named `SOURCE->TARGET@ROUND`, each [m, d].
         """
 
 
 class TraceWriter:
-    """Collects what batches report and writes it into a folder, over an earlier trace in it.
+    """Writes what batches did into a folder, record by record, as it comes.
 
-    `trace.jsonl` grows with the run; `messages.npz` is written by `close`. Its arrays
-    `SOURCE->TARGET@ROUND` are of shape [B, m, d] over all answered records in their order, whose
-    ids are the array `records`; rows of records that did not run the round are NaN.
+    `000001.npz`, named after the record's place in the input, holds its messages as arrays
+    `SOURCE->TARGET@ROUND` of shape [m, d]; `trace.jsonl` gets a line for it: its id, the file, the
+    number of records it ran with, and the batch's steps. A line is written once its file is whole.
+
+    A folder that holds a trace is kept unless `resume`, which adds to it, or `force`, which starts
+    afresh, says otherwise.
 
     Raises:
-        RecmasError: RM503 if it cannot be written.
+        RecmasError: RM503 if it cannot be written, RM520 if a trace is there.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, resume: bool = False, force: bool = False) -> None:
         self._folder = folder
-        self._records: list[str] = []
-        self._messages: dict[str, list[tuple[int, NDArray[Any]]]] = {}
+        lines = folder / RECORDS_NAME
         try:
+            if not (resume or force) and os.path.lexists(lines) and lines.stat().st_size:
+                raise fail(
+                    "RM520",
+                    f"the folder holds a trace already: {RECORDS_NAME}",
+                    file=str(folder),
+                    hint="Name another folder, or write over it with --force.",
+                )
             folder.mkdir(parents=True, exist_ok=True)
-            self._events = (folder / EVENTS_NAME).open("w", encoding="utf-8")
+            if not resume:
+                self._remove_messages(lines)
+            self._lines = JsonLines(lines)
+            self._lines.keep(None if resume else 0)
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def add_event(self, event: StepEvent, *, batch: int) -> None:
-        """Write down a step; see `Trace`."""
-        calls = [{"record": row, **result.to_json()} for row, result in event.tool_calls]
-        line = {
-            **asdict(event),
-            "tool_calls": calls,
-            "batch": batch,
-            "rows": batch * (1 if event.op == "send" else len(event.agents)),
-        }
+    def _remove_messages(self, lines: Path) -> None:
+        """Remove the files of an earlier trace, as its lines name them."""
+        if not lines.is_file():
+            return
+        for line in lines.read_text(encoding="utf-8", errors="replace").splitlines():
+            if name := _FILE.search(line):
+                (self._folder / name[1]).unlink(missing_ok=True)
+
+    def add_batch(
+        self,
+        records: Sequence[Record],
+        events: Sequence[StepEvent],
+        messages: Sequence[Mapping[str, NDArray[Any]]],
+    ) -> None:
+        """Write a batch down; see `Trace`."""
         try:
-            self._events.write(json.dumps(line) + "\n")
-            self._events.flush()
+            for row, (record, own) in enumerate(zip(records, messages, strict=True)):
+                name = messages_name(record)
+                with (self._folder / name).open("wb") as stream:
+                    np.savez(stream, **_keywords(own))
+                self._lines.append(
+                    {
+                        "id": record.id,
+                        "file": name,
+                        "batch_size": len(records),
+                        "steps": [event.of_record(row) for event in events],
+                    }
+                )
         except OSError as error:
             raise self._unwritable(error) from error
-
-    def add_messages(self, messages: Mapping[str, NDArray[Any]], *, records: Sequence[str]) -> None:
-        """Keep a batch's messages; see `Trace`."""
-        first_row = len(self._records)
-        self._records += records
-        for name, message in messages.items():
-            self._messages.setdefault(name, []).append((first_row, message))
 
     def close(self) -> None:
-        """Write the messages and close the files."""
-        arrays: dict[str, Any] = {
-            name: self._over_all_records(batches) for name, batches in self._messages.items()
-        }
-        arrays[RECORDS_ARRAY] = np.array(self._records, np.str_)
+        """Bring the trace to the disk and close its files."""
         try:
-            self._events.close()
-            with (self._folder / MESSAGES_NAME).open("wb") as stream:
-                np.savez(stream, **arrays)
+            self._lines.sync()
         except OSError as error:
             raise self._unwritable(error) from error
+        finally:
+            self._lines.close()
 
-    def _over_all_records(self, batches: Sequence[tuple[int, NDArray[Any]]]) -> NDArray[Any]:
-        """Return a message of all records from those of batches, given with their first rows."""
-        _, some = batches[0]
-        whole = np.full((len(self._records), *some.shape[1:]), np.nan, some.dtype)
-        for first_row, message in batches:
-            whole[first_row : first_row + len(message)] = message
-        return whole
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def _unwritable(self, error: OSError) -> RecmasError:
         return fail(
             "RM503",
-            f"the trace cannot be written: {error.strerror}",
+            f"the trace cannot be written: {reason_of(error)}",
             file=str(self._folder),
             hint="Give --trace a folder with room that you may write to.",
         )
+
+
+def _keywords(messages: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    # Any, because numpy declares a keyword of its own among those of arrays.
+    return dict(messages)

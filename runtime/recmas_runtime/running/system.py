@@ -5,19 +5,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import overload
 
-import numpy as np
-
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress, Silent
+from recmas_runtime.core.text import listed
+from recmas_runtime.engines.interface import FREE_MEMORY, Floats, OutOfMemoryError
 from recmas_runtime.formats.bundle import Bundle, open_bundle
 from recmas_runtime.formats.links import read_operands
 from recmas_runtime.formats.manifest import Manifest
 from recmas_runtime.formats.plan import Plan, SamplingPlan, ThinkStep, Variant
+from recmas_runtime.prompts.chat_template import read_template
 from recmas_runtime.prompts.render import Chat, Prompt
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.baselines import apply_baseline
@@ -25,7 +26,15 @@ from recmas_runtime.running.executor import Engines, Execution, tool_events
 from recmas_runtime.running.generation import DecoderSettings, RowDecoder
 from recmas_runtime.running.open_engines import OpenedEngines, open_engines
 from recmas_runtime.running.record_prompts import RecordError, RecordPrompts
-from recmas_runtime.running.records import Answer, Question, Record, Timing, Usage, as_record
+from recmas_runtime.running.records import (
+    Answer,
+    Question,
+    Record,
+    Timing,
+    Usage,
+    as_record,
+    needed_fields,
+)
 from recmas_runtime.running.run_trace import StepEvent, Trace
 from recmas_runtime.tools.toolbox import Toolbox
 
@@ -86,9 +95,6 @@ class Batch:
         execution, plan = self._execution, self._execution.plan
         start = time.perf_counter()
         execution.run_rounds()
-        # Not before: a record that proves too long in a round makes the others start over.
-        self._trace_steps(execution.events)
-        self._trace_messages()
         decode_start = time.perf_counter()
         generator = execution.answer()
         self._writers = generator.writers
@@ -98,9 +104,15 @@ class Batch:
         agents = (plan.answer_agent,)
         called = tool_events(generator, plan.rounds, agents)
         ms = (now - decode_start) * 1e3 - sum(event.ms for event in called)
-        decoded = StepEvent(op="decode", round=plan.rounds, agents=agents, ms=ms)
+        first_ms = ((generator.first_at or now) - start) * 1e3
+        decoded = StepEvent(op="decode", round=plan.rounds, agents=agents, ms=ms, first_ms=first_ms)
         execution.events += [decoded, *called]
-        self._trace_steps([decoded, *called])
+        # Not before: a record that proves too long in a round makes the others start over.
+        if self._trace is not None:
+            rows = range(len(self._records))
+            self._trace.add_batch(
+                self._records, execution.events, [self._messages(row) for row in rows]
+            )
 
     def answers(self) -> list[Answer]:
         """Return the answers in record order, once `pieces` has ended."""
@@ -110,12 +122,13 @@ class Batch:
         return [
             Answer(
                 id=record.id,
-                question=str(record.fields.get("question", "")),
+                record=record.given,
                 answer=writer.text,
                 finish_reason=writer.finish_reason or "length",
                 rounds=self._rounds(row),
                 usage=self._usage(row, writer),
                 timing_ms=timing,
+                batch_size=len(self._records),
                 tool_calls=tuple(writer.results),
             )
             for row, (record, writer) in enumerate(zip(self._records, self._writers, strict=True))
@@ -145,19 +158,13 @@ class Batch:
             completion_tokens=writer.num_tokens,
         )
 
-    def _trace_steps(self, events: Sequence[StepEvent]) -> None:
-        if self._trace is not None:
-            for event in events:
-                self._trace.add_event(event, batch=len(self._records))
-
-    def _trace_messages(self) -> None:
-        if self._trace is None:
-            return
-        messages = {}
-        for (link, round_), message in self._execution.messages.items():
-            ran = np.array([self._ran(row, round_) for row in range(len(message))])
-            messages[f"{link}@{round_}"] = np.where(ran[:, None, None], message, np.float32("nan"))
-        self._trace.add_messages(messages, records=[record.id for record in self._records])
+    def _messages(self, row: int) -> dict[str, Floats]:
+        """Return the messages [m, d] of the rounds that a record ran, by link and round."""
+        return {
+            f"{link}@{round_}": message[row]
+            for (link, round_), message in self._execution.messages.items()
+            if self._ran(row, round_)
+        }
 
 
 Function = Callable[[str], str]
@@ -196,8 +203,11 @@ def load(
             functions=functions,
             ask=ask,
         )
-    opened = open_engines(bundle, device=device, threads=threads)
-    return System(bundle.plan, load_parts(bundle, opened), toolbox)
+    try:
+        opened = open_engines(bundle, device=device, threads=threads)
+        return System(bundle.plan, load_parts(bundle, opened), toolbox)
+    except MemoryError:
+        raise OutOfMemoryError("the bundle cannot be loaded", FREE_MEMORY) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,10 +315,12 @@ class System:
         ready: list[_Ready] = []
         for index, record in enumerate(records):
             try:
-                prompts = RecordPrompts(self.plan, self._loaded.chats, record)
-                ready.append(_Ready(index, record, prompts))
+                ready.append(_Ready(index, record, self._prompts(record)))
             except RecmasError as error:
                 results[index] = error
+            except MemoryError:
+                what = f"record {record.id!r} is too long"
+                results[index] = OutOfMemoryError(what, "Shorten the record.")
         with (progress or Silent()).stage("answering", len(records)) as advance:
             advance(len(records) - len(ready))
             for part in self._parts(ready):
@@ -325,9 +337,24 @@ class System:
         """
         settings = self._settings(sampling)
         record = as_record(question, 0)
-        prompts = RecordPrompts(self.plan, self._loaded.chats, record)
-        (part,) = self._parts([_Ready(0, record, prompts)])
+        (part,) = self._parts([_Ready(0, record, self._prompts(record))])
         return AnswerStream(self._batch(part, settings, None), self._loaded.lock)
+
+    def check_question(self, record: Record) -> None:
+        """Raise RM500 for a question that no prompt shows: it would be answered unread."""
+        fields = self.plan.fields
+        if "question" in record.given and "question" not in fields:
+            uses = f"use {listed(fields)}" if fields else "show nothing of a record"
+            raise fail(
+                "RM500",
+                f"record {record.id!r} has a question, and no prompt shows it: the prompts {uses}",
+                hint=needed_fields(fields) if fields else "Write {{ question }} in a prompt.",
+            )
+
+    def _prompts(self, record: Record) -> RecordPrompts:
+        backbones = self.manifest.backbones
+        num_rows = {name: entry.vocab_size for name, entry in backbones.items()}
+        return RecordPrompts(self.plan, self._loaded.chats, record, num_rows=num_rows)
 
     def _parts(self, ready: Sequence[_Ready]) -> list[list[_Ready]]:
         """Cut records into batches of about the same size; RM508 if one would run alone."""
@@ -346,19 +373,42 @@ class System:
     def _answer(
         self, part: Sequence[_Ready], settings: SamplingPlan, trace: Trace | None
     ) -> list[tuple[int, Answer | RecmasError]]:
-        """Run a batch; records that turn out not to fit leave it, and the others run again."""
-        failed: list[tuple[int, Answer | RecmasError]] = []
-        while part:
-            try:
-                with self._loaded.lock:
-                    answers = self._batch(part, settings, trace).run()
-            except RecordError as error:
-                failed.append((part[error.record].index, error))
-                part = [ready for b, ready in enumerate(part) if b != error.record]
+        """Run a batch; a record that fails leaves it, and the others run again.
+
+        Where it is not known whose failure it is, or memory runs out, the batch runs in two halves.
+        """
+        failure: RecmasError
+        try:
+            with self._loaded.lock:
+                answers = self._batch(part, settings, trace).run()
+            return [(ready.index, answer) for ready, answer in zip(part, answers, strict=True)]
+        except RecordError as error:
+            failure, failed = error, [part[error.record]]
+            parts = [[*part[: error.record], *part[error.record + 1 :]]]
+        except (RecmasError, MemoryError) as error:
+            if isinstance(error, MemoryError | OutOfMemoryError):
+                # An error holds on to all that the batch has allocated.
+                failure = _without_memory(error)
             else:
-                answered = zip(part, answers, strict=True)
-                return [*failed, *((ready.index, answer) for ready, answer in answered)]
-        return failed
+                failure = error
+            middle = len(part) // 2
+            # A record is never alone where messages are exchanged.
+            whole = middle < (2 if self._exchange else 1)
+            failed = list(part) if whole else []
+            parts = [] if whole else [list(part[:middle]), list(part[middle:])]
+        if isinstance(failure, OutOfMemoryError):
+            self._release_memory()
+        results: list[tuple[int, Answer | RecmasError]] = []
+        results += ((ready.index, _of_record(failure, ready.record)) for ready in failed)
+        for smaller in filter(None, parts):
+            results += self._answer(smaller, settings, trace)
+        return results
+
+    def _release_memory(self) -> None:
+        """Give back what engines keep for later batches."""
+        with self._loaded.lock:
+            for backbone in self._loaded.engines.backbones.values():
+                backbone.drop_idle()
 
     def _batch(self, part: Sequence[_Ready], settings: SamplingPlan, trace: Trace | None) -> Batch:
         def prompt(b: int, agent: str, variant: Variant, texts: Mapping[str, str]) -> Prompt:
@@ -392,6 +442,25 @@ class System:
         return settings
 
 
+def _without_memory(error: OutOfMemoryError | MemoryError) -> OutOfMemoryError:
+    """Return the error of a run whose memory ran out, without what led to it."""
+    if isinstance(error, RecmasError):
+        return OutOfMemoryError.of(error.problems)
+    return OutOfMemoryError("the caches and inputs of a batch do not fit")
+
+
+def _of_record(failure: RecmasError, record: Record) -> RecmasError:
+    """Return an engine's failure as that of a record."""
+    if isinstance(failure, RecordError):
+        return failure
+    named = RecmasError(
+        replace(problem, message=f"record {record.id!r}: {problem.message}")
+        for problem in failure.problems
+    )
+    named.__cause__ = failure
+    return named
+
+
 def check_batch(batch: int, plan: Plan) -> None:
     """Raise RM506 for a batch that is more than a bundle takes."""
     if not 1 <= batch <= plan.limits.max_batch:
@@ -416,12 +485,13 @@ def load_parts(bundle: Bundle, opened: OpenedEngines) -> LoadedBundle:
     manifest = bundle.manifest
     chats, decoder_settings = {}, {}
     for name, entry in manifest.backbones.items():
-        template = bundle.file(entry.chat_template).read_text(encoding="utf-8")
+        template = read_template(bundle.file(entry.chat_template), file=entry.chat_template)
         chats[name] = Chat.load(bundle.file(entry.tokenizer), template, entry.special_tokens)
         decoder_settings[name] = DecoderSettings(
             tokenizer=chats[name].tokenizer,
             eos_token_ids=frozenset(entry.eos_token_ids),
             max_positions=entry.max_positions,
+            num_rows=entry.vocab_size,
         )
     engines = Engines(
         backbones=opened.backbones,

@@ -122,6 +122,10 @@ class BackboneEngine:
         """Keep a cache that its user needs no more for the next one."""
         self.caches.release(cache)
 
+    def drop_idle(self) -> None:
+        """Free the caches that are kept for later."""
+        self.caches.drop_idle()
+
     def forward(
         self,
         cache: Cache,

@@ -362,6 +362,11 @@ class CachePool:
         """Keep a cache that its user needs no more."""
         self._idle.append(cache)
 
+    def drop_idle(self) -> None:
+        """Free what is kept for later."""
+        self._idle.clear()
+        self._most_bytes = 0
+
     def _drop_idle(self) -> None:
         """Drop idle caches until the total is no more than what was once in use."""
         in_use = self.num_bytes - sum(cache.num_bytes for cache in self._idle)

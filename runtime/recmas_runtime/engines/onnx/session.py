@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from recmas_runtime.core.errors import fail
+from recmas_runtime.core.text import first_line
+from recmas_runtime.engines.interface import FREE_MEMORY, OutOfMemoryError, is_out_of_memory
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -117,6 +119,8 @@ def make_session(
         )
     # ONNX Runtime raises a dozen unrelated classes for a graph it will not run.
     except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(f"{path.name} cannot be loaded", FREE_MEMORY) from error
         raise fail(
             "RM507",
             f"ONNX Runtime {ort.__version__} refuses the graph: {error}",
@@ -145,17 +149,20 @@ def call_onnx(call: Callable[..., Any], *arguments: Any) -> Any:
     """Call a session, or what belongs to one, during a run.
 
     Raises:
-        RecmasError: RM507 for whatever ONNX Runtime raises.
+        OutOfMemoryError: If memory runs out.
+        RecmasError: RM507 for whatever else ONNX Runtime raises.
     """
     try:
         return call(*arguments)
     # A dozen unrelated classes, as for graphs that it refuses.
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(reason) from error
         raise fail(
             "RM507",
             f"ONNX Runtime {onnx_runtime().__version__} fails: {reason}",
-            hint="Take smaller batches if memory is short; else run `recmas verify` on the bundle.",
+            hint="Run `recmas verify` on the bundle; if it passes, upgrade onnxruntime.",
         ) from error
 
 

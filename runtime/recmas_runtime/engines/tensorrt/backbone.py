@@ -172,6 +172,12 @@ class TensorrtBackbone:
         if not isinstance(cache, TensorrtCache):
             self._beyond().release(cache)
 
+    def drop_idle(self) -> None:
+        """Free the workspaces that are kept for later, and what ONNX Runtime keeps."""
+        self._waiting.clear()
+        if self._fallback is not None:
+            self._fallback.drop_idle()
+
     def forward(
         self,
         cache: KeyValueRows,

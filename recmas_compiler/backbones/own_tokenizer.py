@@ -1,0 +1,146 @@
+"""A backbone's tokenizer as its own file has it, held against that file.
+
+transformers builds many tokenizers anew from the vocabulary alone, by the class that a folder
+names, and takes the class's own split in the place of the one in tokenizer.json. Engines must get
+the ids that the model was trained with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from recmas_compiler.backbones.gguf_file import split_as_named
+from recmas_compiler.spec.document.problems import show
+from recmas_runtime.core.errors import fail
+from recmas_runtime.prompts.chat_template import ChatTemplate
+from recmas_runtime.prompts.exerciser import sample_texts
+
+_FILE: Final = "tokenizer.json"
+_SHOWN_TOKENS: Final = 4
+# The named special tokens that a chat template may write without spelling them.
+_NAMED: Final = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+def load_tokenizer(
+    folder: Path, load: Mapping[str, Any], *, gguf: Mapping[str, Any] | None, source: str
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model's folder: from its tokenizer.json if there is one.
+
+    Where there is none, it is what transformers makes of the vocabulary that is there, and of a
+    GGUF file the split that the file names.
+
+    Args:
+        load: What every `from_pretrained` of this model gets.
+        gguf: Values of the header of its GGUF file, if it is one.
+        source: How errors name the backbone.
+
+    Raises:
+        RecmasError: RM202 if there is no fast tokenizer, if it gives other tokens than the model's
+            file, or if a GGUF file names a split that recmas does not know.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, **load)
+    if not tokenizer.is_fast:
+        raise fail(
+            "RM202",
+            f"backbone {source!r} has no {_FILE}, only a slow Python tokenizer",
+            hint=f"Choose a backbone whose repository has a {_FILE}.",
+        )
+    if gguf is not None:
+        split_as_named(tokenizer.backend_tokenizer, gguf, source=source)
+    elif (folder / _FILE).is_file():
+        tokenizer = _from_own_file(folder, load, usual=tokenizer)
+        _compare(_whole(tokenizer.backend_tokenizer), folder / _FILE, source)
+    _whole(tokenizer.backend_tokenizer)
+    return tokenizer
+
+
+def check_rows(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str, *, num_rows: int, source: str
+) -> None:
+    """Refuse a tokenizer that can write a token for which the embedding table has no row.
+
+    A special token that no template writes is harmless: where a text spells it, it is spelled with
+    ordinary tokens. Some models have such tokens, for inputs that are not text.
+
+    Raises:
+        RecmasError: RM202 if it can.
+    """
+    template = ChatTemplate(chat_template)
+    special = {
+        token.content
+        for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+        if token.special and not any(token.content in text for text in template.literals)
+    }
+    special -= {str(getattr(tokenizer, name)) for name in _NAMED if name in chat_template}
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
+    beyond = {i: token for token, i in vocabulary.items() if i >= num_rows and token not in special}
+    if beyond:
+        first = min(beyond)
+        tokens = "a token" if len(beyond) == 1 else f"{len(beyond)} tokens"
+        raise fail(
+            "RM202",
+            f"the tokenizer of backbone {source!r} has {tokens} beyond the {num_rows} rows of the "
+            f"embedding table, such as {show(beyond[first])} with the id {first}",
+            hint="Resize the model's embeddings to its tokenizer, or take the tokenizer that the "
+            "model was trained with.",
+        )
+
+
+def _from_own_file(
+    folder: Path, load: Mapping[str, Any], *, usual: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase:
+    """Load tokenizer.json as it is, with the tokens that the folder's settings add to it.
+
+    Special tokens that only the class of the usual tokenizer names keep their names.
+    """
+    own = PreTrainedTokenizerFast.from_pretrained(folder, **load)
+    vocabulary = own.get_vocab()
+    for name, token in usual.special_tokens_map.items():
+        if getattr(own, name, None) is None and isinstance(token, str) and token in vocabulary:
+            setattr(own, name, token)
+    return own
+
+
+def _compare(tokenizer: tokenizers.Tokenizer, file: Path, source: str) -> None:
+    """Refuse a tokenizer that gives other ids than its file."""
+    expected = _whole(tokenizers.Tokenizer.from_file(str(file)))
+    in_file = {token.content for token in expected.get_added_tokens_decoder().values()}
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()} - in_file
+    for text in _texts(sorted(in_file), added):
+        ours = tokenizer.encode(text, add_special_tokens=False)
+        theirs = expected.encode(text, add_special_tokens=False)
+        if ours.ids != theirs.ids:
+            raise fail(
+                "RM202",
+                f"the tokenizer that transformers makes for backbone {source!r} is not that of its "
+                f"{file.name}: in {show(text)} it has {_part(ours, theirs)} in the place of "
+                f"{_part(theirs, ours)}",
+                hint="Remove from tokenizer_config.json what changes the tokenizer, or save "
+                f"{file.name} anew with the tokenizer that the model was trained with.",
+            )
+
+
+def _whole(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Drop settings of a tokenizer's file that cut or pad whatever is encoded, in place."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _texts(tokens: Sequence[str], added: set[str]) -> Iterator[str]:
+    """Give the texts to compare: all that spell no token which only the settings add."""
+    return (
+        text for text in sample_texts(tokens) if not any(token and token in text for token in added)
+    )
+
+
+def _part(shown: tokenizers.Encoding, other: tokenizers.Encoding) -> str:
+    """Return a few tokens from where an encoding parts from another one."""
+    same = [a == b for a, b in zip(shown.ids, other.ids, strict=False)]
+    first = same.index(False) if False in same else len(same)
+    return " ".join(shown.tokens[first : first + _SHOWN_TOKENS]) or "nothing"
