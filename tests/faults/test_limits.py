@@ -146,8 +146,8 @@ def test_limits(part: int, undisturbed: Plain) -> None:
 ODD_NAMES = (
     "a b", "[b]", "[/b]", "-x", "--help", "\x1b[31m", "a\nb", "\u202e", os.fsdecode(b"\xe9"),
     "n" * 255, "n" * 256, "'", '"', "$(x)", "{{ x }}", "%s", "*", "~", "CON", "a:b", "\\",
-    "p/" * 2100, ".", "..", "/", "", "taken", "taken/below", "circle", "circle/below", "pipe", "/dev/full",
-    "/dev/null", "/proc/x", "con\0nul",
+    "p/" * 2100, ".", "..", "/", "", "taken", "taken/below", "circle", "circle/below", "pipe",
+    "/dev/full", "/dev/null", "/proc/x", "con\0nul",
 )  # fmt: skip
 
 

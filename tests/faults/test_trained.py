@@ -80,7 +80,7 @@ def damage(random: Random, path: Path) -> str:
 
 
 def damaged(random: Random, files: list[Path]) -> str:
-    count = random.choice([1, 1, 1, 2])
+    count = min(len(files), random.choice([1, 1, 1, 2]))
     return ", ".join(damage(random, path) for path in random.sample(files, count))
 
 
@@ -117,7 +117,8 @@ def attempt_use(case: Case, trained: Trained) -> Iterator[str]:
     links = folder / "links/pair"
     files = sorted(links.iterdir())
     receipt = links / "receipt.json"
-    done = damaged(random, [receipt, *random.sample(files, 1)] if random.random() < 0.5 else files)
+    chosen = [receipt, random.choice(files)] if random.random() < 0.5 else files
+    done = damaged(random, sorted(set(chosen)))
     before = digests(links)
     checked = job.run(folder, ["check", "spec.yaml"])
     measured = measure(job, folder)
