@@ -324,10 +324,15 @@ def _identity(session: Session, links: Mapping[str, nn.Module], *own: Section) -
     starts = "".join(f"{link_id} {weights_digest(link)}\n" for link_id, link in links.items())
     return {
         "the system": session.spec.digest,
+        "the chat templates": _sha256(*(b.chat_template for b in session.backbones.values())),
         "the data": " ".join(session.examples.digests.values()),
         "the settings": session.settings.digest(*own),
-        "the links at the start": hashlib.sha256(starts.encode()).hexdigest(),
+        "the links at the start": _sha256(starts),
     }
+
+
+def _sha256(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 def _note_starts(report: RunReport, links: Mapping[str, MaterializedLink]) -> None:
