@@ -56,7 +56,8 @@ def build_topology(
     links = [_link(spec, *ends, facts, problems) for ends in spec.declared.links]
     for name, fact in facts.items():
         problems += _beyond_backbone(spec, name, fact)
-    templates = _templates(spec, problems)
+    # What is made for a bundle's own engines has no files, and renders nothing.
+    templates = _templates(spec, problems) if known is None else {}
     problems += _missing_files(spec)
     if problems:
         raise RecmasError(in_reading_order(problems))
