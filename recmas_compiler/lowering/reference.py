@@ -162,7 +162,9 @@ class TorchSystem(ProgramModule):
     ) -> None:
         super().__init__(program, backbones=backbones, links=links)
         self._chats = {
-            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
+            name: Chat.load(
+                b.tokenizer_json, b.chat_template, b.special_tokens, day=self.system.day
+            )
             for name, b in backbones.items()
         }
         self._agents = {name: agent_plan(self.system, name) for name in self.system.agents}
@@ -364,7 +366,8 @@ def load_backbones(program: Graph, *, progress: Progress) -> dict[str, TorchBack
     system = program.system
     used = {system.backbone_of(agent).name: system.backbone_of(agent) for agent in system.agents}
     return {
-        name: load_backbone(b.facts, progress=progress, dtype=b.dtype) for name, b in used.items()
+        name: load_backbone(b.facts, progress=progress, dtype=b.dtype, template=b.template)
+        for name, b in used.items()
     }
 
 

@@ -91,7 +91,7 @@ class CallWriter:
         self._system = system
         self._agents = {name: agent_plan(system, name) for name in system.agents}
         self._chats = {
-            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
+            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens, day=system.day)
             for name, b in backbones.items()
         }
         # Records, by agent, whose target the template does not write as it stands.

@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Annotated, Final, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
+    WithJsonSchema,
     model_serializer,
     model_validator,
 )
@@ -21,7 +23,7 @@ from pydantic_core import PydanticCustomError
 
 from recmas_runtime.formats.ids import LINK_PATTERN, SLUG_PATTERN
 from recmas_runtime.formats.link_kinds import DEFAULT_INIT, DEFAULT_KIND, LinkInit, LinkKind
-from recmas_runtime.formats.plan import MAX_LATENT_STEPS
+from recmas_runtime.formats.plan import MAX_LATENT_STEPS, parse_day
 from recmas_runtime.formats.precisions import Dtype, PrecisionName, TargetName
 
 MAX_AGENTS: Final = 64
@@ -228,6 +230,9 @@ class AnswerSection(Section):
     """Tools of the answer agent; without it there are none."""
 
 
+# The `template` that stands for plain text.
+NO_TEMPLATE: Final = "none"
+
 # Variables of the chat template that rendering itself sets.
 RESERVED_TEMPLATE_VARIABLES: Final = frozenset({"messages", "add_generation_prompt"})
 
@@ -247,6 +252,16 @@ def _plain_value(value: object) -> object:
     return value
 
 
+def _day(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            parse_day(value)
+        except ValueError:
+            raise PydanticCustomError("day", "should be a day of the form YYYY-MM-DD") from None
+    return value
+
+
+Day = Annotated[str, AfterValidator(_day), WithJsonSchema({"type": "string", "format": "date"})]
 TemplateValue = Annotated[bool | int | float | str, BeforeValidator(_plain_value)]
 
 
@@ -263,6 +278,10 @@ class BackboneSection(Section):
 
     precision: Given[PrecisionName] = None
     """Precision of this backbone's engines instead of `build.precision`."""
+
+    template: Given[FilePath] = None
+    """Chat template instead of the backbone's own: a Jinja file, relative to the spec, or `none`
+    for plain text, as models without one were trained on."""
 
 
 class WeightsSection(Section):

@@ -61,6 +61,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM152": (Exit.OK, "warning: links without trained weights"),
     "RM153": (Exit.OK, "warning: an early end of the rounds that can never come"),
     "RM155": (Exit.OK, "warning: a chat template that writes the date of the day"),
+    "RM156": (Exit.OK, "warning: prompts that do not show what is asked"),
     # RM2xx: backbones and compilation
     "RM200": (Exit.ENVIRONMENT, "a backbone's files are not there"),
     "RM201": (Exit.ENVIRONMENT, "a Python package that this needs is not installed"),

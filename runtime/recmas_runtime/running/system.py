@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,8 +15,9 @@ from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.core.text import listed
 from recmas_runtime.engines.interface import FREE_MEMORY, Floats, OutOfMemoryError
 from recmas_runtime.formats.bundle import Bundle, open_bundle
+from recmas_runtime.formats.codec import malformed
 from recmas_runtime.formats.links import read_operands
-from recmas_runtime.formats.manifest import Manifest
+from recmas_runtime.formats.manifest import PLAN_NAME, Manifest
 from recmas_runtime.formats.plan import Plan, SamplingPlan, ThinkStep, Variant
 from recmas_runtime.prompts.chat_template import read_template
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Chat, Prompt
@@ -215,6 +217,7 @@ class LoadedBundle:
     """What a bundle loads once and every system on it shares; problems say why on which device."""
 
     manifest: Manifest
+    day: datetime.date
     device: str
     problems: list[Problem]
     engines: Engines
@@ -248,6 +251,11 @@ class System:
     def problems(self) -> tuple[Problem, ...]:
         """Warnings about the engines, so far: which of the bundle's are not used, and why."""
         return tuple(self._loaded.problems)
+
+    @property
+    def date(self) -> str:
+        """The day that chat templates get which write it, as `YYYY-MM-DD`."""
+        return self._loaded.day.isoformat()
 
     def baseline(self, name: str) -> System:
         """Return an alternative to this system on the same engines; `latent` is the system itself.
@@ -494,13 +502,29 @@ class _Ready:
     prompts: RecordPrompts
 
 
-def load_parts(bundle: Bundle, opened: OpenedEngines) -> LoadedBundle:
-    """Load what systems of a bundle share, around open engines; RM40x for files that are wrong."""
+def _day_of(plan: Plan) -> datetime.date | None:
+    try:
+        return plan.day
+    except ValueError as error:
+        raise malformed(PLAN_NAME, f"the date is none: {error}") from error
+
+
+def load_parts(
+    bundle: Bundle, opened: OpenedEngines, *, day: datetime.date | None = None
+) -> LoadedBundle:
+    """Load what systems of a bundle share, around open engines; RM40x for files that are wrong.
+
+    Args:
+        day: For chat templates that write the date; None for that of the bundle, or else today.
+    """
     manifest = bundle.manifest
+    day = day or _day_of(bundle.plan) or datetime.date.today()
     chats, decoder_settings = {}, {}
     for name, entry in manifest.backbones.items():
         template = read_template(bundle.file(entry.chat_template), file=entry.chat_template)
-        chats[name] = Chat.load(bundle.file(entry.tokenizer), template, entry.special_tokens)
+        chats[name] = Chat.load(
+            bundle.file(entry.tokenizer), template, entry.special_tokens, day=day
+        )
         decoder_settings[name] = DecoderSettings(
             tokenizer=chats[name].tokenizer,
             eos_token_ids=frozenset(entry.eos_token_ids),
@@ -515,6 +539,7 @@ def load_parts(bundle: Bundle, opened: OpenedEngines) -> LoadedBundle:
     )
     return LoadedBundle(
         manifest=manifest,
+        day=day,
         device=opened.device,
         problems=opened.problems,
         engines=engines,
