@@ -24,8 +24,8 @@ from recmas_compiler.evaluation.checks.verdict import (
     verdict,
     without_thinking,
 )
+from recmas_compiler.evaluation.data.converters import LETTERS
 from recmas_compiler.evaluation.data.data_file import Question
-from recmas_compiler.evaluation.data.protocol import LETTERS
 
 _NO_PUNCTUATION: Final = str.maketrans("", "", string.punctuation + "\u2018\u2019\u201c\u201d")
 _ARTICLES: Final = re.compile(r"\b(?:a|an|the)\b")
