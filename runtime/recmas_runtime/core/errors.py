@@ -110,9 +110,10 @@ CODES: dict[str, tuple[Exit, str]] = {
     # RM6xx: evaluation
     "RM600": (Exit.USAGE, "a protocol that is not there or malformed"),
     "RM601": (Exit.RUN_FAILED, "data that does not fit the protocol"),
-    "RM602": (Exit.ENVIRONMENT, "no sandbox for the code that a protocol runs"),
+    "RM602": (Exit.ENVIRONMENT, "no sandbox for the code that a protocol runs, or no package"),
     "RM603": (Exit.USAGE, "--resume with the answers of another evaluation"),
     "RM650": (Exit.OK, "warning: other prompts than those the protocol names"),
+    "RM651": (Exit.OK, "warning: records left out that no answer could be judged by"),
     # RM7xx: training
     "RM700": (Exit.RUN_FAILED, "training data that cannot be used"),
     "RM701": (Exit.RUN_FAILED, "the loss is no number any more, or it diverges"),
