@@ -102,6 +102,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM510": (Exit.RUN_FAILED, "TensorRT refuses a graph or an engine"),
     "RM511": (Exit.ENVIRONMENT, "no TensorRT engine that this machine can use"),
     "RM512": (Exit.USAGE, "a stream that is read twice"),
+    "RM513": (Exit.USAGE, "a system that one of its own tools asks"),
     "RM520": (Exit.USAGE, "an output that holds something already"),
     "RM521": (Exit.USAGE, "--resume with the answers of another run"),
     "RM550": (Exit.OK, "warning: TensorRT engines of a bundle that are not used"),
