@@ -29,7 +29,7 @@ from recmas_runtime.formats.manifest import ParityEntry
 if TYPE_CHECKING:
     from recmas_compiler.lowering.reference import TorchSystem
     from recmas_compiler.training.loop.loop import Sink
-    from recmas_compiler.training.run import RunReport
+    from recmas_compiler.training.receipt import RunReport
     from recmas_runtime.checking.build_tensorrt import EngineBuild
 
 # Where a package says that it builds bundles; recmas_export does.
