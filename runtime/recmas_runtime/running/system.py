@@ -22,6 +22,7 @@ from recmas_runtime.formats.plan import Plan, SamplingPlan, ThinkStep, Variant
 from recmas_runtime.prompts.chat_template import read_template
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Chat, Prompt
 from recmas_runtime.prompts.sampler import check_sampling
+from recmas_runtime.prompts.tool_turns import PLAIN_RESULTS, answer_chat, result_form
 from recmas_runtime.running.baselines import apply_baseline
 from recmas_runtime.running.engine_lock import EngineLock
 from recmas_runtime.running.executor import Engines, Execution, tool_events
@@ -244,7 +245,8 @@ class System:
         self.device = loaded.device
         self._loaded = loaded
         self._toolbox = toolbox
-        self._tools = None if toolbox is None else AnswerTools(toolbox=toolbox, lock=loaded.lock)
+        self._answer_chat = answer_chat(loaded.chats, plan.agents[plan.answer_agent], plan.tools)
+        self._tools = None if toolbox is None else self._answer_tools(toolbox)
         self._exchange = exchange
 
     @property
@@ -376,7 +378,21 @@ class System:
         """Return every prompt of a record; RM500, RM501 or RM206 if one cannot be built."""
         backbones = self.manifest.backbones
         num_rows = {name: entry.vocab_size for name, entry in backbones.items()}
-        return RecordPrompts(self.plan, self._loaded.chats, record, num_rows=num_rows)
+        return RecordPrompts(
+            self.plan,
+            self._loaded.chats,
+            record,
+            num_rows=num_rows,
+            answer_chat=self._answer_chat,
+        )
+
+    def _answer_tools(self, toolbox: Toolbox) -> AnswerTools:
+        """Return the tools of answers; where the template writes them, with its form of results."""
+        agent = self.plan.agents[self.plan.answer_agent]
+        results = PLAIN_RESULTS
+        if self._answer_chat is not self._loaded.chats[agent.backbone]:
+            results = result_form(self._answer_chat.template, agent.chat_template)
+        return AnswerTools(toolbox=toolbox, lock=self._loaded.lock, results=results)
 
     def _parts(self, ready: Sequence[_Ready]) -> list[list[_Ready]]:
         """Cut records into batches of about the same size; RM508 if one would run alone."""
