@@ -19,6 +19,7 @@ from recmas_runtime.formats.codec import to_json
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.manifest import MANIFEST_NAME, SPEC_NAME, ParityEntry
 from recmas_runtime.formats.precisions import TARGET_NAMES, TARGETS
+from recmas_runtime.running.records import run_command
 
 
 @click.command()
@@ -78,7 +79,7 @@ def build(
     return Outcome(
         text=f"Bundle {folder} {how}.\n{engines}{_losses_note(built.parity, program)}"
         f"{_links_note(program)}"
-        f'Next: recmas run {folder} "..."',
+        f"Next: {run_command(str(folder), open_bundle(built.path).plan.fields)}",
         data={
             "engines": None if built.engines is None else built.engines.to_json(),
             "path": str(folder),

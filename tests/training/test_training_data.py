@@ -30,7 +30,7 @@ WRONG = {
     "cut_off": ('{"id": "c", "question": "Wh', "not valid JSON"),
     "a_list": ("[1, 2]", "not a JSON object"),
     "a_number": ("7", "not a JSON object"),
-    "nan": ('{"question": NaN}', "NaN is not a JSON number"),
+    "nan": ('{"question": NaN}', "NaN is no JSON number"),
     "id_used_before": (record(0), "id 'r0' is already that of line 1"),
     "id_empty": (record(9, id=""), 'id "" is neither text nor an integer'),
     "id_a_list": (record(9, id=["a"]), "neither text nor an integer"),
