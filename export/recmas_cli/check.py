@@ -8,6 +8,7 @@ import click
 
 from recmas_cli.console import SET, SPEC, Outcome, command
 from recmas_compiler.api import load_and_compile
+from recmas_runtime.core.text import counted
 
 
 @click.command()
@@ -24,7 +25,7 @@ def check(spec: Path, overrides: tuple[str, ...]) -> Outcome:
         "rounds": system.rounds,
         "steps": len(program.graph),
     }
-    listed = ", ".join(f"{value} {key}" for key, value in counts.items())
+    listed = ", ".join(counted(value, key.removesuffix("s")) for key, value in counts.items())
     return Outcome(
         text=f"{spec}: ok ({listed})",
         data={"name": system.name, **counts},

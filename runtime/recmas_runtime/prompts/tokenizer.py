@@ -64,6 +64,10 @@ class Tokenizer:
         self._tokenizer.no_padding()
         template = ChatTemplate(chat_template) if isinstance(chat_template, str) else chat_template
         self._added = self._tokenizer.get_added_tokens_decoder()
+        # Of the tokens that `decode` leaves out.
+        self.special_texts = {
+            token_id: token.content for token_id, token in self._added.items() if token.special
+        }
         self.control_ids = self._find_control_ids(template.literals)
         self._unknown_id = self._find_unknown_id()
         # Whether a text has other tokens in the middle of another one: a space is put before it.
@@ -338,6 +342,11 @@ class IncrementalDecoder:
         if text:
             self._context, self._written = self._written, len(self._ids)
         return text
+
+    @property
+    def holds_part(self) -> bool:
+        """Whether a part of a character is held back."""
+        return self._pending().endswith(_REPLACEMENT)
 
     def flush(self) -> str:
         """Return what was held back, complete or not."""

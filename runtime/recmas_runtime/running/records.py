@@ -7,7 +7,6 @@ import errno
 import json
 import math
 import os
-import shlex
 import stat
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -205,13 +204,6 @@ def needed_fields(fields: Sequence[str]) -> str:
     return (
         f"The prompts use {listed(fields)}: give {options}, or --input with lines such as {line}."
     )
-
-
-def run_command(bundle: str, fields: Sequence[str]) -> str:
-    """Return a command that asks a bundle one question, with the fields that its prompts show."""
-    words = ["recmas run", shlex.quote(bundle), *(['"..."'] if "question" in fields else [])]
-    words += [f"--field {name}=..." for name in fields if name != "question"]
-    return " ".join(words)
 
 
 def _check_id(given: object, hint: str) -> None:
