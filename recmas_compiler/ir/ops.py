@@ -55,9 +55,9 @@ class Backbone:
     precision: str = "float32"
 
     @property
-    def engine_identity(self) -> tuple[str, str, str]:
+    def engine_identity(self) -> tuple[str, str, str, str]:
         """What backbones have in common that can share weights and engine."""
-        return self.facts.identity, self.dtype, self.precision
+        return self.facts.identity, self.facts.folder or "", self.dtype, self.precision
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ def test_numbers_are_those_of_the_formula(kind: str, role: str) -> None:
         return layer_norm(x, w[f"{name}.weight"], w[f"{name}.bias"])
 
     before, after = ("pre_ln", "post_ln") if role == "inner" else ("ln_source", "ln_target")
-    x = h if kind == "residual" else norm(before, h)
+    x = h if kind in ("residual", "biased_residual") else norm(before, h)
     update = linear("proj2", gelu(linear("proj1", x)))
     is_plain = role == "inner" and kind != "projected"
     expected = (h if is_plain else linear("residual_proj", h)) + update
@@ -72,6 +72,13 @@ def test_numbers_are_those_of_the_formula(kind: str, role: str) -> None:
     [
         ("residual", "inner", "proj1.weight proj2.weight"),
         ("residual", "outer", "proj1.weight proj2.weight residual_proj.weight"),
+        ("biased_residual", "inner", "proj1.bias proj1.weight proj2.bias proj2.weight"),
+        (
+            "biased_residual",
+            "outer",
+            "proj1.bias proj1.weight proj2.bias proj2.weight"
+            " residual_proj.bias residual_proj.weight",
+        ),
         (
             "ln_residual",
             "outer",

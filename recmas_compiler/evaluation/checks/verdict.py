@@ -43,6 +43,16 @@ class Check(Protocol):
                 use.
         """
 
+    def check_record(self, question: Question) -> None:
+        """Refuse a record that no answer could be judged by, before anything is asked.
+
+        Safe to call from many threads.
+
+        Raises:
+            RecmasError: RM601 if that concerns the record, RM602 if something is not installed.
+        """
+        self("", question)
+
     def __enter__(self) -> Self:
         return self
 
@@ -77,12 +87,17 @@ def gold_text(question: Question) -> str:
     return first
 
 
-def unusable_gold(question: Question, message: str) -> RecmasError:
+_UNUSABLE: Final = "Correct the record, or choose a protocol whose check reads such answers."
+
+
+def unusable_gold(question: Question, message: str, *, hint: str = _UNUSABLE) -> RecmasError:
     """Return the error for a question that a check cannot use."""
     return fail(
         "RM601",
         f"record {question.record.id!r}: {message}",
-        hint="Correct the record, or choose a protocol whose check reads such answers.",
+        file=question.file,
+        line=question.line,
+        hint=hint,
     )
 
 

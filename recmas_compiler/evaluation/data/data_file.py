@@ -21,10 +21,17 @@ MAX_PROBLEMS: Final = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A record that prompts may show, and what only the check sees: `answer`, unit tests."""
+    """A record that prompts may show, and what only the check sees: `answer`, unit tests.
+
+    Attributes:
+        file: Where it was read, for messages.
+        line: Its line there, from 1.
+    """
 
     record: Record
     gold: Mapping[str, object]
+    file: str | None = None
+    line: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,6 +119,10 @@ class CodeSection(Section):
     memory_mb: int = Field(default=512, ge=16, le=65536)
     """Most memory of one run, in MiB."""
 
+    packages: list[str] = Field(default=["numpy"])
+    """What programs may import besides the standard library, where it is installed; what the
+    records' own tests import they always may."""
+
 
 CheckSection = Annotated[
     MathSection | ChoiceSection | ExactSection | F1Section | CodeSection,

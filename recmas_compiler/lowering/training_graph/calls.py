@@ -29,6 +29,7 @@ class TrainExample:
     Attributes:
         id: Unique within its file.
         index: Place in its file, from 0.
+        line: Where it begins there, from 1.
         targets: Agent to the text that it should think or say.
     """
 
@@ -36,6 +37,7 @@ class TrainExample:
     index: int
     fields: Mapping[str, object]
     targets: Mapping[str, str]
+    line: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

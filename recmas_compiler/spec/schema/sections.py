@@ -269,8 +269,9 @@ class WeightsSection(Section):
     """Where a link's weights come from: a file, or a start."""
 
     kind: Given[LinkKind] = None
-    """Form of the link: `projected`, `residual` (the paper) or `ln_residual` (the released
-    weights). Without it: `projected`, or with `weights` the kind of the file."""
+    """Form of the link: `projected`, `residual` (the paper), `ln_residual` (the released weights)
+    or `biased_residual` (the released trainer's default). Without it: `projected`, or with
+    `weights` the kind of the file."""
 
     init: Given[LinkInit] = None
     """Start of a link without `weights`: `aligned` (the default) solves for it in closed form when

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,11 +18,12 @@ from recmas_runtime.formats.links import read_operands
 from recmas_runtime.formats.manifest import Manifest
 from recmas_runtime.formats.plan import Plan, SamplingPlan, ThinkStep, Variant
 from recmas_runtime.prompts.chat_template import read_template
-from recmas_runtime.prompts.render import Chat, Prompt
+from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Chat, Prompt
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.baselines import apply_baseline
+from recmas_runtime.running.engine_lock import EngineLock
 from recmas_runtime.running.executor import Engines, Execution, tool_events
-from recmas_runtime.running.generation import DecoderSettings, RowDecoder
+from recmas_runtime.running.generation import AnswerTools, DecoderSettings, RowDecoder
 from recmas_runtime.running.open_engines import OpenedEngines, open_engines
 from recmas_runtime.running.record_prompts import RecordError, RecordPrompts
 from recmas_runtime.running.records import (
@@ -47,7 +47,7 @@ class AnswerStream:
     It is read once. Others may run on the same engines between two pieces.
     """
 
-    def __init__(self, batch: Batch, lock: threading.Lock) -> None:
+    def __init__(self, batch: Batch, lock: EngineLock) -> None:
         self._batch: Batch | None = batch
         self._lock = lock
         self.answer: Answer | None = None
@@ -64,7 +64,7 @@ class AnswerStream:
         pieces = batch.pieces()
         while True:
             # Not across the yield: the reader may run the system before it wants the next piece.
-            with self._lock:
+            with self._lock.held():
                 piece = next(pieces, None)
             if piece is None:
                 break
@@ -219,7 +219,7 @@ class LoadedBundle:
     problems: list[Problem]
     engines: Engines
     chats: Mapping[str, Chat]
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: EngineLock = field(default_factory=EngineLock)
 
 
 class System:
@@ -241,6 +241,7 @@ class System:
         self.device = loaded.device
         self._loaded = loaded
         self._toolbox = toolbox
+        self._tools = None if toolbox is None else AnswerTools(toolbox=toolbox, lock=loaded.lock)
         self._exchange = exchange
 
     @property
@@ -315,7 +316,7 @@ class System:
         ready: list[_Ready] = []
         for index, record in enumerate(records):
             try:
-                ready.append(_Ready(index, record, self._prompts(record)))
+                ready.append(_Ready(index, record, self.prompts(record)))
             except RecmasError as error:
                 results[index] = error
             except MemoryError:
@@ -337,8 +338,20 @@ class System:
         """
         settings = self._settings(sampling)
         record = as_record(question, 0)
-        (part,) = self._parts([_Ready(0, record, self._prompts(record))])
+        (part,) = self._parts([_Ready(0, record, self.prompts(record))])
         return AnswerStream(self._batch(part, settings, None), self._loaded.lock)
+
+    @property
+    def prompt_day(self) -> str | None:
+        """The date that prompts show, as YYYY-MM-DD; None if no chat template writes one."""
+        hello = [{"role": "user", "content": "Hello"}]
+        for chat in self._loaded.chats.values():
+            try:
+                if chat.template.changes_with_the_day(hello, **DEFAULT_VARIABLES):
+                    return chat.template.day.isoformat()
+            except RecmasError:
+                continue  # such a template fails for every record, which is told there
+        return None
 
     def check_question(self, record: Record) -> None:
         """Raise RM500 for a question that no prompt shows: it would be answered unread."""
@@ -351,7 +364,8 @@ class System:
                 hint=needed_fields(fields) if fields else "Write {{ question }} in a prompt.",
             )
 
-    def _prompts(self, record: Record) -> RecordPrompts:
+    def prompts(self, record: Record) -> RecordPrompts:
+        """Return every prompt of a record; RM500, RM501 or RM206 if one cannot be built."""
         backbones = self.manifest.backbones
         num_rows = {name: entry.vocab_size for name, entry in backbones.items()}
         return RecordPrompts(self.plan, self._loaded.chats, record, num_rows=num_rows)
@@ -379,7 +393,7 @@ class System:
         """
         failure: RecmasError
         try:
-            with self._loaded.lock:
+            with self._loaded.lock.held():
                 answers = self._batch(part, settings, trace).run()
             return [(ready.index, answer) for ready, answer in zip(part, answers, strict=True)]
         except RecordError as error:
@@ -406,7 +420,7 @@ class System:
 
     def _release_memory(self) -> None:
         """Give back what engines keep for later batches."""
-        with self._loaded.lock:
+        with self._loaded.lock.held():
             for backbone in self._loaded.engines.backbones.values():
                 backbone.drop_idle()
 
@@ -424,7 +438,7 @@ class System:
             sampling=settings,
             prompts=prompt,
             exchange=self._exchange,
-            toolbox=self._toolbox,
+            tools=self._tools,
         )
         return Batch(execution, [ready.record for ready in part], trace)
 
