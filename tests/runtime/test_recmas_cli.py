@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 from kit.hand_bundle import edit_json, rehash
 from recmas_runtime.cli.main import main
-from recmas_runtime.running.system import PHASES
+from recmas_runtime.running.batch import PHASES
 
 RECMAS = [sys.executable, "-m", "recmas_runtime.cli.main"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}

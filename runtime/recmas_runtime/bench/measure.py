@@ -11,9 +11,10 @@ from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.formats.plan import SamplingPlan, ThinkStep
 from recmas_runtime.running.baselines import LATENT
+from recmas_runtime.running.batch import PHASES
 from recmas_runtime.running.records import Answer, Record
 from recmas_runtime.running.run_trace import StepEvent
-from recmas_runtime.running.system import PHASES, System
+from recmas_runtime.running.system import System
 
 UNTRAINED = "untrained-links"
 TEXT = "text"

@@ -23,7 +23,7 @@ from recmas_runtime.core.progress import Progress
 from recmas_runtime.core.text import counted, markdown_table
 from recmas_runtime.engines.onnx.session import physical_cores
 from recmas_runtime.running.baselines import LATENT
-from recmas_runtime.running.system import PHASES
+from recmas_runtime.running.batch import PHASES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -182,10 +182,19 @@ def _parser() -> argparse.ArgumentParser:
         help="a field that the prompts use; may be repeated, a name too, for a list",
     )
     files = run.add_argument_group("many questions")
-    files.add_argument("--input", metavar="FILE", help="JSON lines to answer; - is stdin")
+    files.add_argument(
+        "--input",
+        metavar="FILE",
+        help="records to answer: JSON lines, a JSON list, CSV, TSV or Parquet, also gzipped; "
+        "- is stdin",
+    )
     files.add_argument("--output", metavar="FILE", help="JSON lines to write; - is stdout")
-    files.add_argument("--batch", type=int, metavar="N", help="records per batch")
-    files.add_argument("--resume", action="store_true", help="go on with an output file")
+    files.add_argument(
+        "--batch", type=int, metavar="N", help="most records per batch; default: the bundle's limit"
+    )
+    files.add_argument(
+        "--resume", action="store_true", help="go on with an output file; tries failures again"
+    )
     files.add_argument("--force", action="store_true", help="write over an output or trace")
     run.add_argument("--trace", type=Path, metavar="DIR", help="write messages and steps here")
     run.add_argument(

@@ -105,6 +105,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM513": (Exit.USAGE, "a system that one of its own tools asks"),
     "RM520": (Exit.USAGE, "an output that holds something already"),
     "RM521": (Exit.USAGE, "--resume with the answers of another run"),
+    "RM522": (Exit.USAGE, "a system that was closed"),
     "RM550": (Exit.OK, "warning: TensorRT engines of a bundle that are not used"),
     # RM6xx: evaluation
     "RM600": (Exit.USAGE, "a protocol that is not there or malformed"),
