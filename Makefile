@@ -47,6 +47,10 @@ VERSION_TESTS ?= tests/runtime tests/spec tests/ir tests/with_torch tests/export
 test-lowest test-newest:
 	TORCH="$(TORCH_FROM)" PYTHON="$(PYTHON)" .ci/test-versions $(@:test-%=%) $(VERSION_TESTS)
 
+# Thousands of damaged inputs, kills and full disks; tests/README.md says how to repeat one case.
+test-faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults --numprocesses auto --maxprocesses 4 --dist load tests/faults
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
