@@ -25,6 +25,7 @@ def render(text: str, **variables: bool | int | float | str) -> str:
         ("{{ {'b': 1, 'a': 2} | tojson(sort_keys=true) }}", '{"a": 2, "b": 1}'),
         ("{% for i in range(9) %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}", "012"),
         ("{% generation %}\nx{% endgeneration %}y", "xy"),
+        ("{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}", "21"),
         ("{{ tools is none }}{{ documents is none }}{{ add_generation_prompt }}", "TrueTrueTrue"),
         ("{% set ns = namespace(a=1) %}{% set ns.a = 2 %}{{ ns.a }}", "2"),
         ("{{ dict(a=1) }}{{ dict.fromkeys(['x']) }}", "{'a': 1}{'x': None}"),
