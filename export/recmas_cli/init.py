@@ -6,10 +6,13 @@ from pathlib import Path
 
 import click
 
-from recmas_cli.console import FILE, Outcome, command, write_text
-from recmas_compiler.spec.patterns.starter_specs import starter_spec
+from recmas_cli.console import FILE, Outcome, command
+from recmas_compiler.spec.document.places import is_file
+from recmas_compiler.spec.patterns.starter_specs import starter_files, starter_spec
 from recmas_compiler.spec.schema.json_schema import SCHEMA_FILE, schema_text
 from recmas_runtime.core.errors import fail
+from recmas_runtime.core.files import check_free, placed_together
+from recmas_runtime.core.text import listed
 
 
 @click.command()
@@ -25,21 +28,36 @@ from recmas_runtime.core.errors import fail
 @click.option(
     "--task", metavar="TASK", help="What to ask for: general, math, choice, code or search."
 )
-@click.option("--force", is_flag=True, help="Overwrite an existing file.")
+@click.option(
+    "--train",
+    is_flag=True,
+    help="With a section `train`, records to learn from and questions to ask.",
+)
+@click.option("--force", is_flag=True, help="Overwrite existing files.")
 @command
-def init(pattern: str, out: Path, task: str | None, *, force: bool) -> Outcome:
+def init(pattern: str, out: Path, task: str | None, *, train: bool, force: bool) -> Outcome:
     """Write a commented spec to start from.
 
-    PATTERN is sequential, mixture, distillation, deliberation, or custom for a graph of your own.
+    PATTERN is relay, sequential, mixture, distillation, deliberation, or custom for a graph of your
+    own. The relay is the smallest one that shows what messages do: train it and see.
     """
-    text = starter_spec(pattern, task=task)
-    if out.exists() and not force:
-        raise fail("RM302", f"{out} exists already", hint="Choose another --out or pass --force.")
-    schema = out.with_name(SCHEMA_FILE)
-    write_text(out, text)
-    write_text(schema, schema_text())
+    if not out.name:
+        raise fail("RM302", f"{out} is a folder", hint="Name a file, such as -o spec.yaml.")
+    files = starter_files(pattern, task=task) if train else {}
+    files |= {SCHEMA_FILE: schema_text(), out.name: starter_spec(pattern, task=task, train=train)}
+    theirs = [name for name in files if name != SCHEMA_FILE or not is_file(out.with_name(name))]
+    check_free(out.parent, theirs, force=force)
+    with placed_together(out.parent, list(files)) as staging:
+        for name, text in files.items():
+            (staging / name).write_text(text, encoding="utf-8")
+    others = listed(out.with_name(name) for name in files if name != out.name)
+    after = "train" if train else "build"
     return Outcome(
-        text=f"Wrote {out} and {schema} (for editors).\n"
-        f"Next: recmasc check {out}, then recmasc build {out}.",
-        data={"path": str(out), "schema": str(schema)},
+        text=f"Wrote {out}; beside it {others}.\n"
+        f"Next: recmasc check {out}, then recmasc {after} {out}.",
+        data={
+            "path": str(out),
+            "schema": str(out.with_name(SCHEMA_FILE)),
+            "files": [str(out.with_name(name)) for name in files],
+        },
     )

@@ -103,12 +103,22 @@ def read_chat_template(
         raise RecmasError(problem_at(position, "RM206", message, hint=problem.hint)) from error
 
 
-def _read(source: ResolvedSource, template: str | None) -> ChatTemplate | None:
+def own_template_text(source: ResolvedSource) -> str | None:
+    """Return the text of a backbone's own chat template; None if it has none that is at hand.
+
+    Raises:
+        RecmasError: RM401 or RM404 for a file that cannot be read or is no template.
+    """
     if source.gguf_file is not None:
-        text = template or _gguf_template(source.folder / source.gguf_file)
+        return _gguf_template(source.folder / source.gguf_file)
+    return _own_template(source.folder, _config(source.folder))
+
+
+def _read(source: ResolvedSource, template: str | None) -> ChatTemplate | None:
+    text = template or own_template_text(source)
+    if source.gguf_file is not None:
         return None if text is None else ChatTemplate(text)
     config = _config(source.folder)
-    text = template or _own_template(source.folder, config)
     if text is None:
         message = f"backbone `{source.source}` has no chat template."
         raise _MissingError("RM206", message, GIVE_A_TEMPLATE)

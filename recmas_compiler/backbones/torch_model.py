@@ -186,7 +186,7 @@ def _load_model(resolved: ResolvedSource, folder: Path, load: dict[str, Any]) ->
     if resolved.gguf_file is not None:
         # The weights are plain float32 now. Left in, this entry would make transformers treat the
         # model as quantized: it then refuses to save it.
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)
         model.hf_quantizer, model.is_quantized = None, False
     return model.requires_grad_(False).eval()
 

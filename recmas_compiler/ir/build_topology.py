@@ -20,9 +20,9 @@ from recmas_compiler.ir.ops import (
     System,
 )
 from recmas_compiler.links.files import (
-    End,
     LinkFileError,
     LinkWeights,
+    end_of,
     fitting_kind,
     read_link_header,
 )
@@ -211,8 +211,8 @@ def _weights(
             read_link_header(file),
             role,
             kind=section.kind,
-            source=End(source.width, source.identity),
-            target=End(target.width, target.identity),
+            source=end_of(source),
+            target=end_of(target),
         )
     except LinkFileError as error:
         message = f"the link file `{section.weights}` cannot be used here: {error}."

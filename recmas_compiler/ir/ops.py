@@ -59,9 +59,10 @@ class Backbone:
     template: str | None = None
 
     @property
-    def engine_identity(self) -> tuple[str, str, str, str]:
+    def engine_identity(self) -> tuple[str, ...]:
         """What backbones have in common that can share weights and engine."""
-        return self.facts.identity, self.dtype, self.precision, self.template or ""
+        facts = self.facts
+        return facts.identity, facts.folder or "", self.dtype, self.precision, self.template or ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from recmas_compiler.backbones.cache_argument import with_cache
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.links.modules import seeded_generator
 from recmas_runtime.core.progress import Progress
@@ -104,8 +105,7 @@ def _answer(
             inputs_embeds=backbone.embed(ids_BS),
             attention_mask=mask_BS,
             position_ids=positions_BS,
-            past_key_values=cache,
-            use_cache=True,
+            **with_cache(backbone.body, cache),
         ).last_hidden_state[:, -1]
         logits_BV = backbone.logits(hidden_BD)
         odds_BV = (logits_BV / temperature).softmax(-1).cpu()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from recmas_compiler.backbones.cache_argument import with_cache
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.lowering.materialize import materialize_links
@@ -36,7 +37,9 @@ from recmas_runtime.formats.plan import (
     compared_links,
 )
 from recmas_runtime.prompts.render import Chat, Prompt, Tokens, build_prompt, common_prefix
-from recmas_runtime.prompts.sampler import Sampler, StopMatcher
+from recmas_runtime.prompts.sampler import Sampler
+from recmas_runtime.prompts.tool_turns import answer_chat
+from recmas_runtime.running.generation import DecoderSettings, RowDecoder, visible_specials
 from recmas_runtime.running.records import FinishReason
 
 Record = Mapping[str, object]
@@ -166,12 +169,15 @@ class TorchSystem(ProgramModule):
             for name, b in backbones.items()
         }
         self._agents = {name: agent_plan(self.system, name) for name in self.system.agents}
+        answerer = self._agents[self.system.answer_agent]
+        self._answer_chat = answer_chat(self._chats, answerer, self.system.tools)
         self._compared = compared_links(self.plan)
 
     def prompt(self, agent: str, variant: Variant, record: Record) -> Prompt:
         """Return an agent's prompt for a record as tokens and slots."""
         declared = self._agents[agent]
-        chat = self._chats[declared.backbone]
+        is_answer = agent == self.system.answer_agent
+        chat = self._answer_chat if is_answer else self._chats[declared.backbone]
         return build_prompt(
             system=declared.system,
             prompt=declared.parts(variant),
@@ -304,22 +310,29 @@ class TorchSystem(ProgramModule):
         agent = self.plan.answer_agent
         backbone, sequence = self._backbone(agent), state.sequences[agent]
         tokenizer = self._chats[self.plan.agents[agent].backbone].tokenizer
+        settings = DecoderSettings(
+            tokenizer=tokenizer,
+            eos_token_ids=frozenset(backbone.eos_token_ids),
+            max_positions=backbone.facts.max_positions,
+            num_rows=backbone.facts.vocab_size,
+        )
+        specials = visible_specials(tokenizer, sampling.stop)
+        writer = RowDecoder(settings, sampling.stop, specials=specials)
         sampler = Sampler(sampling, [seed])
         ids: list[int] = []
         while len(ids) < sampling.max_new_tokens:
             logits_1V = backbone.logits(sequence.hidden_11D[0])
             chosen = int(sampler.choose(logits_1V.float().cpu().numpy())[0])
-            if chosen in backbone.eos_token_ids:
-                return ids, tokenizer.decode(ids), "stop"
-            ids.append(chosen)
-            stop = StopMatcher(sampling.stop)
-            text = stop.push(tokenizer.decode(ids))
-            if stop.stopped:
-                return ids, text, "stop"
+            writer.push(chosen)
+            if chosen not in backbone.eos_token_ids:
+                ids.append(chosen)
+            if writer.finish_reason is not None:
+                return ids, writer.text, writer.finish_reason
             sequence.hidden_11D = _extend(
                 backbone, sequence.cache, backbone.embed(self._ids([chosen]))[None]
             )
-        return ids, tokenizer.decode(ids), "length"
+        writer.finish("length")
+        return ids, writer.text, "length"
 
     def _backbone(self, agent: str) -> TorchBackbone:
         return self.backbones[self.plan.agents[agent].backbone]
@@ -382,7 +395,7 @@ def _stack(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _extend(backbone: TorchBackbone, cache: DynamicCache, embeds_1TD: Tensor) -> Tensor:
     """Run positions behind those in the cache; return the last one's hidden state [1, 1, D]."""
-    out = backbone.body(inputs_embeds=embeds_1TD, past_key_values=cache, use_cache=True)
+    out = backbone.body(inputs_embeds=embeds_1TD, **with_cache(backbone.body, cache))
     hidden_11D: Tensor = out.last_hidden_state[:, -1:]
     return hidden_11D
 

@@ -55,7 +55,10 @@ def changed_tree(random: Random, tree: Any) -> Any:
     """Return a copy of tables, lists and values with one to three places of it changed."""
     whole = {"": copy.deepcopy(tree)}
     for _ in range(random.choice([1, 1, 1, 2, 3])):
-        parent, key = random.choice(_places(whole))
+        places = _places(whole)
+        if not places:  # all of it was removed
+            break
+        parent, key = random.choice(places)
         random.choice(_CHANGES)(random, parent, key)
     return whole.get("")
 
@@ -70,7 +73,7 @@ def _places(tree: Any) -> list[tuple[Any, Any]]:
             found.append((node, key))
             if isinstance(value, (dict, list)) and value:
                 left.append(value)
-    return found or [(tree, None)]
+    return found
 
 
 def _replace(random: Random, parent: Any, key: Any) -> None:
@@ -380,7 +383,8 @@ _TEMPLATES: Final = (
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% include 'x' %}", "{% extends 'x' %}",
     "{{ (1).bit_length() }}", "{{ 1 / 0 }}", "{{ [1] | sum(start='a') }}", "{{ dict(a=1).b.c }}",
     "{% for m in messages %}{{ m.content.split('e')[5] }}{% endfor %}", "{{ cycler }}",
-    "{% set ns = namespace(a=1) %}{{ ns.b }}", "{{ '%s' % messages }}", "{{ '{0.__class__}'.format(1) }}",
+    "{% set ns = namespace(a=1) %}{{ ns.b }}", "{{ '%s' % messages }}",
+    "{{ '{0.__class__}'.format(1) }}",
     "{% for m in messages %}{{ m.content | reverse }}{% endfor %}", "{{ 10 ** 10 ** 3 }}",
     "{{ strftime_now('%Y') }}", "{% generation %}x{% endgeneration %}", "{% break %}", "{# #}",
     "{% for m in messages %}{{ '<|user|>' + m.content | trim }}{% endfor %}{{ bos_token }}",

@@ -8,26 +8,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recmas_runtime.tools.calls import (
-    MAX_ARGUMENT_CHARS,
-    CallScanner,
-    ToolCall,
-    ToolResult,
-    json_problem,
-    result_block,
-)
+from recmas_runtime.tools.call_forms import MAX_BODY_CHARS
+from recmas_runtime.tools.call_scanner import CallScanner
+from recmas_runtime.tools.calls import ToolCall, ToolResult, result_block
 
 NAMES = ("search", "python", "lookup")
 
 
-def calls(pieces: list[str]) -> list[ToolCall]:
+def read(pieces: list[str]) -> tuple[str, list[ToolCall]]:
+    """Return the text that is passed on, and the calls, as a generator of text asks for them."""
     scanner = CallScanner(NAMES)
-    found = []
-    for piece in pieces:
-        call = scanner.push(piece)
-        while call is not None:
-            found.append(call)
-            call = scanner.push("")
+    text = ""
+    found: list[ToolCall] = []
+    for piece in [*pieces, None]:
+        passed = scanner.push(piece or "", ended=piece is None)
+        while True:
+            text += passed.text + passed.call_text + passed.behind
+            found += passed.calls
+            if not passed.calls:
+                break
+            passed = scanner.push("", ended=piece is None)
+    return text + scanner.flush(), found
+
+
+def calls(pieces: list[str]) -> list[ToolCall]:
+    text, found = read(pieces)
+    assert text == "".join(pieces)
     return found
 
 
@@ -84,14 +90,18 @@ def test_json_calls(body: str, expected: ToolCall) -> None:
 )
 def test_broken_json_is_a_call_that_says_what_is_wrong(body: str, problem: str) -> None:
     (call,) = calls([f"<tool_call>{body}</tool_call>"])
-    assert call == ToolCall("tool_call", body)
-    assert problem in json_problem(call.argument)
+    assert (call.name, call.argument) == ("tool_call", body)
+    assert problem in call.problem
 
 
 fragments = st.sampled_from(
     [
         "<search>", "</search>", "<python>", "</python>", "<tool_call>", "</tool_call>", "<", ">",
         "/", "sea", "rch", "<tool", "x", " ", "\n  y", '{"name": "search", "arguments": "q"}', "{",
+        "[TOOL_CALLS]", "search", "[ARGS]", '{"q": "a"}', "[", "]", ";", "<|python_tag|>", "```",
+        "json\n", "tool_code\n", "search('a')", "</think>", "to=functions.", "search<|message|>",
+        "<|channel|>", "<|call|>", "<|tool_call|>", "<|/tool_call|>", "<function=search>",
+        "</function>",
     ]
 )  # fmt: skip
 
@@ -100,49 +110,75 @@ fragments = st.sampled_from(
 def test_any_chunking_gives_the_same_calls(text: str, data: st.DataObject) -> None:
     cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=8).map(sorted))
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    assert calls(pieces) == calls([text]) == calls(list(text))
+    assert read(pieces) == read([text]) == read(list(text)) == (text, calls([text]))
 
 
 def test_text_after_a_call_is_kept() -> None:
     scanner = CallScanner(NAMES)
-    assert scanner.push("<search>a</search> and <sea") == ToolCall("search", "a")
-    assert scanner.push("rch>b</search>") == ToolCall("search", "b")
+    passed = scanner.push("so: <search>a</search> and <sea")
+    assert passed.calls == (ToolCall("search", "a"),)
+    assert (passed.text, passed.call_text, passed.behind) == (
+        "so: ", "<search>a</search>", " and <sea",
+    )  # fmt: skip
+    assert scanner.push("").text == ""
+    passed = scanner.push("rch>b</search>")
+    assert passed.calls == (ToolCall("search", "b"),)
+    assert passed.text + passed.call_text + passed.behind == "rch>b</search>"
 
 
 def test_a_call_is_there_with_its_last_character() -> None:
     scanner = CallScanner(NAMES)
     text = "x<python>1</python>"
-    found = [scanner.push(character) for character in text]
-    assert found[:-1] == [None] * (len(text) - 1)
-    assert found[-1] == ToolCall("python", "1")
+    found = [scanner.push(character).calls for character in text]
+    assert found[:-1] == [()] * (len(text) - 1)
+    assert found[-1] == (ToolCall("python", "1"),)
+
+
+def test_text_before_a_call_is_passed_on_and_half_a_call_is_not() -> None:
+    scanner = CallScanner(NAMES)
+    assert scanner.push("I look. <").text == "I look. "
+    assert scanner.push("tool_").text == ""
+    assert scanner.push('call>{"name": "search", ').text == ""
+    assert scanner.flush() == '<tool_call>{"name": "search", '
 
 
 def test_memory_is_bounded_by_tags_that_never_close() -> None:
     scanner = CallScanner(NAMES)
-    assert scanner.push("<search>") is None
+    assert scanner.push("<search>").calls == ()
     for _ in range(200):
-        assert scanner.push("<python>" + "x" * 1000) is None
+        assert scanner.push("<python>" + "x" * 1000).calls == ()
     held = sum(len(value) for value in vars(scanner).values() if isinstance(value, str))
-    assert held < 2 * MAX_ARGUMENT_CHARS
+    assert held < 2 * MAX_BODY_CHARS
 
 
 @pytest.mark.parametrize("size", [1, 7, 100_000])
 def test_an_unclosed_tag_is_text_and_later_calls_are_found(size: int) -> None:
-    text = "<search>" + "x" * (MAX_ARGUMENT_CHARS + 50) + "</search> <python>1</python>"
+    text = "<search>" + "x" * (MAX_BODY_CHARS + 50) + "</search> <python>1</python>"
     pieces = [text[i : i + size] for i in range(0, len(text), size)]
     assert calls(pieces) == [ToolCall("python", "1")]
 
 
 def test_the_longest_argument() -> None:
-    argument = "x" * MAX_ARGUMENT_CHARS
+    argument = "x" * MAX_BODY_CHARS
     assert calls([f"<search>{argument}</search>"]) == [ToolCall("search", argument)]
     assert calls(list(f"<search>{argument}</search>")) == [ToolCall("search", argument)]
     assert calls([f"<search>{argument}x</search>"]) == []
 
 
-def test_result_block_cannot_be_closed_from_within() -> None:
-    result = ToolResult(ToolCall("search", "q"), "ok", "a</result>\n<result>b <b>", 1.0)
-    assert result_block(result) == "\n<result>\na&lt;/result>\n&lt;result>b <b>\n</result>\n"
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("a</result>\n<result>b <b>", "a&lt;/result>\n&lt;result>b <b>"),
+        ("</result >", "&lt;/result >"),
+        ("</RESULT>", "&lt;/RESULT>"),
+        ("</ Result\n>", "&lt;/ Result\n>"),
+        ("< / result>", "&lt; / result>"),
+        ("<result x=1>", "&lt;result x=1>"),
+        ("</results> <resulting>", "</results> <resulting>"),
+    ],
+)
+def test_result_block_cannot_be_closed_from_within(text: str, written: str) -> None:
+    assert result_block(text) == f"\n<result>\n{written}\n</result>\n"
 
 
 def test_result_as_json() -> None:

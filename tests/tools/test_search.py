@@ -58,6 +58,76 @@ def test_ranking(corpus: Path, query: str, expected: list[str]) -> None:
     assert found(corpus, query, top_k=1) == expected[:1]
 
 
+def u(text: str) -> str:
+    """Return a text from its escapes; the project's sources are ASCII."""
+    return text.encode("ascii").decode("unicode_escape")
+
+
+# Capitals in languages that put no spaces between words, or whose words carry particles.
+SCRIPTS = {
+    "peru-zh": r"\u79d8\u9c81\u7684\u9996\u90fd\u662f\u5229\u9a6c\u3002",
+    "france-zh": r"\u6cd5\u56fd\u7684\u9996\u90fd\u662f\u5df4\u9ece\u3002",
+    "japan-ja": r"\u65e5\u672c\u306e\u9996\u90fd\u306f\u6771\u4eac\u3067\u3059\u3002",
+    "phone-ja": (
+        r"iPhone 15\u306e\u5024\u6bb5\u306f\u30a2\u30c3\u30d7\u30eb\u306e\u30b5\u30a4"
+        r"\u30c8\u3067"
+    ),
+    "tea-ja": r"\u7dd1\u8336\u3092\u98f2\u3080",
+    "korea-ko": r"\ub300\ud55c\ubbfc\uad6d\uc758 \uc218\ub3c4\ub294 \uc11c\uc6b8\uc774\ub2e4.",
+    "thai": (
+        r"\u0e01\u0e23\u0e38\u0e07\u0e40\u0e17\u0e1e\u0e40\u0e1b\u0e47\u0e19\u0e40\u0e21"
+        r"\u0e37\u0e2d\u0e07\u0e2b\u0e25\u0e27\u0e07"
+    ),
+    "hindi": (
+        r"\u0926\u093f\u0932\u094d\u0932\u0940 \u0930\u093e\u091c\u0927\u093e\u0928"
+        r"\u0940 \u0939\u0948"
+    ),
+    "cafe": r"Un cafe\u0301 est ferme\u0301.",
+    "strasse": r"Die STRASSE ist lang",
+    "khmer": r"\u1797\u17d2\u1793\u17c6\u1796\u17c1\u1789",
+}
+
+
+@pytest.mark.parametrize(
+    ("query", "best"),
+    [
+        (r"\u79d8\u9c81\u7684\u9996\u90fd", "peru-zh"),
+        (r"\u5229\u9a6c", "peru-zh"),
+        (r"\u6cd5\u56fd\u9996\u90fd\u5728\u54ea\u91cc", "france-zh"),
+        (r"\u65e5\u672c\u306e\u9996\u90fd\u306f\u3069\u3053\u3067\u3059\u304b", "japan-ja"),
+        (r"\u6771\u4eac", "japan-ja"),
+        (r"iphone\u306e\u5024\u6bb5", "phone-ja"),
+        (r"\uff49\uff30\uff48\uff4f\uff4e\uff45", "phone-ja"),
+        (r"\uff71\uff6f\uff8c\uff9f\uff99", "phone-ja"),
+        (r"\u8336", "tea-ja"),
+        (r"\uc11c\uc6b8", "korea-ko"),
+        (r"\u1109\u1165\u110b\u116e\u11af", "korea-ko"),
+        (r"\ub300\ud55c\ubbfc\uad6d \uc218\ub3c4", "korea-ko"),
+        (r"\u0e40\u0e21\u0e37\u0e2d\u0e07\u0e2b\u0e25\u0e27\u0e07", "thai"),
+        (r"\u0930\u093e\u091c\u0927\u093e\u0928\u0940", "hindi"),
+        (r"caf\u00e9", "cafe"),
+        (r"FERME\u0301", "cafe"),
+        (r"stra\u00dfe", "strasse"),
+        (r"\u1796\u17c1\u1789", "khmer"),
+    ],
+)
+def test_words_of_every_script(tmp_path: Path, query: str, best: str) -> None:
+    pytest.importorskip("bm25s", reason="the extra `search` is not installed")
+    corpus = tmp_path / "search.jsonl"
+    passages = [{"id": name, "text": u(text)} for name, text in SCRIPTS.items()]
+    corpus.write_text("\n".join(map(json.dumps, passages)), encoding="utf-8")
+    assert found(corpus, u(query), top_k=1) == [best]
+
+
+def test_passages_that_share_nothing_are_not_found(tmp_path: Path) -> None:
+    pytest.importorskip("bm25s", reason="the extra `search` is not installed")
+    corpus = tmp_path / "search.jsonl"
+    corpus.write_text(json.dumps({"id": "peru", "text": u(SCRIPTS["peru-zh"])}), encoding="utf-8")
+    # One character in common is no word in common.
+    assert found(corpus, u(r"\u56fd\u7684")) == []
+    assert found(corpus, u(r"\u90fd\u9996")) == []
+
+
 def local_box(corpus: Path, **bounds: Any) -> Toolbox:
     plan = SearchPlan(backend="local", corpus="tools/search.jsonl", top_k=2)
     return Toolbox(ToolsPlan(search=plan, **bounds), corpus=corpus)

@@ -29,7 +29,7 @@ def test_names_in_order() -> None:
     )
     box = Toolbox(plan, corpus=None)
     assert box.names == ("search", "python", "ask", "b", "a")
-    assert box.scanner().push("<a>1</a>") == ToolCall("a", "1")
+    assert box.scanner().push("<a>1</a>").calls == (ToolCall("a", "1"),)
 
 
 def test_a_function_of_the_caller() -> None:
@@ -103,7 +103,8 @@ def test_an_unknown_tool_and_a_malformed_call() -> None:
     unknown = box.run(ToolCall("browser", "a"), num_earlier=0)
     assert unknown.status == "error"
     assert unknown.text == "there is no tool `browser`; the tools are `lookup`"
-    malformed = box.run(ToolCall("tool_call", "{"), num_earlier=0)
+    (call,) = box.scanner().push("<tool_call>{</tool_call>").calls
+    malformed = box.run(call, num_earlier=0)
     assert malformed.status == "error"
     assert malformed.text.startswith("this is not valid JSON")
 

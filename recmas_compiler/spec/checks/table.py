@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
+from typing import Final
 
 from recmas_compiler.spec.checks.fields import check_fields
 from recmas_compiler.spec.checks.prefix_reuse import check_reuse
@@ -19,9 +20,13 @@ from recmas_compiler.spec.document.problems import did_you_mean, problem_at
 from recmas_compiler.spec.schema.declared import Declared
 from recmas_compiler.spec.schema.sections import LinkSection
 from recmas_runtime.core.errors import Problem
+from recmas_runtime.core.text import counted
 from recmas_runtime.formats.ids import link_name, path_text
 
 Ends = tuple[str, str]
+
+# Every pass looks at every message of every round: some 0.3 ms for each in all.
+MAX_MESSAGES: Final = 16_384
 
 
 def closing_links(links: Mapping[Ends, LinkSection]) -> list[list[Ends]]:
@@ -85,6 +90,16 @@ def feedbacks_to(answer: str, links: Mapping[Ends, LinkSection]) -> dict[str, in
 def run_checks(declared: Declared) -> list[Problem]:
     """Return every finding, warnings included, in no particular order."""
     return [problem for check in CHECKS for problem in check(declared)]
+
+
+def check_size(declared: Declared) -> Iterator[Problem]:
+    """More messages in all rounds together than can be compiled in seconds."""
+    num_links, rounds = len(declared.links), declared.document.rounds
+    if num_links * rounds > MAX_MESSAGES:
+        message = f"{counted(num_links, 'link')} in {counted(rounds, 'round')} are "
+        message += f"{num_links * rounds} messages, more than {MAX_MESSAGES}."
+        place = declared.places.value(("rounds",))
+        yield problem_at(place, "RM105", message, hint="Lower `rounds`, or remove links.")
 
 
 def check_names(declared: Declared) -> Iterator[Problem]:
@@ -262,6 +277,7 @@ def check_first(declared: Declared) -> Iterator[Problem]:
 
 
 CHECKS: tuple[Callable[[Declared], Iterator[Problem]], ...] = (
+    check_size,
     check_names,
     check_prompts,
     check_fields,

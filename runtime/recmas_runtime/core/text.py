@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Final
+
+# What stands around a model's thinking, as families of models mark it.
+THINKING_MARKS: Final = (
+    ("<think>", "</think>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>", "<channel|>"),
+)
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> list[str]:

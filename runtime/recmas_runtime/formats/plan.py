@@ -227,6 +227,16 @@ class DecodeStep(PlanStep, frozen=True, kw_only=True):
 Step = PrefillStep | ThinkStep | SendStep | WriteStep | DecodeStep
 
 
+# Bounds of sampling settings, wherever they are given: specs, command lines, callers.
+MAX_NEW_TOKENS: Final = 32_768
+MAX_TEMPERATURE: Final = 10.0
+MAX_TOP_K: Final = 1_000_000
+MAX_REPETITION_PENALTY: Final = 10.0
+MAX_STOPS: Final = 16
+# A user's; evaluations add to it.
+MAX_SEED: Final = 2**32 - 1
+
+
 class SamplingPlan(StrictStruct, frozen=True, kw_only=True):
     """How the answer's tokens are chosen; the defaults that a caller may override.
 

@@ -59,6 +59,10 @@ class Tokenizer:
         self._tokenizer = read_tokenizer(tokenizer_json)
         template = ChatTemplate(chat_template) if isinstance(chat_template, str) else chat_template
         self._added = self._tokenizer.get_added_tokens_decoder()
+        # Of the tokens that `decode` leaves out.
+        self.special_texts = {
+            token_id: token.content for token_id, token in self._added.items() if token.special
+        }
         self.control_ids = self._find_control_ids(template.literals)
         self._unknown_id = self._find_unknown_id()
         # Whether a text has other tokens in the middle of another one: a space is put before it.
@@ -169,6 +173,11 @@ class Tokenizer:
             return False
         told = self._normalized(matched).replace(_WORD_START, " ").strip()
         return told != self._tokenizer.id_to_token(token_id)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id of a token, added ones included."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def token_text(self, token_id: int) -> str:
         """Return a token as the vocabulary spells it; empty for none of it."""
@@ -350,6 +359,11 @@ class IncrementalDecoder:
         if text:
             self._context, self._written = self._written, len(self._ids)
         return text
+
+    @property
+    def holds_part(self) -> bool:
+        """Whether a part of a character is held back."""
+        return self._pending().endswith(_REPLACEMENT)
 
     def flush(self) -> str:
         """Return what was held back, complete or not."""

@@ -32,11 +32,10 @@ from recmas_runtime.formats.plan import (
     slot_positions,
 )
 from recmas_runtime.prompts.render import Prompt, Tokens, common_prefix
-from recmas_runtime.running.generation import DecoderSettings, TextGenerator
+from recmas_runtime.running.generation import AnswerTools, DecoderSettings, TextGenerator
 from recmas_runtime.running.record_prompts import PromptSource, prompt_positions
 from recmas_runtime.running.run_trace import StepEvent
 from recmas_runtime.running.sequence_batch import DECODE_HEADROOM, SequenceBatch
-from recmas_runtime.tools.toolbox import Toolbox
 
 # Streams of hand-over texts lie apart from those of answers, which are seeded `seed + index`.
 _SEEDS_OF_A_STEP = 2**64
@@ -86,7 +85,7 @@ class Execution:
     sampling: SamplingPlan
     prompts: PromptSource
     exchange: bool = False
-    toolbox: Toolbox | None = None
+    tools: AnswerTools | None = None
     messages: dict[tuple[str, int], Floats] = field(default_factory=dict)
     texts: dict[tuple[str, int], list[str]] = field(default_factory=dict)
     converged: Indices = field(init=False)
@@ -124,7 +123,7 @@ class Execution:
             settings=self._decoder_settings(step.agent),
             sampling=self.sampling,
             seeds=self.seeds,
-            toolbox=self.toolbox,
+            tools=self.tools,
             keeps_sequences=False,
         )
 
@@ -270,7 +269,7 @@ class Execution:
                 for group in range(len(step.agents))
                 for seed in self.seeds
             ],
-            toolbox=self.toolbox if step.agents == (self.plan.answer_agent,) else None,
+            tools=self.tools if step.agents == (self.plan.answer_agent,) else None,
             # The next round reads prompts behind what this one left.
             keeps_sequences=True,
         )

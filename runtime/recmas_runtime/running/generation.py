@@ -8,17 +8,25 @@ joins the text and the cache, and decoding goes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from recmas_runtime.core.errors import fail
+from recmas_runtime.core.text import THINKING_MARKS
 from recmas_runtime.formats.plan import SamplingPlan
 from recmas_runtime.prompts.sampler import Sampler, StopMatcher
 from recmas_runtime.prompts.tokenizer import IncrementalDecoder, Tokenizer
+from recmas_runtime.prompts.tool_turns import PLAIN_RESULTS, ResultForm
+from recmas_runtime.running.engine_lock import EngineLock
 from recmas_runtime.running.records import FinishReason
 from recmas_runtime.running.sequence_batch import SequenceBatch
-from recmas_runtime.tools.calls import CallScanner, ToolResult, result_block
+from recmas_runtime.tools.call_forms import is_in_marks
+from recmas_runtime.tools.calls import ToolCall, ToolResult, result_block
 from recmas_runtime.tools.toolbox import Toolbox
+
+# Special tokens that an answer shows: whoever reads it must find the end of the thinking.
+_SHOWN: Final = frozenset(mark for marks in THINKING_MARKS for mark in marks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +42,45 @@ class DecoderSettings:
     num_rows: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswerTools:
+    """The tools of an answer, how their results are written, and what they let others compute on.
+
+    Attributes:
+        lock: Is held while text is written, and given up while a tool runs.
+    """
+
+    toolbox: Toolbox
+    lock: EngineLock
+    results: ResultForm = PLAIN_RESULTS
+
+    def run(self, call: ToolCall, *, num_earlier: int) -> ToolResult:
+        """Run one call while others compute."""
+        with self.lock.given_up():
+            return self.toolbox.run(call, num_earlier=num_earlier)
+
+
 class RowDecoder:
     """One text in the making: tokens to text, stop strings, tool calls, the reason it ended.
 
+    Special tokens that a stop string names, or that mark calls or thinking, are text to whoever
+    looks for those; all others are left out at once.
+
     Attributes:
-        text: What is certain so far, results of tools included.
+        text: What is certain so far, calls and results of tools included.
         num_tokens: Tokens that the model wrote, one that ended the text included.
         finish_reason: None while it goes on.
+        calls: Those that the last token completed. They are yet to be run, unless it ended the
+            text.
     """
 
     def __init__(
-        self, settings: DecoderSettings, stop: Sequence[str], scanner: CallScanner | None = None
+        self,
+        settings: DecoderSettings,
+        stop: Sequence[str],
+        tools: AnswerTools | None = None,
+        *,
+        specials: Mapping[int, str],
     ) -> None:
         self._eos = settings.eos_token_ids
         self._tokenizer = settings.tokenizer
@@ -52,10 +88,18 @@ class RowDecoder:
         self._decoder = IncrementalDecoder(settings.tokenizer)
         self._stop = stop
         self._matcher = StopMatcher(stop)
-        self._scanner = scanner
+        self._tools = tools
+        self._scanner = None if tools is None else tools.toolbox.scanner()
+        self._specials = specials
+        # Characters of the model's text so far, of them passed on, and where special tokens are.
+        self._num_decoded = 0
+        self._num_passed = 0
+        self._special_spans: list[tuple[int, int]] = []
+        self._leaves_out_token = False
         self.text = ""
         self.num_tokens = 0
         self.num_result_tokens = 0
+        self.calls: tuple[ToolCall, ...] = ()
         self.results: list[ToolResult] = []
         self.finish_reason: FinishReason | None = None
 
@@ -63,47 +107,134 @@ class RowDecoder:
         """Add a token; returns the text that is now certain."""
         self.num_tokens += 1
         if token_id in self._eos:
-            return self.finish("stop")
-        piece = self._matcher.push(self._decoder.push(token_id))
-        self.text += piece
+            return self._end_turn(token_id)
+        piece = self._take(self._matcher.push(self._decoded(token_id)))
         if self._matcher.stopped:
-            self.finish_reason = "stop"
+            piece += self._finished("stop")
         return piece
 
     def finish(self, reason: FinishReason) -> str:
         """End the text; returns what was held back."""
-        piece = self._matcher.push(self._decoder.flush()) + self._matcher.flush()
-        self.text += piece
+        tail = self._counted(self._decoder.flush())
+        piece = self._take(self._matcher.push(tail) + self._matcher.flush())
         # Held-back bytes may complete a stop string after all.
-        self.finish_reason = "stop" if self._matcher.stopped else reason
-        return piece
+        return piece + self._finished("stop" if self._matcher.stopped else reason)
 
-    def call_tool(self, piece: str, toolbox: Toolbox) -> tuple[str, tuple[int, ...]]:
-        """Run the call that `piece` completes, if it does; returns its result, text and tokens."""
-        assert self._scanner is not None, "this text calls no tools"
-        call = self._scanner.push(piece)
-        if call is None:
-            return "", ()
-        result = toolbox.run(call, num_earlier=len(self.results))
-        self.results.append(result)
-        block = result_block(result)
-        # A stop string ends what the model writes, never what a tool says.
+    def run_calls(self, token_id: int) -> tuple[str, tuple[int, ...]]:
+        """Run the calls that the last token completed.
+
+        Returns the text of their results, and the tokens that the model reads next: the last
+        token, unless the results' form ends the turn in its place, and those of the results.
+        """
+        assert self._tools is not None, "this text calls no tools"
+        # What is held back stands before the results. A stop string ends what the model writes,
+        # never what a tool says.
         held = self._matcher.flush()
         self._matcher = StopMatcher(self._stop)
-        self.text += held + block
+        piece = self._shown(held)
+        if self._scanner is not None:
+            self._scanner.skip(held)
+        texts = []
+        for call in self.calls:
+            result = self._tools.run(call, num_earlier=len(self.results))
+            self.results.append(result)
+            texts.append(result.text)
+            piece += result_block(result.text)
+        self.calls = ()
+        self.text += piece
+        written, spans = self._tools.results.write(texts, self.results[-len(texts)].call.name)
         # Text of a tool must never become control tokens.
-        ids = self._tokenizer.encode_piece(block, self._tokenizer.control_spans(block))
+        plain = [
+            (first, last)
+            for first, last in self._tokenizer.control_spans(written)
+            if any(first < end and start < last for start, end in spans)
+        ]
+        ids = self._tokenizer.encode_piece(written, plain, continues=True)
         beyond = next((token_id for token_id in ids if token_id >= self._num_rows), None)
         if beyond is not None:
             raise fail(
                 "RM500",
-                f"the result of the tool `{call.name}` has the token "
+                f"the result of the tool `{self.results[-1].call.name}` has the token "
                 f"{self._tokenizer.token_text(beyond)!r} ({beyond}), which the backbone has no "
                 "embedding for",
                 hint="Build with the tokenizer of this very model.",
             )
         self.num_result_tokens += len(ids)
-        return held + block, ids
+        return piece, ids if self._leaves_out_token else (token_id, *ids)
+
+    def _end_turn(self, token_id: int) -> str:
+        """Take a token that ends the model's turn: the text, unless it completes a call."""
+        tail = self._counted(self._decoder.flush())
+        mark = self._special(token_id)
+        text = self._matcher.push(tail + mark)
+        if self._matcher.stopped or self._scanner is None:
+            return self._take(text + self._matcher.flush()) + self._finished("stop")
+        piece = self._take(text + self._matcher.flush(), end_mark=mark)
+        if not self.calls:
+            piece += self._finished("stop")
+        return piece
+
+    def _finished(self, reason: FinishReason) -> str:
+        """Note why the text ended; returns what was held back as a possible call."""
+        self.finish_reason = reason
+        piece = "" if self._scanner is None else self._shown(self._scanner.flush())
+        self.text += piece
+        return piece
+
+    def _decoded(self, token_id: int) -> str:
+        """Return the text that a token makes certain, special tokens included."""
+        if token_id not in self._tokenizer.special_texts:
+            return self._counted(self._decoder.push(token_id))
+        mark = self._specials.get(token_id, "")
+        tail = self._decoder.flush() if mark and self._decoder.holds_part else ""
+        return self._counted(tail) + self._special(token_id)
+
+    def _special(self, token_id: int) -> str:
+        mark = self._specials.get(token_id, "")
+        self._special_spans.append((self._num_decoded, self._num_decoded + len(mark)))
+        return self._counted(mark)
+
+    def _counted(self, text: str) -> str:
+        self._num_decoded += len(text)
+        return text
+
+    def _take(self, text: str, *, end_mark: str | None = None) -> str:
+        """Pass on text that belongs to no stop string; returns what is certain to be shown.
+
+        Where it ends the model's turn, `end_mark` is what the last token shows of itself.
+        """
+        if self._scanner is None:
+            piece = self._shown(text)
+        else:
+            passed = self._scanner.push(text, ended=end_mark is not None)
+            piece = self._shown(passed.text)
+            piece += self._shown(passed.call_text, whole=True) + self._shown(passed.behind)
+            self.calls = passed.calls
+            # A token that ends the turn is read only where it is the call's own closing mark.
+            closes_call = bool(end_mark) and passed.call_text.endswith(end_mark or "")
+            self._leaves_out_token = end_mark is not None and not closes_call
+        self.text += piece
+        return piece
+
+    def _shown(self, text: str, *, whole: bool = False) -> str:
+        """Return the next characters of the model's text as the answer shows them.
+
+        Calls are shown whole, of special tokens else only the marks of thinking.
+        """
+        start = self._num_passed
+        self._num_passed = end = start + len(text)
+        if whole:
+            return text
+        shown, place = "", start
+        for first, last in self._special_spans:
+            if first >= end or last <= start:
+                continue
+            mark = text[max(first, start) - start : last - start]
+            shown += text[place - start : max(first, start) - start]
+            shown += mark if mark in _SHOWN else ""
+            place = min(last, end)
+        self._special_spans = [span for span in self._special_spans if span[1] > end]
+        return shown + text[place - start :]
 
 
 class TextGenerator:
@@ -119,7 +250,7 @@ class TextGenerator:
         settings: DecoderSettings,
         sampling: SamplingPlan,
         seeds: Sequence[int],
-        toolbox: Toolbox | None = None,
+        tools: AnswerTools | None = None,
         keeps_sequences: bool,
     ) -> None:
         self._sequences = sequences
@@ -127,9 +258,9 @@ class TextGenerator:
         self._settings = settings
         self._max_new_tokens = sampling.max_new_tokens
         self._sampler = Sampler(sampling, seeds)
-        self._toolbox = toolbox
-        scanners = [None if toolbox is None else toolbox.scanner() for _ in seeds]
-        self.writers = [RowDecoder(settings, sampling.stop, scanner) for scanner in scanners]
+        stop = sampling.stop
+        specials = visible_specials(settings.tokenizer, stop, tools)
+        self.writers = [RowDecoder(settings, stop, tools, specials=specials) for _ in seeds]
         # When the first tokens were there, by `time.perf_counter`.
         self.first_at: float | None = None
 
@@ -145,12 +276,12 @@ class TextGenerator:
             tokens: list[tuple[int, ...]] = []
             for place, (row, token_id) in enumerate(zip(rows, chosen, strict=True)):
                 writer = self.writers[row]
-                piece, result_ids = self._write(writer, token_id, int(sequences.lengths[place]))
+                piece, ids = self._write(writer, token_id, int(sequences.lengths[place]))
                 if piece:
                     yield row, piece
                 if writer.finish_reason is None:
                     going.append(place)
-                    tokens.append((token_id, *result_ids))
+                    tokens.append(ids)
             if not going:
                 return
             if len(going) < len(rows):
@@ -160,15 +291,28 @@ class TextGenerator:
             sequences.feed(tokens)
 
     def _write(self, writer: RowDecoder, token_id: int, length: int) -> tuple[str, tuple[int, ...]]:
-        """Add a token to a text of `length` positions; returns new text and a result's tokens."""
+        """Add a token to a text of `length` positions; returns new text and what is read next."""
         piece = writer.push(token_id)
-        ids: tuple[int, ...] = ()
+        ids: tuple[int, ...] = (token_id,)
         if writer.finish_reason is None and writer.num_tokens == self._max_new_tokens:
             piece += writer.finish("length")
-        if writer.finish_reason is None and self._toolbox is not None:
-            result, ids = writer.call_tool(piece, self._toolbox)
+        if writer.finish_reason is None and writer.calls:
+            result, ids = writer.run_calls(token_id)
             piece += result
-        is_full = length + 1 + len(ids) > self._settings.max_positions
+        is_full = length + len(ids) > self._settings.max_positions
         if writer.finish_reason is None and is_full:
             piece += writer.finish("length")
         return piece, ids
+
+
+def visible_specials(
+    tokenizer: Tokenizer, stop: Sequence[str], tools: AnswerTools | None = None
+) -> dict[int, str]:
+    """Return the special tokens that somebody looks for: as stop strings, calls or thinking."""
+    return {
+        token_id: text
+        for token_id, text in tokenizer.special_texts.items()
+        if text in _SHOWN
+        or any(text in string or string in text for string in stop)
+        or (tools is not None and is_in_marks(text, tools.toolbox.names))
+    }

@@ -6,10 +6,12 @@ import http.client
 import json
 import os
 import re
+import unicodedata
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
@@ -30,6 +32,14 @@ _COMMON_WORDS: Final = (
     "whose why will with"
 )
 _STOP_WORDS: Final = frozenset(_COMMON_WORDS.split())
+
+# Of scripts that put no spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Chinese and
+# Japanese; and of Korean, whose words carry their particles.
+_UNSPACED: Final = re.compile(
+    "([\u0e00-\u0fff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u19e0-\u19ff\u3005-\u3007\u3040-\u318f"
+    "\u31a0-\u31ff\u3400-\u9fff\ua960-\ua97f\ua9e0-\ua9ff\uaa60-\uaa7f\uac00-\ud7ff\uf900-\ufaff"
+    "\U0001b000-\U0001b16f\U00020000-\U0003ffff]+)"
+)
 
 
 class SearchFailedError(Exception):
@@ -65,7 +75,8 @@ class LocalSearch:
     """Ranks the passages of a corpus by BM25; the same query always finds the same.
 
     The corpus is JSON lines `{id, title, text}`; `title` may be left out. At most `top_k` passages
-    are returned, and none that shares no word with the query.
+    are returned, and none that shares no word with the query. Where a script has no spaces between
+    words, pairs of characters stand for them.
 
     Raises:
         RecmasError: bm25s is not installed (RM201), or the corpus cannot be used (RM404).
@@ -92,7 +103,7 @@ class LocalSearch:
 
     def find(self, query: str, *, timeout_s: float) -> Sequence[Passage]:
         """Return the best passages; among equals, the one that comes first in the corpus."""
-        words = [word for word in _words(query) if word in self._words]
+        words = [word for word in _words(query, asked=True) if word in self._words]
         if self._index is None or not words:
             return ()
         scores = self._index.get_scores(words)
@@ -127,8 +138,33 @@ def _left_out(count: int) -> str:
     return f" [... {count} characters left out]"
 
 
-def _words(text: str) -> list[str]:
-    return [word for word in re.findall(r"\w+", text.lower()) if word not in _STOP_WORDS]
+def _words(text: str, *, asked: bool = False) -> list[str]:
+    """Return what a text is found by: its words, and pairs of characters where none end words.
+
+    A query (`asked`) has single characters only where they stand alone.
+    """
+    # One form of what is written in several ways: case, width, accents as characters of their own.
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    words = []
+    for word in _runs(text):
+        for index, part in enumerate(_UNSPACED.split(word)):
+            if index % 2 == 0:
+                words += [part] if part and part not in _STOP_WORDS else []
+            else:
+                words += map("".join, pairwise(part))
+                words += part if not asked or len(part) == 1 else ""
+    return words
+
+
+def _runs(text: str) -> list[str]:
+    """Return the runs of letters, digits and the marks above, below and around letters."""
+    if not text.isascii():
+        # Vowels of many scripts are marks, which no class of `re` has.
+        text = "".join(
+            c if c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M" else " " for c in text
+        )
+        return text.split()
+    return re.findall(r"\w+", text)
 
 
 def _read_corpus(corpus: Path) -> tuple[Passage, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import re
 import sys
 import threading
@@ -14,15 +15,8 @@ from typing import Final
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.terminal import harmless
 from recmas_runtime.formats.plan import PythonPlan, SearchPlan, ToolsPlan
-from recmas_runtime.tools.calls import (
-    JSON_FORM,
-    CallScanner,
-    Status,
-    ToolCall,
-    ToolResult,
-    json_problem,
-    valid_text,
-)
+from recmas_runtime.tools.call_scanner import CallScanner
+from recmas_runtime.tools.calls import Status, ToolCall, ToolResult, valid_text
 from recmas_runtime.tools.sandbox import find_sandbox
 from recmas_runtime.tools.search import (
     TAVILY_ENDPOINT,
@@ -90,15 +84,19 @@ class Toolbox:
         Calls that the same answer has made before are `num_earlier`, limited ones included.
         """
         start = time.perf_counter()
-        status, text = self._outcome(call, num_earlier)
+        try:
+            status, text = self._outcome(call, num_earlier)
+        # Whatever a tool runs into is the result of this call, and no trouble of other records.
+        except Exception as error:
+            status, text = "error", f"{type(error).__name__}: {error}"
         bounded = shortened(valid_text(text), self._plan.max_result_chars)
         return ToolResult(call, status, bounded, (time.perf_counter() - start) * 1e3)
 
     def _outcome(self, call: ToolCall, num_earlier: int) -> Outcome:
         if num_earlier >= self._plan.max_calls:
             return "limit", f"no more calls: an answer may make {self._plan.max_calls}"
-        if call.name == JSON_FORM:
-            return "error", json_problem(call.argument)
+        if call.problem:
+            return "error", call.problem
         if call.name not in self._tools:
             known = ", ".join(f"`{name}`" for name in self.names)
             return "error", f"there is no tool `{call.name}`; the tools are {known}"
@@ -168,13 +166,23 @@ class Toolbox:
     def _in_time(self, work: Callable[[], Outcome]) -> Outcome:
         """Return what `work` gives, or a timeout. A thread cannot be stopped: it is left behind."""
         outcomes: list[Outcome] = []
-        thread = threading.Thread(target=lambda: outcomes.append(work()), daemon=True)
+
+        def run() -> None:
+            try:
+                outcomes.append(work())
+            # Of foreign code, in a thread that nobody else looks after.
+            except BaseException as error:
+                outcomes.append(("error", f"{type(error).__name__}: {error}"))
+
+        # The context goes along: by it a system knows that one of its own tools is asking.
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(run,), daemon=True)
         thread.start()
         thread.join(self._plan.timeout_s)
         is_running = thread.is_alive()
         if outcomes:
             return outcomes[0]
-        return ("timeout", self._too_long()) if is_running else ("error", "the tool broke down")
+        return ("timeout", self._too_long()) if is_running else ("error", "the tool failed")
 
     def _too_long(self) -> str:
         return f"stopped: it took longer than {self._plan.timeout_s:g} s"

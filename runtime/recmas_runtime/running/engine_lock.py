@@ -1,0 +1,69 @@
+"""Who computes on the engines that systems share: one run at a time, and none within another."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+from recmas_runtime.core.errors import fail
+
+
+@dataclass
+class _Turn:
+    """A run's turn on the engines."""
+
+    has_lock: bool = True
+
+
+# The turns that the running code is a part of, by the lock's `id`. The tools of a run are: a
+# function that is called in a thread of its own gets the run's context.
+_TURNS: Final[ContextVar[Mapping[int, _Turn]]] = ContextVar("turns", default=MappingProxyType({}))
+
+
+class EngineLock:
+    """Lets one run at a time compute; every run has caches of its own, so they may take turns."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Compute within the block, once all others have paused or ended.
+
+        Raises:
+            RecmasError: RM513 within a run on the same engines, for instance from a tool of it.
+        """
+        turns = _TURNS.get()
+        if id(self) in turns:
+            raise fail(
+                "RM513",
+                "this system is answering, and one of its own tools or callbacks asks it again",
+                hint="Load the bundle once more for what its tools ask.",
+            )
+        self._lock.acquire()
+        turn = _Turn()
+        token = _TURNS.set({**turns, id(self): turn})
+        try:
+            yield
+        finally:
+            _TURNS.reset(token)
+            # Not held if somebody interrupted the program while it waited to go on.
+            if turn.has_lock:
+                self._lock.release()
+
+    @contextmanager
+    def given_up(self) -> Iterator[None]:
+        """Let others compute within the block, which is inside of `held`; then wait to go on."""
+        turn = _TURNS.get()[id(self)]
+        turn.has_lock = False
+        self._lock.release()
+        try:
+            yield
+        finally:
+            self._lock.acquire()
+            turn.has_lock = True
