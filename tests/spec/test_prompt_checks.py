@@ -318,3 +318,21 @@ def test_the_advice_for_a_slot_without_a_link_closes_no_cycle() -> None:
         parse_spec(alone, file="spec.yaml")
     hints = " ".join(problem.hint for problem in caught.value.problems)
     assert "`planner -> solver: {}`" in hints
+
+
+def test_tokens_that_only_a_tokenizer_class_names_may_be_written(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", template="{{ bos_token + '' }}" + PLAIN + "{{ eos_token }}")
+    compiled(tmp_path)
+
+
+def test_a_system_text_that_is_refused_beside_tools_is_told_of(tmp_path: Path) -> None:
+    template = (
+        "{% if tools and messages[0].role == 'system' %}{{ raise_exception('system and tools') }}"
+        "{% endif %}{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + PLAIN
+    )
+    write_model(tmp_path / "model", template=template)
+    system = ("    prompt: |\n", "    system: Be exact.\n    prompt: |\n")
+    compiled(tmp_path, system)
+    tools = ("{agent: solver}", "{agent: solver, tools: {ask: true}}")
+    problem = refused(tmp_path, system, tools)
+    assert problem.message.startswith("agent `solver`: the chat template failed: system and tools")
