@@ -126,7 +126,7 @@ def test_literals_are_what_the_template_itself_writes() -> None:
 
 def test_a_template_longer_than_any_is_refused_unread(tmp_path: Path) -> None:
     text = "x" * (chat_template.MAX_TEMPLATE_CHARS + 1)
-    with pytest.raises(RecmasError, match=r"RM206.*at most 131072"):
+    with pytest.raises(RecmasError, match=r"RM206.*at most 65536"):
         ChatTemplate(text)
     path = tmp_path / "chat_template.jinja"
     for content in (text.encode(), b"\xff" * (5 * chat_template.MAX_TEMPLATE_CHARS)):

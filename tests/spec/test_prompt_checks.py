@@ -105,7 +105,7 @@ def test_targets_are_rendered_where_the_spec_trains(tmp_path: Path) -> None:
         ("tokenizer.json", "{}", "RM202", "the tokenizer.json of backbone `model` is"),
         ("chat_template.jinja", None, "RM206", "backbone `model` has no chat template."),
         ("chat_template.jinja", "{% if %}", "RM206", "is not valid Jinja"),
-        ("chat_template.jinja", "x" * (MAX_TEMPLATE_CHARS + 1), "RM206", "more than 131072"),
+        ("chat_template.jinja", "x" * (MAX_TEMPLATE_CHARS + 1), "RM206", "more than 65536"),
         ("chat_template.jinja", b"\xff", "RM206", "is not UTF-8"),
         ("chat_template.jinja", r"{{ '\ud800' }}", "RM206", "surrogates"),
     ],
