@@ -56,6 +56,8 @@ def check_prompts(
         templates,
         has_date=system.date is not None,
         targets=() if train is None else train.targets,
+        answer_agent=system.answer_agent,
+        tools=system.tools,
     )
     return [_placed(spec, finding) for finding in findings]
 

@@ -162,7 +162,9 @@ def _prompt_problems(bundle: Bundle, loaded: LoadedBundle) -> list[Problem]:
     plan, chats = bundle.plan, loaded.chats
     templates = {name: chat.template for name, chat in chats.items()}
     # That a date changes is told where a spec can fix it, at build.
-    findings = render_once(plan.agents, templates, has_date=True)
+    findings = render_once(
+        plan.agents, templates, has_date=True, answer_agent=plan.answer_agent, tools=plan.tools
+    )
     problems = [
         _disagrees(PLAN_NAME, f"prompt `{f.place}` of agent {f.agent!r}: {f.problem.message}")
         for f in findings
