@@ -155,7 +155,7 @@ _CONCLUDING: Final = re.compile(
     r"^[\s*_>#-]*(?:(?:and )?(?:therefore|so|thus|hence|consequently|accordingly|finally|overall"
     r"|in conclusion|in short|as a result|final|result|ergo|donc|ainsi|also|daher|somit|folglich"
     r"|por lo tanto|as\u00ed que|entonces|portanto|logo|quindi|dunque"
-    r"|\u56e0\u6b64|\u6240\u4ee5|\u6545)\b|=+>|->|\u2192|\u2234)[\s*_,:\uff0c\uff1a]*",
+    r"|\u56e0\u6b64|\u6240\u4ee5|\u6545)\b|[=-]+>|\u2192|\u2234)[\s*_,:\uff0c\uff1a]*",
     re.IGNORECASE,
 )
 
