@@ -27,6 +27,7 @@ from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.formats.manifest import ParityEntry
 
 if TYPE_CHECKING:
+    from recmas_compiler.evaluation.evaluate import Evaluated
     from recmas_compiler.lowering.reference import TorchSystem
     from recmas_compiler.training.loop.loop import Sink
     from recmas_compiler.training.receipt import RunReport
@@ -248,6 +249,66 @@ def train(
 def training_folder(spec: Spec) -> Path:
     """Return where a training leaves metrics, checkpoints and curves unless told otherwise."""
     return Path("out") / f"{spec.document.name}-training"
+
+
+def evaluate(
+    bundle: str | Path,
+    data: str | Path,
+    *,
+    protocol: str,
+    baselines: Sequence[str] = (),
+    untrained_bundle: str | Path | None = None,
+    limit: int | None = None,
+    seeds: Sequence[int] = (),
+    overrides: Sequence[str] = (),
+    batch: int | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    skip_broken: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluated:
+    """Ask a bundle the questions of a data set, as `recmasc eval` does; returns its report.
+
+    Args:
+        data: JSON lines, a JSON list, CSV or Parquet, also gzipped.
+        protocol: The name of one that comes with recmas, or a `.yaml` file.
+        baselines: Systems to run, in this order; the latent system alone if none is named.
+        untrained_bundle: The same system with untrained links, for `untrained-links`.
+        limit: Records to ask, in place of the protocol's.
+        seeds: In place of the protocol's.
+        overrides: `KEY=VALUE` of the protocol.
+        batch: Records per batch; None for the most that the bundle takes.
+        out: Folder for answers and report; None for `out/SYSTEM-PROTOCOL`.
+        resume: Go on with the answers that are there.
+        skip_broken: Leave records out whose own solution fails their tests.
+        device: `auto`, `cpu`, `cuda` or `tensorrt`.
+        threads: None for the physical cores.
+
+    Raises:
+        RecmasError: RM600 for the protocol, RM601 for data that does not fit it, RM602 without a
+            sandbox for code, RM603 or RM302 for answers that are there, RM503 if it cannot write.
+    """
+    from recmas_compiler.evaluation.evaluate import EvalOptions, option_overrides
+    from recmas_compiler.evaluation.evaluate import evaluate as run_evaluation
+
+    listed_seeds = ",".join(map(str, seeds)) or None
+    options = EvalOptions(
+        bundle=Path(bundle),
+        data=Path(data),
+        protocol=protocol,
+        baselines=tuple(baselines),
+        untrained_bundle=None if untrained_bundle is None else Path(untrained_bundle),
+        overrides=(*overrides, *option_overrides(limit, listed_seeds)),
+        batch=batch,
+        out=None if out is None else Path(out),
+        resume=resume,
+        device=device,
+        threads=threads,
+        skip_broken=skip_broken,
+    )
+    return run_evaluation(options, progress=progress or Silent())
 
 
 def _builder() -> Builder:

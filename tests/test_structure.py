@@ -201,6 +201,7 @@ def test_public_doors() -> None:
         "Spec",
         "build",
         "compile",
+        "evaluate",
         "load_spec",
         "parse_spec",
         "to_torch",
