@@ -328,7 +328,9 @@ def _start(
         session,
         options.folder / place,
         make,
-        identity=run_identity(session.spec, session.settings, session.examples, stage),
+        identity=run_identity(
+            session.program, session.spec, session.settings, session.examples, stage
+        ),
         resume=options.resume,
     )
     report.warnings += warnings
@@ -400,7 +402,9 @@ def _run_loop(
         session.settings.section,
         stage,
         folder=folder,
-        identity=run_identity(session.spec, session.settings, session.examples, stage, *own),
+        identity=run_identity(
+            session.program, session.spec, session.settings, session.examples, stage, *own
+        ),
         machine={"dtype": session.dtype},
         world=world,
         sink=options.make_sink(title) if options.make_sink and world.is_main else None,

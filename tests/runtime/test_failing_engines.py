@@ -125,17 +125,17 @@ def ask_all(bundle: Path, tmp_path: Path, *questions: str) -> list[dict[str, Any
 def test_a_token_without_a_row_costs_only_its_record(own_bundle: Path, tmp_path: Path) -> None:
     path = own_bundle / "backbones/one/tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.add_tokens(["<extra>"])
+    tokenizer.add_tokens(["extra"])
     tokenizer.save(str(path))
     rehash(own_bundle)
-    first, failed, last = ask_all(own_bundle, tmp_path, "1", "a <extra> 2", "3")
+    first, failed, last = ask_all(own_bundle, tmp_path, "1", "an extra 2", "3")
     assert (first["answer"], last["answer"]) == ("b", "d")
     assert failed == {
         "id": "2",
-        "record": {"question": "a <extra> 2"},
+        "record": {"question": "an extra 2"},
         "error": {
             "code": "RM500",
-            "message": "record '2': the prompt of agent 'planner' has the token '<extra>' (260); "
+            "message": "record '2': the prompt of agent 'planner' has the token 'extra' (260); "
             "backbone 'one' has embeddings for 260 only",
         },
     }

@@ -20,7 +20,7 @@ from recmas_runtime.core.printing import note, write_out
 from recmas_runtime.core.progress import LineProgress, Silent
 from recmas_runtime.core.text import counted, time_left
 from recmas_runtime.formats.codec import to_json
-from recmas_runtime.formats.plan import SamplingPlan
+from recmas_runtime.formats.plan import MAX_SEED, SamplingPlan
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.answer_file import IDENTITY_SUFFIX, AnswerWriter
 from recmas_runtime.running.records import (
@@ -31,6 +31,7 @@ from recmas_runtime.running.records import (
     open_records,
     question_record,
     read_records,
+    refuse_devices,
 )
 from recmas_runtime.running.run_trace import RECORDS_NAME, TraceWriter
 from recmas_runtime.running.system import System, check_batch, load
@@ -195,9 +196,10 @@ class _Run:
         if single is not None:
             return iter([single]), 1
         if options.input == STANDARD_STREAM:
+            refuse_devices(sys.stdin.buffer, "<stdin>")
             return read_records(sys.stdin.buffer, file="<stdin>", fields=fields), None
         stream = stack.enter_context(open_records(options.input))
-        total = count_records(stream)
+        total = count_records(stream, options.input)
         return read_records(stream, file=options.input, fields=fields), total
 
     def _open_writer(self, stack: ExitStack) -> AnswerWriter | None:
@@ -324,4 +326,7 @@ def _sampling_overrides(options: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in SamplingPlan.__struct_fields__}
     if options.stop is not None:
         given["stop"] = tuple(options.stop)
+    if options.seed is not None and not 0 <= options.seed <= MAX_SEED:
+        message = f"seed is {options.seed}"
+        raise fail("RM505", message, hint=f"It must be from 0 to {MAX_SEED}.")
     return {name: value for name, value in given.items() if value is not None}
