@@ -17,7 +17,7 @@ from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.links.files import end_of
 from recmas_compiler.links.trained import TrainedLinks, find_trained_links
-from recmas_compiler.lowering.prompt_trial import try_prompts
+from recmas_compiler.lowering.prompt_trial import template_digests, try_prompts
 from recmas_compiler.passes.pass_base import DumpIR, Instrument, Record, RecordPasses
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.schema.train import MethodName, Stage
@@ -131,7 +131,7 @@ def with_trained_links(program: Program, *, dump_ir: str | Path | None = None) -
     system = program.graph.system
     facts = {name: system.backbone_of(name).facts for name in system.agents}
     ends = {name: end_of(backbone) for name, backbone in facts.items()}
-    trained = find_trained_links(program.spec, ends)
+    trained = find_trained_links(program.spec, ends, templates=template_digests(system))
     if trained is None:
         return program
     return replace(compile(trained.spec, dump_ir=dump_ir), trained=trained)
