@@ -29,7 +29,7 @@ from recmas_compiler.lowering.reference import load_backbones
 from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.lowering.training_graph.latents import Mode
-from recmas_compiler.training.session import train_settings
+from recmas_compiler.training.settings import train_settings
 from recmas_runtime.core.progress import Silent
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -34,7 +34,8 @@ from recmas_compiler.evaluation.summary import wilson
 from recmas_compiler.training.loop.distributed import joined_world
 from recmas_compiler.training.loop.metrics import read_cost
 from recmas_compiler.training.run import RunOptions, run_stages
-from recmas_compiler.training.session import open_session, train_settings
+from recmas_compiler.training.session import open_session
+from recmas_compiler.training.settings import train_settings
 from recmas_compiler.training.tasks.outer import CONTROLS, exact_answers
 from recmas_runtime.core.progress import LineProgress
 

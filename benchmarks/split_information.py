@@ -43,7 +43,8 @@ from torch.nn.functional import normalize
 import recmas_compiler as rc
 from recmas_compiler.training.loop.distributed import joined_world
 from recmas_compiler.training.loop.metrics import METRICS_NAME
-from recmas_compiler.training.session import open_session, train_settings
+from recmas_compiler.training.session import open_session
+from recmas_compiler.training.settings import train_settings
 from recmas_compiler.training.tasks.outer import CONTROLS
 from recmas_runtime.core.jsonl import read_json_lines
 from recmas_runtime.core.progress import Silent

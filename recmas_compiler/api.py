@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Final
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.printer import print_graph
-from recmas_compiler.links.files import End
+from recmas_compiler.links.files import end_of
 from recmas_compiler.links.trained import TrainedLinks, find_trained_links
+from recmas_compiler.lowering.prompt_trial import try_prompts
 from recmas_compiler.passes.pass_base import DumpIR, Instrument, Record, RecordPasses
 from recmas_compiler.passes.pipeline import run_pipeline
-from recmas_compiler.spec.schema.train import Stage
+from recmas_compiler.spec.schema.train import MethodName, Stage
 from recmas_compiler.spec.spec import Spec, load_spec
 from recmas_runtime.core.errors import fail
 from recmas_runtime.core.progress import Progress, Silent
@@ -27,7 +28,8 @@ from recmas_runtime.formats.manifest import ParityEntry
 
 if TYPE_CHECKING:
     from recmas_compiler.lowering.reference import TorchSystem
-    from recmas_compiler.training.run import RunReport
+    from recmas_compiler.training.loop.loop import Sink
+    from recmas_compiler.training.receipt import RunReport
     from recmas_runtime.checking.build_tensorrt import EngineBuild
 
 # Where a package says that it builds bundles; recmas_export does.
@@ -78,9 +80,12 @@ def compile(spec: Spec, *, dump_ir: str | Path | None = None, download: bool = F
 
     Raises:
         RecmasError: Backbone files that are missing or unsuitable (RM2xx), link files that do not
-            fit (RM120), and every other finding that needs the backbones' dimensions.
+            fit (RM120), and every other finding that needs the backbones' dimensions; prompts that
+            a chat template does not write as they are (RM206), where it is at hand.
     """
     topology = build_topology(spec, download=download)
+    warnings = try_prompts(spec, topology.system)
+    spec = replace(spec, warnings=tuple(dict.fromkeys((*spec.warnings, *warnings))))
     recorder = RecordPasses()
     instruments: tuple[Instrument, ...] = (recorder,)
     if dump_ir is not None:
@@ -124,7 +129,7 @@ def with_trained_links(program: Program, *, dump_ir: str | Path | None = None) -
         return program
     system = program.graph.system
     facts = {name: system.backbone_of(name).facts for name in system.agents}
-    ends = {name: End(width=f.width, identity=f.identity) for name, f in facts.items()}
+    ends = {name: end_of(backbone) for name, backbone in facts.items()}
     trained = find_trained_links(program.spec, ends)
     if trained is None:
         return program
@@ -183,32 +188,66 @@ def build_bundle(
 
 def train(
     program: Program,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
     stage: Stage = "all",
+    method: MethodName | None = None,
+    steps: int | None = None,
     resume: bool = False,
+    make_sink: Callable[[str], Sink] | None = None,
     progress: Progress | None = None,
 ) -> RunReport:
     """Train a program's links; they land beside its spec, where `build` finds them.
 
     Args:
-        out: Folder for metrics, checkpoints and curves; `resume` goes on from the last checkpoints.
+        out: Folder for metrics, checkpoints and curves; None for `out/NAME-training`.
         stage: Inner links agent by agent, all links through the whole program, or both in turn.
+        method: `lora` or `sft` trains the answer agent's backbone alone in the place of links.
+        steps: Of each stage, instead of what the spec says.
+        resume: Go on from the last checkpoints in `out`.
+        make_sink: Takes a stage's name and gives what receives its metrics, entry by entry.
 
     Raises:
-        RecmasError: RM104 without `train`, RM700 for data that cannot be used, RM705 if there is
-            nothing to learn; RM303 if the disk is full.
+        RecmasError: RM104 without `train`, RM302 if `out` holds a run or another training writes
+            there, RM303 if the disk is full, RM700 for data that cannot be used, RM702 if memory
+            does not suffice, RM703 if there is nothing to go on from, RM705 if there is nothing to
+            learn.
     """
-    from recmas_compiler.training.loop.distributed import joined_world
-    from recmas_compiler.training.run import RunOptions, run_stages
-    from recmas_compiler.training.session import open_session, train_settings
+    from recmas_compiler.training.preflight import prepared_run
+    from recmas_compiler.training.settings import train_settings, with_steps
 
     settings = train_settings(program.spec)
-    with joined_world() as world:
-        session = open_session(
-            program.spec, program.graph, settings, world=world, progress=progress or Silent()
+    if steps is not None:
+        settings = with_steps(settings, steps)
+    folder = training_folder(program.spec) if out is None else Path(out)
+    with prepared_run(
+        program.spec,
+        program.graph,
+        settings,
+        stage=stage,
+        folder=folder,
+        resume=resume,
+        method=method,
+    ) as examples:
+        from recmas_compiler.training.run import RunOptions, train_program
+
+        options = RunOptions(folder=folder, resume=resume, make_sink=make_sink)
+        _, report = train_program(
+            program.spec,
+            program.graph,
+            settings,
+            examples,
+            options,
+            stage=stage,
+            method=method,
+            progress=progress or Silent(),
         )
-        return run_stages(session, stage, RunOptions(folder=Path(out), resume=resume))
+        return report
+
+
+def training_folder(spec: Spec) -> Path:
+    """Return where a training leaves metrics, checkpoints and curves unless told otherwise."""
+    return Path("out") / f"{spec.document.name}-training"
 
 
 def _builder() -> Builder:

@@ -209,12 +209,15 @@ def test_public_doors() -> None:
     assert recmas_runtime.__all__ == [
         "Answer",
         "AnswerStream",
+        "FailedRecord",
         "Problem",
         "RecmasError",
         "Record",
         "SamplingPlan",
         "System",
         "Timing",
+        "Trace",
+        "TraceWriter",
         "Usage",
         "load",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,15 +11,19 @@ import click
 
 from recmas_cli.console import DUMP_IR, FILE, QUIET, SET, SPEC, Outcome, command, shown_progress
 from recmas_compiler.api import Program, build_bundle, load_and_compile
+from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.links.trained import has_trained_links, untrained_links
 from recmas_compiler.spec.spec import Spec, load_spec
 from recmas_runtime.cli.inspect import loss_text
+from recmas_runtime.core.errors import Problem
+from recmas_runtime.core.progress import Progress
+from recmas_runtime.core.text import counted, human_bytes
 from recmas_runtime.engines.tensorrt.engine_cache import find_platform
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.codec import to_json
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.manifest import MANIFEST_NAME, SPEC_NAME, ParityEntry
-from recmas_runtime.formats.precisions import TARGET_NAMES, TARGETS
+from recmas_runtime.formats.precisions import TARGET_NAMES, TARGETS, buildable
 
 
 @click.command()
@@ -29,6 +34,11 @@ from recmas_runtime.formats.precisions import TARGET_NAMES, TARGETS
     "--target",
     type=click.Choice(TARGET_NAMES),
     help="Kind of engine, instead of the spec's build.target.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(buildable()),
+    help="How engines hold weights, instead of what the spec says of all backbones.",
 )
 @click.option("--force", is_flag=True, help="Build even if the bundle is there and current.")
 @click.option(
@@ -48,6 +58,7 @@ def build(
     dump_ir: Path | None,
     *,
     target: str | None,
+    precision: str | None,
     force: bool,
     untrained: bool,
     quiet: bool,
@@ -59,6 +70,10 @@ def build(
     change = None
     if untrained:
         spec, change = _without_training(spec)
+    if precision is not None:
+        backbones = load_spec(spec, overrides=overrides).document.backbones
+        own = [f"backbones.{name}" for name, each in backbones.items() if each.precision]
+        overrides += tuple(f"{path}.precision={precision}" for path in ("build", *own))
     wanted = load_spec(spec, overrides=overrides).document.build.target
     if TARGETS[wanted].machine_engines is not None:
         find_platform()  # before anything is fetched, loaded or exported
@@ -75,21 +90,45 @@ def build(
     )
     how = "is current" if built.reused else "written"
     engines = "" if built.engines is None else f"{built.engines.text}\n"
+    bundle = open_bundle(folder)
+    size_bytes = sum(entry.size_bytes for entry in bundle.manifest.files.values())
+    load_s = _load_seconds(folder, progress)
     return Outcome(
         text=f"Bundle {folder} {how}.\n{engines}{_losses_note(built.parity, program)}"
-        f"{_links_note(program)}"
-        f'Next: recmas run {folder} "..."',
+        f"{_trained_note(program)}{_parity_note(built.parity)}"
+        f"Size {human_bytes(size_bytes)}, loads in {load_s:.1f} s.\n"
+        f"Next: {_run_command(folder, bundle.plan.fields)}",
         data={
             "engines": None if built.engines is None else built.engines.to_json(),
             "path": str(folder),
             "fingerprint": built.fingerprint,
             "reused": built.reused,
             "seconds": built.seconds,
+            "size_bytes": size_bytes,
+            "load_seconds": load_s,
             "parity": [to_json(entry) for entry in built.parity],
             "trained_links": [] if program.trained is None else list(program.trained.used),
+            "untrained_links": _untrained_links(program),
         },
-        problems=program.spec.warnings,
+        problems=(*program.spec.warnings, *(() if untrained else _untrained_warning(program))),
     )
+
+
+def _load_seconds(folder: Path, progress: Progress) -> float:
+    """Return how long a program that answers takes to open the bundle."""
+    from recmas_runtime import load
+
+    with progress.stage("Opening the bundle"):
+        started = time.perf_counter()
+        load(folder)
+        return time.perf_counter() - started
+
+
+def _run_command(folder: Path, fields: Sequence[str]) -> str:
+    """Return the command that asks a bundle, with what its prompts use."""
+    if set(fields) <= {"question"}:
+        return f'recmas run {folder} "..."'
+    return f"recmas run {folder} " + " ".join(f'--field {name}="..."' for name in fields)
 
 
 def _losses_note(parity: Sequence[ParityEntry], program: Program) -> str:
@@ -102,21 +141,51 @@ def _losses_note(parity: Sequence[ParityEntry], program: Program) -> str:
     )
 
 
-def _links_note(program: Program) -> str:
-    """Say which links are trained, and which are not."""
-    system, trained = program.graph.system, program.trained
-    weights = {inner_link_id(name): agent.inner for name, agent in system.agents.items()}
-    weights |= {link_id: link.weights for link_id, link in system.links.items()}
-    started = () if trained is None else trained.untrained
-    untrained = [name for name, link in weights.items() if link.file is None or name in started]
-    note = ""
-    if trained is not None and trained.used:
-        note = f"Trained links from {trained.folder}: {', '.join(trained.used)}.\n"
-    if untrained:
-        named = f" ({', '.join(untrained)})" if note else ""
-        note += f"{len(untrained)} of {len(weights)} links are untrained{named}: thoughts pass, "
-        note += "but do not help yet.\n"
-    return note
+def _parity_note(parity: Sequence[ParityEntry]) -> str:
+    """Say how close the engines are to the reference, a line for each case."""
+    lines = []
+    for case in parity:
+        named = (f"{name.removesuffix('_relative')} {x:.0e}" for name, x in case.figures.items())
+        greedy = "equal" if case.greedy_tokens_equal else "different"
+        lines.append(
+            f"{case.backbone} against the reference: {', '.join(named)}; greedy text {greedy}.\n"
+        )
+    return "".join(lines)
+
+
+def _trained_note(program: Program) -> str:
+    """Say which links are trained."""
+    trained = program.trained
+    if trained is None or not trained.used:
+        return ""
+    return f"Trained links from {trained.folder}: {', '.join(trained.used)}.\n"
+
+
+def _untrained_links(program: Program) -> list[str]:
+    """Return the links that have learned nothing, by id."""
+    started = () if program.trained is None else program.trained.untrained
+    links = _all_links(program).items()
+    return [name for name, link in links if link.file is None or name in started]
+
+
+def _untrained_warning(program: Program) -> tuple[Problem, ...]:
+    """Warn of links that have learned nothing, however they start."""
+    untrained, num_links = _untrained_links(program), len(_all_links(program))
+    if not untrained:
+        return ()
+    named = "" if len(untrained) == num_links else f" ({', '.join(untrained)})"
+    verb = "is" if len(untrained) == 1 else "are"
+    message = f"{len(untrained)} of {counted(num_links, 'link')} {verb} untrained{named}: "
+    message += "thoughts pass, but do not help yet."
+    hint = "`recmasc train` trains them, where the spec has a section `train`."
+    return (Problem(code="RM152", severity="warning", message=message, hint=hint),)
+
+
+def _all_links(program: Program) -> dict[str, LinkWeights]:
+    """Return all links of a system by id, inner ones first."""
+    system = program.graph.system
+    inner = {inner_link_id(name): agent.inner for name, agent in system.agents.items()}
+    return inner | {link_id: link.weights for link_id, link in system.links.items()}
 
 
 def _without_training(source: Path) -> tuple[Path, Callable[[Spec], Spec]]:

@@ -12,6 +12,7 @@ from recmas_cli.console import FILE, FOLDER, QUIET, SPEC, Outcome, command, show
 from recmas_compiler.released.styles import DEFAULT_TASK, ORGANISATION, style_named
 from recmas_compiler.spec.spec import load_spec
 from recmas_runtime.core.errors import fail
+from recmas_runtime.core.text import counted
 
 HUB: Final = "hf"
 
@@ -77,7 +78,7 @@ def import_released(
     with progress.stage(f"reading links of {style.name}"):
         imported = import_system(style, repositories, task=task, out=out, force=force)
     return Outcome(
-        text=f"Wrote {out} and {len(imported.links)} links beside it.\n"
+        text=f"Wrote {out} and {counted(len(imported.links), 'link')} beside it.\n"
         f"Next: recmasc check {out}, then recmasc build {out}.",
         data={
             "path": str(out),
@@ -111,8 +112,9 @@ def export_links(
     loaded = load_spec(spec)
     folders = export_system(loaded, style, task=task, out=out, with_models=with_models, force=force)
     listed = "".join(f"  {folder.name}\n" for folder in folders)
+    number = "1 repository" if len(folders) == 1 else f"{len(folders)} repositories"
     return Outcome(
-        text=f"Wrote {len(folders)} repositories into {out}:\n{listed}",
+        text=f"Wrote {number} into {out}:\n{listed}",
         data={
             "path": str(out),
             "style": style.name,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -11,17 +13,16 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import click
 
 from recmas_cli.console import FOLDER, QUIET, SET, SPEC, Outcome, command, shown_progress
-from recmas_compiler.api import load_and_compile, with_trained_links
-from recmas_compiler.spec.schema.train import Stage
-from recmas_compiler.spec.spec import Spec
+from recmas_compiler.api import Program, load_and_compile, training_folder, with_trained_links
+from recmas_compiler.spec.schema.train import MethodName, Stage
+from recmas_compiler.training.preflight import check_processes, prepared_run
+from recmas_compiler.training.settings import TrainSettings, train_settings
 from recmas_runtime.core.errors import fail
 
 if TYPE_CHECKING:
     from recmas_compiler.training.loop.loop import Sink
-    from recmas_compiler.training.run import RunReport
+    from recmas_compiler.training.receipt import RunReport
     from recmas_compiler.training.session import Session
-    from recmas_compiler.training.tasks.finetuning import MethodName
-
 
 # What every process of `--nproc` runs.
 PROCESS_MODULE: Final = "recmas_cli.training_main"
@@ -83,16 +84,6 @@ def train(
     stages = ("inner", "outer") if steps is not None else ()
     found = (*overrides, *(f"train.{name}.steps={steps}" for name in stages))
     program = load_and_compile(spec, found, progress=shown_progress(quiet=quiet))
-    # Torch takes seconds to import.
-    from recmas_compiler.training.loop.distributed import joined_world
-    from recmas_compiler.training.run import RunOptions, run_method, run_stages
-    from recmas_compiler.training.session import open_session, train_settings
-
-    if nproc > 1:
-        shared: Stage = stage if method == "links" else "outer"
-        _train_in_processes(program.spec, shared, nproc, sys.argv[2:])
-    if eval_only:
-        program = with_trained_links(program)
     settings = train_settings(program.spec)
     if method != "links" and (eval_only or stage == "inner"):
         raise fail(
@@ -100,38 +91,49 @@ def train(
             f"--method {method} has no inner stage and no --eval-only",
             hint="Leave these options out.",
         )
-    folder = out if out is not None else Path("out") / f"{program.spec.document.name}-training"
-    run = RunOptions(
+    own = None if method == "links" else method
+    if nproc > 1:
+        shared: Stage = stage if own is None else "outer"
+        check_processes(settings.section, shared, nproc)
+        _train_in_processes(nproc, sys.argv[2:])
+    if eval_only:
+        return _evaluated(with_trained_links(program), settings, quiet=quiet)
+    folder = out if out is not None else training_folder(program.spec)
+    make_sink = None if tensorboard is None else _tensorboard(tensorboard)
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    with prepared_run(
+        program.spec,
+        program.graph,
+        settings,
+        stage=stage,
         folder=folder,
         resume=resume,
-        make_sink=None if tensorboard is None else _tensorboard(tensorboard),
-    )
-    with joined_world() as world:
-        session = open_session(
+        method=own,
+        num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+        is_main=is_main,
+    ) as examples:
+        # Torch takes seconds to import, and what is refused is refused before.
+        from recmas_compiler.training.run import RunOptions, train_program
+
+        session, report = train_program(
             program.spec,
             program.graph,
             settings,
-            world=world,
-            progress=shown_progress(quiet=quiet or not world.is_main),
-            # Steps of usual length are lost in the rounding of bfloat16 weights.
-            weights="float32" if method == "sft" else None,
+            examples,
+            RunOptions(folder=folder, resume=resume, make_sink=make_sink),
+            stage=stage,
+            method=own,
+            progress=shown_progress(quiet=quiet or not is_main),
         )
-        if method != "links":
-            return _method_trained(session, run_method(session, method, run), method, folder)
-        if eval_only:
-            return _evaluated(session)
-        return _trained(session, run_stages(session, stage, run), stage, folder)
+        if own is not None:
+            return _method_trained(session, report, own, folder)
+        return _trained(session, report, stage, folder)
 
 
-def _train_in_processes(
-    spec: Spec, stage: Stage, num_processes: int, arguments: Sequence[str]
-) -> None:
+def _train_in_processes(num_processes: int, arguments: Sequence[str]) -> None:
     """Run `recmasc train` in several processes and exit as they do; the spec has been checked."""
     from recmas_compiler.training.loop.distributed import launch
-    from recmas_compiler.training.run import check_processes
-    from recmas_compiler.training.session import train_settings
 
-    check_processes(train_settings(spec).section, stage, num_processes)
     ended = launch(num_processes, PROCESS_MODULE, without_option(arguments, "--nproc"))
     sys.stdout.write(ended.stdout)
     sys.stderr.write(ended.stderr)
@@ -150,16 +152,26 @@ def without_option(arguments: Sequence[str], option: str) -> list[str]:
     return kept
 
 
-def _evaluated(session: Session) -> Outcome:
+def _evaluated(program: Program, settings: TrainSettings, *, quiet: bool) -> Outcome:
+    from recmas_compiler.training.loop.distributed import joined_world
+    from recmas_compiler.training.session import open_session
     from recmas_compiler.training.tasks.outer import record_losses
 
+    progress = shown_progress(quiet=quiet)
+    with joined_world() as world:
+        session = open_session(
+            program.spec, program.graph, settings, world=world, progress=progress
+        )
     session.start(as_built=True)
     examples = session.examples.train
     if not isinstance(session.settings.held_out, Path):
         examples += session.examples.held_out
     examples = tuple(sorted(examples, key=lambda example: example.index))
     section = session.settings.section
-    records = record_losses(session.graph, examples, batch_size=section.outer.batch_size)
+    with progress.stage("Measuring losses", len(examples)) as advance:
+        records = record_losses(
+            session.graph, examples, batch_size=section.outer.batch_size, advance=advance
+        )
     tokens = sum(record["tokens"] for record in records)
     mean = sum(record["loss"] * record["tokens"] for record in records) / tokens
     text = "".join(
@@ -243,7 +255,7 @@ def _outcome(
             },
             "processes": session.world.size,
         },
-        problems=session.spec.warnings + examples.warnings,
+        problems=report.warnings,
         interrupted=report.interrupted,
     )
 
@@ -252,8 +264,11 @@ def _costs(out: Path) -> dict[str, Any]:
     """Return what every loop in a run's folder took, by its own folder."""
     from recmas_compiler.training.loop.metrics import COST_NAME, read_cost
 
-    folders = sorted(path.parent for path in out.glob(f"**/{COST_NAME}"))
-    return {str(folder.relative_to(out)): asdict(read_cost(folder)) for folder in folders}
+    costs = {}
+    for folder in sorted(path.parent for path in out.glob(f"**/{COST_NAME}")):
+        with suppress(OSError, ValueError, TypeError, RecursionError):  # an earlier loop's, damaged
+            costs[str(folder.relative_to(out))] = asdict(read_cost(folder))
+    return costs
 
 
 def _stage_lines(stages: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:

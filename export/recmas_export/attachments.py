@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from recmas_compiler.ir.ops import SEARCH_CORPUS
-from recmas_compiler.links.trained import RECEIPT_NAME, read_receipt, verified_digests
+from recmas_compiler.links.link_set import RECEIPT_NAME
+from recmas_compiler.links.trained import ReceiptError, read_receipt
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.core.files import sha256_of
 
@@ -84,8 +85,12 @@ def receipts_of(link_files: Iterable[Path]) -> tuple[Path, ...]:
         digests.setdefault(file.parent, set()).add(sha256_of(file))
     found = []
     for folder, used in digests.items():
-        receipt = read_receipt(folder / RECEIPT_NAME)
-        if receipt is not None and used & set(verified_digests(receipt).values()):
+        try:
+            receipt = read_receipt(folder / RECEIPT_NAME)
+        except ReceiptError:
+            continue  # it confirms nothing; where trained links are looked for, that is said
+        digests_then = () if receipt is None else (e.sha256 for e in receipt.links.values())
+        if not used.isdisjoint(digests_then):
             found.append(folder / RECEIPT_NAME)
     return tuple(found)
 

@@ -25,6 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
+from recmas_compiler.backbones.cache_argument import cache_argument
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.lowering.static_cache import StaticRows, ragged_mask
 from recmas_export.passes.tidy import OPSET
@@ -199,6 +200,7 @@ class _Body(torch.nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.body = model.get_decoder()
+        self._cache_argument = cache_argument(self.body)
 
     def forward(
         self,
@@ -212,8 +214,8 @@ class _Body(torch.nn.Module):
         hidden = self.body(
             inputs_embeds=inputs_embeds,
             position_ids=write_index[:, None] + torch.arange(inputs_embeds.shape[1])[None],
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_argument: cache},
         ).last_hidden_state
         return hidden, [layer.keys for layer in cache.layers], [lay.values for lay in cache.layers]
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from recmas_compiler.backbones.cache_argument import with_cache
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.engines.interface import Operands
@@ -197,7 +198,7 @@ def _greedy(backbone: TorchBackbone, prompt_P: Tensor) -> list[int]:
     """Return the likeliest continuation as the model itself, with its own cache, gives it."""
     cache, ids, tokens = DynamicCache(config=backbone.model.config), prompt_P[None], []
     for _ in range(_NUM_GREEDY):
-        output = backbone.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        output = backbone.model(input_ids=ids, **with_cache(backbone.model, cache))
         ids = output.logits[:, -1:].argmax(-1)
         tokens.append(int(ids))
     return tokens

@@ -17,6 +17,7 @@ from recmas_compiler.backbones.facts import (
 )
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Cache, Level, Send, System, Think
+from recmas_runtime.core.errors import fail
 from recmas_runtime.core.text import aligned, human_bytes
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.plan import cache_capacity
@@ -141,9 +142,14 @@ def memory_plan(program: Graph, *, prompt_tokens: int | None = None) -> MemoryPl
     Args:
         prompt_tokens: Positions of every prompt, messages included; None for the most that the
             build allows, with caches for the longest answer.
+
+    Raises:
+        RecmasError: RM506 for prompts that no agent's backbone has positions for.
     """
     assert program.level is Level.PLANNED, "caches are not planned yet"
     system = program.system
+    if prompt_tokens is not None:
+        _check_positions(system, prompt_tokens)
     links = dict(_links_used(program))
     return MemoryPlan(
         prompt_tokens=prompt_tokens or system.build.max_prompt_tokens,
@@ -152,6 +158,22 @@ def memory_plan(program: Graph, *, prompt_tokens: int | None = None) -> MemoryPl
         links_bytes=sum(links.values()) * ENGINE_ELEMENT_BYTES,
         max_batch=system.build.max_batch,
     )
+
+
+def _check_positions(system: System, prompt_tokens: int) -> None:
+    """Refuse prompts that leave no room for what an agent adds to them."""
+    room = {}
+    for name, agent in system.agents.items():
+        answer = system.sampling.max_new_tokens if name == system.answer_agent else 0
+        room[name] = system.backbone_of(name).facts.max_positions - max(agent.latent_steps, answer)
+    least = min(room, key=room.__getitem__)
+    if prompt_tokens > room[least]:
+        raise fail(
+            "RM506",
+            f"`{least}` has no room for prompts of {prompt_tokens} tokens and what it adds: its "
+            f"backbone was made for {system.backbone_of(least).facts.max_positions} positions",
+            hint=f"Ask for at most {room[least]}.",
+        )
 
 
 def _backbones(system: System, prompt_tokens: int | None) -> Iterator[BackboneMemory]:

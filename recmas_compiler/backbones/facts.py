@@ -65,8 +65,9 @@ class BackboneFacts:
 
     Attributes:
         source: As the spec names it, e.g. `builtin:smollm2-135m-instruct`.
-        identity: Equal for equal weights as far as names can tell: the source with its revision
-            resolved, or the folder's absolute path. Link files made for others are refused.
+        identity: Equal for equal weights: the source with its revision resolved, or a digest of
+            the folder's files. Link files made for others are refused.
+        folder: Absolute path of a source that is a folder; None for other sources.
         width: Hidden width, d. Input embeddings have the same width.
         vocab_size: Rows of the embedding table.
         max_positions: Longest sequence the backbone was made for.
@@ -91,6 +92,7 @@ class BackboneFacts:
     sliding_window: int | None
     num_parameters: int
     num_tables: int = 1
+    folder: str | None = None
 
 
 def read_config_facts(

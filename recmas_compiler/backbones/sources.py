@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from recmas_compiler.backbones.facts import BackboneFacts, read_config_facts
+from recmas_compiler.backbones.identity import folder_identity
 from recmas_compiler.spec.document.places import (
     UNKNOWN,
     SourcePosition,
@@ -29,6 +30,9 @@ _LOOKS_LIKE_HUB = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+\Z")
 _MODEL_FILES: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
+
+# What of them says which model a folder holds: links do not depend on the rest.
+_TELLING_FILES: Final = ("config.json", "tokenizer.json", "tokenizer.model", "*.safetensors")
 
 # Files of those forms that are a link's, beside the model in the same folder.
 _LINK_FILES: Final = (ADAPTER_CONFIG, "innerlink_config.json")
@@ -140,23 +144,26 @@ def describe_backbone(
     resolved = resolve_source(source, base_dir=base_dir, position=position, download=download)
     if source in BUILTINS:
         return BUILTINS[source].facts
-    return read_config_facts(
+    facts = read_config_facts(
         resolved.folder, source=source, identity=resolved.identity, position=position
     )
+    is_folder_source = not source.startswith("hf:")
+    return replace(facts, folder=str(resolved.folder)) if is_folder_source else facts
 
 
 def files_of(facts: BackboneFacts, *, download: bool = False) -> ResolvedSource:
     """Find the files that `facts` were read from. See `resolve_source`."""
-    is_named = facts.source.startswith(("builtin:", "hf:"))
-    found = resolve_source(
-        facts.source if is_named else facts.identity, base_dir=Path(), download=download
-    )
+    found = resolve_source(facts.folder or facts.source, base_dir=Path(), download=download)
     return replace(found, source=facts.source)
 
 
 def model_files(folder: Path) -> tuple[Path, ...]:
     """Return a model's own files in its folder, without those of an adapter beside it."""
-    found = {path for pattern in _MODEL_FILES for path in folder.glob(pattern)}
+    return _files(folder, _MODEL_FILES)
+
+
+def _files(folder: Path, patterns: Sequence[str]) -> tuple[Path, ...]:
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
     return tuple(sorted(path for path in found if path.name not in _LINK_FILES))
 
 
@@ -237,7 +244,8 @@ def _resolve_folder(source: str, base_dir: Path, position: SourcePosition) -> Re
         hint = "Give the folder of a Hugging Face model: config, weights and tokenizer."
         raise _missing(position, message, hint)
     folder = folder.resolve()
-    return ResolvedSource(source=source, folder=folder, gguf_file=None, identity=str(folder))
+    identity = folder_identity(_files(folder, _TELLING_FILES))
+    return ResolvedSource(source=source, folder=folder, gguf_file=None, identity=identity)
 
 
 def _resolve_hub(source: str, position: SourcePosition, *, download: bool) -> ResolvedSource:

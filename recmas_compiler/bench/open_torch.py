@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from recmas_compiler.backbones.cache_argument import with_cache
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.bench.torch_engine import TorchEngine, TorchTables, apply_inner, to_numpy
 from recmas_compiler.ir.build_topology import build_topology
@@ -111,9 +112,8 @@ class TransformersEngine(TorchTables):
             surplus = cache.past.get_seq_length() - start
             if surplus > 0:
                 cache.past.crop(-surplus)
-            out = self._backbone.body(
-                inputs_embeds=embeds_RSd, past_key_values=cache.past, use_cache=True
-            )
+            body = self._backbone.body
+            out = body(inputs_embeds=embeds_RSd, **with_cache(body, cache.past))
         hidden_RSd: Tensor = out.last_hidden_state[:, -embeds_RSd.shape[1] :]
         return hidden_RSd
 

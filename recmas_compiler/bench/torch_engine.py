@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm
 
+from recmas_compiler.backbones.cache_argument import cache_argument
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.lowering.static_cache import static_cache, use_static_attention
 from recmas_runtime.engines.interface import Floats, Indices, Operands
@@ -79,6 +80,7 @@ class TorchTables:
         self.device = torch.device(device)
         self.dtype = dtype
         self._backbone = backbone
+        self._cache_argument = cache_argument(backbone.body)
         self._bound: tuple[Operands, Inner] = ({}, {})
         backbone.model.to(device=self.device, dtype=dtype)
 
@@ -330,8 +332,8 @@ class TorchEngine(TorchTables):
         hidden_RSd: Tensor = self._backbone.body(
             inputs_embeds=embeds_RSd,
             position_ids=write_index[:, None] + offset_S,
-            past_key_values=static_cache(keys, values, write_index),
             use_cache=True,
+            **{self._cache_argument: static_cache(keys, values, write_index)},
         ).last_hidden_state
         return hidden_RSd
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.link_kinds import (
     FORMS,
@@ -21,6 +22,10 @@ _DTYPES: Final = frozenset({"F32", "F16", "BF16", "F64"})
 
 _HINT_BROKEN: Final = "Copy it again, or train the link anew."
 _HINT_FOREIGN: Final = "Use a link that was made for these two backbones, or `init: aligned`."
+_HINT_MOVED: Final = (
+    "An older recmas wrote the backbone's folder into it. If it is the same model, put the folder "
+    "back there; else train the link anew, or use `init: aligned`."
+)
 _HINT_KIND: Final = "Leave `kind` out: the file knows it."
 
 
@@ -37,6 +42,23 @@ class End(NamedTuple):
 
     width: int
     identity: str
+    folder: str | None = None
+
+    def is_named(self, name: str) -> bool:
+        """Tell whether a link file means this backbone; older ones name a folder by its path."""
+        return name in (self.identity, self.folder)
+
+    def told(self, other: str) -> str:
+        """Return what to call this backbone beside another one's name in a message."""
+        if self.folder is None:
+            return f"`{self.identity}`"
+        digest = f" (`{self.identity}`)" if other.startswith("folder:") else ""
+        return f"`{self.folder}`{digest}"
+
+
+def end_of(facts: BackboneFacts) -> End:
+    """Return what links need to know of a backbone."""
+    return End(width=facts.width, identity=facts.identity, folder=facts.folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +159,9 @@ def fitting_kind(
         raise LinkFileError(why, hint=_HINT_FOREIGN)
     for end, backbone in (("source", source), ("target", target)):
         made_for = header.metadata.get(end, backbone.identity)
-        if made_for != backbone.identity:
-            why = f"it was made for the {end} `{made_for}`, but this is `{backbone.identity}`"
-            raise LinkFileError(why, hint=_HINT_FOREIGN)
+        if not backbone.is_named(made_for):
+            why = f"it was made for the {end} `{made_for}`, but this is {backbone.told(made_for)}"
+            raise LinkFileError(why, hint=_HINT_MOVED if made_for[:1] == "/" else _HINT_FOREIGN)
     return found
 
 

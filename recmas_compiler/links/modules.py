@@ -6,13 +6,14 @@ Shapes: h is [..., in_dim], the result [..., out_dim].
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
@@ -26,6 +27,7 @@ from recmas_compiler.links.files import (
 from recmas_compiler.spec.document.places import SourcePosition
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.files import write_whole
 from recmas_runtime.formats.link_kinds import FORMS, LAYER_NORM_EPSILON, LinkKind, LinkRole
 
 
@@ -148,7 +150,19 @@ def save_link_tensors(
         "out_dim": str(out_dim),
         **{k: v for k, v in (("source", source), ("target", target)) if v is not None},
     }
-    save_file(dict(tensors), path, metadata=metadata)
+    write_whole(path, in_order(save(dict(tensors), metadata=metadata)))
+
+
+def in_order(content: bytes) -> bytes:
+    """Return a safetensors file with its header sorted: equal tensors give equal bytes.
+
+    The library writes metadata in the random order of a hash map.
+    """
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def link_widths(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -157,7 +171,7 @@ def link_widths(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def load_declared_link(
-    weights: LinkWeights, role: LinkRole, *, source: str, target: str, where: SourcePosition
+    weights: LinkWeights, role: LinkRole, *, source: End, target: End, where: SourcePosition
 ) -> LinkModule:
     """Load the file that a spec names for a link, and refuse it if it was made for another.
 
@@ -168,18 +182,11 @@ def load_declared_link(
     path = Path(weights.file)
     try:
         header = read_link_header(path)
-        fitting_kind(
-            header,
-            role,
-            kind=weights.kind,
-            source=End(weights.in_dim, source),
-            target=End(weights.out_dim, target),
-        )
+        fitting_kind(header, role, kind=weights.kind, source=source, target=target)
         return load_link(path, weights.kind, role, weights.in_dim, weights.out_dim)
     except LinkFileError as error:
         message = f"link file {path} cannot be used: {error}"
-        hint = "Use a link that was made for these backbones, or `init: aligned`."
-        raise RecmasError(problem_at(where, "RM120", message, hint=hint)) from error
+        raise RecmasError(problem_at(where, "RM120", message, hint=error.hint)) from error
 
 
 def load_link(path: Path, kind: LinkKind, role: LinkRole, in_dim: int, out_dim: int) -> LinkModule:

@@ -6,11 +6,15 @@ here loads a weight.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
+
+import msgspec
 
 from recmas_compiler.links.files import (
     End,
@@ -19,20 +23,22 @@ from recmas_compiler.links.files import (
     link_kind,
     read_link_header,
 )
+from recmas_compiler.links.link_set import RECEIPT_NAME, finish_replacing
 from recmas_compiler.spec.document.places import Loc, is_file, path_of
-from recmas_compiler.spec.document.problems import problem_at
+from recmas_compiler.spec.document.problems import problem_at, show
 from recmas_compiler.spec.schema.sections import WeightsSection
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import Problem, RecmasError
-from recmas_runtime.core.files import sha256_of
+from recmas_runtime.core.files import open_regular, sha256_of
+from recmas_runtime.core.text import first_line, listed
 from recmas_runtime.formats.ids import inner_link_id, link_ends, link_file_name, outer_link_id
 from recmas_runtime.formats.link_kinds import LinkKind, LinkRole
 
-RECEIPT_NAME: Final = "receipt.json"
 RECEIPT_VERSION: Final = 1
 LINKS_FOLDER: Final = "links"
 # Larger than any receipt: a few hundred bytes per link and measurement.
 _MAX_RECEIPT_BYTES: Final = 16 * 2**20
+_DIGEST: Final = "sha256 "
 
 Change = Callable[[str, LinkRole, Loc, WeightsSection], Mapping[str, Any]]
 """Says what becomes of a link: its id, role, place and settings to the settings that change."""
@@ -43,8 +49,9 @@ class TrainedLinks:
     """The trained links that a spec can use.
 
     Attributes:
-        spec: The spec with the files of these links as their weights, and with a warning RM751 for
-            every one that does not fit any more.
+        spec: The spec with the files of these links as their weights, and with warnings: RM751 for
+            every one that does not fit any more, RM756 if they learned with another system, RM757
+            if their receipt cannot be read.
         used: Ids of the links that learned, in order of declaration.
         untrained: Ids of the links that lie there as they started: no stage has trained them yet.
     """
@@ -53,6 +60,13 @@ class TrainedLinks:
     folder: Path
     used: tuple[str, ...]
     untrained: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """What a build takes, as a line; empty for nothing."""
+        if not self.used:
+            return ""
+        return f"A build takes trained links from {self.folder}: {', '.join(self.used)}.\n"
 
 
 def links_folder(spec: Spec) -> Path | None:
@@ -63,7 +77,14 @@ def links_folder(spec: Spec) -> Path | None:
 
 def has_trained_links(spec: Spec) -> bool:
     """Tell whether trained links lie beside a spec, whether they fit or not."""
-    return _folder_and_receipt(spec) is not None
+    folder = links_folder(spec)
+    if folder is None:
+        return False
+    try:
+        finish_replacing(folder)
+        return read_receipt(folder / RECEIPT_NAME) is not None
+    except (ReceiptError, OSError):
+        return True  # there, and not to be used
 
 
 def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | None:
@@ -72,24 +93,37 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
     Args:
         ends: What each agent's backbone is.
     """
-    found = _folder_and_receipt(spec)
-    if found is None:
+    folder = links_folder(spec)
+    if folder is None:
         return None
-    folder, receipt = found
-    digests, entries = verified_digests(receipt), receipt.get("links", {})
+    warnings: list[Problem] = []
+    receipt = None
+    try:
+        finish_replacing(folder)  # a training may have been killed at its very end
+        receipt = read_receipt(folder / RECEIPT_NAME)
+        if receipt is None and (there := _own_link_files(spec, folder)):
+            raise ReceiptError(f"there is none beside {listed(there)}")
+    except (ReceiptError, OSError) as error:
+        warnings.append(_without_receipt(spec, folder, error))
+    if receipt is None and not warnings:
+        return None
+    entries = {} if receipt is None else receipt.links
     used: list[str] = []
     untrained: list[str] = []
-    warnings: list[Problem] = []
     outdated: set[Problem] = set()
 
     def use_trained(
         link_id: str, role: LinkRole, loc: Loc, section: WeightsSection
     ) -> Mapping[str, Any]:
         file = folder / link_file_name(link_id)
-        if link_id not in digests:
-            return {}
         source, target = (ends[agent] for agent in link_ends(link_id))
-        why = _why_unfit(file, digests[link_id], role, section, source=source, target=target)
+        if link_id in entries:
+            digest = entries[link_id].sha256
+            why = _why_unfit(file, digest, role, section, source=source, target=target)
+        elif receipt is None or section.weights is not None or not is_file(file):
+            return {}  # it was never trained
+        else:
+            why = "its receipt does not name it"
         if why is not None:
             message = f"the trained link `{file}` is ignored: {why}."
             hint = "Train it anew, or delete it."
@@ -97,14 +131,16 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
             warnings.append(problem_at(place, "RM751", message, hint=hint, severity="warning"))
             return {}
         entry = entries[link_id]
-        if entry.get("trained"):
+        if entry.trained:
             used.append(link_id)
-        elif entry.get("start") != "file":  # the spec's own files were trained elsewhere
+        elif entry.start != "file":  # the spec's own files were trained elsewhere
             untrained.append(link_id)
         outdated.update(_warnings_about_start(spec, loc))
         return {"init": None, "weights": f"{_setting(spec)}/{file.name}"}
 
     changed = _with_links(spec, use_trained)
+    if receipt is not None and used:
+        warnings += _learned_otherwise(spec, folder, receipt)
     return TrainedLinks(
         spec=replace(
             changed,
@@ -116,34 +152,122 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
     )
 
 
-def _folder_and_receipt(spec: Spec) -> tuple[Path, dict[str, Any]] | None:
-    folder = links_folder(spec)
-    receipt = None if folder is None else read_receipt(folder / RECEIPT_NAME)
-    return None if folder is None or receipt is None else (folder, receipt)
+class LinkEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """What a receipt says of one link.
+
+    Attributes:
+        start: Where its weights came from before it learned.
+        trained: Whether it learned.
+    """
+
+    sha256: str
+    start: str = ""
+    trained: bool = False
 
 
-def read_receipt(path: Path) -> dict[str, Any] | None:
-    """Return a training receipt; None if there is none, or none of this version."""
-    if not is_file(path) or path.stat().st_size > _MAX_RECEIPT_BYTES:
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """What is read of a receipt; the rest is for people.
+
+    Attributes:
+        learned_with: What the links were trained in, as `learned_with` gives it; older receipts do
+            not say.
+    """
+
+    receipt: Literal[1]
+    links: dict[str, LinkEntry]
+    learned_with: dict[str, str] = {}
+
+
+class ReceiptError(Exception):
+    """A receipt that is there and cannot be read; the text says why."""
+
+
+def read_receipt(path: Path) -> Receipt | None:
+    """Return a training receipt, or None if there is none.
+
+    Raises:
+        ReceiptError: It is there, but cannot be read.
+    """
+    if not os.path.lexists(path):
         return None
     try:
-        receipt = json.loads(path.read_bytes())
-    except (ValueError, RecursionError, OSError):
-        return None
-    is_receipt = isinstance(receipt, dict) and receipt.get("receipt") == RECEIPT_VERSION
-    return receipt if is_receipt else None
+        with open_regular(path, file=path.name) as stream:
+            raw = stream.read(_MAX_RECEIPT_BYTES + 1)
+        if len(raw) > _MAX_RECEIPT_BYTES:
+            raise ReceiptError("it is larger than any receipt")
+        values = json.loads(raw)
+        if isinstance(values, dict) and values.get("receipt", 1) != RECEIPT_VERSION:
+            raise ReceiptError(f"it is of version {show(values['receipt'])}")
+        return msgspec.convert(values, Receipt)
+    except RecmasError as error:
+        raise ReceiptError(error.problems[0].message) from error
+    except RecursionError:
+        raise ReceiptError("it is nested too deeply") from None
+    except (ValueError, OSError) as error:  # msgspec's errors are ValueErrors
+        raise ReceiptError(first_line(error)) from error
 
 
-def verified_digests(receipt: Mapping[str, Any]) -> dict[str, str]:
-    """Return the sha256 that a receipt gives for each link's file, by link id."""
-    entries = receipt.get("links")
-    if not isinstance(entries, dict):
-        return {}
-    return {
-        str(link_id): str(entry["sha256"])
-        for link_id, entry in entries.items()
-        if isinstance(entry, dict) and "sha256" in entry
+def learned_with(spec: Spec) -> dict[str, str]:
+    """Return what links learn in, by name: prompts and the form of the system.
+
+    Values that are too long to show are digests. Links fit another system as well, but what they
+    learned was for this one.
+    """
+    document = spec.document
+    found = {"the rounds": str(document.rounds), "the answer agent": document.answer.agent}
+    for name, agent in document.agents.items():
+        prompts = agent.model_dump(mode="json", include={"system", "prompt", "chat_template"})
+        text = json.dumps(prompts, sort_keys=True)
+        digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+        steps = document.latent_steps if agent.latent_steps is None else agent.latent_steps
+        found[f"the prompt of `{name}`"] = f"{_DIGEST}{digest[:16]}"
+        found[f"the latent steps of `{name}`"] = str(steps)
+    arrows = sorted(outer_link_id(*link_ends(name)) for name in document.links)
+    return {**found, "the links": ", ".join(arrows)}
+
+
+def _learned_otherwise(spec: Spec, folder: Path, receipt: Receipt) -> list[Problem]:
+    then, now = receipt.learned_with, learned_with(spec)
+    if not then:
+        return []
+    other = [name for name in dict.fromkeys((*then, *now)) if then.get(name) != now.get(name)]
+    if not other:
+        return []
+
+    def told(name: str) -> str:
+        values = [values.get(name) for values in (then, now)]
+        if any(value is None or value.startswith(_DIGEST) for value in values):
+            return name
+        return f"{name} ({values[0]} then, {values[1]} now)"
+
+    message = f"the trained links in {folder} learned in another system: other are "
+    message += f"{listed(map(told, other))}."
+    agent = next((n for n in spec.document.agents if f"the prompt of `{n}`" in other), None)
+    place = spec.position("agents", agent, "prompt") if agent else spec.position("train")
+    hint = "Train anew, or set it back; `--untrained-links` builds without them."
+    return [problem_at(place, "RM756", message, hint=hint, severity="warning")]
+
+
+def _own_link_files(spec: Spec, folder: Path) -> list[str]:
+    """Return the names of link files that training would have written, and no link names itself."""
+    document = spec.document
+    sections: dict[str, WeightsSection] = {
+        **{inner_link_id(name): agent.inner for name, agent in document.agents.items()},
+        **{outer_link_id(*link_ends(name)): link for name, link in document.links.items()},
     }
+    return [
+        name
+        for link_id, section in sections.items()
+        if section.weights is None and is_file(folder / (name := link_file_name(link_id)))
+    ]
+
+
+def _without_receipt(spec: Spec, folder: Path, error: Exception) -> Problem:
+    why = error.strerror if isinstance(error, OSError) and error.strerror else error
+    message = f"the trained links in {folder} are not used: their {RECEIPT_NAME} cannot be read: "
+    hint = "Go on with `recmasc train --resume`, train anew, or delete the folder."
+    place = spec.position("train", "links_dir")
+    return problem_at(place, "RM757", f"{message}{why}.", hint=hint, severity="warning")
 
 
 def _warnings_about_start(spec: Spec, loc: Loc) -> list[Problem]:
@@ -174,6 +298,8 @@ def _why_unfit(
         fitting_kind(header, role, kind=section.kind, source=source, target=target)
     except LinkFileError as error:
         return str(error)
+    except RecmasError as error:
+        return error.problems[0].message
     return None
 
 

@@ -13,7 +13,7 @@ from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import System
 from recmas_compiler.links.aligned import Alignment, align_inner, align_outer
 from recmas_compiler.links.calibration import Calibration, calibrate
-from recmas_compiler.links.files import LinkWeights
+from recmas_compiler.links.files import LinkWeights, end_of
 from recmas_compiler.links.modules import load_declared_link, make_link, randomize
 from recmas_compiler.spec.document.places import SourcePosition
 from recmas_runtime.core.progress import Progress
@@ -80,7 +80,7 @@ def materialize_links(
 
     made: dict[str, MaterializedLink] = {}
     for link_id, weights, role, ends, where in declared_links(system):
-        source, target = (backbones[system.backbone_of(a).name].facts.identity for a in ends)
+        source, target = (end_of(backbones[system.backbone_of(a).name].facts) for a in ends)
         alignment = None
         if weights.file is not None:
             module = load_declared_link(weights, role, source=source, target=target, where=where)
@@ -94,8 +94,8 @@ def materialize_links(
             module=module,
             weights=weights,
             role=role,
-            source=source,
-            target=target,
+            source=source.identity,
+            target=target.identity,
             init=weights.init if weights.file is None else "file",
             alignment=alignment,
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from recmas_compiler.backbones.cache_argument import with_cache
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.lowering.materialize import materialize_links
@@ -162,7 +163,9 @@ class TorchSystem(ProgramModule):
     ) -> None:
         super().__init__(program, backbones=backbones, links=links)
         self._chats = {
-            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
+            name: Chat.load(
+                b.tokenizer_json, b.chat_template, b.special_tokens, day=self.system.day
+            )
             for name, b in backbones.items()
         }
         self._agents = {name: agent_plan(self.system, name) for name in self.system.agents}
@@ -367,7 +370,8 @@ def load_backbones(program: Graph, *, progress: Progress) -> dict[str, TorchBack
     system = program.system
     used = {system.backbone_of(agent).name: system.backbone_of(agent) for agent in system.agents}
     return {
-        name: load_backbone(b.facts, progress=progress, dtype=b.dtype) for name, b in used.items()
+        name: load_backbone(b.facts, progress=progress, dtype=b.dtype, template=b.template)
+        for name, b in used.items()
     }
 
 
@@ -391,7 +395,7 @@ def _stack(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _extend(backbone: TorchBackbone, cache: DynamicCache, embeds_1TD: Tensor) -> Tensor:
     """Run positions behind those in the cache; return the last one's hidden state [1, 1, D]."""
-    out = backbone.body(inputs_embeds=embeds_1TD, past_key_values=cache, use_cache=True)
+    out = backbone.body(inputs_embeds=embeds_1TD, **with_cache(backbone.body, cache))
     hidden_11D: Tensor = out.last_hidden_state[:, -1:]
     return hidden_11D
 

@@ -14,12 +14,11 @@ from torch import Tensor
 from recmas_compiler.backbones.sources import ADAPTER_CONFIG, model_files, resolve_source
 from recmas_compiler.links.files import LinkFileError, link_kind, read_link_header
 from recmas_compiler.links.modules import link_widths
+from recmas_compiler.released.forms import form_of_kind
 from recmas_compiler.released.link_tensors import read_link_file, write_pickled_link
 from recmas_compiler.released.styles import (
     INNER_CONFIG,
-    INNER_TYPE,
     OUTER_CONFIG,
-    OUTER_TYPE,
     ReleasedAgent,
     ReleasedLink,
     Style,
@@ -31,7 +30,7 @@ from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import fail
 from recmas_runtime.core.files import check_free, placed_together
 from recmas_runtime.formats.ids import link_name
-from recmas_runtime.formats.link_kinds import RELEASED_KIND, LinkRole
+from recmas_runtime.formats.link_kinds import LinkRole
 
 _FORMAT_VERSION: Final = 1
 
@@ -58,7 +57,7 @@ def export_system(
 
     Args:
         spec: Its agents are called as the style's roles, its links have weights of kind
-            `ln_residual`.
+            `ln_residual` or `biased_residual`.
         out: Folder that the repositories become sub-folders of.
         with_models: Copy the models' files too, as released repositories hold them.
 
@@ -121,11 +120,11 @@ def _agent_part(
         "shared_files": shared,
         "tasks": {task: {"adapter.pt": link, **{name: name for name in shared}}},
     }
-    tensors = _tensors(spec, section.inner, "inner", f"the inner link of `{agent.role}`")
+    form, tensors = _link(spec, section.inner, "inner", f"the inner link of `{agent.role}`")
     return _Part(
         folder=f"{style.prefix}-{agent.title}-{model}",
         links={link: tensors},
-        configs={ADAPTER_CONFIG: {"adapter_type": INNER_TYPE}, INNER_CONFIG: config},
+        configs={ADAPTER_CONFIG: {"adapter_type": form}, INNER_CONFIG: config},
         model=files,
     )
 
@@ -137,7 +136,7 @@ def _outer_part(spec: Spec, style: Style, task: str) -> _Part:
         section = spec.declared.links[link.source, link.target]
         name = _outer_name(style, link, task)
         what = f"the link `{link_name(link.source, link.target)}`"
-        links[name] = _tensors(spec, section, "outer", what)
+        form, links[name] = _link(spec, section, "outer", what)
         in_dim, out_dim = link_widths(links[name])
         adapters.append(
             {
@@ -145,7 +144,7 @@ def _outer_part(spec: Spec, style: Style, task: str) -> _Part:
                 "filename": name,
                 "source_role": style.agent(link.source).title,
                 "target_role": style.agent(link.target).title,
-                "adapter_type": OUTER_TYPE,
+                "adapter_type": form,
                 "in_dim": in_dim,
                 "out_dim": out_dim,
             }
@@ -163,8 +162,10 @@ def _outer_name(style: Style, link: ReleasedLink, task: str) -> str:
     return f"{source}-{target}-Outerlink({task}).pt"
 
 
-def _tensors(spec: Spec, section: WeightsSection, role: LinkRole, what: str) -> dict[str, Tensor]:
-    """Return a link's tensors as its file holds them."""
+def _link(
+    spec: Spec, section: WeightsSection, role: LinkRole, what: str
+) -> tuple[str, dict[str, Tensor]]:
+    """Return what the trainer calls a link's kind, and its tensors as its file holds them."""
     if section.weights is None:
         hint = "Train it first: only links with `weights` can be exported."
         raise fail("RM209", f"{what} has no weights", file=_file(spec), hint=hint)
@@ -174,10 +175,11 @@ def _tensors(spec: Spec, section: WeightsSection, role: LinkRole, what: str) -> 
     except LinkFileError as error:
         hint = "Correct its path in the spec, or train the link anew."
         raise fail("RM208", f"{what} cannot be read: {error}", file=str(path), hint=hint) from error
-    if kind != RELEASED_KIND:
-        hint = "The released form knows links of kind `ln_residual` only."
+    form = form_of_kind(kind, role)
+    if form is None:
+        hint = "The released form knows links of kind `ln_residual` and `biased_residual` only."
         raise fail("RM209", f"{what} is of kind `{kind}`", file=str(path), hint=hint)
-    return read_link_file(path, role)
+    return form, read_link_file(path, role, kind)
 
 
 def _model_name(source: str, style: Style, agent: ReleasedAgent) -> str:

@@ -13,20 +13,22 @@ from pathlib import Path
 from string import Template
 from typing import Final, get_args
 
-from torch import Tensor
-
 from recmas_compiler.backbones.facts import BackboneFacts, stored_dtype
 from recmas_compiler.backbones.sources import describe_backbone, resolve_source
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.links.modules import link_widths, save_link_tensors
-from recmas_compiler.released.link_tensors import read_pickled_link
-from recmas_compiler.released.repositories import Repositories, inner_link_file, outer_link_files
+from recmas_compiler.released.link_tensors import ReleasedTensors, read_pickled_link
+from recmas_compiler.released.repositories import (
+    Repositories,
+    inner_link_file,
+    inner_link_kind,
+    outer_link_files,
+)
 from recmas_compiler.released.styles import Style, check_task
 from recmas_compiler.spec.spec import parse_spec
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.files import check_free, placed_together
 from recmas_runtime.formats.ids import inner_link_id
-from recmas_runtime.formats.link_kinds import RELEASED_KIND
 from recmas_runtime.formats.precisions import Dtype
 
 # What the released systems run with.
@@ -96,7 +98,7 @@ def import_system(
     names = link_files(style)
     check_free(out.parent, [*names.values(), out.name], force=force)
     models = {role: _describe(repo.location) for role, repo in repositories.agents.items()}
-    tensors = _read_links(style, repositories, models, task)
+    links = _read_links(style, repositories, models, task)
 
     text = partial(_spec_text, style, repositories, models, task=task)
     agents = repositories.agents
@@ -104,8 +106,8 @@ def import_system(
         for name, (source, target) in _ends(style).items():
             save_link_tensors(
                 staging / names[name],
-                tensors[name],
-                kind=RELEASED_KIND,
+                links[name].tensors,
+                kind=links[name].kind,
                 source=models[source].identity,
                 target=models[target].identity,
             )
@@ -153,16 +155,19 @@ def _describe(location: str) -> _Model:
 
 def _read_links(
     style: Style, repositories: Repositories, models: Mapping[str, _Model], task: str
-) -> dict[str, dict[str, Tensor]]:
+) -> dict[str, ReleasedTensors]:
     """Return the tensors of every link, after checking them against the models' widths."""
     inner = {role: inner_link_file(r.folder, task) for role, r in repositories.agents.items()}
     outer = outer_link_files(repositories.outer.folder, task, style)
     # A model that recmas does not know has the width of its inner link.
     widths = {role: None if m.facts is None else m.facts.width for role, m in models.items()}
-    tensors: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, ReleasedTensors] = {}
     for role, path in inner.items():
-        tensors[role] = read_pickled_link(path, "inner", in_dim=widths[role], out_dim=widths[role])
-        widths[role] = link_widths(tensors[role])[0]
+        kind = inner_link_kind(repositories.agents[role].folder, task)
+        found[role] = read_pickled_link(
+            path, "inner", kind=kind, in_dim=widths[role], out_dim=widths[role]
+        )
+        widths[role] = link_widths(found[role].tensors)[0]
     for link in style.links:
         file, expected = outer[link.key], (widths[link.source], widths[link.target])
         for said, width, key in zip(
@@ -175,10 +180,10 @@ def _read_links(
                     file=str(repositories.outer.folder),
                     hint="Give the outer links that were trained with these agents.",
                 )
-        tensors[link.key] = read_pickled_link(
-            file.path, "outer", in_dim=expected[0], out_dim=expected[1]
+        found[link.key] = read_pickled_link(
+            file.path, "outer", kind=file.kind, in_dim=expected[0], out_dim=expected[1]
         )
-    return tensors
+    return found
 
 
 def _check(text: str, out: Path) -> tuple[Problem, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +18,7 @@ from recmas_compiler.links.files import LinkHeader, misfit
 from recmas_compiler.links.modules import link_widths
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.core.text import first_line
-from recmas_runtime.formats.link_kinds import RELEASED_KIND, LinkRole
+from recmas_runtime.formats.link_kinds import LinkKind, LinkRole, kind_of_tensors
 
 # Released files add a few kilobytes of pickle and padding to their tensors.
 _LARGEST_OVERHEAD_BYTES: Final = 1 << 20
@@ -29,20 +30,31 @@ _DTYPES: Final = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReleasedTensors:
+    """A link's kind, and its tensors by name in the element types of their file."""
+
+    kind: LinkKind
+    tensors: dict[str, Tensor]
+
+
 def read_pickled_link(
-    path: Path, role: LinkRole, *, in_dim: int | None, out_dim: int | None
-) -> dict[str, Tensor]:
-    """Read a released link: a plain state dict of an `ln_residual` link.
+    path: Path,
+    role: LinkRole,
+    *,
+    kind: LinkKind | None,
+    in_dim: int | None,
+    out_dim: int | None,
+) -> ReleasedTensors:
+    """Read a released link: a plain state dict.
 
     Nothing in the file is executed: torch's restricted reader builds tensors and plain containers
     and refuses all else.
 
     Args:
+        kind: What it must be; None if nothing tells but its tensors.
         in_dim: Width it must read; None if nothing tells.
         out_dim: Width it must write; None if nothing tells.
-
-    Returns:
-        The tensors by name, in the element types of the file.
 
     Raises:
         RecmasError: RM208 for anything but the complete, finite tensors of such a link.
@@ -57,11 +69,13 @@ def read_pickled_link(
         raise _refusal(path, f"it is not a plain state dict but a {type(state).__name__}")
     for name, tensor in state.items():
         _check_tensor(path, name, tensor)
-    return _checked(path, state, role, in_dim=in_dim, out_dim=out_dim)
+    found = kind or kind_of_tensors(state.keys(), role)
+    tensors = _checked(path, state, role, found, in_dim=in_dim, out_dim=out_dim)
+    return ReleasedTensors(kind=found, tensors=tensors)
 
 
-def read_link_file(path: Path, role: LinkRole) -> dict[str, Tensor]:
-    """Read a safetensors file with an `ln_residual` link, whatever its widths.
+def read_link_file(path: Path, role: LinkRole, kind: LinkKind) -> dict[str, Tensor]:
+    """Read a safetensors file with a link of a kind, whatever its widths.
 
     Raises:
         RecmasError: RM208 if it is anything else.
@@ -70,7 +84,7 @@ def read_link_file(path: Path, role: LinkRole) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise _refusal(path, first_line(error)) from error
-    return _checked(path, tensors, role, in_dim=None, out_dim=None)
+    return _checked(path, tensors, role, kind, in_dim=None, out_dim=None)
 
 
 def write_pickled_link(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -108,6 +122,7 @@ def _checked(
     path: Path,
     tensors: Mapping[str, Tensor],
     role: LinkRole,
+    kind: LinkKind,
     *,
     in_dim: int | None,
     out_dim: int | None,
@@ -125,7 +140,7 @@ def _checked(
     )
     why = misfit(
         header,
-        RELEASED_KIND,
+        kind,
         role,
         in_dim=widths[0] if in_dim is None else in_dim,
         out_dim=widths[1] if out_dim is None else out_dim,

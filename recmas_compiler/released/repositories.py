@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Final
 
-from recmas_compiler.backbones.sources import hub_snapshot
-from recmas_compiler.released.styles import INNER_CONFIG, OUTER_CONFIG, OUTER_TYPE, Style
+from recmas_compiler.backbones.sources import ADAPTER_CONFIG, hub_snapshot
+from recmas_compiler.released.forms import kind_of_form, unknown_form
+from recmas_compiler.released.styles import INNER_CONFIG, OUTER_CONFIG, Style
 from recmas_compiler.spec.document.places import is_file, is_folder
 from recmas_compiler.spec.document.problems import did_you_mean, show
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.formats.link_kinds import LinkKind
 
 # All that an import reads. The models' weights are fetched when the spec is built.
 _HUB_FILES: Final = ("*.json", "*.pt")
@@ -194,13 +196,44 @@ class OuterFile:
 
     Attributes:
         path: The `.pt` file.
+        kind: What the config says it is; None if it does not.
         in_dim: Width it reads, where the config says so.
         out_dim: Width it writes, where the config says so.
     """
 
     path: Path
+    kind: LinkKind | None
     in_dim: int | None
     out_dim: int | None
+
+
+def inner_link_kind(repository: Path, task: str) -> LinkKind | None:
+    """Return the kind that an agent's `adapter_config.json` says its inner link is, if it does.
+
+    Raises:
+        RecmasError: RM207 if a config that is named is missing, RM208 for a malformed config and
+            for a form that recmas does not know.
+    """
+    named = _named_for_task(repository, task).get(ADAPTER_CONFIG, ADAPTER_CONFIG)
+    path = repository / ADAPTER_CONFIG
+    if named != ADAPTER_CONFIG:
+        path = _existing(repository, named, repository / INNER_CONFIG)
+    if not is_file(path):
+        return None
+    form = _load(path).get("adapter_type")
+    kind = kind_of_form(form, "inner")
+    if form is not None and kind is None:
+        raise _malformed(path, f"the inner link {unknown_form(form, 'inner')}")
+    return kind
+
+
+def _named_for_task(repository: Path, task: str) -> dict[str, Any]:
+    """Return the files that an agent's config names for a task; nothing where there is none."""
+    path = repository / INNER_CONFIG
+    if not is_file(path):
+        return {}
+    tasks = _object(_load(path).get("tasks", {}), "`tasks`", path)
+    return _object(tasks[task], f"`tasks.{task}`", path) if task in tasks else {}
 
 
 def inner_link_file(repository: Path, task: str) -> Path:
@@ -246,11 +279,13 @@ def outer_link_files(repository: Path, task: str, style: Style) -> dict[str, Out
             raise fail("RM208", message, file=str(path), hint=hint)
         if link.key in found:
             raise _malformed(path, f"it names `{key}` twice")
-        form = entry.get("adapter_type", OUTER_TYPE)
-        if form != OUTER_TYPE:
-            raise _malformed(path, f"`{key}` is of the form {show(form)}, not `{OUTER_TYPE}`")
+        form = entry.get("adapter_type")
+        kind = kind_of_form(form, "outer")
+        if form is not None and kind is None:
+            raise _malformed(path, f"`{key}` {unknown_form(form, 'outer')}")
         found[link.key] = OuterFile(
             path=_existing(repository, entry.get("filename"), path),
+            kind=kind,
             in_dim=_dimension(entry, "in_dim", path),
             out_dim=_dimension(entry, "out_dim", path),
         )

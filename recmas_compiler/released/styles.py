@@ -20,10 +20,6 @@ _TASK: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 INNER_CONFIG: Final = "innerlink_config.json"
 OUTER_CONFIG: Final = "outerlink_config.json"
 
-# The released names of the two forms of `ln_residual`.
-INNER_TYPE: Final = "ln_res_adapter"
-OUTER_TYPE: Final = "outer_ln_res_adapter"
-
 
 class ReleasedAgent(Struct, frozen=True, forbid_unknown_fields=True):
     """An agent of a style.

@@ -2,39 +2,58 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
-from torch import nn
 
-from recmas_compiler.backbones.torch_model import TorchBackbone, weights_digest
-from recmas_compiler.links.modules import save_link
-from recmas_compiler.links.trained import RECEIPT_NAME, RECEIPT_VERSION
+from recmas_compiler.backbones.torch_model import TorchBackbone
+from recmas_compiler.ir.graph import Graph
+from recmas_compiler.links.link_set import RECEIPT_NAME, finish_replacing
+from recmas_compiler.links.trained import ReceiptError, read_receipt
 from recmas_compiler.lowering.materialize import MaterializedLink
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.schema.sections import Section
-from recmas_compiler.spec.schema.train import Stage, TrainSection
+from recmas_compiler.spec.schema.train import MethodName, Stage
+from recmas_compiler.spec.spec import Spec
+from recmas_compiler.training.data.examples import Examples
 from recmas_compiler.training.data.hidden_state_cache import HiddenStates, cached_hidden_states
 from recmas_compiler.training.loop.checkpoint import writing
+from recmas_compiler.training.loop.checkpoint_head import newest_head
+from recmas_compiler.training.loop.distributed import joined_world
 from recmas_compiler.training.loop.loop import Loop, LoopResult, Sink, StageSection, Task
-from recmas_compiler.training.loop.metrics import draw_curves, write_cost
-from recmas_compiler.training.session import Session, element_type
+from recmas_compiler.training.loop.memory import memory_named
+from recmas_compiler.training.loop.metrics import (
+    COST_NAME,
+    METRICS_NAME,
+    MetricsError,
+    draw_curves,
+    write_cost,
+)
+from recmas_compiler.training.preflight import (
+    OUTER,
+    check_processes,
+    inner_place,
+    run_identity,
+)
+from recmas_compiler.training.receipt import RunReport, keep_links
+from recmas_compiler.training.session import Session, open_session
+from recmas_compiler.training.settings import TrainSettings
+from recmas_compiler.training.starts import started
 from recmas_compiler.training.tasks.finetuning import (
     METHODS,
-    MethodName,
     SingleAgentTask,
     calls_without_slots,
 )
 from recmas_compiler.training.tasks.inner import InnerTask, inner_baselines
 from recmas_compiler.training.tasks.outer import OuterTask
-from recmas_runtime.checking.machine import package_versions
-from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.files import sha256_of, write_whole
+from recmas_runtime.core.progress import Progress
+from recmas_runtime.core.text import first_line
 from recmas_runtime.formats.ids import (
     canonical_link_name,
     inner_link_id,
@@ -46,8 +65,6 @@ from recmas_runtime.formats.ids import (
 LINKS: Final = "links"
 HIDDEN_STATES: Final = "hidden_states"
 BASELINES: Final = "baselines.json"
-
-_VERSIONS: Final = ("recmas", "torch", "transformers", "tokenizers", "numpy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +81,50 @@ class RunOptions:
     make_sink: Callable[[str], Sink] | None = None
 
 
-@dataclass
-class RunReport:
-    """What a run did.
+def train_program(
+    spec: Spec,
+    program: Graph,
+    settings: TrainSettings,
+    examples: Examples,
+    options: RunOptions,
+    *,
+    stage: Stage,
+    method: MethodName | None = None,
+    progress: Progress,
+) -> tuple[Session, RunReport]:
+    """Make a session and run it: the links' stages, or a method in their place.
 
-    Attributes:
-        starts: By link id: where its weights came from before the last stage.
-        trained: Ids of the links that learned, in this folder's earlier runs too.
+    Args:
+        examples: Those that `prepared_run` gave.
+
+    Raises:
+        RecmasError: As `run_stages` and `run_method`; RM702 if memory does not suffice.
     """
+    with joined_world() as world, memory_named(lambda: "outside of the steps"):
+        session = open_session(
+            spec,
+            program,
+            settings,
+            world=world,
+            progress=progress,
+            # Steps of usual length are lost in the rounding of bfloat16 weights.
+            weights="float32" if method == "sft" else None,
+            examples=examples,
+            kept_dtype=_kept_dtype(options) if options.resume else None,
+        )
+        if method is not None:
+            report = run_method(session, method, options)
+        else:
+            report = run_stages(session, stage, options)
+    report.warnings = session.spec.warnings + session.examples.warnings + report.warnings
+    return session, report
 
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    starts: dict[str, str] = field(default_factory=dict)
-    trained: tuple[str, ...] = ()
-    interrupted: bool = False
+
+def _kept_dtype(options: RunOptions) -> str | None:
+    """Return the element type that the run began with, if it got as far as a checkpoint."""
+    heads = [newest_head(path) for path in sorted(options.folder.glob("**/checkpoints"))]
+    found = [newest[1].machine.get("dtype") for newest in heads if newest is not None]
+    return next((dtype for dtype in found if dtype is not None), None)
 
 
 def run_stages(session: Session, stage: Stage, options: RunOptions) -> RunReport:
@@ -125,31 +173,17 @@ def run_method(session: Session, method: MethodName, options: RunOptions) -> Run
         held_out=session.examples.held_out[: section.eval_records],
         batch_size=section.outer.batch_size,
         checkpointed=section.checkpoint_calls,
-        compute=element_type(section.backbone_dtype, world.device),
+        compute=session.compute,
     )
     stage = section.outer.model_copy(update={"lr": learner.settings.lr})
-    result = _run_loop(session, task, stage, options, place=method, own=(learner.settings,))
+    report = RunReport()
+    result = _run_loop(session, task, stage, options, report, place=method, own=(learner.settings,))
     if not result.interrupted and world.is_main:
         with writing(options.folder / method):
             learner.save(options.folder / method)
     world.wait()
-    return RunReport(stages={method: result.figures}, interrupted=result.interrupted)
-
-
-def check_processes(section: TrainSection, stage: Stage, num_processes: int) -> None:
-    """Make sure that every process has a record of every batch.
-
-    Raises:
-        RecmasError: RM704.
-    """
-    sizes = {"inner": section.inner.batch_size, "outer": section.outer.batch_size}
-    for name, batch_size in sizes.items():
-        if stage in (name, "all") and batch_size < num_processes:
-            raise fail(
-                "RM704",
-                f"{num_processes} processes cannot share batches of {batch_size} records",
-                hint=f"Start fewer processes, or raise `train.{name}.batch_size`.",
-            )
+    report.stages[method], report.interrupted = result.figures, result.interrupted
+    return report
 
 
 def _check_learning(session: Session, stage: Stage) -> None:
@@ -175,21 +209,30 @@ def _inner_stage(
     session: Session, options: RunOptions, report: RunReport, *, is_last: bool
 ) -> None:
     states = {agent: _hidden_states(session, agent, options.folder) for agent in session.thinkers}
-    links = session.start(hidden_states={agent: train for agent, (train, _) in states.items()})
+    links = _start(
+        session,
+        options,
+        report,
+        session.settings.section.inner,
+        place="inner",
+        make=lambda: session.start(
+            hidden_states={agent: train for agent, (train, _) in states.items()}
+        ),
+    )
     _note_starts(report, links)
     figures = report.stages["inner"] = {}
     for agent in session.thinkers:
         start = links[inner_link_id(agent)]
-        result, levels = _train_agent(session, agent, options, *states[agent], start=start)
+        result, levels = _train_agent(session, agent, options, report, *states[agent], start=start)
         figures[agent] = {**result.figures, "baselines": levels}
         if result.interrupted:
             report.interrupted = True
             return
     report.trained = tuple(inner_link_id(agent) for agent in session.thinkers)
     kept = {link_id: links[link_id] for link_id in report.trained}
-    _keep(session, kept, report, folders=(options.folder / "inner" / LINKS,))
+    keep_links(session, kept, report, folders=(options.folder / "inner" / LINKS,))
     if is_last:  # else an outer stage that fails would leave half a training in the place of links
-        _keep(session, links, report, folders=(session.settings.links_dir,))
+        keep_links(session, links, report, folders=(session.settings.links_dir,))
 
 
 def _hidden_states(session: Session, agent: str, folder: Path) -> tuple[HiddenStates, HiddenStates]:
@@ -212,6 +255,7 @@ def _train_agent(
     session: Session,
     agent: str,
     options: RunOptions,
+    report: RunReport,
     train: HiddenStates,
     held_out: HiddenStates,
     *,
@@ -234,14 +278,22 @@ def _train_agent(
         held_out=held_out,
         mse_weight=stage.mse_weight,
     )
-    place = f"inner/{agent}"
-    return _run_loop(session, task, stage, options, place=place, levels=levels), levels
+    place = inner_place(agent)
+    return _run_loop(session, task, stage, options, report, place=place, levels=levels), levels
 
 
 def _outer_stage(session: Session, options: RunOptions, report: RunReport) -> None:
     settings = session.settings.section
     inner = options.folder / "inner" / LINKS
-    links = session.start(trained=inner if inner.is_dir() else None)
+    _check_whole(inner)
+    links = _start(
+        session,
+        options,
+        report,
+        settings.outer,
+        place=OUTER,
+        make=lambda: session.start(trained=inner if inner.is_dir() else None),
+    )
     _note_starts(report, links)
     learned = tuple(i for i in links if (inner / link_file_name(i)).is_file())
     learning = {link_id: session.graph.link(link_id) for link_id in _learning(session)}
@@ -254,13 +306,58 @@ def _outer_stage(session: Session, options: RunOptions, report: RunReport) -> No
         held_out=session.examples.held_out[: settings.eval_records],
         batch_size=settings.outer.batch_size,
     )
-    result = _run_loop(session, task, settings.outer, options, place="outer")
-    report.stages["outer"] = result.figures
+    result = _run_loop(session, task, settings.outer, options, report, place=OUTER)
+    report.stages[OUTER] = result.figures
     report.interrupted = result.interrupted
     if not result.interrupted:
         report.trained = tuple(dict.fromkeys((*learned, *learning)))
-        folders = (options.folder / "outer" / LINKS, session.settings.links_dir)
-        _keep(session, links, report, folders=folders)
+        folders = (options.folder / OUTER / LINKS, session.settings.links_dir)
+        keep_links(session, links, report, folders=folders)
+
+
+def _start(
+    session: Session,
+    options: RunOptions,
+    report: RunReport,
+    stage: StageSection,
+    *,
+    place: str,
+    make: Callable[[], dict[str, MaterializedLink]],
+) -> dict[str, MaterializedLink]:
+    links, warnings = started(
+        session,
+        options.folder / place,
+        make,
+        identity=run_identity(
+            session.program, session.spec, session.settings, session.examples, stage
+        ),
+        resume=options.resume,
+    )
+    report.warnings += warnings
+    return links
+
+
+def _check_whole(links: Path) -> None:
+    """Make sure that the links which an inner stage left are there as it wrote them, if it did.
+
+    Raises:
+        RecmasError: RM703.
+    """
+    try:
+        finish_replacing(links)
+        receipt = read_receipt(links / RECEIPT_NAME)
+        if receipt is None and any(links.glob("*.safetensors")):
+            raise ReceiptError("there is none")
+        for link_id, entry in receipt.links.items() if receipt else ():
+            if sha256_of(links / link_file_name(link_id)) != entry.sha256:
+                raise ReceiptError(f"`{link_id}` is not what was written")
+    except (ReceiptError, RecmasError, OSError) as error:
+        why = error.problems[0].message if isinstance(error, RecmasError) else error
+        raise fail(
+            "RM703",
+            f"the links of the inner stage in {links} cannot be used: their {RECEIPT_NAME}: {why}",
+            hint="Train the inner stage anew into another --out, or delete this folder.",
+        ) from error
 
 
 def _learning(session: Session) -> tuple[str, ...]:
@@ -292,6 +389,7 @@ def _run_loop(
     task: Task,
     stage: StageSection,
     options: RunOptions,
+    report: RunReport,
     *,
     place: str,
     levels: Mapping[str, float] | None = None,
@@ -304,97 +402,39 @@ def _run_loop(
         session.settings.section,
         stage,
         folder=folder,
-        identity=_identity(session, task.links, stage, *own),
+        identity=run_identity(
+            session.program, session.spec, session.settings, session.examples, stage, *own
+        ),
+        machine={"dtype": session.dtype},
         world=world,
         sink=options.make_sink(title) if options.make_sink and world.is_main else None,
     )
     result = loop.run(resume=options.resume, title=title, progress=session.progress)
+    report.warnings += result.warnings
     if world.is_main:
         with writing(folder):
-            write_cost(folder, task.links, world)
             if levels:
                 text = json.dumps(dict(levels), indent=1) + "\n"
-                (folder / BASELINES).write_text(text, encoding="utf-8")
-            draw_curves(folder, title=f"{session.system.name}: {title}", levels=levels)
+                write_whole(folder / BASELINES, text)
+            try:
+                write_cost(folder, task.links, world)
+                draw_curves(folder, title=f"{session.system.name}: {title}", levels=levels)
+            except (MetricsError, ValueError, TypeError, KeyError, ArithmeticError) as error:
+                report.warnings += (_no_figures(folder, error),)
     return result
 
 
-def _identity(session: Session, links: Mapping[str, nn.Module], *own: Section) -> dict[str, str]:
-    """Return what a run is made of, for a checkpoint to refuse another one."""
-    starts = "".join(f"{link_id} {weights_digest(link)}\n" for link_id, link in links.items())
-    return {
-        "the system": session.spec.digest,
-        "the data": " ".join(session.examples.digests.values()),
-        "the settings": session.settings.digest(*own),
-        "the links at the start": hashlib.sha256(starts.encode()).hexdigest(),
-    }
+def _no_figures(folder: Path, error: Exception) -> Problem:
+    """Warn that what a loop wrote of itself was changed by somebody; links do not depend on it."""
+    return Problem(
+        code="RM753",
+        severity="warning",
+        message=f"{METRICS_NAME} in {folder} cannot be read ({first_line(error)}); there are no "
+        f"{COST_NAME} and no curves",
+        hint="The links are whole.",
+    )
 
 
 def _note_starts(report: RunReport, links: Mapping[str, MaterializedLink]) -> None:
     for link_id, link in links.items():
         report.starts.setdefault(link_id, link.init)
-
-
-def _keep(
-    session: Session,
-    links: Mapping[str, MaterializedLink],
-    report: RunReport,
-    *,
-    folders: Sequence[Path],
-) -> None:
-    if session.world.is_main:
-        for folder in folders:
-            with writing(folder):
-                _write_links(folder, session, links, report)
-    session.world.wait()
-
-
-def _write_links(
-    folder: Path, session: Session, links: Mapping[str, MaterializedLink], report: RunReport
-) -> None:
-    """Write link files and, last, the receipt that confirms them; each is complete or not there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECEIPT_NAME).unlink(missing_ok=True)  # it does not confirm what comes now
-    entries = {}
-    for link_id, link in links.items():
-        path = folder / link_file_name(link_id)
-        staged = path.with_name(f".{path.name}.writing")
-        save_link(staged, session.graph.link(link_id), source=link.source, target=link.target)
-        staged.replace(path)
-        entries[link_id] = {
-            "file": path.name,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "start": report.starts[link_id],
-            "trained": link_id in report.trained,
-        }
-    text = json.dumps({**_receipt(session, report), "links": entries}, indent=1, ensure_ascii=False)
-    staged = folder / f".{RECEIPT_NAME}.writing"
-    staged.write_text(text + "\n", encoding="utf-8")
-    staged.replace(folder / RECEIPT_NAME)
-
-
-def _receipt(session: Session, report: RunReport) -> dict[str, Any]:
-    """Return what a trained bundle says about its training, without the links' own entries.
-
-    It holds no times, so that the same training gives the same receipt.
-    """
-    settings, examples = session.settings.section, session.examples
-    return {
-        "receipt": RECEIPT_VERSION,
-        "name": session.spec.document.name,
-        "system": session.spec.digest,
-        "data": {
-            "sha256": dict(examples.digests),
-            "train": len(examples.train),
-            "held_out": len(examples.held_out),
-            "left_out": dict(examples.left_out),
-        },
-        "settings": settings.model_dump(mode="json", exclude={"data", "links_dir"}),
-        "stages": {name: dict(figures) for name, figures in report.stages.items()},
-        "processes": session.world.size,
-        "device": session.world.device.type,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version or "unknown" for name, version in package_versions(_VERSIONS).items()},
-        },
-    }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -13,11 +13,10 @@ import torch
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import System, Think
+from recmas_compiler.ir.ops import System
 from recmas_compiler.links.calibration import Calibration
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.links.modules import make_link
-from recmas_compiler.links.trained import links_folder
 from recmas_compiler.lowering.materialize import (
     MaterializedLink,
     declared_links,
@@ -26,87 +25,25 @@ from recmas_compiler.lowering.materialize import (
 from recmas_compiler.lowering.reference import load_backbones
 from recmas_compiler.lowering.training_graph.calls import CallWriter, TrainExample
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
-from recmas_compiler.spec.document.places import path_of
-from recmas_compiler.spec.document.problems import problem_at
-from recmas_compiler.spec.schema.sections import Section
-from recmas_compiler.spec.schema.train import BackboneDtype, TrainSection
+from recmas_compiler.spec.schema.train import BackboneDtype
 from recmas_compiler.spec.spec import Spec
-from recmas_compiler.training.data.examples import Examples, leave_out_long, load_examples
+from recmas_compiler.training.data.examples import Examples, leave_out_long
 from recmas_compiler.training.data.hidden_state_cache import HiddenStates, TargetCall
 from recmas_compiler.training.loop.distributed import World
+from recmas_compiler.training.preflight import thinkers
+from recmas_compiler.training.settings import TrainSettings
 from recmas_compiler.training.tasks.inner import calibration_of, can_align
-from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.formats.ids import inner_link_id, link_file_name
 from recmas_runtime.prompts.render import Tokens
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# What a run may change between two starts and still end with the same weights, and the stages and
-# methods, each of which counts by itself.
-_WITHOUT_EFFECT: Final = (
-    "accumulation", "cache_mb", "checkpoint_calls", "checkpoint_every", "data", "eval_every",
-    "eval_records", "inner", "links_dir", "lora", "outer", "preset", "sft",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """What to train on and how.
-
-    Attributes:
-        held_out: Absolute path of the held-out records, or the part of `data` that is held out.
-        links_dir: Absolute path of the folder that trained links go to.
-    """
-
-    section: TrainSection
-    data: Path
-    held_out: Path | float
-    links_dir: Path
-
-    def examples(self, spec: Spec) -> Examples:
-        """Read the data.
-
-        Raises:
-            RecmasError: RM700 for data that cannot be used.
-        """
-        section = self.section
-        return load_examples(
-            spec, section.targets, data=self.data, held_out=self.held_out, seed=section.seed
-        )
-
-    def digest(self, *own: Section) -> str:
-        """Return the sha256 of the settings that a stage's result depends on, hexadecimal.
-
-        Where things are kept, how often they are measured and into how many pieces a device splits
-        its work do not count.
-
-        Args:
-            own: The stage's section, and that of the method if it is not links that learn.
-        """
-        values = self.section.model_dump(mode="json", exclude=set(_WITHOUT_EFFECT))
-        values["own"] = [section.model_dump(mode="json") for section in own]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def train_settings(spec: Spec) -> TrainSettings:
-    """Return what a spec says about training.
-
-    Raises:
-        RecmasError: RM104 if it says nothing.
-    """
-    section, folder = spec.document.train, links_folder(spec)
-    if section is None or folder is None:
-        hint = "Add `train: {data: FILE.jsonl, targets: {AGENT: FIELD}}`."
-        place = spec.places.value(())
-        raise RecmasError(problem_at(place, "RM104", "the spec has no `train`.", hint=hint))
-    held_out = section.held_out
-    return TrainSettings(
-        section=section,
-        data=path_of(section.data, spec.base_dir),
-        held_out=path_of(held_out, spec.base_dir) if isinstance(held_out, str) else held_out,
-        links_dir=folder,
-    )
+# Narrower backbones spend their time elsewhere.
+NARROW: Final = 256
+# Processors with instructions for bfloat16 reach two and more, others one and less.
+WORTH_IT: Final = 1.5
+_TRIALS: Final = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +54,7 @@ class Session:
         examples: The data, without records that are too long.
         backbones: By shared name, on the world's device.
         graph: The program as a module; its links have no trained weights yet.
+        compute: Element type that backbones multiply in.
     """
 
     spec: Spec
@@ -128,6 +66,12 @@ class Session:
     calls: CallWriter
     world: World
     progress: Progress
+    compute: torch.dtype
+
+    @property
+    def dtype(self) -> str:
+        """The name of the element type that backbones multiply in."""
+        return str(self.compute).removeprefix("torch.")
 
     @property
     def system(self) -> System:
@@ -137,7 +81,7 @@ class Session:
     @property
     def thinkers(self) -> tuple[str, ...]:
         """Agents that make latent steps and have a target: those with something to learn inside."""
-        return _thinkers(self.program, self.settings)
+        return thinkers(self.program, self.settings)
 
     def backbone(self, agent: str) -> TorchBackbone:
         """Return the backbone that an agent runs on."""
@@ -202,19 +146,30 @@ def open_session(
     world: World,
     progress: Progress,
     weights: BackboneDtype | None = None,
+    examples: Examples | None = None,
+    kept_dtype: str | None = None,
 ) -> Session:
     """Read the data, load the backbones, and leave out records that are too long.
 
-    The backbones have the element type `weights`, or that of the settings.
+    Args:
+        weights: Element type of the backbones; None for that of the settings.
+        examples: The data, where they are read already.
+        kept_dtype: What `auto` meant when the run began.
 
     Raises:
         RecmasError: RM700 for data that cannot be used, RM500 or RM206 for a call that cannot be
             written, and what loading backbones raises.
     """
     section = settings.section
-    examples = settings.examples(spec)  # before anything that takes long
+    if examples is None:
+        examples = settings.examples(spec)  # before anything that takes long
     backbones = load_backbones(program, progress=progress)
-    dtype = element_type(weights or section.backbone_dtype, world.device)
+    widest = max(backbone.facts.width for backbone in backbones.values())
+    wanted: str = section.backbone_dtype
+    if wanted == "auto" and kept_dtype is not None and kept_dtype in _DTYPES:
+        wanted = kept_dtype
+    compute = element_type(wanted, world.device, width=widest)
+    dtype = compute if weights is None else element_type(weights, world.device)
     for backbone in backbones.values():
         backbone.model.to(device=world.device, dtype=dtype)
     blank = {  # of the declared form; weights come later
@@ -230,7 +185,7 @@ def open_session(
         checkpoint_calls=section.checkpoint_calls,
         compile_calls=section.compile,
     )
-    calls, thinkers = graph.writer, _thinkers(program, settings)
+    calls, with_targets = graph.writer, thinkers(program, settings)
 
     def lengths(example: TrainExample) -> dict[tuple[str, int], int]:
         # A text of any length is looked at before it takes its length in time.
@@ -238,7 +193,7 @@ def open_session(
         if max(least.values()) > section.max_length:
             return least
         found = graph.lengths(example)
-        for agent in thinkers:  # whose turns are read with perfect messages too
+        for agent in with_targets:  # whose turns are read with perfect messages too
             for round_, turn in enumerate(calls.write_ideal(agent, example), start=1):
                 found[agent, round_] = max(found.get((agent, round_), 0), turn.num_positions({}))
         return found
@@ -255,22 +210,40 @@ def open_session(
         calls=calls,
         world=world,
         progress=progress,
+        compute=compute,
     )
 
 
-def element_type(wanted: BackboneDtype, device: torch.device) -> torch.dtype:
-    """Return the element type that a setting means on a device."""
+def element_type(wanted: str, device: torch.device, *, width: int = 0) -> torch.dtype:
+    """Return the element type that a setting means on a device.
+
+    `auto` takes bfloat16 on a GPU that has it, and on a processor that multiplies faster in it.
+
+    Args:
+        wanted: `auto`, or the type's name.
+        width: Hidden width; what is narrow is not worth it on a processor.
+    """
     if wanted != "auto":
         return _DTYPES[wanted]
-    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if has_bfloat16 else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    is_worth_it = width >= NARROW and bfloat16_speedup() >= WORTH_IT
+    return torch.bfloat16 if is_worth_it else torch.float32
 
 
-def _thinkers(program: Graph, settings: TrainSettings) -> tuple[str, ...]:
-    thinking = {
-        agent for _, op in program.in_order() if isinstance(op, Think) for agent in op.agents
-    }
-    return tuple(agent for agent in settings.section.targets if agent in thinking)
+@cache
+def bfloat16_speedup() -> float:
+    """Return how much faster this processor multiplies matrices in bfloat16; measured once."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.ones(512, 512, dtype=dtype) for _ in range(2))
+        best = float("inf")
+        for _ in range(_TRIALS):
+            begun = time.perf_counter()
+            a @ b
+            best = min(best, time.perf_counter() - begun)
+        seconds.append(best)
+    return seconds[0] / seconds[1]
 
 
 def _with_files(program: Graph, folder: Path) -> Graph:

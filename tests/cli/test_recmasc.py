@@ -79,6 +79,20 @@ def test_init_writes_a_spec_of_every_pattern(pattern: str, tmp_path: Path) -> No
     assert ("\\boxed{}" in explained) is bool(task)
 
 
+def test_init_with_records_to_learn_from(tmp_path: Path) -> None:
+    made = json.loads(recmasc("init", "relay", "--train", "--json", cwd=tmp_path).stdout)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == set(made["data"]["files"])
+    assert {"spec.yaml", "train.jsonl", "questions.jsonl", "protocol.yaml"} < names
+    (tmp_path / "spec.yaml").unlink()
+    (tmp_path / "train.jsonl").write_text("mine")
+    ran = recmasc("init", "sequential", "--train", cwd=tmp_path)
+    assert ran.returncode == Exit.USAGE
+    assert "questions.jsonl exist already" in ran.stderr
+    assert (tmp_path / "train.jsonl").read_text() == "mine"
+    assert not (tmp_path / "spec.yaml").exists()
+
+
 def test_init_names_the_tasks_it_knows(tmp_path: Path) -> None:
     ran = in_a_process("init", "mixture", "--task", "maths", cwd=tmp_path)
     assert ran.returncode == Exit.SPEC_INVALID
@@ -167,7 +181,15 @@ def test_graph_writes_svg(project: Path, tmp_path: Path) -> None:
 def test_build_run_and_reuse(project: Path) -> None:
     built = recmasc("build", "spec.yaml", "-o", "bundle", "--json", cwd=project)
     assert built.returncode == Exit.OK, built.stderr
-    assert json.loads(built.stdout)["data"]["reused"] is False
+    told = json.loads(built.stdout)
+    assert told["data"]["reused"] is False
+    (warning,) = told["problems"]
+    assert warning["code"] == "RM152"
+    assert warning["message"].startswith("4 of 4 links are untrained: ")
+    files = (project / "bundle").rglob("*")
+    size_bytes = sum(f.stat().st_size for f in files if f.is_file() and f.name != MANIFEST_NAME)
+    assert told["data"]["size_bytes"] == size_bytes
+    assert told["data"]["load_seconds"] > 0
     again = recmasc("build", "spec.yaml", "-o", "bundle", "--json", cwd=project)
     assert json.loads(again.stdout)["data"]["reused"] is True
     ran = in_a_process("run", "bundle", "What is 7 * 8?", "--json", cwd=project)
@@ -187,6 +209,71 @@ def test_build_run_and_reuse(project: Path) -> None:
     from_spec = recmasc("run", "spec.yaml", "What is 7 * 8?", "--json", cwd=project)
     (same,) = json.loads(from_spec.stdout)["data"]["answers"]
     assert same["answer"] == answer["answer"]
+
+
+def test_build_says_what_it_built(project: Path) -> None:
+    built = recmasc("build", "spec.yaml", "-o", "small", "--precision", "int8", cwd=project)
+    assert built.returncode == Exit.OK, built.stderr
+    *_, parity, size, after = built.stdout.splitlines()
+    assert parity.startswith("tiny against the reference: embeds ")
+    assert parity.endswith(("; greedy text equal.", "; greedy text different."))
+    assert size.startswith("Size ")
+    assert ", loads in " in size
+    assert after == 'Next: recmas run small "..."'
+    manifest = json.loads((project / "small" / MANIFEST_NAME).read_text())
+    assert manifest["precision"] == "int8"
+
+
+def test_precision_is_of_all_backbones(project: Path) -> None:
+    text = SEQUENTIAL.replace("source: llama", "source: llama, precision: int4")
+    assert text != SEQUENTIAL
+    (project / "own.yaml").write_text(text.replace("{{ question }}", "{{ ticket }} {{ user }}"))
+    built = recmasc("build", "own.yaml", "-o", "own", "--precision", "int8", cwd=project)
+    assert built.returncode == Exit.OK, built.stderr
+    manifest = json.loads((project / "own" / MANIFEST_NAME).read_text())
+    assert {each["precision"] for each in manifest["backbones"].values()} == {"int8"}
+    assert built.stdout.endswith('Next: recmas run own --field ticket="..." --field user="..."\n')
+
+
+@pytest.mark.parametrize("given", ["float16", "bf16"])
+def test_precisions_that_nothing_builds_are_not_offered(project: Path, given: str) -> None:
+    built = recmasc("build", "spec.yaml", "--precision", given, cwd=project)
+    assert built.returncode == Exit.USAGE
+    assert "'float32', 'int8', 'int4'. See `recmasc build --help`." in built.stderr
+    checked = recmasc("check", "spec.yaml", "--set", "build.precision=fp16", cwd=project)
+    assert "should be float32, int8 or int4" in checked.stderr
+    assert "This version does not build `float16`." in checked.stderr
+
+
+@pytest.mark.parametrize(("given", "meant"), [("bf16", "bfloat16"), ("FP32", "float32")])
+def test_names_that_others_use(project: Path, given: str, meant: str) -> None:
+    checked = recmasc("check", "spec.yaml", "--set", f"backbones.tiny.dtype={given}", cwd=project)
+    assert f"Did you mean `{meant}`?" in checked.stderr
+
+
+def test_plan_refuses_prompts_that_no_backbone_takes(project: Path) -> None:
+    assert recmasc("plan", "spec.yaml", "--prompt-tokens", "16", cwd=project).returncode == Exit.OK
+    ran = recmasc("plan", "spec.yaml", "--prompt-tokens", "1000000", cwd=project)
+    assert ran.returncode == Exit.USAGE
+    assert "RM506" in ran.stderr
+    most = ran.stderr.rpartition("at most ")[2].rstrip(".\n")
+    assert recmasc("plan", "spec.yaml", "--prompt-tokens", most, cwd=project).returncode == Exit.OK
+
+
+def test_one_is_no_plural(project: Path, tmp_path: Path) -> None:
+    ran = recmasc("check", "spec.yaml", "--set", "rounds=2", cwd=project)
+    assert "(2 agents, 2 links, 2 rounds, " in ran.stdout
+    text = "recmas: 1\nname: one\nbackbones: {tiny: {source: llama}}\nagents: {solver: "
+    text += '{backbone: tiny, prompt: "{{ question }}"}}\nanswer: {agent: solver}\n'
+    (project / "one.yaml").write_text(text)
+    assert "(1 agent, 0 links, 1 round, " in recmasc("check", "one.yaml", cwd=project).stdout
+
+
+def test_wrong_usage_names_the_command(tmp_path: Path) -> None:
+    for command in ("build", "check", "bench systems", "import released"):
+        ran = recmasc(*command.split(), "--no-such", cwd=tmp_path)
+        assert ran.returncode == Exit.USAGE
+        assert f"See `recmasc {command} --help`." in ran.stderr
 
 
 def test_build_does_not_touch_what_is_no_bundle(project: Path) -> None:

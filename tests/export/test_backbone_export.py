@@ -28,7 +28,7 @@ from recmas_export.backbone_graph import (
 )
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.formats.links import stack_operands
-from recmas_runtime.formats.precisions import TOLERANCES
+from recmas_runtime.formats.precisions import PRECISIONS, TOLERANCES
 from recmas_runtime.formats.safetensors_file import read_tensors
 
 GRAPHS = (DECODER, EMBED, HEAD)
@@ -315,3 +315,22 @@ def test_graphs_keep_the_shapes_that_make_loading_fast(exported: Get) -> None:
     unknown = [node for node in heavy if node.output[0] not in known]
     assert len(heavy) == 2 * (1 + 4) + 3
     assert len(unknown) == 3, "those of the inner link, whose sizes only its weights know"
+
+
+@pytest.mark.parametrize("precision", ["float32", "int4"])
+def test_layers_with_equal_weights_are_exported(precision: str, tmp_path: Path) -> None:
+    """As a model is before any training: biases of zero, and here equal layers, too."""
+    backbone = load_tiny(tmp_path / "source", "qwen2")
+    layers = backbone.body.layers
+    with torch.no_grad():
+        for layer in layers:
+            layer.load_state_dict(layers[0].state_dict())
+            for name, weight in layer.named_parameters():
+                if name.endswith("bias"):
+                    weight.zero_()
+    export_backbone(backbone, tmp_path / "graphs", precision=precision)
+    case = Exported(backbone, tmp_path / "graphs", was_changed=False)
+    ids = random_ids(backbone, 1, 12)
+    found = case.call(case.new_cache(1), case.embed(ids), write_index=[0])["hidden"]
+    bound = TIGHT if precision == "float32" else PRECISIONS["int4"].tolerances["hidden_relative"]
+    assert relative(found, case.reference(ids)) < bound

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -12,11 +13,12 @@ import torch
 
 from kit.engines import random_link, relative, session
 from recmas_export.written_graphs import write_link_graph, write_probe
+from recmas_runtime.formats.link_kinds import LinkKind
 from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.running.parity import measure_probe
 
-KINDS = ("residual", "ln_residual", "projected")
+KINDS = get_args(LinkKind)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def test_every_form_equals_its_module(
 def test_links_of_all_kinds_in_one_call(link_graph: Path, tmp_path: Path) -> None:
     """Hidden widths differ (ln_residual has twice as much): zeros fill up and change nothing."""
     links = [random_link(tmp_path, kind, "outer", 32, 48, seed=s) for s, kind in enumerate(KINDS)]
-    x = np.random.default_rng(1).normal(size=(3, 5, 32)).astype(np.float32)
+    x = np.random.default_rng(1).normal(size=(len(KINDS), 5, 32)).astype(np.float32)
     stacked = stack_operands([operands for _, operands in links])
     (y,) = session(link_graph).run(["y"], {"x": x, **stacked})
     for group, (module, _) in enumerate(links):

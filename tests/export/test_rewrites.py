@@ -229,6 +229,20 @@ HEADS_OUT = (
 )
 
 
+def test_equal_biases_and_weights_are_packed_wherever_they_are() -> None:
+    """The exporter writes equal constants once, whatever layers they are in."""
+    first = "a = MatMul (x, w) ab = Add (a, zeros) c = MatMul (x, v) cb = Add (c, zeros)"
+    second = "d = MatMul (z, w) db = Add (d, zeros) e = MatMul (z, u) eb = Add (e, zeros)"
+    outputs = ", ".join(f"float[batch,positions,8] {name}" for name in ("ab", "cb", "db", "eb"))
+    check(
+        f"{first} {second}",
+        {"x": (2, 3, 8), "z": (2, 3, 8)},
+        outputs,
+        {"w": normal(8, 8), "v": normal(8, 8), "u": normal(8, 8), "zeros": np.zeros(8, np.float32)},
+        expected={"MatMul": 2, "Add": 2, "Split": 2},
+    )
+
+
 def test_heads_are_transposed_together() -> None:
     check(
         "q = MatMul (x, wq) k = MatMul (x, wk) v = MatMul (x, wv)" + HEADS,

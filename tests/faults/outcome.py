@@ -6,6 +6,7 @@ again, and what a case breaks is broken in the child alone.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -147,7 +148,7 @@ def forked(
         limits: Resources of `setrlimit` and how much of each the child may have.
     """
     begun = time.monotonic()
-    given = tempfile.TemporaryFile()
+    given = tempfile.TemporaryFile()  # noqa: SIM115
     given.write(stdin)
     given.seek(0)
     if on_terminal:
@@ -201,11 +202,9 @@ def forked(
             pass
         os.close(stream)
     os.close(handle)
-    with_group = (ProcessLookupError, PermissionError)
-    try:
-        os.killpg(child, signal.SIGKILL)  # what it may have left running
-    except with_group:
-        pass
+    # what it may have left running
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child, signal.SIGKILL)
     return Outcome(
         status=None if late else os.waitstatus_to_exitcode(status),
         stdout=bytes(printed[reading_out]),

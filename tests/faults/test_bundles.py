@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -206,10 +207,8 @@ def disagreements(verified: Outcome, ran: Outcome, *, sealed: bool, as_json: boo
 
 def reseal(root: Path) -> None:
     """Make hashes and sizes true again, where there is a manifest and a file to do it for."""
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         rehash(root)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
 
 
 def listing(folder: Path) -> dict[str, int]:

@@ -16,7 +16,7 @@ import pytest
 
 from faults.cases import Case, parts, try_cases
 from faults.mutators import changed_tree, odd_value, other_bytes, other_json, other_yaml
-from faults.outcome import codes_in, forked, judge
+from faults.outcome import forked, judge
 from kit.files import lines
 from kit.training import record, write_case
 from recmas_cli.main import main as recmasc
@@ -273,8 +273,7 @@ def preloaded() -> None:
     """What a case needs is imported once, before it forks."""
     import recmas_compiler.evaluation.evaluate
     import recmas_compiler.evaluation.report
-    import recmas_compiler.training.run
-    import recmas_compiler.training.session
+    import recmas_compiler.training.run  # noqa: F401
     import recmas_runtime.cli.run  # noqa: F401
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from kit.models import write_tiny_backbone
 from recmas_compiler.links.modules import make_link, randomize
 from recmas_compiler.released.styles import Style
+from recmas_runtime.formats.link_kinds import LinkKind
 
 # role -> family and width of the tiny model in its place
 MODELS = {
@@ -38,8 +39,15 @@ Links = dict[str, dict[str, Tensor]]
 Release = Callable[[str], tuple[Path, Links]]
 
 
-def write_release(root: Path, style: Style, *, dtype: torch.dtype = torch.bfloat16) -> Links:
+def write_release(
+    root: Path,
+    style: Style,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    kind: LinkKind = "ln_residual",
+) -> Links:
     """Write a style's repositories; returns its links for the task math, by role and by key."""
+    form = {"ln_residual": "ln_res_adapter", "biased_residual": "res_adapter"}[kind]
     links: Links = {}
     tasks = ("math", "code") if style.paradigm in BY_TASK else ("",)
     for seed, agent in enumerate(style.agents):
@@ -47,10 +55,10 @@ def write_release(root: Path, style: Style, *, dtype: torch.dtype = torch.bfloat
         family, width = MODELS[agent.role]
         write_tiny_backbone(folder, family, seed=seed, hidden_size=width)
         narrow_model(folder, dtype)
-        write_json(folder / "adapter_config.json", {"adapter_type": "ln_res_adapter"})
+        write_json(folder / "adapter_config.json", {"adapter_type": form})
         (folder / "README.md").write_text("A released agent.\n")
         for task in reversed(tasks):
-            state = random_link("inner", width, width, f"{task}{agent.role}", dtype)
+            state = random_link("inner", width, width, f"{task}{agent.role}", dtype, kind)
             torch.save(state, folder / (f"adapter({task}).pt" if task else "adapter.pt"))
             links[agent.role] = dict(state)
         if style.paradigm in BY_TASK:
@@ -65,7 +73,7 @@ def write_release(root: Path, style: Style, *, dtype: torch.dtype = torch.bfloat
             suffix = f"({task})" if task else ""
             source, target = link.source.capitalize(), link.target.capitalize()
             name = f"{source}-{target}-Outerlink{suffix}.pt"
-            state = random_link("outer", in_dim, out_dim, f"{task}{link.key}", dtype)
+            state = random_link("outer", in_dim, out_dim, f"{task}{link.key}", dtype, kind)
             torch.save(state, outer / name)
             links[link.key] = dict(state)
             adapters.append(
@@ -74,7 +82,7 @@ def write_release(root: Path, style: Style, *, dtype: torch.dtype = torch.bfloat
                     "filename": name,
                     "source_role": source,
                     "target_role": target,
-                    "adapter_type": "outer_ln_res_adapter",
+                    "adapter_type": f"outer_{form}",
                     "in_dim": in_dim,
                     "out_dim": out_dim,
                 }
@@ -109,10 +117,10 @@ def inner_config(style: Style, title: str, tasks: tuple[str, ...]) -> dict[str, 
 
 
 def random_link(
-    role: Any, in_dim: int, out_dim: int, link_id: str, dtype: torch.dtype
+    role: Any, in_dim: int, out_dim: int, link_id: str, dtype: torch.dtype, kind: LinkKind
 ) -> dict[str, Tensor]:
     """Return a state dict as torch saves it, with the metadata of its modules."""
-    link = make_link("ln_residual", role, in_dim, out_dim)
+    link = make_link(kind, role, in_dim, out_dim)
     randomize(link, link_id=link_id)
     return link.to(dtype).state_dict()
 

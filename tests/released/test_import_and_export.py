@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import gelu
 from transformers import AutoConfig
 
 import recmas_runtime as rt
@@ -28,6 +29,8 @@ from recmas_compiler.released.styles import STYLES
 from recmas_compiler.spec.spec import load_spec
 from recmas_runtime.core.errors import Exit
 from recmas_runtime.core.progress import Silent
+from recmas_runtime.formats.links import load_operands
+from recmas_runtime.formats.manifest import LinkEntry
 from released_form import Release, copy_tree, edit_json, files_in, narrow_model, write_release
 
 RECORDS: list[dict[str, object]] = [
@@ -123,6 +126,52 @@ def test_element_types_stay(dtype: torch.dtype, tmp_path: Path) -> None:
     # The reference computes in float32, on the very same numbers.
     link = load_link(path, "ln_residual", "outer", *widths)
     assert torch.equal(link.proj1.weight, links["outer_rt"]["proj1.weight"].float())
+
+
+def drop_forms(folder: Path) -> None:
+    """Take away what says the links' forms."""
+    for config in folder.rglob("adapter_config.json"):
+        config.unlink()
+    for config in folder.rglob("outerlink_config.json"):
+        edit_json(config, lambda c: [entry.pop("adapter_type") for entry in c["adapters"]])
+
+
+@pytest.mark.parametrize("is_said", [True, False])
+def test_links_of_the_trainers_default_form(is_said: bool, tmp_path: Path) -> None:
+    """Two linear layers with biases beside a residual: `res_adapter` and `outer_res_adapter`."""
+    style, spec = STYLES["deliberation"], tmp_path / "spec.yaml"
+    released = tmp_path / "released"
+    links = write_release(released, style, dtype=torch.float32, kind="biased_residual")
+    if not is_said:
+        drop_forms(released)
+    imported(style.name, released, spec)
+    assert recmasc("check", spec).exit_code == Exit.OK
+    hidden = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
+    for name, key in (("reflector.inner", "reflector"), ("reflector-toolcaller", "outer_rt")):
+        w, path = links[key], tmp_path / "links" / f"{name}.safetensors"
+        role = "inner" if key == "reflector" else "outer"
+        branch = gelu(hidden @ w["proj1.weight"].T + w["proj1.bias"])
+        expected = branch @ w["proj2.weight"].T + w["proj2.bias"] + hidden
+        if role == "outer":
+            expected += hidden @ w["residual_proj.weight"].T + w["residual_proj.bias"] - hidden
+        link = load_link(path, "biased_residual", role, 48, 48)
+        torch.testing.assert_close(link(hidden), expected)
+        entry = LinkEntry(
+            file=path.name, kind="biased_residual", role=role, in_dim=48, out_dim=48, init="file"
+        )
+        x = {name: torch.from_numpy(value) for name, value in load_operands(path, entry).items()}
+        mapped = gelu(hidden @ x["w1"] + x["b1"]) @ x["w2"] + hidden @ x["w3"] + x["bias"]
+        torch.testing.assert_close(mapped, expected)
+    again = tmp_path / "again"
+    ran = recmasc("export-links", spec, "-o", again, "--style", style.name)
+    assert ran.exit_code == Exit.OK, ran.output
+    forms = {
+        json.loads(path.read_text())["adapter_type"] for path in again.rglob("adapter_config.json")
+    }
+    assert forms == {"res_adapter"}
+    outer = json.loads((again / style.outer_repository / "outerlink_config.json").read_text())
+    adapters = outer["tasks"]["math"]["adapters"]
+    assert {entry["adapter_type"] for entry in adapters} == {"outer_res_adapter"}
 
 
 def test_links_refuse_other_backbones(release: Release, tmp_path: Path) -> None:

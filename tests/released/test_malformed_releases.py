@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from recmas_cli.main import group
 from recmas_compiler.links.modules import make_link, save_link
 from recmas_runtime.core.errors import CODES
-from released_form import Release, edit_json, files_in
+from released_form import Release, edit_json, files_in, write_json
 
 PLANNER = "Sequential-Light-Planner-Qwen3-1.7B"
 CRITIC = "Sequential-Light-Critic-Llama3.2-1B"
@@ -244,8 +244,24 @@ CASES = {
     "unknown_form": Case(
         "RM208",
         "outerlink_config.json",
-        '`outer_12` is of the form "lora", not `outer_ln_res_adapter`',
+        '`outer_12` is of the form "lora", not `outer_ln_res_adapter` or `outer_res_adapter`',
         lambda root: outer_entry(root, lambda e: e.update(adapter_type="lora")),
+    ),
+    "form_without_a_kind": Case(
+        "RM208",
+        "adapter_config.json",
+        'the inner link is of the form "linear_res_adapter", not `ln_res_adapter` or `res_adapter`',
+        lambda root: write_json(
+            root / PLANNER / "adapter_config.json", {"adapter_type": "linear_res_adapter"}
+        ),
+    ),
+    "form_of_another_link": Case(
+        "RM208",
+        "adapter(math).pt",
+        "it has a tensor `pre_ln.weight`, which biased_residual inner links do not have",
+        lambda root: write_json(
+            root / PLANNER / "adapter_config.json", {"adapter_type": "res_adapter"}
+        ),
     ),
     "width_of_another_model": Case(
         "RM208",

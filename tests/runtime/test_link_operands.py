@@ -45,9 +45,9 @@ def declared(x: np.ndarray, kind: str, role: str, w: Mapping[str, np.ndarray]) -
         return layer_norm(value, w[f"{name}.weight"], w[f"{name}.bias"])
 
     match kind, role:
-        case "residual", "inner":
+        case (("residual" | "biased_residual"), "inner"):
             return x + linear("proj2", gelu(linear("proj1", x)))
-        case "residual", "outer":
+        case (("residual" | "biased_residual"), "outer"):
             return linear("residual_proj", x) + linear("proj2", gelu(linear("proj1", x)))
         case "ln_residual", "inner":
             return norm("post_ln", x + linear("proj2", gelu(linear("proj1", norm("pre_ln", x)))))

@@ -35,7 +35,8 @@ def prompts(question: str, template: ChatTemplate) -> RecordPrompts:
     chat = Chat(template=template, tokenizer=RuntimeTokenizer(RAW.to_str(), template))
     chats = dict.fromkeys((agent.backbone for agent in PLAN.agents.values()), chat)
     fields: Mapping[str, object] = {"question": question}
-    return RecordPrompts(PLAN, chats, Record(id="r1", fields=fields, index=0))
+    record = Record(id="r1", fields=fields, index=0)
+    return RecordPrompts(PLAN, chats, record, num_rows=dict.fromkeys(chats, RAW.get_vocab_size()))
 
 
 @pytest.mark.parametrize("unit", ["a", "<|end|>", "recmas0xC0E", "\u00e9"])

@@ -181,6 +181,9 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
     "backslash path": (rename_file("..\\spec"), "RM402", MANIFEST_NAME, "not inside"),
     "drive path": (rename_file("C:spec"), "RM402", MANIFEST_NAME, "'C:spec'"),
     "NUL in a path": (rename_file("a\0b"), "RM402", MANIFEST_NAME, "not inside"),
+    "half a character in a path": (
+        rename_file("a\ud800"), "RM402", MANIFEST_NAME, "not inside"),
+    "name longer than names are": (rename_file("x" * 300), "RM401", "x" * 300, "cannot be read"),
     "empty path": (rename_file(""), "RM402", MANIFEST_NAME, "''"),
     "path to itself": (rename_file("./spec.yaml"), "RM402", MANIFEST_NAME, "not inside"),
     "link out of the bundle": (
@@ -408,3 +411,52 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_hashes_are_sha256(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_of(tmp_path / "x").startswith("ba7816bf8f01cfea")
+
+
+def cache_of(bundle: Path, folder: Path) -> Path:
+    """Lay a bundle out as the cache of Hugging Face does; returns the snapshot."""
+    blobs, snapshot = folder / "models--o--n/blobs", folder / "models--o--n/snapshots/0123abc"
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(sorted(bundle.rglob("*"))):
+        if path.is_file():
+            blob = blobs / f"{number:064x}"
+            blob.write_bytes(path.read_bytes())
+            link = snapshot / path.relative_to(bundle)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def test_a_bundle_in_the_cache_of_hugging_face_runs(hand_bundle: Path, tmp_path: Path) -> None:
+    snapshot = cache_of(hand_bundle, tmp_path)
+    assert load(snapshot, device="cpu", threads=1).run("7").answer == "h"
+    assert main(["verify", str(snapshot), "--json"]) == 0
+    (tmp_path / "reached").symlink_to(snapshot)
+    assert load(tmp_path / "reached", device="cpu", threads=1).run("7").answer == "h"
+
+
+def test_what_links_of_a_cache_lead_to_is_hashed_whatever_its_size(
+    hand_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = cache_of(hand_bundle, tmp_path)
+    monkeypatch.setattr("recmas_runtime.formats.bundle.SMALL_FILE_BYTES", 0)
+    flip(WEIGHTS)(snapshot)
+    with pytest.raises(RecmasError, match=r"RM401.*SHA-256"):
+        open_bundle(snapshot)
+
+
+def test_links_of_a_cache_lead_nowhere_else(hand_bundle: Path, tmp_path: Path) -> None:
+    snapshot = cache_of(hand_bundle, tmp_path)
+    (tmp_path / "outside").write_bytes((snapshot / "spec.yaml").read_bytes())
+    (snapshot / "spec.yaml").unlink()
+    (snapshot / "spec.yaml").symlink_to(tmp_path / "outside")
+    with pytest.raises(RecmasError, match=r"RM402.*cp -rL"):
+        open_bundle(snapshot)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000, "n\0l", "file/below", "loop", "\udcff"])
+def test_places_that_no_system_takes_are_no_bundles(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(RecmasError, match="RM400"):
+        open_bundle(tmp_path / name)

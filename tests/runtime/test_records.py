@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -81,13 +82,13 @@ def test_what_is_tolerated(raw: bytes) -> None:
         (b'"text"', "the line is not a JSON object"),
         (b"[]", "the line is not a JSON object"),
         (b'{"question": "\xff"}', "not UTF-8 at byte 15 of the line"),
-        (b'{"question": NaN}', "not valid JSON: NaN is not a JSON number"),
+        (b'{"question": NaN}', "not valid JSON: NaN is no JSON number"),
         (b"[" * 100_000, "not valid JSON: maximum recursion depth"),
         (
             b'{"question": "q", "x": ' + b"[" * 100 + b"]" * 100 + b"}",
             "nested more than 100 levels deep",
         ),
-        (b'{"question": "q", "x": 1e999}', "not valid JSON: 1e999 is beyond the range of numbers"),
+        (b'{"question": "q", "x": 1e999}', "a number is beyond the range of numbers"),
         (b'{"question": ""}', "record '2' has an empty question"),
         (b'{"question": " \\n "}', "record '2' has an empty question"),
         (b'{"question": null}', "record '2' has null in field 'question'"),
@@ -158,18 +159,12 @@ def test_a_failure_has_the_form_of_a_line() -> None:
     }
 
 
-def test_an_input_that_never_ends_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_input_that_never_ends_is_refused() -> None:
     for device in ("/dev/zero", "/dev/urandom"):
         with pytest.raises(RecmasError, match=r"RM502.*it is a device"):
             open_records(device)
     with open_records("/dev/null") as empty:
         assert empty.read() == b""
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", 100)
-    monkeypatch.setattr(records, "MAX_SKIPPED_BYTES", 1000)
-    with pytest.raises(RecmasError, match=r"RM502.*line 2 does not end"):
-        read(b'{"question": "q"}\n' + b"x" * 2000)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000, "missing", "file/below", "loop", "n\0l"])
@@ -180,11 +175,27 @@ def test_inputs_that_cannot_be_opened_are_told(tmp_path: Path, name: str) -> Non
         open_records(str(tmp_path / name))
 
 
+def test_records_come_from_every_form_of_table(tmp_path: Path) -> None:
+    rows = [{"id": 1, "question": "What?"}, {"id": 2, "question": "Why?"}]
+    packed = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+    for name, raw in {
+        "in.json": json.dumps(rows).encode(),
+        "in.csv": b"id,question\n1,What?\n2,Why?\n",
+        "in.jsonl.gz": packed,
+    }.items():
+        (tmp_path / name).write_bytes(raw)
+        with open_records(str(tmp_path / name)) as stream:
+            assert count_records(stream, name) is None
+            found = list(read_records(stream, file=name, fields=("question",)))
+        assert [record.fields["question"] for record in found] == ["What?", "Why?"]
+        assert [str(record.id) for record in found] == ["1", "2"]
+
+
 @pytest.mark.parametrize("raw", [b"", b"a", b"a\n", b"a\n\n \nb", b"\n\n", b"a\nb\n"])
 def test_records_are_counted_beforehand(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "in").write_bytes(raw)
     with open_records(str(tmp_path / "in")) as stream:
-        assert count_records(stream) == len([x for x in raw.split(b"\n") if x.strip()])
+        assert count_records(stream, "in") == len([x for x in raw.split(b"\n") if x.strip()])
         assert stream.read() == raw
 
 
@@ -200,7 +211,7 @@ def test_a_single_question_is_a_record() -> None:
 
 def test_an_input_that_cannot_be_read_is_reported() -> None:
     class Broken(io.BytesIO):
-        def readline(self, size: int | None = -1, /) -> bytes:
+        def read1(self, size: int | None = -1, /) -> bytes:
             raise OSError(5, "Input/output error")
 
     with pytest.raises(RecmasError, match=r"in.jsonl: error.RM502.*Input/output error"):

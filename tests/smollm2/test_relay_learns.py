@@ -13,7 +13,8 @@ from recmas_compiler import api
 from recmas_compiler.spec.spec import load_spec
 from recmas_compiler.training.loop.distributed import joined_world
 from recmas_compiler.training.run import RunOptions, run_stages
-from recmas_compiler.training.session import open_session, train_settings
+from recmas_compiler.training.session import open_session
+from recmas_compiler.training.settings import train_settings
 from recmas_compiler.training.tasks.outer import exact_answers
 from recmas_runtime.core.progress import Silent
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from kit.specs import CHAIN, PAIR
-from recmas_compiler.spec.patterns.starter_specs import STARTERS, starter_spec
+from recmas_compiler.spec.patterns.starter_specs import STARTERS, starter_files, starter_spec
 from recmas_compiler.spec.spec import Spec, parse_spec
 from recmas_runtime.core.errors import RecmasError
 
@@ -80,6 +82,36 @@ def test_starters_are_sound(name: str) -> None:
     assert text.startswith("# yaml-language-server: $schema=")
     assert text.isascii()
     assert parse_spec(text).warnings == ()
+
+
+@pytest.mark.parametrize("name", STARTERS)
+def test_starters_train_on_records_that_fit(name: str) -> None:
+    spec = parse_spec(starter_spec(name, train=True))
+    assert spec.warnings == ()
+    assert spec.document.train is not None
+    assert parse_spec(starter_spec(name)).document.train is None
+    files = starter_files(name)
+    assert files == starter_files(name), "always the same ones"
+    records = {
+        file: [json.loads(line) for line in text.splitlines()]
+        for file, text in files.items()
+        if file.endswith(".jsonl")
+    }
+    learned, asked = records[spec.document.train.data], records["questions.jsonl"]
+    prompts = [prompt for each in spec.declared.prompts.values() for _, prompt in each.fields()]
+    used = {part.value for prompt in prompts for part in prompt.parts if part.kind == "field"}
+    for record in (*learned, *asked):
+        assert used | set(spec.document.train.targets.values()) <= set(record)
+    ids = [record["id"] for record in (*learned, *asked)]
+    assert len(set(ids)) == len(ids)
+    known = {record["question"] for record in learned}
+    assert not [record for record in asked if record["question"] in known]
+
+
+def test_a_task_without_records() -> None:
+    with pytest.raises(RecmasError, match=r"RM118.*no records to train `code` on"):
+        starter_files("mixture", task="code")
+    assert "boxed" in starter_files("mixture", task="math")["train.jsonl"]
 
 
 def test_unknown_starter() -> None:

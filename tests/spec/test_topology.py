@@ -259,3 +259,27 @@ def test_everything_about_backbones_at_once(tmp_path: Path, golden: Callable[...
 def test_a_pattern_builds(tmp_path: Path) -> None:
     graph = topology(CHAIN, tmp_path)
     assert graph.without_feedback().order() == ["planner", "critic", "solver"]
+
+
+def test_messages_of_all_rounds_are_bounded() -> None:
+    """Every agent hears every other: links times rounds is what compiling takes time for."""
+    agents = [f"a{number}" for number in range(17)]
+    lines = ["recmas: 1", "name: all", "rounds: 61", "backbones: {small: {source: ./small}}"]
+    lines += ["agents:"]
+    for agent in agents:
+        slots = " ".join(f"{{{{ latent.{other} }}}}" for other in agents if other != agent)
+        prompt = f'{{first: "{{{{ question }}}}", then: "{slots}"}}'
+        lines.append(f"  {agent}: {{backbone: small, prompt: {prompt}}}")
+    lines += ["links:"]
+    pairs = [(one, other) for one in agents for other in agents if one != other]
+    lines += [f"  {one} -> {other}: {{feedback: true}}" for one, other in pairs]
+    lines += ["answer: {agent: a0}"]
+    text = "\n".join(lines)
+    with pytest.raises(RecmasError) as refused:
+        parse_spec(text, file="spec.yaml")
+    (problem,) = refused.value.problems
+    assert str(problem) == (
+        "spec.yaml:3:9: error[RM105]: 272 links in 61 rounds are 16592 messages, more than 16384. "
+        "Lower `rounds`, or remove links."
+    )
+    assert parse_spec(text.replace("rounds: 61", "rounds: 60")).document.rounds == 60

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from kit.files import read_messages
+from recmas_runtime.engines.tensorrt.own_engines import remember_engines
 from recmas_runtime.formats.precisions import TOLERANCES
 from simulated_commands import SIMULATED, data_of, run_python, run_simulated
 
@@ -89,6 +90,23 @@ def test_building_again(own_bundle: Path) -> None:
     assert cache.read_bytes() == b"." * 8
 
 
+def test_engines_of_others_are_taken_only_on_demand(
+    engine_bundle: Path, records: Path, tmp_path: Path
+) -> None:
+    elsewhere = {"XDG_STATE_HOME": str(tmp_path)}
+    body = run(engine_bundle, records, **elsewhere)
+    (warning,) = body["problems"]
+    assert (warning["code"], warning["severity"]) == ("RM550", "warning")
+    assert "were not built by this user" in warning["message"]
+    assert "--device tensorrt" in warning["hint"]
+    strict = run(engine_bundle, records, "--device", "tensorrt", **elsewhere)
+    assert (strict["problems"], texts(strict)) == ([], texts(body))
+    for command in ("inspect", "verify"):
+        shown = run_simulated(command, str(engine_bundle), **elsewhere).stdout
+        assert "not built by this user; loaded only with --device tensorrt" in shown
+    assert "built by this user" in run_simulated("inspect", str(engine_bundle)).stdout
+
+
 def test_the_capacities_are_those_of_the_plan(engine_bundle: Path) -> None:
     plan = json.loads((engine_bundle / "plan.json").read_text(encoding="utf-8"))
     (record,) = engine_bundle.glob("engines/*/engines.json")
@@ -136,6 +154,7 @@ def test_a_plan_that_tensorrt_refuses(own_bundle: Path, records: Path) -> None:
         "size_bytes": len(b"garbage"),
     }
     record.write_text(json.dumps(changed), encoding="utf-8")
+    assert remember_engines(record)  # or else nobody would look at them
     body = run(own_bundle, records)
     assert body["ok"]
     assert len(texts(body)) == len(QUESTIONS)

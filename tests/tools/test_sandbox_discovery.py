@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,15 @@ class Bare:
 
     name = "bare"
 
-    def run(self, code: str, *, stdin: str = "", timeout_s: float, memory_mb: int) -> SandboxResult:
+    def run(
+        self,
+        code: str,
+        *,
+        stdin: str = "",
+        timeout_s: float,
+        memory_mb: int,
+        packages: Sequence[str] = (),
+    ) -> SandboxResult:
         ran = subprocess.run(
             [sys.executable, "-c", code],
             input=stdin,

@@ -74,13 +74,14 @@ def test_more_processes_than_records_in_a_batch(
 
 @pytest.mark.parametrize("debug", [False, True])
 def test_a_mistake_is_told_once_with_its_own_status(case: Path, debug: bool) -> None:
-    more = ["--nproc", "2", "--method", "lora", "--eval-only", *(["--debug"] if debug else [])]
+    missing = ["--set", "train.data=none.jsonl"]  # what the processes find themselves
+    more = ["--nproc", "2", *missing, *(["--debug"] if debug else [])]
     ran = subprocess.run(
         [*COMMAND, str(case), *more],
         cwd=case.parent, env=ENVIRONMENT, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert ran.returncode == Exit.USAGE
-    assert ran.stderr.count("error[RM506]: --method lora has no inner stage") == 1 + debug
+    assert ran.returncode == Exit.RUN_FAILED
+    assert ran.stderr.count("error[RM700]") == 1 + debug
     assert (len(ran.stderr.splitlines()) == 1) == (not debug)
     assert ("ChildFailedError" in ran.stderr) == debug
 

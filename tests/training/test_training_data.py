@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,7 +19,7 @@ from recmas_compiler.training.data.examples import (
     Examples,
     leave_out_long,
 )
-from recmas_compiler.training.session import train_settings
+from recmas_compiler.training.settings import train_settings
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Silent
 
@@ -30,7 +35,7 @@ WRONG = {
     "cut_off": ('{"id": "c", "question": "Wh', "not valid JSON"),
     "a_list": ("[1, 2]", "not a JSON object"),
     "a_number": ("7", "not a JSON object"),
-    "nan": ('{"question": NaN}', "NaN is not a JSON number"),
+    "nan": ('{"question": NaN}', "NaN is no JSON number"),
     "id_used_before": (record(0), "id 'r0' is already that of line 1"),
     "id_empty": (record(9, id=""), 'id "" is neither text nor an integer'),
     "id_a_list": (record(9, id=["a"]), "neither text nor an integer"),
@@ -92,7 +97,7 @@ def test_a_file_that_is_not_there_is_named_in_the_spec(
     tmp_path: Path, setting: str, place: tuple[int, int]
 ) -> None:
     piece = {"data": "data: train.jsonl", "held_out": "held_out: 0.25"}[setting]
-    with pytest.raises(RecmasError, match="cannot be read: No such file") as refused:
+    with pytest.raises(RecmasError, match="cannot be read: the file is missing") as refused:
         load(tmp_path, text=changed((piece, f"{setting}: missing.jsonl")))
     (problem,) = refused.value.problems
     assert problem.code == "RM700"
@@ -101,7 +106,7 @@ def test_a_file_that_is_not_there_is_named_in_the_spec(
 
 def test_a_folder_is_no_data(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(RecmasError, match="Is a directory"):
+    with pytest.raises(RecmasError, match="this is not a regular file"):
         load(tmp_path, text=changed(("data: train.jsonl", "data: folder")))
 
 
@@ -128,6 +133,48 @@ def test_a_held_out_file_that_asks_the_same_is_warned_about(tmp_path: Path) -> N
     assert warning.code == "RM752"
     assert "2 of 3 held-out records" in warning.message
     assert "1 of them for the same texts" in warning.message
+
+
+def test_a_pipe_or_a_device_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "circle").symlink_to("circle")
+    for name in ("pipe", "zero", "circle", "n" * 300):
+        with pytest.raises(RecmasError, match="cannot be read: ") as refused:
+            load(tmp_path, text=changed(("data: train.jsonl", f"data: {name}")))
+        assert refused.value.problems[0].code == "RM700"
+
+
+def test_data_as_they_are_published(tmp_path: Path) -> None:
+    rows = [record(number) for number in range(6)]
+    expected = load(tmp_path, text=changed(("0.25", "0")), data=lines(*rows)).train
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    written = {
+        "rows.json": json.dumps(rows).encode(),
+        "rows.csv": table.getvalue().encode(),
+        "rows.jsonl.gz": gzip.compress(lines(*rows).encode()),
+    }
+    for name, content in written.items():
+        (tmp_path / name).write_bytes(content)
+        text = changed(("data: train.jsonl", f"data: {name}"), ("0.25", "0"))
+        assert [
+            (e.id, dict(e.targets), e.fields["question"]) for e in load(tmp_path, text=text).train
+        ] == [(e.id, dict(e.targets), e.fields["question"]) for e in expected]
+    (tmp_path / "rows.csv").write_text("id,question,plan,solution\na,Q?,P,S\nb,Q?,,S\n")
+    with pytest.raises(RecmasError) as refused:
+        load(tmp_path, text=changed(("data: train.jsonl", "data: rows.csv")))
+    (problem,) = refused.value.problems
+    assert (problem.code, problem.line) == ("RM700", 3)
+    assert problem.file == str(tmp_path / "rows.csv")
+
+
+def test_an_id_with_half_a_character_is_an_id(tmp_path: Path) -> None:
+    data = '{"id": "\\ud83d", "question": "Why?", "plan": "p", "solution": "s"}\n'
+    examples = load(tmp_path, data=lines(record(1), record(2)) + data)
+    assert len(examples.train + examples.held_out) == 3
 
 
 def test_files_of_one_name_in_two_folders_both_count(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
 import os
+import random
 import resource
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,18 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from recmas_compiler.spec.schema.train import TrainSection
-from recmas_compiler.training.loop.checkpoint import latest_checkpoint, load_checkpoint
+from recmas_compiler.training.loop.checkpoint import load_checkpoint, save_checkpoint
+from recmas_compiler.training.loop.checkpoint_head import CHECKPOINTS, Health, latest_checkpoint
 from recmas_compiler.training.loop.distributed import World
 from recmas_compiler.training.loop.loop import (
-    CHECKPOINTS,
-    Health,
     Loop,
     LoopResult,
     batch_of,
     rate_factor,
 )
 from recmas_compiler.training.loop.metrics import COST_NAME, METRICS_NAME, draw_curves, write_cost
-from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.jsonl import read_json_lines
 from recmas_runtime.core.progress import Advance
 
@@ -234,7 +236,17 @@ def test_metrics_are_on_the_disk_before_their_checkpoint(
 
     monkeypatch.setattr(os, "fsync", note)
     run(tmp_path, settings=section(steps=8))
-    assert synced == [METRICS_NAME, "tensors.safetensors", "state.json"] * 2
+    assert synced == [
+        name
+        for step in (4, 8)
+        for name in (
+            METRICS_NAME,
+            "tensors.safetensors",
+            "state.json",
+            f".step-{step:08d}.writing",
+            CHECKPOINTS,  # the rename
+        )
+    ]
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
@@ -266,15 +278,163 @@ def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
     assert refused.value.problems[0].code == "RM703"
 
 
-@pytest.mark.parametrize("name", ["state.json", "tensors.safetensors"])
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
-    run(tmp_path)
+def damaged(content: bytes, how: str, draw: random.Random) -> bytes:
+    """Return the content of a file with something wrong in it."""
+    at = draw.randrange(len(content))
+    match how:
+        case "flip":
+            return (
+                content[:at] + bytes([content[at] ^ (1 << draw.randrange(8))]) + content[at + 1 :]
+            )
+        case "cut":
+            return content[:at]
+        case "grow":
+            return content + content[at:] + b"\n"
+        case "zeros":
+            return content[:at] + bytes(len(content) - at)
+        case _:
+            return draw.randbytes(len(content))
+
+
+FILES = ["state.json", "tensors.safetensors"]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(f"damage {seed}")
+    whole, task = run(tmp_path)
     latest = latest_checkpoint(tmp_path / CHECKPOINTS)
     assert latest is not None
-    (latest / name).write_bytes((latest / name).read_bytes()[:50])
+    file = latest / draw.choice(FILES)
+    how = draw.choice(["flip", "cut", "grow", "zeros", "noise", "gone", "folder", "pipe", "swap"])
+    if how in ("gone", "folder", "pipe"):
+        file.unlink()
+        if how == "folder":
+            file.mkdir()
+        elif how == "pipe":
+            os.mkfifo(file)
+    elif how == "swap":
+        file.write_bytes((latest.parent / "step-00000016" / file.name).read_bytes())
+    else:
+        file.write_bytes(damaged(file.read_bytes(), how, draw))
+    result, resumed = run(tmp_path, resume=True)
+    assert weights(resumed) == weights(task)
+    assert (result.steps, result.last) == (20, whole.last)
+    (warning,) = result.warnings
+    assert warning.code == "RM753"
+    assert "step-00000020 cannot be read" in warning.message
+    assert "goes on from step-00000016" in warning.message
+    again, _ = run(tmp_path, resume=True)
+    assert not again.warnings, "it was written anew"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damage_to_all_checkpoints_is_named(tmp_path: Path, name: str) -> None:
+    run(tmp_path)
+    for place in (tmp_path / CHECKPOINTS).iterdir():
+        (place / name).write_bytes((place / name).read_bytes()[:50])
     with pytest.raises(RecmasError, match="step-00000020 cannot be read") as refused:
         run(tmp_path, resume=True)
+    assert [p.code for p in refused.value.problems] == ["RM703", "RM703"]
+    assert "step-00000016" in refused.value.problems[1].message
+
+
+def edit_state(draw: random.Random, values: Any) -> Any:
+    """Return values of a state with one of them replaced by something of another type."""
+    others = [None, True, -1, 2**70, 1e999, "text", [], {}, [1], {"a": 1}, "\ud800", 0.5]
+    if isinstance(values, dict) and values and draw.random() < 0.8:
+        name = draw.choice(list(values))
+        if draw.random() < 0.15:
+            return {key: value for key, value in values.items() if key != name}
+        if draw.random() < 0.1:
+            return {**values, "more": 1}
+        return {**values, name: edit_state(draw, values[name])}
+    return draw.choice(others)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_state_of_another_form_is_damage(tmp_path: Path, seed: int) -> None:
+    # With digests that are right, as somebody would write them who means harm.
+    draw = random.Random(f"form {seed}")
+    run(tmp_path, settings=section(steps=4))
+    (place,) = (tmp_path / CHECKPOINTS).iterdir()
+    state = place / "state.json"
+    values = json.loads(state.read_bytes())
+    edited = edit_state(draw, values)
+    if isinstance(edited, dict):
+        edited.pop("sha256", None)
+        text = json.dumps(edited, sort_keys=True).encode()
+        edited = {"sha256": hashlib.sha256(text).hexdigest(), **edited}
+    state.write_text(json.dumps(edited))
+    if edited == values:
+        return
+    refused: tuple[Problem, ...] = ()
+    try:
+        result, _ = run(tmp_path, settings=section(steps=4), resume=True)
+    except RecmasError as error:
+        refused = error.problems
+    if refused:
+        assert [p.code for p in refused] == ["RM703"], seed
+    else:
+        kept = ("identity", "step", "tensors_sha256", "checkpoint")
+        assert all(edited[name] == values[name] for name in kept), seed
+        assert result.steps == 4
+
+
+EDITS: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "a tensor is missing": lambda t: t.pop("links/line/weight"),
+    "a moment is missing": lambda t: t.pop("optimizer/line/weight/exp_avg"),
+    "no random state": lambda t: t.pop("random/cpu"),
+    "a foreign tensor": lambda t: t.update(more=torch.zeros(1)),
+    "another shape": lambda t: t.update({"links/line/weight": torch.zeros(2, 1)}),
+    "another type": lambda t: t.update({"links/line/bias": torch.zeros(1, dtype=torch.float64)}),
+    "not a number": lambda t: t["links/line/weight"].fill_(math.nan),
+    "infinite": lambda t: t["optimizer/line/weight/exp_avg_sq"].fill_(math.inf),
+    "no state of a generator": lambda t: t["random/cpu"].fill_(255),
+    "nothing": lambda t: t.clear(),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_tensors_of_another_form_are_damage(tmp_path: Path, name: str) -> None:
+    run(tmp_path, settings=section(steps=4))
+    (place,) = (tmp_path / CHECKPOINTS).iterdir()
+    found = load_checkpoint(place)
+    tensors = dict(found.tensors)
+    EDITS[name](tensors)
+    head = found.head
+    save_checkpoint(
+        place.parent,
+        step=4,
+        identity=head.identity,
+        machine=head.machine,
+        state=head.state,
+        tensors=tensors,
+    )
+    before = torch.get_rng_state()
+    with pytest.raises(RecmasError, match="step-00000004 cannot be read") as refused:
+        run(tmp_path, settings=section(steps=4), resume=True)
     assert refused.value.problems[0].code == "RM703"
+    assert len(torch.get_rng_state()) == len(before)
+
+
+def test_going_on_with_other_threads_is_said(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        run(tmp_path, watch=killer(9))
+    (place,) = [p for p in (tmp_path / CHECKPOINTS).iterdir() if p.name == "step-00000008"]
+    found = load_checkpoint(place)
+    save_checkpoint(
+        place.parent,
+        step=8,
+        identity=found.head.identity,
+        machine={**found.head.machine, "threads": "64"},
+        state=found.head.state,
+        tensors=found.tensors,
+    )
+    result, _ = run(tmp_path, resume=True)
+    (warning,) = result.warnings
+    assert warning.code == "RM754"
+    assert f"threads 64, now {torch.get_num_threads()}" in warning.message
 
 
 def test_a_checkpoint_holds_no_pickle(tmp_path: Path) -> None:
@@ -327,6 +487,26 @@ def test_no_memory_says_what_to_lower(tmp_path: Path) -> None:
     assert "train.accumulation" in problem.hint
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("could not create a primitive descriptor for a matmul primitive"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate"),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+    ],
+    ids=str,
+)
+def test_every_wording_of_no_memory_is_known(tmp_path: Path, error: Exception) -> None:
+    def spoil(call: int) -> float:
+        raise error
+
+    with pytest.raises(RecmasError, match="memory ran out in step 1") as stopped:
+        run(tmp_path, Line(spoil=spoil))
+    assert stopped.value.problems[0].code == "RM702"
+
+
 def test_other_failures_stay_what_they_are(tmp_path: Path) -> None:
     def spoil(call: int) -> float:
         raise RuntimeError("a bug")
@@ -335,12 +515,15 @@ def test_other_failures_stay_what_they_are(tmp_path: Path) -> None:
         run(tmp_path, Line(spoil=spoil))
 
 
-def test_an_interrupt_ends_the_step_and_keeps_it(tmp_path: Path) -> None:
+def test_an_interrupt_ends_the_step_and_keeps_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     def watch(step: int) -> None:
         if step == 9:
             os.kill(os.getpid(), signal.SIGINT)
 
     result, _ = run(tmp_path / "a", watch=watch)
+    assert "finishing this step; once more stops without saving" in capfd.readouterr().err
     assert result.interrupted
     assert result.steps in (9, 10)
     latest = latest_checkpoint(tmp_path / "a" / CHECKPOINTS)

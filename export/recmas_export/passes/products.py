@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.tape import Tape
 
-from recmas_export.passes.tidy import insert, integers, take_over
+from recmas_export.passes.tidy import free_name, insert, integers, take_over
 
 _HEADS_FIRST = (0, 2, 1, 3)
 
@@ -97,13 +97,15 @@ def _pack(graph: ir.Graph, source: ir.Value, group: list[_Product]) -> None:
     tape = Tape()
     first = group[0]
     weights = np.concatenate([_array(p.weight) for p in group], axis=1)
-    packed = tape.op("MatMul", (source, _constant(tape, weights, f"{first.weight.name}.packed")))
+    joined = _constant(graph, tape, weights, f"{first.weight.name}.packed")
+    packed = tape.op("MatMul", (source, joined))
     biases = [p.bias for p in group if p.bias is not None]
     if biases:
         total = np.concatenate([_array(b) for b in biases])
-        packed = tape.op("Add", (packed, _constant(tape, total, f"{biases[0].name}.packed")))
+        joined = _constant(graph, tape, total, f"{biases[0].name}.packed")
+        packed = tape.op("Add", (packed, joined))
     widths = np.array([p.columns for p in group])
-    sizes = _constant(tape, widths, f"{first.weight.name}.widths")
+    sizes = _constant(graph, tape, widths, f"{first.weight.name}.widths")
     parts = tape.op_multi_out("Split", (packed, sizes), {"axis": -1}, num_outputs=len(group))
     insert(graph, tape, before=first.matmul)
     if (rows := first.result.shape) is not None:
@@ -124,8 +126,9 @@ def _array(value: ir.Value) -> NDArray[Any]:
     return value.const_value.numpy()
 
 
-def _constant(tape: Tape, array: NDArray[Any], name: str) -> ir.Value:
-    return tape.initializer(ir.tensor(array, name=name))
+def _constant(graph: ir.Graph, tape: Tape, array: NDArray[Any], name: str) -> ir.Value:
+    # The exporter gives equal weights one name, whatever layers they are in: zero biases, say.
+    return tape.initializer(ir.tensor(array, name=free_name(graph, name)))
 
 
 def _use_split(graph: ir.Graph, node: ir.Node) -> bool:

@@ -7,6 +7,8 @@ most of it in rewrites that do not apply.
 
 from __future__ import annotations
 
+from itertools import chain, count
+
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import onnxscript.optimizer
@@ -34,6 +36,12 @@ def constant(tape: Tape, value: float | list[int], name: str) -> ir.Value:
     """Return a new constant of the graph: a float32 scalar or an int64 vector."""
     dtype = ir.DataType.FLOAT if isinstance(value, float) else ir.DataType.INT64
     return tape.initializer(ir.tensor(value, dtype=dtype, name=name))
+
+
+def free_name(graph: ir.Graph, name: str) -> str:
+    """Return a name that no initializer of the graph has: this one, or it with a number behind."""
+    others = (f"{name}.{number}" for number in count(2))
+    return next(free for free in chain([name], others) if free not in graph.initializers)
 
 
 def insert(graph: ir.Graph, tape: Tape, *, before: ir.Node) -> None:

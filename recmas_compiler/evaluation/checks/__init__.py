@@ -33,7 +33,11 @@ def make_check(section: CheckSection) -> Check:
         case CodeSection():
             from recmas_compiler.evaluation.checks.code import CodeCheck
 
-            return CodeCheck(timeout_s=section.timeout_s, memory_mb=section.memory_mb)
+            return CodeCheck(
+                timeout_s=section.timeout_s,
+                memory_mb=section.memory_mb,
+                packages=section.packages,
+            )
 
 
 __all__ = ["make_check"]

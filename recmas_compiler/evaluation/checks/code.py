@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import re
 import secrets
 from collections.abc import Iterator, Sequence
-from itertools import starmap
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Final
 
+from recmas_compiler.evaluation.checks.code_text import (
+    defines,
+    extract_code,
+    imported_packages,
+    is_code,
+    parses,
+    undefined_names,
+)
 from recmas_compiler.evaluation.checks.verdict import (
     NO_ANSWER,
     Check,
@@ -20,39 +29,110 @@ from recmas_compiler.evaluation.checks.verdict import (
 )
 from recmas_compiler.evaluation.data.data_file import Question
 from recmas_runtime.core.errors import fail
-from recmas_runtime.tools.sandbox import Sandbox, find_sandbox
+from recmas_runtime.tools.sandbox import Sandbox, SandboxResult, find_sandbox
+
+_DRIVER: Final = Path(__file__).with_name("program_driver.py")
+
+# What the published judge of LiveCodeBench puts before every program. Built-in names come after
+# those of modules, because `math.pow` is no `pow`; the modules themselves come last, because
+# `datetime` is one. Source: the rules of LiveCodeBench/LiveCodeBench, testing_util.py.
+_STARRED: Final = (
+    "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random",
+    "statistics", "itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing",
+)  # fmt: skip
+_RECURSION: Final = 50_000
+_CONTEST: Final = "".join(
+    [
+        *(f"from {name} import *\n" for name in _STARRED),
+        *(f"import {name}\n" for name in _STARRED[:-2]),
+        f"sys.setrecursionlimit({_RECURSION})\n",
+    ]
+)
 
 
 class CodeCheck(Check):
     """Runs a record's unit tests against the code of an answer; all must pass.
 
     Args:
-        timeout_s: For one run: all assertions of a record, or one input.
+        timeout_s: For one run: all assertions of a record, one call, or one input.
         memory_mb: Most memory of a run, in MiB.
+        packages: What programs may import besides the standard library and what the records' own
+            texts import, where it is installed.
 
     Raises:
         RecmasError: RM602 if this machine has no sandbox.
     """
 
-    def __init__(self, *, timeout_s: float, memory_mb: int) -> None:
+    def __init__(self, *, timeout_s: float, memory_mb: int, packages: Sequence[str] = ()) -> None:
         self._sandbox = require_sandbox()
         self._timeout_s = timeout_s
         self._memory_mb = memory_mb
+        self._packages = tuple(packages)
 
     def __call__(self, answer: str, question: Question) -> Verdict:
         """Judge an answer."""
-        if not any(_tests(question, kind) for kind in ("tests", "calls", "inputs")):
-            raise unusable_gold(question, "has no unit tests")
-        code = extract_code(without_thinking(answer))
+        _require_tests(question)
+        names, is_script = asked_names(question), bool(_tests(question, "inputs"))
+        code = extract_code(without_thinking(answer), names, is_script=is_script)
         if code is None:
             return NO_ANSWER
-        return verdict(correct=all(starmap(self._passes, _runs(code, question))), extracted=code)
+        return verdict(correct=not self._failure(code, question), extracted=code)
 
-    def _passes(self, program: str, stdin: str, stdout: str) -> bool:
-        result = self._sandbox.run(
-            program, stdin=stdin, timeout_s=self._timeout_s, memory_mb=self._memory_mb
-        )
-        return result.status == "ok" and equal_output(result.stdout, stdout)
+    def check_record(self, question: Question) -> None:
+        """Try the record's own solution, if it has one."""
+        _require_tests(question)
+        for name in sorted(own_imports(question)):
+            self._require_package(name)
+        solution = own_solution(question)
+        if solution is not None and (why := self._failure(solution, question)):
+            raise unusable_gold(
+                question,
+                f"its own solution fails its tests: {why}",
+                hint="Correct the record, allow more with `--set check.timeout_s=...` or "
+                "`--set check.memory_mb=...`, or pass --skip-broken to leave such records out.",
+            )
+
+    def _failure(self, code: str, question: Question) -> str:
+        """Return why a program fails the record's tests; empty if it passes them."""
+        packages = tuple(sorted({*self._packages, *own_imports(question)}))
+        for run in runs_of(code, question, case_s=self._timeout_s):
+            result = self._sandbox.run(
+                run.program,
+                stdin=run.stdin,
+                timeout_s=self._timeout_s * run.num_cases,
+                memory_mb=self._memory_mb,
+                packages=packages,
+            )
+            if result.status != "ok":
+                return _reason(result, self._timeout_s)
+            if not equal_output(result.stdout, run.stdout):
+                return "its output differs"
+        return ""
+
+    def _require_package(self, name: str) -> None:
+        if why := _import_failure(self._sandbox, name, self._memory_mb):
+            raise fail(
+                "RM602",
+                f"the records' tests import {name}, which the sandbox does not have: {why}",
+                hint=f"Install it with `pip install {name}`, or, with {self._sandbox.name} in "
+                "place of bubblewrap, choose an image that has it (RECMAS_SANDBOX_IMAGE)."
+                if self._sandbox.name != "bubblewrap"
+                else f"Install it with `pip install {name}` where recmas is installed.",
+            )
+
+
+@lru_cache(maxsize=256)
+def _import_failure(sandbox: Sandbox, name: str, memory_mb: int) -> str:
+    """Return why a package cannot be imported in the sandbox; empty if it can."""
+    result = sandbox.run(f"import {name}", timeout_s=60.0, memory_mb=memory_mb, packages=(name,))
+    return "" if result.status == "ok" else _reason(result, 60.0)
+
+
+def _reason(result: SandboxResult, timeout_s: float) -> str:
+    if result.status == "timeout":
+        return f"it takes more than {timeout_s:g} s"
+    lines = result.stderr_tail.strip().splitlines()
+    return lines[-1].strip()[:300] if lines else f"it ended with status {result.exit_code}"
 
 
 def require_sandbox() -> Sandbox:
@@ -71,22 +151,72 @@ def require_sandbox() -> Sandbox:
     return sandbox
 
 
-def _runs(code: str, question: Question) -> Iterator[tuple[str, str, str]]:
-    """Yield programs with what they read and what they must write for the code to be right."""
+def asked_names(question: Question) -> frozenset[str]:
+    """Return the names of which an answer must define one."""
     gold = question.gold
+    if isinstance(entry_point := gold.get("entry_point"), str):
+        return frozenset((entry_point,))
+    if isinstance(function := gold.get("function"), str) and _tests(question, "calls"):
+        return frozenset((function,))
+    return undefined_names("\n".join(map(str, _tests(question, "tests"))))
+
+
+def own_solution(question: Question) -> str | None:
+    """Return the program by which a record answers itself; None if it has none."""
+    solution = question.gold.get("solution")
+    if not isinstance(solution, str) or not solution.strip():
+        return None
+    if "```" in solution:
+        return extract_code(solution, asked_names(question))
+    return solution.strip("\n") if is_code(solution) else None
+
+
+def own_imports(question: Question) -> frozenset[str]:
+    """Return the packages that a record's tests, prompt and solution import."""
+    texts = [*map(str, _tests(question, "tests")), question.gold.get("solution")]
+    return frozenset().union(*(imported_packages(text) for text in texts if isinstance(text, str)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A program with what it reads, and what it must write to be right."""
+
+    program: str
+    stdin: str
+    stdout: str
+    num_cases: int = 1
+
+
+def runs_of(code: str, question: Question, *, case_s: float) -> Iterator[Run]:
+    """Yield what has to be run for code to be right; a call may take so many seconds."""
+    gold = question.gold
+    parts = [code]
     prompt, entry_point = gold.get("prompt"), gold.get("entry_point")
     if isinstance(prompt, str) and isinstance(entry_point, str):
-        code = with_prompt(code, prompt, entry_point)
+        parts = with_prompt(code, prompt, entry_point)
     mark = secrets.token_hex(16)
     if asserted := _tests(question, "tests"):
-        program = "\n".join((_PROLOGUE, code, *map(str, asserted), _EPILOGUE))
-        yield program, f"{mark}\n", mark
+        parts = [*parts, "\n".join(map(str, asserted))]
+        yield Run(program=_driven(parts, "tests"), stdin=f"{mark}\n", stdout=mark)
     if calls := _tests(question, "calls"):
-        cases = [(case["arguments"], case["result"]) for case in calls]
-        yield call_program(code, str(gold["function"]), cases), f"{mark}\n", mark
+        program = _driven(
+            [_CONTEST, code], "calls", str(gold["function"]), json.dumps(list(calls)), case_s
+        )
+        yield Run(program=program, stdin=f"{mark}\n", stdout=mark, num_cases=1 + len(calls))
     for case in _tests(question, "inputs"):
-        program = f"{_COMMON_IMPORTS}\n{code}\n"
-        yield program, case["input"], case["output"]
+        program = _driven([_CONTEST, code], "input")
+        yield Run(program=program, stdin=case["input"], stdout=case["output"])
+
+
+def _driven(*arguments: object) -> str:
+    return (
+        f"{_DRIVER.read_text(encoding='ascii')}\n\ndrive(*json.loads({json.dumps(arguments)!r}))\n"
+    )
+
+
+def _require_tests(question: Question) -> None:
+    if not any(_tests(question, kind) for kind in ("tests", "calls", "inputs")):
+        raise unusable_gold(question, "has no unit tests")
 
 
 def _tests(question: Question, kind: str) -> Sequence[Any]:
@@ -94,99 +224,43 @@ def _tests(question: Question, kind: str) -> Sequence[Any]:
     return (tests,) if isinstance(tests, str) else tests
 
 
-_FENCE: Final = r"^[ \t]*(?:```|~~~)[ \t]*"
-_FENCED: Final = re.compile(rf"{_FENCE}(\w*)[^\n]*\n(.*?){_FENCE}", re.MULTILINE | re.DOTALL)
-_OPEN_FENCE: Final = re.compile(rf"{_FENCE}(?:python|py)?[ \t]*\n(.*)\Z", re.MULTILINE | re.DOTALL)
-_PYTHON: Final = ("", "python", "python3", "py")
-
-# Keeps what the candidate prints away from the mark that the tests were reached and passed. The
-# mark is read from standard input and printed at the very end, so leaving early does not look like
-# success.
-_PROLOGUE: Final = """\
-import io as _io, sys as _sys
-class _Nowhere(_io.StringIO):
-    def write(self, text):
-        return len(text)
-_mark = _sys.stdin.readline()
-_sys.stdout = _Nowhere()
-"""
-_EPILOGUE: Final = """
-_sys.__stdout__.write(_mark)
-_sys.__stdout__.flush()
-"""
-# What LiveCodeBench's problems take for granted.
-_COMMON_IMPORTS: Final = """\
-import bisect, collections, functools, heapq, itertools, math, re, string
-from bisect import *
-from collections import *
-from functools import *
-from heapq import *
-from itertools import *
-from math import *
-from typing import *
-"""
-_CALLS: Final = """
-_target = Solution().{name} if "Solution" in globals() else {name}
-for _arguments, _wanted in _json.loads({cases!r}):
-    _found = _target(*_arguments)
-    _found = list(_found) if isinstance(_found, tuple) else _found
-    assert _found == _wanted, (_arguments, _found, _wanted)
-"""
-
-
-def extract_code(text: str) -> str | None:
-    """Return the Python code of a model's text: its last fenced block, or all of it if it is code.
-
-    A block that defines something is preferred to a later one that only uses it. A fence
-    that was never closed, because the text was cut off, reaches to the end.
-    """
-    blocks = [code for language, code in _FENCED.findall(text) if language.lower() in _PYTHON]
-    if not blocks:
-        opened = _OPEN_FENCE.search(text)
-        if opened is not None:
-            blocks = [opened.group(1)]
-    defining = [block for block in blocks if re.search(r"^\s*(?:def|class) ", block, re.MULTILINE)]
-    if blocks:
-        return (defining or blocks)[-1].strip("\n") or None
-    return text.strip("\n") if _is_code(text) else None
-
-
-def with_prompt(code: str, prompt: str, entry_point: str) -> str:
-    """Return a whole program from a completion of `prompt`, which may or may not repeat it."""
-    if re.search(rf"^\s*def {re.escape(entry_point)}\b", code, re.MULTILINE):
+def with_prompt(code: str, prompt: str, entry_point: str) -> list[str]:
+    """Return the parts of a program from a completion of `prompt`, which it may repeat or not."""
+    if defines(code, entry_point):
         # The prompt's imports and helpers; its own version of the function is replaced.
         head = prompt[: prompt.rfind(f"def {entry_point}")]
-        return f"{head}\n{code}\n"
-    body = code if code.startswith((" ", "\t")) else _indented(code)
-    return f"{prompt.rstrip()}\n{body}\n"
-
-
-def call_program(code: str, name: str, cases: Sequence[tuple[list[object], object]]) -> str:
-    """Return a program that calls a function, or a method of `Solution`, and compares results."""
-    calls = _CALLS.format(name=name, cases=json.dumps(cases))
-    return "\n".join((_PROLOGUE, _COMMON_IMPORTS, code, "import json as _json", calls, _EPILOGUE))
+        return [head, code] if parses(head) else [code]
+    head, lines = prompt.rstrip(), code.splitlines()
+    # Of a body that was cut out of its text the first line may have lost its indentation.
+    bodies = [_indented(lines), "\n".join([f"    {lines[0]}", *lines[1:]])]
+    if code.startswith((" ", "\t")):
+        bodies.insert(0, code)
+    programs = [f"{head}\n{body}\n" for body in bodies]
+    return [next(filter(parses, programs), programs[0])]
 
 
 def equal_output(found: str, wanted: str) -> bool:
-    """Tell whether two outputs have the same lines, trailing spaces and blank lines aside."""
-    return _lines(found) == _lines(wanted)
+    """Tell whether two outputs are equal as LiveCodeBench's published judge compares them.
+
+    The space around them and around lines aside, there are as many lines, and each is the same text
+    or the same decimal numbers: 0.50 is 0.5.
+    """
+    left, right = _lines(found), _lines(wanted)
+    return len(left) == len(right) and all(map(_equal_line, left, right))
 
 
 def _lines(text: str) -> list[str]:
-    return [" ".join(line.split()) for line in text.strip().splitlines()]
+    return [line.strip() for line in text.strip().split("\n")]
 
 
-def _indented(code: str) -> str:
-    return "\n".join(f"    {line}" if line.strip() else line for line in code.splitlines())
+def _equal_line(found: str, wanted: str) -> bool:
+    if found == wanted:
+        return True
+    try:
+        return [*map(Decimal, found.split())] == [*map(Decimal, wanted.split())]
+    except InvalidOperation:
+        return False
 
 
-def _is_code(text: str) -> bool:
-    """Tell whether a text without fences is Python: it parses, also as a function's body."""
-    for candidate in (text, f"def f():\n{text}"):
-        try:
-            tree = ast.parse(candidate)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            continue
-        # "forty" and "Yes" parse too.
-        return any(not isinstance(node, ast.Expr) for node in tree.body)
-    return False
+def _indented(lines: Sequence[str]) -> str:
+    return "\n".join(f"    {line}" if line.strip() else line for line in lines)

@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
+from recmas_compiler.backbones.cache_argument import cache_argument
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_runtime.core.text import first_line
 
@@ -244,6 +245,7 @@ def _bodies(
 ) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Rows]]]:
     """Return the backbone as functions of tensors: hidden states alone, and with cached rows."""
     body = backbone.body
+    name = cache_argument(body)
 
     def extend(
         embeds_NRD: Tensor, mask_NS: Tensor | None, positions_NR: Tensor, *kept: Tensor
@@ -254,8 +256,8 @@ def _bodies(
             inputs_embeds=embeds_NRD,
             attention_mask=mask_NS,
             position_ids=positions_NR,
-            past_key_values=cache,
             use_cache=True,
+            **{name: cache},
         )
         rows = tuple(rows for layer in cache.layers for rows in (layer.keys, layer.values))
         return out.last_hidden_state, rows

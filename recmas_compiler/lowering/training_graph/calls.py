@@ -30,6 +30,7 @@ class TrainExample:
     Attributes:
         id: Unique within its file.
         index: Place in its file, from 0.
+        line: Where it begins there, from 1.
         targets: Agent to the text that it should think or say.
     """
 
@@ -37,6 +38,7 @@ class TrainExample:
     index: int
     fields: Mapping[str, object]
     targets: Mapping[str, str]
+    line: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ class CallWriter:
         self._system = system
         self._agents = {name: agent_plan(system, name) for name in system.agents}
         self._chats = {
-            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
+            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens, day=system.day)
             for name, b in backbones.items()
         }
         answerer = self._agents[system.answer_agent]

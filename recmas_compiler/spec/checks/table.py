@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
+from typing import Final
 
+from recmas_compiler.spec.checks.fields import check_fields
 from recmas_compiler.spec.checks.prefix_reuse import check_reuse
 from recmas_compiler.spec.checks.settings import (
     check_settings,
@@ -18,9 +20,13 @@ from recmas_compiler.spec.document.problems import did_you_mean, problem_at
 from recmas_compiler.spec.schema.declared import Declared
 from recmas_compiler.spec.schema.sections import LinkSection
 from recmas_runtime.core.errors import Problem
+from recmas_runtime.core.text import counted
 from recmas_runtime.formats.ids import link_name, path_text
 
 Ends = tuple[str, str]
+
+# Every pass looks at every message of every round: some 0.3 ms for each in all.
+MAX_MESSAGES: Final = 16_384
 
 
 def closing_links(links: Mapping[Ends, LinkSection]) -> list[list[Ends]]:
@@ -86,6 +92,16 @@ def run_checks(declared: Declared) -> list[Problem]:
     return [problem for check in CHECKS for problem in check(declared)]
 
 
+def check_size(declared: Declared) -> Iterator[Problem]:
+    """More messages in all rounds together than can be compiled in seconds."""
+    num_links, rounds = len(declared.links), declared.document.rounds
+    if num_links * rounds > MAX_MESSAGES:
+        message = f"{counted(num_links, 'link')} in {counted(rounds, 'round')} are "
+        message += f"{num_links * rounds} messages, more than {MAX_MESSAGES}."
+        place = declared.places.value(("rounds",))
+        yield problem_at(place, "RM105", message, hint="Lower `rounds`, or remove links.")
+
+
 def check_names(declared: Declared) -> Iterator[Problem]:
     """Backbones and agents that are named but not declared."""
     document, places = declared.document, declared.places
@@ -148,11 +164,14 @@ def check_use(declared: Declared) -> Iterator[Problem]:
             continue
         if name not in linked:
             message = f"the agent `{name}` has no link and does not write the answer."
-            hint = f"Remove it, or link it, such as `{link_name(name, answer)}: {{}}`."
+            settings = _settings(declared, name, answer)
+            hint = f"Remove it, or link it, such as `{link_name(name, answer)}: {settings}`."
             yield problem_at(place, "RM112", message, hint=hint)
         elif name not in distance:
             message = f"the thoughts of `{name}` never reach `{answer}`, which writes the answer."
-            hint = f"Add a link from it, such as `{link_name(name, answer)}: {{}}`, or remove it."
+            settings = _settings(declared, name, answer)
+            hint = f"Add a link from it, such as `{link_name(name, answer)}: {settings}`, "
+            hint += "or remove it."
             yield problem_at(place, "RM151", message, hint=hint, severity="warning")
         elif distance[name] >= document.rounds:
             needed = distance[name] + 1
@@ -163,6 +182,13 @@ def check_use(declared: Declared) -> Iterator[Problem]:
             )
             hint = f"Set `rounds` to {needed} or more, or add a link that is not feedback."
             yield problem_at(place, "RM151", message, hint=hint, severity="warning")
+
+
+def _settings(declared: Declared, source: str, target: str) -> str:
+    """Return the settings of a new link: one that would close a cycle is feedback."""
+    within = {ends: link for ends, link in declared.known_links.items() if not link.feedback}
+    closes = source == target or target in feedbacks_to(source, within)
+    return "{feedback: true}" if closes else "{}"
 
 
 def check_slots(declared: Declared) -> Iterator[Problem]:
@@ -179,7 +205,7 @@ def check_slots(declared: Declared) -> Iterator[Problem]:
                     continue
                 place = declared.inside_prompt(target, field, slot.start, slot.length)
                 message = f"`{target}` has a slot for `{source}`, but no link brings its message."
-                settings = "{feedback: true}" if source == target else "{}"
+                settings = _settings(declared, source, target)
                 hint = (
                     f"Add `{link_name(source, target)}: {settings}` to `links`, or remove the slot."
                 )
@@ -251,8 +277,10 @@ def check_first(declared: Declared) -> Iterator[Problem]:
 
 
 CHECKS: tuple[Callable[[Declared], Iterator[Problem]], ...] = (
+    check_size,
     check_names,
     check_prompts,
+    check_fields,
     check_use,
     check_slots,
     check_cycles,

@@ -43,6 +43,24 @@ _WANTED: Final[Mapping[str, str]] = {
 }
 
 
+# What other programs call element types and precisions.
+SYNONYMS: Final[Mapping[str, str]] = {
+    "fp32": "float32",
+    "f32": "float32",
+    "float": "float32",
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+    "i8": "int8",
+    "q8": "int8",
+    "8bit": "int8",
+    "i4": "int4",
+    "q4": "int4",
+    "4bit": "int4",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Language:
     """What messages say about one kind of YAML file, such as specs.
@@ -220,7 +238,10 @@ def _hint(detail: ErrorDetails) -> str:
     if value is None:
         return "Give it a value, or leave it out."
     if kind == "literal_error" and isinstance(value, str):
-        suggestion = did_you_mean(value, re.findall(r"'([^']*)'", detail["ctx"]["expected"]))
+        known = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+        if SYNONYMS.get(value.lower()) in known:
+            return f"Did you mean `{SYNONYMS[value.lower()]}`?"
+        suggestion = did_you_mean(value, known)
         return suggestion if suggestion.startswith("Did") else ""
     if kind == "bool_type" and str(value).lower() in {"yes", "on", "no", "off"}:
         return f"In YAML 1.2 {show(value)} is text: write `true` or `false`."

@@ -333,8 +333,8 @@ def _entries(
 def _mappings(node: yaml.Node, file: str, problems: list[Problem]) -> list[yaml.Node]:
     """Return the mappings that stand behind a merge key: one, or a list of them."""
     named = _aliased(node)
-    items = named.value if isinstance(named, yaml.SequenceNode) else [node]
-    found = []
+    items: list[yaml.Node] = named.value if isinstance(named, yaml.SequenceNode) else [node]
+    found: list[yaml.Node] = []
     for item in items:
         mapping = _aliased(item)
         if isinstance(mapping, yaml.MappingNode):

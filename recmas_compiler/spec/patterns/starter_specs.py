@@ -12,15 +12,27 @@ from pathlib import Path
 from typing import Final, get_args
 
 from recmas_compiler.spec.document.problems import did_you_mean
+from recmas_compiler.spec.patterns.starter_data import (
+    ANSWERS,
+    PROTOCOL_FILE,
+    QUESTIONS_FILE,
+    TRAIN_FILE,
+    as_lines,
+    color_protocol,
+    color_records,
+    sum_records,
+)
 from recmas_compiler.spec.schema.json_schema import SCHEMA_FILE, schema_text, with_tables
 from recmas_compiler.spec.schema.sections import PATTERN_NAMES, Task
 from recmas_runtime.core.errors import fail
 
-STARTERS: Final = (*PATTERN_NAMES, "custom")
+STARTERS: Final = ("relay", *PATTERN_NAMES, "custom")
 TASK_NAMES: Final = get_args(Task)
 
 # The line of a starter that `--task` changes.
 _TASK_LINE: Final = "  task: general "
+# What a starter has from here on belongs to `--train`.
+_TRAIN_LINE: Final = "\n# --- train\n"
 
 
 def schema_line(schema: str) -> str:
@@ -28,12 +40,15 @@ def schema_line(schema: str) -> str:
     return f"# yaml-language-server: $schema={schema}\n"
 
 
-def starter_spec(pattern: str, *, task: str | None = None, schema: str = SCHEMA_FILE) -> str:
+def starter_spec(
+    pattern: str, *, task: str | None = None, train: bool = False, schema: str = SCHEMA_FILE
+) -> str:
     """Return a commented spec to begin with.
 
     Args:
-        pattern: The name of a pattern, or `custom` for a graph of one's own.
+        pattern: The name of a pattern, `relay`, or `custom` for a graph of one's own.
         task: What the pattern's prompts ask for; None leaves it as the starter has it.
+        train: With the section `train`, which takes the records of `starter_data`.
         schema: Where editors find the JSON schema, relative to the spec.
 
     Raises:
@@ -45,9 +60,27 @@ def starter_spec(pattern: str, *, task: str | None = None, schema: str = SCHEMA_
             "RM118", f"there is no pattern `{pattern}`.", hint=did_you_mean(pattern, STARTERS)
         )
     text = (Path(__file__).parent / "starters" / f"{pattern}.yaml").read_text("utf-8")
+    text, _, section = text.partition(_TRAIN_LINE)
     if task is not None:
         text = _with_task(text, pattern, task)
-    return schema_line(schema) + text
+    return schema_line(schema) + text + (f"\n{section}" if train else "")
+
+
+def starter_files(pattern: str, *, task: str | None = None) -> dict[str, str]:
+    """Return what lies beside a starter that trains, by file name: records and questions.
+
+    Raises:
+        RecmasError: RM118 for a task that recmas makes no records for.
+    """
+    if pattern == "relay":
+        learned, asked = color_records()
+    elif (task or "general") in ANSWERS:
+        learned, asked = sum_records(ANSWERS[task or "general"])
+    else:
+        hint = "Write records of your own; docs/training.md says how, --task math has an example."
+        raise fail("RM118", f"there are no records to train `{task}` on.", hint=hint)
+    files = {TRAIN_FILE: as_lines(learned), QUESTIONS_FILE: as_lines(asked)}
+    return files | ({PROTOCOL_FILE: color_protocol()} if pattern == "relay" else {})
 
 
 def _with_task(text: str, pattern: str, task: str) -> str:

@@ -10,7 +10,9 @@ from pydantic_core import ErrorDetails
 
 from recmas_compiler.spec.document.places import Loc, Places
 from recmas_compiler.spec.document.problems import (
+    SYNONYMS,
     Language,
+    did_you_mean,
     matches,
     schema_errors,
     schema_problem,
@@ -26,6 +28,7 @@ from recmas_compiler.spec.schema.sections import (
     AnswerSection,
     BackboneSection,
     BuildSection,
+    Day,
     Given,
     LinkName,
     LinkSection,
@@ -38,6 +41,7 @@ from recmas_compiler.spec.schema.train import TrainSection
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import SLUG_PATTERN
 from recmas_runtime.formats.plan import MAX_LATENT_STEPS, MAX_ROUNDS
+from recmas_runtime.formats.precisions import buildable
 
 LANGUAGE_VERSION: Final = 1
 
@@ -58,6 +62,10 @@ class SpecDocument(Section):
 
     latent_steps: int = Field(default=16, ge=0, le=MAX_LATENT_STEPS)
     """Latent steps of every agent that does not say otherwise; 0 sends empty messages."""
+
+    date: Given[Day] = None
+    """The day, as YYYY-MM-DD, for chat templates that write it into prompts. Without it that is the
+    day on which a bundle is loaded."""
 
     pattern: Given[PatternSection] = None
     """A known arrangement of agents, instead of writing it out."""
@@ -118,11 +126,13 @@ SPECS: Final = Language(
 _INDEPENDENT: Final[tuple[tuple[str, ...], ...]] = (
     ("rounds",),
     ("latent_steps",),
+    ("date",),
     ("train",),
     ("build",),
     ("build", "*"),
     ("backbones", "*", "dtype"),
     ("backbones", "*", "precision"),
+    ("backbones", "*", "template"),
     ("agents", "*", "system"),
     ("agents", "*", "latent_steps"),
     ("agents", "*", "chat_template"),
@@ -182,7 +192,26 @@ def _problem(detail: ErrorDetails, places: Places) -> Problem:
         message = f"language version {show(detail['input'])} is not known to this recmas."
         hint = f"Write `recmas: {LANGUAGE_VERSION}`, or install the recmas the spec was made for."
         return SPECS.problem(places.value(loc), "RM106", message, hint)
+    if loc[-1] == "precision" and detail["type"] == "literal_error":
+        return _unknown_precision(detail, places)
     return schema_problem(detail, places, SPECS)
+
+
+def _unknown_precision(detail: ErrorDetails, places: Places) -> Problem:
+    """Return the finding for a precision; those that no target builds are not offered."""
+    offered = buildable()
+    listed = f"{', '.join(offered[:-1])} or {offered[-1]}"
+    given, path = detail["input"], ".".join(map(str, detail["loc"]))
+    meant = SYNONYMS.get(given.lower(), "") if isinstance(given, str) else ""
+    message = f"`{path}` should be {listed}, is {show(given)}."
+    if meant in offered:
+        hint = f"Did you mean `{meant}`?"
+    elif meant:
+        hint = f"This version does not build `{meant}`."
+    else:
+        close = did_you_mean(str(given), offered)
+        hint = close if close.startswith("Did") else ""
+    return SPECS.problem(places.value(detail["loc"]), "RM105", message, hint)
 
 
 def _prunable(loc: Loc) -> Loc | None:

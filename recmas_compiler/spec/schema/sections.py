@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Annotated, Final, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
+    WithJsonSchema,
     model_serializer,
     model_validator,
 )
@@ -21,7 +23,16 @@ from pydantic_core import PydanticCustomError
 
 from recmas_runtime.formats.ids import LINK_PATTERN, SLUG_PATTERN
 from recmas_runtime.formats.link_kinds import DEFAULT_INIT, DEFAULT_KIND, LinkInit, LinkKind
-from recmas_runtime.formats.plan import MAX_LATENT_STEPS
+from recmas_runtime.formats.plan import (
+    MAX_LATENT_STEPS,
+    MAX_NEW_TOKENS,
+    MAX_REPETITION_PENALTY,
+    MAX_SEED,
+    MAX_STOPS,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    parse_day,
+)
 from recmas_runtime.formats.precisions import Dtype, PrecisionName, TargetName
 
 MAX_AGENTS: Final = 64
@@ -195,29 +206,29 @@ class AnswerSection(Section):
     agent: Slug
     """The agent that writes the answer in the last round."""
 
-    max_new_tokens: int = Field(default=256, ge=1, le=32_768)
+    max_new_tokens: int = Field(default=256, ge=1, le=MAX_NEW_TOKENS)
     """Most tokens of an answer."""
 
-    temperature: float = Field(default=0.0, ge=0.0, le=10.0)
+    temperature: float = Field(default=0.0, ge=0.0, le=MAX_TEMPERATURE)
     """0 takes the likeliest token; higher is more varied."""
 
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Sample from the likeliest tokens that together have this probability."""
 
-    top_k: int = Field(default=0, ge=0, le=1_000_000)
+    top_k: int = Field(default=0, ge=0, le=MAX_TOP_K)
     """Sample from the k likeliest tokens; 0 keeps all."""
 
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     """Drop tokens below this share of the likeliest one's probability."""
 
-    repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=MAX_REPETITION_PENALTY)
     """Above 1 makes tokens that were already written less likely."""
 
-    seed: int = Field(default=0, ge=0, le=2**32 - 1)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Seed of the first record of a batch; record i uses seed + i."""
 
     stop: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(
-        default=(), strict=False, max_length=16
+        default=(), strict=False, max_length=MAX_STOPS
     )
     """Texts that end the answer; they are not part of it."""
 
@@ -227,6 +238,9 @@ class AnswerSection(Section):
     tools: Given[ToolsSection] = None
     """Tools of the answer agent; without it there are none."""
 
+
+# The `template` that stands for plain text.
+NO_TEMPLATE: Final = "none"
 
 # Variables of the chat template that rendering itself sets.
 RESERVED_TEMPLATE_VARIABLES: Final = frozenset({"messages", "add_generation_prompt"})
@@ -247,6 +261,16 @@ def _plain_value(value: object) -> object:
     return value
 
 
+def _day(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            parse_day(value)
+        except ValueError:
+            raise PydanticCustomError("day", "should be a day of the form YYYY-MM-DD") from None
+    return value
+
+
+Day = Annotated[str, AfterValidator(_day), WithJsonSchema({"type": "string", "format": "date"})]
 TemplateValue = Annotated[bool | int | float | str, BeforeValidator(_plain_value)]
 
 
@@ -264,13 +288,18 @@ class BackboneSection(Section):
     precision: Given[PrecisionName] = None
     """Precision of this backbone's engines instead of `build.precision`."""
 
+    template: Given[FilePath] = None
+    """Chat template instead of the backbone's own: a Jinja file, relative to the spec, or `none`
+    for plain text, as models without one were trained on."""
+
 
 class WeightsSection(Section):
     """Where a link's weights come from: a file, or a start."""
 
     kind: Given[LinkKind] = None
-    """Form of the link: `projected`, `residual` (the paper) or `ln_residual` (the released
-    weights). Without it: `projected`, or with `weights` the kind of the file."""
+    """Form of the link: `projected`, `residual` (the paper), `ln_residual` (the released weights)
+    or `biased_residual` (the released trainer's default). Without it: `projected`, or with
+    `weights` the kind of the file."""
 
     init: Given[LinkInit] = None
     """Start of a link without `weights`: `aligned` (the default) solves for it in closed form when

@@ -13,6 +13,7 @@ from recmas_runtime.formats.link_kinds import PAPER_KIND, RELEASED_KIND, LinkKin
 
 Preset = Literal["default", "released", "paper"]
 Stage = Literal["inner", "outer", "all"]  # what `recmasc train --stage` takes
+MethodName = Literal["lora", "sft"]  # what may learn in the place of links
 Mode = Literal["teacher_forced", "rollout"]
 Supervise = Literal["final", "all"]
 BackboneDtype = Literal["auto", "float32", "bfloat16"]
@@ -209,7 +210,8 @@ class TrainSection(Section):
 
     backbone_dtype: BackboneDtype = "auto"
     """Element type of the frozen backbones while training: `auto` is `bfloat16` on a GPU that has
-    it and `float32` elsewhere. Links are always `float32`."""
+    it and on a processor that multiplies faster in it, `float32` elsewhere. Links are always
+    `float32`."""
 
     checkpoint_calls: bool = False
     """Compute an agent's call again in the backward pass instead of keeping it: less memory, more

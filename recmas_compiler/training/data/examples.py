@@ -13,8 +13,10 @@ from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.spec.document.problems import problem_at, show
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.files import open_regular
 from recmas_runtime.core.progress import Progress
-from recmas_runtime.running.records import FailedRecord, Record, read_records
+from recmas_runtime.core.tables import FORMATS, Row, read_rows
+from recmas_runtime.running.records import as_record, check_record
 
 # A file with one mistake often has it in every line.
 MAX_PROBLEMS: Final = 20
@@ -131,22 +133,24 @@ class _Reader:
         examples: list[TrainExample] = []
         problems: list[Problem] = []
         try:
-            with path.open("rb") as stream:
-                for found in read_records(stream, file=str(path), fields=self.prompt_fields):
-                    if isinstance(found, FailedRecord):
-                        problems.append(replace(found.problem, code="RM700", hint=_CORRECT))
-                    elif wrong := self._wrong_targets(found, str(path)):
-                        problems += wrong
-                    else:
-                        examples.append(self._example(found))
+            with open_regular(path, file=str(path)) as stream:
+                seen: dict[str, int] = {}
+                for row in read_rows(stream, file=str(path)):
+                    wrong = self._problems(row, seen)
+                    problems += (
+                        Problem(
+                            code="RM700", message=why, hint=_CORRECT, file=str(path), line=row.line
+                        )
+                        for why in wrong
+                    )
+                    if not wrong:
+                        examples.append(self._example(row))
                 stream.seek(0)
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
-            message = f"`{path}` cannot be read: {error.strerror}."
-            hint = "Give a file of JSON lines, relative to the spec."
-            raise RecmasError(
-                problem_at(self._spec.position(*setting), "RM700", message, hint=hint)
-            ) from error
+            raise self._unreadable(path, setting, str(error.strerror or error)) from error
+        except RecmasError as error:
+            raise self._unreadable(path, setting, error.problems[0].message) from error
         if problems:
             raise RecmasError(_first(problems, str(path)))
         if not examples:
@@ -154,27 +158,40 @@ class _Reader:
             raise fail("RM700", message, file=str(path), hint=hint)
         return tuple(examples), digest
 
-    def _example(self, record: Record) -> TrainExample:
+    def _unreadable(self, path: Path, setting: tuple[str, str], why: str) -> RecmasError:
+        message = f"`{path}` cannot be read: {why}."
+        hint = f"Give a file of {FORMATS}, relative to the spec."
+        return RecmasError(problem_at(self._spec.position(*setting), "RM700", message, hint=hint))
+
+    def _example(self, row: Row) -> TrainExample:
+        record = as_record(row.fields or {}, row.number - 1)
         texts = {agent: str(record.fields[name]) for agent, name in self._targets.items()}
         return TrainExample(
-            id=str(record.id), index=record.index, fields=record.fields, targets=texts
+            id=str(record.id),
+            index=record.index,
+            fields=record.fields,
+            targets=texts,
+            line=row.line,
         )
 
-    def _wrong_targets(self, record: Record, file: str) -> list[Problem]:
-        wrong = []
-        for agent, name in self._targets.items():
-            why = _why_no_text(record.fields, name)
-            if why is not None:
-                wrong.append(
-                    Problem(
-                        code="RM700",
-                        message=f"record {record.id!r} {why}, which is the target of `{agent}`",
-                        hint=_CORRECT,
-                        file=file,
-                        line=record.index + 1,
-                    )
-                )
-        return wrong
+    def _problems(self, row: Row, seen: dict[str, int]) -> list[str]:
+        """Return what is wrong with a row; note the line of its id in `seen`."""
+        if row.fields is None:
+            return [row.problem]
+        try:
+            record = as_record(row.fields, row.number - 1)
+            check_record(record, self.prompt_fields)
+        except RecmasError as error:
+            return [error.problems[0].message]
+        if str(record.id) in seen:
+            return [f"id {record.id!r} is already that of line {seen[str(record.id)]}"]
+        seen[str(record.id)] = row.line
+        found = ((agent, _why_no_text(row.fields, name)) for agent, name in self._targets.items())
+        return [
+            f"record {record.id!r} {why}, which is the target of `{agent}`"
+            for agent, why in found
+            if why is not None
+        ]
 
 
 def _why_no_text(fields: Mapping[str, object], name: str) -> str | None:
@@ -212,7 +229,11 @@ def _split(
     num_held_out = min(round(len(examples) * fraction), len(examples) - 1)
     if fraction > 0 and len(examples) > 1:
         num_held_out = max(num_held_out, 1)
-    ranked = sorted(examples, key=lambda e: hashlib.sha256(f"{seed}:{e.id}".encode()).digest())
+    # An id may hold half a surrogate pair, which JSON can spell.
+    ranked = sorted(
+        examples,
+        key=lambda e: hashlib.sha256(f"{seed}:{e.id}".encode("utf-8", "backslashreplace")).digest(),
+    )
     chosen = {example.id for example in ranked[:num_held_out]}
     return (
         tuple(example for example in examples if example.id not in chosen),
@@ -249,7 +270,7 @@ def _overlap(
                 message=f"the held-out record {example.id!r} is in the training data too",
                 hint="Remove it from one of the two files.",
                 file=file,
-                line=example.index + 1,
+                line=example.line,
             )
             for example in same
         ]

@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -26,11 +27,13 @@ from torch import Tensor
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.training.loop.checkpoint import writing
 from recmas_compiler.training.loop.distributed import World
-from recmas_runtime.core.errors import fail
+from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.files import open_regular, sha256_of, write_whole
 from recmas_runtime.core.progress import Progress
 
 # Positions that run at once, padding included.
 _POSITIONS_AT_ONCE: Final = 8192
+_DIGEST_BYTES: Final = 64
 # Calls among which equal lengths are looked for.
 _WINDOW: Final = 256
 
@@ -107,7 +110,7 @@ def cached_hidden_states(
     """Return the hidden states of calls, from disk if they fit.
 
     They are kept as float32, as float16 if only that fits, and else not at all. A file of equal
-    calls and backbone is used again.
+    calls and backbone is used again if it is what was written.
 
     Args:
         calls: At least one, none without target tokens.
@@ -127,12 +130,26 @@ def cached_hidden_states(
     dtype = fitting[0]
     path = folder / f"{_digest(backbone, calls)}.{dtype}"
     num_bytes = num_rows * width * dtype.itemsize
-    if world.is_main and not (path.is_file() and path.stat().st_size == num_bytes):
+    if world.is_main and not _is_whole(path, num_bytes):
         _store(computed, path, dtype=dtype, num_bytes=num_bytes, progress=progress)
     world.wait()
     if not path.is_file():  # another machine, without the main process's disk
         return computed
     return replace(computed, stored_ND=np.memmap(path, dtype, "r", shape=(num_rows, width)))
+
+
+def _is_whole(path: Path, num_bytes: int) -> bool:
+    """Tell whether a file of hidden states is there with the digest that was written beside it."""
+    try:
+        with open_regular(_digest_file(path), file=path.name) as stream:
+            digest = stream.read(_DIGEST_BYTES + 1)
+        return path.stat().st_size == num_bytes and sha256_of(path).encode() == digest
+    except (RecmasError, OSError):
+        return False
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
 
 
 def _store(
@@ -148,6 +165,7 @@ def _store(
     Plain writes: a full disk under a memory map would kill the process instead of being an error.
     """
     staged = path.with_name(f".{path.name}.writing")
+    digest = hashlib.sha256()
     title = f"Computing hidden states of {states.backbone.facts.source}"
     try:
         with writing(path):
@@ -162,13 +180,20 @@ def _store(
                 )
             with progress.stage(title, len(states)) as advance, staged.open("wb") as file:
                 for hidden_ND in _hidden_states(states.backbone, states.calls):
-                    file.write(hidden_ND.cpu().numpy().astype(dtype).tobytes())
+                    content = hidden_ND.cpu().numpy().astype(dtype).tobytes()
+                    digest.update(content)
+                    file.write(content)
                     advance()
                 file.flush()
                 os.fsync(file.fileno())
+            for old in (path, _digest_file(path)):  # whatever a damaged disk left there
+                if old.is_dir() and not old.is_symlink():
+                    shutil.rmtree(old)
             staged.replace(path)
+            write_whole(_digest_file(path), digest.hexdigest())
     finally:
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):  # it would hide what went wrong above
+            staged.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -20,30 +21,27 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from recmas_compiler.spec.schema.train import InnerStageSection, OuterStageSection, TrainSection
 from recmas_compiler.training.loop.checkpoint import (
-    check_same_run,
-    latest_checkpoint,
-    load_checkpoint,
+    newest_whole_checkpoint,
     restore_tensors,
     run_tensors,
     save_checkpoint,
     writing,
 )
+from recmas_compiler.training.loop.checkpoint_head import (
+    CHECKPOINTS,
+    LoopState,
+    check_unused,
+    damaged_checkpoint,
+    latest_checkpoint,
+)
 from recmas_compiler.training.loop.distributed import World
+from recmas_compiler.training.loop.memory import memory_named
 from recmas_compiler.training.loop.metrics import METRICS_NAME, peak_memory_mb
-from recmas_runtime.core.errors import fail
+from recmas_runtime.core.errors import Problem, fail
 from recmas_runtime.core.jsonl import JsonLines
 from recmas_runtime.core.progress import Progress
 
-CHECKPOINTS: Final = "checkpoints"
-
-# How torch words that the processor's memory is used up; it has no exception of its own for that.
-_NO_MEMORY: Final = ("can't allocate memory", "not enough memory")
-
-# The mean over about the last twenty steps is what is judged: single batches differ.
-_KEPT: Final = 0.95
-# A loss this many times its best mean, and more by this much, does not come back.
-_FACTOR: Final = 3.0
-_MARGIN: Final = 1.0
+_FINISHING: Final = b"\nfinishing this step; once more stops without saving\n"
 
 StageSection = InnerStageSection | OuterStageSection
 
@@ -92,6 +90,7 @@ class LoopResult:
 
     Attributes:
         loss: Running mean of the training loss.
+        warnings: What was found when it was gone on with.
     """
 
     steps: int
@@ -99,6 +98,7 @@ class LoopResult:
     loss: float | None
     first: Mapping[str, Any]
     last: Mapping[str, Any]
+    warnings: tuple[Problem, ...] = ()
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -109,32 +109,6 @@ class LoopResult:
             "before": dict(self.first),
             "after": dict(self.last),
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Health:
-    """The running mean of the loss and the lowest it has been; None before the first step."""
-
-    mean: float | None = None
-    lowest: float | None = None
-
-    def after(self, loss: float) -> Health:
-        """Return the state after one more step."""
-        mean = loss if self.mean is None else _KEPT * self.mean + (1 - _KEPT) * loss
-        return Health(mean=mean, lowest=mean if self.lowest is None else min(self.lowest, mean))
-
-    def why_stop(self, loss: float, gradient_norm: float) -> str | None:
-        """Return what is wrong with a step of this loss and norm; None if nothing."""
-        if not math.isfinite(loss):
-            return f"the loss is {loss}"
-        if not math.isfinite(gradient_norm):
-            return f"the gradient is {gradient_norm}"
-        after = self.after(loss)
-        assert after.mean is not None
-        assert after.lowest is not None
-        if after.mean > _FACTOR * after.lowest + _MARGIN:
-            return f"the loss diverges: its mean rose from {after.lowest:.3g} to {after.mean:.3g}"
-        return None
 
 
 def rate_factor(step: int, *, steps: int, warmup_steps: int) -> float:
@@ -168,8 +142,11 @@ def _permutation(num_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 @contextmanager
-def interrupts() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a request to stop after the step; the second one stops at once."""
+def interrupts(*, tell: bool = True) -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into a request to stop after the step; the second one stops at once.
+
+    With `tell` a line on stderr says so at once: a step may take minutes.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked  # only the main thread may set handlers
@@ -178,6 +155,10 @@ def interrupts() -> Iterator[threading.Event]:
     def note(number: int, frame: object) -> None:
         asked.set()
         signal.signal(signal.SIGINT, before)
+        if tell:
+            with suppress(OSError):  # nobody may be there to read
+                # Not through sys.stderr, which the signal may have found in the middle of a write.
+                os.write(2, _FINISHING)
 
     before = signal.signal(signal.SIGINT, note)
     try:
@@ -186,18 +167,12 @@ def interrupts() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-@dataclass
-class _State:
-    """What changes from step to step besides tensors; all of it is in a checkpoint."""
-
-    step: int = 0
-    health: Health = field(default_factory=Health)
-    first: Mapping[str, Any] = field(default_factory=dict)
-    last: Mapping[str, Any] = field(default_factory=dict)
-
-
 class Loop:
-    """Trains a task; `identity` is what the run is made of, others' checkpoints are refused."""
+    """Trains a task.
+
+    `identity` is what the run is made of: others' checkpoints are refused. `machine` is what its
+    last bits depend on, besides threads and versions: where that changes, it is said.
+    """
 
     def __init__(
         self,
@@ -207,6 +182,7 @@ class Loop:
         *,
         folder: Path,
         identity: Mapping[str, str],
+        machine: Mapping[str, str] | None = None,
         world: World,
         sink: Sink | None = None,
     ) -> None:
@@ -215,9 +191,18 @@ class Loop:
         self._stage = stage
         self._folder = folder
         self._identity = identity
+        self._machine = {
+            "threads": str(torch.get_num_threads()),
+            "processes": str(world.size),
+            "device": world.device.type,
+            "torch": torch.__version__,
+            **(machine or {}),
+        }
         self._world = world
         self._sink = sink
-        self._at = _State()
+        self._step_done = 0
+        self._at = LoopState()
+        self._warnings: tuple[Problem, ...] = ()
         self._log: JsonLines | None = None
         self._weights = [w for link in task.links.values() for w in link.parameters()]
         self._optimizer = torch.optim.AdamW(
@@ -242,7 +227,10 @@ class Loop:
                 with writing(self._folder / METRICS_NAME):
                     self._log = JsonLines(self._folder / METRICS_NAME)
                     self._log.keep(kept_bytes)  # what came after the checkpoint is done again
-            with interrupts() as interrupted, self._named_failures():
+            with (
+                interrupts(tell=self._world.is_main) as interrupted,
+                memory_named(self._where, self._folder / CHECKPOINTS),
+            ):
                 return self._steps(title, progress, interrupted)
         finally:
             if self._log is not None:
@@ -250,55 +238,47 @@ class Loop:
 
     def _begin(self, *, resume: bool) -> int:
         """Take up the last checkpoint; return how much of the metrics belongs to it."""
-        latest = latest_checkpoint(self._folder / CHECKPOINTS)
-        if latest is not None and not resume:
-            raise fail(
-                "RM302",
-                f"{self._folder} holds a run already, up to {latest.name}",
-                hint="Go on with --resume, name another --out, or delete the folder.",
-            )
-        kept_bytes = 0
-        if latest is not None:
-            checkpoint = load_checkpoint(latest)
-            check_same_run(checkpoint, self._identity)
-            restore_tensors(checkpoint.tensors, self._task.links, self._optimizer)
-            state = checkpoint.state
-            self._at = _State(
-                step=checkpoint.step,
-                health=Health(**state["health"]),
-                first=state["first"],
-                last=state["last"],
-            )
-            kept_bytes = int(state["metrics_bytes"])
+        check_unused(self._folder, resume=resume)
+        folder = self._folder / CHECKPOINTS
+        found, self._warnings = newest_whole_checkpoint(
+            folder, self._task.links, identity=self._identity
+        )
+        if found is not None:
+            if found.step > self._stage.steps:
+                raise damaged_checkpoint(found.path, f"there are {self._stage.steps} steps")
+            self._warnings += other_machine(found.path, found.head.machine, self._machine)
+            restore_tensors(found.tensors, self._task.links, self._optimizer)
+            self._step_done, self._at = found.step, found.head.state
         for weight in self._weights:
             self._world.copy_from_main(weight)
         with writing(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-        return kept_bytes
+        return self._at.metrics_bytes
 
     def _steps(self, title: str, progress: Progress, interrupted: threading.Event) -> LoopResult:
         at, section, num_steps = self._at, self._section, self._stage.steps
         factor = partial(rate_factor, steps=num_steps, warmup_steps=section.warmup_steps)
-        rates = LambdaLR(self._optimizer, factor, last_epoch=at.step - 1)
-        if at.step == 0:
+        rates = LambdaLR(self._optimizer, factor, last_epoch=self._step_done - 1)
+        if self._step_done == 0:
             self._measure()
         stopped = False
-        with progress.stage(title, num_steps, done=at.step) as advance:
-            while at.step < num_steps and not stopped:
+        with progress.stage(title, num_steps, done=self._step_done) as advance:
+            while self._step_done < num_steps and not stopped:
                 loss, stopped = self._step(rates, interrupted)
-                at.step += 1
-                advance(note=f"loss {loss:.4f}")
-                is_last = at.step == num_steps
-                if at.step % section.eval_every == 0 or is_last:
+                self._step_done += 1
+                advance(note=f"loss {loss:.4f}{_held_out(at.last)}")
+                is_last = self._step_done == num_steps
+                if self._step_done % section.eval_every == 0 or is_last:
                     self._measure()
-                if at.step % section.checkpoint_every == 0 or is_last or stopped:
+                if self._step_done % section.checkpoint_every == 0 or is_last or stopped:
                     self._save()
         return LoopResult(
-            steps=at.step,
-            interrupted=at.step < num_steps,
+            steps=self._step_done,
+            interrupted=self._step_done < num_steps,
             loss=at.health.mean,
             first=at.first,
             last=at.last,
+            warnings=self._warnings,
         )
 
     def _step(self, rates: LambdaLR, interrupted: threading.Event) -> tuple[float, bool]:
@@ -306,7 +286,7 @@ class Loop:
         at, section, world = self._at, self._section, self._world
         started = time.perf_counter()
         places = batch_of(
-            at.step,
+            self._step_done,
             num_examples=self._task.num_examples,
             batch_size=self._stage.batch_size,
             seed=section.seed,
@@ -339,7 +319,7 @@ class Loop:
         self._write(
             {
                 "kind": "step",
-                "step": at.step + 1,
+                "step": self._step_done + 1,
                 "loss": loss,
                 "lr": rate,
                 "tokens": int(tokens),
@@ -390,7 +370,7 @@ class Loop:
         good = "there is no checkpoint yet" if latest is None else f"the last good one is {latest}"
         raise fail(
             "RM701",
-            f"training of {self._task.name} stopped at step {self._at.step + 1}: {why}; {good}",
+            f"training of {self._task.name} stopped at step {self._step_done + 1}: {why}; {good}",
             hint="Lower the stage's `lr`, or raise `train.warmup_steps`.",
         )
 
@@ -398,9 +378,9 @@ class Loop:
         figures = self._task.measure(self._world)
         if not figures:
             return
-        self._at.first = self._at.first or figures
-        self._at.last = figures
-        self._write({"kind": "eval", "step": self._at.step, **figures})
+        self._at.first = self._at.first or dict(figures)
+        self._at.last = dict(figures)
+        self._write({"kind": "eval", "step": self._step_done, **figures})
 
     def _write(self, entry: Mapping[str, Any]) -> None:
         if self._log is not None:
@@ -411,38 +391,41 @@ class Loop:
 
     def _save(self) -> None:
         if self._log is not None:
-            at = self._at
             with writing(self._folder / METRICS_NAME):
-                num_bytes = self._log.sync()
+                self._at.metrics_bytes = self._log.sync()
             save_checkpoint(
                 self._folder / CHECKPOINTS,
-                step=at.step,
+                step=self._step_done,
                 identity=self._identity,
-                state={
-                    "metrics_bytes": num_bytes,
-                    "health": asdict(at.health),
-                    "first": at.first,
-                    "last": at.last,
-                },
+                machine=self._machine,
+                state=self._at,
                 tensors=run_tensors(self._task.links, self._optimizer),
             )
         self._world.wait()
 
-    @contextmanager
-    def _named_failures(self) -> Iterator[None]:
-        """Say which setting to lower when memory is used up."""
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:  # torch's own error is a RuntimeError
-            known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-            if not known and not any(words in str(error) for words in _NO_MEMORY):
-                raise
-            latest = latest_checkpoint(self._folder / CHECKPOINTS)
-            kept = "" if latest is None else f"; the last good checkpoint is {latest}"
-            raise fail(
-                "RM702",
-                f"memory ran out in step {self._at.step + 1} of {self._task.name}, with batches of "
-                f"{self._stage.batch_size} in {self._section.accumulation} pieces{kept}",
-                hint="Raise `train.accumulation` or lower the stage's `batch_size`; then "
-                "`train.max_length`, or `checkpoint_calls: true`.",
-            ) from error
+    def _where(self) -> str:
+        return (
+            f"in step {self._step_done + 1} of {self._task.name}, with batches of "
+            f"{self._stage.batch_size} in {self._section.accumulation} pieces"
+        )
+
+
+def other_machine(
+    path: Path, then: Mapping[str, str], now: Mapping[str, str]
+) -> tuple[Problem, ...]:
+    """Warn that a run goes on where sums are rounded otherwise."""
+    other = [
+        f"{name} {then.get(name, 'unknown')}, now {value}"
+        for name, value in now.items()
+        if then.get(name) != value
+    ]
+    if not other:
+        return ()
+    message = f"{path.name} was made otherwise ({'; '.join(other)})"
+    hint = "The weights will be as good, but not those of an unbroken run bit for bit."
+    return (Problem(code="RM754", severity="warning", message=message, hint=hint, file=str(path)),)
+
+
+def _held_out(figures: Mapping[str, Any]) -> str:
+    """Return the first of the newest held-out figures, to stand beside the loss."""
+    return next((f", held out: {name} {value:.4f}" for name, value in figures.items()), "")

@@ -20,7 +20,9 @@ from torch import nn
 
 from recmas_compiler.analysis.plots import COLOURS, Panel, save_figure
 from recmas_compiler.training.loop.distributed import World
+from recmas_runtime.core.files import write_whole
 from recmas_runtime.core.jsonl import read_json_lines
+from recmas_runtime.core.text import first_line
 
 METRICS_NAME: Final = "metrics.jsonl"
 COST_NAME: Final = "cost.json"
@@ -32,6 +34,10 @@ _ROUNDS: Final = ("-", "--", ":", "-.")
 _SMOOTHED_OVER: Final = 20
 
 Entries = Sequence[Mapping[str, Any]]
+
+
+class MetricsError(Exception):
+    """A metrics file that holds something else than a loop writes; the text says what."""
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -79,7 +85,7 @@ def write_cost(folder: Path, learning: Mapping[str, nn.Module], world: World) ->
         device=world.device.type,
     )
     text = json.dumps(asdict(cost), indent=1)
-    (folder / COST_NAME).write_text(text + "\n", encoding="utf-8")
+    write_whole(folder / COST_NAME, text + "\n")
 
 
 def read_cost(folder: Path) -> Cost:
@@ -117,7 +123,8 @@ def _draw_loss(steps: Entries, measured: Entries, levels: Mapping[str, float], a
     axes.plot(places, _smoothed(losses), color="#999999", label="training loss")
     axes.set_ylabel("loss per token")
     names = [name for name in _FIGURES if any(name in entry for entry in measured)]
-    is_cosine = names == ["cosine"]
+    # Baselines are cosines too: neither belongs on the axis of losses.
+    is_cosine = bool(levels) or names == ["cosine"]
     figures = axes.twinx() if is_cosine else axes
     for colour, name in zip(COLOURS, names, strict=False):
         found = [entry for entry in measured if name in entry]
@@ -171,7 +178,15 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _entries(folder: Path, kind: str) -> list[Mapping[str, Any]]:
-    return [entry for entry in read_json_lines(folder / METRICS_NAME) if entry["kind"] == kind]
+    """Return the entries of a kind.
+
+    Raises:
+        MetricsError: The file holds something else than a loop writes.
+    """
+    try:
+        return [e for e in read_json_lines(folder / METRICS_NAME) if e["kind"] == kind]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise MetricsError(first_line(error)) from error
 
 
 def _column(entries: Entries, name: str) -> list[float]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -26,13 +26,11 @@ from recmas_compiler.lowering.reference import module_name
 from recmas_compiler.lowering.training_graph.agent_calls import Row, pad_rows, recomputed
 from recmas_compiler.lowering.training_graph.calls import Call, CallWriter, TrainExample
 from recmas_compiler.lowering.training_graph.graph import Loss, turn_loss, weighted_loss
-from recmas_compiler.spec.schema.train import LoraSection, SftSection, TrainSection
+from recmas_compiler.spec.schema.train import LoraSection, MethodName, SftSection, TrainSection
 from recmas_compiler.training.loop.distributed import World
 from recmas_runtime.core.errors import fail
 from recmas_runtime.prompts.render import Tokens
 from recmas_runtime.running.baselines import without_slots
-
-MethodName = Literal["lora", "sft"]
 
 ADAPTER: Final = "adapter"
 MODEL: Final = "model"

@@ -13,6 +13,7 @@ from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.lowering.training_graph.graph import Loss, TrainingGraph
 from recmas_compiler.lowering.training_graph.latents import Control
 from recmas_compiler.training.loop.distributed import World
+from recmas_runtime.core.progress import Advance
 
 # What the answer agent's slots hold in the last round, by the name that figures have.
 CONTROLS: Final[Mapping[str, Control]] = {
@@ -103,7 +104,11 @@ def exact_answers(
 
 @torch.no_grad()
 def record_losses(
-    graph: TrainingGraph, examples: Sequence[TrainExample], *, batch_size: int
+    graph: TrainingGraph,
+    examples: Sequence[TrainExample],
+    *,
+    batch_size: int,
+    advance: Advance = lambda num_units=1, *, note="": None,
 ) -> list[dict[str, Any]]:
     """Return id, mean loss and number of tokens of every record, in the spec's own mode."""
     found: list[dict[str, Any]] = []
@@ -114,6 +119,7 @@ def record_losses(
             some, loss.per_record_sum.tolist(), loss.per_record_tokens.tolist(), strict=True
         ):
             found.append({"id": example.id, "loss": total / tokens, "tokens": int(tokens)})
+        advance(len(some))
     return found
 
 

@@ -12,6 +12,7 @@ from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.engines.interface import Backbone
 from recmas_runtime.engines.tensorrt.engine_cache import (
+    RECORD_NAME,
     TIMING_CACHE_NAME,
     BackbonePlans,
     DecoderPlan,
@@ -23,6 +24,7 @@ from recmas_runtime.engines.tensorrt.engine_cache import (
     timing_caches,
     write_record,
 )
+from recmas_runtime.engines.tensorrt.own_engines import remember_engines
 from recmas_runtime.engines.tensorrt.static_graph import (
     Ranges,
     decoder_ranges,
@@ -45,12 +47,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineBuild:
-    """What a build gave; `figures` say by backbone how far its engines are from the reference."""
+    """What a build gave; `figures` say by backbone how far its engines are from the reference.
+
+    Where the user has no folder to remember them in, they are not taken without being asked for.
+    """
 
     path: Path
     record: EngineRecord
     reused: bool
     figures: dict[str, dict[str, float]]
+    is_own: bool = True
 
     @property
     def capacities(self) -> dict[str, list[int]]:
@@ -67,6 +73,8 @@ class EngineBuild:
             found = ", ".join(f"{key} {value:.1e}" for key, value in figures.items())
             sizes = ", ".join(str(capacity) for capacity in capacities)
             lines.append(f"{name}: {sizes} cache rows" + (f"; {found}" if found else ""))
+        if not self.is_own:
+            lines.append("The user's state folder cannot be written: run with --device tensorrt.")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -104,7 +112,7 @@ def build_engines(
     bundle = open_bundle(root)
     fingerprint = bundle.manifest.fingerprint
     engines, _ = choose_engines(root, fingerprint, platform)
-    if reuse and engines is not None:
+    if reuse and engines is not None and engines.is_own:
         return EngineBuild(path=engines.path, record=engines.record, reused=True, figures={})
     kept = {**(kept_timing or {}), **timing_caches(root)}
     with staged_engines(root, platform) as folder:
@@ -116,7 +124,8 @@ def build_engines(
         )
         figures = _check(bundle, EngineFolder(folder, record), progress)
     path = root / ENGINES_FOLDER / platform.key
-    return EngineBuild(path=path, record=record, reused=False, figures=figures)
+    is_own = remember_engines(path / RECORD_NAME)
+    return EngineBuild(path=path, record=record, reused=False, figures=figures, is_own=is_own)
 
 
 class _Builder:

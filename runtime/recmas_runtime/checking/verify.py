@@ -9,16 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from recmas_runtime.checking.placement import StrayNode, find_stray_nodes
 from recmas_runtime.core.errors import Exit, Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.engines.interface import Backbone, Operands
 from recmas_runtime.engines.onnx.backbone import LinkEngine
+from recmas_runtime.engines.tensorrt.engine_cache import engines_text
 from recmas_runtime.formats.bundle import Bundle, open_bundle, unlisted_files
+from recmas_runtime.formats.codec import malformed
 from recmas_runtime.formats.links import read_operands
-from recmas_runtime.formats.manifest import ParityEntry
+from recmas_runtime.formats.manifest import PLAN_NAME, Manifest, ParityEntry
 from recmas_runtime.formats.precisions import beyond_tolerance
 from recmas_runtime.formats.safetensors_file import read_tensors
+from recmas_runtime.prompts.trial import render_once
 from recmas_runtime.running.open_engines import open_engines
 from recmas_runtime.running.parity import (
     BACKBONE_CASE,
@@ -27,6 +33,8 @@ from recmas_runtime.running.parity import (
     measure_link_parity,
     measure_probe,
 )
+from recmas_runtime.running.records import Record
+from recmas_runtime.running.system import LoadedBundle, System, load_parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +49,16 @@ class CaseReport:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyReport:
-    """What was found out about a bundle; the probe's figure is its distance from the answer."""
+    """What was found out about a bundle; the probe's figure is its distance from the answer.
+
+    Folders of TensorRT engines come with who built them.
+    """
 
     num_files: int
     device: str
     probe_absolute: float
     cases: tuple[CaseReport, ...]
+    engines: Mapping[str, str]
     problems: tuple[Problem, ...]
 
     @property
@@ -69,6 +81,7 @@ class VerifyReport:
                 }
                 for case in self.cases
             ],
+            "engines": dict(self.engines),
         }
 
 
@@ -79,7 +92,7 @@ def verify_bundle(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Hash every file, run the known-answer probe and every parity case.
+    """Hash every file, render every prompt, run the known-answer probe and every parity case.
 
     Args:
         device: `auto`, `cpu`, `cuda` or `tensorrt`.
@@ -93,6 +106,9 @@ def verify_bundle(
     bundle = open_bundle(path, verify_hashes=True, progress=watcher)
     opened = open_engines(bundle, device=device, threads=threads)
     problems = [*opened.problems]
+    loaded = load_parts(bundle, opened)
+    problems += _prompt_problems(bundle, loaded)
+    problems += _tokens_without_rows(bundle, loaded)
     problems += [
         Problem(
             code="RM401",
@@ -135,8 +151,51 @@ def verify_bundle(
         device=opened.device,
         probe_absolute=probe,
         cases=tuple(cases),
+        engines=engines_text(bundle.root),
         problems=tuple(problems),
     )
+
+
+def _prompt_problems(bundle: Bundle, loaded: LoadedBundle) -> list[Problem]:
+    """Render every prompt once and return what a run would find wrong with it."""
+    plan, chats = bundle.plan, loaded.chats
+    templates = {name: chat.template for name, chat in chats.items()}
+    # That a date changes is told where a spec can fix it, at build.
+    findings = render_once(plan.agents, templates, has_date=True)
+    problems = [
+        _disagrees(PLAN_NAME, f"prompt `{f.place}` of agent {f.agent!r}: {f.problem.message}")
+        for f in findings
+        if f.problem.severity == "error"
+    ]
+    if problems:
+        return problems
+    # As tokens, too; what is of another kind than text is for records to say.
+    record = Record(id="1", fields=dict.fromkeys(plan.fields, "What is 7 * 8?"))
+    try:
+        System(plan, loaded).prompts(record)
+    except RecmasError as error:
+        problems += [
+            _disagrees(PLAN_NAME, problem.message)
+            for problem in error.problems
+            if problem.code != "RM500"
+        ]
+    return problems
+
+
+def _tokens_without_rows(bundle: Bundle, loaded: LoadedBundle) -> list[Problem]:
+    """Return a warning for each tokenizer that knows more tokens than its backbone."""
+    return [
+        Problem(
+            code="RM404",
+            message=f"the tokenizer has tokens up to {largest}, backbone {name!r} has embeddings "
+            f"for {entry.vocab_size}",
+            hint="Records that hold such a token fail; the others are answered.",
+            severity="warning",
+            file=entry.tokenizer,
+        )
+        for name, entry in bundle.manifest.backbones.items()
+        if (largest := loaded.chats[name].tokenizer.largest_id) >= entry.vocab_size
+    ]
 
 
 def _run_case(
@@ -174,7 +233,57 @@ def read_case(bundle: Bundle, entry: ParityEntry) -> tuple[Mapping[str, Any], st
             file=entry.file,
             hint="Build the bundle again with one version of recmas.",
         )
+    wrong = _wrong_tensor(tensors, bundle.manifest, entry)
+    if wrong:
+        raise malformed(entry.file, f"the parity case's tensor {wrong}")
     return tensors, inner
+
+
+def _wrong_tensor(
+    case: Mapping[str, NDArray[Any]], manifest: Manifest, entry: ParityEntry
+) -> str | None:
+    """Return which tensor of a case is of another type or shape, or has values out of bounds.
+
+    The lengths of what is expected are left to the comparison.
+    """
+    backbone = manifest.backbones[entry.backbone]
+    width = backbone.width
+    # By tensor: sizes of its axes, None for any.
+    floats: dict[str, tuple[int | None, ...]] = {
+        "inputs_embeds": (1, None, width),
+        "hidden": (None, None, None),
+        "thought_next": (None, None, None),
+        "logits_hidden": (None, width),
+        "logits": (None, None),
+    }
+    for link in case_links(case):
+        floats[f"link.{link}.x"] = (None, manifest.links[link].in_dim)
+        floats[f"link.{link}.y"] = (None, None)
+    for name, sizes in floats.items():
+        found = case.get(name)
+        if found is None:
+            return f"{name!r} is missing"
+        fits = len(found.shape) == len(sizes) and all(
+            wanted in (None, size) for wanted, size in zip(sizes, found.shape, strict=True)
+        )
+        if found.dtype != np.float32 or not fits:
+            return f"{name!r} is {found.dtype} of shape {list(found.shape)}"
+    for name, least, beyond in (
+        ("chunks", 1, 2**31),
+        ("greedy_prompt", 0, backbone.vocab_size),
+        ("greedy_tokens", 0, backbone.vocab_size),
+    ):
+        found = case[name]
+        if found.dtype != np.int64 or found.ndim != 1 or not found.size:
+            return f"{name!r} is {found.dtype} of shape {list(found.shape)}"
+        if found.min() < least or found.max() >= beyond:
+            return f"{name!r} has values from {found.min()} to {found.max()}"
+    positions = case["inputs_embeds"].shape[1]
+    if int(case["chunks"].sum()) != positions:
+        return f"'chunks' does not add up to the {positions} positions of 'inputs_embeds'"
+    if max(positions, len(case["greedy_prompt"])) > backbone.max_positions:
+        return f"'inputs_embeds' has more positions than the backbone, {backbone.max_positions}"
+    return None
 
 
 def out_of_tolerance(file: str, figures: Mapping[str, float], *, precision: str) -> list[Problem]:

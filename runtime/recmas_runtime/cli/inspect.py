@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from recmas_runtime.core.text import aligned, counted, human_bytes
+from recmas_runtime.engines.tensorrt.engine_cache import engines_text
 from recmas_runtime.formats.bundle import Bundle
 from recmas_runtime.formats.codec import to_json
-from recmas_runtime.formats.manifest import LossEntry
+from recmas_runtime.formats.manifest import LinkEntry, LossEntry
 from recmas_runtime.formats.plan import (
     DecodeStep,
     Plan,
@@ -69,6 +70,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "sampling": to_json(plan.sampling),
         "fields": list(plan.fields),
         "parity": to_json(manifest.parity),
+        "engines": engines_text(bundle.root),
     }
 
 
@@ -109,7 +111,7 @@ def bundle_text(bundle: Bundle) -> str:
         (
             name,
             f"{link.kind} {link.in_dim} -> {link.out_dim}",
-            link.init if link.cosine is None else f"{link.init}, cosine {link.cosine:.3f}",
+            _link_text(link),
             "feedback" if facts["links"][name]["feedback"] else "",
         )
         for name, link in manifest.links.items()
@@ -122,8 +124,9 @@ def bundle_text(bundle: Bundle) -> str:
         f"limits      {plan.limits.max_prompt_tokens} prompt tokens, batches of "
         f"{plan.limits.max_batch}, answers of {plan.sampling.max_new_tokens} tokens",
         f"caches      {human_bytes(facts['cache_bytes_per_sample'])} per record at the limits",
-        f"fields      {', '.join(plan.fields)}",
+        f"fields      {', '.join(plan.fields) or 'none: every question gets the same answer'}",
     ]
+    lines += [f"engines     {folder}: {whose}" for folder, whose in facts["engines"].items()]
     for case in manifest.parity:
         precision = manifest.backbones[case.backbone].precision
         lines.append(f"parity      {case.backbone}: {_figures_text(case.figures, precision)}")
@@ -157,6 +160,7 @@ def verify_text(report: VerifyReport) -> str:
     """Return what `verify` prints."""
     lines = [
         f"files   {report.num_files} hashes are right",
+        *(f"engines {folder}: {whose}" for folder, whose in report.engines.items()),
         f"probe   {_figures_text({'probe_absolute': report.probe_absolute}, 'float32')}",
     ]
     for case in report.cases:
@@ -184,6 +188,12 @@ def _figures_text(figures: Mapping[str, float], precision: str) -> str:
     return ", ".join(
         f"{name} {value:.1e} (allowed {allowed[name]:.0e})" for name, value in figures.items()
     )
+
+
+def _link_text(link: LinkEntry) -> str:
+    if link.cosine is None:
+        return link.init
+    return f"{link.init}, cosine {link.cosine:.3f} to held-out targets"
 
 
 def _indented(rows: Iterable[Sequence[str]]) -> list[str]:

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from recmas_runtime.core.errors import CODES, Exit, Problem, RecmasError, fail
+from recmas_runtime.core.files import reason_of
+from recmas_runtime.core.printing import discard, envelope, note, write_out
 from recmas_runtime.core.progress import LineProgress, Progress, Silent
 from recmas_runtime.core.terminal import (
     end_signals_interrupt,
+    harmless,
     lasting_interrupts,
     open_standard_streams,
 )
@@ -34,6 +35,7 @@ class Outcome:
     text: str = ""
     problems: list[Problem] = field(default_factory=list)
     interrupted: bool = False
+    is_bug: bool = False
     interruption: str = "interrupted"  # what is said then
 
     @property
@@ -41,6 +43,8 @@ class Outcome:
         """What the first error says, unless the user stopped the command."""
         if self.interrupted:
             return Exit.INTERRUPTED
+        if self.is_bug:
+            return Exit.RUN_FAILED
         errors = (problem for problem in self.problems if problem.severity == "error")
         return next((CODES[problem.code][0] for problem in errors), Exit.OK)
 
@@ -58,59 +62,77 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parse(given)
         with end_signals_interrupt(), lasting_interrupts():
             options.command(options, outcome)
+    except SystemExit:  # help and version
+        try:
+            write_out("")
+        except BrokenPipeError:
+            pass
+        except RecmasError as error:
+            note(str(error))
+            return error.exit_code
+        raise
     except RecmasError as error:
-        if debug:
-            traceback.print_exc()
+        _note_traceback(debug)
         outcome.problems += error.problems
     except KeyboardInterrupt:
         outcome.interrupted = True
     except BrokenPipeError:
-        _silence_stdout()
+        discard(sys.stdout)
         return Exit.OK
+    except MemoryError:
+        _note_traceback(debug)
+        message = "memory runs out"
+        outcome.problems.append(Problem(code="RM507", message=message, hint=_FREE_MEMORY))
+    except OSError as error:
+        _note_traceback(debug)
+        outcome.problems.append(
+            Problem(
+                code="RM503",
+                message=f"the system refuses: {reason_of(error)}",
+                hint="Make sure that recmas may read and write where it is told to.",
+                file=None if error.filename is None else str(error.filename),
+            )
+        )
     # A bug of ours: reported without a traceback.
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        print(
-            f"internal error: {type(error).__name__}: {error}\n"
-            "This is a bug in recmas. Run again with --debug and report what it prints.",
-            file=sys.stderr,
+        _note_traceback(debug)
+        note(
+            f"internal error: {type(error).__name__}: {harmless(str(error))}\n"
+            "This is a bug in recmas. Run again with --debug and report what it prints."
         )
-        if as_json:
-            _print_json(ok=False, outcome=outcome)
-        return Exit.RUN_FAILED
-    return _report(outcome, as_json=as_json)
-
-
-def _report(outcome: Outcome, *, as_json: bool) -> int:
-    """Print data on stdout and everything else on stderr."""
+        outcome.is_bug = True
     try:
-        if as_json:
-            _print_json(ok=outcome.exit_code == Exit.OK, outcome=outcome)
-        else:
-            for problem in outcome.problems:
-                print(problem, file=sys.stderr)
-            if outcome.text:
-                print(outcome.text, flush=True)
+        _report(outcome, as_json=as_json)
     except BrokenPipeError:
-        _silence_stdout()
-    if outcome.interrupted:
-        print(outcome.interruption, file=sys.stderr)
+        pass
+    except RecmasError as error:
+        note(str(error))
+        return outcome.exit_code or error.exit_code
     return outcome.exit_code
 
 
-def _print_json(*, ok: bool, outcome: Outcome) -> None:
-    body = {
-        "ok": ok,
-        "data": outcome.data or None,
-        "problems": [problem.to_json() for problem in outcome.problems],
-    }
-    print(json.dumps(body, ensure_ascii=False), flush=True)
+_FREE_MEMORY: Final = "Free memory, lower --batch, or take a bundle of a smaller precision."
 
 
-def _silence_stdout() -> None:
-    """Keep Python from reporting at exit that its output was closed."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def _note_traceback(debug: bool) -> None:
+    if debug:
+        note(harmless(traceback.format_exc()))
+
+
+def _report(outcome: Outcome, *, as_json: bool) -> None:
+    """Print data on stdout and everything else on stderr."""
+    if not as_json:
+        for problem in outcome.problems:
+            note(str(problem))
+    try:
+        if as_json:
+            is_ok, data = outcome.exit_code == Exit.OK, outcome.data or None
+            write_out(envelope(ok=is_ok, data=data, problems=outcome.problems) + "\n")
+        elif outcome.text:
+            write_out(f"{outcome.text}\n")
+    finally:
+        if outcome.interrupted:
+            note(outcome.interruption)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -127,9 +149,9 @@ class _ShowVersion(argparse.Action):
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            print(f"recmas {version('recmas')}")
+            write_out(f"recmas {version('recmas')}\n")
         except PackageNotFoundError:
-            print("recmas, run from a checkout")
+            write_out("recmas, run from a checkout\n")
         parser.exit()
 
 
@@ -160,10 +182,19 @@ def _parser() -> argparse.ArgumentParser:
         help="a field that the prompts use; may be repeated, a name too, for a list",
     )
     files = run.add_argument_group("many questions")
-    files.add_argument("--input", metavar="FILE", help="JSON lines to answer; - is stdin")
+    files.add_argument(
+        "--input",
+        metavar="FILE",
+        help="records to answer: JSON lines, a JSON list, CSV, TSV or Parquet, also gzipped; "
+        "- is stdin",
+    )
     files.add_argument("--output", metavar="FILE", help="JSON lines to write; - is stdout")
-    files.add_argument("--batch", type=int, metavar="N", help="records per batch")
-    files.add_argument("--resume", action="store_true", help="go on with an output file")
+    files.add_argument(
+        "--batch", type=int, metavar="N", help="most records per batch; default: the bundle's limit"
+    )
+    files.add_argument(
+        "--resume", action="store_true", help="go on with an output file; tries failures again"
+    )
     files.add_argument("--force", action="store_true", help="write over an output or trace")
     run.add_argument("--trace", type=Path, metavar="DIR", help="write messages and steps here")
     run.add_argument(
@@ -174,19 +205,44 @@ def _parser() -> argparse.ArgumentParser:
         "null-latents, shuffled-latents",
     )
     sampling = run.add_argument_group("sampling, over the bundle's own settings")
-    sampling.add_argument("--max-new-tokens", type=int, metavar="N")
-    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    sampling.add_argument("--top-p", type=float, metavar="P")
-    sampling.add_argument("--top-k", type=int, metavar="K", help="0 keeps all")
-    sampling.add_argument("--min-p", type=float, metavar="P")
-    sampling.add_argument("--repetition-penalty", type=float, metavar="R")
-    sampling.add_argument("--seed", type=int, metavar="N")
-    sampling.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
+    sampling.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="most tokens of an answer"
+    )
+    sampling.add_argument(
+        "--temperature", type=float, metavar="T", help="from 0, which is greedy, to 10"
+    )
+    sampling.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="the likeliest tokens that together have this probability",
+    )
+    sampling.add_argument(
+        "--top-k", type=int, metavar="K", help="the K likeliest tokens; 0 keeps all"
+    )
+    sampling.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="no tokens below this share of the likeliest one's probability",
+    )
+    sampling.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        help="above 1, tokens that were written become less likely",
+    )
+    sampling.add_argument(
+        "--seed", type=int, metavar="N", help="of the first record; record i draws from seed + i"
+    )
+    sampling.add_argument(
+        "--stop", action="append", metavar="TEXT", help="ends the answer; may be repeated"
+    )
     _add_machine(run)
 
     bench = _command(commands, "bench", "Measure a bundle beside its baselines.", _bench)
     questions = bench.add_argument_group("questions; a few of recmas's own without these")
-    questions.add_argument("--data", metavar="FILE", help="JSON lines")
+    questions.add_argument("--data", metavar="FILE", help="records, as of `recmas run --input`")
     several: dict[str, Any] = {"action": "append", "default": []}
     questions.add_argument(
         "--question", dest="questions", metavar="TEXT", help="may be repeated", **several
@@ -247,7 +303,12 @@ def _command(
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", choices=DEVICES)
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=DEVICES,
+        help="where to run; auto takes the best that is there",
+    )
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: physical cores")
     parser.add_argument("--quiet", action="store_true", help="no progress, no summary")
 

@@ -8,7 +8,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,11 +16,11 @@ from typing import Any, Final
 from msgspec import structs
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.printing import note, write_out
 from recmas_runtime.core.progress import LineProgress, Silent
-from recmas_runtime.core.terminal import shown_on
 from recmas_runtime.core.text import counted, time_left
 from recmas_runtime.formats.codec import to_json
-from recmas_runtime.formats.plan import SamplingPlan
+from recmas_runtime.formats.plan import MAX_SEED, SamplingPlan
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.answer_file import IDENTITY_SUFFIX, AnswerWriter
 from recmas_runtime.running.records import (
@@ -31,6 +31,7 @@ from recmas_runtime.running.records import (
     open_records,
     question_record,
     read_records,
+    refuse_devices,
 )
 from recmas_runtime.running.run_trace import RECORDS_NAME, TraceWriter
 from recmas_runtime.running.system import System, check_batch, load
@@ -78,12 +79,14 @@ def _stream(
     stream = system.stream(record, sampling=sampling)
     try:
         for piece in stream:
-            sys.stdout.write(shown_on(sys.stdout, piece))
-            sys.stdout.flush()
-    finally:
-        print(flush=True)
+            write_out(piece)
+    except BaseException:
+        with suppress(RecmasError, BrokenPipeError):
+            write_out("\n")
+        raise
+    write_out("\n")
     if stream.answer is not None and not options.quiet:
-        print(_summary(stream.answer), file=sys.stderr)
+        note(_summary(stream.answer))
 
 
 @dataclass
@@ -128,10 +131,7 @@ class _Run:
         if not options.quiet and single is None:
             seconds = time.perf_counter() - start
             counts = "".join(f", {count}" for count in self._other_counts())
-            print(
-                f"answered {counted(self.num_answers, 'record')} in {seconds:.1f} s{counts}",
-                file=sys.stderr,
-            )
+            note(f"answered {counted(self.num_answers, 'record')} in {seconds:.1f} s{counts}")
 
     def _answer(
         self,
@@ -165,9 +165,9 @@ class _Run:
             return
         self.num_answers += 1
         if writer is None and not options.json:  # one question, with a trace
-            print(shown_on(sys.stdout, result.answer), flush=True)
+            write_out(f"{result.answer}\n")
         if options.input is None and not options.quiet:
-            print(_summary(result), file=sys.stderr)
+            note(_summary(result))
 
     def _batches(
         self, found: Iterator[Record | FailedRecord], finished: frozenset[str]
@@ -196,9 +196,10 @@ class _Run:
         if single is not None:
             return iter([single]), 1
         if options.input == STANDARD_STREAM:
+            refuse_devices(sys.stdin.buffer, "<stdin>")
             return read_records(sys.stdin.buffer, file="<stdin>", fields=fields), None
         stream = stack.enter_context(open_records(options.input))
-        total = count_records(stream)
+        total = count_records(stream, options.input)
         return read_records(stream, file=options.input, fields=fields), total
 
     def _open_writer(self, stack: ExitStack) -> AnswerWriter | None:
@@ -210,6 +211,7 @@ class _Run:
                 "fingerprint": self.system.manifest.fingerprint,
                 "baseline": options.baseline,
                 "sampling": to_json(self.sampling),
+                "date": self.system.prompt_day,
             }
             path = Path(options.output)
             return stack.enter_context(
@@ -324,4 +326,7 @@ def _sampling_overrides(options: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in SamplingPlan.__struct_fields__}
     if options.stop is not None:
         given["stop"] = tuple(options.stop)
+    if options.seed is not None and not 0 <= options.seed <= MAX_SEED:
+        message = f"seed is {options.seed}"
+        raise fail("RM505", message, hint=f"It must be from 0 to {MAX_SEED}.")
     return {name: value for name, value in given.items() if value is not None}

@@ -61,6 +61,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM152": (Exit.OK, "warning: links without trained weights"),
     "RM153": (Exit.OK, "warning: an early end of the rounds that can never come"),
     "RM155": (Exit.OK, "warning: a chat template that writes the date of the day"),
+    "RM156": (Exit.OK, "warning: prompts that do not show what is asked"),
     # RM2xx: backbones and compilation
     "RM200": (Exit.ENVIRONMENT, "a backbone's files are not there"),
     "RM201": (Exit.ENVIRONMENT, "a Python package that this needs is not installed"),
@@ -105,13 +106,15 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM513": (Exit.USAGE, "a system that one of its own tools asks"),
     "RM520": (Exit.USAGE, "an output that holds something already"),
     "RM521": (Exit.USAGE, "--resume with the answers of another run"),
+    "RM522": (Exit.USAGE, "a system that was closed"),
     "RM550": (Exit.OK, "warning: TensorRT engines of a bundle that are not used"),
     # RM6xx: evaluation
     "RM600": (Exit.USAGE, "a protocol that is not there or malformed"),
     "RM601": (Exit.RUN_FAILED, "data that does not fit the protocol"),
-    "RM602": (Exit.ENVIRONMENT, "no sandbox for the code that a protocol runs"),
+    "RM602": (Exit.ENVIRONMENT, "no sandbox for the code that a protocol runs, or no package"),
     "RM603": (Exit.USAGE, "--resume with the answers of another evaluation"),
     "RM650": (Exit.OK, "warning: other prompts than those the protocol names"),
+    "RM651": (Exit.OK, "warning: records left out that no answer could be judged by"),
     # RM7xx: training
     "RM700": (Exit.RUN_FAILED, "training data that cannot be used"),
     "RM701": (Exit.RUN_FAILED, "the loss is no number any more, or it diverges"),
@@ -122,7 +125,15 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM750": (Exit.OK, "warning: training records that are left out"),
     "RM751": (Exit.OK, "warning: trained links that do not fit the spec any more"),
     "RM752": (Exit.OK, "warning: held-out records that training has seen in part"),
+    "RM753": (
+        Exit.OK,
+        "warning: a part of a training that cannot be read, and what is used instead",
+    ),
+    "RM754": (Exit.OK, "warning: a training that goes on where sums are rounded otherwise"),
     "RM755": (Exit.OK, "warning: training targets that a chat template would shorten"),
+    "RM756": (Exit.OK, "warning: trained links that learned with other prompts or settings"),
+    "RM757": (Exit.OK, "warning: trained links without a receipt that can be read"),
+    "RM758": (Exit.OK, "warning: batches with more records than there are"),
 }
 
 

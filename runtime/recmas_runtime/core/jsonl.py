@@ -40,7 +40,8 @@ class JsonLines:
     def keep(self, num_bytes: int | None = None) -> None:
         """Cut off what lies behind `num_bytes` (None: nothing), and a line that is not whole."""
         if self.is_regular:
-            self._end = self._end_of_lines(self.size if num_bytes is None else num_bytes)
+            size = self.size if num_bytes is None else min(num_bytes, self.size)
+            self._end = self._end_of_lines(size)
             os.ftruncate(self._file, self._end)
             os.lseek(self._file, self._end, os.SEEK_SET)
 

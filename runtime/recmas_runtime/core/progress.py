@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol, TextIO
+
+from recmas_runtime.core.terminal import harmless
 
 
 class Advance(Protocol):
@@ -57,12 +59,15 @@ class LineProgress:
         try:
             yield advance
         finally:
-            self._stream.write("\n")
-            self._stream.flush()
+            self._write("\n")
 
     def _show(self, title: str, done: int, total: int | None, note: str) -> None:
         count = f" {done}/{total}" if total is not None else f" {done}" if done else ""
         count += f", {note}" if note else ""
         # \x1b[K clears what a longer line left behind.
-        self._stream.write(f"\r{title}{count}\x1b[K")
-        self._stream.flush()
+        self._write(f"\r{harmless(title + count)}\x1b[K")
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError):  # progress that nobody can see is none to stop for
+            self._stream.write(text)
+            self._stream.flush()

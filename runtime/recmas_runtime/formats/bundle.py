@@ -2,6 +2,8 @@
 
 A bundle may come from anywhere. Nothing outside its folder is read, nothing but regular files is
 opened, and nothing of it is used before sizes (and, on request, hashes) are what the manifest says.
+The cache of Hugging Face is one folder in this sense: there a bundle is links into the files beside
+it, and those are hashed whatever their size.
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ from typing import Any, Final
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.files import open_regular, sha256_of
 from recmas_runtime.core.progress import Progress, Silent
-from recmas_runtime.formats.codec import read_json_file
+from recmas_runtime.formats.codec import malformed, read_json_file
 from recmas_runtime.formats.consistency import (
     check_consistency,
+    graph_files,
     interpreted_files,
     referenced_files,
 )
 from recmas_runtime.formats.manifest import MANIFEST_NAME, PLAN_NAME, FileEntry, Manifest
+from recmas_runtime.formats.onnx_file import external_data
 from recmas_runtime.formats.plan import Plan
 
 # Files below this are hashed at every load, and whatever their size graphs, tokenizers, chat
@@ -50,7 +54,7 @@ class Bundle:
         if relative not in self.manifest.files:
             raise _altered(relative, "the manifest does not list this file")
         path = inside(self.root, relative)
-        if not path.is_file():
+        if not os.path.isfile(path):  # noqa: PTH113 - any name, also one that no system takes
             raise _altered(relative, "the file is missing")
         return path
 
@@ -68,8 +72,10 @@ def open_bundle(
             malformed or do not fit together. Everything of one kind is reported at once.
     """
     root = Path(path)
-    if not (root / MANIFEST_NAME).is_file():
-        reason = "has no manifest.json" if root.is_dir() else "is not a folder"
+    # Names come from anywhere, also those that no system takes; pathlib would raise for them.
+    if not os.path.isfile(root / MANIFEST_NAME):  # noqa: PTH113
+        is_folder = os.path.isdir(root)  # noqa: PTH112
+        reason = "has no manifest.json" if is_folder else "is not a folder"
         raise fail(
             "RM400",
             f"not a bundle: {root} {reason}",
@@ -78,6 +84,7 @@ def open_bundle(
         )
     manifest = read_json_file(Manifest, root / MANIFEST_NAME, file=MANIFEST_NAME)
     _check_files(root, manifest, verify_hashes=verify_hashes, progress=progress or Silent())
+    _check_external_data(root, manifest)
     plan = read_json_file(Plan, inside(root, PLAN_NAME), file=PLAN_NAME)
     if problems := check_consistency(manifest, plan):
         raise RecmasError(problems)
@@ -103,19 +110,41 @@ def is_engine_file(relative: str) -> bool:
 def inside(root: Path, relative: str) -> Path:
     """Return `root / relative`, made sure that it is inside `root`, links followed.
 
+    In a cache of Hugging Face it may lead into the cache's files.
+
     Raises:
         RecmasError: RM402.
     """
     parts = relative.split("/")
     plain = all(part not in ("", ".", "..") for part in parts)
-    # Backslashes, drive letters and NUL are no part of any name that the exporter writes.
-    if not plain or any(character in relative for character in "\\:\0"):
+    # Backslashes, drive letters, NUL and half characters are in no name that the exporter writes.
+    is_name = not any(c in "\\:\0" or "\ud800" <= c <= "\udfff" for c in relative)
+    if not plain or not is_name:
         raise fail("RM402", f"path {relative!r} is not inside the bundle", file=MANIFEST_NAME)
     path = root / relative
-    # realpath, because Path.resolve does not take links in a circle
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
-        raise fail("RM402", f"path {relative!r} leads out of the bundle by a link", file=relative)
+    if _leads_out(root, path):
+        blobs = _cache_files(root)
+        if blobs is None or not Path(os.path.realpath(path)).is_relative_to(blobs):
+            raise fail(
+                "RM402",
+                f"path {relative!r} leads out of the bundle by a link",
+                file=relative,
+                hint="Copy the bundle with the files that its links lead to, as `cp -rL` does.",
+            )
     return path
+
+
+def _leads_out(root: Path, path: Path) -> bool:
+    # realpath, because Path.resolve does not take links in a circle
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
+def _cache_files(root: Path) -> Path | None:
+    """Return the folder `blobs` of a cache of Hugging Face, if a folder lies in its `snapshots`."""
+    for folder in Path(os.path.realpath(root)).parents:
+        if folder.name == "snapshots":
+            return Path(os.path.realpath(folder.parent / "blobs"))
+    return None
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
@@ -156,7 +185,10 @@ def _check_files(
         except RecmasError as error:
             problems += error.problems
             continue
-        if verify_hashes or relative in always or entry.size_bytes < SMALL_FILE_BYTES:
+        # What a link leads to is nobody's but its hash's.
+        is_outside = _leads_out(root, root / relative)
+        is_small = entry.size_bytes < SMALL_FILE_BYTES
+        if verify_hashes or is_outside or is_small or relative in always:
             to_hash.append((relative, entry))
     for relative in referenced_files(manifest):
         if relative not in manifest.files:
@@ -169,6 +201,37 @@ def _check_files(
             if sha256_of(root / relative) != entry.sha256:
                 problems += _altered(relative, "the file's SHA-256 is not the manifest's").problems
             advance(entry.size_bytes)
+    if problems:
+        raise RecmasError(problems)
+
+
+def _check_external_data(root: Path, manifest: Manifest) -> None:
+    """Check that what graphs read besides themselves are bytes of files that the manifest lists."""
+    problems: list[Problem] = []
+    for relative in graph_files(manifest):
+        folder = relative.rpartition("/")[0]
+        for data in external_data(inside(root, relative), file=relative):
+            place = f"{folder}/{data.location}" if folder else data.location
+            try:
+                inside(root, place)
+            except RecmasError:
+                problems += fail(
+                    "RM402",
+                    f"the graph reads {data.location!r}, which is not inside the bundle",
+                    file=relative,
+                    hint=_COPY_AGAIN,
+                ).problems
+                continue
+            entry = manifest.files.get(place)
+            if entry is None:
+                message = f"the graph reads {place!r}, which the manifest does not list"
+                problems += _altered(relative, message).problems
+            elif not 0 <= data.offset <= data.offset + data.length <= entry.size_bytes:
+                problems += malformed(
+                    relative,
+                    f"the graph reads bytes {data.offset} to {data.offset + data.length} of "
+                    f"{place!r}, which has {entry.size_bytes}",
+                ).problems
     if problems:
         raise RecmasError(problems)
 

@@ -39,10 +39,17 @@ def referenced_files(manifest: Manifest) -> tuple[str, ...]:
 
 def interpreted_files(manifest: Manifest) -> tuple[str, ...]:
     """Return those of the files that say what is done; the others hold only numbers."""
-    paths = [PLAN_NAME, SPEC_NAME, manifest.link_engine, manifest.probe]
+    paths = [PLAN_NAME, SPEC_NAME, *graph_files(manifest)]
+    for backbone in manifest.backbones.values():
+        paths += [backbone.tokenizer, backbone.chat_template]
+    return tuple(dict.fromkeys(paths))
+
+
+def graph_files(manifest: Manifest) -> tuple[str, ...]:
+    """Return the ONNX graphs."""
+    paths = [manifest.link_engine, manifest.probe]
     for backbone in manifest.backbones.values():
         paths += [backbone.decoder, backbone.embed, backbone.head]
-        paths += [backbone.tokenizer, backbone.chat_template]
         paths += [backbone.cpu_decoder] if backbone.cpu_decoder is not None else []
     return tuple(dict.fromkeys(paths))
 

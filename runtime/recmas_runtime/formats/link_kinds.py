@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal, get_args
 
-LinkKind = Literal["residual", "ln_residual", "projected"]
+LinkKind = Literal["residual", "biased_residual", "ln_residual", "projected"]
 LinkInit = Literal["aligned", "random"]
 LinkRole = Literal["inner", "outer"]
 
 DEFAULT_KIND: Final[LinkKind] = "projected"
 DEFAULT_INIT: Final[LinkInit] = "aligned"
-# The links of the published weights, and those of the paper.
+# The links of the published weights, what their trainer makes unasked, and those of the paper.
 RELEASED_KIND: Final[LinkKind] = "ln_residual"
+TRAINER_KIND: Final[LinkKind] = "biased_residual"
 PAPER_KIND: Final[LinkKind] = "residual"
 
 LAYER_NORM_EPSILON: Final = 1e-5
@@ -58,6 +59,8 @@ class _Row:
 _KINDS: Final[Mapping[LinkKind, _Row]] = {
     # The paper's.
     "residual": _Row(biases=False),
+    # What the released trainer makes unless it is told otherwise.
+    "biased_residual": _Row(),
     # That of the released weights.
     "ln_residual": _Row(pre_norm=True, post_norm=True, outer_hidden=2),
     # For new links: it can be any affine map, which is what the closed form solves for.

@@ -77,7 +77,7 @@ class LinkEntry(StrictStruct, frozen=True, kw_only=True):
 
     Attributes:
         file: safetensors file, relative to the bundle.
-        kind: `residual`, `ln_residual` or `projected`.
+        kind: `residual`, `biased_residual`, `ln_residual` or `projected`.
         role: `inner` or `outer`.
         init: How the weights came to be: `aligned`, `random` or the file they were read from.
         cosine: Held-out cosine of an aligned link to its targets; None where it does not apply.

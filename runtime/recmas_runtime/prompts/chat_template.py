@@ -187,17 +187,6 @@ def read_template(path: Path, *, file: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def parse_day(text: str) -> date:
-    """Return the day of `YYYY-MM-DD`.
-
-    Raises:
-        ValueError: It is none.
-    """
-    if len(text) != len("YYYY-MM-DD"):
-        raise ValueError(f"{text!r} is not of the form YYYY-MM-DD")
-    return date.fromisoformat(text)
-
-
 def _cannot_render(message: str) -> RecmasError:
     # What a template raises may hold anything, too.
     return fail("RM206", message.encode(errors="backslashreplace").decode(), hint=_HINT)

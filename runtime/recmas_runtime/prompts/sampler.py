@@ -13,7 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
-from recmas_runtime.formats.plan import SamplingPlan
+from recmas_runtime.formats.plan import (
+    MAX_NEW_TOKENS,
+    MAX_REPETITION_PENALTY,
+    MAX_STOPS,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    SamplingPlan,
+)
 
 Floats = NDArray[np.float32]
 Scores = NDArray[np.float64]
@@ -27,14 +34,26 @@ def check_sampling(sampling: SamplingPlan) -> None:
         RecmasError: RM505, one problem for each.
     """
     bounds = {
-        "max_new_tokens": (sampling.max_new_tokens >= 1, "at least 1"),
-        "temperature": (0.0 <= sampling.temperature < math.inf, "0 (greedy) or more"),
+        "max_new_tokens": (
+            1 <= sampling.max_new_tokens <= MAX_NEW_TOKENS,
+            f"from 1 to {MAX_NEW_TOKENS}",
+        ),
+        "temperature": (
+            0.0 <= sampling.temperature <= MAX_TEMPERATURE,
+            f"from 0 (greedy) to {MAX_TEMPERATURE:g}",
+        ),
         "top_p": (0.0 < sampling.top_p <= 1.0, "above 0 and at most 1"),
-        "top_k": (sampling.top_k >= 0, "0 (all) or more"),
+        "top_k": (0 <= sampling.top_k <= MAX_TOP_K, f"from 0 (all) to {MAX_TOP_K}"),
         "min_p": (0.0 <= sampling.min_p <= 1.0, "between 0 and 1"),
-        "repetition_penalty": (0.0 < sampling.repetition_penalty < math.inf, "above 0"),
+        "repetition_penalty": (
+            0.0 < sampling.repetition_penalty <= MAX_REPETITION_PENALTY,
+            f"above 0 and at most {MAX_REPETITION_PENALTY:g}",
+        ),
         "seed": (0 <= sampling.seed < 2**63, "0 or more and below 2**63"),
-        "stop": (all(sampling.stop), "strings that are not empty"),
+        "stop": (
+            all(sampling.stop) and len(sampling.stop) <= MAX_STOPS,
+            f"at most {MAX_STOPS} strings that are not empty",
+        ),
     }
     problems = [
         Problem(

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import json
 import math
 import os
 import stat
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.files import reason_of
+from recmas_runtime.core.tables import FORMATS, MAX_ROW_BYTES, read_rows
 from recmas_runtime.core.text import listed
-from recmas_runtime.formats.codec import refuse_constant
 from recmas_runtime.prompts.render import field_text
 from recmas_runtime.tools.calls import ToolResult
 
@@ -143,13 +145,13 @@ class FailedRecord:
 
 
 # Longer than any prompt that a bundle takes.
-MAX_LINE_BYTES: Final = 2**24
+MAX_LINE_BYTES: Final = MAX_ROW_BYTES
 # Deeper than data is, and what can be read can also be written.
 MAX_NESTING: Final = 100
 _BLOCK_BYTES: Final = 2**20
-# A line this long is no text: something like /dev/zero would be read for ever.
-MAX_SKIPPED_BYTES: Final = 2**30
-_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+# How files begin, or are named, whose lines are not their records.
+_OTHER_STARTS: Final = (b"\x1f\x8b", b"PAR1", b"[")
+_OTHER_NAMES: Final = (".csv", ".tsv", ".json", ".parquet", ".gz")
 
 Question = str | Mapping[str, object] | Record
 
@@ -226,68 +228,78 @@ def open_records(file: str) -> BinaryIO:
     """
     try:
         stream = Path(file).open("rb")  # noqa: SIM115
-        mode = os.fstat(stream.fileno()).st_mode
     except OSError as error:
         raise unreadable(file, error) from error
-    except ValueError as error:
+    except ValueError as error:  # NUL in a name
         raise unreadable(file, OSError(errno.EINVAL, str(error))) from error
-    is_null = stat.S_ISCHR(mode) and os.path.realpath(file) == os.devnull
-    if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not stream.isatty() and not is_null):
+    try:
+        refuse_devices(stream, file)
+    except BaseException:
         stream.close()
-        raise unreadable(file, OSError(errno.EINVAL, "it is a device"))
+        raise
     return stream
 
 
-def count_records(stream: BinaryIO) -> int | None:
-    """Return how many lines that are not blank lie ahead in a regular file; None for others."""
+def refuse_devices(stream: BinaryIO, file: str) -> None:
+    """Raise RM502 for an input that never ends, such as /dev/zero."""
+    found = os.fstat(stream.fileno())
+    is_null = os.path.samestat(found, Path(os.devnull).stat())
+    is_device = stat.S_ISCHR(found.st_mode) and not stream.isatty() and not is_null
+    if is_device or stat.S_ISBLK(found.st_mode):
+        raise unreadable(file, OSError(errno.EINVAL, "it is a device"))
+
+
+def count_records(stream: BinaryIO, file: str) -> int | None:
+    """Return how many records lie ahead in a regular file of JSON lines; None for other inputs."""
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         return None
     start = stream.tell()
-    count, in_line = 0, False
-    while block := stream.read(_BLOCK_BYTES):
+    head = stream.read(_BLOCK_BYTES)
+    is_other = head.lstrip().startswith(_OTHER_STARTS) or file.lower().endswith(_OTHER_NAMES)
+    count, in_line, block = 0, False, b"" if is_other else head
+    while block:
         *whole, rest = block.split(b"\n")
         for part in whole:
             count += in_line or bool(part.strip())
             in_line = False
         in_line = in_line or bool(rest.strip())
+        block = stream.read(_BLOCK_BYTES)
     stream.seek(start)
-    return count + in_line
+    return None if is_other else count + in_line
 
 
 def read_records(
     stream: BinaryIO, *, file: str, fields: Sequence[str]
 ) -> Iterator[Record | FailedRecord]:
-    """Read records from JSON lines; a bad line yields a failure and reading goes on.
+    """Read records from a table of any form that `core.tables` knows, JSON lines for one.
 
-    A record without `id` gets its line number, and its index counts lines too, so that neither
-    changes when another line is fixed. Blank lines are skipped, a byte order mark is tolerated.
-    Problems name the file.
+    A row that cannot be used yields a failure and reading goes on. A record without `id` gets the
+    number of its line, in other tables its place among the records; its index counts these too, so
+    that neither changes when another row is fixed. Problems name file and line.
 
     Raises:
-        RecmasError: RM502 if reading itself fails.
+        RecmasError: RM502 if reading itself fails, RM201 for Parquet without pyarrow.
     """
     seen: dict[str, int] = {}
-    for number, line in _numbered_lines(stream, file=file):
+    for row in read_rows(stream, file=file, max_row_bytes=MAX_LINE_BYTES):
         found: Record | None = None
         try:
-            if line is None:
-                raise _unusable(f"the line is longer than {MAX_LINE_BYTES} bytes")
-            if not line.strip():
-                continue
-            found = _parse_record(line, number=number)
+            if row.fields is None:
+                raise _unusable(row.problem)
+            found = as_record(_storable(row.fields), row.number - 1)
             _check_id(found.id, _CORRECT_LINE)
             if str(found.id) in seen:
                 raise _unusable(f"id {found.id!r} is already that of line {seen[str(found.id)]}")
             check_record(found, fields)
-            seen[str(found.id)] = number
+            seen[str(found.id)] = row.line
         except RecmasError as error:
             (problem,) = error.problems
             # An id that is no id cannot stand for the record.
             has_id = found is not None and type(found.id) in (str, int)
             yield FailedRecord(
-                id=found.id if found is not None and has_id else str(number),
+                id=found.id if found is not None and has_id else str(row.number),
                 record=None if found is None else found.given,
-                problem=replace(problem, file=file, line=number),
+                problem=replace(problem, file=file, line=row.line),
             )
         else:
             yield found
@@ -302,84 +314,40 @@ def usable(found: Iterable[Record | FailedRecord], problems: list[Problem]) -> I
             yield item
 
 
-def _numbered_lines(stream: BinaryIO, *, file: str) -> Iterator[tuple[int, bytes | None]]:
-    """Yield lines with their numbers, from 1; None for one that is too long to be a record."""
-    number = 0
-    while line := _read_line(stream, file=file):
-        number += 1
-        if number == 1:
-            line = line.removeprefix(_BYTE_ORDER_MARK)
-        if len(line) <= MAX_LINE_BYTES:
-            yield number, line
-            continue
-        skipped = len(line)
-        while line and not line.endswith(b"\n"):
-            line = _read_line(stream, file=file)
-            skipped += len(line)
-            if skipped > MAX_SKIPPED_BYTES:
-                raise fail(
-                    "RM502",
-                    f"line {number} does not end within {MAX_SKIPPED_BYTES >> 20} MiB",
-                    file=file,
-                    line=number,
-                    hint="Give --input JSON lines: one object in each line.",
-                )
-        yield number, None
-
-
-def _read_line(stream: BinaryIO, *, file: str) -> bytes:
-    try:
-        return stream.readline(MAX_LINE_BYTES + 1)
-    except OSError as error:
-        raise unreadable(file, error) from error
-
-
 def unreadable(file: str, error: OSError) -> RecmasError:
     """Return what to raise for an input that cannot be opened or read."""
     return fail(
         "RM502",
         f"the input cannot be read: {reason_of(error)}",
         file=file,
-        hint="Give --input a file of JSON lines, or - for standard input.",
+        hint=f"Give {FORMATS}; or - for standard input.",
     )
 
 
-def _parse_record(line: bytes, *, number: int) -> Record:
-    try:
-        parsed = json.loads(
-            line.rstrip(b"\r\n").decode("utf-8"),
-            parse_constant=refuse_constant,
-            parse_float=_finite,
-        )
-    except UnicodeDecodeError as error:
-        raise _unusable(f"not UTF-8 at byte {error.start + 1} of the line") from None
-    except json.JSONDecodeError as error:
-        raise _unusable(f"not valid JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise _unusable(f"not valid JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise _unusable("the line is not a JSON object")
-    if line.count(b"[") + line.count(b"{") > MAX_NESTING and _depth(parsed) > MAX_NESTING:
+def _storable(value: Any, depth: int = 0) -> Any:
+    """Return what a table holds as JSON has it: dates as text, missing numbers as null.
+
+    Raises:
+        RecmasError: RM500 for what JSON cannot hold.
+    """
+    if depth >= MAX_NESTING and isinstance(value, dict | list | tuple):
         raise _unusable(f"nested more than {MAX_NESTING} levels deep")
-    return as_record(parsed, number - 1)
-
-
-def _finite(text: str) -> float:
-    """Read a number as JSON has it; one beyond every float could not be written again."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:60]} is beyond the range of numbers")
-    return number
-
-
-def _depth(value: object) -> int:
-    """Return how many levels of lists and tables a value has."""
-    depth, level = 0, [value]
-    while level := [item for item in level if isinstance(item, dict | list)]:
-        depth += 1
-        inner = (item.values() if isinstance(item, dict) else item for item in level)
-        level = list(chain.from_iterable(inner))
-    return depth
+    match value:
+        case None | str() | bool() | int():
+            return value
+        case float():
+            if math.isinf(value):
+                raise _unusable("a number is beyond the range of numbers")
+            return None if math.isnan(value) else value
+        case dict():
+            return {str(name): _storable(item, depth + 1) for name, item in value.items()}
+        case list() | tuple():
+            return [_storable(item, depth + 1) for item in value]
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+        case Decimal() | datetime.timedelta() | uuid.UUID():
+            return str(value)
+    raise _unusable(f"it holds {type(value).__name__}, which is neither text nor a number")
 
 
 _CORRECT_LINE: Final = "Correct the line; the other records are not affected."

@@ -2,173 +2,59 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import datetime
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import overload
+from typing import Self, TypedDict, Unpack, overload
+
+from msgspec import structs
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress, Silent
-from recmas_runtime.core.text import listed
-from recmas_runtime.engines.interface import FREE_MEMORY, Floats, OutOfMemoryError
+from recmas_runtime.core.text import counted, listed
+from recmas_runtime.engines.interface import FREE_MEMORY, OutOfMemoryError
 from recmas_runtime.formats.bundle import Bundle, open_bundle
+from recmas_runtime.formats.codec import malformed
 from recmas_runtime.formats.links import read_operands
-from recmas_runtime.formats.manifest import Manifest
-from recmas_runtime.formats.plan import Plan, SamplingPlan, ThinkStep, Variant
+from recmas_runtime.formats.manifest import PLAN_NAME, Manifest
+from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant
 from recmas_runtime.prompts.chat_template import read_template
-from recmas_runtime.prompts.render import Chat, Prompt
+from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Chat, Prompt
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.prompts.tool_turns import PLAIN_RESULTS, answer_chat, result_form
 from recmas_runtime.running.baselines import apply_baseline
+from recmas_runtime.running.batch import AnswerStream, Batch
 from recmas_runtime.running.engine_lock import EngineLock
-from recmas_runtime.running.executor import Engines, Execution, tool_events
-from recmas_runtime.running.generation import AnswerTools, DecoderSettings, RowDecoder
+from recmas_runtime.running.executor import Engines, Execution
+from recmas_runtime.running.generation import AnswerTools, DecoderSettings
 from recmas_runtime.running.open_engines import OpenedEngines, open_engines
 from recmas_runtime.running.record_prompts import RecordError, RecordPrompts
 from recmas_runtime.running.records import (
     Answer,
     Question,
     Record,
-    Timing,
-    Usage,
     as_record,
     needed_fields,
 )
-from recmas_runtime.running.run_trace import StepEvent, Trace
+from recmas_runtime.running.run_trace import Trace
 from recmas_runtime.tools.toolbox import Toolbox
 
-PHASES = ("prefill", "think", "send", "write", "decode", "tools")
-
-
-class AnswerStream:
-    """The text of one answer as it is written; once the iteration has ended, `answer` is set.
-
-    It is read once. Others may run on the same engines between two pieces.
-    """
-
-    def __init__(self, batch: Batch, lock: EngineLock) -> None:
-        self._batch: Batch | None = batch
-        self._lock = lock
-        self.answer: Answer | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        # Only the iteration holds the batch, so that its caches go when it ends or is given up.
-        batch, self._batch = self._batch, None
-        if batch is None:
-            raise fail(
-                "RM512",
-                "this stream was read before",
-                hint="Take the text from its `answer`, or ask again for another stream.",
-            )
-        pieces = batch.pieces()
-        while True:
-            # Not across the yield: the reader may run the system before it wants the next piece.
-            with self._lock.held():
-                piece = next(pieces, None)
-            if piece is None:
-                break
-            yield piece[1]
-        (self.answer,) = batch.answers()
-
-
-class Batch:
-    """Records that run together, from prompts to answers."""
-
-    def __init__(
-        self, execution: Execution, records: Sequence[Record], trace: Trace | None
-    ) -> None:
-        self._execution = execution
-        self._records = records
-        self._trace = trace
-        self._writers: list[RowDecoder] = []
-        self._total_ms = 0.0
-
-    def run(self) -> list[Answer]:
-        """Run everything and return the answers in record order."""
-        for _ in self.pieces():
-            pass
-        return self.answers()
-
-    def pieces(self) -> Iterator[tuple[int, str]]:
-        """Run everything; yields (record, text) as text becomes certain."""
-        execution, plan = self._execution, self._execution.plan
-        start = time.perf_counter()
-        execution.run_rounds()
-        decode_start = time.perf_counter()
-        generator = execution.answer()
-        self._writers = generator.writers
-        yield from generator.pieces()
-        now = time.perf_counter()
-        self._total_ms = (now - start) * 1e3
-        agents = (plan.answer_agent,)
-        called = tool_events(generator, plan.rounds, agents)
-        ms = (now - decode_start) * 1e3 - sum(event.ms for event in called)
-        first_ms = ((generator.first_at or now) - start) * 1e3
-        decoded = StepEvent(op="decode", round=plan.rounds, agents=agents, ms=ms, first_ms=first_ms)
-        execution.events += [decoded, *called]
-        # Not before: a record that proves too long in a round makes the others start over.
-        if self._trace is not None:
-            rows = range(len(self._records))
-            self._trace.add_batch(
-                self._records, execution.events, [self._messages(row) for row in rows]
-            )
-
-    def answers(self) -> list[Answer]:
-        """Return the answers in record order, once `pieces` has ended."""
-        events = self._execution.events
-        ms = {op: sum(event.ms for event in events if event.op == op) for op in PHASES}
-        timing = Timing(**ms, total=self._total_ms)
-        return [
-            Answer(
-                id=record.id,
-                record=record.given,
-                answer=writer.text,
-                finish_reason=writer.finish_reason or "length",
-                rounds=self._rounds(row),
-                usage=self._usage(row, writer),
-                timing_ms=timing,
-                batch_size=len(self._records),
-                tool_calls=tuple(writer.results),
-            )
-            for row, (record, writer) in enumerate(zip(self._records, self._writers, strict=True))
-        ]
-
-    def _rounds(self, row: int) -> int:
-        converged = int(self._execution.converged[row])
-        return converged + 1 if converged else self._execution.plan.rounds
-
-    def _ran(self, row: int, round_: int) -> bool:
-        """Return whether a record took part in a round; some run for its neighbours only."""
-        return round_ < self._rounds(row) or round_ == self._execution.plan.rounds
-
-    def _usage(self, row: int, writer: RowDecoder) -> Usage:
-        """Count what a record took; rounds that only its neighbours needed are not among it."""
-        plan = self._execution.plan
-        events = [event for event in self._execution.events if self._ran(row, event.round)]
-        prefilled = sum(event.prefilled_tokens[row] for event in events if event.prefilled_tokens)
-        return Usage(
-            prompt_tokens=prefilled + writer.num_result_tokens,
-            latent_steps=sum(
-                plan.num_latent_steps(step) * len(step.agents)
-                for step in plan.steps
-                if isinstance(step, ThinkStep) and self._ran(row, step.round)
-            ),
-            handover_tokens=sum(e.written_tokens[row] for e in events if e.written_tokens),
-            completion_tokens=writer.num_tokens,
-        )
-
-    def _messages(self, row: int) -> dict[str, Floats]:
-        """Return the messages [m, d] of the rounds that a record ran, by link and round."""
-        return {
-            f"{link}@{round_}": message[row]
-            for (link, round_), message in self._execution.messages.items()
-            if self._ran(row, round_)
-        }
-
-
 Function = Callable[[str], str]
+
+
+class SamplingSettings(TypedDict, total=False):
+    """Settings of `SamplingPlan`, some of them."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    seed: int
+    stop: tuple[str, ...]
 
 
 def load(
@@ -216,6 +102,7 @@ class LoadedBundle:
     """What a bundle loads once and every system on it shares; problems say why on which device."""
 
     manifest: Manifest
+    day: datetime.date
     device: str
     problems: list[Problem]
     engines: Engines
@@ -226,7 +113,8 @@ class LoadedBundle:
 class System:
     """A multi-agent system, ready to answer. One caller at a time runs; others wait.
 
-    With `exchange` the answer agent sees the messages of another record; see `baseline`.
+    It may be used in a `with` statement, which closes it. With `exchange` the answer agent sees the
+    messages of another record; see `baseline`.
     """
 
     def __init__(
@@ -240,16 +128,48 @@ class System:
         self.plan = plan
         self.manifest = loaded.manifest
         self.device = loaded.device
-        self._loaded = loaded
+        self._open: LoadedBundle | None = loaded
         self._toolbox = toolbox
         self._answer_chat = answer_chat(loaded.chats, plan.agents[plan.answer_agent], plan.tools)
         self._tools = None if toolbox is None else self._answer_tools(toolbox)
         self._exchange = exchange
 
     @property
+    def _loaded(self) -> LoadedBundle:
+        if self._open is None:
+            raise fail("RM522", "this system was closed", hint="Load the bundle again.")
+        return self._open
+
+    def __repr__(self) -> str:
+        agents = counted(len(self.plan.agents), "agent")
+        rounds = counted(self.plan.rounds, "round")
+        state = "closed" if self._open is None else f"on {self.device}"
+        return f"<System {self.plan.name!r}: {agents}, {rounds}, {state}>"
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of a record that the prompts show."""
+        return self.plan.fields
+
+    def close(self) -> None:
+        """Let the engines go, with those of other systems on them; then nothing can be asked."""
+        self._open = self._tools = self._toolbox = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
     def problems(self) -> tuple[Problem, ...]:
         """Warnings about the engines, so far: which of the bundle's are not used, and why."""
         return tuple(self._loaded.problems)
+
+    @property
+    def date(self) -> str:
+        """The day that chat templates get which write it, as `YYYY-MM-DD`."""
+        return self._loaded.day.isoformat()
 
     def baseline(self, name: str) -> System:
         """Return an alternative to this system on the same engines; `latent` is the system itself.
@@ -272,27 +192,40 @@ class System:
 
     @overload  # a text is a sequence too, but the first signature comes first
     def run(  # type: ignore[overload-overlap]
-        self, questions: Question, *, sampling: SamplingPlan | None = None
+        self,
+        questions: Question,
+        *,
+        sampling: SamplingPlan | None = None,
+        **settings: Unpack[SamplingSettings],
     ) -> Answer: ...
     @overload
     def run(
-        self, questions: Sequence[Question], *, sampling: SamplingPlan | None = None
+        self,
+        questions: Sequence[Question],
+        *,
+        sampling: SamplingPlan | None = None,
+        **settings: Unpack[SamplingSettings],
     ) -> list[Answer]: ...
     def run(
-        self, questions: Question | Sequence[Question], *, sampling: SamplingPlan | None = None
+        self,
+        questions: Question | Sequence[Question],
+        *,
+        sampling: SamplingPlan | None = None,
+        **settings: Unpack[SamplingSettings],
     ) -> Answer | list[Answer]:
         """Answer one text or record's fields, or a list of them as ragged batches, in input order.
+
+        Args:
+            sampling: Instead of the bundle's.
+            settings: Over those, by the names in `SamplingPlan`: `run(text, max_new_tokens=8)`.
 
         Raises:
             RecmasError: The first record that cannot be answered; `run_batch` keeps the others.
         """
         single = isinstance(questions, str | Mapping | Record)
         asked: Sequence[Question] = [questions] if single else questions  # type: ignore[list-item, assignment]
-        results = self.run_batch(
-            [as_record(question, index) for index, question in enumerate(asked)], sampling=sampling
-        )
         answers: list[Answer] = []
-        for result in results:
+        for result in self.run_batch(asked, sampling=sampling, **settings):
             if isinstance(result, RecmasError):
                 raise result
             answers.append(result)
@@ -300,25 +233,29 @@ class System:
 
     def run_batch(
         self,
-        records: Sequence[Record],
+        records: Sequence[Question],
         *,
         sampling: SamplingPlan | None = None,
         trace: Trace | None = None,
         progress: Progress | None = None,
+        **settings: Unpack[SamplingSettings],
     ) -> list[Answer | RecmasError]:
-        """Answer records in ragged batches of at most the bundle's `max_batch`.
+        """Answer texts, fields or records in ragged batches of at most the bundle's `max_batch`.
 
-        Returns for each record, in order, its answer or why it has none.
+        Returns for each, in order, its answer or why it has none. For the rest see `run`.
 
         Raises:
             RecmasError: RM505 for settings that concern all records.
         """
-        settings = self._settings(sampling)
+        chosen = self._settings(sampling, settings)
+        if isinstance(records, str):  # else it would be asked letter by letter
+            records = [records]
         results: list[Answer | RecmasError | None] = [None] * len(records)
         ready: list[_Ready] = []
-        for index, record in enumerate(records):
+        for index, question in enumerate(records):
+            record = as_record(question, index)
             try:
-                ready.append(_Ready(index, record, self._prompts(record)))
+                ready.append(_Ready(index, record, self._prompts_of(question, record)))
             except RecmasError as error:
                 results[index] = error
             except MemoryError:
@@ -327,21 +264,44 @@ class System:
         with (progress or Silent()).stage("answering", len(records)) as advance:
             advance(len(records) - len(ready))
             for part in self._parts(ready):
-                for index, result in self._answer(part, settings, trace):
+                for index, result in self._answer(part, chosen, trace):
                     results[index] = result
                 advance(len(part))
         return [result for result in results if result is not None]
 
-    def stream(self, question: Question, *, sampling: SamplingPlan | None = None) -> AnswerStream:
-        """Answer one question, its text piece by piece.
+    def stream(
+        self,
+        question: Question,
+        *,
+        sampling: SamplingPlan | None = None,
+        **settings: Unpack[SamplingSettings],
+    ) -> AnswerStream:
+        """Answer one question, its text piece by piece; for the settings see `run`.
 
         Raises:
             RecmasError: If the record cannot be answered.
         """
-        settings = self._settings(sampling)
+        chosen = self._settings(sampling, settings)
         record = as_record(question, 0)
-        (part,) = self._parts([_Ready(0, record, self._prompts(record))])
-        return AnswerStream(self._batch(part, settings, None), self._loaded.lock)
+        (part,) = self._parts([_Ready(0, record, self._prompts_of(question, record))])
+        return AnswerStream(self._batch(part, chosen, None), self._loaded.lock)
+
+    def _prompts_of(self, question: Question, record: Record) -> RecordPrompts:
+        if isinstance(question, str):
+            self.check_question(record)
+        return self.prompts(record)
+
+    @property
+    def prompt_day(self) -> str | None:
+        """The date that prompts show, as YYYY-MM-DD; None if no chat template writes one."""
+        hello = [{"role": "user", "content": "Hello"}]
+        for chat in self._loaded.chats.values():
+            try:
+                if chat.template.changes_with_the_day(hello, **DEFAULT_VARIABLES):
+                    return chat.template.day.isoformat()
+            except RecmasError:
+                continue  # such a template fails for every record, which is told there
+        return None
 
     def check_question(self, record: Record) -> None:
         """Raise RM500 for a question that no prompt shows: it would be answered unread."""
@@ -354,7 +314,8 @@ class System:
                 hint=needed_fields(fields) if fields else "Write {{ question }} in a prompt.",
             )
 
-    def _prompts(self, record: Record) -> RecordPrompts:
+    def prompts(self, record: Record) -> RecordPrompts:
+        """Return every prompt of a record; RM500, RM501 or RM206 if one cannot be built."""
         backbones = self.manifest.backbones
         num_rows = {name: entry.vocab_size for name, entry in backbones.items()}
         return RecordPrompts(
@@ -395,24 +356,25 @@ class System:
         Where it is not known whose failure it is, or memory runs out, the batch runs in two halves.
         """
         failure: RecmasError
-        try:
-            with self._loaded.lock.held():
+        # Before the handlers: a run that must not begin is nobody's failure.
+        with self._loaded.lock.held():
+            try:
                 answers = self._batch(part, settings, trace).run()
-            return [(ready.index, answer) for ready, answer in zip(part, answers, strict=True)]
-        except RecordError as error:
-            failure, failed = error, [part[error.record]]
-            parts = [[*part[: error.record], *part[error.record + 1 :]]]
-        except (RecmasError, MemoryError) as error:
-            if isinstance(error, MemoryError | OutOfMemoryError):
-                # An error holds on to all that the batch has allocated.
-                failure = _without_memory(error)
-            else:
-                failure = error
-            middle = len(part) // 2
-            # A record is never alone where messages are exchanged.
-            whole = middle < (2 if self._exchange else 1)
-            failed = list(part) if whole else []
-            parts = [] if whole else [list(part[:middle]), list(part[middle:])]
+                return [(ready.index, answer) for ready, answer in zip(part, answers, strict=True)]
+            except RecordError as error:
+                failure, failed = error, [part[error.record]]
+                parts = [[*part[: error.record], *part[error.record + 1 :]]]
+            except (RecmasError, MemoryError) as error:
+                if isinstance(error, MemoryError | OutOfMemoryError):
+                    # An error holds on to all that the batch has allocated.
+                    failure = _without_memory(error)
+                else:
+                    failure = error
+                middle = len(part) // 2
+                # A record is never alone where messages are exchanged.
+                whole = middle < (2 if self._exchange else 1)
+                failed = list(part) if whole else []
+                parts = [] if whole else [list(part[:middle]), list(part[middle:])]
         if isinstance(failure, OutOfMemoryError):
             self._release_memory()
         results: list[tuple[int, Answer | RecmasError]] = []
@@ -445,8 +407,10 @@ class System:
         )
         return Batch(execution, [ready.record for ready in part], trace)
 
-    def _settings(self, sampling: SamplingPlan | None) -> SamplingPlan:
+    def _settings(self, sampling: SamplingPlan | None, over: SamplingSettings) -> SamplingPlan:
+        assert self._loaded, "raises where the system was closed"
         settings = self.plan.sampling if sampling is None else sampling
+        settings = structs.replace(settings, **over)
         check_sampling(settings)
         backbone = self.plan.agents[self.plan.answer_agent].backbone
         room = self.manifest.backbones[backbone].max_positions - self.plan.limits.max_prompt_tokens
@@ -497,13 +461,29 @@ class _Ready:
     prompts: RecordPrompts
 
 
-def load_parts(bundle: Bundle, opened: OpenedEngines) -> LoadedBundle:
-    """Load what systems of a bundle share, around open engines; RM40x for files that are wrong."""
+def _day_of(plan: Plan) -> datetime.date | None:
+    try:
+        return plan.day
+    except ValueError as error:
+        raise malformed(PLAN_NAME, f"the date is none: {error}") from error
+
+
+def load_parts(
+    bundle: Bundle, opened: OpenedEngines, *, day: datetime.date | None = None
+) -> LoadedBundle:
+    """Load what systems of a bundle share, around open engines; RM40x for files that are wrong.
+
+    Args:
+        day: For chat templates that write the date; None for that of the bundle, or else today.
+    """
     manifest = bundle.manifest
+    day = day or _day_of(bundle.plan) or datetime.date.today()
     chats, decoder_settings = {}, {}
     for name, entry in manifest.backbones.items():
         template = read_template(bundle.file(entry.chat_template), file=entry.chat_template)
-        chats[name] = Chat.load(bundle.file(entry.tokenizer), template, entry.special_tokens)
+        chats[name] = Chat.load(
+            bundle.file(entry.tokenizer), template, entry.special_tokens, day=day
+        )
         decoder_settings[name] = DecoderSettings(
             tokenizer=chats[name].tokenizer,
             eos_token_ids=frozenset(entry.eos_token_ids),
@@ -518,6 +498,7 @@ def load_parts(bundle: Bundle, opened: OpenedEngines) -> LoadedBundle:
     )
     return LoadedBundle(
         manifest=manifest,
+        day=day,
         device=opened.device,
         problems=opened.problems,
         engines=engines,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from recmas_runtime.core.errors import fail
 from recmas_runtime.core.text import first_line
 from recmas_runtime.engines.interface import FREE_MEMORY, OutOfMemoryError, is_out_of_memory
+from recmas_runtime.formats.precisions import DEVICES
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -64,7 +65,8 @@ def resolve_device(device: str) -> Device:
     if device == "auto":
         return "cuda" if PROVIDERS["cuda"][0] in available else "cpu"
     if device not in PROVIDERS:
-        raise fail("RM504", f"unknown device {device!r}", hint="Choose one of: auto, cpu, cuda.")
+        hint = f"Choose one of: {', '.join(DEVICES)}."
+        raise fail("RM504", f"unknown device {device!r}", hint=hint)
     known: Device = "cuda" if device == "cuda" else "cpu"
     if PROVIDERS[known][0] not in available:
         raise fail(

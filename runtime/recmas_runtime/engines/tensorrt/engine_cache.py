@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
-from recmas_runtime.core.files import sha256_of
+from recmas_runtime.core.files import reason_of, sha256_of
+from recmas_runtime.engines.tensorrt.own_engines import are_own_engines
 from recmas_runtime.formats.bundle import ENGINES_FOLDER, Bundle, inside, write_json_atomic
 from recmas_runtime.formats.codec import StrictStruct, Whole, read_json_file, to_json
 from recmas_runtime.formats.manifest import FileEntry
@@ -149,6 +150,11 @@ class EngineFolder:
     path: Path
     record: EngineRecord
 
+    @property
+    def is_own(self) -> bool:
+        """Whether this user built them."""
+        return are_own_engines(self.path / RECORD_NAME)
+
     def file(self, relative: str) -> Path:
         """Return the path of a plan."""
         return inside(self.path, relative)
@@ -226,14 +232,14 @@ def find_engines(bundle: Bundle) -> EngineFolder:
     return engines
 
 
-def no_engine(message: str, root: Path) -> RecmasError:
-    """Return the error for a bundle without the engines that are needed."""
-    hint = f"Build engines for this machine with `recmas engines {root}`."
+def no_engine(message: str, root: Path, *, others: str = "") -> RecmasError:
+    """Return the error for a bundle without the engines that are needed; `others` can be done."""
+    hint = f"Build engines for this machine with `recmas engines {root}`{others}."
     return fail("RM511", message, hint=hint)
 
 
 def find_engines_or_say_why(bundle: Bundle, problems: list[Problem]) -> EngineFolder | None:
-    """Return engines for this machine, or None where ONNX Runtime is to be used.
+    """Return engines that this user built, or None where ONNX Runtime is to be used.
 
     A bundle without engines gives no warning. One with engines that cannot be used adds the reasons
     to `problems`: who built them expects them to run.
@@ -241,7 +247,15 @@ def find_engines_or_say_why(bundle: Bundle, problems: list[Problem]) -> EngineFo
     if not engine_folders(bundle.root):
         return None
     try:
-        return find_engines(bundle)
+        engines = find_engines(bundle)
+        if not engines.is_own:
+            raise no_engine(
+                f"the engines in {ENGINES_FOLDER}/{engines.path.name} were not built by this user, "
+                "and a plan of TensorRT can do what a program can",
+                bundle.root,
+                others=", or take these with --device tensorrt",
+            )
+        return engines
     except RecmasError as error:
         problems += [as_warning(problem) for problem in error.problems]
         return None
@@ -251,6 +265,18 @@ def as_warning(problem: Problem) -> Problem:
     """Return an error as the reason why ONNX Runtime is used instead."""
     message = f"{problem.message}; ONNX Runtime is used"
     return replace(problem, code="RM550", message=message, severity="warning")
+
+
+def engines_text(root: Path) -> dict[str, str]:
+    """Return for each folder of engines, relative to the bundle, who built it."""
+    return {
+        path.relative_to(root).as_posix(): (
+            "built by this user"
+            if are_own_engines(path / RECORD_NAME)
+            else "not built by this user; loaded only with --device tensorrt"
+        )
+        for path in engine_folders(root)
+    }
 
 
 def timing_caches(root: Path) -> dict[str, bytes]:
@@ -288,7 +314,7 @@ def staged_engines(root: Path, platform: Platform) -> Iterator[Path]:
     except OSError as error:
         raise fail(
             "RM303",
-            f"cannot write engines into {engines}: {error.strerror}",
+            f"cannot write engines into {engines}: {reason_of(error)}",
             hint="Free some space, or copy the bundle to where it can be written.",
         ) from error
 

@@ -8,13 +8,19 @@ import platform
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Final
 
+from recmas_runtime.tools.sandbox.packages import (
+    THREADS,
+    Packages,
+    installed_packages,
+    names_of,
+)
 from recmas_runtime.tools.sandbox.program import (
     MAX_PROCESSES,
     MAX_TMP_BYTES,
@@ -32,7 +38,7 @@ _UNUSED_USERS: Final = range(0x7000_0000, 0x7FFF_0000)
 # Asks an interpreter where its standard library is and which shared libraries its own extension
 # modules load. Windows, tests and examples are left out: tkinter alone would bring all of X11.
 _PROBE: Final = """
-import contextlib, importlib, json, pathlib, sysconfig
+import contextlib, importlib, json, pathlib, site, sysconfig
 folders = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
 for module in sorted(pathlib.Path(folders[1], "lib-dynload").glob("*.so")):
     name = module.name.partition(".")[0]
@@ -41,7 +47,7 @@ for module in sorted(pathlib.Path(folders[1], "lib-dynload").glob("*.so")):
             importlib.import_module(name)
 maps = pathlib.Path("/proc/self/maps").read_text().splitlines()
 mapped = sorted({line.split(maxsplit=5)[5] for line in maps if "/" in line and ".so" in line})
-print(json.dumps([folders, mapped]))
+print(json.dumps([folders, mapped, site.getsitepackages()[0]]))
 """
 
 
@@ -52,15 +58,26 @@ class Bubblewrap:
     executable: str
     name: str = "bubblewrap"
 
-    def run(self, code: str, *, stdin: str = "", timeout_s: float, memory_mb: int) -> SandboxResult:
+    def run(
+        self,
+        code: str,
+        *,
+        stdin: str = "",
+        timeout_s: float,
+        memory_mb: int,
+        packages: Sequence[str] = (),
+    ) -> SandboxResult:
         """Run Python code (see `Sandbox.run`)."""
         interpreter = this_interpreter()
+        shown = Packages()
+        if packages:
+            shown = installed_packages(tuple(packages), executable=interpreter.executable)
         with _filter_file() as filter_fd:
             return run_python(
                 [
                     self.executable,
                     *_isolation(filter_fd),
-                    *_file_system(interpreter),
+                    *_file_system(interpreter, shown),
                     "--",
                     str(interpreter.executable),
                 ],
@@ -70,7 +87,7 @@ class Bubblewrap:
                 timeout_s=timeout_s,
                 memory_mb=memory_mb,
                 max_processes=MAX_PROCESSES,
-                env={},
+                env=THREADS if packages else {},
                 pass_fds=(filter_fd,),
                 watch=partial(_excess, max_bytes=memory_mb << 20),
             )
@@ -94,12 +111,15 @@ def _isolation(filter_fd: int) -> list[str]:
     return [*options, "--unshare-user", "--uid", str(_NOBODY), "--gid", str(_NOBODY)]
 
 
-def _file_system(interpreter: Interpreter) -> list[str]:
+def _file_system(interpreter: Interpreter, packages: Packages) -> list[str]:
     """Return the options that build the file system: the interpreter, four devices, /tmp.
 
-    There is no /proc and no /sys, and nothing but /tmp can be written to.
+    There is no /proc and no /sys, and nothing but /tmp can be written to. Of the installed packages
+    there are only the given ones.
     """
-    shown = (*interpreter.folders, interpreter.executable, *interpreter.libraries)
+    folders = interpreter.folders
+    libraries = {p for p in packages.libraries if not any(p.is_relative_to(f) for f in folders)}
+    shown = (*folders, interpreter.executable, *sorted({*interpreter.libraries, *libraries}))
     options: list[str] = []
     # Left to itself, bubblewrap may make a folder on the way that only root can enter.
     for parent in sorted({parent for path in shown for parent in path.parents[:-1]}):
@@ -107,7 +127,11 @@ def _file_system(interpreter: Interpreter) -> list[str]:
     for path in shown:
         options += ["--ro-bind", str(path), str(path)]
     for folder in interpreter.hidden:
-        options += ["--tmpfs", str(folder), "--remount-ro", str(folder)]
+        options += ["--tmpfs", str(folder)]
+    for name, path in packages.entries:
+        options += ["--ro-bind", str(path), str(interpreter.site / name)]
+    for folder in interpreter.hidden:
+        options += ["--remount-ro", str(folder)]
     for device in _DEVICES:
         options += ["--dev-bind", device, device]
     options += ["--perms", "1777", "--size", str(MAX_TMP_BYTES), "--tmpfs", "/tmp"]  # noqa: S108
@@ -143,12 +167,14 @@ class Interpreter:
     Attributes:
         hidden: Folders of installed packages inside `folders`.
         libraries: The dynamic loader and the shared libraries, under every name they go by.
+        site: Where it looks for installed packages.
     """
 
     executable: Path
     folders: tuple[Path, ...]
     hidden: tuple[Path, ...]
     libraries: tuple[Path, ...]
+    site: Path
 
 
 @cache
@@ -170,13 +196,13 @@ def this_interpreter() -> Interpreter:
         timeout=60,
         env={},
     )
-    folders, mapped = json.loads(ran.stdout)
+    folders, mapped, site = json.loads(ran.stdout)
     stdlib = tuple(dict.fromkeys(Path(folder) for folder in folders))
     libraries = {
         name
         for library in map(Path, mapped)
         if not any(library.is_relative_to(folder) for folder in stdlib)
-        for name in _names_of(library)
+        for name in names_of(library)
     }
     packages = (folder / name for folder in stdlib for name in ("site-packages", "dist-packages"))
     return Interpreter(
@@ -184,14 +210,8 @@ def this_interpreter() -> Interpreter:
         folders=stdlib,
         hidden=tuple(folder for folder in packages if folder.is_dir()),
         libraries=tuple(sorted(libraries | set(Path("/").glob("lib*/ld-*.so.*")))),
+        site=Path(site),
     )
-
-
-def _names_of(library: Path) -> set[Path]:
-    """Return the library and the links beside it that lead to it, `libz.so.1` to `libz.so.1.3`."""
-    stem = library.name.partition(".so")[0].partition("-")[0]
-    links = (path for path in library.parent.glob(f"{stem}*.so*") if path.is_symlink())
-    return {library} | {link for link in links if link.resolve() == library}
 
 
 def _excess(pid: int, *, max_bytes: int) -> str:

@@ -8,11 +8,13 @@ import platform
 import subprocess
 import tempfile
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from recmas_runtime.tools.sandbox.packages import THREADS
 from recmas_runtime.tools.sandbox.program import (
     MAX_OPEN_FILES,
     MAX_PROCESSES,
@@ -37,8 +39,16 @@ class Container:
     executable: str
     image: str
 
-    def run(self, code: str, *, stdin: str = "", timeout_s: float, memory_mb: int) -> SandboxResult:
-        """Run Python code (see `Sandbox.run`)."""
+    def run(
+        self,
+        code: str,
+        *,
+        stdin: str = "",
+        timeout_s: float,
+        memory_mb: int,
+        packages: Sequence[str] = (),
+    ) -> SandboxResult:
+        """Run Python code (see `Sandbox.run`); its packages are those of the image."""
         container = f"recmas-{uuid.uuid4().hex}"
         with tempfile.NamedTemporaryFile("w", encoding="ascii", suffix=".json") as profile:
             json.dump(oci_profile(MACHINES[platform.machine()]), profile)
@@ -48,6 +58,7 @@ class Container:
                     self.executable,
                     "run",
                     *_isolation(container, memory_mb=memory_mb),
+                    *(f"--env={name}={value}" for name, value in THREADS.items() if packages),
                     *("--security-opt", f"seccomp={profile.name}"),
                     *("--entrypoint", "python3", self.image),
                 ],

@@ -59,13 +59,23 @@ class Sandbox(Protocol):
     def name(self) -> str:
         """The backend, as `recmas doctor` calls it."""
 
-    def run(self, code: str, *, stdin: str = "", timeout_s: float, memory_mb: int) -> SandboxResult:
+    def run(
+        self,
+        code: str,
+        *,
+        stdin: str = "",
+        timeout_s: float,
+        memory_mb: int,
+        packages: Sequence[str] = (),
+    ) -> SandboxResult:
         """Run Python code; what it does wrong is in the result. Safe to call from many threads.
 
         Args:
             code: The program. It has the standard library, 32 MiB in /tmp, and nothing else.
             timeout_s: Wall-clock seconds, start of the sandbox included.
             memory_mb: MiB of all its processes together.
+            packages: Installed packages, by the names they are imported by, that it may import
+                too; it cannot write to them. Those that are not installed are not there.
         """
 
 

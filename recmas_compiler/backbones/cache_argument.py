@@ -1,0 +1,49 @@
+"""How a model of transformers takes its cache: the argument has two names, by version.
+
+A model's `forward` swallows arguments that it does not know, so a wrong name is no error: the model
+starts an empty cache at every call, and forgets.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache as cached
+from typing import Any, Final
+
+from recmas_runtime.core.errors import fail
+
+_NAMES: Final = ("past_key_values", "cache")  # the older name, and that of transformers 5.24 on
+
+
+def cache_argument(model: object) -> str:
+    """Return the name under which a model's `forward` takes its cache.
+
+    Args:
+        model: A decoder with or without its head.
+
+    Raises:
+        RecmasError: RM202 if it takes none.
+    """
+    return _name(type(model))
+
+
+def with_cache(model: object, cache: object) -> dict[str, Any]:
+    """Return the arguments of `forward` that let a model read and extend a cache.
+
+    Raises:
+        RecmasError: RM202 if it takes none.
+    """
+    return {cache_argument(model): cache, "use_cache": True}
+
+
+@cached
+def _name(kind: type[Any]) -> str:
+    parameters = inspect.signature(kind.forward).parameters
+    name = next((name for name in _NAMES if name in parameters), None)
+    if name is None:
+        raise fail(
+            "RM202",
+            f"{kind.__name__} takes no cache under a name that recmas knows ({', '.join(_NAMES)})",
+            hint="Use a version of transformers that recmas was tested with: see constraints.txt.",
+        )
+    return name

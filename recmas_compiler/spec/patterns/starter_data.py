@@ -1,0 +1,112 @@
+"""Small records to learn from and to ask, which `recmasc init --train` writes beside a spec.
+
+They are made here, so that a first training needs nothing from elsewhere: always the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+
+TRAIN_FILE: Final = "train.jsonl"
+QUESTIONS_FILE: Final = "questions.jsonl"
+PROTOCOL_FILE: Final = "protocol.yaml"
+
+Record = dict[str, str | list[str]]
+
+COLORS: Final = (
+    *("red", "blue", "green", "yellow", "orange", "purple"),
+    *("pink", "black", "white", "brown", "gray", "gold"),
+)
+_THINGS: Final = (
+    *("ball", "box", "car", "hat", "door", "cup", "chair"),
+    *("boat", "coat", "lamp", "book", "bike", "key", "bag"),
+)
+# Asked about only: what is learned has to hold for things that were never seen.
+_OTHER_THINGS: Final = ("shoe", "tent", "desk", "bowl", "sofa", "bell")
+_NUM_QUESTIONS: Final = 40
+
+_NAMES: Final = ("Ana", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gina", "Hugo")
+_GOODS: Final = ("apples", "books", "coins", "pens", "shells", "stamps")
+_NUM_SUMS: Final = 96
+_NUM_ASKED_SUMS: Final = 8
+
+
+def color_records() -> tuple[list[Record], list[Record]]:
+    """Return what the starter `relay` learns from and is asked: colors that one agent sees."""
+
+    def records(things: tuple[str, ...], name: str, most: int | None) -> list[Record]:
+        pairs = [(thing, color) for thing in things for color in COLORS]
+        random.Random(0).shuffle(pairs)  # noqa: S311 - no secret
+        return [
+            {
+                "id": f"{name}-{number}",
+                "note": f"The {thing} is {color}.",
+                "question": f"What color is the {thing}?",
+                "answer": color,
+            }
+            for number, (thing, color) in enumerate(pairs[:most])
+        ]
+
+    return records(_THINGS, "color", None), records(_OTHER_THINGS, "asked", _NUM_QUESTIONS)
+
+
+def _sums() -> Iterator[tuple[str, str, int]]:
+    """Yield word problems without end: the question, the way, the number."""
+    draw = random.Random(0)  # noqa: S311 - no secret
+    while True:
+        name, goods = draw.choice(_NAMES), draw.choice(_GOODS)
+        has, more = draw.randint(6, 40), draw.randint(2, 30)
+        if draw.random() < 0.5:
+            question = f"{name} has {has} {goods} and gets {more} more."
+            yield f"{question} How many has {name} now?", f"{has} + {more}", has + more
+        else:
+            more = min(more, has - 1)
+            question = f"{name} has {has} {goods} and gives {more} away."
+            yield f"{question} How many are left?", f"{has} - {more}", has - more
+
+
+def sum_records(answer: Callable[[str, int], str]) -> tuple[list[Record], list[Record]]:
+    """Return word problems to learn from and others to ask.
+
+    Args:
+        answer: Writes the text to learn, of the way and the number.
+    """
+    found: dict[str, Record] = {}
+    for question, way, number in _sums():
+        record: Record = {"question": question, "answer": answer(way, number)}
+        found.setdefault(question, {"id": f"sum-{len(found)}", **record})
+        if len(found) == _NUM_SUMS + _NUM_ASKED_SUMS:
+            break
+    records = list(found.values())
+    return records[:_NUM_SUMS], records[_NUM_SUMS:]
+
+
+# task -> how its answers are written; other tasks need data of one's own
+ANSWERS: Final[Mapping[str, Callable[[str, int], str]]] = {
+    "general": lambda way, number: f"{way} = {number}\n{number}",
+    "math": lambda way, number: f"{way} = {number}. The answer is \\boxed{{{number}}}.",
+}
+
+
+def as_lines(records: list[Record]) -> str:
+    """Return records as JSON lines."""
+    return "".join(f"{json.dumps(record)}\n" for record in records)
+
+
+def color_protocol() -> str:
+    """Return how `recmasc eval` asks about colors and tells right from wrong."""
+    return (
+        "# How `recmasc eval` asks and checks; the shipped ones are in docs/evaluation.md.\n"
+        "name: colors\n"
+        "version: 1\n"
+        "description: The color that only the first agent sees.\n"
+        "data:\n"
+        "  source: recmasc init relay --train\n"
+        "  fields: {note: [note], question: [question]}\n"
+        "  gold: {answer: [answer]}\n"
+        "max_new_tokens: 8\n"
+        f"check: {{kind: exact, among: [{', '.join(COLORS)}]}}\n"
+    )

@@ -1,0 +1,143 @@
+"""Records that run together, and the stream of one answer's text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+from recmas_runtime.core.errors import fail
+from recmas_runtime.engines.interface import Floats
+from recmas_runtime.formats.plan import ThinkStep
+from recmas_runtime.running.engine_lock import EngineLock
+from recmas_runtime.running.executor import Execution, tool_events
+from recmas_runtime.running.generation import RowDecoder
+from recmas_runtime.running.records import Answer, Record, Timing, Usage
+from recmas_runtime.running.run_trace import StepEvent, Trace
+
+PHASES = ("prefill", "think", "send", "write", "decode", "tools")
+
+
+class AnswerStream:
+    """The text of one answer as it is written; once the iteration has ended, `answer` is set.
+
+    It is read once. Others may run on the same engines between two pieces.
+    """
+
+    def __init__(self, batch: Batch, lock: EngineLock) -> None:
+        self._batch: Batch | None = batch
+        self._lock = lock
+        self.answer: Answer | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        # Only the iteration holds the batch, so that its caches go when it ends or is given up.
+        batch, self._batch = self._batch, None
+        if batch is None:
+            raise fail(
+                "RM512",
+                "this stream was read before",
+                hint="Take the text from its `answer`, or ask again for another stream.",
+            )
+        pieces = batch.pieces()
+        while True:
+            # Not across the yield: the reader may run the system before it wants the next piece.
+            with self._lock.held():
+                piece = next(pieces, None)
+            if piece is None:
+                break
+            yield piece[1]
+        (self.answer,) = batch.answers()
+
+
+class Batch:
+    """Records that run together, from prompts to answers."""
+
+    def __init__(
+        self, execution: Execution, records: Sequence[Record], trace: Trace | None
+    ) -> None:
+        self._execution = execution
+        self._records = records
+        self._trace = trace
+        self._writers: list[RowDecoder] = []
+        self._total_ms = 0.0
+
+    def run(self) -> list[Answer]:
+        """Run everything and return the answers in record order."""
+        for _ in self.pieces():
+            pass
+        return self.answers()
+
+    def pieces(self) -> Iterator[tuple[int, str]]:
+        """Run everything; yields (record, text) as text becomes certain."""
+        execution, plan = self._execution, self._execution.plan
+        start = time.perf_counter()
+        execution.run_rounds()
+        decode_start = time.perf_counter()
+        generator = execution.answer()
+        self._writers = generator.writers
+        yield from generator.pieces()
+        now = time.perf_counter()
+        self._total_ms = (now - start) * 1e3
+        agents = (plan.answer_agent,)
+        called = tool_events(generator, plan.rounds, agents)
+        ms = (now - decode_start) * 1e3 - sum(event.ms for event in called)
+        first_ms = ((generator.first_at or now) - start) * 1e3
+        decoded = StepEvent(op="decode", round=plan.rounds, agents=agents, ms=ms, first_ms=first_ms)
+        execution.events += [decoded, *called]
+        # Not before: a record that proves too long in a round makes the others start over.
+        if self._trace is not None:
+            rows = range(len(self._records))
+            self._trace.add_batch(
+                self._records, execution.events, [self._messages(row) for row in rows]
+            )
+
+    def answers(self) -> list[Answer]:
+        """Return the answers in record order, once `pieces` has ended."""
+        events = self._execution.events
+        ms = {op: sum(event.ms for event in events if event.op == op) for op in PHASES}
+        timing = Timing(**ms, total=self._total_ms)
+        return [
+            Answer(
+                id=record.id,
+                record=record.given,
+                answer=writer.text,
+                finish_reason=writer.finish_reason or "length",
+                rounds=self._rounds(row),
+                usage=self._usage(row, writer),
+                timing_ms=timing,
+                batch_size=len(self._records),
+                tool_calls=tuple(writer.results),
+            )
+            for row, (record, writer) in enumerate(zip(self._records, self._writers, strict=True))
+        ]
+
+    def _rounds(self, row: int) -> int:
+        converged = int(self._execution.converged[row])
+        return converged + 1 if converged else self._execution.plan.rounds
+
+    def _ran(self, row: int, round_: int) -> bool:
+        """Return whether a record took part in a round; some run for its neighbours only."""
+        return round_ < self._rounds(row) or round_ == self._execution.plan.rounds
+
+    def _usage(self, row: int, writer: RowDecoder) -> Usage:
+        """Count what a record took; rounds that only its neighbours needed are not among it."""
+        plan = self._execution.plan
+        events = [event for event in self._execution.events if self._ran(row, event.round)]
+        prefilled = sum(event.prefilled_tokens[row] for event in events if event.prefilled_tokens)
+        return Usage(
+            prompt_tokens=prefilled + writer.num_result_tokens,
+            latent_steps=sum(
+                plan.num_latent_steps(step) * len(step.agents)
+                for step in plan.steps
+                if isinstance(step, ThinkStep) and self._ran(row, step.round)
+            ),
+            handover_tokens=sum(e.written_tokens[row] for e in events if e.written_tokens),
+            completion_tokens=writer.num_tokens,
+        )
+
+    def _messages(self, row: int) -> dict[str, Floats]:
+        """Return the messages [m, d] of the rounds that a record ran, by link and round."""
+        return {
+            f"{link}@{round_}": message[row]
+            for (link, round_), message in self._execution.messages.items()
+            if self._ran(row, round_)
+        }

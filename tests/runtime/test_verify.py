@@ -1,0 +1,123 @@
+"""What `verify` finds in bundles whose hashes are right and that yet cannot run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from kit.hand_bundle import edit_json, rehash
+from recmas_runtime.cli.main import main
+from recmas_runtime.formats.safetensors_file import read_tensors, write_tensors
+
+CASE = "parity/one.safetensors"
+TEMPLATE = "backbones/one/chat_template.jinja"
+TOKENIZER = "backbones/one/tokenizer.json"
+
+
+def problems_of(
+    capsys: pytest.CaptureFixture[str], bundle: Path, *, status: int = 5
+) -> list[dict[str, Any]]:
+    rehash(bundle)
+    assert main(["verify", str(bundle), "--json"]) == status
+    found: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["problems"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("template", "code", "words"),
+    [
+        (b"\xff{{ messages }}", "RM404", "not UTF-8"),
+        (b"{% for message in %}", "RM206", "not valid Jinja"),
+        (b"{{ raise_exception('no') }}", "RM405", "prompt `first` of agent 'planner'"),
+        (
+            b"{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('none') }}"
+            b"{% endif %}{{ m.content }}{% endfor %}",
+            "RM405",
+            "prompt `system` of agent 'solver'",
+        ),
+        (b"{% for m in messages %}{{ m.content[:40] }}{% endfor %}", "RM405", "leaves out"),
+        (b"{{ '\\ud800' }}", "RM405", "of agent 'planner'"),
+    ],
+)
+def test_templates_that_cannot_render(
+    own_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+    template: bytes,
+    code: str,
+    words: str,
+) -> None:
+    (own_bundle / TEMPLATE).write_bytes(template)
+    problem = problems_of(capsys, own_bundle, status=3 if code == "RM206" else 5)[0]
+    assert problem["code"] == code
+    assert words in problem["message"]
+
+
+def test_a_tokenizer_that_is_none(own_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (own_bundle / TOKENIZER).write_text("{}")
+    (problem,) = problems_of(capsys, own_bundle)
+    assert problem["code"] == "RM404"
+
+
+def test_a_prompt_beyond_the_limit(own_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = json.loads((own_bundle / "plan.json").read_text())
+    text = [{"kind": "text", "value": "x" * 200}, *plan["agents"]["solver"]["then"]]
+    edit_json(own_bundle / "plan.json", "agents/solver/then", text)
+    (problem,) = problems_of(capsys, own_bundle)
+    assert problem["code"] == "RM405"
+    assert "the bundle allows 128" in problem["message"]
+
+
+def test_tokens_beyond_the_table(own_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = Tokenizer.from_file(str(own_bundle / TOKENIZER))
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save(str(own_bundle / TOKENIZER))
+    (problem,) = problems_of(capsys, own_bundle, status=0)
+    assert (problem["code"], problem["severity"]) == ("RM404", "warning")
+    assert "tokens up to 260, backbone 'one' has embeddings for 260" in problem["message"]
+
+
+Edit = Callable[[dict[str, np.ndarray]], object]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("inputs_embeds", np.zeros((1, 5, 260), np.float64)),
+        ("inputs_embeds", np.zeros((5, 260), np.float32)),
+        ("inputs_embeds", np.zeros((2, 5, 260), np.float32)),
+        ("inputs_embeds", np.zeros((1, 5, 7), np.float32)),
+        ("inputs_embeds", np.zeros((1, 0, 260), np.float32)),
+        ("chunks", np.array([5], np.float32)),
+        ("chunks", np.array([[5]])),
+        ("chunks", np.array([7, -2])),
+        ("chunks", np.array([2**40])),
+        ("chunks", np.zeros(0, np.int64)),
+        ("hidden", np.zeros((1, 5), np.float32)),
+        ("hidden", np.zeros((1, 5, 260), np.int64)),
+        ("thought_next", np.zeros(3, np.float32)),
+        ("logits_hidden", np.zeros((1, 3), np.float32)),
+        ("logits", np.zeros((1, 1, 260), np.float32)),
+        ("greedy_prompt", np.array([260])),
+        ("greedy_prompt", np.array([-1])),
+        ("greedy_prompt", np.zeros(0, np.int64)),
+        ("greedy_tokens", np.array([1.0], np.float32)),
+        ("greedy_tokens", np.array([9999])),
+        ("link.planner.inner.x", np.zeros((2, 7), np.float32)),
+    ],
+)
+def test_parity_tensors_of_other_types_and_shapes(
+    own_bundle: Path, capsys: pytest.CaptureFixture[str], name: str, value: np.ndarray
+) -> None:
+    tensors, metadata = read_tensors(own_bundle / CASE)
+    kept = {key: tensor.copy() for key, tensor in tensors.items()}
+    write_tensors(own_bundle / CASE, {**kept, name: value}, metadata)
+    (problem,) = problems_of(capsys, own_bundle)
+    assert (problem["code"], problem["file"]) == ("RM404", CASE)
+    assert "the parity case's tensor" in problem["message"]
+    assert "internal error" not in capsys.readouterr().err
