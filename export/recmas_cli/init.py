@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 
-from recmas_cli.console import FILE, Outcome, command, write_text
+from recmas_cli.console import FILE, Outcome, command
+from recmas_compiler.spec.document.places import is_file
 from recmas_compiler.spec.patterns.starter_specs import starter_files, starter_spec
 from recmas_compiler.spec.schema.json_schema import SCHEMA_FILE, schema_text
 from recmas_runtime.core.errors import fail
+from recmas_runtime.core.files import check_free, placed_together
 from recmas_runtime.core.text import listed
 
 
@@ -40,18 +41,15 @@ def init(pattern: str, out: Path, task: str | None, *, train: bool, force: bool)
     PATTERN is relay, sequential, mixture, distillation, deliberation, or custom for a graph of your
     own. The relay is the smallest one that shows what messages do: train it and see.
     """
-    # The spec last: where it is, all is.
-    files = {SCHEMA_FILE: schema_text()}
-    files |= starter_files(pattern, task=task) if train else {}
-    files |= {out.name: starter_spec(pattern, task=task, train=train)}
-    taken = [name for name in files if name != SCHEMA_FILE and os.path.lexists(out.with_name(name))]
-    if taken and not force:
-        verb = "exists" if len(taken) == 1 else "exist"
-        paths = listed(out.with_name(name) for name in taken)
-        hint = "Choose another --out or pass --force."
-        raise fail("RM302", f"{paths} {verb} already", hint=hint)
-    for name, text in files.items():
-        write_text(out.with_name(name), text)
+    if not out.name:
+        raise fail("RM302", f"{out} is a folder", hint="Name a file, such as -o spec.yaml.")
+    files = starter_files(pattern, task=task) if train else {}
+    files |= {SCHEMA_FILE: schema_text(), out.name: starter_spec(pattern, task=task, train=train)}
+    theirs = [name for name in files if name != SCHEMA_FILE or not is_file(out.with_name(name))]
+    check_free(out.parent, theirs, force=force)
+    with placed_together(out.parent, list(files)) as staging:
+        for name, text in files.items():
+            (staging / name).write_text(text, encoding="utf-8")
     others = listed(out.with_name(name) for name in files if name != out.name)
     after = "train" if train else "build"
     return Outcome(

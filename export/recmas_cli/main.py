@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+
+TYPE_CHECKING = False  # that of `typing`, whose import Ctrl-C would hit before `main`
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 # Of the extra `compile`. Some come with other packages too, so one alone says nothing.
 NEEDED = ("click", "networkx", "pydantic", "yaml")

@@ -90,7 +90,7 @@ def staged_bundle(target: Path, *, needed_bytes: int) -> Iterator[StagedBundle]:
         RecmasError: RM302 if anything is at `target` but an empty folder or a bundle, RM303 if the
             disk is full or not writable.
     """
-    target = target.resolve()
+    target = Path(os.path.realpath(target))  # pathlib's own raises what is no OSError at loops
     needed_bytes += _SLACK_BYTES
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

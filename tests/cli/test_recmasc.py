@@ -93,6 +93,17 @@ def test_init_with_records_to_learn_from(tmp_path: Path) -> None:
     assert not (tmp_path / "spec.yaml").exists()
 
 
+@pytest.mark.parametrize("place", ["", "/", ".", "..", "folder"])
+def test_init_does_not_write_over_a_folder(place: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for force in ((), ("--force",)):
+        ran = recmasc("init", "custom", "-o", place, *force, cwd=tmp_path)
+        assert ran.returncode == Exit.USAGE
+        assert "error[RM302]" in ran.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert recmasc("init", "custom", "-o", "new/spec.yaml", cwd=tmp_path).returncode == Exit.OK
+
+
 def test_init_names_the_tasks_it_knows(tmp_path: Path) -> None:
     ran = in_a_process("init", "mixture", "--task", "maths", cwd=tmp_path)
     assert ran.returncode == Exit.SPEC_INVALID
@@ -183,9 +194,9 @@ def test_build_run_and_reuse(project: Path) -> None:
     assert built.returncode == Exit.OK, built.stderr
     told = json.loads(built.stdout)
     assert told["data"]["reused"] is False
-    (warning,) = told["problems"]
+    *_, warning = told["problems"]
     assert warning["code"] == "RM152"
-    assert warning["message"].startswith("4 of 4 links are untrained: ")
+    assert warning["message"].startswith("6 of 6 links are untrained: ")
     files = (project / "bundle").rglob("*")
     size_bytes = sum(f.stat().st_size for f in files if f.is_file() and f.name != MANIFEST_NAME)
     assert told["data"]["size_bytes"] == size_bytes
@@ -215,7 +226,7 @@ def test_build_says_what_it_built(project: Path) -> None:
     built = recmasc("build", "spec.yaml", "-o", "small", "--precision", "int8", cwd=project)
     assert built.returncode == Exit.OK, built.stderr
     *_, parity, size, after = built.stdout.splitlines()
-    assert parity.startswith("tiny against the reference: embeds ")
+    assert parity.startswith("tiny against the reference: hidden ")
     assert parity.endswith(("; greedy text equal.", "; greedy text different."))
     assert size.startswith("Size ")
     assert ", loads in " in size
@@ -262,7 +273,7 @@ def test_plan_refuses_prompts_that_no_backbone_takes(project: Path) -> None:
 
 def test_one_is_no_plural(project: Path, tmp_path: Path) -> None:
     ran = recmasc("check", "spec.yaml", "--set", "rounds=2", cwd=project)
-    assert "(2 agents, 2 links, 2 rounds, " in ran.stdout
+    assert "(3 agents, 3 links, 2 rounds, " in ran.stdout
     text = "recmas: 1\nname: one\nbackbones: {tiny: {source: llama}}\nagents: {solver: "
     text += '{backbone: tiny, prompt: "{{ question }}"}}\nanswer: {agent: solver}\n'
     (project / "one.yaml").write_text(text)
@@ -311,3 +322,32 @@ def test_interrupted_build_leaves_nothing(project: Path) -> None:
 def test_doctor(tmp_path: Path) -> None:
     data = json.loads(recmasc("doctor", "--json", cwd=tmp_path).stdout)["data"]
     assert data["packages"]["torch"]
+
+
+PLACES = ("x" * 300, "file/here", "loop/here", "x" * 300 + "/here", "no\nwhere/" + "y" * 300)
+WRITING = {
+    "graph": ("graph", "spec.yaml", "-o", "{}.svg"),
+    "ir": ("ir", "spec.yaml", "--dump-ir", "{}"),
+    "build": ("build", "spec.yaml", "-o", "{}"),
+    "dump": ("build", "spec.yaml", "-o", "unused", "--dump-ir", "{}"),
+    "init": ("init", "custom", "-o", "{}"),
+    "import": ("import", "released", "mixture", "--from", "spec.yaml", "-o", "{}"),
+    "bench": ("bench", "nothing", "--out", "{}"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("command", WRITING)
+def test_places_that_no_file_system_has(project: Path, command: str, place: str) -> None:
+    (project / "file").touch()
+    if not (project / "loop").is_symlink():
+        (project / "loop").symlink_to("loop")
+    before = {path for path in project.rglob("*") if path.is_file()}
+    arguments = [argument.format(place) for argument in WRITING[command]]
+    ran = recmasc(*arguments, cwd=project)
+    assert ran.returncode in (Exit.RUN_FAILED, Exit.USAGE, Exit.ENVIRONMENT, Exit.VERIFICATION)
+    assert "error[RM" in ran.stderr
+    assert "internal error" not in ran.stderr
+    if command not in ("import", "bench"):  # they look at what they read first
+        assert "error[RM303]" in ran.stderr or "error[RM302]" in ran.stderr
+    assert {path for path in project.rglob("*") if path.is_file()} == before

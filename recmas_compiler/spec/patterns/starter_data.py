@@ -21,8 +21,8 @@ COLORS: Final = (
     *("pink", "black", "white", "brown", "gray", "gold"),
 )
 _THINGS: Final = (
-    *("ball", "box", "car", "hat", "door", "cup", "chair"),
-    *("boat", "coat", "lamp", "book", "bike", "key", "bag"),
+    *("ball", "box", "car", "hat", "door", "cup", "chair", "boat", "coat", "lamp"),
+    *("book", "bike", "key", "bag", "vase", "kite", "sock", "drum", "fence", "train"),
 )
 # Asked about only: what is learned has to hold for things that were never seen.
 _OTHER_THINGS: Final = ("shoe", "tent", "desk", "bowl", "sofa", "bell")
@@ -43,7 +43,7 @@ def color_records() -> tuple[list[Record], list[Record]]:
         return [
             {
                 "id": f"{name}-{number}",
-                "note": f"The {thing} is {color}.",
+                "note": f"{color} is the color of the {thing}.",
                 "question": f"What color is the {thing}?",
                 "answer": color,
             }
