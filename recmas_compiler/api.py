@@ -17,6 +17,7 @@ from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.links.files import end_of
 from recmas_compiler.links.trained import TrainedLinks, find_trained_links
+from recmas_compiler.lowering.prompt_trial import try_prompts
 from recmas_compiler.passes.pass_base import DumpIR, Instrument, Record, RecordPasses
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.document.problems import in_reading_order
@@ -29,7 +30,7 @@ from recmas_runtime.formats.manifest import ParityEntry
 if TYPE_CHECKING:
     from recmas_compiler.lowering.reference import TorchSystem
     from recmas_compiler.training.loop.loop import Sink
-    from recmas_compiler.training.run import RunReport
+    from recmas_compiler.training.receipt import RunReport
     from recmas_runtime.checking.build_tensorrt import EngineBuild
 
 # Where a package says that it builds bundles; recmas_export does.
@@ -80,9 +81,12 @@ def compile(spec: Spec, *, dump_ir: str | Path | None = None, download: bool = F
 
     Raises:
         RecmasError: Backbone files that are missing or unsuitable (RM2xx), link files that do not
-            fit (RM120), and every other finding that needs the backbones' dimensions.
+            fit (RM120), and every other finding that needs the backbones' dimensions; prompts that
+            a chat template does not write as they are (RM206), where it is at hand.
     """
     topology = build_topology(spec, download=download)
+    warnings = try_prompts(spec, topology.system)
+    spec = replace(spec, warnings=tuple(dict.fromkeys((*spec.warnings, *warnings))))
     recorder = RecordPasses()
     instruments: tuple[Instrument, ...] = (recorder,)
     if dump_ir is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from recmas_cli.console import SET, SPEC, Outcome, command
-from recmas_compiler.api import load_and_compile
+from recmas_compiler.api import load_and_compile, with_trained_links
 from recmas_runtime.core.text import counted
 
 
@@ -17,7 +17,8 @@ from recmas_runtime.core.text import counted
 @command
 def check(spec: Path, overrides: tuple[str, ...]) -> Outcome:
     """Check a spec: syntax, names, slots, links, widths. Loads no weights."""
-    program = load_and_compile(spec, overrides)
+    program = with_trained_links(load_and_compile(spec, overrides))
+    trained = program.trained
     system = program.graph.system
     counts = {
         "agents": len(system.agents),
@@ -27,7 +28,11 @@ def check(spec: Path, overrides: tuple[str, ...]) -> Outcome:
     }
     listed = ", ".join(counted(value, key.removesuffix("s")) for key, value in counts.items())
     return Outcome(
-        text=f"{spec}: ok ({listed})",
-        data={"name": system.name, **counts},
+        text=f"{spec}: ok ({listed})\n{'' if trained is None else trained.text}",
+        data={
+            "name": system.name,
+            **counts,
+            "trained_links": [] if trained is None else list(trained.used),
+        },
         problems=program.spec.warnings,
     )

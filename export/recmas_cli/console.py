@@ -160,7 +160,8 @@ class RichProgress:
         columns += [TextColumn("{task.fields[note]}", markup=False), TimeElapsedColumn()]
         if total is not None:
             columns.append(TimeRemainingColumn())
-        with Bars(*columns, console=Console(stderr=True)) as bars:
+        # The usual half minute forgets what is rare and slow, such as measurements of a training.
+        with Bars(*columns, console=Console(stderr=True), speed_estimate_period=3600) as bars:
             task = bars.add_task(harmless(title), total=total, completed=done, note="")
 
             def advance(num_units: int = 1, /, *, note: str = "") -> None:
@@ -174,11 +175,11 @@ class RichProgress:
     def _lines(self, title: str, total: int | None, done: int) -> Iterator[Advance]:
         note_line(f"{title} ...")
         started = shown = self._clock()
-        counted = done
+        counted, noted = done, ""
 
         def advance(num_units: int = 1, /, *, note: str = "") -> None:
-            nonlocal counted, shown
-            counted += num_units
+            nonlocal counted, shown, noted
+            counted, noted = counted + num_units, note
             now = self._clock()
             if now - shown < LINE_EVERY_S or total is None or counted == done:
                 return
@@ -188,6 +189,9 @@ class RichProgress:
             note_line(f"{title}: {counted}/{total}, {told}{left_s / 60:.1f} min left")
 
         yield advance
+        if total is not None and counted > done:  # short stages have no other line
+            told = f"{noted}, " if noted else ""
+            note_line(f"{title}: {counted}/{total}, {told}{self._clock() - started:.0f} s")
 
 
 def shown_progress(*, quiet: bool) -> Progress:

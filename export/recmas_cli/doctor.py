@@ -12,10 +12,12 @@ from typing import Any, Final
 import click
 
 from recmas_cli.console import Outcome, command
-from recmas_runtime.checking.machine import package_versions, total_memory_bytes
+from recmas_runtime.checking.machine import package_versions, total_memory_bytes, verdict
 from recmas_runtime.core.text import human_bytes
 
 _PACKAGES: Final = ("torch", "transformers", "onnx", "onnxruntime", "networkx", "pydantic", "gguf")
+
+_COMPILES_WITH: Final = tuple(name for name in _PACKAGES if name != "gguf")
 
 
 @click.command()
@@ -40,5 +42,7 @@ def doctor() -> Outcome:
         "disk free": human_bytes(data["disk_free_bytes"]),
         "embedded model": there,
     }
-    text = "\n".join(f"{name:<18}{value}" for name, value in rows.items())
-    return Outcome(text=text, data=data)
+    data["missing"] = [name for name in _COMPILES_WITH if data["packages"][name] is None]
+    lines = [f"{name:<18}{value}" for name, value in rows.items()]
+    lines += ["", verdict("compile and train", data["missing"], extra="compile")]
+    return Outcome(text="\n".join(lines), data=data)

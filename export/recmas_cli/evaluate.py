@@ -23,10 +23,30 @@ if TYPE_CHECKING:
     from recmas_compiler.evaluation.evaluate import Evaluated
 
 
+def _list_protocols(context: click.Context, _: click.Parameter, value: str) -> str:
+    """Print the protocols and end, if that is what was asked for."""
+    if value != "list" or context.resilient_parsing:
+        return value
+    from recmas_compiler.evaluation.data.protocol import load_protocol, protocol_names
+
+    for name in protocol_names():
+        protocol = load_protocol(name)
+        first = protocol.description.replace("\n", " ").partition(". ")[0].rstrip(".")
+        click.echo(f"{name:15} {protocol.check.kind:7} {first}.")
+    raise click.exceptions.Exit(0)
+
+
 @click.command("eval")
 @BUNDLE
 @click.option("--data", type=FILE, required=True, help="Records to ask.")
-@click.option("--protocol", required=True, metavar="NAME|FILE", help="How to ask and to check.")
+@click.option(
+    "--protocol",
+    required=True,
+    is_eager=True,
+    callback=_list_protocols,
+    metavar="NAME|FILE|list",
+    help="How to ask and to check; `list` names those that come with recmas.",
+)
 @click.option(
     "--baseline",
     "baselines",
@@ -53,6 +73,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--out", type=FOLDER, help="Folder for answers and report  [default: out/SYSTEM-PROTOCOL]."
+)
+@click.option(
+    "--skip-broken",
+    is_flag=True,
+    help="Leave records out whose own solution fails their tests; without it they are an error.",
 )
 @click.option("--resume", is_flag=True, help="Go on with the answers that are there.")
 @DEVICE
@@ -82,11 +107,11 @@ def evaluate(
 
 def shown(done: Evaluated) -> Outcome:
     """Return an evaluation as the command prints it."""
-    from recmas_compiler.evaluation.report import comparison_text, report_table
+    from recmas_compiler.evaluation.report import comparison_text, report_head, report_table
 
     report = done.report
     parts = ["" if report.is_complete else "Partial: the run was interrupted."]
-    parts += [report_table(report), comparison_text(report)]
+    parts += [f"{report_head(report)}.", report_table(report), comparison_text(report)]
     parts.append(f"Wrote {', '.join(map(str, done.written))}.")
     lines = [part for part in parts if part] if report.systems else ["No question was answered."]
     return Outcome(

@@ -9,7 +9,7 @@ import click
 from recmas_cli.console import SET, SPEC, Outcome, command
 from recmas_compiler.analysis.explain import explain as explain_program
 from recmas_compiler.analysis.token_count import TokenCounter
-from recmas_compiler.api import load_and_compile
+from recmas_compiler.api import load_and_compile, with_trained_links
 
 
 @click.command()
@@ -22,8 +22,15 @@ def explain(spec: Path, overrides: tuple[str, ...]) -> Outcome:
     counter = TokenCounter(program.topology.system)
     text = explain_program(program.topology, program.records, count_tokens=counter)
     expanded = program.spec.resolved_yaml()
+    as_built = with_trained_links(program)
+    trained = as_built.trained
+    links = "" if trained is None else f"\n{trained.text}"
     return Outcome(
-        text=f"# The spec, expanded\n\n{expanded}\n# What the passes do\n\n{text}",
-        data={"spec": expanded, "explanation": text},
-        problems=program.spec.warnings,
+        text=f"# The spec, expanded\n\n{expanded}\n# What the passes do\n\n{text}{links}",
+        data={
+            "spec": expanded,
+            "explanation": text,
+            "trained_links": [] if trained is None else list(trained.used),
+        },
+        problems=as_built.spec.warnings,
     )

@@ -21,7 +21,7 @@ from recmas_runtime.core.errors import fail
 
 if TYPE_CHECKING:
     from recmas_compiler.training.loop.loop import Sink
-    from recmas_compiler.training.run import RunReport
+    from recmas_compiler.training.receipt import RunReport
     from recmas_compiler.training.session import Session
 
 # What every process of `--nproc` runs.

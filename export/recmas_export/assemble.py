@@ -14,7 +14,9 @@ from torch import nn
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.lowering.materialize import MaterializedLink, materialize_links
+from recmas_compiler.lowering.prompt_trial import check_prompts
 from recmas_compiler.lowering.reference import load_backbones
+from recmas_compiler.spec.spec import Spec
 from recmas_export.backbone_graph import (
     CHAT_TEMPLATE,
     CPU_DECODER,
@@ -29,6 +31,7 @@ from recmas_export.parity import OWN_TEXT, link_cases, make_case, measure_loss, 
 from recmas_export.rounding import rounded_layers
 from recmas_export.written_graphs import write_link_graph, write_probe
 from recmas_runtime.checking.placement import refuse_stray_nodes
+from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.files import sha256_of
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
@@ -44,6 +47,7 @@ from recmas_runtime.formats.precisions import (
     beyond_tolerance,
 )
 from recmas_runtime.formats.safetensors_file import read_tensors, write_tensors
+from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.running.open_engines import choose_provider
 from recmas_runtime.running.parity import (
     measure_backbone_parity,
@@ -71,6 +75,7 @@ def assemble(
     plan: Plan,
     folder: Path,
     *,
+    spec: Spec,
     names: Sequence[str],
     backbones: Mapping[str, TorchBackbone] | None,
     links: Mapping[str, MaterializedLink] | None,
@@ -90,6 +95,7 @@ def assemble(
     """
     with _timed(seconds, "load"):
         loaded = backbones or load_backbones(program, progress=progress)
+        _refuse_prompts(spec, program, loaded)
     with _timed(seconds, "links"):
         made = links or materialize_links(program, loaded, progress=progress)
         used = [agent.inner for agent in plan.agents.values()]
@@ -110,6 +116,17 @@ def assemble(
     with _timed(seconds, "parity"):
         cases = stages.measure(exported, stages.compare(exported))
     return exported, entries, tuple(cases)
+
+
+def _refuse_prompts(spec: Spec, program: Graph, loaded: Mapping[str, TorchBackbone]) -> None:
+    """Refuse prompts that would fail at the first question, before anything takes long."""
+    templates = {
+        name: ChatTemplate(backbone.chat_template, backbone.special_tokens)
+        for name, backbone in loaded.items()
+    }
+    problems = check_prompts(spec, program.system, templates)
+    if any(problem.severity == "error" for problem in problems):
+        raise RecmasError(problems)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,6 +192,7 @@ def build(
                 program,
                 plan,
                 staged.folder,
+                spec=spec,
                 names=tuple(inputs.backbones),
                 backbones=backbones,
                 links=links,

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from transformers import modeling_gguf_pytorch_utils as gguf_loader
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from recmas_compiler.backbones.chat_files import GIVE_A_TEMPLATE, PLAIN_TEMPLATE, puts_first
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.gguf_file import read_gguf_values, refuse_adapter
 from recmas_compiler.backbones.own_tokenizer import check_rows, load_tokenizer
@@ -87,12 +88,17 @@ class TorchBackbone:
 
 
 def load_backbone(
-    facts: BackboneFacts, *, progress: Progress, dtype: str = "float32"
+    facts: BackboneFacts,
+    *,
+    progress: Progress,
+    dtype: str = "float32",
+    template: str | None = None,
 ) -> TorchBackbone:
     """Load the backbone that `facts` describes, to compute in float32.
 
     Args:
         dtype: Element type that weights are rounded to.
+        template: Text of a chat template instead of its own.
 
     Raises:
         RecmasError: RM200 if files are missing, RM201 if a package is, RM202 if recmas cannot run
@@ -117,7 +123,7 @@ def load_backbone(
         _check_weights(model, facts.source)
         _round_weights(model, dtype, facts.source)
         tokenizer = load_tokenizer(folder, load, gguf=gguf, source=facts.source)
-    chat_template = _chat_template(tokenizer, facts.source)
+    chat_template = template or _chat_template(tokenizer, facts.source)
     check_rows(
         tokenizer,
         chat_template,
@@ -131,7 +137,7 @@ def load_backbone(
         tokenizer=tokenizer,
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         chat_template=chat_template,
-        special_tokens=dict(tokenizer.special_tokens_map),
+        special_tokens=_special_tokens(tokenizer, chat_template),
         bos_token=tokenizer.bos_token,
         eos_token_ids=_eos_token_ids(model, tokenizer),
     )
@@ -180,7 +186,7 @@ def _load_model(resolved: ResolvedSource, folder: Path, load: dict[str, Any]) ->
     if resolved.gguf_file is not None:
         # The weights are plain float32 now. Left in, this entry would make transformers treat the
         # model as quantized: it then refuses to save it.
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)
         model.hf_quantizer, model.is_quantized = None, False
     return model.requires_grad_(False).eval()
 
@@ -275,9 +281,19 @@ def _chat_template(tokenizer: Any, source: str) -> str:
         raise fail(
             "RM206",
             f"backbone {source!r} has no chat template",
-            hint="Choose its instruction-tuned form, or put a chat_template.jinja in its folder.",
+            hint=GIVE_A_TEMPLATE,
         ) from error
     return template
+
+
+def _special_tokens(tokenizer: Any, template: str) -> dict[str, str]:
+    """Return what a template may name; for plain text only what the tokenizer itself puts first."""
+    found = dict(tokenizer.special_tokens_map)
+    if template == PLAIN_TEMPLATE and not puts_first(
+        tokenizer.backend_tokenizer, found.get("bos_token")
+    ):
+        found.pop("bos_token", None)
+    return found
 
 
 def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

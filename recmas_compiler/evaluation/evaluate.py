@@ -2,122 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import datetime
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from recmas_compiler.evaluation.checks import make_check
-from recmas_compiler.evaluation.data.data_file import DataSet, load_data
+from recmas_compiler.evaluation.checks.verdict import Check, opened_thinking
+from recmas_compiler.evaluation.data.data_file import MAX_PROBLEMS, DataSet, Question, load_data
 from recmas_compiler.evaluation.data.protocol import Protocol, load_protocol
-from recmas_compiler.evaluation.report import Report, make_report, write_report
+from recmas_compiler.evaluation.identity import (
+    Identity,
+    claim_folder,
+    made_folder,
+    prompt_digest,
+)
+from recmas_compiler.evaluation.report import Report, limit_text, make_report, write_report
 from recmas_compiler.evaluation.runner import run_systems
-from recmas_runtime.core.errors import Problem, fail
-from recmas_runtime.core.progress import Progress
+from recmas_runtime.checking.machine import package_versions
+from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.files import exclusive
+from recmas_runtime.core.progress import Progress, Silent
+from recmas_runtime.core.text import counted, listed
 from recmas_runtime.formats.bundle import Bundle, open_bundle
-from recmas_runtime.formats.codec import to_json
-from recmas_runtime.formats.plan import Plan
+from recmas_runtime.formats.plan import AgentPlan, DecodeStep
+from recmas_runtime.prompts.chat_template import ChatTemplate, read_template
+from recmas_runtime.prompts.render import DEFAULT_VARIABLES, messages_of
 from recmas_runtime.running.baselines import LATENT, apply_baseline
 from recmas_runtime.running.open_engines import choose_device
 from recmas_runtime.running.system import System, check_batch, load
-
-NAME: Final = "evaluation.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """Everything that must be equal for answers to belong together: digests and fingerprints."""
-
-    protocol: str
-    data: str
-    bundle: str
-    prompts: str
-    untrained_bundle: str | None
-    batch_size: int
-
-
-_WORDS: Final = {
-    "protocol": "the protocol",
-    "data": "the data",
-    "bundle": "the bundle",
-    "prompts": "the bundle's prompts",
-    "untrained_bundle": "the bundle with untrained links",
-    "batch_size": "the batch size",
-}
-
-
-def prompt_digest(plan: Plan) -> str:
-    """Return the sha256 of every prompt and system text of a plan, by agent."""
-    parts = ("system", "first", "then", "chat_template")
-    prompts = {
-        name: {part: to_json(getattr(agent, part)) for part in parts}
-        for name, agent in plan.agents.items()
-    }
-    return hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()
-
-
-def claim_folder(folder: Path, identity: Identity, *, resume: bool) -> bool:
-    """Make sure that the answers in a folder belong to this evaluation, and say so in it.
-
-    Returns:
-        Whether there are answers to go on from.
-
-    Raises:
-        RecmasError: RM302 if there are answers and they are not to be resumed, RM603 if they are of
-            another evaluation, RM503 if the folder cannot be written.
-    """
-    path = folder / NAME
-    if path.exists():
-        if not resume:
-            raise fail(
-                "RM302",
-                f"{folder} holds an evaluation already",
-                hint="Pass --resume to go on with it, or choose another --out.",
-            )
-        _compare(path, identity)
-        return True
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(identity), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise fail(
-            "RM503",
-            f"cannot write to {folder}: {error.strerror}",
-            hint="Choose another --out.",
-        ) from error
-    return False
-
-
-def _compare(path: Path, identity: Identity) -> None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        before = Identity(**{field.name: found[field.name] for field in fields(Identity)})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise fail(
-            "RM603",
-            f"{path} does not say which evaluation this is",
-            hint="Choose another --out to start afresh.",
-        ) from error
-    then, now = asdict(before), asdict(identity)
-    changed = [name for name in then if then[name] != now[name]]
-    if changed:
-        differences = "; ".join(
-            f"{_WORDS[name]} was {_short(then[name])} and is {_short(now[name])}"
-            for name in changed
-        )
-        raise fail(
-            "RM603",
-            f"the answers in {path.parent} are of another evaluation: {differences}",
-            hint="Resume with what it began with, or choose another --out.",
-        )
-
-
-def _short(value: object) -> str:
-    return value[:12] if isinstance(value, str) else str(value)
-
 
 UNTRAINED: Final = "untrained-links"
 OLD_UNTRAINED: Final = "frozen-links"  # its name in version 0.1
@@ -135,6 +52,7 @@ class EvalOptions:
         out: Folder for answers and report; None for one named after bundle and protocol.
         device: `auto`, `cpu`, `cuda` or `tensorrt`.
         threads: None for the physical cores.
+        skip_broken: Leave records out whose own solution fails their tests, with a warning.
     """
 
     bundle: Path
@@ -148,6 +66,7 @@ class EvalOptions:
     resume: bool
     device: str
     threads: int | None
+    skip_broken: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,44 +100,148 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
     data = load_data(options.data, protocol, shown=bundle.plan.fields)
     _check_fields(bundle, data)
     folder = options.out or Path("out") / f"{bundle.plan.name}-{protocol.name}"
-    identity = Identity(
-        protocol=protocol.digest(),
-        data=data.digest,
-        bundle=bundle.manifest.fingerprint,
-        prompts=prompt_digest(bundle.plan),
-        untrained_bundle=untrained.manifest.fingerprint if untrained else None,
-        batch_size=batch_size,
-    )
     with make_check(protocol.check) as check:
-        for question in data.questions:
-            check("", question)  # what it cannot use is refused before anything is asked
-        resumed = claim_folder(folder, identity, resume=options.resume)
-        evaluation = run_systems(
-            _systems(names, options),
-            data.questions,
-            protocol=protocol,
-            check=check,
+        broken = check_records(check, data.questions, protocol, progress=progress)
+        if broken and not options.skip_broken:
+            raise RecmasError([problem for _, problem in broken[:MAX_PROBLEMS]])
+        skipped = {question.record.id for question, _ in broken}
+        questions = tuple(one for one in data.questions if one.record.id not in skipped)
+        if not questions:
+            raise RecmasError([problem for _, problem in broken[:MAX_PROBLEMS]])
+        opening = AnswerOpening.of(bundle)
+        identity = Identity(
+            protocol=protocol.digest(),
+            data=data.digest,
+            bundle=bundle.manifest.fingerprint,
+            prompts=prompt_digest(bundle.plan),
+            untrained_bundle=untrained.manifest.fingerprint if untrained else None,
             batch_size=batch_size,
-            folder=folder,
-            resume=resumed,
-            progress=progress,
+            sampling=_sampling_text(protocol, bundle),
+            date=opening.date,
+            judge=_judge_text(protocol),
+            left_out=", ".join(sorted(skipped)) or None,
         )
-    report = make_report(
-        evaluation,
-        protocol=protocol,
-        data=data,
-        data_file=options.data,
-        bundle=bundle,
-        prompt_digest=identity.prompts,
-        device=device,
-        threads=options.threads,
-    )
+        made_folder(folder)
+        with exclusive(folder, code="RM503", what="evaluation"):
+            resumed = claim_folder(folder, identity, resume=options.resume)
+            evaluation = run_systems(
+                _systems(names, options),
+                questions,
+                protocol=protocol,
+                check=check,
+                batch_size=batch_size,
+                folder=folder,
+                resume=resumed,
+                opening=opening.thinking,
+                title=f"{protocol.name}, {limit_text(protocol.max_new_tokens, bundle.plan)}",
+                progress=progress,
+            )
+            report = make_report(
+                evaluation,
+                protocol=protocol,
+                data=replace(data, questions=questions),
+                data_file=options.data,
+                bundle=bundle,
+                prompt_digest=identity.prompts,
+                device=device,
+                threads=options.threads,
+            )
+            written = tuple(write_report(report, folder))
     return Evaluated(
         report=report,
-        written=tuple(write_report(report, folder)),
-        warnings=(*_warnings(protocol, identity), *warnings),
+        written=written,
+        warnings=(*_warnings(protocol, identity, broken), *warnings),
         interrupted=evaluation.interrupted,
     )
+
+
+def check_records(
+    check: Check, questions: Sequence[Question], protocol: Protocol, *, progress: Progress
+) -> list[tuple[Question, Problem]]:
+    """Return the records that no answer could be judged by, with what is wrong with each.
+
+    Raises:
+        RecmasError: RM602 if what the records need is not installed.
+    """
+    shown = progress if protocol.check.kind == "code" else Silent()
+
+    def problem(question: Question) -> Problem | None:
+        try:
+            check.check_record(question)
+        except RecmasError as error:
+            if error.problems[0].code == "RM602":
+                raise
+            return error.problems[0]
+        return None
+
+    with (
+        shown.stage("trying the records' own solutions", len(questions)) as advance,
+        ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
+    ):
+        found = []
+        for question, wrong in zip(questions, pool.map(problem, questions), strict=True):
+            # A busy machine may have taken the time.
+            again = problem(question) if wrong is not None else None
+            found += [] if again is None else [(question, again)]
+            advance()
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOpening:
+    """What a bundle's prompts have begun of an answer, and whether they change from day to day.
+
+    Attributes:
+        thinking: The mark that opens thinking, if the answer agent's prompt ends with one.
+        date: The day that a chat template writes; None if none does.
+    """
+
+    thinking: str
+    date: str | None
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> Self:
+        """Render every agent's prompt once, without the texts of a record."""
+        plan = bundle.plan
+        day = plan.day or datetime.date.today()
+        answering = next(s.agent for s in reversed(plan.steps) if isinstance(s, DecodeStep))
+        thinking, has_date = "", False
+        for name, agent in plan.agents.items():
+            entry = bundle.manifest.backbones[agent.backbone]
+            text = read_template(bundle.file(entry.chat_template), file=entry.chat_template)
+            template = ChatTemplate(text, entry.special_tokens, day=day)
+            rendered = _rendered(agent, template)
+            has_date |= rendered != _rendered(agent, template.on(_ANOTHER_DAY))
+            if name == answering:
+                thinking = opened_thinking(rendered)
+        return cls(thinking=thinking, date=day.isoformat() if has_date else None)
+
+
+_ANOTHER_DAY: Final = datetime.date(2001, 2, 3)
+
+
+def _rendered(agent: AgentPlan, template: ChatTemplate) -> str:
+    system, prompt = (
+        "".join(part.value if part.kind == "text" else "x" for part in parts)
+        for parts in (agent.system, agent.then)
+    )
+    variables = {**DEFAULT_VARIABLES, **agent.chat_template}
+    messages = messages_of(system, prompt, template)
+    return template.render(messages, add_generation_prompt=True, **variables)
+
+
+def _sampling_text(protocol: Protocol, bundle: Bundle) -> str:
+    limit = protocol.max_new_tokens or bundle.plan.sampling.max_new_tokens
+    return (
+        f"{limit} new tokens, temperature {protocol.temperature:g}, top_p {protocol.top_p:g}, "
+        f"top_k {protocol.top_k}, stop {list(bundle.plan.sampling.stop)}"
+    )
+
+
+def _judge_text(protocol: Protocol) -> str:
+    names = ["recmas", *(["math-verify"] if protocol.check.kind == "math" else [])]
+    versions = package_versions(tuple(names))
+    return ", ".join(f"{name} {versions[name] or 'not installed'}" for name in names)
 
 
 def option_overrides(limit: int | None, seeds: str | None) -> tuple[str, ...]:
@@ -277,15 +300,30 @@ def _check_fields(bundle: Bundle, data: DataSet) -> None:
         )
 
 
-def _warnings(protocol: Protocol, identity: Identity) -> tuple[Problem, ...]:
-    if protocol.prompt_digest in (None, identity.prompts):
-        return ()
-    return (
-        Problem(
-            code="RM650",
-            severity="warning",
-            message=f"the protocol's prompts are {protocol.prompt_digest[:12]}, the bundle's "
-            f"{identity.prompts[:12]}",
-            hint="Do not set these figures beside ones that were made with other prompts.",
-        ),
-    )
+def _warnings(
+    protocol: Protocol, identity: Identity, broken: Sequence[tuple[Question, Problem]]
+) -> tuple[Problem, ...]:
+    warnings = []
+    if broken:
+        shown = listed(question.record.id for question, _ in broken[:MAX_PROBLEMS])
+        more = f" and {len(broken) - MAX_PROBLEMS} more" if len(broken) > MAX_PROBLEMS else ""
+        warnings.append(
+            Problem(
+                code="RM651",
+                severity="warning",
+                message=f"{counted(len(broken), 'record')} left out, which no answer could be "
+                f"judged by: {shown}{more}",
+                hint=f"The first: {broken[0][1].message}",
+            )
+        )
+    if protocol.prompt_digest not in (None, identity.prompts):
+        warnings.append(
+            Problem(
+                code="RM650",
+                severity="warning",
+                message=f"the protocol's prompts are {str(protocol.prompt_digest)[:12]}, the "
+                f"bundle's {identity.prompts[:12]}",
+                hint="Do not set these figures beside ones that were made with other prompts.",
+            )
+        )
+    return tuple(warnings)

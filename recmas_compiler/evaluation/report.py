@@ -27,10 +27,13 @@ from recmas_compiler.evaluation.summary import (
 )
 from recmas_runtime.checking.machine import package_versions
 from recmas_runtime.core.errors import fail
-from recmas_runtime.core.text import markdown_table
+from recmas_runtime.core.files import write_whole
+from recmas_runtime.core.text import counted, markdown_table
 from recmas_runtime.formats.bundle import Bundle
+from recmas_runtime.formats.plan import Plan
 
 REPORT_VERSION = 1
+MAX_COLUMNS: Final = 100  # of a terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,7 @@ def make_report(
             "fingerprint": bundle.manifest.fingerprint,
             "prompt_digest": prompt_digest,
             "rounds": bundle.plan.rounds,
+            "max_new_tokens": bundle.plan.sampling.max_new_tokens,
             "latent_steps": {n: agent.latent_steps for n, agent in bundle.plan.agents.items()},
         },
         made={
@@ -111,13 +115,36 @@ def make_report(
     )
 
 
+def limit_text(protocol: int | None, plan: Plan) -> str:
+    """Return how many tokens an answer may have, and whose limit that is."""
+    return _limit(protocol, plan.sampling.max_new_tokens)
+
+
+def report_limit(report: Report) -> str:
+    """Return the same of a report."""
+    return _limit(report.protocol["max_new_tokens"], report.bundle["max_new_tokens"])
+
+
+def _limit(protocol: int | None, bundle: int) -> str:
+    if protocol is None or protocol == bundle:
+        return f"at most {bundle} new tokens"
+    return f"at most {protocol} new tokens (the protocol's; the bundle's own limit is {bundle})"
+
+
+def report_head(report: Report) -> str:
+    """Return the line that says what was asked of what."""
+    return (
+        f"{report.bundle['name']} on {report.protocol['name']}: "
+        f"{counted(report.data['num_questions'], 'question')}, {report_limit(report)}"
+    )
+
+
 def report_markdown(report: Report) -> str:
     """Return the report for people."""
     protocol, data, bundle, made = report.protocol, report.data, report.bundle, report.made
     steps = ", ".join(f"{name} {count}" for name, count in bundle["latent_steps"].items())
     drawn = f"temperature {protocol['temperature']:g}" if protocol["temperature"] else "greedy"
     seeds = ", ".join(map(str, protocol["seeds"]))
-    limit = protocol["max_new_tokens"] or "the bundle's limit of"
     parts = [
         f"# {bundle['name']} on {protocol['name']}",
         "" if report.is_complete else "**Partial: the run was interrupted.**",
@@ -128,7 +155,7 @@ def report_markdown(report: Report) -> str:
         *_failures(report.systems),
         "## How",
         f"- protocol {protocol['name']} version {protocol['version']}, `{protocol['digest']}`\n"
-        f"- {drawn}, {limit} new tokens, seeds {seeds}, {protocol['rollouts']} answers each\n"
+        f"- {drawn}, {report_limit(report)}, seeds {seeds}, {protocol['rollouts']} answers each\n"
         f"- {data['num_questions']} of {data['num_records']} records of `{data['file']}`, "
         f"`{data['digest']}`\n"
         f"- bundle `{bundle['fingerprint']}`, prompts `{bundle['prompt_digest']}`\n"
@@ -166,7 +193,21 @@ def report_table(report: Report) -> str:
         row += [_figure(system.rounds, ".2g")]
         row += [_figure(system.ms.get("total"), ".3f", scale=1e-3)]
         rows.append(row if system.is_complete else [f"{system.name} (partial)", *row[1:]])
-    return markdown_table(head, rows)
+    return fitted_tables(head, rows)
+
+
+def fitted_tables(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as several below each other where it is wider than a terminal is."""
+    widths = [max(map(len, column)) + len(" | ") for column in zip(head, *rows, strict=True)]
+    parts: list[list[int]] = [[0]]
+    for column in range(1, len(head)):
+        if sum(widths[i] for i in (*parts[-1], column)) + 1 > MAX_COLUMNS:
+            parts.append([0])
+        parts[-1].append(column)
+    return "\n\n".join(
+        markdown_table([head[i] for i in part], [[row[i] for i in part] for row in rows])
+        for part in parts
+    )
 
 
 def comparison_text(report: Report) -> str:
@@ -222,7 +263,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     picture = folder / "report.png"
     try:
         for path, text in texts.items():
-            path.write_text(text, encoding="utf-8")
+            write_whole(path, text)
         return [*texts, *([picture] if draw_report(report, picture) else [])]
     except OSError as error:
         raise fail(

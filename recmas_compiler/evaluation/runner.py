@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Final, Self
 
 from msgspec import structs
 
-from recmas_compiler.evaluation.checks.verdict import NO_ANSWER, Check
+from recmas_compiler.evaluation.checks.verdict import NO_ANSWER, Check, Verdict
 from recmas_compiler.evaluation.data.data_file import Question
 from recmas_compiler.evaluation.data.protocol import MAX_ROLLOUTS, Protocol
 from recmas_runtime.core.errors import RecmasError, fail
@@ -76,6 +77,7 @@ class ScoredAnswer:
         extracted: What was taken for the answer; None for none.
         batch_size: Records that shared its batch, and the batch's time.
         answer: The whole answer as `recmas run --json` has it; None if the record failed.
+        target: The right answer, or several that count as right; None for unit tests.
     """
 
     id: str
@@ -87,6 +89,7 @@ class ScoredAnswer:
     batch_size: int
     answer: dict[str, Any] | None
     failure: str | None
+    target: Any = None
 
 
 class AnswerLog:
@@ -191,7 +194,7 @@ class SystemAnswers:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The outcome of a run; systems that an interruption kept from running are left out."""
+    """The outcome of a run; an interruption may have kept systems from answering anything."""
 
     systems: tuple[SystemAnswers, ...]
     interrupted: bool
@@ -206,14 +209,18 @@ def run_systems(
     batch_size: int,
     folder: Path,
     resume: bool,
+    opening: str,
+    title: str,
     progress: Progress,
 ) -> Evaluation:
-    """Ask one system after the other.
+    """Ask all systems batch by batch in turn, so that a machine's busy times fall on all of them.
 
     Args:
         systems: By name; each is made when its turn comes.
         batch_size: Most records per batch.
         folder: Gets `answers-NAME.jsonl`.
+        opening: What the prompt has begun of the answer, such as a mark that opens thinking.
+        title: Of the progress.
 
     Raises:
         RecmasError: What concerns the whole run, such as sampling settings out of bounds or an
@@ -221,31 +228,63 @@ def run_systems(
     """
     jobs = plan_jobs(questions, protocol, batch_size=batch_size)
     num_wanted = sum(len(job.questions) for job in jobs)
-    done: list[SystemAnswers] = []
-    for name, make in systems.items():
+    judge = _Judge(check, opening)
+    with ExitStack() as stack:
+        logs = {
+            name: stack.enter_context(
+                AnswerLog(folder / f"answers-{name}.jsonl", jobs, resume=resume)
+            )
+            for name in systems
+        }
+        left = [
+            (name, job) for job in jobs for name, log in logs.items() if log.num_jobs <= job.number
+        ]
+        before = sum(len(log.scored) for log in logs.values())
+        made: dict[str, System] = {}
         interrupted = False
-        with AnswerLog(folder / f"answers-{name}.jsonl", jobs, resume=resume) as log:
-            try:
-                title, before = f"{protocol.name} {name}", len(log.scored)
-                with progress.stage(title, num_wanted, done=before) as advance:
-                    left = jobs[log.num_jobs :]
-                    system = make() if left else None
-                    for job in left:
-                        assert system is not None
-                        scored = _run_job(system, job, protocol, check)
-                        log.append(scored)
-                        num_right = sum(one.correct for one in log.scored)
-                        note = f"{num_right / len(log.scored):.1%} right"
-                        advance(len(scored), note=note)
-            except KeyboardInterrupt:
-                interrupted = True
-            done.append(SystemAnswers(name=name, scored=tuple(log.scored), num_wanted=num_wanted))
-        if interrupted:
-            return Evaluation(systems=tuple(done), interrupted=True)
-    return Evaluation(systems=tuple(done), interrupted=False)
+        try:
+            with progress.stage(title, num_wanted * len(systems), done=before) as advance:
+                for name, job in left:
+                    if name not in made:
+                        made[name] = systems[name]()
+                    scored = _run_job(made[name], job, protocol, judge)
+                    logs[name].append(scored)
+                    advance(len(scored), note=_shares(logs))
+        except KeyboardInterrupt:
+            interrupted = True
+        return Evaluation(
+            systems=tuple(
+                SystemAnswers(name=name, scored=tuple(log.scored), num_wanted=num_wanted)
+                for name, log in logs.items()
+            ),
+            interrupted=interrupted,
+        )
 
 
-def _run_job(system: System, job: Job, protocol: Protocol, check: Check) -> list[ScoredAnswer]:
+def _shares(logs: Mapping[str, AnswerLog]) -> str:
+    """Return how much each system has right so far."""
+    shares = {
+        name: f"{sum(one.correct for one in log.scored) / len(log.scored):.1%}"
+        for name, log in logs.items()
+        if log.scored
+    }
+    if len(logs) == 1:
+        return f"{next(iter(shares.values()))} right"
+    return "right: " + ", ".join(f"{name} {share}" for name, share in shares.items())
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """A check, and what prompts have begun of every answer."""
+
+    check: Check
+    opening: str
+
+    def __call__(self, answer: str, question: Question) -> Verdict:
+        return self.check(self.opening + answer, question)
+
+
+def _run_job(system: System, job: Job, protocol: Protocol, judge: _Judge) -> list[ScoredAnswer]:
     sampling = sampling_of(job, protocol, system.plan.sampling)
     results: list[Answer | RecmasError]
     try:
@@ -258,19 +297,19 @@ def _run_job(system: System, job: Job, protocol: Protocol, check: Check) -> list
     # Records that cannot be run share neither the batch nor its time.
     batch_size = sum(isinstance(result, Answer) for result in results)
     return [
-        _score(result, question, job, check, batch_size)
+        _score(result, question, job, judge, batch_size)
         for result, question in zip(results, job.questions, strict=True)
     ]
 
 
 def _score(
-    result: Answer | RecmasError, question: Question, job: Job, check: Check, batch_size: int
+    result: Answer | RecmasError, question: Question, job: Job, judge: _Judge, batch_size: int
 ) -> ScoredAnswer:
     verdict, answer, failure = NO_ANSWER, None, None
     if isinstance(result, RecmasError):
         batch_size, failure = 0, result.problems[0].message
     else:
-        verdict, answer = check(result.answer, question), result.to_json()
+        verdict, answer = judge(result.answer, question), result.to_json()
     return ScoredAnswer(
         id=str(question.record.id),
         seed=job.seed,
@@ -281,4 +320,5 @@ def _score(
         batch_size=batch_size,
         answer=answer,
         failure=failure,
+        target=question.gold.get("answer"),
     )

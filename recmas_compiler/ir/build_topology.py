@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from recmas_compiler.backbones.chat_files import template_text
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.sources import describe_backbone
 from recmas_compiler.ir.graph import Edge, Graph
@@ -55,6 +56,8 @@ def build_topology(
     links = [_link(spec, *ends, facts, problems) for ends in spec.declared.links]
     for name, fact in facts.items():
         problems += _beyond_backbone(spec, name, fact)
+    # What is made for a bundle's own engines has no files, and renders nothing.
+    templates = _templates(spec, problems) if known is None else {}
     problems += _missing_files(spec)
     if problems:
         raise RecmasError(in_reading_order(problems))
@@ -62,7 +65,7 @@ def build_topology(
     known_links = {link.id: link for link in links if link is not None}
     return Graph(
         level=Level.TOPOLOGY,
-        system=_system(spec, facts, known_agents, known_links),
+        system=_system(spec, facts, templates, known_agents, known_links),
         nodes=known_agents,
         edges=tuple(Edge(link.source, link.target, link) for link in known_links.values()),
     )
@@ -91,6 +94,23 @@ def _describe_backbones(
         except RecmasError as error:
             problems += error.problems
     return facts
+
+
+def _templates(spec: Spec, problems: list[Problem]) -> dict[str, str]:
+    """Return the texts of the chat templates that the spec gives, by backbone."""
+    texts = {}
+    for name, section in spec.document.backbones.items():
+        if section.template is None:
+            continue
+        try:
+            texts[name] = template_text(section.template, spec.base_dir)
+        except RecmasError as error:
+            (problem,) = error.problems
+            place = spec.position("backbones", name, "template")
+            message = f"the chat template `{section.template}` cannot be used: {problem.message}."
+            hint = "Give a Jinja file, relative to the spec, or `none` for plain text."
+            problems.append(problem_at(place, "RM206", message, hint=hint))
+    return texts
 
 
 def _beyond_backbone(spec: Spec, name: str, facts: BackboneFacts) -> list[Problem]:
@@ -260,6 +280,7 @@ def _tools(section: ToolsSection | None) -> ToolsPlan | None:
 def _system(
     spec: Spec,
     facts: Mapping[str, BackboneFacts],
+    templates: Mapping[str, str],
     agents: dict[str, Agent],
     links: dict[str, Link],
 ) -> System:
@@ -279,6 +300,7 @@ def _system(
                 dtype=section.dtype,
                 precision=section.precision or build.precision,
                 shared_as=name,
+                template=templates.get(name),
                 where=spec.position("backbones", name),
             )
             for name, section in document.backbones.items()
@@ -287,6 +309,7 @@ def _system(
         links=links,
         stop_when=None if answer.stop_when is None else StopPlan(cosine=answer.stop_when.cosine),
         tools=_tools(answer.tools),
+        date=document.date,
         search_corpus=None if corpus is None else str(corpus),
         loss_text=None if loss_text is None else str(loss_text),
     )

@@ -7,6 +7,7 @@ The tables that both levels refer to by name travel in `System`.
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Final, Literal
@@ -22,6 +23,7 @@ from recmas_runtime.formats.plan import (
     StopPlan,
     ToolsPlan,
     Variant,
+    parse_day,
 )
 
 # Where a bundle keeps the passages that its answer agent may search.
@@ -45,6 +47,7 @@ class Backbone:
             ShareBackbones finds an equal one.
         dtype: Element type that its weights are rounded to.
         precision: How its engines hold them: `float32`, `int8` or `int4`.
+        template: Text of the chat template that the spec gives it; None for its own.
     """
 
     name: str
@@ -53,11 +56,13 @@ class Backbone:
     shared_as: str
     where: SourcePosition
     precision: str = "float32"
+    template: str | None = None
 
     @property
-    def engine_identity(self) -> tuple[str, str, str, str]:
+    def engine_identity(self) -> tuple[str, ...]:
         """What backbones have in common that can share weights and engine."""
-        return self.facts.identity, self.facts.folder or "", self.dtype, self.precision
+        facts = self.facts
+        return facts.identity, facts.folder or "", self.dtype, self.precision, self.template or ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +244,7 @@ class System:
     Attributes:
         caches: By id; empty before PlanCaches.
         stop_when: Early end of the rounds; None runs all of them.
+        date: Day for chat templates that write it, as `YYYY-MM-DD`; None for that of loading.
         search_corpus: Absolute path of the file or folder that is copied to `SEARCH_CORPUS`.
         loss_text: Absolute path of the text that losses of a precision are measured over.
     """
@@ -256,6 +262,12 @@ class System:
     tools: ToolsPlan | None = None
     search_corpus: str | None = None
     loss_text: str | None = None
+    date: str | None = None
+
+    @property
+    def day(self) -> datetime.date | None:
+        """The date as such, which the spec has checked."""
+        return None if self.date is None else parse_day(self.date)
 
     def backbone_of(self, agent: str) -> Backbone:
         """Return the backbone whose weights and engine `agent` uses, after sharing."""

@@ -7,7 +7,9 @@ backbone by the source that the spec gives.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -38,6 +40,10 @@ from recmas_runtime.formats.plan import PromptPart
 Row = tuple[str, ...]
 
 
+# A brace of a text that would begin something together with what follows it.
+_BRACE = re.compile(r"\{(?=[{%#])|\{\Z")
+
+
 def print_graph(graph: Graph) -> str:
     """Return the text of a topology or a program, tables first, ending in a newline."""
     system = graph.system
@@ -59,7 +65,12 @@ def print_graph(graph: Graph) -> str:
 def prompt_text(parts: tuple[PromptPart, ...]) -> str:
     """Return a prompt as the spec writes it, with `{{ field }}` and `{{ latent.AGENT }}`."""
     written = {"text": "{}", "field": "{{{{ {} }}}}", "slot": "{{{{ latent.{} }}}}"}
-    return "".join(written[part.kind].format(part.value) for part in parts)
+    return "".join(
+        written[part.kind].format(
+            _BRACE.sub('{{ "{" }}', part.value) if part.kind == "text" else part.value
+        )
+        for part in parts
+    )
 
 
 def _settings(graph: Graph) -> str:
@@ -71,6 +82,8 @@ def _settings(graph: Graph) -> str:
         ("answer", " ".join((system.answer_agent, *_options(system.sampling)))),
         ("build", " ".join(_options(system.build))),
     ]
+    if system.date is not None:
+        rows.append(("date", system.date))
     if system.stop_when is not None:
         rows.append(("stop when", " ".join(_options(system.stop_when))))
     rows += _tool_rows(system)
@@ -116,8 +129,13 @@ def _backbone_row(backbone: Backbone) -> Row:
         f"vocab={facts.vocab_size}",
         f"positions={facts.max_positions}",
         f"parameters={facts.num_parameters}",
+        "" if backbone.template is None else f"template={_short_digest(backbone.template)}",
         "" if backbone.shared_as == backbone.name else f"uses {backbone.shared_as}",
     )
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _numbers(backbone: Backbone) -> str:

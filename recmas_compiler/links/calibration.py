@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +20,7 @@ from recmas_compiler.backbones.cache_argument import with_cache
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.links.modules import seeded_generator
 from recmas_runtime.core.progress import Progress
+from recmas_runtime.prompts.chat_template import ChatTemplate
 
 # Answers to requests like an agent's own align better than free text of the same length.
 REQUESTS: Final = msgspec.yaml.decode(
@@ -28,6 +30,8 @@ REQUESTS: Final = msgspec.yaml.decode(
 NUM_TOKENS: Final = 80
 TEMPERATURE: Final = 0.6  # keeps a small model from rambling
 HELD_OUT_EVERY: Final = 8
+# For templates that write the date: a build gives the same links on every day.
+_DAY: Final = date(2026, 1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +86,7 @@ def sample_answers(backbone: TorchBackbone, *, seed: int = 0) -> list[Tensor]:
     """Return answers to `REQUESTS` from the backbone's own distribution, each with its chat [T]."""
     draw = seeded_generator(f"answers:{seed}")
     answers_BT = torch.cat([next_B1 for *_, next_B1 in _answer(backbone, 1.0, draw)], dim=1)
-    openings = (torch.tensor(_opening(backbone, text)) for text in REQUESTS)
+    openings = map(torch.tensor, _openings(backbone))
     return [
         torch.cat([opening_S.to(answer_T.device), answer_T])
         for opening_S, answer_T in zip(openings, answers_BT, strict=True)
@@ -93,7 +97,7 @@ def _answer(
     backbone: TorchBackbone, temperature: float, draw: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Answer all `REQUESTS` at once; yield hidden [B, D], logits [B, V] and next ids [B, 1]."""
-    ids_BS, mask_BS = _left_padded(backbone, [_opening(backbone, text) for text in REQUESTS])
+    ids_BS, mask_BS = _left_padded(backbone, _openings(backbone))
     cache = DynamicCache()
     for _ in range(NUM_TOKENS):
         positions_BS = (mask_BS.cumsum(1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
@@ -120,12 +124,14 @@ def _embedding_table(backbone: TorchBackbone) -> Tensor:
     return backbone.embed(torch.arange(backbone.facts.vocab_size, device=_device(backbone)))
 
 
-def _opening(backbone: TorchBackbone, request: str) -> list[int]:
-    rendered = backbone.tokenizer.apply_chat_template(
-        [{"role": "user", "content": request}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,
+def _openings(backbone: TorchBackbone) -> list[list[int]]:
+    template = ChatTemplate(backbone.chat_template, backbone.special_tokens, day=_DAY)
+    return [_opening(backbone, template, request) for request in REQUESTS]
+
+
+def _opening(backbone: TorchBackbone, chat_template: ChatTemplate, request: str) -> list[int]:
+    rendered = chat_template.render(
+        [{"role": "user", "content": request}], add_generation_prompt=True, enable_thinking=False
     )
     ids: list[int] = backbone.tokenizer(rendered, add_special_tokens=False).input_ids
     return ids

@@ -48,6 +48,13 @@ class End(NamedTuple):
         """Tell whether a link file means this backbone; older ones name a folder by its path."""
         return name in (self.identity, self.folder)
 
+    def told(self, other: str) -> str:
+        """Return what to call this backbone beside another one's name in a message."""
+        if self.folder is None:
+            return f"`{self.identity}`"
+        digest = f" (`{self.identity}`)" if other.startswith("folder:") else ""
+        return f"`{self.folder}`{digest}"
+
 
 def end_of(facts: BackboneFacts) -> End:
     """Return what links need to know of a backbone."""
@@ -153,7 +160,7 @@ def fitting_kind(
     for end, backbone in (("source", source), ("target", target)):
         made_for = header.metadata.get(end, backbone.identity)
         if not backbone.is_named(made_for):
-            why = f"it was made for the {end} `{made_for}`, but this is `{backbone.identity}`"
+            why = f"it was made for the {end} `{made_for}`, but this is {backbone.told(made_for)}"
             raise LinkFileError(why, hint=_HINT_MOVED if made_for[:1] == "/" else _HINT_FOREIGN)
     return found
 

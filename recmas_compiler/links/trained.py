@@ -61,6 +61,13 @@ class TrainedLinks:
     used: tuple[str, ...]
     untrained: tuple[str, ...]
 
+    @property
+    def text(self) -> str:
+        """What a build takes, as a line; empty for nothing."""
+        if not self.used:
+            return ""
+        return f"A build takes trained links from {self.folder}: {', '.join(self.used)}.\n"
+
 
 def links_folder(spec: Spec) -> Path | None:
     """Return the folder that a spec's trained links go to; None for a spec without `train`."""

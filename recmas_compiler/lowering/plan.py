@@ -71,6 +71,7 @@ def build_plan(program: Graph) -> Plan:
         fields=prompt_fields(agents.values()),
         stop_when=system.stop_when,
         tools=system.tools,
+        date=system.date,
     )
 
 

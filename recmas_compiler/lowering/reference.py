@@ -38,6 +38,7 @@ from recmas_runtime.formats.plan import (
 )
 from recmas_runtime.prompts.render import Chat, Prompt, Tokens, build_prompt, common_prefix
 from recmas_runtime.prompts.sampler import Sampler
+from recmas_runtime.prompts.tool_turns import answer_chat
 from recmas_runtime.running.generation import DecoderSettings, RowDecoder, visible_specials
 from recmas_runtime.running.records import FinishReason
 
@@ -162,16 +163,21 @@ class TorchSystem(ProgramModule):
     ) -> None:
         super().__init__(program, backbones=backbones, links=links)
         self._chats = {
-            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
+            name: Chat.load(
+                b.tokenizer_json, b.chat_template, b.special_tokens, day=self.system.day
+            )
             for name, b in backbones.items()
         }
         self._agents = {name: agent_plan(self.system, name) for name in self.system.agents}
+        answerer = self._agents[self.system.answer_agent]
+        self._answer_chat = answer_chat(self._chats, answerer, self.system.tools)
         self._compared = compared_links(self.plan)
 
     def prompt(self, agent: str, variant: Variant, record: Record) -> Prompt:
         """Return an agent's prompt for a record as tokens and slots."""
         declared = self._agents[agent]
-        chat = self._chats[declared.backbone]
+        is_answer = agent == self.system.answer_agent
+        chat = self._answer_chat if is_answer else self._chats[declared.backbone]
         return build_prompt(
             system=declared.system,
             prompt=declared.parts(variant),
@@ -364,7 +370,8 @@ def load_backbones(program: Graph, *, progress: Progress) -> dict[str, TorchBack
     system = program.system
     used = {system.backbone_of(agent).name: system.backbone_of(agent) for agent in system.agents}
     return {
-        name: load_backbone(b.facts, progress=progress, dtype=b.dtype) for name, b in used.items()
+        name: load_backbone(b.facts, progress=progress, dtype=b.dtype, template=b.template)
+        for name, b in used.items()
     }
 
 

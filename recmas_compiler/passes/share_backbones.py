@@ -14,7 +14,7 @@ class ShareBackbones(Pass):
     """Let backbones with equal weights use one copy and one engine.
 
     1. Two backbones are equal if their identity (source and revision), their dtype and their
-       precision are.
+       precision are, and the chat template that the spec gives them.
     2. Of equal backbones the one declared first keeps its weights; the others name it.
     """
 

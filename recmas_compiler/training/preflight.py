@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from recmas_compiler.backbones.chat_files import own_template_text
+from recmas_compiler.backbones.sources import files_of
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Think
 from recmas_compiler.spec.document.places import path_of
@@ -75,14 +77,15 @@ def prepared_run(
             newest = newest_head(folder / place / CHECKPOINTS) if resume else None
             if newest is not None:
                 path, head = newest
-                check_same_run(path, head.identity, run_identity(spec, settings, examples, *own))
+                own_identity = run_identity(program, spec, settings, examples, *own)
+                check_same_run(path, head.identity, own_identity)
         yield replace(
             examples, warnings=examples.warnings + _large_batches(spec, settings, examples, shared)
         )
 
 
 def run_identity(
-    spec: Spec, settings: TrainSettings, examples: Examples, *own: Section
+    program: Graph, spec: Spec, settings: TrainSettings, examples: Examples, *own: Section
 ) -> dict[str, str]:
     """Return what a loop is made of, for a checkpoint to refuse another one.
 
@@ -97,12 +100,21 @@ def run_identity(
     links += document.links.values()
     files = [path_of(link.weights, spec.base_dir) for link in links if link.weights is not None]
     digests = "".join(f"{sha256_of(file)}\n" for file in files)
+    backbones = [*program.system.backbones.values()]
     return {
         "the system": spec.digest,
+        "the backbones": _digest(*(backbone.facts.identity for backbone in backbones)),
+        "the chat templates": _digest(
+            *(b.template or own_template_text(files_of(b.facts)) or "" for b in backbones)
+        ),
         "the data": " ".join(examples.digests.values()),
         "the settings": settings.digest(*own),
-        "the link files": hashlib.sha256(digests.encode()).hexdigest(),
+        "the link files": _digest(digests),
     }
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def thinkers(program: Graph, settings: TrainSettings) -> tuple[str, ...]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from recmas_compiler.links.link_set import RECEIPT_NAME, replaced_links
 from recmas_compiler.links.modules import save_link
@@ -15,13 +16,28 @@ from recmas_compiler.lowering.materialize import MaterializedLink
 from recmas_compiler.training.loop.checkpoint import writing
 from recmas_compiler.training.session import Session
 from recmas_runtime.checking.machine import package_versions
+from recmas_runtime.core.errors import Problem
 from recmas_runtime.core.files import sha256_of, write_whole
 from recmas_runtime.formats.ids import link_file_name
 
-if TYPE_CHECKING:
-    from recmas_compiler.training.run import RunReport
-
 _VERSIONS: Final = ("recmas", "torch", "transformers", "tokenizers", "numpy")
+
+
+@dataclass
+class RunReport:
+    """What a run did.
+
+    Attributes:
+        starts: By link id: where its weights came from before the last stage.
+        trained: Ids of the links that learned, in this folder's earlier runs too.
+        warnings: What was found in the spec, in the data and in the run's folder.
+    """
+
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    starts: dict[str, str] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
+    interrupted: bool = False
+    warnings: tuple[Problem, ...] = ()
 
 
 def keep_links(

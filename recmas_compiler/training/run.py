@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -39,7 +39,7 @@ from recmas_compiler.training.preflight import (
     inner_place,
     run_identity,
 )
-from recmas_compiler.training.receipt import keep_links
+from recmas_compiler.training.receipt import RunReport, keep_links
 from recmas_compiler.training.session import Session, open_session
 from recmas_compiler.training.settings import TrainSettings
 from recmas_compiler.training.starts import started
@@ -79,23 +79,6 @@ class RunOptions:
     folder: Path
     resume: bool
     make_sink: Callable[[str], Sink] | None = None
-
-
-@dataclass
-class RunReport:
-    """What a run did.
-
-    Attributes:
-        starts: By link id: where its weights came from before the last stage.
-        trained: Ids of the links that learned, in this folder's earlier runs too.
-        warnings: What was found in the spec, in the data and in the run's folder.
-    """
-
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    starts: dict[str, str] = field(default_factory=dict)
-    trained: tuple[str, ...] = ()
-    interrupted: bool = False
-    warnings: tuple[Problem, ...] = ()
 
 
 def train_program(
@@ -345,7 +328,9 @@ def _start(
         session,
         options.folder / place,
         make,
-        identity=run_identity(session.spec, session.settings, session.examples, stage),
+        identity=run_identity(
+            session.program, session.spec, session.settings, session.examples, stage
+        ),
         resume=options.resume,
     )
     report.warnings += warnings
@@ -417,7 +402,9 @@ def _run_loop(
         session.settings.section,
         stage,
         folder=folder,
-        identity=run_identity(session.spec, session.settings, session.examples, stage, *own),
+        identity=run_identity(
+            session.program, session.spec, session.settings, session.examples, stage, *own
+        ),
         machine={"dtype": session.dtype},
         world=world,
         sink=options.make_sink(title) if options.make_sink and world.is_main else None,

@@ -209,13 +209,14 @@ def test_build_run_and_reuse(project: Path) -> None:
     (answer,) = json.loads(ran.stdout)["data"]["answers"]
     assert set(answer) == {
         "id",
-        "question",
+        "record",
         "answer",
         "finish_reason",
         "rounds",
         "usage",
         "timing_ms",
         "tool_calls",
+        "batch_size",
     }
     assert answer["usage"]["latent_steps"] == 8 * 4
     from_spec = recmasc("run", "spec.yaml", "What is 7 * 8?", "--json", cwd=project)

@@ -110,12 +110,12 @@ RIGHT_TEXTS = {
     "fence_of_four": f'````python\n{RIGHT[:14]}\n    """```"""\n{RIGHT[14:]}\n````',
     "better_one_last": f"```python\ndef add(a, b):\n    return a\n```\n```python\n{RIGHT}\n```",
     "better_one_cut_off": f"```python\n{RIGHT}\n```\n```python\ndef add(a, b):\n    return (",
-    "class_and_function": "```python\nclass Adder:\n    def run(self, a, b):\n        return a + b\n"
+    "class_and_function": "```python\nclass Adder:\n    def run(self, a, b):\n        return a+b\n"
     "def add(a, b):\n    return Adder().run(a, b)\n```",
     "lambda": "```python\nadd = lambda a, b: a + b\n```",
     "body": "```python\n    return a + b\n```",
     "prompts_import": "```python\ndef add(a: int, b: int) -> List:\n    return a + b\n```",
-    "recursion": "```python\ndef add(a, b):\n    return b if a == 0 else add(a - 1, b + 1) if a > 0 "
+    "recursion": "```python\ndef add(a, b):\n    return b if a == 0 else add(a-1, b+1) if a > 0 "
     "else add(a + 1, b - 1)\n```",
 }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
+import os
 import pickle
 import zlib
 from collections.abc import Mapping
@@ -75,6 +77,49 @@ FORMS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         {"answer": "B"},
         {"choices": ["x", "y"]},
     ),
+    (
+        "medqa",
+        {"query": "Q", "options": ["A. x", "B. HEART"], "answer": "heart"},
+        {"answer": "B"},
+        {"choices": ["x", "HEART"]},
+    ),
+    (
+        "medqa",
+        {"question": "Q", "options": ["x", "y"], "answer": "y"},
+        {"answer": "B"},
+        {"choices": ["x", "y"]},
+    ),
+    (
+        "mmlu",
+        {"question": "Q", "choices": ["3", "4"], "answer": 1},
+        {"answer": "B"},
+        {"choices": ["3", "4"]},
+    ),
+    (
+        "mmlu",
+        {"question": "Q", "choices": "['3', '4']", "answer": "B"},
+        {"answer": "B"},
+        {"choices": ["3", "4"]},
+    ),
+    (
+        "mmlu",
+        {"question": "Q", "A": "3", "B": "4", "C": "5", "D": "6", "answer": "c"},
+        {"answer": "C"},
+        {"choices": ["3", "4", "5", "6"]},
+    ),
+    (
+        "aqua_rat",
+        {"question": "Q", "options": ["A)5", "B)7.5 m"], "rationale": "r", "correct": "B"},
+        {"answer": "B"},
+        {"choices": ["5", "7.5 m"]},
+    ),
+    (
+        "arc_easy",
+        {"question": "Q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": 1},
+        {"answer": "A"},
+        {"choices": ["x", "y"]},
+    ),
+    ("strategyqa", {"qid": "s", "question": "Q", "answer": "True"}, {"answer": "yes"}, {}),
     ("strategyqa", {"qid": "s", "question": "Q", "answer": True}, {"answer": "yes"}, {}),
     ("strategyqa", {"id": "s", "question": "Q", "answer": "no"}, {"answer": "no"}, {}),
     (
@@ -250,6 +295,49 @@ def test_a_json_list_and_a_byte_order_mark(tmp_path: Path) -> None:
     assert load(listed, "gsm8k").questions == load(lines, "gsm8k").questions
 
 
+def test_csv_and_gzip_as_they_are_published(tmp_path: Path) -> None:
+    gpqa = tmp_path / "gpqa.csv"
+    gpqa.write_text(
+        "Record ID,Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,"
+        'Incorrect Answer 3\nr1,"Which gas,\nsay?",H,He,Ne,Ar\nr2,Which metal?,Hg,Fe,Pb,Sn\n'
+    )
+    first, second = load(gpqa, "gpqa").questions
+    assert first.record.fields["question"].startswith("Which gas,\nsay?\n\nChoices:\nA. ")
+    assert (first.record.id, first.line, second.line) == ("r1", 2, 4)
+    assert first.record.fields["choices"]["ABCD".index(first.gold["answer"])] == "H"
+    packed = tmp_path / "HumanEval.jsonl.gz"
+    record = {"task_id": "h", "prompt": "Q", "entry_point": "f", "test": "def check(f): ..."}
+    packed.write_bytes(gzip.compress(json.dumps(record).encode()))
+    assert load(packed, "humaneval").questions[0].record.id == "h"
+    bare = tmp_path / "algebra_test.csv"  # the authors' own files of MMLU have no line of names
+    bare.write_text('What is 2 + 2?,3,4,5,6,B\n"Which, then?",x,y,z,w,D\n')
+    questions = load(bare, "mmlu").questions
+    assert [question.gold["answer"] for question in questions] == ["B", "D"]
+    assert questions[1].record.fields["choices"] == ["x", "y", "z", "w"]
+
+
+def test_prompts_show_choices_with_one_letter_each(write_records: WriteRecords) -> None:
+    path = write_records([{"question": "Q", "options": ["A)5", "B)7"], "correct": "A"}])
+    (question,) = load(path, "aqua_rat").questions
+    assert question.record.fields["question"] == "Q\n\nChoices:\nA. 5\nB. 7"
+
+
+def test_columns_and_links_out_of_the_folder(tmp_path: Path) -> None:
+    blob = tmp_path / "blobs" / "0123"
+    blob.parent.mkdir()
+    blob.write_text(json.dumps({"question": ["Q", "R"], "answer": ["#### 1", "#### 2"]}))
+    link = tmp_path / "snapshot" / "test.json"
+    link.parent.mkdir()
+    link.symlink_to(blob)
+    assert [question.gold["answer"] for question in load(link, "gsm8k").questions] == ["1", "2"]
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RecmasError, match="not a regular file"):
+        load(tmp_path / "pipe", "gsm8k")
+
+
 def test_parquet(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     from pyarrow import Table
@@ -272,7 +360,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("name", "lines", "message"),
     [
         ("gsm8k", ['{"question": "Q", "answer"'], "records.jsonl:1: error[RM601]: not valid JSON"),
-        ("gsm8k", ["[1]"], "records.jsonl:1: error[RM601]: the record is not a JSON object"),
+        ("gsm8k", ["[1]"], "records.jsonl:1: error[RM601]: the line is not a JSON object"),
         ("gsm8k", ['{"answer": "1", "text": "Q"}'], "no question under question, but answer, text"),
         (
             "gsm8k",
@@ -289,6 +377,13 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             ['{"question": "Q", "answerKey": "C", "choices": {"text": ["x"], "label": ["A"]}}'],
             "not of the form that 'labelled_choices' reads",
         ),
+        (
+            "mmlu",
+            ['{"question": "Q", "choices": ["1", "0", "2"], "answer": "1"}'],
+            "the right answer '1' may be several of the 3 choices",
+        ),
+        ("mmlu", ['{"question": "Q", "choices": ["x", "y"], "answer": 2}'], "is none of the 2"),
+        ("mmlu", ['{"question": "Q", "choices": "x", "answer": 2}'], "not a list"),
         ("livecodebench", ['{"question": "Q", "public_test_cases": "?"}'], "'contest' reads"),
         ("gsm8k", [""], "no records"),
     ],

@@ -92,6 +92,11 @@ MATH = [
     ("90^\\circ", "\\boxed{90}", True),
     ("5 \\text{ cm}^2", "\\boxed{5}", True),
     ("\\$32,\\!348", "The answer is $32,348.", True),
+    ("(-\\infty,3)", "\\boxed{x<3}", True),
+    ("x<3", "\\boxed{(-\\infty,3)}", True),
+    ("[2,5)", "\\boxed{2 \\le x < 5}", True),
+    ("(-\\infty,3)", "\\boxed{x \\le 3}", False),
+    ("(-\\infty,3)", "\\boxed{x<4}", False),
 ]
 
 

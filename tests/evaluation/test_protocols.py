@@ -29,6 +29,7 @@ check: {kind: math}
 def test_the_promised_protocols_are_there() -> None:
     assert protocol_names() == (
         "aime",
+        "aqua_rat",
         "arc_challenge",
         "arc_easy",
         "bamboogle",
@@ -41,6 +42,7 @@ def test_the_promised_protocols_are_there() -> None:
         "math500",
         "mbpp",
         "medqa",
+        "mmlu",
         "strategyqa",
     )
 

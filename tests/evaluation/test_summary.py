@@ -147,7 +147,7 @@ def test_a_line_every_half_minute_where_there_is_no_terminal(
         assert capsys.readouterr().err == "gsm8k latent: 4/8, 75.0% right, 1.0 min left\n"
         now = LINE_EVERY_S + 1
         advance(note="60.0% right")
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "gsm8k latent: 5/8, 60.0% right, 31 s\n"
 
 
 def test_a_bar_on_a_terminal(

@@ -4,6 +4,7 @@ Environment:
     RECMAS_FAULTS_SEED: Another seed than the usual one.
     RECMAS_FAULTS_CASE: One number: only that case of each test runs, and its folder is kept.
     RECMAS_FAULTS_TIMES: How many times the usual number of cases; 0.01 tries a few of each kind.
+    RECMAS_FAULTS_LOG: A file that gets every failure as it comes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pytest
 
 SEED: Final = int(os.environ.get("RECMAS_FAULTS_SEED", "14"))
 ONLY: Final = os.environ.get("RECMAS_FAULTS_CASE")
+LOG: Final = os.environ.get("RECMAS_FAULTS_LOG")
 TIMES: Final = float(os.environ.get("RECMAS_FAULTS_TIMES", "1"))
 NUM_PARTS: Final = 8
 MAX_SHOWN: Final = 12
@@ -59,6 +61,9 @@ def try_cases(kind: str, count: int, part: int, attempt: Try) -> None:
         if found:
             place = f"\nits folder: {folder}" if ONLY is not None else ""
             wrong.append(f"{kind} case {number}, seed {SEED}: " + "\n  ".join(found) + place)
+            if LOG is not None:
+                with Path(LOG).open("a", encoding="utf-8", errors="backslashreplace") as log:
+                    log.write(f"{wrong[-1]}\n")
     if wrong:
         again = f"RECMAS_FAULTS_SEED={SEED} RECMAS_FAULTS_CASE=N pytest -m faults -k {kind}"
         more = f"\n... and {len(wrong) - MAX_SHOWN} more" if len(wrong) > MAX_SHOWN else ""

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from faults.jobs import Job, build_job, eval_job, num_writes, run_job, train_job
 from faults.outcome import forked
+from faults.undisturbed import Undisturbed
 from kit.files import MadeOnce
 
 HERE = Path(__file__).parent
@@ -59,3 +61,72 @@ def whole_bundle(made_once: MadeOnce) -> Path:
 
     made = made_once("bundle of faults", lambda root: made_in_child(lambda: make(root)))
     return made / "bundle"
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    backbones: Path,
+    whole_bundle: Path,
+    made_once: MadeOnce,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Undisturbed]:
+    """Run a job by name without a kill, once."""
+    import recmas_compiler.evaluation.evaluate
+    import recmas_compiler.training.run  # noqa: F401
+    import recmas_export.assemble  # noqa: F401
+    import recmas_runtime.cli.run  # noqa: F401
+
+    made: dict[str, Undisturbed] = {}
+
+    def earlier(name: str, job: Job, *settings: str) -> Path:
+        """Run a job with other settings, for what lies there before."""
+        folder = tmp_path_factory.mktemp(f"{name}-before")
+        job.prepare(folder)
+        outcome = job.run(folder, [*job.arguments, *settings])
+        assert outcome.status == 0, outcome.text
+        return folder
+
+    def job_of(name: str) -> Job:
+        match name:
+            case "run":
+                return run_job(whole_bundle)
+            case "eval":
+                return eval_job(whole_bundle)
+            case "train":
+                return train_job(backbones)
+            case "train over":
+                other = earlier(name, train_job(backbones), "--set", "train.warmup_steps=1")
+                return train_job(backbones, over=other)
+            case "build":
+                return build_job(backbones, made_once)
+            case _:
+                first = build_job(backbones, made_once)
+                other = earlier(name, first, "--set", "answer.max_new_tokens=5")
+                return build_job(backbones, made_once, over=other)
+
+    def make(name: str) -> Undisturbed:
+        if name not in made:
+            job = job_of(name)
+            folder = tmp_path_factory.mktemp(name)
+            job.prepare(folder)
+            has_before = name.endswith("over")
+            before = job.result(folder) if has_before else None
+            earlier_bytes = num_bytes(folder)
+            writes, seconds = num_writes(job, folder)
+            whole = job.result(folder)
+            assert whole != before
+            made[name] = Undisturbed(
+                job=job,
+                whole=whole,
+                before=before,
+                writes=writes,
+                seconds=seconds,
+                num_bytes=num_bytes(folder) - earlier_bytes,
+            )
+        return made[name]
+
+    return make
+
+
+def num_bytes(folder: Path) -> int:
+    return sum(p.lstat().st_blocks * 512 for p in folder.rglob("*"))

@@ -55,7 +55,10 @@ def changed_tree(random: Random, tree: Any) -> Any:
     """Return a copy of tables, lists and values with one to three places of it changed."""
     whole = {"": copy.deepcopy(tree)}
     for _ in range(random.choice([1, 1, 1, 2, 3])):
-        parent, key = random.choice(_places(whole))
+        places = _places(whole)
+        if not places:  # all of it was removed
+            break
+        parent, key = random.choice(places)
         random.choice(_CHANGES)(random, parent, key)
     return whole.get("")
 
@@ -70,7 +73,7 @@ def _places(tree: Any) -> list[tuple[Any, Any]]:
             found.append((node, key))
             if isinstance(value, (dict, list)) and value:
                 left.append(value)
-    return found or [(tree, None)]
+    return found
 
 
 def _replace(random: Random, parent: Any, key: Any) -> None:

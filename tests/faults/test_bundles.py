@@ -174,9 +174,7 @@ def attempt(case: Case, whole: Path) -> Iterator[str]:
     for name, arguments in commands.items():
         if name == "inspect" and case.number % 4:
             continue
-        runs[name] = forked(
-            lambda arguments=arguments: main(arguments), limit_s=30, on_terminal=on_terminal
-        )
+        runs[name] = forked(lambda arguments=arguments: main(arguments), on_terminal=on_terminal)
         data = name == "run" or bool(json)
         found = judge(runs[name], data_on_stdout=data, natively=True)
         faults += [f"{name}: {fault}" for fault in found]

@@ -7,91 +7,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from faults.cases import Case, parts, try_cases
-from faults.jobs import Job, build_job, eval_job, num_writes, run_job, train_job
 from faults.outcome import Outcome, judge
-from kit.files import MadeOnce
+from faults.undisturbed import TURNS, Undisturbed
 from recmas_runtime.core.errors import Exit
-
-
-@dataclass(frozen=True, kw_only=True)
-class Undisturbed:
-    """A job, what it gives when nothing happens, what was there before it."""
-
-    job: Job
-    whole: Any
-    before: Any
-    writes: int
-    seconds: float
-
-
-@pytest.fixture(scope="session")
-def undisturbed(
-    backbones: Path,
-    whole_bundle: Path,
-    made_once: MadeOnce,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Callable[[str], Undisturbed]:
-    """Run a job by name without a kill, once."""
-    import recmas_compiler.evaluation.evaluate
-    import recmas_compiler.training.run  # noqa: F401
-    import recmas_export.assemble  # noqa: F401
-    import recmas_runtime.cli.run  # noqa: F401
-
-    made: dict[str, Undisturbed] = {}
-
-    def earlier(name: str, job: Job, *settings: str) -> Path:
-        """Run a job with other settings, for what lies there before."""
-        folder = tmp_path_factory.mktemp(f"{name}-before")
-        job.prepare(folder)
-        outcome = job.run(folder, [*job.arguments, *settings])
-        assert outcome.status == 0, outcome.text
-        return folder
-
-    def job_of(name: str) -> Job:
-        match name:
-            case "run":
-                return run_job(whole_bundle)
-            case "eval":
-                return eval_job(whole_bundle)
-            case "train":
-                return train_job(backbones)
-            case "train over":
-                other = earlier(name, train_job(backbones), "--set", "train.warmup_steps=1")
-                return train_job(backbones, over=other)
-            case "build":
-                return build_job(backbones, made_once)
-            case _:
-                first = build_job(backbones, made_once)
-                other = earlier(name, first, "--set", "answer.max_new_tokens=5")
-                return build_job(backbones, made_once, over=other)
-
-    def make(name: str) -> Undisturbed:
-        if name not in made:
-            job = job_of(name)
-            folder = tmp_path_factory.mktemp(name)
-            job.prepare(folder)
-            has_before = name.endswith("over")
-            before = job.result(folder) if has_before else None
-            writes, seconds = num_writes(job, folder)
-            whole = job.result(folder)
-            assert whole != before
-            made[name] = Undisturbed(
-                job=job, whole=whole, before=before, writes=writes, seconds=seconds
-            )
-        return made[name]
-
-    return make
-
-
-# A job for every case in turn.
-TURNS = ("run", "train", "eval", "build", "run", "train over", "eval", "build over")
 
 
 def attempt(case: Case, undisturbed: Callable[[str], Undisturbed], by: int) -> Iterator[str]:
@@ -186,4 +108,4 @@ def test_ended_while_it_starts(part: int, whole_bundle: Path) -> None:
         if b"Traceback" in printed or process.returncode not in ends:
             yield f"{module} ends with status {process.returncode}: {printed[-700:]!r}"
 
-    try_cases("starting", 16, part, start)
+    try_cases("while_it_starts", 16, part, start)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.prompts import chat_template
-from recmas_runtime.prompts.chat_template import ChatTemplate
+from recmas_runtime.prompts.chat_template import ChatTemplate, read_template
 
 USER = [{"role": "user", "content": "<b>Hi & 'you'"}]
 
@@ -119,3 +121,36 @@ def test_invalid_templates_are_refused(text: str) -> None:
 def test_literals_are_what_the_template_itself_writes() -> None:
     text = "{# <|no|> #}<|a|>{% if x == '<|b|>' %}{{ '<|c|>' + y }}{% endif %}"
     assert set(ChatTemplate(text).literals) == {"<|a|>", "<|b|>", "<|c|>"}
+
+
+def test_a_template_longer_than_any_is_refused_unread(tmp_path: Path) -> None:
+    text = "x" * (chat_template.MAX_TEMPLATE_CHARS + 1)
+    with pytest.raises(RecmasError, match=r"RM206.*at most 131072"):
+        ChatTemplate(text)
+    path = tmp_path / "chat_template.jinja"
+    for content in (text.encode(), b"\xff" * (5 * chat_template.MAX_TEMPLATE_CHARS)):
+        path.write_bytes(content)
+        with pytest.raises(RecmasError, match="RM404"):
+            read_template(path, file="chat_template.jinja")
+
+
+def test_a_file_that_is_no_utf_8_is_refused_with_the_place(tmp_path: Path) -> None:
+    path = tmp_path / "chat_template.jinja"
+    path.write_bytes(b"{{ bos }}\xff")
+    with pytest.raises(RecmasError, match=r"chat_template.jinja: error\[RM404\].*byte 9 is 0xff"):
+        read_template(path, file="chat_template.jinja")
+    path.write_bytes("{{ bos }}\r\n\u00e9".encode())
+    assert read_template(path, file="chat_template.jinja") == "{{ bos }}\n\u00e9"
+
+
+@pytest.mark.parametrize("text", [r"{{ '\ud800' }}", r"{{ ['\udfff'] | first }}"])
+def test_half_a_surrogate_pair_is_no_text(text: str) -> None:
+    with pytest.raises(RecmasError, match=r"RM206.*surrogates not allowed"):
+        render(text)
+
+
+def test_what_a_template_raises_is_printable() -> None:
+    with pytest.raises(RecmasError) as caught:
+        render(r"{{ raise_exception('\ud800') }}")
+    assert "\\ud800" in str(caught.value)
+    str(caught.value).encode()

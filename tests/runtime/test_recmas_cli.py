@@ -16,6 +16,7 @@ import pytest
 from onnx import numpy_helper
 
 from kit.hand_bundle import edit_json, rehash
+from recmas_runtime.checking.machine import verdict
 from recmas_runtime.cli.main import main
 from recmas_runtime.running.batch import PHASES
 
@@ -353,6 +354,11 @@ def test_sampling_settings_reach_the_decode(
         (["run", "B", "q", "--temperature", "-1"], 2, "RM505", "temperature is -1.0"),
         (["run", "B", "q", "--temperature", "nan"], 2, "RM505", "temperature is nan"),
         (["run", "B", "q", "--stop", ""], 2, "RM505", "stop is ('',)"),
+        (["run", "B", "q", "--temperature", "50"], 2, "RM505", "temperature is 50.0"),
+        (["run", "B", "q", "--repetition-penalty", "11"], 2, "RM505", "repetition_penalty is 11.0"),
+        (["run", "B", "q", "--seed", "4294967296"], 2, "RM505", "seed is 4294967296"),
+        (["run", "B", "q", "--resume", "--force", "--output", "x"], 2, "RM506", "not both"),
+        (["run", "B", "--input", "/dev/zero"], 1, "RM502", "it is a device"),
         (["run", "missing", "q"], 5, "RM400", "is not a folder"),
         (["run", "B", ""], 1, "RM500", "empty question"),
         (["run", "B", "\udcff"], 1, "RM500", "half a surrogate pair"),
@@ -547,7 +553,88 @@ def test_doctor_tells_what_the_machine_has(capsys: pytest.CaptureFixture[str]) -
     assert data["telemetry"] is False
     assert data["default_threads"] >= 1
     assert main(["doctor"]) == 0
-    assert "telemetry       off\n" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "telemetry       off\n" in shown
+    assert shown.splitlines()[-1].startswith("This machine can run bundles on the CPU")
+
+
+def test_doctor_says_what_is_missing() -> None:
+    assert verdict("run bundles", ["numpy", "jinja2"], extra="cpu") == (
+        "This machine cannot run bundles: numpy and jinja2 are not installed. "
+        'Install recmas with its extra `cpu`: pip install "recmas[cpu]".'
+    )
+
+
+@pytest.fixture
+def desk_bundle(own_bundle: Path) -> Path:
+    """A bundle whose prompts show a ticket and a customer, and no question."""
+    text = (own_bundle / "plan.json").read_text(encoding="utf-8")
+    plan = json.loads(text.replace('"value": "question"', '"value": "ticket"'))
+    plan["agents"]["solver"]["then"].insert(0, {"kind": "field", "value": "customer"})
+    plan["fields"] = ["ticket", "customer"]
+    (own_bundle / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    rehash(own_bundle)
+    return own_bundle
+
+
+def test_fields_are_given_by_name(desk_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["run", str(desk_bundle), "--json", "--field"]
+    assert main([*run, "ticket=7", "--field", "customer=A=B"]) == 0
+    (answer,) = json_of(capsys)["data"]["answers"]
+    assert answer["record"] == {"ticket": "7", "customer": "A=B"}
+    assert answer["answer"] == "h"
+    for arguments, code, words in (
+        (["ticket=7"], "RM500", "has no field 'customer', which the prompts use"),
+        (["ticket"], "RM506", "is not NAME=VALUE"),
+        (["=x"], "RM506", "is not NAME=VALUE"),
+        (["ticket=7", "--input", "x"], "RM506", "not both"),
+    ):
+        assert main([*run, *arguments]) != 0
+        (problem,) = json_of(capsys)["problems"]
+        assert problem["code"] == code
+        assert words in problem["message"]
+    assert main(["run", str(desk_bundle), "7", "--json"]) == 1
+    (problem,) = json_of(capsys)["problems"]
+    assert "--field ticket=... --field customer=..." in problem["hint"]
+
+
+def test_a_question_that_no_prompt_shows_is_refused(
+    desk_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["run", str(desk_bundle), "What?", "--field", "ticket=7", "--field", "customer=A"]
+    assert main([*run, "--json"]) == 1
+    (problem,) = json_of(capsys)["problems"]
+    assert problem["code"] == "RM500"
+    assert problem["message"] == (
+        "record '1' has a question, and no prompt shows it: the prompts use ticket and customer"
+    )
+
+
+def test_a_name_given_twice_is_a_list(own_bundle: Path) -> None:
+    out = own_bundle / "a.jsonl"
+    run = ["run", str(own_bundle), "7", "--field", "choices=a", "--field", "choices=b"]
+    assert main([*run, "--output", str(out), "--quiet"]) == 0
+    assert json.loads(out.read_text())["record"] == {"choices": ["a", "b"], "question": "7"}
+
+
+def test_bench_wants_data_for_other_fields(
+    desk_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", str(desk_bundle), "--json"]) == 2
+    (problem,) = json_of(capsys)["problems"]
+    assert problem["code"] == "RM506"
+    assert "the prompts of this bundle use ticket and customer" in problem["message"]
+    assert '{"ticket": "...", "customer": "..."}' in problem["hint"]
+    data = tmp_path / "data.csv"
+    data.write_text("ticket,customer\n7,A\n8,B\n")
+    bench = ["bench", str(desk_bundle), "--data", str(data), "--repeats", "1", "--json"]
+    assert main([*bench, "--batch", "2", "--warmup", "0"]) == 0
+    body = json_of(capsys)["data"]
+    assert body["questions"] == 2
+    latency = body["rows"][0]["latency"]
+    assert latency["requests_per_s"] > 0
+    first, whole = latency["time_to_first_token_ms"], latency["latency_ms"]
+    assert 0 < first["p50"] <= first["p90"] <= first["p99"] <= whole["p99"]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]])

@@ -27,6 +27,7 @@ OPTIONAL = {
     "tensorrt": {"tensorrt", "cuda", "onnx"},
     "build_tensorrt": {"onnx"},
     "search": {"bm25s"},
+    "tables": {"pyarrow"},
 }
 FOREIGN = (
     "torch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from recmas_compiler.backbones.gguf_file import (
     refuse_adapter,
     split_as_named,
 )
+from recmas_compiler.backbones.identity import folder_identity
 from recmas_compiler.backbones.sources import BUILTINS, SMOLLM2, describe_backbone, resolve_source
 from recmas_compiler.spec.checks.prefix_reuse import count_tokens
 from recmas_compiler.spec.document.places import SourcePosition
@@ -36,7 +38,8 @@ def test_llama(tmp_path: Path) -> None:
     found = facts(tmp_path)
     assert found == BackboneFacts(
         source="model",
-        identity=str((tmp_path / "model").resolve()),
+        identity=folder_identity([tmp_path / "model" / "config.json"]),
+        folder=str((tmp_path / "model").resolve()),
         model_type="llama",
         width=32,
         num_layers=2,
@@ -49,6 +52,29 @@ def test_llama(tmp_path: Path) -> None:
         sliding_window=None,
         num_parameters=300 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32,
     )
+
+
+def test_a_folder_is_known_by_its_files_and_not_by_its_place(tmp_path: Path) -> None:
+    draw = random.Random("weights")
+    weights = bytearray(draw.randbytes(20 * 2**20))  # more than is read byte by byte
+    for name in ("one", "two", "other"):
+        write_config(tmp_path / name)
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+        (tmp_path / name / "README.md").write_text(name)
+    for place in range(0, len(weights), 30_000):  # as training changes all of a matrix
+        weights[place] ^= 1
+    (tmp_path / "other" / "model.safetensors").write_bytes(weights)
+
+    def identity(name: str) -> str:
+        return describe_backbone(name, base_dir=tmp_path, position=HERE).identity
+
+    before = identity("one")
+    assert before == identity("two")
+    assert before != identity("other")
+    (tmp_path / "one" / "tokenizer.json").write_text("{}")
+    assert identity("one") != before
+    (tmp_path / "two").rename(tmp_path / "elsewhere")
+    assert identity("elsewhere") == before
 
 
 def test_what_configs_leave_out(tmp_path: Path) -> None:

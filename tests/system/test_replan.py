@@ -26,10 +26,11 @@ recmas: 1
 name: files
 rounds: 2
 latent_steps: 3
+date: 2026-11-30
 backbones:
-  small: {source: models/llama}
-  twin: {source: ./models/llama}
-  idle: {source: models/idle}
+  small: {source: models/llama, template: own.jinja}
+  twin: {source: ./models/llama, template: own.jinja}
+  idle: {source: models/idle, template: none}
 agents:
   planner:
     backbone: small
@@ -99,12 +100,18 @@ def test_a_new_plan_answers_like_a_bundle_built_for_it(build_tiny: BuildTiny, na
     assert original.system.plan.rounds > 1
 
 
+OWN_TEMPLATE = (
+    "{% for m in messages %}{{ strftime_now('%Y') }}: {{ m.content }}<|eot_id|>{% endfor %}"
+)
+
+
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A bundle far from everything it was made of, and the folder with all that."""
     source = tmp_path_factory.mktemp("source")
     write_tiny_backbone(source / "models/llama", "llama", num_hidden_layers=1)
     write_tiny_backbone(source / "models/idle", "qwen3", num_hidden_layers=1, hidden_size=32)
+    (source / "own.jinja").write_text(OWN_TEMPLATE)
     (source / "facts").mkdir()
     (source / "facts/one.txt").write_text("Seven times eight is fifty-six.")
     spec = parse_spec(FILES, base_dir=source)
@@ -120,6 +127,9 @@ def test_nothing_but_the_bundle_is_needed(moved: tuple[Path, Path], rounds: int)
     bundle, source = moved
     expected = compiled(FILES, source, f"rounds={rounds}", "latent_steps=5")
     assert "idle" not in open_bundle(bundle).manifest.backbones
+    template = open_bundle(bundle).manifest.backbones["small"].chat_template
+    assert (bundle / template).read_text() == OWN_TEMPLATE
+    assert open_bundle(bundle).plan.date == "2026-11-30"
     plan = Replanner(open_bundle(bundle)).plan(rounds=rounds, latent_steps=5)
     assert plan == expected
     thinks = [step for step in plan.steps if isinstance(step, ThinkStep)]

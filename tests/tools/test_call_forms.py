@@ -113,6 +113,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         '"parameters": {"key": "order 17"}}\n]<|END_ACTION|>',
         'Action: ```json\n[\n    {\n        "tool_name": "lookup",\n        "parameters": '
         '{"key": "order 17"}\n    }\n]\n```',
+        'Action:\n```json\n[{"tool_name": "lookup", "parameters": {"key": "order 17"}}]```',
     ),
     "kimi-k2": (
         "<|tool_calls_section_begin|><|tool_call_begin|>functions.lookup:0"
@@ -135,7 +136,19 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "</seed:tool_call>",
     ),
     "internlm": (f"<|action_start|><|plugin|>\n{LLAMA}<|action_end|>",),
-    "apertus": (f'<tool_calls>[{{"lookup": {{"key": "{ASKED}"}}}}]</tool_calls>',),
+    "apertus": (f'<|tools_prefix|>[{{"lookup": {{"key": "{ASKED}"}}}}]<|tools_suffix|>',),
+    "deepseek-v4": (
+        deepseek(
+            '<|DSML|tool_calls>\n<|DSML|invoke name="lookup">\n<|DSML|parameter name="key" '
+            'string="true">order 17</|DSML|parameter>\n</|DSML|invoke>\n</|DSML|tool_calls>'
+        ).replace("|", "\uff5c"),
+    ),
+    "minicpm-5": ('<function name="lookup"><param name="key">order 17</param></function>',),
+    "gigachat-3": (f"<|message_sep|>\n\nfunction call<|role_sep|>\n{OBJECT}",),
+    "solar": (
+        "<|tool_calls|><|tool_call:begin|>c0001<|tool_call:name|>lookup<|tool_call:args|>"
+        '{"key": "order 17"}<|tool_call:end|>',
+    ),
 }
 TEXTS = [(family, text) for family, texts in FAMILIES.items() for text in texts]
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from recmas_compiler.links.files import LinkWeights
+from recmas_compiler.links.files import End, LinkWeights
 from recmas_compiler.links.modules import (
     load_declared_link,
     load_link,
@@ -157,7 +157,11 @@ def test_weights_of_others_give_their_numbers(
     foreign.load_state_dict({k: v.to(dtype).float() for k, v in foreign.state_dict().items()})
     role = "inner" if isinstance(foreign, _ReleasedInner) else "outer"
     link = load_declared_link(
-        declared("ln_residual", path, *widths), role, source="a", target="b", where=UNKNOWN
+        declared("ln_residual", path, *widths),
+        role,
+        source=End(widths[0], "a"),
+        target=End(widths[1], "b"),
+        where=UNKNOWN,
     )
     x = torch.randn(3, 5, widths[0])
     torch.testing.assert_close(link(x), foreign(x))
@@ -176,7 +180,11 @@ def test_round_trip(tmp_path: Path, kind: str, role: str) -> None:
     for loaded in (
         load_link(path, kind, role, 6, 6),
         load_declared_link(
-            declared(kind, path), role, source="hf:a/b@1", target="hf:c/d@2", where=UNKNOWN
+            declared(kind, path),
+            role,
+            source=End(6, "hf:a/b@1"),
+            target=End(6, "hf:c/d@2"),
+            where=UNKNOWN,
         ),
     ):
         assert type(loaded) is type(link)
@@ -184,12 +192,30 @@ def test_round_trip(tmp_path: Path, kind: str, role: str) -> None:
             assert torch.equal(loaded.state_dict()[name], tensor)
 
 
+def test_a_link_of_an_older_recmas_names_a_folder_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "link.safetensors"
+    save_link(path, made("projected", "inner"), source="/models/a", target="/models/a")
+    here = End(6, "folder:ab12", "/models/a")
+    weights = declared("projected", path)
+    load_declared_link(weights, "inner", source=here, target=here, where=UNKNOWN)
+    moved = here._replace(folder="/other/a")
+    with pytest.raises(RecmasError, match="put the folder back there"):
+        load_declared_link(weights, "inner", source=moved, target=moved, where=UNKNOWN)
+
+
+def test_equal_links_are_equal_files(tmp_path: Path) -> None:
+    link = made("projected", "outer")
+    for name in map(str, range(8)):  # the library's own order changes with every write
+        save_link(tmp_path / name, link, source="a", target="b")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def refusal(path: Path, kind: str = "projected", role: str = "inner", **widths: int) -> str:
     where = SourcePosition(file="spec.yaml", line=7, column=3)
+    weights = declared(kind, path, **widths)
+    source, target = End(weights.in_dim, "here"), End(weights.out_dim, "here")
     with pytest.raises(RecmasError) as caught:
-        load_declared_link(
-            declared(kind, path, **widths), role, source="here", target="here", where=where
-        )
+        load_declared_link(weights, role, source=source, target=target, where=where)
     assert caught.value.problems[0].code == "RM120"
     text = str(caught.value)
     assert text.startswith("spec.yaml:7:3: error[RM120]: link file ")

@@ -27,8 +27,13 @@ def main() -> None:
             parse(f"$\\boxed{{{asked[name]}}}$", parsing_timeout=0)
             for name in ("gold", "answer")
         )
-        # Without parsed expressions there is nothing that it could say.
-        equal = verify(gold, answer, timeout_seconds=0) if gold and answer else None
+        # Without parsed expressions there is nothing that it could say. It takes an inequality for
+        # the interval of its solutions only where the right answer is the inequality.
+        equal = (
+            verify(gold, answer, timeout_seconds=0) or verify(answer, gold, timeout_seconds=0)
+            if gold and answer
+            else None
+        )
         print(json.dumps({"equal": equal}), flush=True)
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
+from recmas_compiler.evaluation.checks.choice_statements import Statement, is_denied, stated_letters
 from recmas_compiler.evaluation.checks.verdict import (
     NO_ANSWER,
     Check,
@@ -17,13 +18,14 @@ from recmas_compiler.evaluation.checks.verdict import (
     gold_texts,
     last_box,
     last_tagged,
+    placed_phrases,
     stripped,
     unusable_gold,
     verdict,
     without_thinking,
 )
+from recmas_compiler.evaluation.data.converters import LETTERS
 from recmas_compiler.evaluation.data.data_file import Question
-from recmas_compiler.evaluation.data.protocol import LETTERS
 
 _NO_PUNCTUATION: Final = str.maketrans("", "", string.punctuation + "\u2018\u2019\u201c\u201d")
 _ARTICLES: Final = re.compile(r"\b(?:a|an|the)\b")
@@ -139,9 +141,23 @@ def _without_command(text: str) -> str:
 
 
 # A letter that stands for a choice: "B", "(B)", "B)", "**B**", "option B:", "\text{B}".
-_OPENING: Final = r"[\s*_\"'`(\[{$]*(?:\\(?:text|mathrm|textbf)\{)?[\s(\[*]*"
+_OPENING: Final = r"[\s*_\"'`(\[{$]{0,8}(?:\\(?:text|mathrm|textbf)\{)?[\s(\[*]{0,4}"
 _NAMED: Final = rf"(?:\b(?:option|choice|letter|answer)\b{_OPENING})?"
 _SECOND: Final = re.compile(r"^[\s*)\].,]*(?:or|and|/|&)[\s*(\[]*([A-Z])(?![A-Za-z])")
+
+
+# Of blanks and emphasis in a row patterns try every division.
+_LONG_BLANKS: Final = re.compile(r"[\s*_]{6,}")
+_LONGEST_PHRASE: Final = 2000
+_DENIED: Final = re.compile(r"[\s*_]*(?:not|neither|never|none)\b", re.IGNORECASE)
+# How a last line begins that says what follows from the ones before it.
+_CONCLUDING: Final = re.compile(
+    r"^[\s*_>#-]*(?:(?:and )?(?:therefore|so|thus|hence|consequently|accordingly|finally|overall"
+    r"|in conclusion|in short|as a result|final|result|ergo|donc|ainsi|also|daher|somit|folglich"
+    r"|por lo tanto|as\u00ed que|entonces|portanto|logo|quindi|dunque"
+    r"|\u56e0\u6b64|\u6240\u4ee5|\u6545)\b|=+>|->|\u2192|\u2234)[\s*_,:\uff0c\uff1a]*",
+    re.IGNORECASE,
+)
 
 
 class ChoiceCheck(Check):
@@ -170,26 +186,46 @@ def extract_letter(text: str, choices: Sequence[str]) -> str | None:
     line that is a letter, the only letter that begins a line or is marked as a choice, or the only
     choice whose words it repeats.
     """
-    text = without_thinking(text).strip()
+    text = _LONG_BLANKS.sub(_shortened, without_thinking(text)).strip()
     for marked in (last_box(text), last_tagged(text)):
         if marked is not None:
             return _whole(marked, choices) or _by_words(marked, choices)
-    for rest in reversed(after_phrases(text)):
-        if spelled := _spelled(rest, choices):
-            return spelled
-        letter, is_clear = _leading_letter(rest, choices)
-        if letter is not None or not is_clear:
+    phrases = [(start, rest) for start, rest in placed_phrases(text) if not is_denied(text, start)]
+    said: list[tuple[int, str | Statement]] = [*phrases]
+    said += [(one.start, one) for one in stated_letters(text)]
+    for _, one in sorted(said, key=lambda placed: placed[0], reverse=True):
+        letter, is_unclear = _meant(one, choices)
+        if letter is not None or is_unclear:
             return letter
-        if by_words := _by_words(rest, choices):
-            return by_words
     lines = [line for line in text.splitlines() if line.strip()]
-    if lines and (letter := _whole(lines[-1], choices)) and len(stripped(lines[-1])) <= len("(A)"):
-        return letter
+    if lines:
+        last, num_concluding = _CONCLUDING.subn("", lines[-1], count=1)
+        letter = _whole(last, choices)
+        if letter and (num_concluding or len(stripped(last)) <= len("(A)")):
+            return letter
     # A text that repeats the choices, each with its letter, has not chosen yet.
     letters = {letter for line in lines if (letter := _whole(line, choices))}
     if letters:
         return letters.pop() if len(letters) == 1 else None
     return _only_marked(text, choices) or _by_words(text, choices)
+
+
+def _shortened(blanks: re.Match[str]) -> str:
+    return "\n" if "\n" in blanks.group() else " "
+
+
+def _meant(said: str | Statement, choices: Sequence[str]) -> tuple[str | None, bool]:
+    """Return the letter of a statement or of what follows "the answer is", and if several do."""
+    if isinstance(said, Statement):
+        is_other = said.letter is not None and not _is_choice(said.letter, choices)
+        return (None, False) if is_other else (said.letter, said.letter is None)
+    rest = said[:_LONGEST_PHRASE]
+    if spelled := _spelled(rest, choices):
+        return spelled, False
+    letter, is_clear = _leading_letter(rest, choices)
+    if letter is not None or not is_clear:
+        return letter, not is_clear
+    return (None if _DENIED.match(rest) else _by_words(rest, choices)), False
 
 
 def _whole(line: str, choices: Sequence[str]) -> str | None:

@@ -105,11 +105,13 @@ _BOX: Final = re.compile(r"\\f?box(?:ed)?\s*(\{|[^\s{])")
 # "The final answer is", "So the correct choice is:"; before a colon only where a sentence begins,
 # because "To find the answer: ..." announces none; "####" is the mark of GSM8K's own solutions.
 _NAMED: Final = r"(?:answer|(?:correct|right|best) (?:choice|option))"
+_IS: Final = r"(?:is|are|was|(?:would|should|must|will|can only|has to) be)"
+_SURELY: Final = r"(?:therefore|thus|hence|then|so|indeed|clearly|simply|actually|just)\b"
 _BEGINS: Final = (
     r"(?:^|[.!?]\s)[\s*_#>-]*(?:(?:so|thus|hence|therefore),? )?(?:the |my )?(?:final )?"
 )
 _PHRASE: Final = re.compile(
-    rf"\b{_NAMED}\b[\s*_]*(?:is|are|was|would be|should be)\b[\s*_]*:?"
+    rf"\b{_NAMED}\b[\s*_]*{_IS}\b[\s*_]*(?:{_SURELY},?[\s*_]+)?:?"
     rf"|{_BEGINS}(?:(?:correct|right|best) )?{_NAMED}[\s*_]*[:=]"
     r"|\#{4}",
     re.IGNORECASE | re.MULTILINE,
@@ -118,9 +120,66 @@ _TAGGED: Final = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL
 _RESULT: Final = re.compile(r"<result>.*?</result>", re.DOTALL)
 
 
+# How models mark their thinking: what opens it, what ends it. The first letters of the marks that
+# are words on their own are small ones; gpt-oss begins its answer on a channel of its own.
+_THINKING: Final = (
+    (r"<think>", r"</think>"),
+    (r"<thinking>", r"</thinking>"),
+    (r"<thoughts?>", r"</thoughts?>"),
+    (r"<reason(?:ing)?>", r"</reason(?:ing)?>"),
+    (r"<seed:think>", r"</seed:think>"),
+    (r"\[THINK\]", r"\[/THINK\]"),
+    (r"\u25c1think\u25b7", r"\u25c1/think\u25b7"),
+    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
+    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
+    (r"<unused94>(?:thought)?", r"<unused95>"),
+    (r"<\|channel>thought", r"<channel\|>"),
+    (
+        r"<\|channel\|>\s*(?:analysis|commentary)\b[^<]{0,40}(?:<\|message\|>)?",
+        r"(?:<\|end\|>)?(?:<\|start\|>assistant)?<\|channel\|>\s*final\s*(?:<\|message\|>)?",
+    ),
+    (r"\Aanalysis(?=[A-Z])", r"assistantfinal"),
+)
+_MARK: Final = re.compile(
+    "|".join(
+        [
+            f"(?P<open{i}>{opens})|(?P<close{i}>{closes})"
+            for i, (opens, closes) in enumerate(_THINKING)
+        ]
+    ),
+    re.IGNORECASE,
+)
+_OPENED: Final = re.compile(rf"(?:{'|'.join(opens for opens, _ in _THINKING)})\s*\Z", re.IGNORECASE)
+
+
+def opened_thinking(prompt: str) -> str:
+    """Return the mark by which a prompt leaves a model thinking; empty if it does not."""
+    found = _OPENED.search(prompt)
+    return found.group() if found else ""
+
+
 def without_thinking(text: str) -> str:
-    """Return what the model says: without its thinking before, and without results of tools."""
-    return _RESULT.sub("\n", text.rpartition("</think>")[2])
+    """Return what the model says: without its thinking, and without results of tools.
+
+    What stands behind an opening mark that nothing closes was cut off before it said anything.
+    """
+    said: list[str] = []
+    opened: str | None = None
+    start = 0
+    for mark in _MARK.finditer(text):
+        kind = mark.lastgroup or ""
+        if kind.startswith("open"):
+            if opened is None:
+                said.append(text[start : mark.start()])
+                opened = kind.removeprefix("open")
+        elif opened is None:  # the prompt has opened it
+            said.clear()
+            start = mark.end()
+        elif kind.removeprefix("close") == opened:
+            opened, start = None, mark.end()
+    if opened is None:
+        said.append(text[start:])
+    return _RESULT.sub("\n", "\n".join(filter(None, said)))
 
 
 def last_box(text: str) -> str | None:
@@ -139,12 +198,17 @@ def after_phrases(text: str) -> list[str]:
 
     Where the phrase ends its line, the next line with text counts.
     """
+    return [rest for _, rest in placed_phrases(text)]
+
+
+def placed_phrases(text: str) -> list[tuple[int, str]]:
+    """Return what follows every "the answer is" as `after_phrases` does, and where that begins."""
     rests = []
     for found in _PHRASE.finditer(text):
         rest = text[found.end() :].lstrip("*_ \t\n")
         line = rest.partition("\n")[0].strip()
         if line:
-            rests.append(line)
+            rests.append((found.end(), line))
     return rests
 
 

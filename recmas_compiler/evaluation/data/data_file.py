@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
+import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
-from recmas_compiler.evaluation.data.protocol import CONVERTERS, UNREADABLE, DataSection, Protocol
+from recmas_compiler.evaluation.data.converters import CONVERTERS, UNREADABLE
+from recmas_compiler.evaluation.data.protocol import DataSection, Protocol
 from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.tables import FORMATS, Row, read_rows
 from recmas_runtime.prompts.render import field_text
 from recmas_runtime.running.records import Record
 
@@ -30,8 +32,8 @@ class Question:
 
     record: Record
     gold: Mapping[str, object]
-    file: str | None = None
-    line: int | None = None
+    file: str | None = field(default=None, compare=False)
+    line: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,38 +49,29 @@ def load_data(path: Path, protocol: Protocol, *, shown: tuple[str, ...]) -> Data
     """Read a data file as a protocol says.
 
     Args:
-        path: JSON lines, a JSON list, or Parquet (needs pyarrow).
+        path: JSON lines, a JSON list, CSV or Parquet (needs pyarrow), also gzipped.
         shown: Fields that the bundle's prompts show in a place of their own.
 
     Raises:
         RecmasError: RM502 if the file cannot be read, RM201 if Parquet needs a package, RM601 with
             the line of every selected record that does not fit the protocol.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise fail(
-            "RM502",
-            f"the data cannot be read: {error.strerror}",
-            file=str(path),
-            hint="Give --data a file of JSON lines.",
-        ) from error
-    rows = list(_rows(path, raw))
+    rows = list(_rows(path, protocol.data))
     questions: list[Question] = []
     problems: list[Problem] = []
     lines: dict[str, int] = {}
     for index in _selected(len(rows), protocol):
-        line, row = rows[index]
+        row = rows[index]
         try:
-            question = _question(row, index=index, line=line, data=protocol.data, shown=shown)
+            question = _question(row, index=index, data=protocol.data, shown=shown, file=str(path))
             record_id = question.record.id
             if record_id in lines:
                 raise _unusable(f"id {record_id!r} is already that of line {lines[record_id]}")
         except RecmasError as error:
             (problem,) = error.problems
-            problems.append(replace(problem, file=str(path), line=line))
+            problems.append(replace(problem, file=str(path), line=row.line))
             continue
-        lines[record_id] = line
+        lines[record_id] = row.line
         questions.append(question)
     if problems:
         raise RecmasError(problems[:MAX_PROBLEMS])
@@ -87,69 +80,38 @@ def load_data(path: Path, protocol: Protocol, *, shown: tuple[str, ...]) -> Data
     return DataSet(
         questions=tuple(questions),
         num_records=len(rows),
-        digest=hashlib.sha256(raw).hexdigest(),
+        digest=_digest(path),
     )
 
 
-def _rows(path: Path, raw: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield the records with their lines, or places in a list, from 1."""
-    if path.suffix == ".parquet":
-        yield from enumerate(_parquet_rows(path), start=1)
+def _rows(path: Path, data: DataSection) -> Iterator[Row]:
+    """Yield the rows of a file; one without a line of column names has those of the protocol."""
+    with _opened(path) as stream:
+        rows = read_rows(stream, file=str(path))
+        first = next(rows, None)
+    if first is None:
         return
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        hint = "Give --data a UTF-8 text file, or a .parquet file."
-        raise fail("RM601", "not UTF-8", file=str(path), line=line, hint=hint) from error
-    if text.lstrip().startswith("["):
-        listed = _parsed(text, path=path, line=None)
-        numbered = list(enumerate(listed, start=1))
-    else:
-        # Not str.splitlines: JSON may hold other line separators.
-        lines = enumerate(text.split("\n"), start=1)
-        numbered = [(n, _parsed(line, path=path, line=n)) for n, line in lines if line.strip()]
-    for line, row in numbered:
-        if not isinstance(row, Mapping):
-            raise fail(
-                "RM601",
-                "the record is not a JSON object",
-                file=str(path),
-                line=line,
-                hint="Give --data one JSON object per line.",
-            )
-        yield line, row
+    known = {part for names in (*data.fields.values(), *data.gold.values()) for part in names}
+    has_names = data.columns is None or first.fields is None or known & first.fields.keys()
+    with _opened(path) as stream:
+        yield from read_rows(stream, file=str(path), columns=None if has_names else data.columns)
 
 
-def _parsed(text: str, *, path: Path, line: int | None) -> Any:
+def _opened(path: Path) -> BinaryIO:
+    """Open a regular file, or a link to one; a pipe or a device might never end."""
+    hint = f"Give --data a file of {FORMATS}."
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise fail(
-            "RM601",
-            f"not valid JSON: {error}",
-            file=str(path),
-            line=line,
-            hint="Give --data one JSON object per line, or a JSON list.",
-        ) from error
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise fail("RM502", "this is not a regular file", file=str(path), hint=hint)
+        return path.open("rb")
+    except OSError as error:
+        message = f"the data cannot be read: {error.strerror}"
+        raise fail("RM502", message, file=str(path), hint=hint) from error
 
 
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import read_table
-    except ImportError as error:
-        raise fail(
-            "RM201",
-            f"reading {path.name} needs pyarrow, which is not installed",
-            hint="Install it with `pip install pyarrow`, or convert the file to JSON lines.",
-        ) from error
-    try:
-        rows: list[dict[str, Any]] = read_table(path).to_pylist()
-    except ArrowInvalid as error:
-        hint = "Download the file again."
-        raise fail("RM601", f"not Parquet: {error}", file=str(path), hint=hint) from error
-    return rows
+def _digest(path: Path) -> str:
+    with _opened(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _selected(num_rows: int, protocol: Protocol) -> list[int]:
@@ -161,9 +123,12 @@ def _selected(num_rows: int, protocol: Protocol) -> list[int]:
 
 
 def _question(
-    row: Mapping[str, Any], *, index: int, line: int, data: DataSection, shown: tuple[str, ...]
+    found_row: Row, *, index: int, data: DataSection, shown: tuple[str, ...], file: str
 ) -> Question:
     """Return a row as a question; its index is its place in the file, whatever is selected."""
+    row = found_row.fields
+    if row is None:
+        raise _unusable(found_row.problem)
     names = {**data.fields, **data.gold}
     found = {name: _value(row, paths) for name, paths in names.items()}
     values = {name: value for name, value in found.items() if value is not None}
@@ -171,11 +136,10 @@ def _question(
         if data.convert is not None:
             values = CONVERTERS[data.convert](values)
     except UNREADABLE as error:
-        missing = sorted(set(names) - set(values))
+        missing = sorted(set(names) - set(_names_of(found)))
         lacks = f"; it has no {', '.join(missing)}" if missing else ""
         raise _unusable(
-            f"the record is not of the form that {data.convert!r} reads{lacks} "
-            f"({type(error).__name__}: {error})"
+            f"the record is not of the form that {data.convert!r} reads{lacks}{_reason(error)}"
         ) from error
     if not str(values.get("question") or "").strip():
         listed = ", ".join(sorted(row)) or "nothing"
@@ -184,9 +148,25 @@ def _question(
     fields = {name: value for name, value in values.items() if name in data.fields}
     fields["question"] = _with_appended(fields, data.append, shown)
     return Question(
-        record=Record(id=str(line if record_id is None else record_id), fields=fields, index=index),
+        record=Record(
+            id=str(found_row.number if record_id is None else record_id),
+            fields=fields,
+            index=index,
+        ),
+        file=file,
+        line=found_row.line,
         gold={name: value for name, value in values.items() if name not in data.fields},
     )
+
+
+def _names_of(found: Mapping[str, Any]) -> list[str]:
+    """Return the names that a record gives a value to."""
+    return [name for name, value in found.items() if value is not None]
+
+
+def _reason(error: Exception) -> str:
+    """Return why a converter failed, where its error says so in words of its own."""
+    return f": {error}" if type(error) is ValueError and str(error) else ""
 
 
 def _with_appended(
@@ -203,6 +183,11 @@ def _with_appended(
 def _value(row: Mapping[str, Any], paths: list[str]) -> Any:
     """Return the value at the first path that leads to one; None if none does."""
     for path in paths:
+        if "|" in path and path not in row:
+            listed = [_value(row, [part]) for part in path.split("|")]
+            if all(value is not None for value in listed):
+                return listed
+            continue
         value: Any = row
         # A name may itself hold a point or a space: the whole is tried before its parts.
         for part in (path,) if path in row else path.split("."):

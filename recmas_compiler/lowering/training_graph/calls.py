@@ -12,6 +12,7 @@ from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.text import counted
 from recmas_runtime.formats.plan import Variant
 from recmas_runtime.prompts.render import Chat, Slot, Tokens, build_prompt, text_chars
+from recmas_runtime.prompts.tool_turns import answer_chat
 from recmas_runtime.prompts.turn import build_turn
 
 if TYPE_CHECKING:  # what reads training data does not need torch
@@ -91,11 +92,18 @@ class CallWriter:
         self._system = system
         self._agents = {name: agent_plan(system, name) for name in system.agents}
         self._chats = {
-            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens)
+            name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens, day=system.day)
             for name, b in backbones.items()
         }
+        answerer = self._agents[system.answer_agent]
+        self._answer_chat = answer_chat(self._chats, answerer, system.tools)
         # Records, by agent, whose target the template does not write as it stands.
         self._changed: dict[str, dict[str, None]] = {}
+
+    def _chat(self, agent: str) -> Chat:
+        if agent == self._system.answer_agent:
+            return self._answer_chat
+        return self._chats[self._agents[agent].backbone]
 
     def warnings(self) -> tuple[Problem, ...]:
         """Return what was found out about the targets of the calls written so far."""
@@ -132,7 +140,7 @@ class CallWriter:
                 cannot render the call, RM700 if the example has no target for the agent.
         """
         declared = self._agents[agent]
-        chat = self._chats[declared.backbone]
+        chat = self._chat(agent)
         record = {**example.fields, "id": example.id}
         try:
             if form == "prompt":

@@ -11,8 +11,9 @@ import tokenizers
 from recmas_compiler.spec.document.places import is_file, path_of
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.schema.declared import Declared
-from recmas_runtime.core.errors import Problem
+from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.formats.plan import PromptPart
+from recmas_runtime.prompts.tokenizer import read_tokenizer
 
 # English text has about four characters per token with the vocabularies of today.
 _CHARACTERS_PER_TOKEN = 4
@@ -71,11 +72,6 @@ def count_tokens(tokenizer_json: Path, text: str) -> int | None:
 @lru_cache(maxsize=8)
 def _load(tokenizer_json: Path) -> tokenizers.Tokenizer | None:
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_json))
-    # The library raises bare exceptions; without a tokenizer the count is an estimate.
-    except Exception:
-        return None
-    # A file may carry settings that cut or pad whatever is encoded.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+        return read_tokenizer(tokenizer_json)
+    except RecmasError:
+        return None  # without a tokenizer the count is an estimate

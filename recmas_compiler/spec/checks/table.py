@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import Final
 
+from recmas_compiler.spec.checks.fields import check_fields
 from recmas_compiler.spec.checks.prefix_reuse import check_reuse
 from recmas_compiler.spec.checks.settings import (
     check_settings,
@@ -163,11 +164,14 @@ def check_use(declared: Declared) -> Iterator[Problem]:
             continue
         if name not in linked:
             message = f"the agent `{name}` has no link and does not write the answer."
-            hint = f"Remove it, or link it, such as `{link_name(name, answer)}: {{}}`."
+            settings = _settings(declared, name, answer)
+            hint = f"Remove it, or link it, such as `{link_name(name, answer)}: {settings}`."
             yield problem_at(place, "RM112", message, hint=hint)
         elif name not in distance:
             message = f"the thoughts of `{name}` never reach `{answer}`, which writes the answer."
-            hint = f"Add a link from it, such as `{link_name(name, answer)}: {{}}`, or remove it."
+            settings = _settings(declared, name, answer)
+            hint = f"Add a link from it, such as `{link_name(name, answer)}: {settings}`, "
+            hint += "or remove it."
             yield problem_at(place, "RM151", message, hint=hint, severity="warning")
         elif distance[name] >= document.rounds:
             needed = distance[name] + 1
@@ -178,6 +182,13 @@ def check_use(declared: Declared) -> Iterator[Problem]:
             )
             hint = f"Set `rounds` to {needed} or more, or add a link that is not feedback."
             yield problem_at(place, "RM151", message, hint=hint, severity="warning")
+
+
+def _settings(declared: Declared, source: str, target: str) -> str:
+    """Return the settings of a new link: one that would close a cycle is feedback."""
+    within = {ends: link for ends, link in declared.known_links.items() if not link.feedback}
+    closes = source == target or target in feedbacks_to(source, within)
+    return "{feedback: true}" if closes else "{}"
 
 
 def check_slots(declared: Declared) -> Iterator[Problem]:
@@ -194,7 +205,7 @@ def check_slots(declared: Declared) -> Iterator[Problem]:
                     continue
                 place = declared.inside_prompt(target, field, slot.start, slot.length)
                 message = f"`{target}` has a slot for `{source}`, but no link brings its message."
-                settings = "{feedback: true}" if source == target else "{}"
+                settings = _settings(declared, source, target)
                 hint = (
                     f"Add `{link_name(source, target)}: {settings}` to `links`, or remove the slot."
                 )
@@ -269,6 +280,7 @@ CHECKS: tuple[Callable[[Declared], Iterator[Problem]], ...] = (
     check_size,
     check_names,
     check_prompts,
+    check_fields,
     check_use,
     check_slots,
     check_cycles,

@@ -25,11 +25,17 @@ from recmas_runtime.formats.plan import PromptPart
 _OPENING = re.compile(r"\{\{|\{%|\{#")
 _CLOSING = {"{{": "}}", "{%": "%}", "{#": "#}"}
 _FIELD = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*\Z")
+# Text that holds what would otherwise begin something, as Jinja has it.
+_QUOTED = re.compile(r"""\{\{\s*(?:"([^"]*)"|'([^']*)')\s*\}\}""")
+_RAW = re.compile(r"\{%\s*raw\s*%\}(.*?)\{%\s*endraw\s*%\}", re.DOTALL)
 _SLOT = re.compile(rf"\s*latent\s*\.\s*({SLUG_PATTERN})\s*\Z")
 
 # A prompt in another language has an issue on every line; the first ones tell.
 _MOST_ISSUES = 10
-_ALLOWED = "Prompts know only `{{ field }}` and `{{ latent.AGENT }}`."
+_ALLOWED = (
+    "Prompts know only `{{ field }}` and `{{ latent.AGENT }}`; braces as text go between "
+    "`{% raw %}` and `{% endraw %}`."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +87,10 @@ class Prompt:
 
 
 def parse_prompt(text: str) -> Prompt:
-    """Split a prompt into its parts."""
+    """Split a prompt into its parts: text, fields and slots.
+
+    `{{ "..." }}` and what stands between `{% raw %}` and `{% endraw %}` is text.
+    """
     parts: list[PromptPart] = []
     slots: list[Slot] = []
     issues: list[PromptIssue] = []
@@ -89,6 +98,10 @@ def parse_prompt(text: str) -> Prompt:
     while len(issues) < _MOST_ISSUES and (opening := _OPENING.search(text, at)):
         parts.append(PromptPart(kind="text", value=text[at : opening.start()]))
         start, mark = opening.start(), opening.group()
+        if escaped := _QUOTED.match(text, start) or _RAW.match(text, start):
+            parts.append(PromptPart(kind="text", value=escaped.group(escaped.lastindex or 0)))
+            at = escaped.end()
+            continue
         closing = text.find(_CLOSING[mark], opening.end())
         if closing < 0:
             hint = f"Close it with `{_CLOSING[mark]}`. {_ALLOWED}"
@@ -131,7 +144,13 @@ def _trimmed(parts: list[PromptPart]) -> tuple[PromptPart, ...]:
         parts[0] = PromptPart(kind="text", value=parts[0].value.lstrip())
     if parts and parts[-1].kind == "text":
         parts[-1] = PromptPart(kind="text", value=parts[-1].value.rstrip())
-    return tuple(part for part in parts if part.kind != "text" or part.value)
+    merged: list[PromptPart] = []
+    for part in parts:
+        if part.kind == "text" and merged and merged[-1].kind == "text":
+            part = PromptPart(kind="text", value=merged.pop().value + part.value)
+        if part.kind != "text" or part.value:
+            merged.append(part)
+    return tuple(merged)
 
 
 Field = Literal["system", "first", "then"]
@@ -203,14 +222,21 @@ class Declared:
 
     def inside_prompt(self, agent: str, field: Field, start: int, length: int) -> SourcePosition:
         """Return where a piece of one of an agent's texts stands."""
+        is_system = field == "system"
+        loc: Loc = ("agents", agent, "system") if is_system else self._prompt_loc(agent, field)
+        return self.places.inside(loc, self._text(agent, field), start, length)
+
+    def inside_prompt_text(self, agent: str, field: Field, piece: str) -> SourcePosition:
+        """Return where a piece of text stands in one of an agent's texts for the first time."""
+        return self.inside_prompt(
+            agent, field, max(0, self._text(agent, field).find(piece)), len(piece)
+        )
+
+    def _text(self, agent: str, field: Field) -> str:
         section = self.document.agents[agent]
         if field == "system":
-            text = section.system or ""
-            loc: Loc = ("agents", agent, "system")
-        else:
-            text = section.prompt.then if field == "then" else section.prompt.first or ""
-            loc = self._prompt_loc(agent, field)
-        return self.places.inside(loc, text, start, length)
+            return section.system or ""
+        return section.prompt.then if field == "then" else section.prompt.first or ""
 
     def _prompt_loc(self, agent: str, field: Field) -> Loc:
         """A prompt that is plain text has no `then` key of its own."""

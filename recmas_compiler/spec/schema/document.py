@@ -28,6 +28,7 @@ from recmas_compiler.spec.schema.sections import (
     AnswerSection,
     BackboneSection,
     BuildSection,
+    Day,
     Given,
     LinkName,
     LinkSection,
@@ -61,6 +62,10 @@ class SpecDocument(Section):
 
     latent_steps: int = Field(default=16, ge=0, le=MAX_LATENT_STEPS)
     """Latent steps of every agent that does not say otherwise; 0 sends empty messages."""
+
+    date: Given[Day] = None
+    """The day, as YYYY-MM-DD, for chat templates that write it into prompts. Without it that is the
+    day on which a bundle is loaded."""
 
     pattern: Given[PatternSection] = None
     """A known arrangement of agents, instead of writing it out."""
@@ -121,11 +126,13 @@ SPECS: Final = Language(
 _INDEPENDENT: Final[tuple[tuple[str, ...], ...]] = (
     ("rounds",),
     ("latent_steps",),
+    ("date",),
     ("train",),
     ("build",),
     ("build", "*"),
     ("backbones", "*", "dtype"),
     ("backbones", "*", "precision"),
+    ("backbones", "*", "template"),
     ("agents", "*", "system"),
     ("agents", "*", "latent_steps"),
     ("agents", "*", "chat_template"),

@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Annotated, Final, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
+    WithJsonSchema,
     model_serializer,
     model_validator,
 )
@@ -29,6 +31,7 @@ from recmas_runtime.formats.plan import (
     MAX_STOPS,
     MAX_TEMPERATURE,
     MAX_TOP_K,
+    parse_day,
 )
 from recmas_runtime.formats.precisions import Dtype, PrecisionName, TargetName
 
@@ -236,6 +239,9 @@ class AnswerSection(Section):
     """Tools of the answer agent; without it there are none."""
 
 
+# The `template` that stands for plain text.
+NO_TEMPLATE: Final = "none"
+
 # Variables of the chat template that rendering itself sets.
 RESERVED_TEMPLATE_VARIABLES: Final = frozenset({"messages", "add_generation_prompt"})
 
@@ -255,6 +261,16 @@ def _plain_value(value: object) -> object:
     return value
 
 
+def _day(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            parse_day(value)
+        except ValueError:
+            raise PydanticCustomError("day", "should be a day of the form YYYY-MM-DD") from None
+    return value
+
+
+Day = Annotated[str, AfterValidator(_day), WithJsonSchema({"type": "string", "format": "date"})]
 TemplateValue = Annotated[bool | int | float | str, BeforeValidator(_plain_value)]
 
 
@@ -271,6 +287,10 @@ class BackboneSection(Section):
 
     precision: Given[PrecisionName] = None
     """Precision of this backbone's engines instead of `build.precision`."""
+
+    template: Given[FilePath] = None
+    """Chat template instead of the backbone's own: a Jinja file, relative to the spec, or `none`
+    for plain text, as models without one were trained on."""
 
 
 class WeightsSection(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +15,20 @@ from msgspec import structs
 from recmas_runtime.bench.measure import TEXT, BenchSettings, make_cases
 from recmas_runtime.bench.report import BenchReport, run_bench
 from recmas_runtime.core.errors import Problem, fail
+from recmas_runtime.core.files import reason_of
 from recmas_runtime.core.progress import Progress
+from recmas_runtime.core.tables import FORMATS
+from recmas_runtime.core.text import listed
 from recmas_runtime.formats.bundle import write_json_atomic
 from recmas_runtime.formats.plan import Plan
 from recmas_runtime.prompts.sampler import check_sampling
-from recmas_runtime.running.records import Record, question_record, read_records, usable
+from recmas_runtime.running.records import (
+    Record,
+    open_records,
+    question_record,
+    read_records,
+    usable,
+)
 from recmas_runtime.running.system import System, check_batch, load
 
 # What is asked if neither data nor questions are given, one a line.
@@ -135,25 +145,26 @@ def _gather_records(
     """Return what to ask; lines that cannot be used go to `problems`."""
     data = options.data
     if data is None:
+        others = [name for name in fields if name != "question"]
+        if others or not fields:
+            uses = f"use {listed(fields)}" if fields else "show nothing of a record"
+            raise fail(
+                "RM506",
+                f"the prompts of this bundle {uses}, and a question alone does not fill them",
+                hint=f"Give --data FILE with a record such as "
+                f"{json.dumps(dict.fromkeys(fields, '...'))} in each line.",
+            )
         texts = (options.questions or QUESTIONS)[: options.limit]
         return tuple(question_record(text, fields, index=i) for i, text in enumerate(texts))
-    try:
-        with Path(data).open("rb") as stream:
-            found = usable(read_records(stream, file=data, fields=fields), problems)
-            records = tuple(islice(found, options.limit))
-    except OSError as error:
-        raise fail(
-            "RM502",
-            f"the data cannot be read: {error.strerror}",
-            file=data,
-            hint="Give --data a file of JSON lines.",
-        ) from error
+    with open_records(data) as stream:
+        found = usable(read_records(stream, file=data, fields=fields), problems)
+        records = tuple(islice(found, options.limit))
     if not records:
         raise fail(
             "RM506",
             "the data has no question to ask",
             file=data,
-            hint="Give --data a file of JSON lines with a `question` each.",
+            hint=f"Give --data {FORMATS}, with {listed(fields)} in each record.",
         )
     return records
 
@@ -188,7 +199,7 @@ def writing(out: Path) -> Iterator[None]:
     except OSError as error:
         raise fail(
             "RM503",
-            f"the report cannot be written: {error.strerror}",
+            f"the report cannot be written: {reason_of(error)}",
             file=str(out),
             hint="Give --out a folder with room that you may write to.",
         ) from error

@@ -104,9 +104,16 @@ class BenchSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What one system took for one batch, from records to answers; counts are sums over records."""
+    """What one system took for one batch, from records to answers; counts are sums over records.
+
+    Attributes:
+        first_ms: Until the first tokens of the answers were there.
+        answer_tokens: Of each answer.
+    """
 
     ms: float
+    first_ms: float
+    answer_tokens: tuple[int, ...]
     phases: Mapping[str, float]
     counts: Mapping[str, int]
     problems: tuple[Problem, ...]
@@ -169,6 +176,8 @@ def run_once(case: Case, batch: Sequence[Record], sampling: SamplingPlan) -> Run
     failures = (result for result in results if isinstance(result, RecmasError))
     return Run(
         ms=ms,
+        first_ms=texts.first_ms,
+        answer_tokens=tuple(answer.usage.completion_tokens for answer in answers),
         phases={phase: timing.get(phase, 0.0) for phase in PHASES},
         counts=counts,
         problems=tuple(problem for failure in failures for problem in failure.problems),
@@ -176,9 +185,10 @@ def run_once(case: Case, batch: Sequence[Record], sampling: SamplingPlan) -> Run
 
 
 class _TextCounter:
-    """Counts hand-over texts, and those that were cut off."""
+    """Counts hand-over texts, and those that were cut off; notes when the answers began."""
 
     def __init__(self) -> None:
+        self.first_ms = 0.0
         self.num_texts = 0
         self.num_cut = 0
 
@@ -186,6 +196,7 @@ class _TextCounter:
         self, records: Sequence[Record], events: Sequence[StepEvent], messages: object
     ) -> None:
         for event in events:
+            self.first_ms += event.first_ms  # of the decode, the only one that has any
             if event.op == "write":
                 self.num_texts += len(records) * len(event.agents)
                 self.num_cut += sum(event.cut_texts)

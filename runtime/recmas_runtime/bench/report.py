@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from statistics import median
 from typing import Any, Final
 
+from recmas_runtime.bench.latency import PERCENTILES, Latency
 from recmas_runtime.bench.measure import (
     COUNTS,
     BenchSettings,
@@ -58,6 +59,7 @@ class Cost:
     seconds: tuple[float, ...]
     phases_ms: Mapping[str, float]
     counts: Mapping[str, float]
+    latency: Latency
 
     @property
     def generated_tokens(self) -> float:
@@ -106,6 +108,7 @@ class Row:
                 "generated_tokens": round(cost.generated_tokens, 3),
                 "sequential_steps": round(cost.sequential_steps, 3),
             },
+            "latency": cost.latency.to_json(),
             "against": None if compared is None else compared.against,
             "speed_up": None if compared is None else compared.speed_up.to_json(),
             "token_reduction": None if compared is None else round(compared.token_reduction, 4),
@@ -180,6 +183,7 @@ def _cost(repeats: Sequence[Sequence[Run]], questions: int) -> Cost:
             / (questions * len(repeats))
             for name in COUNTS
         },
+        latency=Latency.of([run for runs in repeats for run in runs]),
     )
 
 
@@ -251,6 +255,15 @@ class BenchReport:
         ]
         if any(row.case.name == LATENT and row.case.rounds in PAPER for row in rows):
             lines += ["", f"paper: {PAPER_SOURCE}; its own models, data and hardware."]
+        at = " / ".join(f"p{p}" for p in PERCENTILES)
+        lines += [
+            "",
+            f"## Throughput and latency, batches of {self.about['batch']}",
+            "",
+            markdown_table(_latency_head(), map(_latency_cells, rows)),
+            "",
+            f"Times in ms: {at}. A token's is from one to the next, within an answer.",
+        ]
         phases = [n for n in rows[0].cost.phases_ms if any(row.cost.phases_ms[n] for row in rows)]
         head = ["system", "rounds", "steps", *(f"{name} ms" for name in phases)]
         cells = ([*_label(row), *(f"{row.cost.phases_ms[n]:.1f}" for n in phases)] for row in rows)
@@ -366,6 +379,24 @@ def _cells(row: Row) -> list[str]:
         "" if compared is None else f"{compared.step_reduction:.1%}",
         f"{cost.counts['prompt_tokens']:.0f}",
         f"{cut / texts:.0%}" if texts else "",
+    ]
+
+
+def _latency_head() -> list[str]:
+    return [
+        *("system", "rounds", "steps", "requests/s", "output tokens/s"),
+        *("first token ms", "per token ms", "whole ms"),
+    ]
+
+
+def _latency_cells(row: Row) -> list[str]:
+    found = row.cost.latency
+    times = (found.first_token, found.per_token, found.whole)
+    return [
+        *_label(row),
+        f"{found.requests_per_s:.3g}",
+        f"{found.output_tokens_per_s:.3g}",
+        *("" if t is None else " / ".join(f"{value:.4g}" for value in t.at) for t in times),
     ]
 
 

@@ -7,11 +7,11 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from recmas_runtime.core.text import human_bytes
+from recmas_runtime.core.text import human_bytes, listed
 
 PACKAGES: Final = (
     "recmas",
@@ -24,6 +24,12 @@ PACKAGES: Final = (
     "tensorrt",
     "cuda-bindings",
 )
+
+
+# What a bundle runs on; of the last two, one is enough.
+_RUNS_ON: Final = ("numpy", "tokenizers", "jinja2", "msgspec", "safetensors")
+_CUDA: Final = "CUDAExecutionProvider"
+_ENGINES: Final = ("onnxruntime", "onnxruntime-gpu")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -40,6 +46,7 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": versions,
+        "missing": _missing(),
         "providers": list(onnx_runtime().get_available_providers()) if installed else [],
         "cpu": _entry("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "logical_cpus": os.cpu_count(),
@@ -87,7 +94,29 @@ def machine_text(facts: Mapping[str, Any]) -> str:
     ]
     rows += [(f"- {name}", reason) for name, reason in facts["sandboxes_not_used"].items()]
     rows.append(("web search", f"TAVILY_API_KEY is {'' if facts['web_search_key'] else 'not '}set"))
-    return "\n".join(f"{name:<16}{value}" for name, value in rows)
+    lines = [f"{name:<16}{value}" for name, value in rows]
+    on_cuda = " on the CPU and on CUDA" if _CUDA in facts["providers"] else " on the CPU"
+    lines += ["", verdict("run bundles", facts["missing"], extra="cpu", detail=on_cuda)]
+    return "\n".join(lines)
+
+
+def verdict(what: str, missing: Sequence[str], *, extra: str, detail: str = "") -> str:
+    """Return the last line of a survey: whether this machine can do it, or what it lacks."""
+    if not missing:
+        return f"This machine can {what}{detail}."
+    verb = "is" if len(missing) == 1 else "are"
+    return (
+        f"This machine cannot {what}: {listed(missing)} {verb} not installed. "
+        f'Install recmas with its extra `{extra}`: pip install "recmas[{extra}]".'
+    )
+
+
+def _missing() -> list[str]:
+    """Return the packages that are needed and not there."""
+    versions = package_versions((*_RUNS_ON, *_ENGINES))
+    missing = [name for name in _RUNS_ON if versions[name] is None]
+    has_engine = any(versions[name] is not None for name in _ENGINES)
+    return missing if has_engine else [*missing, _ENGINES[0]]
 
 
 def _entry(path: str, key: str) -> str | None:

@@ -205,19 +205,44 @@ def _parser() -> argparse.ArgumentParser:
         "null-latents, shuffled-latents",
     )
     sampling = run.add_argument_group("sampling, over the bundle's own settings")
-    sampling.add_argument("--max-new-tokens", type=int, metavar="N")
-    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    sampling.add_argument("--top-p", type=float, metavar="P")
-    sampling.add_argument("--top-k", type=int, metavar="K", help="0 keeps all")
-    sampling.add_argument("--min-p", type=float, metavar="P")
-    sampling.add_argument("--repetition-penalty", type=float, metavar="R")
-    sampling.add_argument("--seed", type=int, metavar="N")
-    sampling.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
+    sampling.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="most tokens of an answer"
+    )
+    sampling.add_argument(
+        "--temperature", type=float, metavar="T", help="from 0, which is greedy, to 10"
+    )
+    sampling.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="the likeliest tokens that together have this probability",
+    )
+    sampling.add_argument(
+        "--top-k", type=int, metavar="K", help="the K likeliest tokens; 0 keeps all"
+    )
+    sampling.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="no tokens below this share of the likeliest one's probability",
+    )
+    sampling.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        help="above 1, tokens that were written become less likely",
+    )
+    sampling.add_argument(
+        "--seed", type=int, metavar="N", help="of the first record; record i draws from seed + i"
+    )
+    sampling.add_argument(
+        "--stop", action="append", metavar="TEXT", help="ends the answer; may be repeated"
+    )
     _add_machine(run)
 
     bench = _command(commands, "bench", "Measure a bundle beside its baselines.", _bench)
     questions = bench.add_argument_group("questions; a few of recmas's own without these")
-    questions.add_argument("--data", metavar="FILE", help="JSON lines")
+    questions.add_argument("--data", metavar="FILE", help="records, as of `recmas run --input`")
     several: dict[str, Any] = {"action": "append", "default": []}
     questions.add_argument(
         "--question", dest="questions", metavar="TEXT", help="may be repeated", **several
@@ -278,7 +303,12 @@ def _command(
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", choices=DEVICES)
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=DEVICES,
+        help="where to run; auto takes the best that is there",
+    )
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: physical cores")
     parser.add_argument("--quiet", action="store_true", help="no progress, no summary")
 

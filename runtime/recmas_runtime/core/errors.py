@@ -61,6 +61,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM152": (Exit.OK, "warning: links without trained weights"),
     "RM153": (Exit.OK, "warning: an early end of the rounds that can never come"),
     "RM155": (Exit.OK, "warning: a chat template that writes the date of the day"),
+    "RM156": (Exit.OK, "warning: prompts that do not show what is asked"),
     # RM2xx: backbones and compilation
     "RM200": (Exit.ENVIRONMENT, "a backbone's files are not there"),
     "RM201": (Exit.ENVIRONMENT, "a Python package that this needs is not installed"),
@@ -110,9 +111,10 @@ CODES: dict[str, tuple[Exit, str]] = {
     # RM6xx: evaluation
     "RM600": (Exit.USAGE, "a protocol that is not there or malformed"),
     "RM601": (Exit.RUN_FAILED, "data that does not fit the protocol"),
-    "RM602": (Exit.ENVIRONMENT, "no sandbox for the code that a protocol runs"),
+    "RM602": (Exit.ENVIRONMENT, "no sandbox for the code that a protocol runs, or no package"),
     "RM603": (Exit.USAGE, "--resume with the answers of another evaluation"),
     "RM650": (Exit.OK, "warning: other prompts than those the protocol names"),
+    "RM651": (Exit.OK, "warning: records left out that no answer could be judged by"),
     # RM7xx: training
     "RM700": (Exit.RUN_FAILED, "training data that cannot be used"),
     "RM701": (Exit.RUN_FAILED, "the loss is no number any more, or it diverges"),

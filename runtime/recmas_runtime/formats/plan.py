@@ -6,6 +6,7 @@ format lives here once. A plan holds no tensors; names in it are resolved by the
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable
 from typing import Annotated, ClassVar, Final, Literal
 
@@ -24,6 +25,17 @@ LatentSteps = Annotated[int, Meta(ge=0, le=MAX_LATENT_STEPS)]
 
 # Engines see few distinct capacities, and attention kernels want aligned lengths.
 CACHE_ROWS_MULTIPLE = 64
+
+
+def parse_day(text: str) -> datetime.date:
+    """Return the day of `YYYY-MM-DD`.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if len(text) != len("YYYY-MM-DD"):
+        raise ValueError(f"{text!r} is not of the form YYYY-MM-DD")
+    return datetime.date.fromisoformat(text)
 
 
 def cache_capacity(rows: int) -> int:
@@ -309,7 +321,8 @@ class Plan(StrictStruct, frozen=True, kw_only=True):
     """The whole plan.
 
     The fields are those of records that the prompts use, `question` first where it is used; without
-    `stop_when` all rounds run.
+    `stop_when` all rounds run. The date is what chat templates get that write it; None for that of
+    loading.
     """
 
     newest_version: ClassVar = PLAN_VERSION
@@ -327,6 +340,16 @@ class Plan(StrictStruct, frozen=True, kw_only=True):
     fields: tuple[str, ...]
     stop_when: StopPlan | None = None
     tools: ToolsPlan | None = None
+    date: Annotated[str, Meta(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
+
+    @property
+    def day(self) -> datetime.date | None:
+        """The date as such.
+
+        Raises:
+            ValueError: It is none.
+        """
+        return None if self.date is None else parse_day(self.date)
 
     def num_latent_steps(self, step: ThinkStep) -> int:
         """Return the length of a rollout, which is that of each of its agents."""

@@ -55,6 +55,7 @@ class ChatTemplate:
         self.text = text
         self.special_tokens = dict(special_tokens or {})
         self.day = day or date.today()
+        self._tools: Sequence[Mapping[str, Any]] | None = None
         if len(text) > MAX_TEMPLATE_CHARS:
             raise _cannot_render(
                 f"the chat template has {len(text)} characters, at most {MAX_TEMPLATE_CHARS} are "
@@ -73,9 +74,19 @@ class ChatTemplate:
         other.day = day
         return other
 
+    def with_tools(self, schemas: Sequence[Mapping[str, Any]]) -> Self:
+        """Return the same template, which gets these tools as JSON schemas."""
+        other = copy.copy(self)
+        other._tools = schemas
+        return other
+
+    def names_variable(self, name: str) -> bool:
+        """Return whether the template reads a variable of that name."""
+        return any(found.name == name for found in self._tree.find_all(nodes.Name))
+
     def render(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool,
         **variables: bool | int | float | str,
@@ -93,7 +104,7 @@ class ChatTemplate:
             **self.special_tokens,
             **variables,
             "messages": [dict(message) for message in messages],
-            "tools": None,
+            "tools": copy.deepcopy(self._tools),
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -146,7 +157,7 @@ class ChatTemplate:
         self, messages: Sequence[Mapping[str, str]], **variables: bool | int | float | str
     ) -> bool:
         """Tell whether the day shows in a rendered conversation."""
-        if not any(name.name == "strftime_now" for name in self._tree.find_all(nodes.Name)):
+        if not self.names_variable("strftime_now"):
             return False
         first, second = (
             self.on(day).render(messages, add_generation_prompt=True, **variables) for day in _DAYS
@@ -174,17 +185,6 @@ def read_template(path: Path, *, file: str) -> str:
         raise malformed(file, f"the chat template has more than {MAX_TEMPLATE_CHARS} characters")
     # As Python reads text: a template is the same with any line ends.
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def parse_day(text: str) -> date:
-    """Return the day of `YYYY-MM-DD`.
-
-    Raises:
-        ValueError: It is none.
-    """
-    if len(text) != len("YYYY-MM-DD"):
-        raise ValueError(f"{text!r} is not of the form YYYY-MM-DD")
-    return date.fromisoformat(text)
 
 
 def _cannot_render(message: str) -> RecmasError:

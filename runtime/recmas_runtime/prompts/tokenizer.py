@@ -56,12 +56,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer_json: str | Path, chat_template: ChatTemplate | str) -> None:
         self._file = str(tokenizer_json) if isinstance(tokenizer_json, Path) else None
-        read = tokenizers.Tokenizer.from_file if self._file else tokenizers.Tokenizer.from_str
-        with _panics_silenced():
-            self._tokenizer = self._call(read, str(tokenizer_json))
-        # A saved tokenizer may carry settings that would cut or pad prompts.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = read_tokenizer(tokenizer_json)
         template = ChatTemplate(chat_template) if isinstance(chat_template, str) else chat_template
         self._added = self._tokenizer.get_added_tokens_decoder()
         # Of the tokens that `decode` leaves out.
@@ -74,13 +69,8 @@ class Tokenizer:
         self._begins_words = self._words("x") != ["x"]
 
     def _call(self, function: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
-        """Call the library, which raises bare exceptions, and panics that are no exceptions."""
-        try:
+        with _library_errors(self._file):
             return function(*args, **named)
-        except (KeyboardInterrupt, SystemExit, MemoryError, RecmasError):
-            raise
-        except BaseException as error:
-            raise malformed(self._file, f"malformed tokenizer: {error}") from error
 
     def _find_control_ids(self, literals: Sequence[str]) -> frozenset[int]:
         return frozenset(
@@ -261,6 +251,33 @@ class Tokenizer:
         return "".join(self._words("\u00e9")).endswith("\u00c3\u00a9") and all(
             model.token_to_id(letter) is not None for letter in alphabet
         )
+
+
+def read_tokenizer(tokenizer_json: str | Path) -> tokenizers.Tokenizer:
+    """Return the tokenizer of the path or the text of a `tokenizer.json`; it neither cuts nor pads.
+
+    Raises:
+        RecmasError: RM404 if it is malformed.
+    """
+    file = str(tokenizer_json) if isinstance(tokenizer_json, Path) else None
+    read = tokenizers.Tokenizer.from_file if file else tokenizers.Tokenizer.from_str
+    with _panics_silenced(), _library_errors(file):
+        tokenizer = read(str(tokenizer_json))
+    # A saved tokenizer may carry settings that would cut or pad prompts.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@contextmanager
+def _library_errors(file: str | None) -> Iterator[None]:
+    """Turn what the library raises, bare exceptions and panics that are none, into RM404."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, RecmasError):
+        raise
+    except BaseException as error:
+        raise malformed(file, f"malformed tokenizer: {error}") from error
 
 
 def _is_plain(content: str) -> bool:

@@ -20,7 +20,7 @@ from recmas_runtime.prompts.turn import turn_text
 # Templates that shorten texts leave out the end of a long one.
 _FILLER: Final = "some text " * 200
 
-Place = Literal["system", "first", "then"]
+Place = Literal["system", "first", "then", "backbone"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def render_once(
         if not has_date and agent.backbone not in dated:
             for problem in _open_date(agent, template):
                 dated.add(agent.backbone)
-                yield PromptFinding(agent=name, place="then", problem=problem)
+                yield PromptFinding(agent=name, place="backbone", problem=problem)
 
 
 def _failures(
@@ -151,9 +151,9 @@ def _marked(parts: Sequence[PromptPart], marks: Marks, what: str) -> str:
 def _open_date(agent: AgentPlan, template: ChatTemplate) -> Iterator[Problem]:
     """Yield a warning if what the template writes depends on the day."""
     messages = [{"role": "user", "content": "Hello"}]
-    if agent.system and template.writes_system_text:
-        messages.insert(0, {"role": "system", "content": "Be brief."})
     try:
+        if agent.system and template.writes_system_text:
+            messages.insert(0, {"role": "system", "content": "Be brief."})
         if not template.changes_with_the_day(
             messages, **{**DEFAULT_VARIABLES, **agent.chat_template}
         ):

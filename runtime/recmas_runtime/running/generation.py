@@ -142,14 +142,14 @@ class RowDecoder:
             piece += result_block(result.text)
         self.calls = ()
         self.text += piece
-        written, spans = self._tools.results.write(texts)
+        written, spans = self._tools.results.write(texts, self.results[-len(texts)].call.name)
         # Text of a tool must never become control tokens.
         plain = [
             (first, last)
             for first, last in self._tokenizer.control_spans(written)
             if any(first < end and start < last for start, end in spans)
         ]
-        ids = self._tokenizer.encode_piece(written, plain)
+        ids = self._tokenizer.encode_piece(written, plain, continues=True)
         beyond = next((token_id for token_id in ids if token_id >= self._num_rows), None)
         if beyond is not None:
             raise fail(

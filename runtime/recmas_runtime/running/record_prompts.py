@@ -28,6 +28,7 @@ class RecordPrompts:
 
     Args:
         num_rows: By backbone, the rows of its table of embeddings.
+        answer_chat: What the answer agent's prompts are made with, where that is another chat.
 
     Raises:
         RecmasError: RM500 for a missing field, a blank question or a token without a row, RM501 for
@@ -35,11 +36,18 @@ class RecordPrompts:
     """
 
     def __init__(
-        self, plan: Plan, chats: Mapping[str, Chat], record: Record, *, num_rows: Mapping[str, int]
+        self,
+        plan: Plan,
+        chats: Mapping[str, Chat],
+        record: Record,
+        *,
+        num_rows: Mapping[str, int],
+        answer_chat: Chat | None = None,
     ) -> None:
         check_record(record, plan.fields)
         self._plan = plan
         self._chats = chats
+        self._answer_chat = answer_chat
         self._num_rows = num_rows
         self._record = record
         self._slots = slot_positions(plan)
@@ -61,7 +69,8 @@ class RecordPrompts:
     def _build(self, agent: str, variant: Variant, texts: Mapping[str, str]) -> Prompt:
         spec = self._plan.agents[agent]
         fields = {_field_of(slot): text for slot, text in texts.items()}
-        chat = self._chats[spec.backbone]
+        is_answer = agent == self._plan.answer_agent
+        chat = (self._answer_chat if is_answer else None) or self._chats[spec.backbone]
         parts = [_as_text(p) if p.value in texts else p for p in spec.parts(variant)]
         record = {**self._record.fields, **fields}
         self._refuse_long(agent, (*spec.system, *parts), record, chat.tokenizer)

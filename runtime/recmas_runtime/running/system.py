@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -15,12 +16,14 @@ from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.core.text import counted, listed
 from recmas_runtime.engines.interface import FREE_MEMORY, OutOfMemoryError
 from recmas_runtime.formats.bundle import Bundle, open_bundle
+from recmas_runtime.formats.codec import malformed
 from recmas_runtime.formats.links import read_operands
-from recmas_runtime.formats.manifest import Manifest
+from recmas_runtime.formats.manifest import PLAN_NAME, Manifest
 from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant
 from recmas_runtime.prompts.chat_template import read_template
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Chat, Prompt
 from recmas_runtime.prompts.sampler import check_sampling
+from recmas_runtime.prompts.tool_turns import PLAIN_RESULTS, answer_chat, result_form
 from recmas_runtime.running.baselines import apply_baseline
 from recmas_runtime.running.batch import AnswerStream, Batch
 from recmas_runtime.running.engine_lock import EngineLock
@@ -99,6 +102,7 @@ class LoadedBundle:
     """What a bundle loads once and every system on it shares; problems say why on which device."""
 
     manifest: Manifest
+    day: datetime.date
     device: str
     problems: list[Problem]
     engines: Engines
@@ -126,7 +130,8 @@ class System:
         self.device = loaded.device
         self._open: LoadedBundle | None = loaded
         self._toolbox = toolbox
-        self._tools = None if toolbox is None else AnswerTools(toolbox=toolbox, lock=loaded.lock)
+        self._answer_chat = answer_chat(loaded.chats, plan.agents[plan.answer_agent], plan.tools)
+        self._tools = None if toolbox is None else self._answer_tools(toolbox)
         self._exchange = exchange
 
     @property
@@ -160,6 +165,11 @@ class System:
     def problems(self) -> tuple[Problem, ...]:
         """Warnings about the engines, so far: which of the bundle's are not used, and why."""
         return tuple(self._loaded.problems)
+
+    @property
+    def date(self) -> str:
+        """The day that chat templates get which write it, as `YYYY-MM-DD`."""
+        return self._loaded.day.isoformat()
 
     def baseline(self, name: str) -> System:
         """Return an alternative to this system on the same engines; `latent` is the system itself.
@@ -308,7 +318,21 @@ class System:
         """Return every prompt of a record; RM500, RM501 or RM206 if one cannot be built."""
         backbones = self.manifest.backbones
         num_rows = {name: entry.vocab_size for name, entry in backbones.items()}
-        return RecordPrompts(self.plan, self._loaded.chats, record, num_rows=num_rows)
+        return RecordPrompts(
+            self.plan,
+            self._loaded.chats,
+            record,
+            num_rows=num_rows,
+            answer_chat=self._answer_chat,
+        )
+
+    def _answer_tools(self, toolbox: Toolbox) -> AnswerTools:
+        """Return the tools of answers; where the template writes them, with its form of results."""
+        agent = self.plan.agents[self.plan.answer_agent]
+        results = PLAIN_RESULTS
+        if self._answer_chat is not self._loaded.chats[agent.backbone]:
+            results = result_form(self._answer_chat.template, agent.chat_template)
+        return AnswerTools(toolbox=toolbox, lock=self._loaded.lock, results=results)
 
     def _parts(self, ready: Sequence[_Ready]) -> list[list[_Ready]]:
         """Cut records into batches of about the same size; RM508 if one would run alone."""
@@ -437,13 +461,29 @@ class _Ready:
     prompts: RecordPrompts
 
 
-def load_parts(bundle: Bundle, opened: OpenedEngines) -> LoadedBundle:
-    """Load what systems of a bundle share, around open engines; RM40x for files that are wrong."""
+def _day_of(plan: Plan) -> datetime.date | None:
+    try:
+        return plan.day
+    except ValueError as error:
+        raise malformed(PLAN_NAME, f"the date is none: {error}") from error
+
+
+def load_parts(
+    bundle: Bundle, opened: OpenedEngines, *, day: datetime.date | None = None
+) -> LoadedBundle:
+    """Load what systems of a bundle share, around open engines; RM40x for files that are wrong.
+
+    Args:
+        day: For chat templates that write the date; None for that of the bundle, or else today.
+    """
     manifest = bundle.manifest
+    day = day or _day_of(bundle.plan) or datetime.date.today()
     chats, decoder_settings = {}, {}
     for name, entry in manifest.backbones.items():
         template = read_template(bundle.file(entry.chat_template), file=entry.chat_template)
-        chats[name] = Chat.load(bundle.file(entry.tokenizer), template, entry.special_tokens)
+        chats[name] = Chat.load(
+            bundle.file(entry.tokenizer), template, entry.special_tokens, day=day
+        )
         decoder_settings[name] = DecoderSettings(
             tokenizer=chats[name].tokenizer,
             eos_token_ids=frozenset(entry.eos_token_ids),
@@ -458,6 +498,7 @@ def load_parts(bundle: Bundle, opened: OpenedEngines) -> LoadedBundle:
     )
     return LoadedBundle(
         manifest=manifest,
+        day=day,
         device=opened.device,
         problems=opened.problems,
         engines=engines,

@@ -17,6 +17,9 @@ from recmas_runtime.tools.calls import NAMELESS, ToolCall, valid_text
 
 _EXPECTED: Final = 'write {"name": "TOOL", "arguments": {"KEY": "TEXT"}}'
 
+# A mark in the tags of DeepSeek V3.2 and V4.
+DSML: Final = "\uff5cDSML\uff5c"
+
 # Keys of calls in JSON, as families name them.
 NAME_KEYS: Final = ("name", "tool_name", "function")
 ARGUMENT_KEYS: Final = ("arguments", "parameters", "args")
@@ -32,18 +35,20 @@ _FENCE: Final = re.compile(r"\A```\w*\n(.*?)\n?```\Z", re.DOTALL)
 # One word, perhaps within a name space, and what stands between it and its arguments: the marks of
 # DeepSeek, Kimi and Mistral, or a line break.
 _NAMED: Final = re.compile(
-    r"(?:function<\uff5ctool\u2581sep\uff5c>)?(?P<name>[\w.-]+)(?::\d+)?"
-    r"(?:<\uff5ctool\u2581sep\uff5c>|<\|tool_call_argument_begin\|>|\[CALL_ID\]\w*|\[ARGS\]|\s)*"
+    r"(?:function<\uff5ctool\u2581sep\uff5c>|[\w-]+<\|tool_call:name\|>)?(?P<name>[\w.-]+)(?::\d+)?"
+    r"(?:<\uff5ctool\u2581sep\uff5c>|<\|tool_call_argument_begin\|>|<\|tool_call:args\|>|\[CALL_ID\]\w*|\[ARGS\]|\s)*"
     r"(?P<arguments>\{.*\}|```\w*\n.*```)",
     re.DOTALL,
 )
 _MESSAGE: Final = re.compile(
     r"[^<]*to=(?P<name>[\w.-]+)[^{]*?<\|message\|>(?P<arguments>.*)", re.DOTALL
 )
-_TAGGED: Final = re.compile(r"<(?:function=|invoke name=)[\"']?(?P<name>[^<>\"'\s]*)[\"']?\s*>")
+_TAGGED: Final = re.compile(
+    r"<(?:function=|(?:function|invoke) name=)[\"']?(?P<name>[^<>\"'\s]*)[\"']?\s*>"
+)
 _PARAMETER: Final = re.compile(
-    r"<parameter(?:=|\s+name=)[\"']?(?P<key>[^<>\"'\s]+)[\"']?[^<>]*>\n?(?P<value>.*?)\n?"
-    r"</parameter>\s*(?=<parameter|</function>|</invoke>|\Z)",
+    r"<param(?:eter)?(?:=|\s+name=)[\"']?(?P<key>[^<>\"'\s]+)[\"']?[^<>]*>\n?(?P<value>.*?)\n?"
+    r"</param(?:eter)?>\s*(?=<param|</function>|</invoke>|\Z)",
     re.DOTALL,
 )
 _KEYED: Final = re.compile(r"(?P<name>[\w.-]+)\s*(?=<arg_key>)")
@@ -75,7 +80,7 @@ def value_end(text: str, start: int, *, python: bool = False) -> int | None:
 
 def read_calls(body: str, names: Sequence[str]) -> tuple[ToolCall, ...]:
     """Return the calls of a body, at least one."""
-    body = body.strip()
+    body = body.strip().replace(DSML, "")
     fenced = _FENCE.match(body)
     inner = fenced[1].strip() if fenced else body
     for beginning, read in _READERS:
@@ -257,7 +262,7 @@ _Reader = Callable[[str, Sequence[str]], list[ToolCall]]
 
 # How a body begins, and who can read it; one that no reader takes is meant to be JSON.
 _READERS: Final[tuple[tuple[str, _Reader], ...]] = (
-    (r"<function=|<invoke name=", _tagged_calls),
+    (r"<function[ =]|<invoke name=", _tagged_calls),
     (r"call:", _gemma_calls),
     (r"[^{]*to=[^{]*<\|message\|>", _message_calls),
     (r"[\w.-]+\s*<arg_key>", _keyed_calls),

@@ -14,6 +14,7 @@ from typing import Final
 
 from recmas_runtime.tools.call_bodies import (
     ARGUMENT_KEYS,
+    DSML,
     NAME_KEYS,
     python_calls,
     read_calls,
@@ -93,6 +94,12 @@ FORMS: Final[tuple[CallForm, ...]] = (
     ),
     CallForm("Command R7B, Command A", "<|START_ACTION|>", "<|END_ACTION|>"),
     CallForm("Command R", "Action: ```json", "```", needs_tool=True),
+    CallForm("Command R", "Action:\n```json", "```", needs_tool=True),
+    CallForm("DeepSeek V3.2, V4", f"<{DSML}invoke name=", f"</{DSML}invoke>", keeps_opening=True),
+    CallForm("MiniCPM 5", "<function name=", "</function>", needs_tool=True, keeps_opening=True),
+    CallForm("GigaChat 3", "function call<|role_sep|>", ends=Ends.VALUE),
+    CallForm("Apertus", "<|tools_prefix|>", "<|tools_suffix|>"),
+    CallForm("Solar Open", "<|tool_call:begin|>", "<|tool_call:end|>"),
     CallForm("Kimi K2", "<|tool_call_begin|>", "<|tool_call_end|>"),
     CallForm("LFM2", "<|tool_call_start|>", "<|tool_call_end|>"),
     CallForm("Nemotron", "<TOOLCALL>", "</TOOLCALL>"),
@@ -107,7 +114,8 @@ FORMS: Final[tuple[CallForm, ...]] = (
 _INNER_MARKS: Final = (
     "<|message|>", "<|constrain|>", "[ARGS]", "[CALL_ID]", "<|tool_call_argument_begin|>",
     "<\uff5ctool\u2581sep\uff5c>", "<escape>", '<|"|>', "<arg_key>", "</arg_key>", "<arg_value>",
-    "</arg_value>", "<parameter=", "</parameter>", "</function>", "<invoke name=", "</invoke>",
+    "</arg_value>", "<|tool_call:name|>", "<|tool_call:args|>", DSML, "<parameter=", "</parameter>",
+    "</function>", "<invoke name=", "</invoke>",
 )  # fmt: skip
 MARKS: Final = (*(m for f in FORMS for m in (f.opening, f.closing) if len(m) > 1), *_INNER_MARKS)
 
