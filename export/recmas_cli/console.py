@@ -16,7 +16,14 @@ import click
 
 from recmas_cli.printing import envelope, report, show
 from recmas_cli.printing import note as note_line
-from recmas_runtime.core.errors import Exit, Problem, RecmasError, fail, missing_package
+from recmas_runtime.core.errors import (
+    Exit,
+    Problem,
+    RecmasError,
+    fail,
+    is_out_of_memory,
+    missing_package,
+)
 from recmas_runtime.core.files import write_whole
 from recmas_runtime.core.progress import Advance, Progress, Silent
 from recmas_runtime.core.terminal import harmless
@@ -122,6 +129,13 @@ def _told() -> Iterator[None]:
         where = "" if error.filename is None else f" {os.fsdecode(error.filename)}"
         hint = "Choose another place, or make room."
         raise fail("RM303", f"cannot read or write{where}: {reason}", hint=hint) from error
+    except RecmasError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        hint = "Free memory, lower the batch, or take a smaller backbone or precision."
+        raise fail("RM507", "memory runs out", hint=hint) from error
 
 
 class RichProgress:
