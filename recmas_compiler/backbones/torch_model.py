@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from recmas_compiler.backbones.chat_files import GIVE_A_TEMPLATE, PLAIN_TEMPLATE, puts_first
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.gguf_file import read_gguf_values, refuse_adapter
-from recmas_compiler.backbones.own_tokenizer import check_rows, load_tokenizer
+from recmas_compiler.backbones.own_tokenizer import TOKENIZER_FILE, check_rows, load_tokenizer
 from recmas_compiler.backbones.sources import (
     ADAPTER_CONFIG,
     ResolvedSource,
@@ -106,8 +106,11 @@ def load_backbone(
             template.
     """
     resolved = files_of(facts, download=True)
+    title = f"loading {facts.source}"
+    if resolved.gguf_file is None and not (resolved.folder / TOKENIZER_FILE).is_file():
+        title += f" (no {TOKENIZER_FILE}: transformers makes one of its vocabulary)"
     with (
-        progress.stage(f"loading {facts.source}"),
+        progress.stage(title),
         _quiet_libraries(),
         _named_errors(facts.source),
         model_only(resolved) as folder,
