@@ -12,17 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from recmas_compiler.ir.build_topology import build_topology
+from recmas_compiler.ir.build_topology import build_topology, missing_parts
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.links.files import end_of
 from recmas_compiler.links.trained import TrainedLinks, find_trained_links
-from recmas_compiler.lowering.prompt_trial import try_prompts
+from recmas_compiler.lowering.prompt_trial import template_digests, try_prompts
 from recmas_compiler.passes.pass_base import DumpIR, Instrument, Record, RecordPasses
 from recmas_compiler.passes.pipeline import run_pipeline
+from recmas_compiler.spec.document.problems import in_reading_order
 from recmas_compiler.spec.schema.train import MethodName, Stage
-from recmas_compiler.spec.spec import Spec, load_spec
-from recmas_runtime.core.errors import fail
+from recmas_compiler.spec.spec import Spec, SpecError, load_spec
+from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.formats.manifest import ParityEntry
 
@@ -110,7 +111,14 @@ def load_and_compile(
     Raises:
         RecmasError: As of `load_spec` and `compile`.
     """
-    spec = load_spec(path, overrides=overrides)
+    try:
+        spec = load_spec(path, overrides=overrides)
+    except SpecError as error:
+        if error.spec is None:
+            raise
+        # All at once: what is wrong in the spec, and what its files lack.
+        found = (*error.problems, *missing_parts(error.spec))
+        raise RecmasError(in_reading_order(found)) from error
     if change is not None:
         spec = change(spec)
     sources = [section.source for section in spec.document.backbones.values()]
@@ -131,7 +139,7 @@ def with_trained_links(program: Program, *, dump_ir: str | Path | None = None) -
     system = program.graph.system
     facts = {name: system.backbone_of(name).facts for name in system.agents}
     ends = {name: end_of(backbone) for name, backbone in facts.items()}
-    trained = find_trained_links(program.spec, ends)
+    trained = find_trained_links(program.spec, ends, templates=template_digests(system))
     if trained is None:
         return program
     return replace(compile(trained.spec, dump_ir=dump_ir), trained=trained)

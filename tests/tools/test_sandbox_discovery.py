@@ -286,6 +286,8 @@ def test_doctor_tells_why_there_is_no_sandbox(
         "- docker        `docker` is not installed\n"
         "- podman        `podman` is not installed\n"
         "web search      TAVILY_API_KEY is set\n"
+        "\n"
+        "This machine can run bundles on the CPU.\n"
     )
     assert "bm25s" in text
     monkeypatch.delenv("TAVILY_API_KEY")
