@@ -118,7 +118,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     # RM7xx: training
     "RM700": (Exit.RUN_FAILED, "training data that cannot be used"),
     "RM701": (Exit.RUN_FAILED, "the loss is no number any more, or it diverges"),
-    "RM702": (Exit.RUN_FAILED, "training needs more memory than there is"),
+    "RM702": (Exit.RUN_FAILED, "training, or loading a backbone, needs more memory than there is"),
     "RM703": (Exit.USAGE, "--resume with the checkpoints of another run"),
     "RM704": (Exit.USAGE, "a number of processes that this run cannot have"),
     "RM705": (Exit.USAGE, "a training stage that has nothing to learn"),

@@ -25,10 +25,12 @@ Operands = Mapping[str, NDArray[Any]]
 LOWER_BATCH: Final = "Lower --batch, shorten the records, or free memory."
 # At load nothing runs yet, so that batches are no remedy.
 FREE_MEMORY: Final = "Free memory, or build with a smaller precision or backbone."
-# What allocators say, in the words of ONNX Runtime, the C++ library, CUDA and the system.
+# What allocators say, in the words of ONNX Runtime, the C++ library, CUDA, the system, torch,
+# oneDNN and numpy.
 _OUT_OF_MEMORY: Final = re.compile(
     r"bad[_ ]alloc|failed to allocate|cannot allocate|out of memory|allocate memory|"
-    r"allocation failed|not enough memory",
+    r"allocation failed|alloc failed|not enough memory|DefaultCPUAllocator|unable to mmap|"
+    r"unable to allocate|could not create a (?:primitive|memory)",
     re.IGNORECASE,
 )
 
