@@ -31,7 +31,7 @@ from recmas_compiler.backbones.sources import (
     files_of,
     model_files,
 )
-from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.errors import RecmasError, fail, is_out_of_memory
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.core.text import first_line
 
@@ -362,12 +362,16 @@ def _named_errors(source: str) -> Iterator[None]:
             hint='Install the compiler\'s packages: pip install "recmas[compile]".',
         ) from error
     except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"backbone {source!r} does not fit: {first_line(error)}") from error
         raise fail(
             "RM202",
             f"backbone {source!r} cannot be loaded: {first_line(error)}",
             hint="Choose a causal language model that this version of transformers knows.",
         ) from error
     except OSError as error:
+        if is_out_of_memory(error):
+            raise
         raise fail(
             "RM200",
             f"files of backbone {source!r} are missing or unreadable: {first_line(error)}",
