@@ -113,3 +113,18 @@ def test_keys_of_a_foreign_plan_do_not_steer_the_terminal(own_bundle: Path, key:
     assert b"RM404" in written
     for harmful in (b"\x1b", b"\x07", "\x9b".encode(), "\u202e".encode()):
         assert harmful not in written.replace(b"\x1b[K", b"")
+
+
+def test_progress_shows_counts_and_the_rate(own_bundle: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    source.write_text('{"question": "1"}\n{"question": ""}\n\n{"question": "2"}\n')
+    arguments = ["--input", str(source), "--output", str(target), "--batch", "1"]
+    written = on_terminal("run", str(own_bundle), *arguments).decode()
+    *_, last = (part for part in written.split("\r") if part.startswith("Answered"))
+    assert last.startswith("Answered 3/3, 1 failed, ")
+    assert "/s" in last
+    assert " left" in written
+    target.write_bytes(target.read_bytes().splitlines(keepends=True)[0])
+    written = on_terminal("run", str(own_bundle), *arguments, "--resume").decode()
+    *_, last = (part for part in written.split("\r") if part.startswith("Answered"))
+    assert last.startswith("Answered 3/3, 1 failed, 1 there already, ")

@@ -21,11 +21,13 @@ from transformers import (
 
 from kit.models import COMMON_DIMS, FAMILIES, LoadTiny, load_folder, write_tiny_backbone
 from recmas_compiler.backbones import own_tokenizer
+from recmas_compiler.backbones.chat_files import PLAIN_TEMPLATE
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone, weights_digest
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Silent
 from recmas_runtime.prompts.exerciser import sample_texts
+from recmas_runtime.prompts.render import Chat
 from recmas_runtime.prompts.tokenizer import Tokenizer as RuntimeTokenizer
 
 
@@ -393,3 +395,19 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     code, text = refusal(tmp_path)
     assert code == "RM202"
     assert "has its weights in pytorch_model.bin and in no safetensors file" in text
+
+
+@pytest.mark.parametrize(("family", "puts_first"), [("llama", True), ("phi3", False)])
+def test_plain_text_begins_with_what_the_tokenizer_itself_puts_first(
+    tmp_path: Path, family: str, puts_first: bool
+) -> None:
+    folder = write_tiny_backbone(tmp_path / family, family, num_hidden_layers=1)
+    (folder / "chat_template.jinja").unlink()
+    backbone = load_backbone(facts_of(folder), progress=Silent(), template=PLAIN_TEMPLATE)
+    assert backbone.bos_token is not None
+    assert ("bos_token" in backbone.special_tokens) is puts_first
+    chat = Chat.load(backbone.tokenizer_json, backbone.chat_template, backbone.special_tokens)
+    rendered = chat.template.render(
+        [{"role": "user", "content": "the plan"}], add_generation_prompt=True
+    )
+    assert list(chat.tokenizer.encode(rendered)) == backbone.tokenizer("the plan").input_ids

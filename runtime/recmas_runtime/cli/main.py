@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from recmas_runtime.core.errors import CODES, Exit, Problem, RecmasError, fail
+from recmas_runtime.core.errors import CODES, Exit, Problem, RecmasError, fail, is_out_of_memory
 from recmas_runtime.core.files import reason_of
 from recmas_runtime.core.printing import discard, envelope, note, write_out
 from recmas_runtime.core.progress import LineProgress, Progress, Silent
@@ -79,10 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         discard(sys.stdout)
         return Exit.OK
-    except MemoryError:
-        _note_traceback(debug)
-        message = "memory runs out"
-        outcome.problems.append(Problem(code="RM507", message=message, hint=_FREE_MEMORY))
     except OSError as error:
         _note_traceback(debug)
         outcome.problems.append(
@@ -93,14 +89,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 file=None if error.filename is None else str(error.filename),
             )
         )
-    # A bug of ours: reported without a traceback.
+    # No memory, in whatever words, or a bug of ours: reported without a traceback.
     except Exception as error:
         _note_traceback(debug)
-        note(
-            f"internal error: {type(error).__name__}: {harmless(str(error))}\n"
-            "This is a bug in recmas. Run again with --debug and report what it prints."
-        )
-        outcome.is_bug = True
+        if is_out_of_memory(error):
+            message = "memory runs out"
+            outcome.problems.append(Problem(code="RM507", message=message, hint=_FREE_MEMORY))
+        else:
+            note(
+                f"internal error: {type(error).__name__}: {harmless(str(error))}\n"
+                "This is a bug in recmas. Run again with --debug and report what it prints."
+            )
+            outcome.is_bug = True
     try:
         _report(outcome, as_json=as_json)
     except BrokenPipeError:

@@ -6,10 +6,11 @@ print.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Final, Literal
 
 from recmas_runtime.core.terminal import harmless
 
@@ -213,3 +214,16 @@ def missing_package(error: ModuleNotFoundError, *, extra: str = "compile") -> Re
         f"the Python package `{package}` is not installed",
         hint=f'Install recmas with its extra `{extra}`: pip install "recmas[{extra}]".',
     )
+
+
+# What allocators say, in the words of ONNX Runtime, the C++ library, CUDA and the system.
+_OUT_OF_MEMORY: Final = re.compile(
+    r"bad[_ ]alloc|failed to allocate|cannot allocate|out of memory|allocate memory|"
+    r"allocation failed|not enough memory|failed to map segment",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of numpy or of an engine says that there is no memory left."""
+    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))

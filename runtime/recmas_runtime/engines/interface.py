@@ -6,7 +6,6 @@ width, d model width, V vocabulary, G groups of rows with one link each.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol, TypeVar
 
@@ -25,17 +24,6 @@ Operands = Mapping[str, NDArray[Any]]
 LOWER_BATCH: Final = "Lower --batch, shorten the records, or free memory."
 # At load nothing runs yet, so that batches are no remedy.
 FREE_MEMORY: Final = "Free memory, or build with a smaller precision or backbone."
-# What allocators say, in the words of ONNX Runtime, the C++ library, CUDA and the system.
-_OUT_OF_MEMORY: Final = re.compile(
-    r"bad[_ ]alloc|failed to allocate|cannot allocate|out of memory|allocate memory|"
-    r"allocation failed|not enough memory",
-    re.IGNORECASE,
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of numpy or of an engine says that there is no memory left."""
-    return isinstance(error, MemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 class OutOfMemoryError(RecmasError):

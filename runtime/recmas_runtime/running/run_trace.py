@@ -135,7 +135,8 @@ class TraceWriter:
         try:
             for row, (record, own) in enumerate(zip(records, messages, strict=True)):
                 name = messages_name(record)
-                with (self._folder / name).open("wb") as stream:
+                # Not by pathlib, which keeps every name that it has seen.
+                with open(os.path.join(self._folder, name), "wb") as stream:  # noqa: PTH118, PTH123
                     np.savez(stream, **_keywords(own))
                 self._lines.append(
                     {

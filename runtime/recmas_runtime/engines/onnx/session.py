@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from recmas_runtime.core.errors import fail
+from recmas_runtime.core.errors import fail, is_out_of_memory
 from recmas_runtime.core.text import first_line
-from recmas_runtime.engines.interface import FREE_MEMORY, OutOfMemoryError, is_out_of_memory
+from recmas_runtime.engines.interface import FREE_MEMORY, OutOfMemoryError
 from recmas_runtime.formats.precisions import DEVICES
 
 if TYPE_CHECKING:
