@@ -360,7 +360,8 @@ def test_errors_of_the_spec_hide_none_of_its_files(tmp_path: Path) -> None:
     assert "nowhere" in text
     assert "build: {" in text
     build = "build: {loss_text: gone.txt, max_batch: -1, "
-    (tmp_path / "spec.yaml").write_text(re.sub(r"build: \{[^}]*\}", f"{build}seed: 1}}", text))
+    wrong = re.sub(r"build: \{[^}]*\}", f"{build}seed: 1}}", text)
+    (tmp_path / "spec.yaml").write_text(wrong)
     ran = recmasc("check", "spec.yaml", "--json", cwd=tmp_path)
     assert ran.returncode == Exit.SPEC_INVALID
     problems = json.loads(ran.stdout)["problems"]
