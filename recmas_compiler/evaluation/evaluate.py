@@ -119,7 +119,7 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
             sampling=_sampling_text(protocol, bundle),
             date=opening.date,
             judge=_judge_text(protocol),
-            left_out=", ".join(sorted(skipped)) or None,
+            left_out=", ".join(sorted(map(str, skipped))) or None,
         )
         made_folder(folder)
         with exclusive(folder, code="RM503", what="evaluation"):
