@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a fresh machine wants only Python 3.11+ with pip.
 PYTHON ?= python3
 BIN := .venv/bin
-NOTE ?= The shoe is green.
+NOTE ?= green is the color of the shoe.
 QUESTION ?= What color is the shoe?
 
 # Where torch comes from: empty for pip's own index, or a wheel, a folder with wheels, or the address

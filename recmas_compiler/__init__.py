@@ -1,4 +1,4 @@
-"""The compiler: `load_spec`, `compile`, `train`, `build`, `to_torch`.
+"""The compiler: `load_spec`, `compile`, `train`, `build`, `evaluate`, `to_torch`.
 
 Names are resolved on first use, so that a part of the compiler can be imported without the rest.
 """
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from recmas_compiler.api import Program as Program
     from recmas_compiler.api import build as build
     from recmas_compiler.api import compile as compile
+    from recmas_compiler.api import evaluate as evaluate
     from recmas_compiler.api import to_torch as to_torch
     from recmas_compiler.api import train as train
     from recmas_compiler.spec.spec import Spec as Spec
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from recmas_runtime.core.errors import RecmasError as RecmasError
 
 _HOMES = {
-    "recmas_compiler.api": ("Program", "build", "compile", "to_torch", "train"),
+    "recmas_compiler.api": ("Program", "build", "compile", "evaluate", "to_torch", "train"),
     "recmas_compiler.spec.spec": ("Spec", "load_spec", "parse_spec"),
     "recmas_runtime.core.errors": ("Problem", "RecmasError"),
 }

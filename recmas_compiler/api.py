@@ -12,21 +12,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from recmas_compiler.ir.build_topology import build_topology
+from recmas_compiler.ir.build_topology import build_topology, missing_parts
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.links.files import end_of
 from recmas_compiler.links.trained import TrainedLinks, find_trained_links
-from recmas_compiler.lowering.prompt_trial import try_prompts
+from recmas_compiler.lowering.prompt_trial import template_digests, try_prompts
 from recmas_compiler.passes.pass_base import DumpIR, Instrument, Record, RecordPasses
 from recmas_compiler.passes.pipeline import run_pipeline
+from recmas_compiler.spec.document.problems import in_reading_order
 from recmas_compiler.spec.schema.train import MethodName, Stage
-from recmas_compiler.spec.spec import Spec, load_spec
-from recmas_runtime.core.errors import fail
+from recmas_compiler.spec.spec import Spec, SpecError, load_spec
+from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.formats.manifest import ParityEntry
 
 if TYPE_CHECKING:
+    from recmas_compiler.evaluation.evaluate import Evaluated
     from recmas_compiler.lowering.reference import TorchSystem
     from recmas_compiler.training.loop.loop import Sink
     from recmas_compiler.training.receipt import RunReport
@@ -109,7 +111,14 @@ def load_and_compile(
     Raises:
         RecmasError: As of `load_spec` and `compile`.
     """
-    spec = load_spec(path, overrides=overrides)
+    try:
+        spec = load_spec(path, overrides=overrides)
+    except SpecError as error:
+        if error.spec is None:
+            raise
+        # All at once: what is wrong in the spec, and what its files lack.
+        found = (*error.problems, *missing_parts(error.spec))
+        raise RecmasError(in_reading_order(found)) from error
     if change is not None:
         spec = change(spec)
     sources = [section.source for section in spec.document.backbones.values()]
@@ -130,7 +139,7 @@ def with_trained_links(program: Program, *, dump_ir: str | Path | None = None) -
     system = program.graph.system
     facts = {name: system.backbone_of(name).facts for name in system.agents}
     ends = {name: end_of(backbone) for name, backbone in facts.items()}
-    trained = find_trained_links(program.spec, ends)
+    trained = find_trained_links(program.spec, ends, templates=template_digests(system))
     if trained is None:
         return program
     return replace(compile(trained.spec, dump_ir=dump_ir), trained=trained)
@@ -248,6 +257,66 @@ def train(
 def training_folder(spec: Spec) -> Path:
     """Return where a training leaves metrics, checkpoints and curves unless told otherwise."""
     return Path("out") / f"{spec.document.name}-training"
+
+
+def evaluate(
+    bundle: str | Path,
+    data: str | Path,
+    *,
+    protocol: str,
+    baselines: Sequence[str] = (),
+    untrained_bundle: str | Path | None = None,
+    limit: int | None = None,
+    seeds: Sequence[int] = (),
+    overrides: Sequence[str] = (),
+    batch: int | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    skip_broken: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluated:
+    """Ask a bundle the questions of a data set, as `recmasc eval` does; returns its report.
+
+    Args:
+        data: JSON lines, a JSON list, CSV or Parquet, also gzipped.
+        protocol: The name of one that comes with recmas, or a `.yaml` file.
+        baselines: Systems to run, in this order; the latent system alone if none is named.
+        untrained_bundle: The same system with untrained links, for `untrained-links`.
+        limit: Records to ask, in place of the protocol's.
+        seeds: In place of the protocol's.
+        overrides: `KEY=VALUE` of the protocol.
+        batch: Records per batch; None for the most that the bundle takes.
+        out: Folder for answers and report; None for `out/SYSTEM-PROTOCOL`.
+        resume: Go on with the answers that are there.
+        skip_broken: Leave records out whose own solution fails their tests.
+        device: `auto`, `cpu`, `cuda` or `tensorrt`.
+        threads: None for the physical cores.
+
+    Raises:
+        RecmasError: RM600 for the protocol, RM601 for data that does not fit it, RM602 without a
+            sandbox for code, RM603 or RM302 for answers that are there, RM503 if it cannot write.
+    """
+    from recmas_compiler.evaluation.evaluate import EvalOptions, option_overrides
+    from recmas_compiler.evaluation.evaluate import evaluate as run_evaluation
+
+    listed_seeds = ",".join(map(str, seeds)) or None
+    options = EvalOptions(
+        bundle=Path(bundle),
+        data=Path(data),
+        protocol=protocol,
+        baselines=tuple(baselines),
+        untrained_bundle=None if untrained_bundle is None else Path(untrained_bundle),
+        overrides=(*overrides, *option_overrides(limit, listed_seeds)),
+        batch=batch,
+        out=None if out is None else Path(out),
+        resume=resume,
+        device=device,
+        threads=threads,
+        skip_broken=skip_broken,
+    )
+    return run_evaluation(options, progress=progress or Silent())
 
 
 def _builder() -> Builder:

@@ -201,6 +201,7 @@ def test_public_doors() -> None:
         "Spec",
         "build",
         "compile",
+        "evaluate",
         "load_spec",
         "parse_spec",
         "to_torch",
@@ -224,3 +225,12 @@ def test_public_doors() -> None:
     for package in (recmas_compiler, recmas_runtime):
         for name in package.__all__:
             assert getattr(package, name)
+
+
+def test_the_page_on_python_has_every_name() -> None:
+    """And says of none what is not there."""
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    _, compiler, runtime = page.split("\n## ")
+    for package, part in ((recmas_compiler, compiler), (recmas_runtime, runtime)):
+        rows = re.findall(r"^\| (`\w+(?:`, `\w+)*)[`(]", part, re.MULTILINE)
+        assert sorted(re.findall(r"\w+", ", ".join(rows))) == list(package.__all__)

@@ -47,6 +47,9 @@ from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.manifest import MANIFEST_VERSION, Manifest
 from recmas_runtime.formats.plan import PLAN_VERSION
 from recmas_runtime.formats.precisions import PRECISIONS, TARGETS
+from recmas_runtime.prompts.chat_template import read_template
+from recmas_runtime.prompts.render import Chat
+from recmas_runtime.prompts.samples import prompt_digests
 
 if TYPE_CHECKING:
     from recmas_compiler.backbones.torch_model import TorchBackbone
@@ -202,6 +205,14 @@ def build(
             if inputs.corpus is not None:
                 write_corpus(inputs.corpus, staged.folder)
             write_receipts(inputs.receipts, staged.folder)
+            chats = {
+                name: Chat.load(
+                    staged.folder / entry.tokenizer,
+                    read_template(staged.folder / entry.chat_template, file=entry.chat_template),
+                    entry.special_tokens,
+                )
+                for name, entry in exported.items()
+            }
             manifest = Manifest(
                 name=program.system.name,
                 fingerprint=identity,
@@ -214,6 +225,7 @@ def build(
                 probe=PROBE,
                 parity=parity,
                 files={},
+                prompt_digests=prompt_digests(plan, chats),
             )
             started = time.perf_counter()
             with watcher.stage("Writing the bundle"):

@@ -272,7 +272,10 @@ def topology_mermaid(topology: Graph) -> str:
 
 
 def program_mermaid(program: Graph) -> str:
-    """Return the steps as a flow chart, a box per round; dotted arrows are reused cache rows."""
+    """Return the steps as a flow chart, a box per round; dotted arrows are reused cache rows.
+
+    The first of them says so, as the legend.
+    """
     ids = {step: f"s{i}" for i, step in enumerate(program.order())}
     lines = ["flowchart TD"]
     for round_ in range(1, program.system.rounds + 1):
@@ -281,8 +284,11 @@ def program_mermaid(program: Graph) -> str:
             if not isinstance(op, Agent) and op.round == round_:
                 lines.append(f"    {ids[step]}{_shape(op, program.system)}")
         lines.append("  end")
+    dotted = "-. reuses cache .->"
     for edge in program.edges():
-        arrow = "-.->" if edge.op == Flow(carries="cache") else "-->"
+        arrow = "-->"
+        if edge.op == Flow(carries="cache"):
+            arrow, dotted = dotted, "-.->"
         lines.append(f"  {ids[edge.source]} {arrow} {ids[edge.target]}")
     return "\n".join(lines) + "\n"
 

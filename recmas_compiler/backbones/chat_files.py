@@ -39,6 +39,8 @@ _OTHER_TOKENIZERS: Final = ("tokenizer.model", "spiece.model", "vocab.json", "vo
 _TEMPLATE: Final = "chat_template.jinja"
 _MORE_TEMPLATES: Final = "additional_chat_templates"
 _CONFIG: Final = "tokenizer_config.json"
+# Names that a tokenizer's class, or a GGUF file's vocabulary, may give a token to.
+_USUAL_TOKENS: Final = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
 _GGUF_TEMPLATE: Final = b"tokenizer.chat_template"
 _GGUF_STRING: Final = 8
 GIVE_A_TEMPLATE: Final = (
@@ -47,7 +49,7 @@ GIVE_A_TEMPLATE: Final = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _MissingError(Exception):
     code: str
     message: str
@@ -114,15 +116,14 @@ def own_template_text(source: ResolvedSource) -> str | None:
     return _own_template(source.folder, _config(source.folder))
 
 
-def _read(source: ResolvedSource, template: str | None) -> ChatTemplate | None:
-    text = template or own_template_text(source)
-    if source.gguf_file is not None:
-        return None if text is None else ChatTemplate(text)
-    config = _config(source.folder)
+def _read(source: ResolvedSource, template: str | None) -> ChatTemplate:
+    text = own_template_text(source) if template is None else template
     if text is None:
         message = f"backbone `{source.source}` has no chat template."
         raise _MissingError("RM206", message, GIVE_A_TEMPLATE)
-    compiled = ChatTemplate(text, _special_tokens(config))
+    if source.gguf_file is not None:
+        return ChatTemplate(text, _USUAL_TOKENS)
+    compiled = ChatTemplate(text, _USUAL_TOKENS | _special_tokens(_config(source.folder)))
     _check_tokenizer(source, compiled)
     return compiled
 
@@ -144,6 +145,8 @@ def _check_tokenizer(source: ResolvedSource, template: ChatTemplate) -> None:
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
+    if not is_file(folder / _CONFIG):
+        return {}
     try:
         found = json.loads((folder / _CONFIG).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -174,12 +177,18 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _gguf_template(path: Path) -> str | None:
     """Return the template in the header of a GGUF file without reading the vocabulary before it."""
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as raw:
-        # In front of a key stands its length, behind it the kind of its value.
-        key = struct.pack("<Q", len(_GGUF_TEMPLATE)) + _GGUF_TEMPLATE
-        at = raw.find(key + struct.pack("<I", _GGUF_STRING))
-        if at < 0:
-            return None
-        at += len(key) + 4
-        (size,) = struct.unpack_from("<Q", raw, at)
-        return raw[at + 8 : at + 8 + size].decode("utf-8", "replace")
+    # In front of a key stands its length, behind it the kind of its value.
+    key = struct.pack("<Q", len(_GGUF_TEMPLATE)) + _GGUF_TEMPLATE + struct.pack("<I", _GGUF_STRING)
+    try:
+        with (
+            path.open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as raw,
+        ):
+            at = raw.find(key)
+            if at < 0:
+                return None
+            (size,) = struct.unpack_from("<Q", raw, at + len(key))
+            start = at + len(key) + 8
+            return raw[start : start + size].decode("utf-8", "replace")
+    except (OSError, ValueError, struct.error):
+        return None

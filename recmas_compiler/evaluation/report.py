@@ -169,7 +169,7 @@ def report_markdown(report: Report) -> str:
 
 
 def report_table(report: Report) -> str:
-    """Return the main table: accuracy, tokens, time."""
+    """Return the main tables: how often each system is right, and what that took."""
     has_degrees = any(abs(s.score - s.accuracy) > 1e-9 for s in report.systems)
     has_seeds = any(s.sd is not None for s in report.systems)
     head = ["system", "right", "accuracy", "95 % interval"]
@@ -177,23 +177,25 @@ def report_table(report: Report) -> str:
     head += ["score"] if has_degrees else []
     passes = list(dict.fromkeys(k for s in report.systems for k in s.pass_at))
     head += [f"pass@{k}" for k in passes]
-    head += ["no answer", "cut off", "failed", "prompt tokens", "hand-over tokens"]
-    head += ["answer tokens", "latent steps", "rounds", "s/question"]
-    rows = []
+    head += ["no answer", "cut off", "failed"]
+    costs = ["system", "prompt tokens", "hand-over tokens", "answer tokens", "latent steps"]
+    costs += ["rounds", "s/question"]
+    rows, cost_rows = [], []
     for system in report.systems:
         low, high = system.interval.low, system.interval.high
-        row = [system.name, f"{system.num_right}/{system.num_answers}"]
+        name = system.name if system.is_complete else f"{system.name} (partial)"
+        row = [name, f"{system.num_right}/{system.num_answers}"]
         row += [f"{system.accuracy:.1%}", f"{low:.1%} to {high:.1%}"]
         row += [_figure(system.sd, ".1%")] if has_seeds else []
         row += [f"{system.score:.3f}"] if has_degrees else []
         row += [_figure(system.pass_at.get(k), ".1%") for k in passes]
         row += [str(system.num_no_answer), str(system.num_cut_off), str(len(system.failed))]
+        rows.append(row)
         names = ("prompt_tokens", "handover_tokens", "completion_tokens", "latent_steps")
-        row += [_figure(system.usage.get(name), ".0f") for name in names]
-        row += [_figure(system.rounds, ".2g")]
-        row += [_figure(system.ms.get("total"), ".3f", scale=1e-3)]
-        rows.append(row if system.is_complete else [f"{system.name} (partial)", *row[1:]])
-    return fitted_tables(head, rows)
+        cost = [_figure(system.usage.get(key), ".0f") for key in names]
+        cost += [_figure(system.rounds, ".2g"), _figure(system.ms.get("total"), ".3f", scale=1e-3)]
+        cost_rows.append([name, *cost])
+    return f"{fitted_tables(head, rows)}\n\n{fitted_tables(costs, cost_rows)}"
 
 
 def fitted_tables(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

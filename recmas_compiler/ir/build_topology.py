@@ -71,6 +71,14 @@ def build_topology(
     )
 
 
+def missing_parts(spec: Spec) -> tuple[Problem, ...]:
+    """Return what is wrong with the files that a spec names, whatever else is wrong with it."""
+    problems: list[Problem] = []
+    _describe_backbones(spec, problems, download=False)
+    problems += _missing_files(spec)
+    return in_reading_order(problems)
+
+
 def _describe_backbones(
     spec: Spec, problems: list[Problem], *, download: bool
 ) -> dict[str, BackboneFacts]:

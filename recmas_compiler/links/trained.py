@@ -39,6 +39,7 @@ LINKS_FOLDER: Final = "links"
 # Larger than any receipt: a few hundred bytes per link and measurement.
 _MAX_RECEIPT_BYTES: Final = 16 * 2**20
 _DIGEST: Final = "sha256 "
+_TEMPLATE: Final = "the chat template of "
 
 Change = Callable[[str, LinkRole, Loc, WeightsSection], Mapping[str, Any]]
 """Says what becomes of a link: its id, role, place and settings to the settings that change."""
@@ -87,11 +88,14 @@ def has_trained_links(spec: Spec) -> bool:
         return True  # there, and not to be used
 
 
-def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | None:
+def find_trained_links(
+    spec: Spec, ends: Mapping[str, End], *, templates: Mapping[str, str]
+) -> TrainedLinks | None:
     """Return the trained links that lie beside a spec; None if nothing was trained.
 
     Args:
         ends: What each agent's backbone is.
+        templates: By backbone: the digest of its chat template, where that is known.
     """
     folder = links_folder(spec)
     if folder is None:
@@ -140,7 +144,8 @@ def find_trained_links(spec: Spec, ends: Mapping[str, End]) -> TrainedLinks | No
 
     changed = _with_links(spec, use_trained)
     if receipt is not None and used:
-        warnings += _learned_otherwise(spec, folder, receipt)
+        now = learned_with(spec, templates)
+        warnings += _learned_otherwise(spec, folder, then=receipt.learned_with, now=now)
     return TrainedLinks(
         spec=replace(
             changed,
@@ -207,14 +212,20 @@ def read_receipt(path: Path) -> Receipt | None:
         raise ReceiptError(first_line(error)) from error
 
 
-def learned_with(spec: Spec) -> dict[str, str]:
+def learned_with(spec: Spec, templates: Mapping[str, str]) -> dict[str, str]:
     """Return what links learn in, by name: prompts and the form of the system.
 
     Values that are too long to show are digests. Links fit another system as well, but what they
     learned was for this one.
+
+    Args:
+        templates: By backbone: the digest of its chat template, where that is known.
     """
     document = spec.document
     found = {"the rounds": str(document.rounds), "the answer agent": document.answer.agent}
+    found["the date"] = str(document.date or "that of the day")
+    for name, digest in templates.items():
+        found[f"{_TEMPLATE}`{name}`"] = f"{_DIGEST}{digest[:16]}"
     for name, agent in document.agents.items():
         prompts = agent.model_dump(mode="json", include={"system", "prompt", "chat_template"})
         text = json.dumps(prompts, sort_keys=True)
@@ -226,11 +237,18 @@ def learned_with(spec: Spec) -> dict[str, str]:
     return {**found, "the links": ", ".join(arrows)}
 
 
-def _learned_otherwise(spec: Spec, folder: Path, receipt: Receipt) -> list[Problem]:
-    then, now = receipt.learned_with, learned_with(spec)
+def _learned_otherwise(
+    spec: Spec, folder: Path, *, then: Mapping[str, str], now: Mapping[str, str]
+) -> list[Problem]:
     if not then:
         return []
-    other = [name for name in dict.fromkeys((*then, *now)) if then.get(name) != now.get(name)]
+    both = then.keys() & now.keys()
+    other = [
+        name
+        for name in dict.fromkeys((*then, *now))
+        # Templates are not always at hand.
+        if then.get(name) != now.get(name) and (name in both or not name.startswith(_TEMPLATE))
+    ]
     if not other:
         return []
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 
 from recmas_compiler.backbones.chat_files import read_chat_template
 from recmas_compiler.backbones.sources import files_of
@@ -46,6 +48,23 @@ def try_prompts(spec: Spec, system: System) -> tuple[Problem, ...]:
     return tuple(in_reading_order(problems))
 
 
+def template_digests(system: System) -> dict[str, str]:
+    """Return the sha256 of each backbone's chat template that is at hand, by backbone."""
+    found = {}
+    for name, backbone in system.backbones.items():
+        with suppress(RecmasError):  # said where prompts are tried
+            template = read_chat_template(
+                files_of(backbone.facts),
+                template=backbone.template,
+                position=backbone.where,
+                is_complete=False,
+            )
+            if template is not None:
+                content = template.text.encode("utf-8", "backslashreplace")
+                found[name] = hashlib.sha256(content).hexdigest()
+    return found
+
+
 def check_prompts(
     spec: Spec, system: System, templates: Mapping[str, ChatTemplate]
 ) -> list[Problem]:
@@ -56,6 +75,8 @@ def check_prompts(
         templates,
         has_date=system.date is not None,
         targets=() if train is None else train.targets,
+        answer_agent=system.answer_agent,
+        tools=system.tools,
     )
     return [_placed(spec, finding) for finding in findings]
 

@@ -76,6 +76,19 @@ class Spec:
         return hashlib.sha256(self.system_yaml().encode()).hexdigest()
 
 
+class SpecError(RecmasError):
+    """What is wrong with a spec.
+
+    Attributes:
+        spec: What is known of it all the same, without the settings that are wrong, so that what
+            only files tell can be found as well; None where the errors go too deep.
+    """
+
+    def __init__(self, problems: Iterable[Problem], spec: Spec | None) -> None:
+        super().__init__(problems)
+        self.spec = spec
+
+
 def load_spec(path: str | Path, *, overrides: Iterable[str] = ()) -> Spec:
     """Read and check a spec file; no backbone or link file is touched.
 
@@ -118,11 +131,13 @@ def _check(
     if document is not None and not unexpanded:
         problems += run_checks(Declared(document, places, base_dir))
     errors = in_reading_order(p for p in problems if p.severity == "error")
+    if document is None:
+        raise SpecError(errors, None)
+    warnings = in_reading_order(p for p in problems if p.severity == "warning")
+    spec = Spec(document=document, path=path, base_dir=base_dir, places=places, warnings=warnings)
     if errors:
-        raise RecmasError(errors)
-    assert document is not None, "no document and no error"
-    warnings = in_reading_order(problems)
-    return Spec(document=document, path=path, base_dir=base_dir, places=places, warnings=warnings)
+        raise SpecError(errors, spec)
+    return spec
 
 
 _HINT = "Write --set PATH=VALUE, such as --set answer.max_new_tokens=64."

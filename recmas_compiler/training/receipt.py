@@ -13,6 +13,7 @@ from recmas_compiler.links.link_set import RECEIPT_NAME, replaced_links
 from recmas_compiler.links.modules import save_link
 from recmas_compiler.links.trained import RECEIPT_VERSION, learned_with
 from recmas_compiler.lowering.materialize import MaterializedLink
+from recmas_compiler.lowering.prompt_trial import template_digests
 from recmas_compiler.training.loop.checkpoint import writing
 from recmas_compiler.training.session import Session
 from recmas_runtime.checking.machine import package_versions
@@ -87,7 +88,7 @@ def _receipt(session: Session, report: RunReport) -> dict[str, Any]:
         "receipt": RECEIPT_VERSION,
         "name": session.spec.document.name,
         "system": session.spec.digest,
-        "learned_with": learned_with(session.spec),
+        "learned_with": learned_with(session.spec, template_digests(session.program.system)),
         "data": {
             "sha256": dict(examples.digests),
             "train": len(examples.train),

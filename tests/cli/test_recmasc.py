@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -352,3 +353,16 @@ def test_places_that_no_file_system_has(project: Path, command: str, place: str)
     if command not in ("import", "bench"):  # they look at what they read first
         assert "error[RM303]" in ran.stderr or "error[RM302]" in ran.stderr
     assert {path for path in project.rglob("*") if path.is_file()} == before
+
+
+def test_errors_of_the_spec_hide_none_of_its_files(tmp_path: Path) -> None:
+    text = SEQUENTIAL.replace("source: llama", "source: nowhere").replace("rounds: 3", "round: 3")
+    assert "nowhere" in text
+    assert "build: {" in text
+    build = "build: {loss_text: gone.txt, max_batch: -1, "
+    (tmp_path / "spec.yaml").write_text(re.sub(r"build: \{[^}]*\}", f"{build}seed: 1}}", text))
+    ran = recmasc("check", "spec.yaml", "--json", cwd=tmp_path)
+    assert ran.returncode == Exit.SPEC_INVALID
+    problems = json.loads(ran.stdout)["problems"]
+    assert [problem["code"] for problem in problems] == ["RM103", "RM200", "RM126", "RM105", "RM103"]
+    assert [problem["line"] for problem in problems] == sorted(p["line"] for p in problems)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +17,19 @@ from typing import Any
 
 import pytest
 
+import recmas_compiler as rc
 import recmas_runtime as rt
 from kit.files import WriteRecords
 from recmas_cli.evaluate import shown
 from recmas_compiler.evaluation.checks.text import extract_words
-from recmas_compiler.evaluation.evaluate import EvalOptions, evaluate
+from recmas_compiler.evaluation.data.protocol import protocol_names
+from recmas_compiler.evaluation.evaluate import AnswerOpening, EvalOptions, evaluate
+from recmas_compiler.evaluation.runner import AnswerLog, ScoredAnswer
 from recmas_runtime.core.errors import Exit, RecmasError
+from recmas_runtime.core.files import exclusive, sha256_of
 from recmas_runtime.core.progress import Silent
+from recmas_runtime.formats.bundle import Bundle, open_bundle
+from recmas_runtime.tools.sandbox import find_sandbox
 
 PROTOCOL = """
 name: words
@@ -263,6 +272,133 @@ def test_resuming_another_evaluation_is_refused(
     with pytest.raises(RecmasError, match="RM603") as refused:
         run(resume=True, overrides=("n=2",))
     assert "the data was" in str(refused.value)
+
+
+def test_two_evaluations_do_not_share_a_folder(run: Evaluate, tmp_path: Path) -> None:
+    run(overrides=("n=2",))
+    with (
+        exclusive(tmp_path / "out", code="RM503", what="evaluation"),
+        pytest.raises(RecmasError, match="another evaluation writes here"),
+    ):
+        run(resume=True, overrides=("n=2",))
+
+
+def test_a_folder_that_was_cut_off_at_its_start_can_be_begun(run: Evaluate, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "evaluation.json").touch()
+    assert run(overrides=("n=2",)).data["is_complete"]
+
+
+def test_answers_have_the_right_one_beside_them(run: Evaluate, tmp_path: Path) -> None:
+    run(overrides=("n=2",))
+    second = lines(tmp_path / "out" / "answers-latent.jsonl")[1]
+    assert second["target"] == "no such thing"
+
+
+def test_systems_take_turns_batch_by_batch(run: Evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    append = AnswerLog.append
+
+    def noted(log: AnswerLog, scored: Sequence[ScoredAnswer]) -> None:
+        asked.append(log._path.stem.removeprefix("answers-"))
+        append(log, scored)
+
+    monkeypatch.setattr(AnswerLog, "append", noted)
+    run(baselines=("latent", "single"))
+    assert asked == ["latent", "single"] * 3
+
+
+def test_whose_limit_of_tokens_holds_is_said_first(run: Evaluate) -> None:
+    text = run(overrides=("n=2", "max_new_tokens=5")).text
+    own = r"the bundle's own limit is \d+"
+    assert re.match(
+        rf".* on words: 2 questions, at most 5 new tokens \(the protocol's; {own}\)", text
+    )
+
+
+def test_tables_fit_a_terminal(run: Evaluate) -> None:
+    sampled = ("n=2", "temperature=1.0", "rollouts=8")
+    text = run(overrides=sampled, baselines=("latent", "shuffled-latents")).text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert "pass@8" in text
+    assert max(map(len, table)) <= 100
+
+
+def with_template(bundle: Path, copy: Path, change: Callable[[str], str]) -> Bundle:
+    """Open a copy of a bundle with another chat template, which its manifest knows."""
+    shutil.copytree(bundle, copy)
+    path = next(copy.rglob("*.jinja"))
+    path.write_text(change(path.read_text()))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    entry = manifest["files"][str(path.relative_to(copy))]
+    entry.update(size_bytes=path.stat().st_size, sha256=sha256_of(path))
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return open_bundle(copy, verify_hashes=False)
+
+
+def test_an_answer_that_a_template_lets_think_needs_an_end(
+    run: Evaluate, tiny_bundle: Path, tmp_path: Path, answers: Sequence[str]
+) -> None:
+    opened = "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
+    bundle = with_template(tiny_bundle, tmp_path / "thinking", lambda text: text + opened)
+    assert AnswerOpening.of(bundle).thinking == "<think>\n"
+    assert AnswerOpening.of(open_bundle(tiny_bundle, verify_hashes=False)).thinking == ""
+    (system,) = run(bundle=bundle.root, overrides=("n=2",)).data["systems"]
+    assert (system["num_right"], system["num_no_answer"]) == (0, 2)
+
+
+def test_a_date_in_prompts_belongs_to_the_evaluation(
+    run: Evaluate, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    date = "{{ strftime_now('%Y-%m-%d') }}"
+    bundle = with_template(tiny_bundle, tmp_path / "dated", lambda text: date + text)
+    assert AnswerOpening.of(bundle).date == datetime.date.today().isoformat()
+    assert AnswerOpening.of(open_bundle(tiny_bundle, verify_hashes=False)).date is None
+    run(bundle=bundle.root, overrides=("n=2",))
+    path = tmp_path / "out" / "evaluation.json"
+    path.write_text(path.read_text().replace(datetime.date.today().isoformat(), "2001-02-03"))
+    with pytest.raises(RecmasError, match="the date in the prompts was 2001-02-03"):
+        run(bundle=bundle.root, overrides=("n=2",), resume=True)
+
+
+def test_from_python(
+    tiny_bundle: Path, data: Path, protocol: Path, tmp_path: Path, run: Evaluate
+) -> None:
+    done = rc.evaluate(
+        tiny_bundle, data, protocol=str(protocol), limit=3, out=tmp_path / "py", threads=1, batch=4
+    )
+    assert timeless(done.report.to_json()) == timeless(run(overrides=("n=3",)).data)
+
+
+def test_the_protocols_are_listed() -> None:
+    command = [sys.executable, "-m", "recmas_cli.main", "eval", "--protocol", "list"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == Exit.OK, ran.stderr
+    assert [line.split()[0] for line in ran.stdout.splitlines()] == list(protocol_names())
+
+
+CODE_PROTOCOL = PROTOCOL.replace(
+    "answer: [answer]", "tests: [tests]\n    solution: [solution]"
+).replace("{kind: exact}", "{kind: code}")
+
+
+def test_records_whose_own_solution_fails_are_refused_or_left_out(
+    run: Evaluate, write_records: WriteRecords, tmp_path: Path
+) -> None:
+    if find_sandbox() is None:
+        pytest.skip("this machine has no sandbox")
+    path = tmp_path / "code.yaml"
+    path.write_text(CODE_PROTOCOL)
+    right = {"question": "Q", "tests": ["assert f() == 1"], "solution": "def f():\n    return 1"}
+    wrong = {**right, "solution": "def f():\n    return 2"}
+    data = write_records([right, wrong])
+    with pytest.raises(RecmasError) as refused:
+        run(protocol=str(path), data=data)
+    assert "records.jsonl:2: error[RM601]: record '2': its own solution" in str(refused.value)
+    assert not (tmp_path / "out").exists()
+    outcome = run(protocol=str(path), data=data, skip_broken=True)
+    assert outcome.data["systems"][0]["num_answers"] == 1
+    assert [problem.code for problem in outcome.problems] == ["RM651"]
 
 
 def test_answers_of_something_else_are_not_resumed(run: Evaluate, tmp_path: Path) -> None:

@@ -249,3 +249,32 @@ def test_no_process_is_left_behind() -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     with pytest.raises(ProcessLookupError):
         os.kill(int(ran.stdout), 0)
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "open('made', 'w')",
+        "os.open('made', os.O_CREAT | os.O_WRONLY)",
+        "os.system('true')",
+        "subprocess.run(['true'])",
+        "os.fork()",
+        "socket.socket()",
+        "os.remove('there')",
+    ],
+)
+def test_the_process_that_compares_can_do_nothing_else(tmp_path: Path, attempt: str) -> None:
+    (tmp_path / "there").touch()
+    code = (
+        "import os, socket, subprocess\n"
+        "from recmas_compiler.evaluation.checks.math_worker import shut_doors\n"
+        "shut_doors()\n"
+        "open('there').close()\n"
+        "try:\n"
+        f"    {attempt}\n"
+        "except PermissionError:\n"
+        "    print('refused')\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.stdout == "refused\n", ran.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]

@@ -34,6 +34,7 @@ from recmas_runtime.checking.verify import verify_bundle
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.core.progress import Silent
 from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.formats.plan import PrefillStep
 from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.formats.safetensors_file import read_tensors
 
@@ -148,6 +149,20 @@ def test_parity_case_covers_what_it_should(built: BuildResult) -> None:
     hidden_states = small["hidden"][0, -4:]
     assert np.array_equal(small["link.planner.inner.x"], hidden_states)
     assert np.array_equal(small["link.planner->critic.x"], small["link.planner.inner.y"])
+
+
+def test_prompts_are_kept_as_tokens(built: BuildResult) -> None:
+    bundle = open_bundle(built.path)
+    prefilled = {
+        (agent, variant)
+        for step in bundle.plan.steps
+        if isinstance(step, PrefillStep)
+        for agent, variant in zip(step.agents, step.variants, strict=True)
+    }
+    kept = bundle.manifest.prompt_digests
+    assert {(agent, variant) for agent in kept for variant in kept[agent]} == prefilled
+    digests = [digest for variants in kept.values() for digest in variants.values()]
+    assert all(len(digest) == 64 for digest in digests)
 
 
 def test_runtime_verifies_it(built: BuildResult) -> None:

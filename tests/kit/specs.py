@@ -292,7 +292,7 @@ links:
   critic -> solver: {kind: ln_residual, init: random}
   solver -> planner: {feedback: true, kind: residual, init: random}
 answer: {agent: solver, max_new_tokens: 8}
-build: {max_prompt_tokens: 64, max_batch: 4}
+build: {max_prompt_tokens: 96, max_batch: 4}
 """
 
 # Two agents run as one batch, their inner links have different hidden widths, and the third agent

@@ -25,6 +25,7 @@ def render(text: str, **variables: bool | int | float | str) -> str:
         ("{{ {'b': 1, 'a': 2} | tojson(sort_keys=true) }}", '{"a": 2, "b": 1}'),
         ("{% for i in range(9) %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}", "012"),
         ("{% generation %}\nx{% endgeneration %}y", "xy"),
+        ("{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}", "21"),
         ("{{ tools is none }}{{ documents is none }}{{ add_generation_prompt }}", "TrueTrueTrue"),
         ("{% set ns = namespace(a=1) %}{% set ns.a = 2 %}{{ ns.a }}", "2"),
         ("{{ dict(a=1) }}{{ dict.fromkeys(['x']) }}", "{'a': 1}{'x': None}"),
@@ -125,7 +126,7 @@ def test_literals_are_what_the_template_itself_writes() -> None:
 
 def test_a_template_longer_than_any_is_refused_unread(tmp_path: Path) -> None:
     text = "x" * (chat_template.MAX_TEMPLATE_CHARS + 1)
-    with pytest.raises(RecmasError, match=r"RM206.*at most 131072"):
+    with pytest.raises(RecmasError, match=r"RM206.*at most 65536"):
         ChatTemplate(text)
     path = tmp_path / "chat_template.jinja"
     for content in (text.encode(), b"\xff" * (5 * chat_template.MAX_TEMPLATE_CHARS)):

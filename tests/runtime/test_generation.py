@@ -27,7 +27,7 @@ END = "<|end|>"
 
 
 def make(
-    stop: tuple[str, ...] = (), *, ends: tuple[str, ...] = (END,)
+    stop: tuple[str, ...] = (), *, ends: tuple[str, ...] = (END,), num_rows: int = 512
 ) -> tuple[Callable[[str], str], RowDecoder]:
     """Return what writes a text into a row, each special token as its one token, and the row."""
     raw = make_tokenizer()
@@ -39,7 +39,7 @@ def make(
     tools = AnswerTools(toolbox=toolbox, lock=lock)
     eos = frozenset(raw.token_to_id(token) for token in ends)
     settings = DecoderSettings(
-        tokenizer=tokenizer, eos_token_ids=eos, max_positions=512, num_rows=512
+        tokenizer=tokenizer, eos_token_ids=eos, max_positions=512, num_rows=num_rows
     )
     row = RowDecoder(settings, stop, tools, specials=visible_specials(tokenizer, stop, tools))
 
@@ -165,3 +165,15 @@ def test_control_tokens_of_a_result_are_plain() -> None:
     write("<lookup><|pad|></lookup>")
     (ids,) = row.fed  # type: ignore[attr-defined]
     assert not set(ids[1:]) & set(row._tokenizer.special_texts)
+
+
+def test_a_result_that_the_model_cannot_read_is_an_error_of_its_own() -> None:
+    write, row = make()
+    letter = row._tokenizer.encode("~")[0]
+    write, row = make(num_rows=letter)
+    assert write("<lookup>a~b</lookup>").endswith(block(row.results[0].text))
+    (result,) = row.results
+    assert (result.status, result.text) == (
+        "error",
+        "the result has characters that this model cannot read",
+    )

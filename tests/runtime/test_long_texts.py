@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
+import recmas_runtime as rt
 from kit.hand_bundle import CHAT_TEMPLATE, make_plan, make_tokenizer
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.prompts.chat_template import ChatTemplate
@@ -16,7 +18,7 @@ from recmas_runtime.prompts.marks import Marks, unused_salt
 from recmas_runtime.prompts.render import Chat
 from recmas_runtime.prompts.tokenizer import Tokenizer as RuntimeTokenizer
 from recmas_runtime.running.record_prompts import RecordPrompts
-from recmas_runtime.running.records import Record
+from recmas_runtime.running.records import Answer, Record, as_record
 
 PLAN = make_plan()
 LIMIT = PLAN.limits.max_prompt_tokens
@@ -158,3 +160,20 @@ def test_each_span_of_foreign_text_is_looked_at_a_few_times(num_tokens: int) -> 
 def test_the_salt_is_the_first_that_is_free() -> None:
     assert unused_salt("recmas0xrecmas1x recmas 2x", ("recmas3x",)) == "recmas4x"
     assert unused_salt("recmas00x", ()) == "recmas0x"
+
+
+@pytest.mark.parametrize("unit", ["a", "<|end|>", "recmas0xC0E "])
+def test_a_record_of_16_mib_is_refused_and_its_neighbours_are_answered(
+    unit: str, hand_bundle: Path
+) -> None:
+    with rt.load(hand_bundle, device="cpu") as system:
+        questions = ["7", unit * (2**24 // len(unit)), "3"]
+        records = [as_record(question, index) for index, question in enumerate(questions)]
+        first, long, last = system.run_batch(records)
+    assert isinstance(first, Answer)
+    assert isinstance(last, Answer)
+    assert (first.answer, last.answer) == ("h", "d")
+    assert isinstance(long, RecmasError)
+    (problem,) = long.problems
+    assert problem.code == "RM501"
+    assert len(problem.message) < 300

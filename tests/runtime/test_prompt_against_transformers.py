@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("torch", reason="tiny models and transformers need torch")
 transformers = pytest.importorskip("transformers", reason="compares with transformers")
 
+from kit.compare_templates import WRAPPINGS, compare  # noqa: E402
 from kit.models import FAMILIES, make_tokenizer  # noqa: E402
 from recmas_runtime.formats.plan import PromptPart  # noqa: E402
 from recmas_runtime.prompts.chat_template import ChatTemplate  # noqa: E402
@@ -130,3 +131,40 @@ def test_a_whole_prompt_is_that_of_transformers(family: str) -> None:
     assert list(leading.ids[:before]) == safe[:before]
     after = len(trailing.ids) - 1
     assert list(trailing.ids[-after:]) == safe[-after:]
+
+
+MORE_TEMPLATES = {
+    # In the manner of Falcon: a method of texts inside of the loop.
+    "replace": "{% for m in messages %}{{ m.content.replace('\\n', ' ').strip() }}"
+    "{{ ' '.join(['a', 'b']) }}{{ '%-5s' % m.role }}\n{% endfor %}",
+    # In the manner of Nemotron: flags are taken out of a text, and a namespace counts.
+    "namespace": "{% set ns = namespace(think=true, count=0) %}{% for m in messages %}"
+    "{% if '/no_think' in m.content %}{% set ns.think = false %}{% endif %}"
+    "{% set ns.count = ns.count + 1 %}{{ ns.count ~ m.content.replace('/no_think', '') }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<think>' if ns.think }}{% endif %}",
+    # In the manner of Llama 3: assignments, tests and filters.
+    "filters": "{% if messages[0]['role'] == 'system' %}{% set system = messages[0].content | trim"
+    " %}{% set rest = messages[1:] %}{% else %}{% set system = '' %}{% set rest = messages %}"
+    "{% endif %}{{ bos_token }}{{ system | default('none', true) | upper }}"
+    "{% for m in rest if m.content is string %}{{ loop.index0 }}{{ m | tojson(indent=1) }}"
+    "{% endfor %}",
+    # In the manner of training templates: what the assistant writes is marked.
+    "generation": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+    "{% set kept = m.content.split('</think>')[-1] | trim %}{{ kept }}{{ eos_token }}"
+    "{% endgeneration %}{% else %}{{ kept }}{{ m.content }}{% endif %}{% endfor %}",
+    # In the manner of Mistral: macros, and roles that must alternate.
+    "macro": "{% macro say(m, mark='') %}{{ mark }}{{ m.content }}{{ caller() }}{% endmacro %}"
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% call say(m, mark='[INST]') %}{{ loop.last }}{% endcall %}{% endfor %}",
+    "blocks": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}"
+    "{% set said %}{{ m.content }}{% endset %}{% filter upper %}{{ said }}{% endfilter %}"
+    "{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize("name", [*FAMILIES, *MORE_TEMPLATES])
+def test_templates_render_alike_inside_of_loops_and_blocks(name: str, wrapping: str) -> None:
+    template = MORE_TEMPLATES.get(name) or FAMILIES[name].template
+    assert compare(WRAPPINGS[wrapping].format(template)) == (16, [])

@@ -9,11 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
 from kit.hand_bundle import edit_json, rehash
 from recmas_runtime.cli.main import main
+from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.safetensors_file import read_tensors, write_tensors
+from recmas_runtime.prompts.chat_template import ChatTemplate
+from recmas_runtime.prompts.render import Chat
+from recmas_runtime.prompts.samples import SAMPLE_DAY, prompt_digests
 
 CASE = "parity/one.safetensors"
 TEMPLATE = "backbones/one/chat_template.jinja"
@@ -62,6 +66,57 @@ def test_a_tokenizer_that_is_none(own_bundle: Path, capsys: pytest.CaptureFixtur
     (own_bundle / TOKENIZER).write_text("{}")
     (problem,) = problems_of(capsys, own_bundle)
     assert problem["code"] == "RM404"
+
+
+def keep_digests(bundle: Path) -> dict[str, dict[str, str]]:
+    """Write into the manifest what a build keeps of a bundle's prompts."""
+    opened = open_bundle(bundle)
+    chats = {
+        name: Chat.load(
+            bundle / entry.tokenizer,
+            (bundle / entry.chat_template).read_text(),
+            entry.special_tokens,
+        )
+        for name, entry in opened.manifest.backbones.items()
+    }
+    digests = prompt_digests(opened.plan, chats)
+    edit_json(bundle / "manifest.json", "prompt_digests", digests)
+    return digests
+
+
+def test_prompts_have_the_tokens_that_they_were_built_with(
+    own_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digests = keep_digests(own_bundle)
+    assert {agent: set(variants) for agent, variants in digests.items()} == {
+        "planner": {"first", "then"},
+        "solver": {"then"},
+    }
+    assert problems_of(capsys, own_bundle, status=0) == []
+    # as another version of the library would cut texts
+    tokenizer = Tokenizer.from_file(str(own_bundle / TOKENIZER))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save(str(own_bundle / TOKENIZER))
+    found = problems_of(capsys, own_bundle)
+    assert {problem["code"] for problem in found} == {"RM405"}
+    assert [problem["message"] for problem in found] == [
+        f"prompt `{variant}` of agent {agent!r} has other tokens here than where the bundle was "
+        "built"
+        for agent, variants in digests.items()
+        for variant in variants
+    ]
+
+
+def test_prompts_of_templates_that_write_the_date_are_compared_on_one_day(
+    own_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = own_bundle / TEMPLATE
+    path.write_text("{{ strftime_now('%d %B %Y') }}\n" + path.read_text())
+    rehash(own_bundle)
+    keep_digests(own_bundle)
+    day = ChatTemplate("{{ strftime_now('%Y-%m-%d') }}").on(SAMPLE_DAY)
+    assert day.render([], add_generation_prompt=True) == "2025-01-01"
+    assert problems_of(capsys, own_bundle, status=0) == []
 
 
 def test_a_prompt_beyond_the_limit(own_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,7 +105,7 @@ def test_targets_are_rendered_where_the_spec_trains(tmp_path: Path) -> None:
         ("tokenizer.json", "{}", "RM202", "the tokenizer.json of backbone `model` is"),
         ("chat_template.jinja", None, "RM206", "backbone `model` has no chat template."),
         ("chat_template.jinja", "{% if %}", "RM206", "is not valid Jinja"),
-        ("chat_template.jinja", "x" * (MAX_TEMPLATE_CHARS + 1), "RM206", "more than 131072"),
+        ("chat_template.jinja", "x" * (MAX_TEMPLATE_CHARS + 1), "RM206", "more than 65536"),
         ("chat_template.jinja", b"\xff", "RM206", "is not UTF-8"),
         ("chat_template.jinja", r"{{ '\ud800' }}", "RM206", "surrogates"),
     ],
@@ -318,3 +318,21 @@ def test_the_advice_for_a_slot_without_a_link_closes_no_cycle() -> None:
         parse_spec(alone, file="spec.yaml")
     hints = " ".join(problem.hint for problem in caught.value.problems)
     assert "`planner -> solver: {}`" in hints
+
+
+def test_tokens_that_only_a_tokenizer_class_names_may_be_written(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", template="{{ bos_token + '' }}" + PLAIN + "{{ eos_token }}")
+    compiled(tmp_path)
+
+
+def test_a_system_text_that_is_refused_beside_tools_is_told_of(tmp_path: Path) -> None:
+    template = (
+        "{% if tools and messages[0].role == 'system' %}{{ raise_exception('system and tools') }}"
+        "{% endif %}{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + PLAIN
+    )
+    write_model(tmp_path / "model", template=template)
+    system = ("    prompt: |\n", "    system: Be exact.\n    prompt: |\n")
+    compiled(tmp_path, system)
+    tools = ("{agent: solver}", "{agent: solver, tools: {ask: true}}")
+    problem = refused(tmp_path, system, tools)
+    assert problem.message.startswith("agent `solver`: the chat template failed: system and tools")

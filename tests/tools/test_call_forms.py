@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from recmas_runtime.tools.call_forms import MAX_BODY_CHARS
+from recmas_runtime.tools import call_forms
+from recmas_runtime.tools.call_forms import MARKS, MAX_BODY_CHARS
 from recmas_runtime.tools.call_scanner import CallScanner
 from recmas_runtime.tools.calls import ToolCall
 
@@ -323,3 +324,33 @@ def test_what_is_held_back_is_bounded(opening: str) -> None:
     held = sum(len(value) for value in vars(scanner).values() if isinstance(value, str))
     assert held < 2 * MAX_BODY_CHARS
     assert passed.startswith(opening)
+
+
+FRAGMENTS = [
+    *MARKS, *NAMES, *'{}[]()"\':,;\n= x', "</think>", "name", "arguments", "```", "call:", "\\",
+    OBJECT, '{"a": "b"}', "lookup(a='b')", "\u00e9", "\ud800",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bound", [40, MAX_BODY_CHARS])
+@pytest.mark.parametrize("seed", range(3))
+def test_spoilt_calls_are_the_same_in_any_pieces(
+    seed: int, bound: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(call_forms, "MAX_BODY_CHARS", bound)
+    chance = random.Random(seed)
+    whole = [text for _, text in TEXTS] + PLAIN + [text for text, _ in BROKEN if len(text) < 500]
+    num_calls = 0
+    for _ in range(300):
+        text = "".join(chance.choices(FRAGMENTS, k=chance.randrange(12)))
+        if chance.random() < 0.6:
+            called = chance.choice(whole)
+            place = chance.randrange(len(called))
+            text = called[:place] + text[:9] + called[place + chance.randrange(4) :]
+        cuts = sorted(chance.choices(range(len(text) + 1), k=5))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        passed, found = read([text])
+        assert passed == text
+        assert read(pieces) == read(list(text)) == (text, found), (text, cuts)
+        num_calls += len(found)
+    assert num_calls > 5

@@ -286,6 +286,8 @@ def test_doctor_tells_why_there_is_no_sandbox(
         "- docker        `docker` is not installed\n"
         "- podman        `podman` is not installed\n"
         "web search      TAVILY_API_KEY is set\n"
+        "\n"
+        "This machine can run bundles on the CPU.\n"
     )
     assert "bm25s" in text
     monkeypatch.delenv("TAVILY_API_KEY")
@@ -329,3 +331,21 @@ def test_asking_at_a_terminal() -> None:
     assert b"The agent asks: How many?\\x1b[2J\r\n> " in said
     assert b"asked '3 fields'" in said
     assert b"ended: nobody answered" in said
+
+
+def test_packages_are_shown_where_they_are_asked_for() -> None:
+    sandbox = find_sandbox()
+    if sandbox is None or sandbox.name != "bubblewrap":
+        pytest.skip("this machine has no bubblewrap")
+    code = (
+        "import importlib.util as u, numpy\n"
+        "print(numpy.linalg.inv(numpy.eye(2)).sum(), u.find_spec('msgspec'))\n"
+        "try:\n"
+        "    open(numpy.__file__, 'a')\n"
+        "except OSError:\n"
+        "    print('read only')\n"
+    )
+    ran = sandbox.run(code, timeout_s=20, memory_mb=512, packages=("numpy", "no_such_package"))
+    assert (ran.status, ran.stdout) == ("ok", "2.0 None\nread only\n"), ran.stderr_tail
+    without = sandbox.run(code, timeout_s=20, memory_mb=512)
+    assert "No module named 'numpy'" in without.stderr_tail

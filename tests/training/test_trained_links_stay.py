@@ -167,6 +167,19 @@ def test_prompts_that_changed_after_training_are_said(
     assert printed["data"]["trained_links"] == IDS, "they are taken all the same"
 
 
+def test_another_chat_template_or_date_is_said(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here.write_text(here.read_text().replace("rounds: 2", "rounds: 2\ndate: 2026-01-02"))
+    (template,) = Path("llama").glob("chat_template*")
+    template.write_text(template.read_text() + "{# other #}")
+    printed = recmasc(capsys, "check", here)
+    (warning,) = [p for p in printed["problems"] if p["code"] == "RM756"]
+    assert "the chat template of `tiny`" in warning["message"]
+    assert "the date (that of the day then, 2026-01-02 now)" in warning["message"]
+    assert "`other`" not in warning["message"]
+
+
 def test_the_same_training_gives_the_same_files(
     here: Path, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

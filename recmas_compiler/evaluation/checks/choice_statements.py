@@ -10,7 +10,8 @@ from typing import Final
 # What is chosen: English, French, German, Dutch, Spanish, Portuguese, Italian, Russian, Chinese,
 # Japanese, Korean.
 _NOUNS: Final = (
-    r"answer|choice|option|selection|pick|guess|response|verdict|conclusion|solution"
+    r"answer|ans|choice|option|letter|selection|pick|guess|response|verdict|conclusion|solution"
+    r"|correct(?: one)?|(?:right|best) one|richtig|korrekt"
     r"|r\u00e9ponse|reponse|choix|antwort|l\u00f6sung|loesung|auswahl|antwoord"
     r"|respuesta|opci\u00f3n|opcion|elecci\u00f3n|resposta|op\u00e7\u00e3o|alternativa"
     r"|risposta|opzione|scelta|\u043e\u0442\u0432\u0435\u0442|\u0432\u0430\u0440\u0438\u0430\u043d\u0442"
@@ -65,12 +66,19 @@ _STATEMENTS: Final = tuple(
     re.compile(pattern, re.IGNORECASE | re.MULTILINE)
     for pattern in (
         # the correct answer must be B; Answer - B
-        rf"(?<![a-z])(?:{_NOUNS}){_GAP}(?:(?<![a-z]){_COPULAS}{_END}[\s*_]*:?|{_MARKS}){_GAP}"
+        rf"(?<![a-z])(?:{_NOUNS}){_GAP}(?:(?:'s|(?<![a-z]){_COPULAS}){_END}[\s*_]{{0,8}}[:\uff1a]?|{_MARKS}){_GAP}"
         rf"{_LETTER}",
         # I would go with B
         rf"(?<![a-z]){_VERBS}{_END}{_GAP}{_LETTER}",
         # it must be B
         rf"(?<![a-z])(?:it|this|that)\s*{_IS}{_END}{_GAP}{_LETTER}",
+        # ..., so B.
+        rf"(?<![a-z])(?:so|thus|hence|therefore|leaving|only){_END}[,:]?{_LETTER}(?=[\s*)\]]*[.!]?\s*$)",
+        # not A but B
+        rf"(?<![a-z])not\s+{_OPENING}[A-Z](?![A-Za-z])[^.!?\n]{{0,60}}?\bbut\s+(?:rather\s+)?{_LETTER}",
+        # B it is
+        rf"(?<![A-Za-z0-9'\u2019.-]){_OPENING}(?P<letter>[A-Z])[\s*)]{{1,4}}it is"
+        r"(?=[\s*]*[.!]?\s*$)",
         # B is correct; option B would be the best choice
         rf"(?<![A-Za-z0-9'\u2019.-]){_OPENING}(?P<letter>[A-Z])(?P<more>[\s*)\].:]{{1,8}}(?:(?!\b[B-Z]\b)[^.!?\n]){{0,80}}?)?"
         rf"[\s*_)\]]{{0,8}}(?:\b|(?='))\s{{0,4}}{_IS}\s+(?:{_FILLERS}\s+){{0,4}}?{_RIGHT}{_END}",
@@ -92,7 +100,7 @@ _NOT: Final = re.compile(
     r"|supposing|assum\w+|unless|pas|nicht|kein\w*|no|non|n\u00e3o)\b|n't\b|\u4e0d",
     re.IGNORECASE,
 )
-_LESSER: Final = re.compile(r"(?<=[a-z])\s*(?:but|,|;|:)\s")
+_LESSER: Final = re.compile(r"(?<=[A-Za-z])\s*(?:but|,|;|:)\s")
 _SENTENCE_ENDS: Final = re.compile(r"[.!?\u3002\uff1f\uff01](?=\s|$)|\n|[\u3002\uff1f\uff01]")
 
 
@@ -165,5 +173,5 @@ def _is_marked(text: str, match: re.Match[str], called: str | None) -> bool:
         return True
     ends = re.match(r"[\s*)\]]*(?:[.,;:!]?\s*$|[.!,;:]\s|\n)", after, re.MULTILINE)
     return ends is not None and (
-        called is not None or re.match(r"[\s*]*[.!]?\s*$", after) is not None
+        called is not None or re.match(r"[\s*)\]]*[.!]?\s*$", after) is not None
     )

@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +30,7 @@ from recmas_compiler.evaluation.data.data_file import Question
 from recmas_runtime.core.errors import fail
 from recmas_runtime.tools.sandbox import Sandbox, SandboxResult, find_sandbox
 
+_IMPORT_TIMEOUT_S: Final = 60.0
 _DRIVER: Final = Path(__file__).with_name("program_driver.py")
 
 # What the published judge of LiveCodeBench puts before every program. Built-in names come after
@@ -68,6 +68,7 @@ class CodeCheck(Check):
         self._timeout_s = timeout_s
         self._memory_mb = memory_mb
         self._packages = tuple(packages)
+        self._import_failures: dict[str, str] = {}
 
     def __call__(self, answer: str, question: Question) -> Verdict:
         """Judge an answer."""
@@ -110,22 +111,27 @@ class CodeCheck(Check):
         return ""
 
     def _require_package(self, name: str) -> None:
-        if why := _import_failure(self._sandbox, name, self._memory_mb):
+        """Refuse a package that cannot be imported in the sandbox."""
+        if name not in self._import_failures:
+            result = self._sandbox.run(
+                f"import {name}",
+                timeout_s=_IMPORT_TIMEOUT_S,
+                memory_mb=self._memory_mb,
+                packages=(name,),
+            )
+            is_there = result.status == "ok"
+            self._import_failures[name] = "" if is_there else _reason(result, _IMPORT_TIMEOUT_S)
+        if why := self._import_failures[name]:
+            place = (
+                "where recmas is installed"
+                if self._sandbox.name == "bubblewrap"
+                else "in the image that the sandbox runs"
+            )
             raise fail(
                 "RM602",
                 f"the records' tests import {name}, which the sandbox does not have: {why}",
-                hint=f"Install it with `pip install {name}`, or, with {self._sandbox.name} in "
-                "place of bubblewrap, choose an image that has it (RECMAS_SANDBOX_IMAGE)."
-                if self._sandbox.name != "bubblewrap"
-                else f"Install it with `pip install {name}` where recmas is installed.",
+                hint=f"Install it {place}: `pip install {name}`.",
             )
-
-
-@lru_cache(maxsize=256)
-def _import_failure(sandbox: Sandbox, name: str, memory_mb: int) -> str:
-    """Return why a package cannot be imported in the sandbox; empty if it can."""
-    result = sandbox.run(f"import {name}", timeout_s=60.0, memory_mb=memory_mb, packages=(name,))
-    return "" if result.status == "ok" else _reason(result, 60.0)
 
 
 def _reason(result: SandboxResult, timeout_s: float) -> str:

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from textwrap import dedent
 from typing import Final
 
@@ -78,6 +79,7 @@ def defines(code: str, name: str) -> bool:
     )
 
 
+@lru_cache(maxsize=1024)  # tests are read for every answer, and may be megabytes
 def undefined_names(code: str) -> frozenset[str]:
     """Return the names that code uses and neither defines nor finds among the built-in ones."""
     tree = _tree(code)
@@ -87,6 +89,7 @@ def undefined_names(code: str) -> frozenset[str]:
     return frozenset(used - _defined(tree) - _BUILTINS)
 
 
+@lru_cache(maxsize=1024)
 def imported_packages(code: str) -> frozenset[str]:
     """Return the packages outside of the standard library that code imports, at any depth."""
     tree = _tree(code)

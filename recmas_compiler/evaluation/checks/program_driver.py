@@ -53,7 +53,7 @@ def drive(
             return
         return
     mark = sys.stdin.readline()
-    sys.stdout = sys.__stdout__ = io.TextIOWrapper(io.BufferedWriter(_Nowhere()))
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(_Nowhere()))
     _execute(parts, module)
     if kind == "calls":
         _call(module, function, json.loads(cases), case_s)

@@ -143,7 +143,10 @@ def _without_command(text: str) -> str:
 # A letter that stands for a choice: "B", "(B)", "B)", "**B**", "option B:", "\text{B}".
 _OPENING: Final = r"[\s*_\"'`(\[{$]{0,8}(?:\\(?:text|mathrm|textbf)\{)?[\s(\[*]{0,4}"
 _NAMED: Final = rf"(?:\b(?:option|choice|letter|answer)\b{_OPENING})?"
-_SECOND: Final = re.compile(r"^[\s*)\].,]*(?:or|and|/|&)[\s*(\[]*([A-Z])(?![A-Za-z])")
+_SECOND: Final = re.compile(
+    r"^[\s*)\].,]*(?:or\b|and\b|/|&)[\s*(\[]*([A-Z])(?![A-Za-z])"
+    r"|^[\s*]*,?[\s*(\[]*([A-Z])[\s*)\]]*(?:,|or\b|and\b)"
+)
 
 
 # Of blanks and emphasis in a row patterns try every division.
@@ -155,7 +158,7 @@ _CONCLUDING: Final = re.compile(
     r"^[\s*_>#-]*(?:(?:and )?(?:therefore|so|thus|hence|consequently|accordingly|finally|overall"
     r"|in conclusion|in short|as a result|final|result|ergo|donc|ainsi|also|daher|somit|folglich"
     r"|por lo tanto|as\u00ed que|entonces|portanto|logo|quindi|dunque"
-    r"|\u56e0\u6b64|\u6240\u4ee5|\u6545)\b|=+>|->|\u2192|\u2234)[\s*_,:\uff0c\uff1a]*",
+    r"|\u56e0\u6b64|\u6240\u4ee5|\u6545)\b|[=-]+>|\u2192|\u2234)[\s*_,:\uff0c\uff1a]*",
     re.IGNORECASE,
 )
 
@@ -232,7 +235,7 @@ def _whole(line: str, choices: Sequence[str]) -> str | None:
     """Return the letter of a line that is a letter and, perhaps, its choice or more words."""
     line = line.strip()
     found = re.match(
-        rf"{_OPENING}{_NAMED}{_OPENING}([A-Za-z])[\s)\]}}*_\"'`$]*(?:[.:,)]|\s-|$)", line
+        rf"{_OPENING}{_NAMED}{_OPENING}([A-Za-z])[\s)\]}}*_\"'`$]*(?:[.:,)!]|\s-|$)", line
     )
     if found is None:
         return None
@@ -264,7 +267,8 @@ def _leading_letter(rest: str, choices: Sequence[str]) -> tuple[str | None, bool
     if letter == "A" and re.match(r"\s+(?!because|since|as\b)\w", after):
         return None, True  # the article
     second = _SECOND.match(after)
-    if second is not None and _is_choice(second.group(1), choices) and second.group(1) != letter:
+    another = (second.group(1) or second.group(2)) if second is not None else ""
+    if another != letter and _is_choice(another, choices):
         return None, False
     return letter, True
 

@@ -7,8 +7,9 @@ import random
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from recmas_compiler.evaluation.data.converters import CONVERTERS, UNREADABLE
 from recmas_compiler.evaluation.data.protocol import DataSection, Protocol
@@ -59,7 +60,7 @@ def load_data(path: Path, protocol: Protocol, *, shown: tuple[str, ...]) -> Data
     rows = list(_rows(path, protocol.data))
     questions: list[Question] = []
     problems: list[Problem] = []
-    lines: dict[str, int] = {}
+    lines: dict[str | int, int] = {}
     for index in _selected(len(rows), protocol):
         row = rows[index]
         try:
@@ -97,7 +98,7 @@ def _rows(path: Path, data: DataSection) -> Iterator[Row]:
         yield from read_rows(stream, file=str(path), columns=None if has_names else data.columns)
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path) -> BufferedReader:
     """Open a regular file, or a link to one; a pipe or a device might never end."""
     hint = f"Give --data a file of {FORMATS}."
     try:

@@ -36,21 +36,26 @@ _NUM_ASKED_SUMS: Final = 8
 
 def color_records() -> tuple[list[Record], list[Record]]:
     """Return what the starter `relay` learns from and is asked: colors that one agent sees."""
+    learned = [(thing, color) for thing in _THINGS for color in COLORS]
+    random.Random(0).shuffle(learned)  # noqa: S311 - no secret
+    # Neighbours ask for different colors, so that another question's message is a wrong one.
+    asked = [
+        (_OTHER_THINGS[(n + n // len(COLORS)) % len(_OTHER_THINGS)], COLORS[n % len(COLORS)])
+        for n in range(_NUM_QUESTIONS)
+    ]
+    return _notes("color", learned), _notes("asked", asked)
 
-    def records(things: tuple[str, ...], name: str, most: int | None) -> list[Record]:
-        pairs = [(thing, color) for thing in things for color in COLORS]
-        random.Random(0).shuffle(pairs)  # noqa: S311 - no secret
-        return [
-            {
-                "id": f"{name}-{number}",
-                "note": f"{color} is the color of the {thing}.",
-                "question": f"What color is the {thing}?",
-                "answer": color,
-            }
-            for number, (thing, color) in enumerate(pairs[:most])
-        ]
 
-    return records(_THINGS, "color", None), records(_OTHER_THINGS, "asked", _NUM_QUESTIONS)
+def _notes(name: str, pairs: list[tuple[str, str]]) -> list[Record]:
+    return [
+        {
+            "id": f"{name}-{number}",
+            "note": f"{color} is the color of the {thing}.",
+            "question": f"What color is the {thing}?",
+            "answer": color,
+        }
+        for number, (thing, color) in enumerate(pairs)
+    ]
 
 
 def _sums() -> Iterator[tuple[str, str, int]]:
@@ -105,6 +110,7 @@ def color_protocol() -> str:
         "description: The color that only the first agent sees.\n"
         "data:\n"
         "  source: recmasc init relay --train\n"
+        "  split: questions\n"
         "  fields: {note: [note], question: [question]}\n"
         "  gold: {answer: [answer]}\n"
         "max_new_tokens: 8\n"

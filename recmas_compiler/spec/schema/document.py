@@ -161,7 +161,11 @@ def validate(root: dict[str, Value], places: Places) -> tuple[SpecDocument | Non
     unknown_version = [p for p in problems if p.code == "RM106"]
     if unknown_version:
         return None, unknown_version  # of a language we do not know nothing else can be said
-    prunable = [_prunable(detail["loc"]) for detail in details]
+    # what an unknown key was meant to be is there by default, or missed below
+    prunable = [
+        detail["loc"] if detail["type"] == "extra_forbidden" else _prunable(detail["loc"])
+        for detail in details
+    ]
     sound = deepcopy(root)
     for loc in prunable:
         if loc is None or not _remove(sound, loc):

@@ -28,12 +28,12 @@ from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.training.loop.checkpoint import writing
 from recmas_compiler.training.loop.distributed import World
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.core.files import open_regular, sha256_of, write_whole
+from recmas_runtime.core.files import open_regular, sync_folder
 from recmas_runtime.core.progress import Progress
 
 # Positions that run at once, padding included.
 _POSITIONS_AT_ONCE: Final = 8192
-_DIGEST_BYTES: Final = 64
+_PIECE_BYTES: Final = 2**20
 # Calls among which equal lengths are looked for.
 _WINDOW: Final = 256
 
@@ -139,17 +139,16 @@ def cached_hidden_states(
 
 
 def _is_whole(path: Path, num_bytes: int) -> bool:
-    """Tell whether a file of hidden states is there with the digest that was written beside it."""
+    """Tell whether a file of hidden states is there as it was written, its digest at its end."""
+    digest, left = hashlib.sha256(), num_bytes
     try:
-        with open_regular(_digest_file(path), file=path.name) as stream:
-            digest = stream.read(_DIGEST_BYTES + 1)
-        return path.stat().st_size == num_bytes and sha256_of(path).encode() == digest
+        with open_regular(path, file=path.name) as stream:
+            while left and (piece := stream.read(min(left, _PIECE_BYTES))):
+                digest.update(piece)
+                left -= len(piece)
+            return not left and stream.read() == digest.digest()
     except (RecmasError, OSError):
         return False
-
-
-def _digest_file(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
 
 
 def _store(
@@ -184,13 +183,13 @@ def _store(
                     digest.update(content)
                     file.write(content)
                     advance()
+                file.write(digest.digest())
                 file.flush()
                 os.fsync(file.fileno())
-            for old in (path, _digest_file(path)):  # whatever a damaged disk left there
-                if old.is_dir() and not old.is_symlink():
-                    shutil.rmtree(old)
+            if path.is_dir() and not path.is_symlink():  # whatever a damaged disk left there
+                shutil.rmtree(path)
             staged.replace(path)
-            write_whole(_digest_file(path), digest.hexdigest())
+            sync_folder(path.parent)
     finally:
         with suppress(OSError):  # it would hide what went wrong above
             staged.unlink(missing_ok=True)

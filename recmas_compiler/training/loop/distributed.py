@@ -125,7 +125,7 @@ def launch(num_processes: int, module: str, arguments: Sequence[str]) -> Ended:
                 return Ended(int((folder / "status").read_text()), stderr=trace)
             if isinstance(ended, ChildFailedError):
                 return _first_failure(ended, folder, trace)
-            is_interrupt = ended.sigval == signal.SIGINT
+            is_interrupt = ended.sigval in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
             return Ended(Exit.INTERRUPTED if is_interrupt else Exit.RUN_FAILED, stderr=trace)
     return Ended(Exit.OK)
 

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
@@ -29,6 +29,7 @@ from recmas_compiler.lowering.training_graph.graph import Loss, turn_loss, weigh
 from recmas_compiler.spec.schema.train import LoraSection, MethodName, SftSection, TrainSection
 from recmas_compiler.training.loop.distributed import World
 from recmas_runtime.core.errors import fail
+from recmas_runtime.core.files import sync_folder, write_whole
 from recmas_runtime.prompts.render import Tokens
 from recmas_runtime.running.baselines import without_slots
 
@@ -199,9 +200,7 @@ class LoraLearner:
         place.mkdir(parents=True, exist_ok=True)
         learned = get_peft_model_state_dict(self._adapted, save_embedding_layers=False)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in learned.items()}
-        staged = place / ".adapter_model.safetensors.writing"
-        save_file(tensors, staged, metadata={"format": "pt"})
-        staged.replace(place / "adapter_model.safetensors")
+        write_whole(place / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
         self._adapted.peft_config["default"].save_pretrained(place)
         adapted = self._adapted.to("cpu", torch.float32)
         _save_model(self._backbone, adapted.merge_and_unload(), folder)
@@ -226,3 +225,4 @@ def _save_model(backbone: TorchBackbone, model: Any, folder: Path) -> None:
     backbone.tokenizer.save_pretrained(staged)
     shutil.rmtree(place, ignore_errors=True)
     staged.rename(place)
+    sync_folder(folder)

@@ -24,6 +24,7 @@ from recmas_runtime.formats.links import read_operands
 from recmas_runtime.formats.manifest import PLAN_NAME, Manifest, ParityEntry
 from recmas_runtime.formats.precisions import beyond_tolerance
 from recmas_runtime.formats.safetensors_file import read_tensors
+from recmas_runtime.prompts.samples import PromptDigests, prompt_digests
 from recmas_runtime.prompts.trial import render_once
 from recmas_runtime.running.open_engines import open_engines
 from recmas_runtime.running.parity import (
@@ -161,7 +162,9 @@ def _prompt_problems(bundle: Bundle, loaded: LoadedBundle) -> list[Problem]:
     plan, chats = bundle.plan, loaded.chats
     templates = {name: chat.template for name, chat in chats.items()}
     # That a date changes is told where a spec can fix it, at build.
-    findings = render_once(plan.agents, templates, has_date=True)
+    findings = render_once(
+        plan.agents, templates, has_date=True, answer_agent=plan.answer_agent, tools=plan.tools
+    )
     problems = [
         _disagrees(PLAN_NAME, f"prompt `{f.place}` of agent {f.agent!r}: {f.problem.message}")
         for f in findings
@@ -170,9 +173,11 @@ def _prompt_problems(bundle: Bundle, loaded: LoadedBundle) -> list[Problem]:
     if problems:
         return problems
     # As tokens, too; what is of another kind than text is for records to say.
-    record = Record(id="1", fields=dict.fromkeys(plan.fields, "What is 7 * 8?"))
+    # The shortest texts: a prompt that is too long with these fits no record.
+    record = Record(id="1", fields=dict.fromkeys(plan.fields, "1"))
     try:
         System(plan, loaded).prompts(record)
+        problems += _changed_prompts(bundle.manifest, prompt_digests(plan, chats))
     except RecmasError as error:
         problems += [
             _disagrees(PLAN_NAME, problem.message)
@@ -180,6 +185,23 @@ def _prompt_problems(bundle: Bundle, loaded: LoadedBundle) -> list[Problem]:
             if problem.code != "RM500"
         ]
     return problems
+
+
+def _changed_prompts(manifest: Manifest, here: PromptDigests) -> list[Problem]:
+    """Return a problem for each prompt whose tokens are not those that were kept at build."""
+    return [
+        Problem(
+            code="RM405",
+            message=f"prompt `{variant}` of agent {agent!r} has other tokens here than where the "
+            "bundle was built",
+            hint="Install the versions of tokenizers and jinja2 that it was built with, or build "
+            "it again; do not trust its answers here.",
+            file=PLAN_NAME,
+        )
+        for agent, variants in manifest.prompt_digests.items()
+        for variant, digest in variants.items()
+        if here.get(agent, {}).get(variant) != digest
+    ]
 
 
 def _tokens_without_rows(bundle: Bundle, loaded: LoadedBundle) -> list[Problem]:

@@ -137,6 +137,8 @@ class Manifest(StrictStruct, frozen=True, kw_only=True):
         link_engine: `links/link.onnx`, relative to the bundle.
         probe: `parity/probe.onnx`, the known-answer probe.
         files: Every file of the bundle but the manifest itself.
+        prompt_digests: sha256 of the tokens of each agent's prompts, by `first` and `then`; see
+            `prompts.samples`. Empty in bundles of earlier builds.
     """
 
     newest_version: ClassVar = MANIFEST_VERSION
@@ -153,3 +155,4 @@ class Manifest(StrictStruct, frozen=True, kw_only=True):
     probe: str
     parity: tuple[ParityEntry, ...]
     files: dict[str, FileEntry]
+    prompt_digests: dict[str, dict[str, str]] = field(default_factory=dict)

@@ -22,8 +22,8 @@ from recmas_runtime.prompts.template_sandbox import (
     strftime_on,
 )
 
-# The longest templates of public models have about 30,000 characters; compiling takes time.
-MAX_TEMPLATE_CHARS: Final = 2**17
+# The longest templates of public models have about 20,000 characters, and compiling takes time.
+MAX_TEMPLATE_CHARS: Final = 2**16
 
 # A template whose text depends on the day differs between these two in every part of a date.
 _DAYS: Final = (date(2001, 2, 3), date(2012, 11, 25))

@@ -103,18 +103,26 @@ def _schema(name: str, argument: str, description: str, meaning: str) -> dict[st
 
 def chat_of(chat: Chat, tools: ToolsPlan | None, variables: Variables) -> Chat:
     """Return a chat whose template writes the tools, or the same one if it does not write any."""
-    if tools is None or not chat.template.names_variable("tools"):
-        return chat
+    template = template_of(chat.template, tools, variables)
+    return chat if template is chat.template else replace(chat, template=template)
+
+
+def template_of(
+    template: ChatTemplate, tools: ToolsPlan | None, variables: Variables
+) -> ChatTemplate:
+    """Return a template that writes the tools, or the same one if it does not write any."""
+    if tools is None or not template.names_variable("tools"):
+        return template
     schemas = tool_schemas(tools)
-    template = chat.template.with_tools(schemas)
+    with_tools = template.with_tools(schemas)
     try:
-        rendered = template.render(
+        rendered = with_tools.render(
             [_user()], add_generation_prompt=True, **{**DEFAULT_VARIABLES, **variables}
         )
     except RecmasError:
-        return chat
+        return template
     is_written = all(schema["function"]["name"] in rendered for schema in schemas)
-    return replace(chat, template=template) if is_written and _ASKED in rendered else chat
+    return with_tools if is_written and _ASKED in rendered else template
 
 
 def answer_chat(chats: Mapping[str, Chat], agent: AgentPlan, tools: ToolsPlan | None) -> Chat:

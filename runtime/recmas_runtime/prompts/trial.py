@@ -11,10 +11,11 @@ from typing import Final, Literal
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.text import listed
-from recmas_runtime.formats.plan import AgentPlan, PromptPart
+from recmas_runtime.formats.plan import AgentPlan, PromptPart, ToolsPlan
 from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.prompts.marks import Marks, unused_salt
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES, messages_of
+from recmas_runtime.prompts.tool_turns import template_of
 from recmas_runtime.prompts.turn import turn_text
 
 # Templates that shorten texts leave out the end of a long one.
@@ -38,6 +39,8 @@ def render_once(
     *,
     has_date: bool,
     targets: Collection[str] = (),
+    answer_agent: str | None = None,
+    tools: ToolsPlan | None = None,
 ) -> Iterator[PromptFinding]:
     """Render every agent's prompts; yield what fails, is left out, shortened, or changes by day.
 
@@ -45,12 +48,15 @@ def render_once(
         templates: By backbone. Agents whose backbone has none here are skipped.
         has_date: Whether the day that templates get is fixed.
         targets: Agents whose turns are rendered too, as training reads them.
+        answer_agent: The one that gets the tools, where its template writes some.
     """
     dated: set[str] = set()
     for name, agent in agents.items():
         template = templates.get(agent.backbone)
         if template is None:
             continue
+        if name == answer_agent:
+            template = template_of(template, tools, agent.chat_template)
         yield from _failures(name, agent, template, is_target=name in targets)
         if not has_date and agent.backbone not in dated:
             for problem in _open_date(agent, template):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from recmas_runtime.core.errors import fail
+from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.text import THINKING_MARKS
 from recmas_runtime.formats.plan import SamplingPlan
 from recmas_runtime.prompts.sampler import Sampler, StopMatcher
@@ -134,33 +134,39 @@ class RowDecoder:
         piece = self._shown(held)
         if self._scanner is not None:
             self._scanner.skip(held)
-        texts = []
+        first = len(self.results)
         for call in self.calls:
-            result = self._tools.run(call, num_earlier=len(self.results))
+            result = self._readable(self._tools.run(call, num_earlier=len(self.results)))
             self.results.append(result)
-            texts.append(result.text)
             piece += result_block(result.text)
         self.calls = ()
         self.text += piece
-        written, spans = self._tools.results.write(texts, self.results[-len(texts)].call.name)
-        # Text of a tool must never become control tokens.
+        ids = self._result_ids(self.results[first:])
+        self.num_result_tokens += len(ids)
+        return piece, ids if self._leaves_out_token else (token_id, *ids)
+
+    def _readable(self, result: ToolResult) -> ToolResult:
+        """Return a result, or an error in its place if the model has no tokens for its text."""
+        try:
+            is_readable = max(self._result_ids([result]), default=0) < self._num_rows
+        except RecmasError:  # a control token that no other tokens spell
+            is_readable = False
+        if is_readable:
+            return result
+        text = "the result has characters that this model cannot read"
+        return replace(result, status="error", text=text)
+
+    def _result_ids(self, results: Sequence[ToolResult]) -> tuple[int, ...]:
+        """Return the tokens of results; their text never becomes control tokens."""
+        assert self._tools is not None, "this text calls no tools"
+        texts = [result.text for result in results]
+        written, spans = self._tools.results.write(texts, results[0].call.name)
         plain = [
             (first, last)
             for first, last in self._tokenizer.control_spans(written)
             if any(first < end and start < last for start, end in spans)
         ]
-        ids = self._tokenizer.encode_piece(written, plain, continues=True)
-        beyond = next((token_id for token_id in ids if token_id >= self._num_rows), None)
-        if beyond is not None:
-            raise fail(
-                "RM500",
-                f"the result of the tool `{self.results[-1].call.name}` has the token "
-                f"{self._tokenizer.token_text(beyond)!r} ({beyond}), which the backbone has no "
-                "embedding for",
-                hint="Build with the tokenizer of this very model.",
-            )
-        self.num_result_tokens += len(ids)
-        return piece, ids if self._leaves_out_token else (token_id, *ids)
+        return self._tokenizer.encode_piece(written, plain, continues=True)
 
     def _end_turn(self, token_id: int) -> str:
         """Take a token that ends the model's turn: the text, unless it completes a call."""

@@ -130,6 +130,7 @@ _KEYS: Final = frozenset((*NAME_KEYS, *ARGUMENT_KEYS, "type", "id", "tool_call_i
 _HEADER: Final = re.compile(r"[\w.-]+\s*(?:\[CALL_ID\]\w*)?\s*(?:\[ARGS\])?\s*")
 _HEADER_MARKS: Final = ("[CALL_ID]", "[ARGS]")
 _MESSAGE: Final = "<|message|>"
+_MAX_HEADER_CHARS: Final = 200
 
 
 def is_in_marks(token: str, names: Sequence[str]) -> bool:
@@ -166,17 +167,23 @@ def _read_marked(form: CallForm, text: str, names: Sequence[str]) -> Reading:
 
 def _read_message(form: CallForm, text: str, names: Sequence[str], *, ended: bool) -> Reading:
     """Read a message that may be meant for a tool: its header says for whom it is."""
-    header_end = text.find(_MESSAGE)
+    header_end = text.find(_MESSAGE, 0, _MAX_HEADER_CHARS)
+    header = text[: header_end if header_end >= 0 else _MAX_HEADER_CHARS]
+    if "<|end|>" in header or (header_end < 0 and len(text) >= _MAX_HEADER_CHARS):
+        return _NO
     if header_end < 0:
-        return _NO if ended or len(text) > 200 or "<|end|>" in text else _WAIT
-    if "to=" not in text[:header_end]:
+        return _WAIT
+    if "to=" not in header:
         return _NO
     start = 0 if form.keeps_opening else len(form.opening)
-    end = text.find(form.closing, header_end)
-    if end < 0 and not ended:
-        return _NO if len(text) > header_end + MAX_BODY_CHARS else _WAIT
+    limit = header_end + MAX_BODY_CHARS
+    end = text.find(form.closing, header_end, limit)
     if end >= 0:
         return end + len(form.closing), read_calls(text[start:end], names)
+    if len(text) >= limit:
+        return _NO
+    if not ended:
+        return _WAIT
     calls = read_calls(text[start:], names)
     # One that is cut off has not ended.
     return _NO if any(call.problem for call in calls) else (len(text), calls)
@@ -245,7 +252,8 @@ def _program(text: str, start: int, names: Sequence[str], *, ended: bool) -> Rea
         end = value_end(text, start + built_in.end() - 1, python=True)
         if end is None and ended:
             return _NO
-        if end is not None and (calls := python_calls(text[start:end], names)):
+        fits = end is not None and end - start <= MAX_BODY_CHARS
+        if end is not None and fits and (calls := python_calls(text[start:end], names)):
             return end, tuple(calls)
     if len(text) - start > MAX_BODY_CHARS:
         return _NO
