@@ -64,6 +64,7 @@ def load(
     threads: int | None = None,
     functions: Mapping[str, Function] | None = None,
     ask: Function | None = None,
+    day: datetime.date | None = None,
 ) -> System:
     """Open a bundle and its engines.
 
@@ -75,6 +76,7 @@ def load(
         functions: Tools of the caller, by the names that the spec declares; each maps the text of
             a call to the text of its result.
         ask: Puts a question of the model to a human and returns the reply; None if nobody is there.
+        day: For chat templates that write the date; None for that of the bundle, or else today.
 
     Raises:
         RecmasError: RM40x for a bundle that is not whole, RM504 for a device that is not there.
@@ -92,7 +94,7 @@ def load(
         )
     try:
         opened = open_engines(bundle, device=device, threads=threads)
-        return System(bundle.plan, load_parts(bundle, opened), toolbox)
+        return System(bundle.plan, load_parts(bundle, opened, day=day), toolbox)
     except MemoryError:
         raise OutOfMemoryError("the bundle cannot be loaded", FREE_MEMORY) from None
 
