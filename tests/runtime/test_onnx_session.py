@@ -60,10 +60,14 @@ def test_a_session_has_the_options_it_was_given(hand_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
-    [(RuntimeError("out of memory\nat node 7"), "out of memory"), (MemoryError(), "MemoryError")],
+    ("error", "told"),
+    [
+        (RuntimeError("invalid shape\nat node 7"), " fails: invalid shape"),
+        (RuntimeError("out of memory\nat node 7"), "memory runs out: out of memory"),
+        (MemoryError(), "memory runs out: MemoryError"),
+    ],
 )
-def test_a_failing_call_says_why_in_a_line(error: Exception, reason: str) -> None:
+def test_a_failing_call_says_why_in_a_line(error: Exception, told: str) -> None:
     def fails(*arguments: object) -> None:
         raise error
 
@@ -71,5 +75,5 @@ def test_a_failing_call_says_why_in_a_line(error: Exception, reason: str) -> Non
         call_onnx(fails, 1, 2)
     (problem,) = caught.value.problems
     assert problem.code == "RM507"
-    assert problem.message.endswith(f" fails: {reason}")
+    assert problem.message.endswith(told)
     assert caught.value.__cause__ is error
