@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,8 @@ def _run(source: Path, arguments: Sequence[str]) -> int:
     from recmas_runtime.cli.main import main as runtime_main
 
     bundle = source
-    if not source.is_dir() or not (source / MANIFEST_NAME).exists():
+    # Not by pathlib, which raises for names that no system takes.
+    if not os.path.isfile(source / MANIFEST_NAME):  # noqa: PTH113
         try:
             bundle = _built(source)
         except RecmasError as error:

@@ -190,6 +190,24 @@ def test_answers_of_another_run_are_not_gone_on_with(
     ]
 
 
+def test_a_date_in_prompts_is_a_part_of_a_run(
+    own_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = own_bundle / "backbones/one/chat_template.jinja"
+    dated = "{{ strftime_now('%d') }}" + template.read_text(encoding="utf-8")
+    template.write_text(dated, encoding="utf-8")
+    rehash(own_bundle)
+    questions, out = write_questions(tmp_path / "q.jsonl", "1", "2"), tmp_path / "a.jsonl"
+    arguments = ["run", str(own_bundle), "--input", str(questions), "--output", str(out), "--json"]
+    assert main([*arguments, "--date", "2026-11-29"]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--date", "2026-11-30", "--resume"]) == 2
+    (problem,) = json_of(capsys)["problems"]
+    assert problem["code"] == "RM521"
+    assert 'date was "2026-11-29", is "2026-11-30"' in problem["message"]
+    assert main([*arguments, "--date", "2026-11-29", "--resume"]) == 0
+
+
 def test_records_that_failed_are_tried_again(
     hand_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -358,6 +376,7 @@ def test_sampling_settings_reach_the_decode(
         (["run", "B", "q", "--repetition-penalty", "11"], 2, "RM505", "repetition_penalty is 11.0"),
         (["run", "B", "q", "--seed", "4294967296"], 2, "RM505", "seed is 4294967296"),
         (["run", "B", "q", "--resume", "--force", "--output", "x"], 2, "RM506", "not both"),
+        (["run", "B", "q", "--date", "2026-13-01"], 2, "RM506", "is no day as YYYY-MM-DD"),
         (["run", "B", "--input", "/dev/zero"], 1, "RM502", "it is a device"),
         (["run", "missing", "q"], 5, "RM400", "is not a folder"),
         (["run", "B", ""], 1, "RM500", "empty question"),

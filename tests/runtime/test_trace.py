@@ -81,6 +81,19 @@ def test_a_trace_is_replaced_only_on_demand(tmp_path: Path) -> None:
     assert names == ["000002.npz", "000009.npz", "trace.jsonl"]
 
 
+def test_two_runs_do_not_write_one_trace(tmp_path: Path) -> None:
+    with TraceWriter(tmp_path) as trace:
+        for options in ({}, {"resume": True}, {"force": True}):
+            with pytest.raises(rt.RecmasError, match=r"RM503.*another run writes here"):
+                TraceWriter(tmp_path, **options)
+        trace.add_batch(*batch(1))
+        with pytest.raises(rt.RecmasError, match=r"RM503.*another run"):
+            TraceWriter(tmp_path, force=True)
+    assert [line["id"] for line in lines_of(tmp_path)] == [1]
+    assert (tmp_path / "000001.npz").exists()
+    TraceWriter(tmp_path, resume=True).close()
+
+
 def test_a_trace_of_nothing_is_empty(tmp_path: Path) -> None:
     TraceWriter(tmp_path).close()
     assert (tmp_path / RECORDS_NAME).read_bytes() == b""

@@ -65,7 +65,7 @@ def load_data(path: Path, protocol: Protocol, *, shown: tuple[str, ...]) -> Data
         row = rows[index]
         try:
             question = _question(row, index=index, data=protocol.data, shown=shown, file=str(path))
-            record_id = question.record.id
+            record_id = str(question.record.id)
             if record_id in lines:
                 raise _unusable(f"id {record_id!r} is already that of line {lines[record_id]}")
         except RecmasError as error:

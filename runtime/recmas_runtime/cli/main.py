@@ -204,6 +204,11 @@ def _parser() -> argparse.ArgumentParser:
         help="run an alternative on the same engines: single, text, text@N, moa, moa@N, "
         "null-latents, shuffled-latents",
     )
+    run.add_argument(
+        "--date",
+        metavar="YYYY-MM-DD",
+        help="for chat templates that write the date; default: the bundle's, or else today",
+    )
     sampling = run.add_argument_group("sampling, over the bundle's own settings")
     sampling.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="most tokens of an answer"

@@ -55,7 +55,11 @@ def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Proble
     overrides = _sampling_overrides(options)
     check_sampling(structs.replace(SamplingPlan(), **overrides))  # before anything takes long
     system = load(
-        options.bundle, device=options.device, threads=options.threads, ask=terminal_ask()
+        options.bundle,
+        device=options.device,
+        threads=options.threads,
+        ask=terminal_ask(),
+        date=options.date,
     ).baseline(options.baseline)
     sampling = structs.replace(system.plan.sampling, **overrides)
     if options.batch is not None:

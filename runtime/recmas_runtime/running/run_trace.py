@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.core.files import reason_of
+from recmas_runtime.core.files import exclusive, reason_of
 from recmas_runtime.core.jsonl import JsonLines
 from recmas_runtime.running.records import Record
 from recmas_runtime.tools.calls import ToolResult
@@ -95,7 +96,8 @@ class TraceWriter:
     afresh, says otherwise.
 
     Raises:
-        RecmasError: RM503 if it cannot be written, RM520 if a trace is there.
+        RecmasError: RM503 if it cannot be written or another run writes there, RM520 if a trace is
+            there.
     """
 
     def __init__(self, folder: Path, *, resume: bool = False, force: bool = False) -> None:
@@ -110,10 +112,13 @@ class TraceWriter:
                     hint="Name another folder, or write over it with --force.",
                 )
             folder.mkdir(parents=True, exist_ok=True)
-            if not resume:
-                self._remove_messages(lines)
-            self._lines = JsonLines(lines)
-            self._lines.keep(None if resume else 0)
+            with ExitStack() as stack:
+                self._lines = stack.enter_context(JsonLines(lines))
+                stack.enter_context(exclusive(lines, code="RM503", what="run"))
+                if not resume:
+                    self._remove_messages(lines)
+                self._lines.keep(None if resume else 0)
+                self._open = stack.pop_all()
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -151,12 +156,11 @@ class TraceWriter:
 
     def close(self) -> None:
         """Bring the trace to the disk and close its files."""
-        try:
-            self._lines.sync()
-        except OSError as error:
-            raise self._unwritable(error) from error
-        finally:
-            self._lines.close()
+        with self._open:
+            try:
+                self._lines.sync()
+            except OSError as error:
+                raise self._unwritable(error) from error
 
     def __enter__(self) -> Self:
         return self

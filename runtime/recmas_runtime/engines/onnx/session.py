@@ -158,12 +158,12 @@ def call_onnx(call: Callable[..., Any], *arguments: Any) -> Any:
         return call(*arguments)
     # A dozen unrelated classes, as for graphs that it refuses.
     except Exception as error:
-        reason = first_line(error)
+        message = f"ONNX Runtime {onnx_runtime().__version__} fails: {first_line(error)}"
         if is_out_of_memory(error):
-            raise OutOfMemoryError(reason) from error
+            raise OutOfMemoryError(message) from error
         raise fail(
             "RM507",
-            f"ONNX Runtime {onnx_runtime().__version__} fails: {reason}",
+            message,
             hint="Run `recmas verify` on the bundle; if it passes, upgrade onnxruntime.",
         ) from error
 
