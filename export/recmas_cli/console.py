@@ -16,10 +16,18 @@ import click
 
 from recmas_cli.printing import envelope, report, show
 from recmas_cli.printing import note as note_line
-from recmas_runtime.core.errors import Exit, Problem, RecmasError, fail, missing_package
+from recmas_runtime.core.errors import (
+    Exit,
+    Problem,
+    RecmasError,
+    fail,
+    is_out_of_memory,
+    missing_package,
+)
 from recmas_runtime.core.files import write_whole
 from recmas_runtime.core.progress import Advance, Progress, Silent
 from recmas_runtime.core.terminal import harmless
+from recmas_runtime.core.text import first_line
 from recmas_runtime.formats.precisions import DEVICES
 
 # Where nobody watches a bar, a line now and then shows that it is alive.
@@ -117,7 +125,12 @@ def _told() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise missing_package(error) from error
-    except OSError as error:
+    except (MemoryError, RuntimeError, OSError) as error:
+        if is_out_of_memory(error):
+            hint = "Free memory, or choose smaller backbones or limits."
+            raise fail("RM702", f"memory ran out: {first_line(error)}", hint=hint) from error
+        if not isinstance(error, OSError):
+            raise
         reason = error.strerror or str(error)
         where = "" if error.filename is None else f" {os.fsdecode(error.filename)}"
         hint = "Choose another place, or make room."

@@ -24,7 +24,8 @@ def cache_argument(model: object) -> str:
     Raises:
         RecmasError: RM202 if it takes none.
     """
-    return _name(type(model))
+    kind: Any = type(model)
+    return _name(kind)
 
 
 def with_cache(model: object, cache: object) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def with_cache(model: object, cache: object) -> dict[str, Any]:
 
 
 @cached
-def _name(kind: type[Any]) -> str:
+def _name(kind: Any) -> str:
     parameters = inspect.signature(kind.forward).parameters
     name = next((name for name in _NAMES if name in parameters), None)
     if name is None:

@@ -20,7 +20,7 @@ from recmas_runtime.core.errors import fail
 from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.prompts.exerciser import sample_texts
 
-_FILE: Final = "tokenizer.json"
+TOKENIZER_FILE: Final = "tokenizer.json"
 _SHOWN_TOKENS: Final = 4
 # The named special tokens that a chat template may write without spelling them.
 _NAMED: Final = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -47,14 +47,14 @@ def load_tokenizer(
     if not tokenizer.is_fast:
         raise fail(
             "RM202",
-            f"backbone {source!r} has no {_FILE}, only a slow Python tokenizer",
-            hint=f"Choose a backbone whose repository has a {_FILE}.",
+            f"backbone {source!r} has no {TOKENIZER_FILE}, only a slow Python tokenizer",
+            hint=f"Choose a backbone whose repository has a {TOKENIZER_FILE}.",
         )
     if gguf is not None:
         split_as_named(tokenizer.backend_tokenizer, gguf, source=source)
-    elif (folder / _FILE).is_file():
+    elif (folder / TOKENIZER_FILE).is_file():
         tokenizer = _from_own_file(folder, load, usual=tokenizer)
-        _compare(_whole(tokenizer.backend_tokenizer), folder / _FILE, source)
+        _compare(_whole(tokenizer.backend_tokenizer), folder / TOKENIZER_FILE, source)
     _whole(tokenizer.backend_tokenizer)
     return tokenizer
 

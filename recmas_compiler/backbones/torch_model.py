@@ -24,14 +24,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from recmas_compiler.backbones.chat_files import GIVE_A_TEMPLATE, PLAIN_TEMPLATE, puts_first
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.gguf_file import read_gguf_values, refuse_adapter
-from recmas_compiler.backbones.own_tokenizer import check_rows, load_tokenizer
+from recmas_compiler.backbones.own_tokenizer import TOKENIZER_FILE, check_rows, load_tokenizer
 from recmas_compiler.backbones.sources import (
     ADAPTER_CONFIG,
     ResolvedSource,
     files_of,
     model_files,
 )
-from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.errors import RecmasError, fail, is_out_of_memory
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.core.text import first_line
 
@@ -106,8 +106,11 @@ def load_backbone(
             template.
     """
     resolved = files_of(facts, download=True)
+    title = f"loading {facts.source}"
+    if resolved.gguf_file is None and not (resolved.folder / TOKENIZER_FILE).is_file():
+        title += f" (no {TOKENIZER_FILE}: transformers makes one of its vocabulary)"
     with (
-        progress.stage(f"loading {facts.source}"),
+        progress.stage(title),
         _quiet_libraries(),
         _named_errors(facts.source),
         model_only(resolved) as folder,
@@ -359,12 +362,16 @@ def _named_errors(source: str) -> Iterator[None]:
             hint='Install the compiler\'s packages: pip install "recmas[compile]".',
         ) from error
     except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"backbone {source!r} does not fit: {first_line(error)}") from error
         raise fail(
             "RM202",
             f"backbone {source!r} cannot be loaded: {first_line(error)}",
             hint="Choose a causal language model that this version of transformers knows.",
         ) from error
     except OSError as error:
+        if is_out_of_memory(error):
+            raise
         raise fail(
             "RM200",
             f"files of backbone {source!r} are missing or unreadable: {first_line(error)}",

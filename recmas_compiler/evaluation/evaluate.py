@@ -203,7 +203,7 @@ class AnswerOpening:
     def of(cls, bundle: Bundle) -> Self:
         """Render every agent's prompt once, without the texts of a record."""
         plan = bundle.plan
-        day: datetime.date = getattr(plan, "day", None) or datetime.date.today()
+        day = plan.day or datetime.date.today()
         answering = next(s.agent for s in reversed(plan.steps) if isinstance(s, DecodeStep))
         thinking, has_date = "", False
         for name, agent in plan.agents.items():

@@ -18,7 +18,7 @@ _SHORT: Final[Mapping[str, LinkKind]] = {"2layer_ln_res": RELEASED_KIND, "2layer
 
 def kind_of_form(form: object, role: LinkRole) -> LinkKind | None:
     """Return the kind of link that the trainer calls so, or None if recmas has none."""
-    return (FORMS_BY_ROLE[role] | _SHORT).get(form) if isinstance(form, str) else None
+    return {**FORMS_BY_ROLE[role], **_SHORT}.get(form) if isinstance(form, str) else None
 
 
 def form_of_kind(kind: LinkKind, role: LinkRole) -> str | None:

@@ -8,8 +8,9 @@ From the ground up:
   from;
 - `tasks`: what learns: each inner link on its own (`inner`), all links through the whole program
   (`outer`), or, to compare with, the answer agent's own backbone (`finetuning`);
-- `session`: the `train` section with data, backbones and links made ready;
-- `run`: the stages in their order, and the trained links with the receipt that confirms them.
+- `settings`, `preflight`: the `train` section, and what is looked at before a model is loaded;
+- `session`: data, backbones and links made ready; `starts`: what a stage begins with, kept;
+- `run`: the stages in their order; `receipt`: the trained links, and what confirms them.
 
 The differentiable form of the program is `lowering.training_graph`; eager execution is the
 reference. Nothing here prints: figures are returned, and progress is counted where the caller shows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -35,6 +36,9 @@ from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.files import exclusive, sha256_of
 
 OUTER: Final = "outer"
+HIDDEN_STATES: Final = "hidden_states"
+# What a run's folder holds of its own; the user may keep other things there.
+_PLACES: Final = ("inner", OUTER, "lora", "sft", HIDDEN_STATES)
 
 
 @contextmanager
@@ -72,6 +76,8 @@ def prepared_run(
     if method is None:
         _check_writable(settings.links_dir)
     with claimed(folder) if is_main else nullcontext():
+        if is_main:
+            _clear_away(folder)
         examples = settings.examples(spec)
         for place, own in loops:
             newest = newest_head(folder / place / CHECKPOINTS) if resume else None
@@ -207,6 +213,17 @@ def _large_batches(
         for name, size in _batch_sizes(settings.section, stage).items()
         if size > num_records
     )
+
+
+def _clear_away(folder: Path) -> None:
+    """Remove what a killed run was writing; its folder is ours alone now."""
+    for place in _PLACES:
+        for left in list((folder / place).rglob(".*writing*")):
+            with suppress(OSError):
+                if left.is_dir() and not left.is_symlink():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink(missing_ok=True)
 
 
 def _check_writable(folder: Path) -> None:

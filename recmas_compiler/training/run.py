@@ -34,6 +34,7 @@ from recmas_compiler.training.loop.metrics import (
     write_cost,
 )
 from recmas_compiler.training.preflight import (
+    HIDDEN_STATES,
     OUTER,
     check_processes,
     inner_place,
@@ -63,7 +64,6 @@ from recmas_runtime.formats.ids import (
 )
 
 LINKS: Final = "links"
-HIDDEN_STATES: Final = "hidden_states"
 BASELINES: Final = "baselines.json"
 
 

@@ -364,5 +364,11 @@ def test_errors_of_the_spec_hide_none_of_its_files(tmp_path: Path) -> None:
     ran = recmasc("check", "spec.yaml", "--json", cwd=tmp_path)
     assert ran.returncode == Exit.SPEC_INVALID
     problems = json.loads(ran.stdout)["problems"]
-    assert [problem["code"] for problem in problems] == ["RM103", "RM200", "RM126", "RM105", "RM103"]
+    assert [problem["code"] for problem in problems] == [
+        "RM103",
+        "RM200",
+        "RM126",
+        "RM105",
+        "RM103",
+    ]
     assert [problem["line"] for problem in problems] == sorted(p["line"] for p in problems)

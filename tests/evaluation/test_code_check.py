@@ -115,6 +115,19 @@ RIGHT_TEXTS = {
     "lambda": "```python\nadd = lambda a, b: a + b\n```",
     "body": "```python\n    return a + b\n```",
     "prompts_import": "```python\ndef add(a: int, b: int) -> List:\n    return a + b\n```",
+    "tests_before_it": f"```python\ndef test():\n    assert add(1, 2) == 3\n```\n"
+    f"```python\n{RIGHT}\n```",
+    "fence_behind_the_last_line": f"So:\n```python\n{RIGHT}```\nIt adds.",
+    "fence_in_a_docstring": "```python\ndef add(a, b):\n    '''Adds.\n\n    ```\n    add(1, 2)\n"
+    "    ```\n    '''\n    return a + b\n```",
+    "among_prose": f"Here is the function:\n\n{RIGHT}\n\nIt adds.",
+    "in_answer_marks": f"<answer>\n{RIGHT}\n</answer>",
+    "line_ends_of_windows": f"```python\n{RIGHT}\n```".replace("\n", "\r\n"),
+    "dataclass": "```python\nfrom dataclasses import dataclass\n\n\n@dataclass\nclass Pair:\n"
+    "    a: int\n    b: int\n\n\ndef add(a, b):\n    return Pair(a, b).a + b\n```",
+    "after_thinking": f"<think>\n```python\ndef add(a, b):\n    pass\n```\n</think>\n"
+    f"```python\n{RIGHT}\n```",
+    "prints_bytes": f"```python\nimport sys\nsys.stdout.buffer.write(b'x')\n{RIGHT}\n```",
     "recursion": "```python\ndef add(a, b):\n    return b if a == 0 else add(a-1, b+1) if a > 0 "
     "else add(a + 1, b - 1)\n```",
 }

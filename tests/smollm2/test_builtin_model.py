@@ -20,6 +20,7 @@ from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.spec.patterns.starter_specs import starter_spec
 from recmas_compiler.spec.spec import parse_spec
 from recmas_runtime.core.progress import Silent
+from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.prompts.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.smollm2
@@ -73,11 +74,12 @@ LLAMA_CPP_IDS = {
 @pytest.mark.parametrize("text", LLAMA_CPP_IDS)
 def test_tokens_of_the_builtin_are_those_of_llama_cpp(text: str, smollm2: TorchBackbone) -> None:
     expected = [int(i) for i in LLAMA_CPP_IDS[text].split()]
+    template = ChatTemplate(smollm2.chat_template)
     spec = parse_spec(starter_spec("sequential"))
     assert TokenCounter(build_topology(spec).system)("smol", text) == len(expected)
     resolved = resolve_source(SMOLLM2, base_dir=Path())
     counted = read_gguf_tokenizer(resolved.folder / str(resolved.gguf_file))
     assert counted is not None
     assert counted.encode(text).ids == expected
-    assert list(Tokenizer(smollm2.tokenizer_json, smollm2.chat_template).encode(text)) == expected
+    assert list(Tokenizer(smollm2.tokenizer_json, template).encode(text)) == expected
     assert smollm2.tokenizer(text, add_special_tokens=False).input_ids == expected

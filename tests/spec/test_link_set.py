@@ -30,7 +30,7 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def whole(word: str) -> dict[str, str]:
-    return {name: f"{word} {name}" for name in NAMES} | {"notes.txt": "mine"}
+    return {name: f"{word} {name}" for name in NAMES}
 
 
 def killed_at(action: Callable[[], object], place: int) -> bool:
@@ -63,23 +63,34 @@ def killed_at(action: Callable[[], object], place: int) -> bool:
     return False
 
 
-def test_a_kill_anywhere_leaves_one_of_the_two_sets(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_more", [False, True])
+@pytest.mark.parametrize("can_exchange", [False, True])
+def test_a_kill_anywhere_leaves_one_of_the_two_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, has_more: bool, can_exchange: bool
+) -> None:
     folder, place, seen = tmp_path / "links", 0, set()
+    more = {"notes.txt": "mine"} if has_more else {}
+    if not can_exchange:
+        monkeypatch.setattr("recmas_compiler.links.link_set._exchanged", lambda *_: False)
     while True:
         write_set(folder, "old")
-        (folder / "notes.txt").write_text("mine")
+        for name, text in more.items():
+            (folder / name).write_text(text)
         if not killed_at(lambda: write_set(folder, "new"), place):
             break
+        if not has_more and can_exchange:
+            assert content(folder) in (whole("old"), whole("new")), "also without any repair"
         finish_replacing(folder)
         found = content(folder)
-        assert found in (whole("old"), whole("new")), f"killed before call {place}"
+        assert found in (whole("old") | more, whole("new") | more), f"killed before call {place}"
         seen.add(found[RECEIPT_NAME])
         place += 1
-    assert place > 15
+    assert place > 12
     assert len(seen) == 2
-    assert content(folder) == whole("new")
+    assert content(folder) == whole("new") | more
     write_set(folder, "newest")
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*NAMES, "notes.txt"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*NAMES, *more])
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_what_fails_leaves_the_set_that_was_there(tmp_path: Path) -> None:
@@ -105,3 +116,20 @@ def test_a_folder_in_the_place_of_a_link_stops_before_anything_is_replaced(tmp_p
     with pytest.raises(IsADirectoryError):
         write_set(folder, "new")
     assert content(folder)[RECEIPT_NAME] == f"old {RECEIPT_NAME}"
+
+
+def test_a_folder_that_cannot_be_renamed_is_written_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "links"
+    write_set(folder, "old")
+    (tmp_path / "other").symlink_to("links")
+    write_set(tmp_path / "other", "new")
+    assert content(folder) == whole("new")
+    assert (tmp_path / "other").is_symlink()
+    monkeypatch.setattr("recmas_compiler.links.link_set._can_be_renamed", lambda _: False)
+    inode = folder.stat().st_ino
+    write_set(folder, "newest")
+    assert content(folder) == whole("newest")
+    assert folder.stat().st_ino == inode
+    assert len(list(folder.iterdir())) == len(NAMES)

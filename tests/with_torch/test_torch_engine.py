@@ -19,7 +19,7 @@ from recmas_runtime.formats.links import Operands, load_operands, stack_operands
 from recmas_runtime.formats.manifest import LinkEntry
 from recmas_runtime.formats.precisions import TOLERANCES
 
-LENGTHS = np.array([5, 11, 8])
+LENGTHS = np.array([5, 11, 8, 7])
 CAPACITY, NUM_STEPS = 64, 4
 
 KINDS = get_args(LinkKind)
@@ -145,8 +145,8 @@ def test_rows_move_to_another_cache(tiny: LoadTiny, inner_of) -> None:
     inner = stack_operands([operands])
     engine = TorchEngine(own(backbone), compiled=False)
     sequences = prompts(backbone)
-    cache = engine.new_cache(3, CAPACITY)
-    start = np.zeros(3, np.int64)
+    cache = engine.new_cache(len(LENGTHS), CAPACITY)
+    start = np.zeros(len(LENGTHS), np.int64)
     _, thought, following = engine.forward(cache, padded(sequences), start, LENGTHS - 1, inner)
     chosen = [2, 0]
     other = engine.new_cache(2, 2 * CAPACITY)
@@ -172,8 +172,8 @@ def test_rows_are_read_as_the_runtime_reads_them(tiny: LoadTiny, inner_of) -> No
     _, operands = inner_of(backbone.facts.width)
     engine = TorchEngine(own(backbone), compiled=False)
     sequences = prompts(backbone)
-    cache = engine.new_cache(3, CAPACITY)
-    start = np.zeros(3, np.int64)
+    cache = engine.new_cache(len(LENGTHS), CAPACITY)
+    start = np.zeros(len(LENGTHS), np.int64)
     engine.forward(cache, padded(sequences), start, LENGTHS - 1, stack_operands([operands]))
     with torch.no_grad():
         out = backbone.body(inputs_embeds=sequences[2][None], use_cache=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone, weights_digest
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Silent
+from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.prompts.exerciser import sample_texts
 from recmas_runtime.prompts.tokenizer import Tokenizer as RuntimeTokenizer
 
@@ -272,7 +274,7 @@ def test_the_tokenizer_is_that_of_the_models_own_file(named: str, tmp_path: Path
     """transformers makes some classes anew from the vocabulary, with a split of their own."""
     own = write_with_tokenizer(tmp_path, tokenizer_class=named)
     backbone = load_folder(tmp_path)
-    ours = RuntimeTokenizer(backbone.tokenizer_json, backbone.chat_template)
+    ours = RuntimeTokenizer(backbone.tokenizer_json, ChatTemplate(backbone.chat_template))
     for text in [*sample_texts(["<extra>", "<|eot_id|>"]), "It costs 1234567 dollars.\n\nNext"]:
         expected = own.encode(text, add_special_tokens=False).ids
         assert list(ours.encode(text)) == expected, text
@@ -286,7 +288,7 @@ def test_tokens_that_the_settings_add_are_kept(tmp_path: Path) -> None:
     own = write_with_tokenizer(tmp_path, extra_special_tokens=["<more>"])
     assert own.token_to_id("<more>") is None
     backbone = load_folder(tmp_path)
-    ours = RuntimeTokenizer(backbone.tokenizer_json, backbone.chat_template)
+    ours = RuntimeTokenizer(backbone.tokenizer_json, ChatTemplate(backbone.chat_template))
     assert ours.encode("<more>") == (own.get_vocab_size(),)
 
 
@@ -393,3 +395,32 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     code, text = refusal(tmp_path)
     assert code == "RM202"
     assert "has its weights in pytorch_model.bin and in no safetensors file" in text
+
+
+class Titles(Silent):
+    """Keeps what is said of every stage."""
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+
+    @contextmanager
+    def stage(self, title: str, total: int | None = None, *, done: int = 0) -> Iterator[Any]:
+        self.titles.append(title)
+        with super().stage(title, total, done=done) as advance:
+            yield advance
+
+
+def test_a_vocabulary_without_a_tokenizer_file_is_said(tmp_path: Path) -> None:
+    write_tiny_backbone(tmp_path, "qwen2")
+    path = tmp_path / "tokenizer.json"
+    own = json.loads(path.read_text())
+    path.unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(own["model"]["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in own["model"]["merges"])
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    edit(tmp_path / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
+    progress = Titles()
+    backbone = load_backbone(facts_of(tmp_path), progress=progress)
+    assert "no tokenizer.json: transformers makes one of its vocabulary" in progress.titles[0]
+    ours = RuntimeTokenizer(backbone.tokenizer_json, ChatTemplate(backbone.chat_template))
+    assert ours.encode("7<|im_end|>")[-1] == backbone.eos_token_ids[-1]

@@ -21,6 +21,10 @@ _BUILTINS: Final = frozenset(dir(builtins))
 READS_INPUT: Final = re.compile(r"\binput\b|\bstdin\b|\bopen\(0")
 
 
+_CODE_LINE: Final = re.compile(r"(?:async def|def|class|import|from)\s+\w|@\w")
+_MAX_PROSE_LINES: Final = 200  # behind the code; each is tried
+
+
 @dataclass
 class _Block:
     fence: str
@@ -28,6 +32,11 @@ class _Block:
     indent: int
     is_quoted: bool
     lines: list[str] = field(default_factory=list)
+
+    def is_closed_by(self, found: re.Match[str]) -> bool:
+        """Tell whether a fence ends the block; one that is further in is part of its text."""
+        indent = len(found["before"].expandtabs(4))
+        return found["fence"].startswith(self.fence) and indent <= self.indent + 3
 
     @property
     def code(self) -> str:
@@ -45,11 +54,11 @@ def extract_code(text: str, names: Collection[str] = (), *, is_script: bool = Fa
     script: that reads input), if one does; else the last one that defines something; else the last.
     Blocks that define what that block lacks come along. A fence that was never closed, because the
     text was cut off, reaches to the end, and counts where no other does. A text without blocks
-    counts if all of it is code.
+    counts if all of it is code, or its part that defines one of the names.
     """
     blocks = [code for code in _blocks(text) if code.strip()]
     if not blocks:
-        return text.strip("\n") if is_code(text) else None
+        return text.strip("\n") if is_code(text) else _among_prose(text, names)
     chosen = _chosen(blocks, names, is_script=is_script)
     return _with_missing(chosen, blocks, names).strip("\n")
 
@@ -104,6 +113,19 @@ def imported_packages(code: str) -> frozenset[str]:
     return frozenset(found - sys.stdlib_module_names - {"__main__"})
 
 
+def _among_prose(text: str, names: Collection[str]) -> str | None:
+    """Return the lines of a text without blocks that are Python and define one of the names."""
+    lines = text.splitlines()
+    starts = [i for i, line in enumerate(lines) if _CODE_LINE.match(line)]
+    if not starts or not any(defines(text, name) for name in names):
+        return None
+    for end in range(len(lines), max(starts[0], len(lines) - _MAX_PROSE_LINES), -1):
+        code = "\n".join(lines[starts[0] : end])
+        if parses(code) and any(defines(code, name) for name in names):
+            return code.strip("\n")
+    return None
+
+
 def _chosen(blocks: Sequence[str], names: Collection[str], *, is_script: bool) -> str:
     asked = [block for block in blocks if any(defines(block, name) for name in names)]
     if is_script:
@@ -141,7 +163,12 @@ def _blocks(text: str) -> list[str]:
         if block is None or (found and info and found["fence"][0] == block.fence[0]):
             if found:
                 block = _opened(found, info)
-        elif found and not info and found["fence"].startswith(block.fence):
+        elif found and not info and block.is_closed_by(found):
+            if block.language in _PYTHON:
+                closed.append(block.code)
+            block = None
+        elif line.rstrip().endswith(block.fence) and not found:  # behind the last line of code
+            block.lines.append(line.rstrip().removesuffix(block.fence))
             if block.language in _PYTHON:
                 closed.append(block.code)
             block = None

@@ -81,7 +81,8 @@ def save_checkpoint(
         step=step, identity=identity, machine=machine, state=state, tensors_sha256=digest
     )
     try:
-        _remove(staged)
+        for left in folder.glob(f".{PREFIX}*.writing"):  # a killed run's
+            _remove(left)
         staged.mkdir(parents=True)
         _write_durably(staged / _TENSORS, content)
         _write_durably(staged / STATE, text.encode())

@@ -260,7 +260,8 @@ class Loop:
         factor = partial(rate_factor, steps=num_steps, warmup_steps=section.warmup_steps)
         rates = LambdaLR(self._optimizer, factor, last_epoch=self._step_done - 1)
         if self._step_done == 0:
-            self._measure()
+            with progress.stage(f"{title}: measuring what is held out"):
+                self._measure()
         stopped = False
         with progress.stage(title, num_steps, done=self._step_done) as advance:
             while self._step_done < num_steps and not stopped:

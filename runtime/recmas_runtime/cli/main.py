@@ -196,11 +196,6 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on with an output file; tries failures again"
     )
     files.add_argument("--force", action="store_true", help="write over an output or trace")
-    run.add_argument(
-        "--date",
-        metavar="YYYY-MM-DD",
-        help="for chat templates that write the date; default: the bundle's, or today",
-    )
     run.add_argument("--trace", type=Path, metavar="DIR", help="write messages and steps here")
     run.add_argument(
         "--baseline",
@@ -208,6 +203,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="run an alternative on the same engines: single, text, text@N, moa, moa@N, "
         "null-latents, shuffled-latents",
+    )
+    run.add_argument(
+        "--date",
+        metavar="YYYY-MM-DD",
+        help="for chat templates that write the date; default: the bundle's, or else today",
     )
     sampling = run.add_argument_group("sampling, over the bundle's own settings")
     sampling.add_argument(

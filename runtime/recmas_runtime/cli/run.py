@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +20,7 @@ from recmas_runtime.core.printing import note, write_out
 from recmas_runtime.core.progress import LineProgress, Silent
 from recmas_runtime.core.text import counted, time_left
 from recmas_runtime.formats.codec import to_json
-from recmas_runtime.formats.plan import MAX_SEED, SamplingPlan, parse_day
+from recmas_runtime.formats.plan import MAX_SEED, SamplingPlan
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.answer_file import IDENTITY_SUFFIX, AnswerWriter
 from recmas_runtime.running.records import (
@@ -60,7 +59,7 @@ def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Proble
         device=options.device,
         threads=options.threads,
         ask=terminal_ask(),
-        day=_day(options.date),
+        date=options.date,
     ).baseline(options.baseline)
     sampling = structs.replace(system.plan.sampling, **overrides)
     if options.batch is not None:
@@ -273,13 +272,6 @@ def _given_fields(options: argparse.Namespace) -> dict[str, object] | None:
             raise fail("RM506", "the question is given twice", hint=_HELP)
         fields["question"] = options.question
     return fields or None
-
-
-def _day(text: str | None) -> date | None:
-    try:
-        return None if text is None else parse_day(text)
-    except ValueError:
-        raise fail("RM506", f"--date {text!r} is no day as YYYY-MM-DD", hint=_HELP) from None
 
 
 _HELP: Final = "See `recmas run --help`."

@@ -119,7 +119,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     # RM7xx: training
     "RM700": (Exit.RUN_FAILED, "training data that cannot be used"),
     "RM701": (Exit.RUN_FAILED, "the loss is no number any more, or it diverges"),
-    "RM702": (Exit.RUN_FAILED, "training needs more memory than there is"),
+    "RM702": (Exit.RUN_FAILED, "training, or loading a backbone, needs more memory than there is"),
     "RM703": (Exit.USAGE, "--resume with the checkpoints of another run"),
     "RM704": (Exit.USAGE, "a number of processes that this run cannot have"),
     "RM705": (Exit.USAGE, "a training stage that has nothing to learn"),
@@ -216,10 +216,12 @@ def missing_package(error: ModuleNotFoundError, *, extra: str = "compile") -> Re
     )
 
 
-# What allocators say, in the words of ONNX Runtime, the C++ library, CUDA and the system.
+# What allocators say, in the words of ONNX Runtime, the C++ library, CUDA, the system, torch,
+# oneDNN and numpy.
 _OUT_OF_MEMORY: Final = re.compile(
     r"bad[_ ]alloc|failed to allocate|cannot allocate|out of memory|allocate memory|"
-    r"allocation failed|not enough memory|failed to map segment",
+    r"allocation failed|alloc failed|not enough memory|DefaultCPUAllocator|unable to mmap|"
+    r"unable to allocate|could not create a (?:primitive|memory)|failed to map segment",
     re.IGNORECASE,
 )
 

@@ -19,7 +19,7 @@ from recmas_runtime.formats.bundle import Bundle, open_bundle
 from recmas_runtime.formats.codec import malformed
 from recmas_runtime.formats.links import read_operands
 from recmas_runtime.formats.manifest import PLAN_NAME, Manifest
-from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant
+from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant, parse_day
 from recmas_runtime.prompts.chat_template import read_template
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Chat, Prompt
 from recmas_runtime.prompts.sampler import check_sampling
@@ -64,7 +64,7 @@ def load(
     threads: int | None = None,
     functions: Mapping[str, Function] | None = None,
     ask: Function | None = None,
-    day: datetime.date | None = None,
+    date: str | None = None,
 ) -> System:
     """Open a bundle and its engines.
 
@@ -76,11 +76,14 @@ def load(
         functions: Tools of the caller, by the names that the spec declares; each maps the text of
             a call to the text of its result.
         ask: Puts a question of the model to a human and returns the reply; None if nobody is there.
-        day: For chat templates that write the date; None for that of the bundle, or else today.
+        date: `YYYY-MM-DD` for chat templates that write the date; None for the bundle's, or else
+            today, which then stays for this system.
 
     Raises:
-        RecmasError: RM40x for a bundle that is not whole, RM504 for a device that is not there.
+        RecmasError: RM40x for a bundle that is not whole, RM504 for a device that is not there,
+            RM506 for a date that is none.
     """
+    day = None if date is None else _given_day(date)
     bundle = open_bundle(Path(path), verify_hashes=False)
     tools = bundle.plan.tools
     toolbox = None
@@ -297,10 +300,13 @@ class System:
     def prompt_day(self) -> str | None:
         """The date that prompts show, as YYYY-MM-DD; None if no chat template writes one."""
         hello = [{"role": "user", "content": "Hello"}]
-        for chat in self._loaded.chats.values():
+        for agent in self.plan.agents.values():
+            template = self._loaded.chats[agent.backbone].template
             try:
-                if chat.template.changes_with_the_day(hello, **DEFAULT_VARIABLES):
-                    return chat.template.day.isoformat()
+                if template.changes_with_the_day(
+                    hello, **{**DEFAULT_VARIABLES, **agent.chat_template}
+                ):
+                    return self.date
             except RecmasError:
                 continue  # such a template fails for every record, which is told there
         return None
@@ -461,6 +467,13 @@ class _Ready:
     index: int
     record: Record
     prompts: RecordPrompts
+
+
+def _given_day(text: str) -> datetime.date:
+    try:
+        return parse_day(text)
+    except ValueError as error:
+        raise fail("RM506", f"the date is none: {error}", hint="Write YYYY-MM-DD.") from error
 
 
 def _day_of(plan: Plan) -> datetime.date | None:
