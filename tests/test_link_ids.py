@@ -24,7 +24,12 @@ IDS = "recmas_runtime.formats.ids"
 # What is no id: module -> its literals.
 OTHER_ARROWS = {
     "recmas_cli.train": {" -> "},  # a figure before and after
-    "recmas_compiler.analysis.draw": {"-->", "-.->", "-. next round .->"},  # arrows of Mermaid
+    "recmas_compiler.analysis.draw": {
+        "-->",
+        "-.->",
+        "-. next round .->",
+        "-. reuses cache .->",
+    },  # arrows of Mermaid
     "recmas_compiler.ir.printer": {"->"},  # widths
     "recmas_compiler.spec.schema.declared": {
         "Write `source -> target` with the names of two agents."

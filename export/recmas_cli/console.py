@@ -135,6 +135,13 @@ def _told() -> Iterator[None]:
         where = "" if error.filename is None else f" {os.fsdecode(error.filename)}"
         hint = "Choose another place, or make room."
         raise fail("RM303", f"cannot read or write{where}: {reason}", hint=hint) from error
+    except RecmasError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        hint = "Free memory, lower the batch, or take a smaller backbone or precision."
+        raise fail("RM507", "memory runs out", hint=hint) from error
 
 
 class RichProgress:

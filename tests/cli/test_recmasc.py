@@ -360,15 +360,11 @@ def test_errors_of_the_spec_hide_none_of_its_files(tmp_path: Path) -> None:
     assert "nowhere" in text
     assert "build: {" in text
     build = "build: {loss_text: gone.txt, max_batch: -1, "
-    (tmp_path / "spec.yaml").write_text(re.sub(r"build: \{[^}]*\}", f"{build}seed: 1}}", text))
+    wrong = re.sub(r"build: \{[^}]*\}", f"{build}seed: 1}}", text)
+    (tmp_path / "spec.yaml").write_text(wrong)
     ran = recmasc("check", "spec.yaml", "--json", cwd=tmp_path)
     assert ran.returncode == Exit.SPEC_INVALID
     problems = json.loads(ran.stdout)["problems"]
-    assert [problem["code"] for problem in problems] == [
-        "RM103",
-        "RM200",
-        "RM126",
-        "RM105",
-        "RM103",
-    ]
+    codes = [problem["code"] for problem in problems]
+    assert codes == ["RM103", "RM200", "RM126", "RM105", "RM103"]
     assert [problem["line"] for problem in problems] == sorted(p["line"] for p in problems)

@@ -10,6 +10,8 @@ Environment:
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import faulthandler
 import io
 import json
 import os
@@ -34,6 +36,7 @@ from recmas_runtime.core.errors import CODES, Exit
 LIMIT_S: Final = float(os.environ.get("RECMAS_FAULTS_LIMIT_S", "60"))
 # Far above what a case needs, far below what would take this machine down.
 MEMORY_BYTES: Final = 12 * 2**30
+_END_WITH_PARENT: Final = 1  # PR_SET_PDEATHSIG
 STATUSES: Final = frozenset(int(status) for status in Exit)
 # What a program of recmas never prints, whatever it was given.
 NEVER: Final = (
@@ -232,6 +235,9 @@ def _as_program(action: Callable[[], object], limits: Sequence[tuple[int, int]])
     """Do in a fresh child what Python does around a program, and end it."""
     status = 1
     try:
+        faulthandler.disable()
+        # ends with the process that waits for it, should that be ended
+        ctypes.CDLL(None).prctl(_END_WITH_PARENT, signal.SIGKILL)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)

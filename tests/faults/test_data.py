@@ -114,6 +114,11 @@ CHOICES: Final = {"text": ["red", "green", "blue", "white"], "label": ["A", "B",
 # One record of every protocol, as its data set is published.
 PUBLISHED: Final[dict[str, dict[str, Any]]] = {
     "aime": {"ID": "2024-1", "Problem": "Find x.", "Answer": 204},
+    "aqua_rat": {
+        "question": "How much?",
+        "options": ["A)5", "B)6", "C)7", "D)8", "E)9"],
+        "correct": "C",
+    },
     "arc_challenge": {"id": "m1", "question": "Which?", "choices": CHOICES, "answerKey": "B"},
     "arc_easy": {"id": "e1", "question": "Which?", "choices": CHOICES, "answerKey": "2"},
     "bamboogle": {"Question": "Who was it?", "Answer": "Ada Lovelace"},
@@ -162,6 +167,7 @@ PUBLISHED: Final[dict[str, dict[str, Any]]] = {
         "answer_idx": "B",
         "options": {"A": "a", "B": "b", "C": "c", "D": "d"},
     },
+    "mmlu": {"question": "Which?", "subject": "law", "choices": ["a", "b", "c", "d"], "answer": 2},
     "strategyqa": {"qid": "s1", "question": "Is it so?", "answer": True},
 }
 IDS: Final = ("id", "ID", "Record ID", "task_id", "question_id", "unique_id", "qid")

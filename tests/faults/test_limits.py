@@ -196,7 +196,7 @@ def test_odd_names(part: int, whole_bundle: Path, backbones: Path) -> None:
                 shown = outcome.text[-700:]
                 yield f"{' '.join(arguments)!r}: {'; '.join(faults)} ({outcome.status}): {shown!r}"
 
-    try_cases("names", 4 * len(ODD_NAMES), part, attempt)
+    try_cases("names", 2 * len(ODD_NAMES), part, attempt)
 
 
 def write_spec(folder: Path) -> None:

@@ -22,12 +22,14 @@ from transformers import (
 
 from kit.models import COMMON_DIMS, FAMILIES, LoadTiny, load_folder, write_tiny_backbone
 from recmas_compiler.backbones import own_tokenizer
+from recmas_compiler.backbones.chat_files import PLAIN_TEMPLATE
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone, weights_digest
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Silent
 from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.prompts.exerciser import sample_texts
+from recmas_runtime.prompts.render import Chat
 from recmas_runtime.prompts.tokenizer import Tokenizer as RuntimeTokenizer
 
 
@@ -424,3 +426,19 @@ def test_a_vocabulary_without_a_tokenizer_file_is_said(tmp_path: Path) -> None:
     assert "no tokenizer.json: transformers makes one of its vocabulary" in progress.titles[0]
     ours = RuntimeTokenizer(backbone.tokenizer_json, ChatTemplate(backbone.chat_template))
     assert ours.encode("7<|im_end|>")[-1] == backbone.eos_token_ids[-1]
+
+
+@pytest.mark.parametrize(("family", "puts_first"), [("llama", True), ("phi3", False)])
+def test_plain_text_begins_with_what_the_tokenizer_itself_puts_first(
+    tmp_path: Path, family: str, puts_first: bool
+) -> None:
+    folder = write_tiny_backbone(tmp_path / family, family, num_hidden_layers=1)
+    (folder / "chat_template.jinja").unlink()
+    backbone = load_backbone(facts_of(folder), progress=Silent(), template=PLAIN_TEMPLATE)
+    assert backbone.bos_token is not None
+    assert ("bos_token" in backbone.special_tokens) is puts_first
+    chat = Chat.load(backbone.tokenizer_json, backbone.chat_template, backbone.special_tokens)
+    rendered = chat.template.render(
+        [{"role": "user", "content": "the plan"}], add_generation_prompt=True
+    )
+    assert list(chat.tokenizer.encode(rendered)) == backbone.tokenizer("the plan").input_ids

@@ -172,27 +172,19 @@ def _prompt_problems(bundle: Bundle, loaded: LoadedBundle) -> list[Problem]:
     ]
     if problems:
         return problems
-    # As tokens, too, and with so little text that a prompt which is too long fits no record. What
-    # is of another kind than text is for records to say.
-    record = Record(id="1", fields=dict.fromkeys(plan.fields, "7"))
-    with _refusals_as_findings(problems):
-        System(plan, loaded).prompts(record)
-    with _refusals_as_findings(problems):
-        problems += _changed_prompts(bundle.manifest, prompt_digests(plan, chats))
-    return problems
-
-
-@contextmanager
-def _refusals_as_findings(problems: list[Problem]) -> Iterator[None]:
-    """Note why a prompt cannot be built, but for what another record may have otherwise."""
+    # As tokens, too; what is of another kind than text is for records to say.
+    # The shortest texts: a prompt that is too long with these fits no record.
+    record = Record(id="1", fields=dict.fromkeys(plan.fields, "1"))
     try:
-        yield
+        System(plan, loaded).prompts(record)
+        problems += _changed_prompts(bundle.manifest, prompt_digests(plan, chats))
     except RecmasError as error:
         problems += [
             _disagrees(PLAN_NAME, problem.message)
             for problem in error.problems
             if problem.code != "RM500"
         ]
+    return problems
 
 
 def _changed_prompts(manifest: Manifest, here: PromptDigests) -> list[Problem]:

@@ -473,7 +473,8 @@ def _given_day(text: str) -> datetime.date:
     try:
         return parse_day(text)
     except ValueError as error:
-        raise fail("RM506", f"the date is none: {error}", hint="Write YYYY-MM-DD.") from error
+        hint = "Write it as 2026-01-31."
+        raise fail("RM506", f"{text!r} is no day as YYYY-MM-DD", hint=hint) from error
 
 
 def _day_of(plan: Plan) -> datetime.date | None:

@@ -107,12 +107,12 @@ class BackboneEngine:
     def embed(self, input_ids: Indices) -> Floats:
         """Return the input embeddings [R, S, d] of token ids [R, S]."""
         (embeds,) = call_onnx(self._embed.run, ["inputs_embeds"], {"input_ids": input_ids})
-        return np.asarray(embeds, dtype=np.float32)
+        return _shaped(embeds, (*input_ids.shape, self.entry.width), file=self.entry.embed)
 
     def logits(self, hidden: Floats) -> Floats:
         """Return the logits [R, V] of final hidden states [R, d]."""
         (logits,) = call_onnx(self._head.run, ["logits"], {"hidden": hidden})
-        return np.asarray(logits, dtype=np.float32)
+        return _shaped(logits, (len(hidden), self.entry.vocab_size), file=self.entry.head)
 
     def new_cache(self, rows: int, capacity: int) -> Cache:
         """Return a cache for `rows` sequences of at most `capacity` positions."""
@@ -239,8 +239,22 @@ class LinkEngine:
 
     def __init__(self, path: Path, *, threads: int | None = None, device: Device = "cpu") -> None:
         self._session = make_session(path, threads=threads, device=device)
+        self._file = path.name
 
     def apply(self, x: Floats, operands: Operands) -> Floats:
         """Map vectors [G, N, d_in] through G links at once; returns [G, N, d_out]."""
         (y,) = call_onnx(self._session.run, ["y"], {"x": x, **operands})
-        return np.asarray(y, dtype=np.float32)
+        return _shaped(y, (*x.shape[:2], operands["bias"].shape[-1]), file=self._file)
+
+
+def _shaped(output: object, shape: tuple[int, ...], *, file: str) -> Floats:
+    """Return what a graph gave as numbers; one of another shape would be read as garbage."""
+    if not isinstance(output, np.ndarray) or output.dtype.kind != "f" or output.shape != shape:
+        found = output.shape if isinstance(output, np.ndarray) else type(output).__name__
+        raise fail(
+            "RM507",
+            f"the graph gives {found}, not numbers of shape {shape}",
+            file=file,
+            hint="Build the bundle again, or copy it afresh.",
+        )
+    return np.asarray(output, dtype=np.float32)

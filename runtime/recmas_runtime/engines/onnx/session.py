@@ -28,7 +28,7 @@ PROVIDERS: Final[dict[Device, tuple[str, ...]]] = {
 }
 # Documented options of the CUDA provider. Products in TF32 would keep 10 bits of what float32 says.
 _CUDA_OPTIONS: Final = {"use_tf32": "0"}
-_ERRORS_ONLY: Final = 3
+_FATAL_ONLY: Final = 4  # what is raised need not be printed as well, in colours and unfiltered
 # Threads that wait for the next operator turn in a loop. Sessions take turns on the same cores, so
 # those of a run that has ended must not: they would hold a core that the next session needs.
 _ALWAYS: Final = {"session.force_spinning_stop": "1"}
@@ -103,7 +103,7 @@ def make_session(
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads if threads is not None else physical_cores()
     settings.inter_op_num_threads = 1  # plans are sequences: there is nothing to overlap
-    settings.log_severity_level = _ERRORS_ONLY
+    settings.log_severity_level = _FATAL_ONLY
     for name, value in {**_ALWAYS, **(options or {})}.items():
         settings.add_session_config_entry(name, value)
     if profile is not None:
