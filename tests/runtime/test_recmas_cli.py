@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -271,6 +272,39 @@ def test_an_input_is_never_written_over(hand_bundle: Path, tmp_path: Path, kind:
     assert questions.read_bytes() == before
 
 
+@pytest.mark.parametrize("option", ["--output", "--trace"])
+@pytest.mark.parametrize("place", ["plan.json", "backbones", "new", "by a link"])
+def test_nothing_is_written_into_the_bundle(
+    hand_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    place: str,
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(hand_bundle, bundle)
+    target = bundle / place
+    if place == "by a link":
+        target = tmp_path / "link"
+        target.symlink_to(bundle / "manifest.json")
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    questions = write_questions(tmp_path / "questions.jsonl", "1")
+    arguments = ["run", str(bundle), "--input", str(questions), option, str(target), "--force"]
+    assert main(arguments) == 2
+    assert f"error[RM506]: {option} {target} is inside the bundle" in capsys.readouterr().err
+    after = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_a_bench_writes_nothing_into_the_bundle(
+    hand_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(hand_bundle.rglob("*"))
+    assert main(["bench", str(hand_bundle), "--out", str(hand_bundle / "figures")]) == 2
+    assert "is inside the bundle" in capsys.readouterr().err
+    assert sorted(hand_bundle.rglob("*")) == before
+
+
 def test_a_trace_does_not_write_over_input_or_output(
     hand_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -376,7 +410,7 @@ def test_sampling_settings_reach_the_decode(
         (["run", "B", "q", "--repetition-penalty", "11"], 2, "RM505", "repetition_penalty is 11.0"),
         (["run", "B", "q", "--seed", "4294967296"], 2, "RM505", "seed is 4294967296"),
         (["run", "B", "q", "--resume", "--force", "--output", "x"], 2, "RM506", "not both"),
-        (["run", "B", "q", "--date", "2026-13-01"], 2, "RM506", "the date is none"),
+        (["run", "B", "q", "--date", "2026-13-01"], 2, "RM506", "is no day as YYYY-MM-DD"),
         (["run", "B", "--input", "/dev/zero"], 1, "RM502", "it is a device"),
         (["run", "missing", "q"], 5, "RM400", "is not a folder"),
         (["run", "B", ""], 1, "RM500", "empty question"),
@@ -629,8 +663,8 @@ def test_a_question_that_no_prompt_shows_is_refused(
     )
 
 
-def test_a_name_given_twice_is_a_list(own_bundle: Path) -> None:
-    out = own_bundle / "a.jsonl"
+def test_a_name_given_twice_is_a_list(own_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
     run = ["run", str(own_bundle), "7", "--field", "choices=a", "--field", "choices=b"]
     assert main([*run, "--output", str(out), "--quiet"]) == 0
     assert json.loads(out.read_text())["record"] == {"choices": ["a", "b"], "question": "7"}

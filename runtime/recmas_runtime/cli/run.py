@@ -19,6 +19,7 @@ from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.printing import note, write_out
 from recmas_runtime.core.progress import LineProgress, Silent
 from recmas_runtime.core.text import counted, time_left
+from recmas_runtime.formats.bundle import keep_out
 from recmas_runtime.formats.codec import to_json
 from recmas_runtime.formats.plan import MAX_SEED, SamplingPlan
 from recmas_runtime.prompts.sampler import check_sampling
@@ -291,6 +292,7 @@ def _check_usage(options: argparse.Namespace, fields: Mapping[str, object] | Non
     for message, is_wrong in wrong.items():
         if is_wrong:
             raise fail("RM506", message, hint=_HELP)
+    keep_out(options.bundle, {"--output": target if to_file else None, "--trace": options.trace})
     # Where a run reads and where it writes, none of which may be one file.
     places: dict[str, str | int | None] = {"--input": source, "--output": target}
     if not single and target is None and not options.json:
