@@ -191,6 +191,52 @@ def test_answers_of_another_run_are_not_gone_on_with(
     ]
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([{"id": "a", "question": "1"}], [{"id": "a", "question": "2"}]),
+        ([{"question": "1"}, {"question": "2"}], [{"question": "0"}, {"question": "1"}]),
+        ([{"id": "a", "question": "1", "gold": 1}], [{"id": "a", "question": "1", "gold": 2}]),
+        ([{"id": 1, "question": "1"}], [{"id": "1", "question": "1"}]),
+    ],
+    ids=["another question", "a line more", "another gold answer", "an id that reads alike"],
+)
+def test_answers_to_other_records_are_not_gone_on_with(
+    hand_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    before: list[dict[str, object]],
+    after: list[dict[str, object]],
+) -> None:
+    questions, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    arguments = ["run", str(hand_bundle), "--input", str(questions), "--output", str(out)]
+
+    def ask(records: list[dict[str, object]], *more: str) -> int:
+        questions.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return main([*arguments, *more, "--json"])
+
+    assert ask(before) == 0
+    whole = out.read_bytes()
+    capsys.readouterr()
+    assert ask(after, "--resume") == 2
+    (problem,) = json_of(capsys)["problems"]
+    assert problem["code"] == "RM521"
+    assert problem["message"].endswith("is to another record of this id")
+    assert out.read_bytes() == whole
+    shuffled = [dict(reversed(record.items())) for record in before]
+    assert ask([*shuffled, {"id": "z", "question": "3"}], "--resume") == 0
+    assert out.read_bytes().startswith(whole)
+    assert len(answers_of(out)) == len(before) + 1
+
+
+def test_another_question_does_not_get_the_old_answer(hand_bundle: Path, tmp_path: Path) -> None:
+    arguments = ["run", str(hand_bundle), "--output", str(tmp_path / "a.jsonl"), "--resume"]
+    assert main([*arguments, "1"]) == 0
+    assert main([*arguments, "1"]) == 0
+    assert main([*arguments, "2"]) == 2
+    assert answers_of(tmp_path / "a.jsonl") == [("1", "b")]
+
+
 def test_a_date_in_prompts_is_a_part_of_a_run(
     own_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,8 +125,7 @@ class _Run:
             quiet = options.quiet or not (options.json or options.output)
             progress = Silent() if quiet else LineProgress()
             advance = stack.enter_context(progress.stage("Answered", total))
-            finished = frozenset() if writer is None else writer.finished
-            for batch in self._batches(found, finished):
+            for batch in self._batches(found, writer):
                 self._answer(batch, writer, trace)
                 seen = self.num_answers + self.num_failed + self.num_resumed
                 seconds = time.perf_counter() - start
@@ -175,14 +174,14 @@ class _Run:
             note(_summary(result))
 
     def _batches(
-        self, found: Iterator[Record | FailedRecord], finished: frozenset[str]
+        self, found: Iterator[Record | FailedRecord], writer: AnswerWriter | None
     ) -> Iterator[list[Record | FailedRecord | None]]:
         """Yield batches of records; with each what lies between: failures, None for finished."""
         size = self.options.batch or self.system.plan.limits.max_batch
         batch: list[Record | FailedRecord | None] = []
         num_records = 0
         for item in found:
-            if isinstance(item, Record) and str(item.id) not in finished:
+            if isinstance(item, Record) and not (writer and writer.is_finished(item)):
                 num_records += 1
                 batch.append(item)
             else:
