@@ -136,7 +136,7 @@ def inside(root: Path, relative: str) -> Path:
 
 
 def keep_out(root: Path, places: Mapping[str, str | Path | None]) -> None:
-    """Refuse to write into a bundle: a file of it would be altered, or what is new lost by a build.
+    """Refuse to write into a bundle, whose files may be mapped, and where builds allow no others.
 
     Args:
         root: A folder that may be no bundle, which is then found out later.
