@@ -222,6 +222,10 @@ def test_build_run_and_reuse(project: Path) -> None:
     from_spec = recmasc("run", "spec.yaml", "What is 7 * 8?", "--json", cwd=project)
     (same,) = json.loads(from_spec.stdout)["data"]["answers"]
     assert same["answer"] == answer["answer"]
+    assert "Hashing weights" in from_spec.stderr
+    quiet = recmasc("run", "spec.yaml", "What is 7 * 8?", "--quiet", cwd=project)
+    assert (quiet.returncode, quiet.stdout) == (Exit.OK, f"{answer['answer']}\n")
+    assert "Hashing weights" not in quiet.stderr
 
 
 def test_build_says_what_it_built(project: Path) -> None:
