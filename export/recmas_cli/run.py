@@ -29,12 +29,14 @@ def run(source: Path, arguments: tuple[str, ...]) -> None:
 
 def _run(source: Path, arguments: Sequence[str]) -> int:
     """Return the exit status of `recmas run`, or of a build that failed."""
+    from recmas_runtime.cli.main import check_run
     from recmas_runtime.cli.main import main as runtime_main
 
     bundle = source
     # Not by pathlib, which raises for names that no system takes.
     if not os.path.isfile(source / MANIFEST_NAME):  # noqa: PTH113
         try:
+            check_run([str(source), *arguments])
             bundle = _built(source, quiet="--quiet" in arguments)
         except RecmasError as error:
             report(error.problems, as_json="--json" in arguments)

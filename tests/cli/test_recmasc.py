@@ -228,6 +228,25 @@ def test_build_run_and_reuse(project: Path) -> None:
     assert "Hashing weights" not in quiet.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["q", "--bogus"], "RM506"),
+        ([], "RM506"),
+        (["q", "--input", "x"], "RM506"),
+        (["q", "--temperature", "50"], "RM505"),
+    ],
+)
+def test_run_refuses_arguments_before_it_builds(
+    project: Path, arguments: list[str], code: str
+) -> None:
+    ran = recmasc("run", "spec.yaml", *arguments, cwd=project)
+    assert ran.returncode == Exit.USAGE
+    assert f"error[{code}]" in ran.stderr
+    assert "Hashing weights" not in ran.stderr
+    assert "usage: recmas run" in recmasc("run", "spec.yaml", "--help", cwd=project).stdout
+
+
 def test_build_says_what_it_built(project: Path) -> None:
     built = recmasc("build", "spec.yaml", "-o", "small", "--precision", "int8", cwd=project)
     assert built.returncode == Exit.OK, built.stderr

@@ -51,10 +51,7 @@ def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Proble
     `data` fills as answers come, so that an interruption keeps what is finished. `problems` gets
     what is wrong with single records; the others are answered all the same.
     """
-    fields = _given_fields(options)
-    _check_usage(options, fields)
-    overrides = _sampling_overrides(options)
-    check_sampling(structs.replace(SamplingPlan(), **overrides))  # before anything takes long
+    fields, overrides = check_options(options)
     system = load(
         options.bundle,
         device=options.device,
@@ -75,6 +72,19 @@ def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Proble
             _Run(system, sampling, options, data, problems).answer_all(single)
     finally:
         problems += system.problems
+
+
+def check_options(options: argparse.Namespace) -> tuple[dict[str, object] | None, dict[str, Any]]:
+    """Refuse what no system could do; return the given fields and settings of sampling.
+
+    Raises:
+        RecmasError: RM506 for arguments that contradict each other, RM505 for settings.
+    """
+    fields = _given_fields(options)
+    _check_usage(options, fields)
+    overrides = _sampling_overrides(options)
+    check_sampling(structs.replace(SamplingPlan(), **overrides))
+    return fields, overrides
 
 
 def _stream(
