@@ -7,12 +7,14 @@ files (weights, the sources of recmas itself), never a hand-kept list of fields 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.metadata
 import json
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -39,7 +41,7 @@ from recmas_export.attachments import (
 from recmas_export.bundle_writer import check_target, staged_bundle
 from recmas_runtime.checking.build_tensorrt import build_engines
 from recmas_runtime.core.errors import RecmasError
-from recmas_runtime.core.files import sha256_of
+from recmas_runtime.core.files import clear_away_dead_builds, sha256_of
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.engines.tensorrt.engine_cache import find_platform, timing_caches
 from recmas_runtime.formats.bundle import open_bundle
@@ -176,6 +178,8 @@ def build(
     target = TARGETS[program.system.build.target]
     if target.machine_engines is not None:
         find_platform()
+    with suppress(OSError):  # told where the bundle is written
+        clear_away_dead_builds(out.parent, glob.escape(out.name))
     check_target(out)
     kept_timing = timing_caches(out)
     started = time.perf_counter()

@@ -198,6 +198,16 @@ def test_second_build_reuses_the_bundle_without_torch(built: BuildResult, system
     assert json.loads(done.stdout) == [True, built.fingerprint, 2, []]
 
 
+def test_what_a_killed_build_left_goes_also_where_the_bundle_is_there_already(
+    built: BuildResult, system: Path
+) -> None:
+    left = built.path.with_name(f".{built.path.name}.replaced-0123abcd")
+    left.mkdir()
+    spec, program = compile_system(system)
+    assert build(program, spec=spec, out=built.path).reused
+    assert not left.exists()
+
+
 def test_damaged_bundle_is_not_reused(
     built: BuildResult, system: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
