@@ -22,11 +22,11 @@ import torch
 from torch.export import Dim
 from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from recmas_compiler.backbones.cache_argument import cache_argument
 from recmas_compiler.backbones.facts import BackboneFacts
+from recmas_compiler.backbones.own_head import head_of
 from recmas_compiler.lowering.static_cache import StaticRows, ragged_mask
 from recmas_export.passes.tidy import OPSET
 from recmas_runtime.core.errors import RecmasError, fail
@@ -87,15 +87,14 @@ def trace_embed(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
 
 def trace_head(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
     """Return the raw graph of the head: hidden [B,d] -> logits [B,V]; raises as `trace_body`."""
-    with _without_body(model):
-        return _trace(
-            _Head(model),
-            (torch.zeros(_B, facts.width),),
-            facts=facts,
-            dynamic_shapes=({0: Dim(BATCH, min=1)},),
-            inputs=["hidden"],
-            outputs=["logits"],
-        )
+    return _trace(
+        _Head(model),
+        (torch.zeros(_B, facts.width),),
+        facts=facts,
+        dynamic_shapes=({0: Dim(BATCH, min=1)},),
+        inputs=["hidden"],
+        outputs=["logits"],
+    )
 
 
 def cache_names(prefix: str, num_layers: int) -> list[str]:
@@ -238,31 +237,12 @@ class _Head(torch.nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model = model
+        self.head = head_of(model)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the head, with soft caps and scales where the model has them."""
-        logits: torch.Tensor = self.model(inputs_embeds=hidden[:, None], use_cache=False).logits
+        logits: torch.Tensor = self.head(inputs_embeds=hidden[:, None], use_cache=False).logits
         return logits[:, 0]
-
-
-class _Passthrough(torch.nn.Module):
-    """Stands in for a decoder body: what goes in comes out as the last hidden state."""
-
-    def forward(self, *, inputs_embeds: torch.Tensor, **_others: object) -> BaseModelOutputWithPast:
-        """Return `inputs_embeds` unchanged."""
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
-
-
-@contextmanager
-def _without_body(model: PreTrainedModel) -> Iterator[None]:
-    name = model.base_model_prefix
-    body = getattr(model, name)
-    setattr(model, name, _Passthrough())
-    try:
-        yield
-    finally:
-        setattr(model, name, body)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from recmas_compiler.backbones.chat_files import GIVE_A_TEMPLATE, PLAIN_TEMPLATE, puts_first
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.gguf_file import read_gguf_values, refuse_adapter
+from recmas_compiler.backbones.own_head import head_of
 from recmas_compiler.backbones.own_tokenizer import TOKENIZER_FILE, check_rows, load_tokenizer
 from recmas_compiler.backbones.sources import (
     ADAPTER_CONFIG,
@@ -81,10 +82,14 @@ class TorchBackbone:
         return embeds
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits [..., V] of hidden states [..., d], final softcap included."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
-        softcap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        """Return the logits [..., V] of hidden states [..., d], as the model's own code does."""
+        rows_1Nd = hidden.reshape(1, -1, hidden.shape[-1])
+        logits_1NV: Tensor = self._head(inputs_embeds=rows_1Nd, use_cache=False).logits
+        return logits_1NV.reshape(*hidden.shape[:-1], -1)
+
+    @cached_property
+    def _head(self) -> Any:
+        return head_of(self.model)
 
 
 def load_backbone(

@@ -184,7 +184,7 @@ def test_a_head_that_does_something_unknown_is_refused(
 ) -> None:
     write_tiny_backbone(tmp_path, "llama")
     usual = TorchBackbone.logits
-    # the model scales its logits, as some families do, and our head does not know
+    # as where a model does something between its body and its head
     monkeypatch.setattr(TorchBackbone, "logits", lambda self, h: usual(self, h) * 8)
     code, text = refusal(tmp_path)
     assert code == "RM202"
