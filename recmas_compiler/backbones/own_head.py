@@ -19,7 +19,7 @@ def head_of(model: Any) -> Any:
     The model is left as it was. Both have the same weights in memory.
     """
     head = copy.copy(model)
-    head._modules = {name: module for name, module in model._modules.items()}
+    head._modules = dict(model._modules)
     setattr(head, model.base_model_prefix, _Passed(model))
     return head
 

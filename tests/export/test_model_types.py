@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
-from kit.engines import Exported, make_engine, random_ids, relative
+from kit.engines import Exported, identity_link, make_engine, random_ids, relative
 from kit.models import load_folder
 from kit.zoo import ZOO, write_zoo_model
-from recmas_export.backbone_graph import CPU_DECODER, export_backbone
+from recmas_export.backbone_graph import CPU_DECODER, DECODER, export_backbone
+from recmas_export.parity import make_case
 from recmas_runtime.formats.precisions import TOLERANCES
+from recmas_runtime.running.parity import measure_backbone_parity
 
 TIGHT = TOLERANCES["hidden_relative"] / 10
 
@@ -32,18 +35,17 @@ def test_engine_reference_and_transformers_agree(name: str, tmp_path: Path) -> N
             assert relative(backbone.logits(torch.from_numpy(hidden)).numpy(), wanted) < TIGHT
             (found,) = case.head.run(None, {"hidden": hidden})
             assert relative(found, wanted) < TOLERANCES["logits_relative"]
-    prompts = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    # zeros fill up the shorter row, as in a run: to a norm without an epsilon they are no numbers
+    prompts = np.zeros((len(lengths), max(lengths), case.width), np.float32)
     for row, length in enumerate(lengths):
-        prompts[row, :length] = ids[row][0, :length]
+        prompts[row, :length] = case.embed(ids[row][:, :length])[0]
     last = [length - 1 for length in lengths]
     has_cpu_form = (case.folder / CPU_DECODER).exists()
     for for_cpu in (False, True) if has_cpu_form else (False,):
         engine = make_engine(case, for_cpu=for_cpu)
         cache = engine.new_cache(len(lengths), 64)
         inner = case.no_link()
-        hidden, _, _ = engine.forward(
-            cache, engine.embed(prompts.numpy()), np.zeros(2, np.int64), np.array(last), inner
-        )
+        hidden, _, _ = engine.forward(cache, prompts, np.zeros(2, np.int64), np.array(last), inner)
         for row, length in enumerate(lengths):
             assert relative(hidden[row, :length], expected[row][:length]) < TIGHT
         for step in range(steps):
@@ -54,3 +56,26 @@ def test_engine_reference_and_transformers_agree(name: str, tmp_path: Path) -> N
             )
             for row, position in enumerate(at):
                 assert relative(hidden[row, 0], expected[row][position]) < TIGHT
+
+
+def test_a_case_sees_what_goes_wrong_between_rows(tmp_path: Path) -> None:
+    """A norm whose epsilon is lost is right for every row alone: only what is filled up is not."""
+    backbone = load_folder(write_zoo_model(tmp_path / "model", "helium"))
+    export_backbone(backbone, tmp_path / "graphs", decoders=())
+    inner = identity_link(backbone.facts.width)
+    parity_case = make_case(backbone, inner=torch.nn.Identity())
+
+    def largest() -> float:
+        case = Exported(backbone, tmp_path / "graphs", was_changed=False)
+        parity = measure_backbone_parity(make_engine(case), parity_case, inner)
+        return parity.figures["hidden_relative"]
+
+    assert largest() < TIGHT
+    model = onnx.load(tmp_path / "graphs" / DECODER, load_external_data=False)
+    norms = [node for node in model.graph.node if node.op_type == "RMSNormalization"]
+    assert norms
+    for norm in norms:
+        (epsilon,) = (a for a in norm.attribute if a.name == "epsilon")
+        epsilon.f = 0.0
+    onnx.save(model, tmp_path / "graphs" / DECODER)
+    assert largest() == float("inf")

@@ -42,6 +42,7 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
     },
     "cohere": {"logit_scale": 0.5},
     "cohere2": {**_MIXED, "logit_scale": 0.5},
+    "helium": {"head_dim": 16, "num_key_value_heads": 4},
     "hyperclovax": {
         "attention_multiplier": 0.4,
         "logits_scaling": 4.0,
