@@ -11,6 +11,8 @@ from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.link_kinds import (
     FORMS,
+    PAPER_KIND,
+    TRAINER_KIND,
     LinkInit,
     LinkKind,
     LinkRole,
@@ -146,13 +148,15 @@ def fitting_kind(
     Files of others may lack the metadata; then the names and shapes of their tensors decide.
 
     Args:
-        kind: The kind that it has to be; None for any.
+        kind: The kind that it has to be; None for any. A `residual` link may have biases.
 
     Raises:
         LinkFileError: It is of another kind, does not fit, or was made for another backbone.
     """
     found = link_kind(header, role)
-    if kind not in (None, found):
+    # The trainer's form is the paper's with biases: `residual` takes both.
+    is_biased_residual = (kind, found) == (PAPER_KIND, TRAINER_KIND)
+    if kind not in (None, found) and not is_biased_residual:
         raise LinkFileError(f"it is of kind `{found}`, not `{kind}`", hint=_HINT_KIND)
     why = misfit(header, found, role, in_dim=source.width, out_dim=target.width)
     if why is not None:

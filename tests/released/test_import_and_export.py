@@ -20,7 +20,7 @@ from transformers import AutoConfig
 import recmas_runtime as rt
 from kit.bundles import Built
 from kit.models import write_tiny_backbone
-from recmas_cli.main import group
+from recmas_cli.commands import group
 from recmas_compiler import api
 from recmas_compiler.backbones.sources import describe_backbone
 from recmas_compiler.backbones.torch_model import load_backbone

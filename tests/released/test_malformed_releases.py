@@ -17,7 +17,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from recmas_cli.main import group
+from recmas_cli.commands import group
 from recmas_compiler.links.modules import make_link, save_link
 from recmas_runtime.core.errors import CODES
 from released_form import Release, edit_json, files_in, write_json

@@ -143,7 +143,7 @@ WITH_FILE = PAIR.replace(
 )
 
 
-@pytest.mark.parametrize("kind", ["projected", "residual", "ln_residual"])
+@pytest.mark.parametrize("kind", ["projected", "residual", "ln_residual", "biased_residual"])
 @pytest.mark.parametrize("said", [True, False])
 def test_link_files(kind: LinkKind, said: bool, tmp_path: Path) -> None:
     says = {"kind": kind, "in_dim": "32", "out_dim": "32"} if said else None
@@ -153,6 +153,13 @@ def test_link_files(kind: LinkKind, said: bool, tmp_path: Path) -> None:
     write_link(tmp_path / "links/i.safetensors", kind, "inner", says=says)
     inner = PAIR.replace("  solver:\n", "  solver:\n    inner: {weights: links/i.safetensors}\n")
     assert topology(inner, tmp_path).system.agents["solver"].inner.kind == kind
+
+
+def test_a_residual_link_file_may_have_biases(tmp_path: Path) -> None:
+    write_link(tmp_path / "links/i.safetensors", "biased_residual", "inner")
+    inner = "    inner: {kind: residual, weights: links/i.safetensors}\n"
+    system = topology(PAIR.replace("  solver:\n", f"  solver:\n{inner}"), tmp_path).system
+    assert system.agents["solver"].inner.kind == "biased_residual"
 
 
 def test_link_file_for_these_backbones(tmp_path: Path) -> None:

@@ -298,8 +298,8 @@ class WeightsSection(Section):
 
     kind: Given[LinkKind] = None
     """Form of the link: `projected`, `residual` (the paper), `ln_residual` (the released weights)
-    or `biased_residual` (the released trainer's default). Without it: `projected`, or with
-    `weights` the kind of the file."""
+    or `biased_residual` (the released trainer's default; a file of it may stand where the spec says
+    `residual`). Without it: `projected`, or with `weights` the kind of the file."""
 
     init: Given[LinkInit] = None
     """Start of a link without `weights`: `aligned` (the default) solves for it in closed form when
