@@ -48,7 +48,7 @@ LAYER_KINDS: Final[Mapping[str, AttentionKind]] = {
 
 # Made by tests/with_torch/config_defaults.py from transformers' config classes: by model type what
 # its configs may leave out. `layer_cycle` repeats over the depth; it is empty where only the config
-# can tell; `text_config` is a model type.
+# can tell; `text_config` is a model type; `names` are what the family calls entries in its files.
 DEFAULTS_FILE: Final = Path(__file__).with_name("config_defaults.json")
 
 # A config states its size itself. Only where it is part of another one transformers writes no more
@@ -137,7 +137,11 @@ class _Reader:
         model_type = str(text.get("model_type", usual_type))
         defaults = family_defaults(model_type)
         filled = {k: v for k, v in defaults.items() if text is not config or k not in _SIZES}
-        values = filled | _given(text)
+        given = _given(text)
+        for name, other in defaults.get("names", {}).items():
+            if other in given:
+                given.setdefault(name, given[other])
+        values = filled | given
         if model_type in STATE_SPACE_FAMILIES:
             raise self._unsupported(f"`{model_type}` keeps a state instead of a cache")
         width = self._dimension(values, "hidden_size")

@@ -21,6 +21,16 @@ from kit.models import COMMON_DIMS, FAMILIES, make_tokenizer
 _KIND: Final = "qwen2"  # whose tokenizer and template all have
 _WINDOW: Final = {"sliding_window": 12}
 _MIXED: Final = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_EXPERTS: Final = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LOCAL_EXPERTS: Final = {"num_local_experts": 8, "num_experts_per_tok": 2}
+_ROUTED_EXPERTS: Final = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 _NOT_GIVEN: Final = object()  # an entry that the type does not have
 
 # name -> entries of its config besides the common ones; the model type is the name's beginning
@@ -42,6 +52,17 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
     },
     "cohere": {"logit_scale": 0.5},
     "cohere2": {**_MIXED, "logit_scale": 0.5},
+    "qwen3_moe": _EXPERTS,
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 48},
+    "mixtral": {**_LOCAL_EXPERTS, **_WINDOW},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
+    "glm4_moe": _ROUTED_EXPERTS,
+    "ernie4_5_moe": {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 32},
+    "minimax_m2": _LOCAL_EXPERTS,
+    "granitemoe": {**_LOCAL_EXPERTS, "logits_scaling": 4.0},
+    "gpt_oss": {**_LOCAL_EXPERTS, **_MIXED},
+    "afmoe": {**_EXPERTS, **_MIXED, "num_dense_layers": 1, "num_shared_experts": 1},
+    "jetmoe": {**_LOCAL_EXPERTS, "kv_channels": 16, "num_attention_heads": _NOT_GIVEN},
     "helium": {"head_dim": 16, "num_key_value_heads": 4},
     "hyperclovax": {
         "attention_multiplier": 0.4,

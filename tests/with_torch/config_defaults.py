@@ -33,6 +33,28 @@ FIELDS = (
     "use_sliding_window",
     "vocab_size",
 )
+# Entries of mixtures of experts: how many there are, how many a token takes, how wide they are, and
+# which layers have none.
+EXPERT_FIELDS = (
+    "decoder_sparse_step",
+    "first_k_dense_replace",
+    "moe_intermediate_size",
+    "moe_k",
+    "moe_layer_interval",
+    "moe_layer_start_index",
+    "moe_num_experts",
+    "moe_num_shared_experts",
+    "moe_topk",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_dense_layers",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_local_experts",
+    "num_shared_experts",
+    "shared_expert_intermediate_size",
+    "shared_intermediate_size",
+)
 MANY_LAYERS = 61  # prime: no cycle ends with the last layer, which some families make another type
 LONGEST_CYCLE = 12
 
@@ -58,7 +80,12 @@ def _defaults(config_class: Any) -> dict[str, Any]:
     # the window of a Qwen2 that does not use it, and a config that uses it relies on that window.
     declared = {field.name: field.default for field in fields(config_class)}
     values = {name: declared.get(config_class.attribute_map.get(name, name)) for name in FIELDS}
+    # as they are named in a file: of two names for one value, only that of the file
+    values |= {name: declared.get(name) for name in EXPERT_FIELDS}
     found = {name: value for name, value in values.items() if isinstance(value, int)}
+    names = {n: config_class.attribute_map[n] for n in FIELDS if n in config_class.attribute_map}
+    if names:
+        found["names"] = names
     text = config_class.sub_configs.get("text_config")
     if text not in (None, AutoConfig):
         found["text_config"] = text.model_type
