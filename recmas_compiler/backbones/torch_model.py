@@ -17,7 +17,13 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerBase,
+)
 from transformers import modeling_gguf_pytorch_utils as gguf_loader
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -166,7 +172,10 @@ def weights_digest(model: nn.Module) -> str:
 def _load_model(resolved: ResolvedSource, folder: Path, load: dict[str, Any]) -> Any:
     config = AutoConfig.from_pretrained(folder, **load)
     _check_config(config, resolved)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loader = AutoModelForCausalLM
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and _wraps_a_causal_model(config):
+        loader = AutoModelForImageTextToText
+    model, info = loader.from_pretrained(
         folder,
         config=config,
         dtype=torch.float32,
@@ -260,13 +269,20 @@ def _check_config(config: Any, resolved: ResolvedSource) -> None:
         )
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     architectures = list(getattr(config, "architectures", None) or [])
-    if config.is_encoder_decoder or (architectures and known.isdisjoint(architectures)):
+    is_causal = not known.isdisjoint(architectures) or _wraps_a_causal_model(config)
+    if config.is_encoder_decoder or (architectures and not is_causal):
         shape = ", ".join(architectures) or config.model_type
         raise fail(
             "RM202",
             f"backbone {resolved.source!r} is not a causal language model ({shape})",
             hint="Choose a decoder-only text model, one whose architecture ends in ForCausalLM.",
         )
+
+
+def _wraps_a_causal_model(config: Any) -> bool:
+    """Whether a model that sees has a text model inside that is a causal model of its own."""
+    text = config.get_text_config()
+    return text is not config and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _text_model(model: Any) -> Any:

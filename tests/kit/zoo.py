@@ -33,6 +33,12 @@ _ROUTED_EXPERTS: Final = {
 }
 _NOT_GIVEN: Final = object()  # an entry that the type does not have
 
+_OLD_NAMES: Final = {
+    "num_key_value_heads": _NOT_GIVEN,
+    "intermediate_size": _NOT_GIVEN,
+    "n_inner": 96,
+}
+
 # name -> entries of its config besides the common ones; the model type is the name's beginning
 ZOO: Final[Mapping[str, dict[str, Any]]] = {
     "gpt_neox": {"num_key_value_heads": _NOT_GIVEN, "rotary_pct": 0.5},
@@ -63,6 +69,13 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
     "gpt_oss": {**_LOCAL_EXPERTS, **_MIXED},
     "afmoe": {**_EXPERTS, **_MIXED, "num_dense_layers": 1, "num_shared_experts": 1},
     "jetmoe": {**_LOCAL_EXPERTS, "kv_channels": 16, "num_attention_heads": _NOT_GIVEN},
+    "gpt2": {**_OLD_NAMES},
+    "gpt_bigcode": {**_OLD_NAMES},
+    "ctrl": {"num_key_value_heads": _NOT_GIVEN, "intermediate_size": _NOT_GIVEN, "dff": 96},
+    "hunyuan_v1_dense": {
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 1e3},
+    },
     "helium": {"head_dim": 16, "num_key_value_heads": 4},
     "hyperclovax": {
         "attention_multiplier": 0.4,

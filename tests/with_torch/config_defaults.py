@@ -7,23 +7,30 @@ transformers is updated.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
+import sys
 from dataclasses import fields
 from typing import Any
 
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from recmas_compiler.backbones.facts import DEFAULTS_FILE
+from recmas_compiler.backbones.config_defaults import DEFAULTS_FILE
 
 FIELDS = (
+    "global_head_dim",
     "head_dim",
     "hidden_size",
+    "hidden_size_per_layer_input",
     "intermediate_size",
+    "kv_lora_rank",
     "max_position_embeddings",
     "max_window_layers",
+    "multi_query",
     "num_attention_heads",
     "num_hidden_layers",
     "num_key_value_heads",
@@ -31,6 +38,7 @@ FIELDS = (
     "sliding_window_pattern",
     "tie_word_embeddings",
     "use_sliding_window",
+    "v_head_dim",
     "vocab_size",
 )
 # Entries of mixtures of experts: how many there are, how many a token takes, how wide they are, and
@@ -55,18 +63,21 @@ EXPERT_FIELDS = (
     "shared_expert_intermediate_size",
     "shared_intermediate_size",
 )
+# What the code of families that keep a state in some of their layers names.
+STATE_NAMES = ("causal_conv1d", "Rglru", "rwkv", "mLSTM", "LightningAttention")
 MANY_LAYERS = 61  # prime: no cycle ends with the last layer, which some families make another type
 LONGEST_CYCLE = 12
 
 
 def all_defaults() -> dict[str, dict[str, Any]]:
     """Return by model type what its config class fills in, sorted; values of None are left out."""
-    classes = {name: CONFIG_MAPPING[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    models = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    classes = {name: CONFIG_MAPPING[name] for name in models}
     for outer in list(classes.values()):
         text = outer.sub_configs.get("text_config")
         if text not in (None, AutoConfig):  # that one stands for any type
             classes[text.model_type] = text
-    return {name: _defaults(classes[name]) for name in sorted(classes)}
+    return {name: _defaults(classes[name]) | _code(models.get(name)) for name in sorted(classes)}
 
 
 def table_text() -> str:
@@ -97,6 +108,20 @@ def _defaults(config_class: Any) -> dict[str, Any]:
                 cycle = []  # the window has another name
             found["layer_cycle"] = cycle
     return dict(sorted(found.items()))
+
+
+def _code(model_name: str | None) -> dict[str, str]:
+    """Return what the code of a causal model does that its config does not say."""
+    if model_name is None:  # a text model that only exists inside another one
+        return {"code": "no causal class"}
+    model_class = getattr(transformers, model_name)
+    found = {} if model_name.endswith("ForCausalLM") else {"causal_class": model_name}
+    source = inspect.getsource(sys.modules[model_class.__module__])
+    if any(name in source for name in STATE_NAMES):
+        return found | {"code": "state"}
+    if not model_class._can_set_attn_implementation():
+        return found | {"code": "own attention"}
+    return found
 
 
 def cycle_of(types: list[str]) -> list[str]:
