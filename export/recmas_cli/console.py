@@ -109,7 +109,7 @@ def command(run: Callable[..., Outcome]) -> Callable[..., int]:
             for problem in outcome.problems:
                 note_line(str(problem))
             if outcome.text:
-                show(outcome.text.rstrip("\n"))
+                show(harmless(outcome.text.rstrip("\n")))
         if outcome.interrupted:
             note_line("interrupted")
             return Exit.INTERRUPTED

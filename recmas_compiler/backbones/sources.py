@@ -151,6 +151,12 @@ def describe_backbone(
     return replace(facts, folder=str(resolved.folder)) if is_folder_source else facts
 
 
+def is_config_alone(source: ResolvedSource) -> bool:
+    """Whether a folder holds nothing but a `config.json`: one to plan with, before a download."""
+    files = {path.name for path in source.folder.iterdir()}
+    return source.gguf_file is None and files == {"config.json"}
+
+
 def files_of(facts: BackboneFacts, *, download: bool = False) -> ResolvedSource:
     """Find the files that `facts` were read from. See `resolve_source`."""
     found = resolve_source(facts.folder or facts.source, base_dir=Path(), download=download)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from recmas_compiler.backbones.chat_files import read_chat_template
-from recmas_compiler.backbones.sources import files_of
+from recmas_compiler.backbones.sources import files_of, is_config_alone
 from recmas_compiler.ir.ops import System
 from recmas_compiler.lowering.plan import agent_plan
 from recmas_compiler.spec.document.places import Loc
@@ -35,7 +35,8 @@ def try_prompts(spec: Spec, system: System) -> tuple[Problem, ...]:
                 source,
                 template=backbone.template,
                 position=spec.position("backbones", name, "template" if given else "source"),
-                is_complete=not backbone.facts.source.startswith("hf:"),
+                is_complete=not backbone.facts.source.startswith("hf:")
+                and not is_config_alone(source),
             )
         except RecmasError as error:
             problems += error.problems

@@ -15,10 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from recmas_compiler.backbones.chat_files import own_template_text
-from recmas_compiler.backbones.sources import files_of
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Think
+from recmas_compiler.lowering.prompt_trial import template_digests
 from recmas_compiler.spec.document.places import path_of
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.schema.sections import Section, WeightsSection
@@ -106,13 +105,11 @@ def run_identity(
     links += document.links.values()
     files = [path_of(link.weights, spec.base_dir) for link in links if link.weights is not None]
     digests = "".join(f"{sha256_of(file)}\n" for file in files)
-    backbones = [*program.system.backbones.values()]
+    backbones = program.system.backbones.values()
     return {
         "the system": spec.digest,
         "the backbones": _digest(*(backbone.facts.identity for backbone in backbones)),
-        "the chat templates": _digest(
-            *(b.template or own_template_text(files_of(b.facts)) or "" for b in backbones)
-        ),
+        "the chat templates": _digest(*template_digests(program.system).values()),
         "the data": " ".join(examples.digests.values()),
         "the settings": settings.digest(*own),
         "the link files": _digest(digests),

@@ -100,7 +100,8 @@ def lost_answers(way: str, stdout: bytes, output: Path) -> list[str]:
         else:
             raw = output.read_bytes() if way == "file" else stdout
             answers = [json.loads(line) for line in raw.decode().splitlines()]
-        found = {answer["id"]: answer["answer"] for answer in answers}
+        # a record that failed has a line too, which says why
+        found = {answer["id"]: answer["answer"] for answer in answers if "answer" in answer}
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"the answers cannot be read: {error!r}"]
     return [

@@ -105,7 +105,7 @@ def test_ended_while_it_starts(part: int, whole_bundle: Path) -> None:
         except subprocess.TimeoutExpired:
             process.send_signal(number)
         _, printed = process.communicate(timeout=60)
-        ends = (-number, Exit.INTERRUPTED, Exit.OK, Exit.SPEC_INVALID)
+        ends = (-number, -signal.SIGINT, Exit.INTERRUPTED, Exit.OK, Exit.SPEC_INVALID)
         if b"Traceback" in printed or process.returncode not in ends:
             yield f"{module} ends with status {process.returncode}: {printed[-700:]!r}"
 

@@ -141,6 +141,8 @@ def test_a_newer_version_is_reported_before_its_new_keys() -> None:
         (b'{"a": 1', "Expecting ',' delimiter at line 1, column 8"),
         (b"", "Expecting value at line 1, column 1"),
         (b'"\xff"', "not UTF-8 at byte 1"),
+        (rb'{"a": ["x\udc00"]}', r"a text holds '\udc00', half of a surrogate pair"),
+        (rb'{"\ud800": 1}', r"a text holds '\ud800', half of a surrogate pair"),
         (b"[" * 200_000, "nested too deeply"),
         (b"1" * 5000, "integer"),
     ],

@@ -128,6 +128,14 @@ def test_files_that_no_build_could_use_are_told_of(
     assert problem.hint
 
 
+def test_a_config_alone_serves_to_plan_with(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    for path in (tmp_path / "model").iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    compiled(tmp_path)
+
+
 @pytest.mark.parametrize(
     "place", ["config", "named", "additional_chat_templates/default.jinja"], ids=str
 )

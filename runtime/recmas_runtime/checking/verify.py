@@ -20,7 +20,7 @@ from recmas_runtime.engines.onnx.backbone import LinkEngine
 from recmas_runtime.engines.tensorrt.engine_cache import engines_text
 from recmas_runtime.formats.bundle import Bundle, open_bundle, unlisted_files
 from recmas_runtime.formats.codec import malformed
-from recmas_runtime.formats.links import read_operands
+from recmas_runtime.formats.links import read_operands, stack_operands
 from recmas_runtime.formats.manifest import PLAN_NAME, Manifest, ParityEntry
 from recmas_runtime.formats.precisions import beyond_tolerance
 from recmas_runtime.formats.safetensors_file import read_tensors
@@ -130,6 +130,8 @@ def verify_bundle(
         advance()
         cases = []
         operands = read_operands(bundle.file, bundle.manifest.links)
+        with _failures_as_findings(bundle.manifest.link_engine, problems):
+            _try_links(opened.link, bundle.manifest, operands)
         for entry in bundle.manifest.parity:
             with _failures_as_findings(entry.file, problems):
                 backbone = opened.backbones[entry.backbone]
@@ -218,6 +220,15 @@ def _tokens_without_rows(bundle: Bundle, loaded: LoadedBundle) -> list[Problem]:
         for name, entry in bundle.manifest.backbones.items()
         if (largest := loaded.chats[name].tokenizer.largest_id) >= entry.vocab_size
     ]
+
+
+def _try_links(engine: LinkEngine, manifest: Manifest, operands: Mapping[str, Operands]) -> None:
+    """Put one vector through every outer link: a parity case need not name them all."""
+    for name, link in manifest.links.items():
+        if link.role == "outer":
+            engine.apply(
+                np.zeros((1, 1, link.in_dim), np.float32), stack_operands([operands[name]])
+            )
 
 
 def _run_case(

@@ -169,7 +169,10 @@ def move_into_place(folder: Path, target: Path) -> bool:
         except BaseException:
             replaced.rename(target)
             raise
-        shutil.rmtree(replaced, ignore_errors=True)
+        try:
+            shutil.rmtree(replaced, ignore_errors=True)
+        finally:  # half of it would stay where the user stops the program meanwhile
+            shutil.rmtree(replaced, ignore_errors=True)
     return True
 
 

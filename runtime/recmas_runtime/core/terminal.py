@@ -88,6 +88,24 @@ def end_signals_interrupt() -> Iterator[None]:
             signal.signal(number, before[number])
 
 
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let signals that end a program wait until the block is left.
+
+    Libraries that are not written in Python report an interrupted import as one that failed.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    )
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def open_standard_streams() -> None:
     """Put the null device where standard input, output or error is closed.
 

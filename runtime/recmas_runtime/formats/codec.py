@@ -67,18 +67,23 @@ def from_json(cls: type[T], data: object, *, file: str) -> T:
 
 
 def parse_json(raw: bytes, *, file: str) -> object:
-    """Parse JSON as its standard has it: no NaN, no duplicate keys.
+    """Parse JSON as its standard has it: no NaN, no duplicate keys, no half of a surrogate pair.
 
     Raises:
         RecmasError: RM404.
     """
     # Not by msgspec, which keeps the last of several equal keys.
     try:
-        return json.loads(
+        parsed = json.loads(
             raw.decode("utf-8"), parse_constant=refuse_constant, object_pairs_hook=_unique_keys
         )
+        if b"\\u" in raw:  # nothing else spells one
+            json.dumps(parsed, ensure_ascii=False).encode()
+        return parsed
     except RecursionError:
         reason = "nested too deeply"
+    except UnicodeEncodeError as error:
+        reason = f"a text holds {error.object[error.start]!r}, half of a surrogate pair"
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 at byte {error.start}"
     except json.JSONDecodeError as error:

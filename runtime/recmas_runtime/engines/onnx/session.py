@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from recmas_runtime.core.errors import fail, is_out_of_memory
+from recmas_runtime.core.terminal import signals_held
 from recmas_runtime.core.text import first_line
 from recmas_runtime.engines.interface import FREE_MEMORY, OutOfMemoryError
 from recmas_runtime.formats.precisions import DEVICES
@@ -45,7 +46,8 @@ def onnx_runtime() -> Any:
     # Since 1.29 it reports usage unless told not to, and it decides when it is first imported.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
-        import onnxruntime
+        with signals_held():
+            import onnxruntime
     except ImportError:
         raise fail(
             "RM201",
