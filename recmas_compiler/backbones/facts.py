@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 
 from recmas_compiler.backbones.config_defaults import family_defaults
 from recmas_compiler.backbones.parameters import (
+    count_copied_parameters,
     count_expert_parameters,
     count_parameters,
     experts_of,
@@ -78,6 +79,7 @@ class BackboneFacts:
         num_tables: Tables of the vocabulary among them: 1 where head and embedding are tied, else
             2.
         num_expert_parameters: Those of experts among them, of which a token takes a part.
+        num_copied_parameters: Those of experts that are copied for each position of a prompt.
     """
 
     source: str
@@ -95,6 +97,7 @@ class BackboneFacts:
     num_parameters: int
     num_tables: int = 1
     num_expert_parameters: int = 0
+    num_copied_parameters: int = 0
     folder: str | None = None
 
 
@@ -183,6 +186,7 @@ class _Reader:
             attention=attention,
             sliding_window=self._dimension(values, "sliding_window") if is_sliding else None,
             num_expert_parameters=count_expert_parameters(experts, width) if experts else 0,
+            num_copied_parameters=count_copied_parameters(experts, width) if experts else 0,
             num_parameters=count_parameters(
                 experts=experts,
                 width=width,

@@ -46,7 +46,7 @@ class _Passed(nn.Module):
             return self if found is decoder else found
 
 
-class _Output(BaseModelOutputWithPast):
+class _Output(BaseModelOutputWithPast):  # type: ignore[misc]  # transformers is untyped
     """The output of a body that has nothing but hidden states: all else is None."""
 
     def __getattr__(self, name: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 _HOW_MANY: Final = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 _HOW_WIDE: Final = ("moe_intermediate_size", "intermediate_size")
+_TAKEN: Final = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
 _SHARED: Final = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _SHARED_WIDTH: Final = ("shared_expert_intermediate_size", "shared_intermediate_size")
 _DENSE_AT_FIRST: Final = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
@@ -27,12 +28,14 @@ class Experts:
     Attributes:
         num_layers: Layers that have experts in place of an MLP.
         num_each: Experts that a token can choose in each of them.
+        num_taken: Experts that a token takes.
         width: Hidden width of each.
         shared_width: Hidden width of what every token takes beside them; 0 for nothing.
     """
 
     num_layers: int
     num_each: int
+    num_taken: int
     width: int
     shared_width: int
 
@@ -47,6 +50,7 @@ def experts_of(values: Mapping[str, Any], num_layers: int) -> Experts | None:
     return Experts(
         num_layers=_layers_with_experts(values, num_layers),
         num_each=num_each,
+        num_taken=min(_first(values, _TAKEN) or 1, num_each),
         width=width,
         shared_width=shared,
     )
@@ -84,6 +88,15 @@ def count_expert_parameters(experts: Experts, width: int) -> int:
     return experts.num_layers * experts.num_each * _MATRICES * width * experts.width
 
 
+def count_copied_parameters(experts: Experts, width: int) -> int:
+    """Return the parameters that a layer of the portable form copies for each position at once.
+
+    It gathers the matrices of every expert that a token takes: those of gate and input together,
+    then, when these are used, that of the output.
+    """
+    return experts.num_taken * (_MATRICES - 1) * width * experts.width
+
+
 def _first(values: Mapping[str, Any], names: tuple[str, ...]) -> int:
     """Return the first entry that is a count, or begins with one; 0 where there is none."""
     for name in names:
@@ -97,12 +110,10 @@ def _first(values: Mapping[str, Any], names: tuple[str, ...]) -> int:
 def _layers_with_experts(values: Mapping[str, Any], num_layers: int) -> int:
     kinds = values.get("mlp_layer_types")
     if isinstance(kinds, list) and kinds:
-        return min(num_layers, sum(kind != "dense" for kind in kinds))
+        return min(num_layers, len([kind for kind in kinds if kind != "dense"]))
     plain = values.get("mlp_only_layers")
     left_out = set(plain) if isinstance(plain, list) else set()
     every = _first(values, ("decoder_sparse_step", "moe_layer_interval")) or 1
     first = _first(values, _DENSE_AT_FIRST)
-    return sum(
-        layer >= first and layer not in left_out and (layer + 1) % every == 0
-        for layer in range(num_layers)
-    )
+    layers = (n for n in range(first, num_layers) if n not in left_out and (n + 1) % every == 0)
+    return len(list(layers))

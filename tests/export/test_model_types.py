@@ -12,6 +12,7 @@ import torch
 from kit.engines import Exported, identity_link, make_engine, random_ids, relative
 from kit.models import load_folder
 from kit.zoo import ZOO, write_zoo_model
+from recmas_compiler.bench.engine_worker import weight_bytes
 from recmas_export.backbone_graph import CPU_DECODER, DECODER, export_backbone
 from recmas_export.parity import make_case
 from recmas_runtime.formats.precisions import TOLERANCES
@@ -79,3 +80,16 @@ def test_a_case_sees_what_goes_wrong_between_rows(tmp_path: Path) -> None:
         epsilon.f = 0.0
     onnx.save(model, tmp_path / "graphs" / DECODER)
     assert largest() == float("inf")
+
+
+def test_a_step_reads_the_experts_that_it_takes(tmp_path: Path) -> None:
+    backbone = load_folder(write_zoo_model(tmp_path / "model", "mixtral"))
+    export_backbone(backbone, tmp_path / "graphs", decoders=())
+    facts, config = backbone.facts, backbone.model.config
+    experts = facts.num_expert_parameters
+    assert experts == 2 * 8 * 3 * 64 * 96
+    tables = facts.num_tables * facts.vocab_size * facts.width
+    active = facts.num_parameters - tables - experts * 6 // 8
+    found = weight_bytes(tmp_path / "graphs" / DECODER)
+    assert config.num_experts_per_tok == 2
+    assert found == pytest.approx(4 * active, rel=0.02)
