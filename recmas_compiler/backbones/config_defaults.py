@@ -21,6 +21,11 @@ def family_defaults(model_type: str) -> dict[str, Any]:
     return _all_defaults().get(model_type, {})
 
 
+def known_types() -> tuple[str, ...]:
+    """Return the model types that the table knows, sorted."""
+    return tuple(sorted(_all_defaults()))
+
+
 @cache
 def _all_defaults() -> dict[str, dict[str, Any]]:
     table: dict[str, dict[str, Any]] = json.loads(DEFAULTS_FILE.read_bytes())

@@ -9,19 +9,23 @@ import onnx
 import pytest
 import torch
 
+from backbones_page import PAGE, page_text
 from kit.engines import Exported, identity_link, make_engine, random_ids, relative
 from kit.models import load_folder
-from kit.zoo import ZOO, write_zoo_model
+from kit.zoo import FAST, ZOO, write_zoo_model
 from recmas_compiler.bench.engine_worker import weight_bytes
 from recmas_export.backbone_graph import CPU_DECODER, DECODER, export_backbone
 from recmas_export.parity import make_case
-from recmas_runtime.formats.precisions import TOLERANCES
+from recmas_runtime.formats.precisions import PRECISIONS, TOLERANCES
 from recmas_runtime.running.parity import measure_backbone_parity
 
 TIGHT = TOLERANCES["hidden_relative"] / 10
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FAST else pytest.param(name, marks=pytest.mark.families) for name in ZOO],
+)
 def test_engine_reference_and_transformers_agree(name: str, tmp_path: Path) -> None:
     """In a ragged batch, past any window, prompt and steps, over both decoders."""
     backbone = load_folder(write_zoo_model(tmp_path / "model", name))
@@ -59,6 +63,20 @@ def test_engine_reference_and_transformers_agree(name: str, tmp_path: Path) -> N
                 assert relative(hidden[row, 0], expected[row][position]) < TIGHT
 
 
+def test_products_with_biases_are_quantized(tmp_path: Path) -> None:
+    """Those of GPT-2 are stored as they are multiplied, and have a bias each."""
+    backbone = load_folder(write_zoo_model(tmp_path / "model", "gpt2"))
+    export_backbone(backbone, tmp_path / "graphs", precision="int8")
+    graph = onnx.load(tmp_path / "graphs" / DECODER, load_external_data=False).graph
+    operators = [node.op_type for node in graph.node]
+    assert operators.count("MatMulNBits") == 2 * 4
+    assert "Gemm" not in operators
+    case = Exported(backbone, tmp_path / "graphs", was_changed=False)
+    ids = random_ids(backbone, 1, 20)
+    hidden = case.call(case.new_cache(1), case.embed(ids), write_index=[0])["hidden"]
+    assert relative(hidden, case.reference(ids)) < PRECISIONS["int8"].tolerances["hidden_relative"]
+
+
 def test_a_case_sees_what_goes_wrong_between_rows(tmp_path: Path) -> None:
     """A norm whose epsilon is lost is right for every row alone: only what is filled up is not."""
     backbone = load_folder(write_zoo_model(tmp_path / "model", "helium"))
@@ -93,3 +111,7 @@ def test_a_step_reads_the_experts_that_it_takes(tmp_path: Path) -> None:
     found = weight_bytes(tmp_path / "graphs" / DECODER)
     assert config.num_experts_per_tok == 2
     assert found == pytest.approx(4 * active, rel=0.02)
+
+
+def test_the_page_of_backbones_is_that_of_the_tables() -> None:
+    assert PAGE.read_text() == page_text(), "run `python tests/export/backbones_page.py`"

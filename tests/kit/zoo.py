@@ -33,6 +33,7 @@ _ROUTED_EXPERTS: Final = {
 }
 _NOT_GIVEN: Final = object()  # an entry that the type does not have
 
+_YARN: Final = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 _OLD_NAMES: Final = {
     "num_key_value_heads": _NOT_GIVEN,
     "intermediate_size": _NOT_GIVEN,
@@ -104,7 +105,64 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
         "residual_multiplier": 0.6,
         "embedding_multiplier": 3.0,
     },
+    "llama": {},
+    "llama yarn": {"rope_parameters": {**_YARN}},
+    "qwen2": {**_WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {"head_dim": 24},
+    "gemma": {"head_dim": 24},
+    "gemma2": {**_MIXED, "head_dim": 24, "query_pre_attn_scalar": 40},
+    "gemma3_text": {**_MIXED, "head_dim": 24, "query_pre_attn_scalar": 40},
+    "vaultgemma": {**_MIXED, "head_dim": 24, "query_pre_attn_scalar": 40},
+    "mistral": {**_WINDOW, "head_dim": 24},
+    "ministral": {**_MIXED, "head_dim": 24},
+    "ministral3": {"head_dim": 24},
+    "phi": {"partial_rotary_factor": 0.5},
+    "phi3": {**_WINDOW},
+    "olmo": {"clip_qkv": 2.0},
+    "olmo2": {},
+    "olmo3": _MIXED,
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "stablelm": {},
+    "starcoder2": _WINDOW,
+    "exaone4": _MIXED,
+    "glm": {"head_dim": 24},
+    "glm4": {"head_dim": 24},
+    "nemotron": {},
+    "persimmon": {"num_key_value_heads": _NOT_GIVEN},
+    "seed_oss": {"head_dim": 24},
+    "apertus": {},
+    "arcee": {},
+    "bitnet": {},
+    "cwm": {**_MIXED, "head_dim": 24, "bos_token_id": 0},
+    "diffllama": {},
+    "ernie4_5": {"head_dim": 24},
+    "jais2": {},
+    "iquestcoder": {},
+    "nanochat": {},
 }
+
+_WITH_SINKS: Final = ("gpt_oss", "flint", "granite_swa", "granitemoe_swa")
+
+# One of each mechanism: a tenth of the time that all take.
+FAST: Final = (
+    *("gpt_neox", "granite", "helium", "qwen3_moe", "gpt_oss", "afmoe", "jetmoe", "gpt2"),
+    *("hunyuan_v1_dense",),
+)
+
+
+def exercised(name: str) -> tuple[str, ...]:
+    """Return in words what a row of the zoo has that not every model has."""
+    row = ZOO[name]
+    words = {
+        "sliding window": "sliding_window" in row,
+        "experts": any("expert" in key for key in row if row[key] != 0),
+        "attention sinks": name in _WITH_SINKS,
+        "scaled logits": any(key.startswith("logit") for key in row),
+        "multipliers": "attention_multiplier" in row,
+        "rotary scaling": "rope_parameters" in row,
+        "head width of its own": "head_dim" in row,
+    }
+    return tuple(word for word, has in words.items() if has)
 
 
 def write_zoo_model(folder: Path, name: str, *, seed: int = 0) -> Path:
@@ -113,9 +171,8 @@ def write_zoo_model(folder: Path, name: str, *, seed: int = 0) -> Path:
     common = {**COMMON_DIMS, "num_hidden_layers": 2, "vocab_size": tokenizer.get_vocab_size()}
     entries = {key: v for key, v in {**common, **ZOO[name]}.items() if v is not _NOT_GIVEN}
     end, pad = tokenizer.token_to_id(kind.eos), tokenizer.token_to_id(kind.pad)
-    config = AutoConfig.for_model(
-        name.partition(" ")[0], bos_token_id=None, eos_token_id=end, pad_token_id=pad, **entries
-    )
+    tokens = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
+    config = AutoConfig.for_model(name.partition(" ")[0], **{**tokens, **entries})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     generator = torch.Generator().manual_seed(seed)
