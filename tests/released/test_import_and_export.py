@@ -10,7 +10,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,8 +18,8 @@ from transformers import AutoConfig
 
 import recmas_runtime as rt
 from kit.bundles import Built
+from kit.commands import Ran, run_recmasc
 from kit.models import write_tiny_backbone
-from recmas_cli.commands import group
 from recmas_compiler import api
 from recmas_compiler.backbones.sources import describe_backbone
 from recmas_compiler.backbones.torch_model import load_backbone
@@ -39,12 +38,8 @@ RECORDS: list[dict[str, object]] = [
 ]
 
 
-def recmasc(*arguments: object) -> Result:
-    return CliRunner().invoke(group, [str(a) for a in arguments], catch_exceptions=False)
-
-
-def imported(style: str, folder: Path, out: Path, *more: object) -> Result:
-    ran = recmasc("import", "released", style, "--from", folder, "-o", out, "--quiet", *more)
+def imported(style: str, folder: Path, out: Path, *more: object) -> Ran:
+    ran = run_recmasc("import", "released", style, "--from", folder, "-o", out, "--quiet", *more)
     assert ran.exit_code == Exit.OK, ran.output
     return ran
 
@@ -61,7 +56,7 @@ def test_every_style_comes_in_and_goes_out(name: str, release: Release, tmp_path
     data = json.loads(ran.stdout)["data"]
     assert data["path"] == str(spec)
     assert len(data["links"]) == len(style.agents) + len(style.links)
-    assert recmasc("check", spec).exit_code == Exit.OK
+    assert run_recmasc("check", spec).exit_code == Exit.OK
 
     found = {Path(path).name: load_file(path) for path in data["links"]}
     for agent in style.agents:
@@ -76,7 +71,7 @@ def test_every_style_comes_in_and_goes_out(name: str, release: Release, tmp_path
     assert list(document.agents) == [agent.role for agent in style.agents]
 
     out = tmp_path / "again"
-    ran = recmasc("export-links", spec, "-o", out, "--style", name, "--with-models")
+    ran = run_recmasc("export-links", spec, "-o", out, "--style", name, "--with-models")
     assert ran.exit_code == Exit.OK, ran.output
     released = {agent.role: style.agent_repository(agent.role) for agent in style.agents}
     assert sorted(p.name for p in out.iterdir()) == sorted(
@@ -145,7 +140,7 @@ def test_links_of_the_trainers_default_form(is_said: bool, tmp_path: Path) -> No
     if not is_said:
         drop_forms(released)
     imported(style.name, released, spec)
-    assert recmasc("check", spec).exit_code == Exit.OK
+    assert run_recmasc("check", spec).exit_code == Exit.OK
     hidden = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
     for name, key in (("reflector.inner", "reflector"), ("reflector-toolcaller", "outer_rt")):
         w, path = links[key], tmp_path / "links" / f"{name}.safetensors"
@@ -163,7 +158,7 @@ def test_links_of_the_trainers_default_form(is_said: bool, tmp_path: Path) -> No
         mapped = gelu(hidden @ x["w1"] + x["b1"]) @ x["w2"] + hidden @ x["w3"] + x["bias"]
         torch.testing.assert_close(mapped, expected)
     again = tmp_path / "again"
-    ran = recmasc("export-links", spec, "-o", again, "--style", style.name)
+    ran = run_recmasc("export-links", spec, "-o", again, "--style", style.name)
     assert ran.exit_code == Exit.OK, ran.output
     forms = {
         json.loads(path.read_text())["adapter_type"] for path in again.rglob("adapter_config.json")
@@ -185,7 +180,7 @@ def test_links_refuse_other_backbones(release: Release, tmp_path: Path) -> None:
     assert metadata["kind"] == "ln_residual"
     swapped = spec.read_text().replace("reflector.inner", "toolcaller.inner", 1)
     spec.write_text(swapped)
-    assert "RM120" in recmasc("check", spec).output
+    assert "RM120" in run_recmasc("check", spec).output
 
 
 def test_the_task_chooses_the_links(release: Release, tmp_path: Path) -> None:
@@ -203,7 +198,7 @@ def test_the_task_chooses_the_links(release: Release, tmp_path: Path) -> None:
 def test_one_link_for_all_tasks(release: Release, tmp_path: Path) -> None:
     """Repositories without `innerlink_config.json` serve every task."""
     imported("mixture", release("mixture")[0], tmp_path / "spec.yaml", "--task", "code")
-    assert recmasc("check", tmp_path / "spec.yaml").exit_code == Exit.OK
+    assert run_recmasc("check", tmp_path / "spec.yaml").exit_code == Exit.OK
 
 
 def test_repositories_named_one_by_one(light: Path, tmp_path: Path) -> None:
@@ -214,7 +209,7 @@ def test_repositories_named_one_by_one(light: Path, tmp_path: Path) -> None:
         *("--agent", f"critic={moved}", "--outer", outer),
     )
     assert "7 links" not in ran.output
-    assert recmasc("check", tmp_path / "spec.yaml").exit_code == Exit.OK
+    assert run_recmasc("check", tmp_path / "spec.yaml").exit_code == Exit.OK
     assert 'source: "./someone"' in (tmp_path / "spec.yaml").read_text()
 
 
@@ -229,17 +224,17 @@ def test_existing_files_are_replaced_only_by_force(release: Release, tmp_path: P
     (tmp_path / "spec.yaml").write_text("mine")
     before = files_in(tmp_path)
     arguments = ("deliberation", "--from", folder, "-o", tmp_path / "spec.yaml")
-    ran = recmasc("import", "released", *arguments)
+    ran = run_recmasc("import", "released", *arguments)
     assert ran.exit_code == Exit.USAGE
     assert "RM302" in ran.output
     assert files_in(tmp_path) == before
     imported("deliberation", folder, tmp_path / "spec.yaml", "--force")
-    assert recmasc("check", tmp_path / "spec.yaml").exit_code == Exit.OK
+    assert run_recmasc("check", tmp_path / "spec.yaml").exit_code == Exit.OK
     out = tmp_path / "released"
     export = ("export-links", tmp_path / "spec.yaml", "-o", out, "--style", "deliberation")
-    assert recmasc(*export).exit_code == Exit.OK
-    assert "RM302" in recmasc(*export).output
-    assert recmasc(*export, "--force").exit_code == Exit.OK
+    assert run_recmasc(*export).exit_code == Exit.OK
+    assert "RM302" in run_recmasc(*export).output
+    assert run_recmasc(*export, "--force").exit_code == Exit.OK
 
 
 def test_a_model_that_recmas_refuses_comes_in_with_a_warning(
@@ -257,7 +252,7 @@ def test_a_model_that_recmas_refuses_comes_in_with_a_warning(
     assert (problem["code"], problem["severity"]) == ("RM203", "warning")
     assert "check and build will refuse" in problem["message"]
     assert "3 of 4 layers of `toolcaller` (qwen3_5_text) keep a linear state" in problem["message"]
-    refused = recmasc("check", tmp_path / "spec.yaml")
+    refused = run_recmasc("check", tmp_path / "spec.yaml")
     assert refused.exit_code == Exit.ENVIRONMENT
     assert "qwen3_5_text" in refused.output
 
@@ -364,9 +359,9 @@ def test_from_the_hub_cache(
     assert load_spec(spec).document.backbones["reflector"].source == source
     with safe_open(tmp_path / "links" / "reflector.inner.safetensors", "pt") as file:
         assert file.metadata()["source"] == source
-    assert recmasc("check", spec).exit_code == Exit.OK
+    assert run_recmasc("check", spec).exit_code == Exit.OK
     before = files_in(tmp_path)
-    ran = recmasc(
+    ran = run_recmasc(
         *("import", "released", "mixture", "--from", "hf", "-o", tmp_path / "other.yaml"),
     )
     assert ran.exit_code == Exit.ENVIRONMENT
@@ -385,7 +380,9 @@ def test_names_of_other_models(release: Release, tmp_path: Path) -> None:
     text = spec.read_text()
     source = next(line for line in text.splitlines() if line.startswith("  reflector: {source"))
     spec.write_text(text.replace(source, f'  reflector: {{source: "{plain}"}}'))
-    ran = recmasc("export-links", spec, "-o", tmp_path / "out", "--style", "deliberation", "--json")
+    ran = run_recmasc(
+        "export-links", spec, "-o", tmp_path / "out", "--style", "deliberation", "--json"
+    )
     names = [Path(path).name for path in json.loads(ran.stdout)["data"]["repositories"]]
     assert names == [
         "Deliberation-Reflector-Own-Model-2",

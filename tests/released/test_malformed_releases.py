@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
-from recmas_cli.commands import group
+from kit.commands import run_recmasc
 from recmas_compiler.links.modules import make_link, save_link
 from recmas_runtime.core.errors import CODES
 from released_form import Release, edit_json, files_in, write_json
@@ -453,13 +452,9 @@ def test_malformed_releases(name: str, light: Path, tmp_path: Path) -> None:
     case = CASES[name]
     case.spoil(light)
     place = tmp_path / "made"
-    ran = CliRunner().invoke(
-        group,
-        [
-            *("import", "released", case.style, "--from", str(light), "--json"),
-            *("-o", str(place / "spec.yaml"), "--quiet", *case.options),
-        ],
-        catch_exceptions=False,
+    ran = run_recmasc(
+        *("import", "released", case.style, "--from", light, "--json"),
+        *("-o", place / "spec.yaml", "--quiet", *case.options),
     )
     (problem,) = json.loads(ran.stdout)["problems"]
     assert problem["code"] == case.code
@@ -476,13 +471,9 @@ def spec(release: Release, tmp_path: Path) -> Path:
     """An imported deliberation system."""
     folder, _ = release("deliberation")
     path = tmp_path / "made" / "spec.yaml"
-    ran = invoke("import", "released", "deliberation", "--from", folder, "-o", path, "--quiet")
+    ran = run_recmasc("import", "released", "deliberation", "--from", folder, "-o", path, "--quiet")
     assert ran.exit_code == 0, ran.output
     return path
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(group, [str(a) for a in arguments], catch_exceptions=False)
 
 
 def edit(spec: Path, old: str, new: str) -> None:
@@ -558,7 +549,7 @@ EXPORTS: dict[str, tuple[str, str, str, Callable[[Path], object], tuple[str, ...
 def test_exports_that_cannot_be(name: str, spec: Path, tmp_path: Path) -> None:
     code, names, says, spoil, options = EXPORTS[name]
     spoil(spec)
-    ran = invoke("export-links", spec, "-o", tmp_path / "out", *options, "--json")
+    ran = run_recmasc("export-links", spec, "-o", tmp_path / "out", *options, "--json")
     (problem,) = json.loads(ran.stdout)["problems"]
     assert problem["code"] == code
     assert ran.exit_code == CODES[code][0]
@@ -583,7 +574,7 @@ def test_nothing_stays_where_nothing_can_be_written(
 
     monkeypatch.setattr(Path, "replace", full_after_two)
     arguments = ("deliberation", "--from", folder, "-o", tmp_path / "spec.yaml")
-    ran = invoke("import", "released", *arguments, "--json", "--quiet")
+    ran = run_recmasc("import", "released", *arguments, "--json", "--quiet")
     (problem,) = json.loads(ran.stdout)["problems"]
     assert problem["code"] == "RM303"
     assert not (tmp_path / "spec.yaml").exists()
@@ -594,7 +585,7 @@ def test_a_folder_in_the_specs_place_stays(release: Release, tmp_path: Path) -> 
     folder, _ = release("deliberation")
     (tmp_path / "spec.yaml").mkdir()
     arguments = ("deliberation", "--from", folder, "-o", tmp_path / "spec.yaml", "--force")
-    ran = invoke("import", "released", *arguments, "--json", "--quiet")
+    ran = run_recmasc("import", "released", *arguments, "--json", "--quiet")
     (problem,) = json.loads(ran.stdout)["problems"]
     assert problem["code"] == "RM302"
     assert files_in(tmp_path) == {}

@@ -18,6 +18,7 @@ from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Agent
 from recmas_compiler.lowering.training_graph.calls import TrainExample
 
+WORD = "assistanttext"
 SLOT = r"\[\[slot ([^\]]+)\]\]"
 
 
@@ -138,10 +139,13 @@ class PlainTraining:
         if target is None:
             whole = prompt
         else:
-            whole = tokenizer.apply_chat_template(
-                [*chat, {"role": "assistant", "content": target}], tokenize=False, **variables
+            # The whole target is learned: templates that trim trim this word, not the target.
+            answered = tokenizer.apply_chat_template(
+                [*chat, {"role": "assistant", "content": WORD}], tokenize=False, **variables
             )
-            assert whole.startswith(prompt)
+            assert answered.startswith(prompt)
+            assert answered.count(WORD) == 1
+            whole = answered.replace(WORD, target)
         pieces: list[list[int] | str] = []
         for i, piece in enumerate(re.split(SLOT, whole)):
             if i % 2:
