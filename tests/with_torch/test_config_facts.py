@@ -71,6 +71,21 @@ def test_families(family: str, variant: str, tmp_path: Path) -> None:
         assert facts.sliding_window == window
 
 
+@pytest.mark.parametrize(
+    "family", ["glm", "glm4", "ernie4_5", "ministral", "starcoder2", "vaultgemma", "gpt2"]
+)
+def test_heads_that_a_file_leaves_out(family: str, tmp_path: Path) -> None:
+    names = CONFIG_MAPPING[family].attribute_map
+    given = {"hidden_size": 256, "num_attention_heads": 16, "num_hidden_layers": 2}
+    given = {names.get(name, name): value for name, value in given.items()} | {"vocab_size": 500}
+    config = CONFIG_MAPPING[family](**given)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **given}))
+    facts = describe_backbone(str(tmp_path), base_dir=tmp_path)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    assert facts.num_kv_heads == heads
+    assert facts.head_dim == (getattr(config, "head_dim", None) or 256 // 16)
+
+
 EXPERTS = (
     *("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "flex_olmo", "phimoe", "glm4_moe"),
     *("ernie4_5_moe", "exaone_moe", "minimax_m2", "gpt_oss", "granitemoe", "afmoe", "solar_open"),
