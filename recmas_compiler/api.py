@@ -10,7 +10,7 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 from recmas_compiler.ir.build_topology import build_topology, missing_parts
 from recmas_compiler.ir.graph import Graph
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from recmas_compiler.training.receipt import RunReport
     from recmas_runtime.checking.build_tensorrt import EngineBuild
 
+_COMPILE_FIRST: Final = "`compile` makes one of a spec."
 # Where a package says that it builds bundles; recmas_export does.
 BUILDERS: Final = "recmas.builders"
 
@@ -85,6 +86,7 @@ def compile(spec: Spec, *, dump_ir: str | Path | None = None, download: bool = F
             fit (RM120), and every other finding that needs the backbones' dimensions; prompts that
             a chat template does not write as they are (RM206), where it is at hand.
     """
+    _demand(spec, Spec, "`load_spec` reads one from a file, `parse_spec` from text.")
     topology = build_topology(spec, download=download)
     warnings = try_prompts(spec, topology.system)
     spec = replace(spec, warnings=tuple(dict.fromkeys((*spec.warnings, *warnings))))
@@ -134,6 +136,7 @@ def with_trained_links(program: Program, *, dump_ir: str | Path | None = None) -
     What is there and does not fit is ignored, with a warning RM751 in the spec's `warnings`; the
     same program comes back where nothing was trained.
     """
+    _demand(program, Program, _COMPILE_FIRST)
     if program.trained is not None:
         return program
     system = program.graph.system
@@ -149,6 +152,7 @@ def to_torch(program: Program) -> TorchSystem:
     """Return the program as an `nn.Module` that runs it eagerly: the reference of every engine."""
     from recmas_compiler.lowering.reference import to_torch as lower
 
+    _demand(program, Program, _COMPILE_FIRST)
     return lower(program.graph)
 
 
@@ -186,6 +190,7 @@ def build_bundle(
     **options: Any,
 ) -> tuple[Program, BuildResult]:
     """Build as `build` does; returns the program, with trained links where there are some, too."""
+    _demand(program, Program, _COMPILE_FIRST)
     builder = _builder()
     if trained_links:
         program = with_trained_links(program, dump_ir=dump_ir)
@@ -220,8 +225,10 @@ def train(
         RecmasError: RM104 without `train`, RM302 if `out` holds a run or another training writes
             there, RM303 if the disk is full, RM700 for data that cannot be used, RM702 if memory
             does not suffice, RM703 if there is nothing to go on from, RM705 if there is nothing to
-            learn.
+            learn, RM506 for arguments that mean nothing.
     """
+    _demand(program, Program, _COMPILE_FIRST)
+    _check_training(stage, method, steps)
     from recmas_compiler.training.preflight import prepared_run
     from recmas_compiler.training.settings import train_settings, with_steps
 
@@ -306,7 +313,7 @@ def evaluate(
         bundle=Path(bundle),
         data=Path(data),
         protocol=protocol,
-        baselines=tuple(baselines),
+        baselines=(baselines,) if isinstance(baselines, str) else tuple(baselines),
         untrained_bundle=None if untrained_bundle is None else Path(untrained_bundle),
         overrides=(*overrides, *option_overrides(limit, listed_seeds)),
         batch=batch,
@@ -317,6 +324,25 @@ def evaluate(
         skip_broken=skip_broken,
     )
     return run_evaluation(options, progress=progress or Silent())
+
+
+def _demand(value: object, kind: type, hint: str) -> None:
+    """Refuse an argument that is something else, before anything of it is looked at."""
+    if not isinstance(value, kind):
+        given = type(value).__name__
+        raise fail("RM506", f"this takes a {kind.__name__}, not a {given}", hint=hint)
+
+
+def _check_training(stage: str, method: str | None, steps: object) -> None:
+    """Refuse what the command line cannot say either: it would train nothing."""
+    names = (("stage", stage, get_args(Stage)), ("method", method, (None, *get_args(MethodName))))
+    for name, given, known in names:
+        if given not in known:
+            hint = f"Choose one of {', '.join(map(repr, known))}."
+            raise fail("RM506", f"{name} is {given!r}", hint=hint)
+    whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
+    if steps is not None and not whole:
+        raise fail("RM506", f"steps is {steps!r}", hint="Give a whole number from 1 on, or None.")
 
 
 def _builder() -> Builder:

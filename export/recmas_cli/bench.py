@@ -219,8 +219,10 @@ def bench_engines(
     from recmas_compiler.bench.engines import EngineOptions, measure_engines
     from recmas_compiler.bench.plots import draw_engines
     from recmas_runtime.bench.command import make_folder, writing
-    from recmas_runtime.formats.bundle import write_json_atomic
+    from recmas_runtime.formats.bundle import keep_out, write_json_atomic
 
+    for root in (bundle, *others):
+        keep_out(root, {"--out": out})
     make_folder(out)
     asked = EngineOptions(bundles=(bundle, *others), **options)
     report = engine_report(asked, measure_engines(asked, progress=shown_progress(quiet=quiet)))

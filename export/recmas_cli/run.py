@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from recmas_cli.console import FILE, RichProgress
+from recmas_cli.console import FILE, shown_progress
 from recmas_cli.printing import report
 from recmas_compiler.api import build_bundle, load_and_compile, with_trained_links
 from recmas_runtime.core.errors import Exit, RecmasError
@@ -29,13 +29,15 @@ def run(source: Path, arguments: tuple[str, ...]) -> None:
 
 def _run(source: Path, arguments: Sequence[str]) -> int:
     """Return the exit status of `recmas run`, or of a build that failed."""
+    from recmas_runtime.cli.main import check_run
     from recmas_runtime.cli.main import main as runtime_main
 
     bundle = source
     # Not by pathlib, which raises for names that no system takes.
     if not os.path.isfile(source / MANIFEST_NAME):  # noqa: PTH113
         try:
-            bundle = _built(source)
+            check_run([str(source), *arguments])
+            bundle = _built(source, quiet="--quiet" in arguments)
         except RecmasError as error:
             report(error.problems, as_json="--json" in arguments)
             return int(error.exit_code)
@@ -45,8 +47,8 @@ def _run(source: Path, arguments: Sequence[str]) -> int:
     return runtime_main(["run", str(bundle), *arguments])
 
 
-def _built(source: Path) -> Path:
-    progress = RichProgress()
+def _built(source: Path, *, quiet: bool) -> Path:
+    progress = shown_progress(quiet=quiet)
     program = with_trained_links(load_and_compile(source, progress=progress))
     for warning in program.spec.warnings:
         click.echo(str(warning), err=True)

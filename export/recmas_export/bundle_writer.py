@@ -120,6 +120,9 @@ def staged_bundle(target: Path, *, needed_bytes: int) -> Iterator[StagedBundle]:
 def check_target(target: Path) -> None:
     """Raise RM302 if anything but an empty folder or unaltered bundle files is at `target`."""
     if not target.exists():
+        # A link to what is not there yet is followed; one in a circle leads nowhere.
+        if os.path.islink(os.path.realpath(target)):  # noqa: PTH114
+            raise _exists(target, "is a link that leads in a circle")
         return
     if not target.is_dir():
         raise _exists(target, "is a file")

@@ -24,7 +24,7 @@ from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.text import first_line
 
 _HUB_NAME = re.compile(r"hf:([A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+)@([A-Za-z0-9_./-]+)\Z")
-_LOOKS_LIKE_HUB = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+\Z")
+_LOOKS_LIKE_HUB = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+\Z")
 
 # What a causal language model needs; repositories hold much else (other formats, images).
 _MODEL_FILES: Final = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")

@@ -28,7 +28,7 @@ from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.files import exclusive
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.core.text import counted, listed
-from recmas_runtime.formats.bundle import Bundle, open_bundle
+from recmas_runtime.formats.bundle import Bundle, keep_out, open_bundle
 from recmas_runtime.formats.plan import AgentPlan, DecodeStep
 from recmas_runtime.prompts.chat_template import ChatTemplate, read_template
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES, messages_of
@@ -100,6 +100,7 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
     data = load_data(options.data, protocol, shown=bundle.plan.fields)
     _check_fields(bundle, data)
     folder = options.out or Path("out") / f"{bundle.plan.name}-{protocol.name}"
+    keep_out(bundle.root, {"--out": folder})
     with make_check(protocol.check) as check:
         broken = check_records(check, data.questions, protocol, progress=progress)
         if broken and not options.skip_broken:

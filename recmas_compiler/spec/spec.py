@@ -152,6 +152,8 @@ def apply_overrides(
     created. What the schema refuses is reported later, at the place that is recorded here.
     """
     problems: list[Problem] = []
+    if isinstance(overrides, str):  # else it would be taken letter by letter
+        overrides = (overrides,)
     for override in overrides:
         place = SourcePosition(file=f"{SET_PREFIX}{override}", line=1, column=1)
         path, equals, text = override.partition("=")

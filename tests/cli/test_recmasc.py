@@ -222,6 +222,29 @@ def test_build_run_and_reuse(project: Path) -> None:
     from_spec = recmasc("run", "spec.yaml", "What is 7 * 8?", "--json", cwd=project)
     (same,) = json.loads(from_spec.stdout)["data"]["answers"]
     assert same["answer"] == answer["answer"]
+    assert "Hashing weights" in from_spec.stderr
+    quiet = recmasc("run", "spec.yaml", "What is 7 * 8?", "--quiet", cwd=project)
+    assert (quiet.returncode, quiet.stdout) == (Exit.OK, f"{answer['answer']}\n")
+    assert "Hashing weights" not in quiet.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["q", "--bogus"], "RM506"),
+        ([], "RM506"),
+        (["q", "--input", "x"], "RM506"),
+        (["q", "--temperature", "50"], "RM505"),
+    ],
+)
+def test_run_refuses_arguments_before_it_builds(
+    project: Path, arguments: list[str], code: str
+) -> None:
+    ran = recmasc("run", "spec.yaml", *arguments, cwd=project)
+    assert ran.returncode == Exit.USAGE
+    assert f"error[{code}]" in ran.stderr
+    assert "Hashing weights" not in ran.stderr
+    assert "usage: recmas run" in recmasc("run", "spec.yaml", "--help", cwd=project).stdout
 
 
 def test_build_says_what_it_built(project: Path) -> None:

@@ -283,6 +283,13 @@ def test_two_evaluations_do_not_share_a_folder(run: Evaluate, tmp_path: Path) ->
         run(resume=True, overrides=("n=2",))
 
 
+def test_nothing_is_written_into_the_bundle(run: Evaluate, tiny_bundle: Path) -> None:
+    before = sorted(tiny_bundle.rglob("*"))
+    with pytest.raises(RecmasError, match=r"RM506.*is inside the bundle"):
+        run(out=tiny_bundle / "figures")
+    assert sorted(tiny_bundle.rglob("*")) == before
+
+
 def test_a_folder_that_was_cut_off_at_its_start_can_be_begun(run: Evaluate, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "evaluation.json").touch()

@@ -131,6 +131,20 @@ def test_a_file_is_in_the_way(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "mine"
 
 
+def test_a_link_in_a_circle_is_refused_before_a_build(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to("other")
+    (tmp_path / "other").symlink_to("out")
+    with pytest.raises(RecmasError, match=r"RM302.*is a link that leads in a circle"):
+        check_target(tmp_path / "out")
+
+
+def test_a_link_to_what_is_not_there_yet_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to("other")
+    write(tmp_path / "out", "first")
+    assert (tmp_path / "out").is_symlink()
+    assert name_of(tmp_path / "other") == "first"
+
+
 def test_bundle_with_a_stranger_in_it_is_not_replaced(tmp_path: Path) -> None:
     target = tmp_path / "out"
     write(target, "first")

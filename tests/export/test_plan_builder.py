@@ -89,7 +89,7 @@ def test_tables(system: Path) -> None:
         for source, target in (("planner", "critic"), ("critic", "solver"), ("solver", "planner"))
     }
     assert feedback_links(plan) == {"solver->planner"}
-    assert plan.limits.max_prompt_tokens == 64
+    assert plan.limits.max_prompt_tokens == 96
     assert plan.sampling.max_new_tokens == 8
     for cache in plan.caches.values():
         assert cache.capacity % 64 == 0

@@ -21,7 +21,7 @@ from kit.bundles import Built
 from kit.commands import Ran, run_recmasc
 from kit.models import write_tiny_backbone
 from recmas_compiler import api
-from recmas_compiler.backbones.sources import describe_backbone
+from recmas_compiler.backbones.sources import describe_backbone, resolve_source
 from recmas_compiler.backbones.torch_model import load_backbone
 from recmas_compiler.links.modules import load_link
 from recmas_compiler.released.styles import STYLES
@@ -175,8 +175,9 @@ def test_links_refuse_other_backbones(release: Release, tmp_path: Path) -> None:
     imported("deliberation", folder, spec)
     with safe_open(tmp_path / "links" / "reflector-toolcaller.safetensors", "pt") as file:
         metadata = file.metadata()
-    assert metadata["source"] == str(folder / "Deliberation-Reflector-Qwen3.5-4B")
-    assert metadata["target"] == str(folder / "Deliberation-Toolcaller-Qwen3.5-4B")
+    for end, name in (("source", "Reflector"), ("target", "Toolcaller")):
+        backbone = resolve_source(f"Deliberation-{name}-Qwen3.5-4B", base_dir=folder)
+        assert metadata[end] == backbone.identity
     assert metadata["kind"] == "ln_residual"
     swapped = spec.read_text().replace("reflector.inner", "toolcaller.inner", 1)
     spec.write_text(swapped)

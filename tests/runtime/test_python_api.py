@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +51,102 @@ def test_batches_take_texts_fields_and_records(system: rt.System) -> None:
         ("x", "d", {"question": "3"}),
     ]
     assert {answer.batch_size for answer in answers} == {3}
+
+
+def _codes(results: list[rt.Answer | rt.RecmasError]) -> list[str]:
+    return [
+        result.problems[0].code if isinstance(result, rt.RecmasError) else result.answer
+        for result in results
+    ]
+
+
+NO_RECORDS: list[Any] = [None, 1, b"7", ["7"], object(), rt.Record]
+
+
+@pytest.mark.parametrize("given", NO_RECORDS)
+def test_what_is_no_record_fails_alone(system: rt.System, given: Any) -> None:
+    assert _codes(system.run_batch(["7", given, "8"])) == ["h", "RM500", "i"]
+    with pytest.raises(rt.RecmasError, match=r"RM500.*is of the type"):
+        system.stream(given)
+
+
+@pytest.mark.parametrize("given", [None, 1, b"7", rt.Record])
+def test_what_is_neither_one_record_nor_several_is_refused(system: rt.System, given: Any) -> None:
+    assert _codes(system.run_batch(given)) == ["RM500"]
+    with pytest.raises(rt.RecmasError, match=r"RM500.*is of the type"):
+        system.run(given)
+
+
+@pytest.mark.parametrize(
+    "given", ["7", {"question": "7"}, rt.Record(id="x", fields={"question": "7"})]
+)
+def test_a_batch_of_one_is_not_asked_in_pieces(system: rt.System, given: Any) -> None:
+    assert _codes(system.run_batch(given)) == ["h"]
+
+
+def test_several_may_be_any_iterable(system: rt.System) -> None:
+    assert _codes(system.run_batch(text for text in "78")) == ["h", "i"]  # type: ignore[arg-type]
+    assert [a.answer for a in system.run(iter(["7", "8"]))] == ["h", "i"]  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_new_tokens": 1.5},
+        {"max_new_tokens": "8"},
+        {"max_new_tokens": True},
+        {"temperature": "hot"},
+        {"temperature": None},
+        {"top_p": "1"},
+        {"top_k": 1.5},
+        {"min_p": None},
+        {"repetition_penalty": "1"},
+        {"seed": None},
+        {"stop": "hi"},
+        {"stop": None},
+        {"stop": [1]},
+        {"stop": {"h": 1}},
+        {"sampling": {}},
+    ],
+)
+def test_settings_of_another_type_are_refused(system: rt.System, settings: dict[str, Any]) -> None:
+    ((name, _),) = settings.items()
+    for ask in (system.run, system.run_batch, system.stream):
+        with pytest.raises(rt.RecmasError, match=f"RM505.*{name} is"):
+            ask("7", **settings)
+
+
+def test_settings_may_be_numbers_of_numpy(system: rt.System) -> None:
+    answer = system.run(
+        "7", max_new_tokens=np.int64(1), temperature=np.float32(0), seed=np.int64(3)
+    )  # type: ignore[arg-type]
+    assert answer.answer == "h"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"threads": 0},
+        {"threads": 4097},
+        {"threads": "2"},
+        {"threads": 1.5},
+        {"date": 3},
+        {"functions": 3},
+        {"functions": {"lookup": 3}},
+        {"ask": "me"},
+    ],
+)
+def test_arguments_of_load_that_mean_nothing_are_refused(
+    hand_bundle: Path, arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(rt.RecmasError, match="RM506"):
+        rt.load(hand_bundle, **arguments)
+
+
+@pytest.mark.parametrize("name", [None, 3, "text@0"])
+def test_what_names_no_baseline_is_refused(system: rt.System, name: Any) -> None:
+    with pytest.raises(rt.RecmasError, match=r"RM508.*there is no baseline"):
+        system.baseline(name)
 
 
 @pytest.mark.parametrize("given", [1.5, True, None, "", "x" * 2000, ["a"]])

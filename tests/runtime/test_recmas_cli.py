@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,6 +191,52 @@ def test_answers_of_another_run_are_not_gone_on_with(
     ]
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([{"id": "a", "question": "1"}], [{"id": "a", "question": "2"}]),
+        ([{"question": "1"}, {"question": "2"}], [{"question": "0"}, {"question": "1"}]),
+        ([{"id": "a", "question": "1", "gold": 1}], [{"id": "a", "question": "1", "gold": 2}]),
+        ([{"id": 1, "question": "1"}], [{"id": "1", "question": "1"}]),
+    ],
+    ids=["another question", "a line more", "another gold answer", "an id that reads alike"],
+)
+def test_answers_to_other_records_are_not_gone_on_with(
+    hand_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    before: list[dict[str, object]],
+    after: list[dict[str, object]],
+) -> None:
+    questions, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    arguments = ["run", str(hand_bundle), "--input", str(questions), "--output", str(out)]
+
+    def ask(records: list[dict[str, object]], *more: str) -> int:
+        questions.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return main([*arguments, *more, "--json"])
+
+    assert ask(before) == 0
+    whole = out.read_bytes()
+    capsys.readouterr()
+    assert ask(after, "--resume") == 2
+    (problem,) = json_of(capsys)["problems"]
+    assert problem["code"] == "RM521"
+    assert problem["message"].endswith("is to another record of this id")
+    assert out.read_bytes() == whole
+    shuffled = [dict(reversed(record.items())) for record in before]
+    assert ask([*shuffled, {"id": "z", "question": "3"}], "--resume") == 0
+    assert out.read_bytes().startswith(whole)
+    assert len(answers_of(out)) == len(before) + 1
+
+
+def test_another_question_does_not_get_the_old_answer(hand_bundle: Path, tmp_path: Path) -> None:
+    arguments = ["run", str(hand_bundle), "--output", str(tmp_path / "a.jsonl"), "--resume"]
+    assert main([*arguments, "1"]) == 0
+    assert main([*arguments, "1"]) == 0
+    assert main([*arguments, "2"]) == 2
+    assert answers_of(tmp_path / "a.jsonl") == [("1", "b")]
+
+
 def test_a_date_in_prompts_is_a_part_of_a_run(
     own_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,6 +316,39 @@ def test_an_input_is_never_written_over(hand_bundle: Path, tmp_path: Path, kind:
     assert done.returncode == 2
     assert b"error[RM506]: --input and --output are the same file" in done.stderr
     assert questions.read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["--output", "--trace"])
+@pytest.mark.parametrize("place", ["plan.json", "backbones", "new", "by a link"])
+def test_nothing_is_written_into_the_bundle(
+    hand_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    place: str,
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(hand_bundle, bundle)
+    target = bundle / place
+    if place == "by a link":
+        target = tmp_path / "link"
+        target.symlink_to(bundle / "manifest.json")
+    before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    questions = write_questions(tmp_path / "questions.jsonl", "1")
+    arguments = ["run", str(bundle), "--input", str(questions), option, str(target), "--force"]
+    assert main(arguments) == 2
+    assert f"error[RM506]: {option} {target} is inside the bundle" in capsys.readouterr().err
+    after = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_a_bench_writes_nothing_into_the_bundle(
+    hand_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(hand_bundle.rglob("*"))
+    assert main(["bench", str(hand_bundle), "--out", str(hand_bundle / "figures")]) == 2
+    assert "is inside the bundle" in capsys.readouterr().err
+    assert sorted(hand_bundle.rglob("*")) == before
 
 
 def test_a_trace_does_not_write_over_input_or_output(
@@ -376,7 +456,7 @@ def test_sampling_settings_reach_the_decode(
         (["run", "B", "q", "--repetition-penalty", "11"], 2, "RM505", "repetition_penalty is 11.0"),
         (["run", "B", "q", "--seed", "4294967296"], 2, "RM505", "seed is 4294967296"),
         (["run", "B", "q", "--resume", "--force", "--output", "x"], 2, "RM506", "not both"),
-        (["run", "B", "q", "--date", "2026-13-01"], 2, "RM506", "the date is none"),
+        (["run", "B", "q", "--date", "2026-13-01"], 2, "RM506", "is no day as YYYY-MM-DD"),
         (["run", "B", "--input", "/dev/zero"], 1, "RM502", "it is a device"),
         (["run", "missing", "q"], 5, "RM400", "is not a folder"),
         (["run", "B", ""], 1, "RM500", "empty question"),
@@ -629,8 +709,8 @@ def test_a_question_that_no_prompt_shows_is_refused(
     )
 
 
-def test_a_name_given_twice_is_a_list(own_bundle: Path) -> None:
-    out = own_bundle / "a.jsonl"
+def test_a_name_given_twice_is_a_list(own_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
     run = ["run", str(own_bundle), "7", "--field", "choices=a", "--field", "choices=b"]
     assert main([*run, "--output", str(out), "--quiet"]) == 0
     assert json.loads(out.read_text())["record"] == {"choices": ["a", "b"], "question": "7"}

@@ -83,7 +83,7 @@ def test_what_is_tolerated(raw: bytes) -> None:
         (b"[]", "the line is not a JSON object"),
         (b'{"question": "\xff"}', "not UTF-8 at byte 15 of the line"),
         (b'{"question": NaN}', "not valid JSON: NaN is no JSON number"),
-        (b"[" * 100_000, "not valid JSON: maximum recursion depth"),
+        (b"[" * 100_000, "nested too deep to be read"),
         (
             b'{"question": "q", "x": ' + b"[" * 100 + b"]" * 100 + b"}",
             "nested more than 100 levels deep",
@@ -287,7 +287,7 @@ def test_resuming_keeps_answers_and_cuts_a_half_line(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole + whole[:20])
     with AnswerWriter(path, resume=True) as writer:
-        assert (writer.finished, writer.num_dropped) == ({"a", "7"}, 2)
+        assert (set(writer.finished), writer.num_dropped) == ({"a", "7"}, 2)
         writer.write(answer("x"))
     assert [json.loads(line)["id"] for line in path.read_bytes().splitlines()] == ["a", 7, "x"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.run.json"]
@@ -295,7 +295,7 @@ def test_resuming_keeps_answers_and_cuts_a_half_line(tmp_path: Path) -> None:
 
 def test_resuming_what_is_not_there_starts_it(tmp_path: Path) -> None:
     with AnswerWriter(tmp_path / "out.jsonl", resume=True) as writer:
-        assert writer.finished == frozenset()
+        assert writer.finished == {}
 
 
 def test_resuming_the_answers_of_another_run_is_refused(tmp_path: Path) -> None:

@@ -51,6 +51,12 @@ def batch(*places: int, value: float = 1) -> tuple[Any, ...]:
     return asked, [], [{"a->b@1": np.full((2, 3), value + i)} for i, _ in enumerate(places)]
 
 
+def test_a_folder_may_be_named_by_text(tmp_path: Path) -> None:
+    with TraceWriter(str(tmp_path / "new")) as trace:
+        trace.add_batch(*batch(1))
+    assert len(lines_of(tmp_path / "new")) == 1
+
+
 def test_each_record_has_a_file_named_after_its_place(tmp_path: Path) -> None:
     with TraceWriter(tmp_path) as trace:
         trace.add_batch(*batch(1, 3))
@@ -79,6 +85,18 @@ def test_a_trace_is_replaced_only_on_demand(tmp_path: Path) -> None:
         trace.add_batch(*batch(2))
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["000002.npz", "000009.npz", "trace.jsonl"]
+
+
+def test_messages_that_no_lines_name_are_not_written_over(tmp_path: Path) -> None:
+    messages = tmp_path / "000001.npz"
+    messages.write_bytes(b"precious")
+    with pytest.raises(rt.RecmasError, match=r"RM520.*000001.npz.*--force"):
+        TraceWriter(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [messages.name]
+    assert messages.read_bytes() == b"precious"
+    with TraceWriter(tmp_path, force=True) as trace:
+        trace.add_batch(*batch(1))
+    assert messages.read_bytes() != b"precious"
 
 
 def test_two_runs_do_not_write_one_trace(tmp_path: Path) -> None:

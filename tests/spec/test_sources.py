@@ -221,6 +221,15 @@ def test_odd_sources(source: str, tmp_path: Path) -> None:
     assert "RM200" in refusal(source, tmp_path) or source == "hf:"
 
 
+@pytest.mark.parametrize(
+    ("source", "is_hub"), [("org/name", True), ("./name", False), ("../name", False)]
+)
+def test_only_what_may_be_a_name_of_the_hub_is_taken_for_one(
+    source: str, is_hub: bool, tmp_path: Path
+) -> None:
+    assert (f"`hf:{source}@main`" in refusal(source, tmp_path)) == is_hub
+
+
 def refusal(source: str, folder: Path) -> str:
     with pytest.raises(RecmasError) as refused:
         describe_backbone(source, base_dir=folder, position=HERE)

@@ -160,6 +160,40 @@ def test_the_build_takes_trained_links(here: Path, capsys: pytest.CaptureFixture
     assert recmasc(capsys, "build", here, "--quiet", "-o", "before")["data"]["reused"]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"stage": "nope"},
+        {"stage": None},
+        {"method": "links"},
+        {"steps": 0},
+        {"steps": "5"},
+        {"steps": True},
+    ],
+)
+def test_the_python_door_refuses_what_would_train_nothing(
+    here: Path, arguments: dict[str, Any]
+) -> None:
+    program = rc.compile(rc.load_spec(here))
+    ((name, value),) = arguments.items()
+    with pytest.raises(rc.RecmasError, match=f"RM506.*{name} is {value!r}"):
+        rc.train(program, "trained", **arguments)
+    assert not Path("trained").exists()
+
+
+def test_the_python_door_says_what_it_takes(here: Path) -> None:
+    spec: Any = rc.load_spec(here, overrides="latent_steps=1")
+    assert spec.document.latent_steps == 1
+    wrong: Any
+    for wrong in (None, str(here), rc.compile(spec)):
+        with pytest.raises(rc.RecmasError, match=r"RM506.*takes a Spec.*`load_spec`"):
+            rc.compile(wrong)
+    for wrong in (None, str(here), spec):
+        for use in (rc.to_torch, rc.train, lambda program: rc.build(program, "bundle")):
+            with pytest.raises(rc.RecmasError, match=r"RM506.*takes a Program.*`compile`"):
+                use(wrong)
+
+
 def test_the_python_door_trains_and_builds_as_the_commands_do(here: Path) -> None:
     spec = rc.load_spec(here, overrides=("train.outer.steps=2",))
     report = rc.train(rc.compile(spec), "trained", stage="outer")

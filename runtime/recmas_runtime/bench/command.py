@@ -19,7 +19,7 @@ from recmas_runtime.core.files import reason_of
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.core.tables import FORMATS
 from recmas_runtime.core.text import listed
-from recmas_runtime.formats.bundle import write_json_atomic
+from recmas_runtime.formats.bundle import keep_out, write_json_atomic
 from recmas_runtime.formats.plan import Plan
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.records import (
@@ -91,6 +91,9 @@ def bench(
             baseline that does not fit, and what loading raises.
     """
     _check_usage(options)
+    for root in (options.bundle, options.untrained_bundle):
+        if root is not None:
+            keep_out(root, {"--out": options.out})
     make_folder(options.out)
     system = load(options.bundle, device=options.device, threads=options.threads)
     loaded = [system]

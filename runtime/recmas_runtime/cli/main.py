@@ -114,6 +114,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 _FREE_MEMORY: Final = "Free memory, lower --batch, or take a bundle of a smaller precision."
 
 
+def check_run(arguments: Sequence[str]) -> None:
+    """Raise what `main(["run", *arguments])` refuses before it looks at the bundle.
+
+    For a command that builds the bundle first, which may take minutes.
+    """
+    from recmas_runtime.cli.run import check_options
+
+    check_options(_parse(["run", *arguments]))
+
+
 def _note_traceback(debug: bool) -> None:
     if debug:
         note(harmless(traceback.format_exc()))

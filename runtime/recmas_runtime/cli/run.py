@@ -19,6 +19,7 @@ from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.printing import note, write_out
 from recmas_runtime.core.progress import LineProgress, Silent
 from recmas_runtime.core.text import counted, time_left
+from recmas_runtime.formats.bundle import keep_out
 from recmas_runtime.formats.codec import to_json
 from recmas_runtime.formats.plan import MAX_SEED, SamplingPlan
 from recmas_runtime.prompts.sampler import check_sampling
@@ -50,10 +51,7 @@ def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Proble
     `data` fills as answers come, so that an interruption keeps what is finished. `problems` gets
     what is wrong with single records; the others are answered all the same.
     """
-    fields = _given_fields(options)
-    _check_usage(options, fields)
-    overrides = _sampling_overrides(options)
-    check_sampling(structs.replace(SamplingPlan(), **overrides))  # before anything takes long
+    fields, overrides = check_options(options)
     system = load(
         options.bundle,
         device=options.device,
@@ -74,6 +72,19 @@ def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Proble
             _Run(system, sampling, options, data, problems).answer_all(single)
     finally:
         problems += system.problems
+
+
+def check_options(options: argparse.Namespace) -> tuple[dict[str, object] | None, dict[str, Any]]:
+    """Refuse what no system could do; return the given fields and settings of sampling.
+
+    Raises:
+        RecmasError: RM506 for arguments that contradict each other, RM505 for settings.
+    """
+    fields = _given_fields(options)
+    _check_usage(options, fields)
+    overrides = _sampling_overrides(options)
+    check_sampling(structs.replace(SamplingPlan(), **overrides))
+    return fields, overrides
 
 
 def _stream(
@@ -124,8 +135,7 @@ class _Run:
             quiet = options.quiet or not (options.json or options.output)
             progress = Silent() if quiet else LineProgress()
             advance = stack.enter_context(progress.stage("Answered", total))
-            finished = frozenset() if writer is None else writer.finished
-            for batch in self._batches(found, finished):
+            for batch in self._batches(found, writer):
                 self._answer(batch, writer, trace)
                 seen = self.num_answers + self.num_failed + self.num_resumed
                 seconds = time.perf_counter() - start
@@ -174,14 +184,14 @@ class _Run:
             note(_summary(result))
 
     def _batches(
-        self, found: Iterator[Record | FailedRecord], finished: frozenset[str]
+        self, found: Iterator[Record | FailedRecord], writer: AnswerWriter | None
     ) -> Iterator[list[Record | FailedRecord | None]]:
         """Yield batches of records; with each what lies between: failures, None for finished."""
         size = self.options.batch or self.system.plan.limits.max_batch
         batch: list[Record | FailedRecord | None] = []
         num_records = 0
         for item in found:
-            if isinstance(item, Record) and str(item.id) not in finished:
+            if isinstance(item, Record) and not (writer and writer.is_finished(item)):
                 num_records += 1
                 batch.append(item)
             else:
@@ -291,6 +301,7 @@ def _check_usage(options: argparse.Namespace, fields: Mapping[str, object] | Non
     for message, is_wrong in wrong.items():
         if is_wrong:
             raise fail("RM506", message, hint=_HELP)
+    keep_out(options.bundle, {"--output": target if to_file else None, "--trace": options.trace})
     # Where a run reads and where it writes, none of which may be one file.
     places: dict[str, str | int | None] = {"--input": source, "--output": target}
     if not single and target is None and not options.json:

@@ -41,6 +41,7 @@ _RECORD_LIST: Final = re.compile(rb"\s*\[\s*[{\]]")
 _ESCAPED: Final = "surrogateescape"  # bytes that are no UTF-8 become lone surrogates
 # What was cut off may end in the middle of a name or of a number.
 _LONGEST_WORD: Final = len("-Infinity")
+_TOO_DEEP: Final = "nested too deep to be read"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +173,9 @@ def _json_row(raw: bytes, line: int) -> Row:
         problem = f"not UTF-8 at byte {error.start + 1} of the line"
     except json.JSONDecodeError as error:
         problem = f"not valid JSON: {error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        problem = _TOO_DEEP
+    except ValueError as error:
         problem = f"not valid JSON: {error}"
     else:
         return _as_row(value, number=line, line=line, what="line")
@@ -252,14 +255,16 @@ class _JsonList:
         except json.JSONDecodeError as error:
             self._line += self._text.count("\n", self._at, error.pos)
             yield self._broken(f"not valid JSON: {error.msg}")
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            yield self._broken(_TOO_DEEP)
+        except ValueError as error:
             yield self._broken(f"not valid JSON: {error}")
 
     def _row(self) -> Row:
         self._peek()
         self._constant = ""
-        self._number += 1
         value, end = self._value()
+        self._number += 1
         number, line = self._number, self._line
         self._move(end)
         if self._constant:
@@ -318,7 +323,8 @@ class _JsonList:
 
     def _broken(self, problem: str) -> Row:
         problem += "; nothing behind it can be read"
-        return Row(number=self._number, line=self._line, problem=problem)
+        # It stands for the next record: the one before it may be sound.
+        return Row(number=self._number + 1, line=self._line, problem=problem)
 
 
 def _csv_rows(

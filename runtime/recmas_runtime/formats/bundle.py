@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -132,6 +133,29 @@ def inside(root: Path, relative: str) -> Path:
                 hint="Copy the bundle with the files that its links lead to, as `cp -rL` does.",
             )
     return path
+
+
+def keep_out(root: Path, places: Mapping[str, str | Path | None]) -> None:
+    """Refuse to write into a bundle, whose files may be mapped, and where builds allow no others.
+
+    Args:
+        root: A folder that may be no bundle, which is then found out later.
+        places: What would be written, by the option that names it; None for nothing.
+
+    Raises:
+        RecmasError: RM506.
+    """
+    if not os.path.isfile(root / MANIFEST_NAME):  # noqa: PTH113 - any name
+        return
+    for option, place in places.items():
+        # NUL in a name is refused where the file is opened.
+        if place is None or "\0" in str(place) or _leads_out(root, Path(place)):
+            continue
+        raise fail(
+            "RM506",
+            f"{option} {place} is inside the bundle {root}",
+            hint="Name a place outside of it: a bundle holds what its build wrote, nothing else.",
+        )
 
 
 def _leads_out(root: Path, path: Path) -> bool:

@@ -33,7 +33,7 @@ def parse_day(text: str) -> datetime.date:
     Raises:
         ValueError: It is none.
     """
-    if len(text) != len("YYYY-MM-DD"):
+    if not isinstance(text, str) or len(text) != len("YYYY-MM-DD"):
         raise ValueError(f"{text!r} is not of the form YYYY-MM-DD")
     return datetime.date.fromisoformat(text)
 

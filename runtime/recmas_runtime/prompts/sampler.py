@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,31 +29,50 @@ Indices = NDArray[np.int64]
 
 
 def check_sampling(sampling: SamplingPlan) -> None:
-    """Refuse settings that mean nothing.
+    """Refuse settings that mean nothing, those of another type included.
 
     Raises:
         RecmasError: RM505, one problem for each.
     """
+    # A caller of the Python API may give anything, and a text is a sequence of texts.
+    stop: object = sampling.stop
+    is_list = isinstance(stop, Sequence) and not isinstance(stop, str)
     bounds = {
         "max_new_tokens": (
-            1 <= sampling.max_new_tokens <= MAX_NEW_TOKENS,
-            f"from 1 to {MAX_NEW_TOKENS}",
+            _is(Integral, sampling.max_new_tokens)
+            and 1 <= sampling.max_new_tokens <= MAX_NEW_TOKENS,
+            f"a whole number from 1 to {MAX_NEW_TOKENS}",
         ),
         "temperature": (
-            0.0 <= sampling.temperature <= MAX_TEMPERATURE,
-            f"from 0 (greedy) to {MAX_TEMPERATURE:g}",
+            _is(Real, sampling.temperature) and 0.0 <= sampling.temperature <= MAX_TEMPERATURE,
+            f"a number from 0 (greedy) to {MAX_TEMPERATURE:g}",
         ),
-        "top_p": (0.0 < sampling.top_p <= 1.0, "above 0 and at most 1"),
-        "top_k": (0 <= sampling.top_k <= MAX_TOP_K, f"from 0 (all) to {MAX_TOP_K}"),
-        "min_p": (0.0 <= sampling.min_p <= 1.0, "between 0 and 1"),
+        "top_p": (
+            _is(Real, sampling.top_p) and 0.0 < sampling.top_p <= 1.0,
+            "a number above 0 and at most 1",
+        ),
+        "top_k": (
+            _is(Integral, sampling.top_k) and 0 <= sampling.top_k <= MAX_TOP_K,
+            f"a whole number from 0 (all) to {MAX_TOP_K}",
+        ),
+        "min_p": (
+            _is(Real, sampling.min_p) and 0.0 <= sampling.min_p <= 1.0,
+            "a number between 0 and 1",
+        ),
         "repetition_penalty": (
-            0.0 < sampling.repetition_penalty <= MAX_REPETITION_PENALTY,
-            f"above 0 and at most {MAX_REPETITION_PENALTY:g}",
+            _is(Real, sampling.repetition_penalty)
+            and 0.0 < sampling.repetition_penalty <= MAX_REPETITION_PENALTY,
+            f"a number above 0 and at most {MAX_REPETITION_PENALTY:g}",
         ),
-        "seed": (0 <= sampling.seed < 2**63, "0 or more and below 2**63"),
+        "seed": (
+            _is(Integral, sampling.seed) and 0 <= sampling.seed < 2**63,
+            "a whole number, 0 or more and below 2**63",
+        ),
         "stop": (
-            all(sampling.stop) and len(sampling.stop) <= MAX_STOPS,
-            f"at most {MAX_STOPS} strings that are not empty",
+            is_list
+            and len(sampling.stop) <= MAX_STOPS
+            and all(isinstance(text, str) and text for text in sampling.stop),
+            f"a list of at most {MAX_STOPS} strings that are not empty",
         ),
     }
     problems = [
@@ -66,6 +86,11 @@ def check_sampling(sampling: SamplingPlan) -> None:
     ]
     if problems:
         raise RecmasError(problems)
+
+
+def _is(kind: type, value: object) -> bool:
+    """Return whether a setting is a number of a kind, which truth values are not here."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 class Sampler:

@@ -1,11 +1,13 @@
 """Answer files: lines that a run writes, whose they are, and how a later run goes on with them.
 
 answers.jsonl             a line for each record: its answer, or why it has none
-answers.jsonl.run.json    what the answers depend on: bundle, baseline, sampling, date
+answers.jsonl.run.json    what the answers depend on beside their records: bundle, baseline,
+                          sampling, date
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,7 +21,7 @@ from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.core.files import exclusive, reason_of, sync_folder
 from recmas_runtime.core.jsonl import JsonLines
 from recmas_runtime.core.text import human_bytes
-from recmas_runtime.running.records import Answer, FailedRecord, RecordId
+from recmas_runtime.running.records import Answer, FailedRecord, Record, RecordId
 
 IDENTITY_SUFFIX: Final = ".run.json"
 # Of what `FORMAT` says: the keys of a line.
@@ -36,7 +38,8 @@ class AnswerWriter:
     tried again; force starts afresh.
 
     Attributes:
-        finished: Ids, as text, of the records whose answers were there.
+        finished: Of the records whose answers were there, by their ids as text, digests of their
+            fields.
         num_dropped: Failed records that were dropped.
 
     Raises:
@@ -54,7 +57,7 @@ class AnswerWriter:
         force: bool = False,
     ) -> None:
         self._name = "<stdout>" if path is None else str(path)
-        self.finished: frozenset[str] = frozenset()
+        self.finished: Mapping[str, bytes] = {}
         self.num_dropped = 0
         with ExitStack() as stack:
             try:
@@ -117,14 +120,14 @@ class AnswerWriter:
 
     def _go_on(self, stack: ExitStack, path: Path) -> None:
         """Keep answers; a line cut off at the end and failures go."""
-        finished = []
+        finished = {}
         for number, line in enumerate(self._file.lines(), start=1):
-            answered, record_id = self._read(line, number=number)
+            answered, record_id, fields = self._read(line, number=number)
             if answered:
-                finished.append(str(record_id))
+                finished[str(record_id)] = _digest(fields)
             else:
                 self.num_dropped += 1
-        self.finished = frozenset(finished)
+        self.finished = finished
         if not self.num_dropped:
             self._file.keep()
             return
@@ -145,13 +148,13 @@ class AnswerWriter:
         self._file = stack.enter_context(JsonLines(path))
         self._file.keep()
 
-    def _read(self, line: bytes, *, number: int) -> tuple[bool, RecordId]:
-        """Return whether a line is an answer and not a failure, and its record's id."""
+    def _read(self, line: bytes, *, number: int) -> tuple[bool, RecordId, object]:
+        """Return whether a line is an answer and not a failure, its record's id and fields."""
         try:
             found: Any = json.loads(line)
             is_answer = isinstance(found.get("answer"), str)
             if type(found["id"]) in (str, int) and (is_answer or "code" in found["error"]):
-                return is_answer, found["id"]
+                return is_answer, found["id"], found["record"]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             pass
         raise fail(
@@ -161,6 +164,26 @@ class AnswerWriter:
             line=number,
             hint="Name the output of an earlier run, or start afresh with --force.",
         )
+
+    def is_finished(self, record: Record) -> bool:
+        """Return whether the answer to a record was there.
+
+        Raises:
+            RecmasError: RM521 if it answers another record with this id. Ids that are counted move
+                where a line is added or taken away before them.
+        """
+        found = self.finished.get(str(record.id))
+        if found is None:
+            return False
+        if found != _digest(dict(record.given)):
+            raise fail(
+                "RM521",
+                f"the answer there to record {record.id!r} is to another record of this id",
+                file=self._name,
+                hint="Give the input of that run, or another --output; --force starts afresh. "
+                "Records without an `id` have the number of their line.",
+            )
+        return True
 
     def write(self, result: Answer | FailedRecord) -> None:
         """Append a result.
@@ -220,6 +243,10 @@ def _write_identity(path: Path, identity: dict[str, Any]) -> None:
         stream.write(json.dumps(identity, indent=1) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _digest(fields: object) -> bytes:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).digest()
 
 
 def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -57,7 +57,7 @@ def apply_baseline(plan: Plan, name: str, manifest: Manifest) -> Baseline:
     """
     if name == LATENT:
         return Baseline(plan=plan)
-    found = re.fullmatch(r"([a-z-]+)(?:@([1-9][0-9]{0,5}))?", name)
+    found = re.fullmatch(r"([a-z-]+)(?:@([1-9][0-9]{0,5}))?", str(name))
     if found is None or found[1] not in BASELINES:
         raise _unusable(f"there is no baseline {name!r}")
     kind, limit = found[1], found[2]

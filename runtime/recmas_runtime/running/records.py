@@ -156,11 +156,28 @@ _OTHER_NAMES: Final = (".csv", ".tsv", ".json", ".parquet", ".gz")
 Question = str | Mapping[str, object] | Record
 
 
+def is_one(questions: object) -> bool:
+    """Return whether this is one question, or nothing at all, and not several.
+
+    A text could be asked letter by letter, and a mapping field by field.
+    """
+    one = isinstance(questions, str | bytes | Mapping | Record)
+    return one or not isinstance(questions, Iterable)
+
+
 def as_record(question: Question, index: int) -> Record:
-    """Return a question as a record; its index counts from 0, its id from 1 where none is given."""
+    """Return a question as a record; its index counts from 0, its id from 1 where none is given.
+
+    Raises:
+        RecmasError: RM500 for what is none of these.
+    """
     if isinstance(question, Record):
         return question
     fields = {"question": question} if isinstance(question, str) else question
+    if not isinstance(fields, Mapping):
+        kind = type(fields).__name__
+        hint = "Give a text, a mapping of fields, or a Record."
+        raise fail("RM500", f"record {index + 1} is of the type {kind}", hint=hint)
     given: Any = fields.get("id", str(index + 1))
     return Record(id=given, fields=fields, index=index)
 

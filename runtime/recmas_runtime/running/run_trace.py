@@ -20,7 +20,8 @@ from recmas_runtime.running.records import Record
 from recmas_runtime.tools.calls import ToolResult
 
 RECORDS_NAME: Final = "trace.jsonl"
-_FILE: Final = re.compile(r'"file": "([0-9]{6,}\.npz)"')
+_MESSAGES: Final = re.compile(r"[0-9]{6,}\.npz")
+_FILE: Final = re.compile(rf'"file": "({_MESSAGES.pattern})"')
 
 
 def messages_name(record: Record) -> str:
@@ -100,14 +101,14 @@ class TraceWriter:
             there.
     """
 
-    def __init__(self, folder: Path, *, resume: bool = False, force: bool = False) -> None:
-        self._folder = folder
+    def __init__(self, folder: str | Path, *, resume: bool = False, force: bool = False) -> None:
+        self._folder = folder = Path(folder)
         lines = folder / RECORDS_NAME
         try:
-            if not (resume or force) and os.path.lexists(lines) and lines.stat().st_size:
+            if not (resume or force) and (found := _traces_in(folder)):
                 raise fail(
                     "RM520",
-                    f"the folder holds a trace already: {RECORDS_NAME}",
+                    f"the folder holds a trace already: {found}",
                     file=str(folder),
                     hint="Name another folder, or write over it with --force.",
                 )
@@ -175,6 +176,16 @@ class TraceWriter:
             file=str(self._folder),
             hint="Give --trace a folder with room that you may write to.",
         )
+
+
+def _traces_in(folder: Path) -> str:
+    """Return a file of the folder that a trace would write over; empty where there is none."""
+    if not folder.is_dir():
+        return ""
+    lines = folder / RECORDS_NAME
+    if os.path.lexists(lines) and lines.stat().st_size:
+        return RECORDS_NAME
+    return min(filter(_MESSAGES.fullmatch, (path.name for path in folder.iterdir())), default="")
 
 
 def _keywords(messages: Mapping[str, NDArray[Any]]) -> dict[str, Any]:

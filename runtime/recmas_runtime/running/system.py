@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Self, TypedDict, Unpack, overload
+from typing import Final, Self, TypedDict, Unpack, overload
 
 from msgspec import structs
 
@@ -36,12 +36,15 @@ from recmas_runtime.running.records import (
     Question,
     Record,
     as_record,
+    is_one,
     needed_fields,
 )
 from recmas_runtime.running.run_trace import Trace
 from recmas_runtime.tools.toolbox import Toolbox
 
 Function = Callable[[str], str]
+# More is a mistake: the command line has the same bound.
+MAX_THREADS: Final = 4096
 
 
 class SamplingSettings(TypedDict, total=False):
@@ -81,8 +84,9 @@ def load(
 
     Raises:
         RecmasError: RM40x for a bundle that is not whole, RM504 for a device that is not there,
-            RM506 for a date that is none.
+            RM506 for a date that is none, threads out of bounds, and tools that nobody can call.
     """
+    _check_arguments(threads, functions, ask)
     day = None if date is None else _given_day(date)
     bundle = open_bundle(Path(path), verify_hashes=False)
     tools = bundle.plan.tools
@@ -227,7 +231,7 @@ class System:
         Raises:
             RecmasError: The first record that cannot be answered; `run_batch` keeps the others.
         """
-        single = isinstance(questions, str | Mapping | Record)
+        single = is_one(questions)
         asked: Sequence[Question] = [questions] if single else questions  # type: ignore[list-item, assignment]
         answers: list[Answer] = []
         for result in self.run_batch(asked, sampling=sampling, **settings):
@@ -253,12 +257,15 @@ class System:
             RecmasError: RM505 for settings that concern all records.
         """
         chosen = self._settings(sampling, settings)
-        if isinstance(records, str):  # else it would be asked letter by letter
-            records = [records]
+        records = [records] if is_one(records) else list(records)  # type: ignore[list-item]
         results: list[Answer | RecmasError | None] = [None] * len(records)
         ready: list[_Ready] = []
         for index, question in enumerate(records):
-            record = as_record(question, index)
+            try:
+                record = as_record(question, index)
+            except RecmasError as error:
+                results[index] = error
+                continue
             try:
                 ready.append(_Ready(index, record, self._prompts_of(question, record)))
             except RecmasError as error:
@@ -418,6 +425,10 @@ class System:
     def _settings(self, sampling: SamplingPlan | None, over: SamplingSettings) -> SamplingPlan:
         assert self._loaded, "raises where the system was closed"
         settings = self.plan.sampling if sampling is None else sampling
+        if not isinstance(settings, SamplingPlan):
+            kind = type(settings).__name__
+            hint = "Give a SamplingPlan, or single settings by their names."
+            raise fail("RM505", f"sampling is of the type {kind}", hint=hint)
         settings = structs.replace(settings, **over)
         check_sampling(settings)
         backbone = self.plan.agents[self.plan.answer_agent].backbone
@@ -467,6 +478,26 @@ class _Ready:
     index: int
     record: Record
     prompts: RecordPrompts
+
+
+def _check_arguments(
+    threads: object, functions: Mapping[str, Function] | None, ask: Function | None
+) -> None:
+    """Refuse arguments of `load` that would fail later, or be passed over."""
+    if threads is not None and (
+        not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= MAX_THREADS
+    ):
+        hint = f"Give a whole number from 1 to {MAX_THREADS}, or None."
+        raise fail("RM506", f"threads is {threads!r}", hint=hint)
+    if functions is not None and not isinstance(functions, Mapping):
+        hint = "Give a mapping of names to functions."
+        raise fail("RM506", f"functions is of the type {type(functions).__name__}", hint=hint)
+    tools = {f"the function {name!r}": function for name, function in (functions or {}).items()}
+    for what, function in {**tools, "ask": ask}.items():
+        if function is not None and not callable(function):
+            hint = "Give a function from a text to a text."
+            kind = type(function).__name__
+            raise fail("RM506", f"{what} is of the type {kind}, which cannot be called", hint=hint)
 
 
 def _given_day(text: str) -> datetime.date:
