@@ -11,7 +11,7 @@ TORCH_VERSION := torch==2.13.0
 TORCH_FROM := $(strip $(if $(filter %.whl,$(TORCH)),$(TORCH),$(if $(findstring ://,$(TORCH)),\
   --index-url $(TORCH) $(TORCH_VERSION),$(if $(TORCH),--find-links $(TORCH)) $(TORCH_VERSION))))
 
-.PHONY: setup demo test test-heavy test-lowest test-newest test-faults lint bench wheel wheel-check readme-check clean
+.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families lint bench wheel wheel-check readme-check clean
 
 setup: .venv/.ready
 
@@ -41,6 +41,10 @@ test: setup
 
 test-heavy: setup
 	$(BIN)/python -m pytest -q -m heavy
+
+# Every model type of tests/kit/zoo.py; `make test` has one of each mechanism.
+test-families: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m families tests/export/test_model_types.py
 
 # The lowest and the newest versions that pyproject.toml allows; torch is that of `make setup`.
 VERSION_TESTS ?= tests/runtime tests/spec tests/ir tests/with_torch tests/export

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.torch_model import TorchBackbone
+from recmas_compiler.backbones.unsupported import why_rotary
 from recmas_export import pipeline
 from recmas_export.export_torch import trace_body, trace_embed, trace_head
 from recmas_export.pipeline import run_passes
@@ -89,15 +90,12 @@ def _refuse_unsupported(model: Any, facts: BackboneFacts) -> None:
             "the export takes float32.",
             hint="Load it with `load_backbone`, which widens weights.",
         )
-    # The kinds of rotary scaling; some models have one per layer type.
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    tables = [rope, *(p for p in rope.values() if isinstance(p, dict))]
-    for rope_type in sorted({str(t["rope_type"]) for t in tables if "rope_type" in t}):
-        if "dynamic" in rope_type or rope_type == "longrope":
-            raise fail(
-                "RM300",
-                f"backbone {facts.source!r} ({facts.model_type}) has rotary embeddings of type "
-                f"{rope_type!r}: their frequencies change with the length of the input.",
-                hint="Use a backbone whose rotary frequencies are fixed.",
-            )
+    rotary = {"rope_parameters": getattr(model.config, "rope_parameters", None)}
+    why = why_rotary(facts.model_type, rotary)
+    if why is not None:
+        raise fail(
+            "RM300",
+            f"backbone {facts.source!r} ({facts.model_type}) cannot be traced: {why}.",
+            hint="Use a backbone whose rotary frequencies are fixed.",
+        )
     assert not model.training, "a backbone is frozen and in evaluation mode"

@@ -1,9 +1,9 @@
 """Tracing: a transformers model becomes three raw ONNX graphs (decoder body, embedding, head).
 
-A decoder is made to attend over a static cache without code per architecture. Three extension
-points of transformers are used and nothing else: the attention interface (one ONNX `Attention` per
-layer), the mask interface (the model's own mask rule, evaluated at each sample's own positions) and
-the cache class (one ONNX `TensorScatter` per tensor).
+A decoder is made to attend over a static cache without code per architecture. Four extension points
+of transformers are used and nothing else: the attention interface (one ONNX `Attention` per layer),
+the mask interface (the model's own mask rule, evaluated at each sample's own positions), the cache
+class (one ONNX `TensorScatter` per tensor) and the experts interface.
 
 Shape legend: B samples, S new positions, C cache rows, H query heads, K key/value heads, D head
 width, d width, V vocabulary.
@@ -22,11 +22,11 @@ import torch
 from torch.export import Dim
 from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from recmas_compiler.backbones.cache_argument import cache_argument
 from recmas_compiler.backbones.facts import BackboneFacts
+from recmas_compiler.backbones.own_head import head_of
 from recmas_compiler.lowering.static_cache import StaticRows, ragged_mask
 from recmas_export.passes.tidy import OPSET
 from recmas_runtime.core.errors import RecmasError, fail
@@ -87,15 +87,14 @@ def trace_embed(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
 
 def trace_head(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
     """Return the raw graph of the head: hidden [B,d] -> logits [B,V]; raises as `trace_body`."""
-    with _without_body(model):
-        return _trace(
-            _Head(model),
-            (torch.zeros(_B, facts.width),),
-            facts=facts,
-            dynamic_shapes=({0: Dim(BATCH, min=1)},),
-            inputs=["hidden"],
-            outputs=["logits"],
-        )
+    return _trace(
+        _Head(model),
+        (torch.zeros(_B, facts.width),),
+        facts=facts,
+        dynamic_shapes=({0: Dim(BATCH, min=1)},),
+        inputs=["hidden"],
+        outputs=["logits"],
+    )
 
 
 def cache_names(prefix: str, num_layers: int) -> list[str]:
@@ -108,15 +107,20 @@ def _attention(
     query_BHSD: torch.Tensor,
     key_BKCD: torch.Tensor,
     value_BKCD: torch.Tensor,
-    mask_B1SC: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,  # [B,1,S,C]; some models hand it over by this name
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attend over the whole cache under an explicit boolean mask: the attention interface."""
+    """Attend over the whole cache under an explicit boolean mask: the attention interface.
+
+    Args:
+        s_aux: Attention sinks [H]: logits of one more key per head that has no value.
+    """
     given = {name for name, value in others.items() if value is not None and value is not False}
     unknown = sorted(given - _WITHOUT_EFFECT)
-    if unknown or mask_B1SC is None:
+    if unknown or attention_mask is None:
         what = f"attention with {', '.join(unknown)}" if unknown else "attention without a mask"
         raise fail(
             "RM300",
@@ -124,16 +128,60 @@ def _attention(
             hint="Use a backbone with standard causal attention.",
         )
     scale = float(query_BHSD.shape[-1]) ** -0.5 if scaling is None else float(scaling)
+    if s_aux is not None:
+        out_BHSD = _attention_with_sinks(
+            query_BHSD, key_BKCD, value_BKCD, attention_mask, scale=scale, cap=softcap, sinks=s_aux
+        )
+        return out_BHSD.transpose(1, 2).contiguous(), None
     attrs = {"scale": scale} if not softcap else {"scale": scale, "softcap": float(softcap)}
     out_BHSD = torch.onnx.ops.symbolic(
         "Attention",
-        (query_BHSD, key_BKCD, value_BKCD, mask_B1SC),
+        (query_BHSD, key_BKCD, value_BKCD, attention_mask),
         attrs,
         dtype=query_BHSD.dtype,
         shape=(*query_BHSD.shape[:3], value_BKCD.shape[-1]),
         version=OPSET,
     )
-    return out_BHSD.transpose(1, 2), None
+    return out_BHSD.transpose(1, 2).contiguous(), None  # contiguous: some models take a view of it
+
+
+def _attention_with_sinks(
+    query_BHSD: torch.Tensor,
+    key_BKCD: torch.Tensor,
+    value_BKCD: torch.Tensor,
+    mask_B1SC: torch.Tensor,
+    *,
+    scale: float,
+    cap: float | None,
+    sinks: torch.Tensor,
+) -> torch.Tensor:
+    """Attend with one more column in the softmax; ONNX's `Attention` has no such input."""
+    batch, heads, positions, width = query_BHSD.shape
+    groups, rows = key_BKCD.shape[1:3]
+    per_group = heads // groups
+    query_BKGSD = query_BHSD.reshape(batch, groups, per_group, positions, width)
+    key_BK1DC = key_BKCD.transpose(2, 3).unsqueeze(2)
+    scores_BKGSC = _product(query_BKGSD * scale, key_BK1DC, rows)
+    if cap:
+        scores_BKGSC = torch.tanh(scores_BKGSC / cap) * cap
+    scores_BKGSC = scores_BKGSC.masked_fill(~mask_B1SC.unsqueeze(1), float("-inf"))
+    sinks_BKGS1 = sinks.reshape(1, groups, per_group, 1, 1).expand(
+        batch, groups, per_group, positions, 1
+    )
+    weights_BKGSC = torch.cat([scores_BKGSC, sinks_BKGS1], dim=-1).softmax(dim=-1)[..., :rows]
+    out_BKGSD = _product(weights_BKGSC, value_BKCD.unsqueeze(2), value_BKCD.shape[-1])
+    return out_BKGSD.reshape(batch, heads, positions, value_BKCD.shape[-1])
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return ONNX's `MatMul`, which broadcasts; torch's would copy the keys for every query."""
+    return torch.onnx.ops.symbolic(
+        "MatMul",
+        (left, right),
+        dtype=left.dtype,
+        shape=(*left.shape[:-1], columns),
+        version=OPSET,
+    )
 
 
 class PortableLayer(StaticRows):
@@ -173,14 +221,20 @@ def portable_cache(
 
 @contextmanager
 def portable_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Make `model` use the portable attention and masks inside the block, and its own after it."""
+    """Make `model` use portable attention, masks and experts inside the block, its own after it."""
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, ragged_mask)
     configs = {
         id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)
     }.values()
-    before = [(config, config._attn_implementation) for config in configs]
+    before = [
+        (config, config._attn_implementation, config._experts_implementation) for config in configs
+    ]
     try:
+        for config in configs:
+            # The form with standard operators: it gathers the weights of the experts that a token
+            # chooses. The others sort tokens by expert, into groups of sizes known at run time.
+            config._experts_implementation_internal = "batched_mm"
         model.set_attn_implementation(IMPLEMENTATION)
         if any(config._attn_implementation != IMPLEMENTATION for config in configs):
             raise fail(
@@ -190,8 +244,9 @@ def portable_attention(model: PreTrainedModel) -> Iterator[None]:
             )
         yield
     finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
+        for config, attention, experts in before:
+            config._attn_implementation_internal = attention
+            config._experts_implementation_internal = experts
 
 
 class _Body(torch.nn.Module):
@@ -238,31 +293,12 @@ class _Head(torch.nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model = model
+        self.head = head_of(model)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the head, with soft caps and scales where the model has them."""
-        logits: torch.Tensor = self.model(inputs_embeds=hidden[:, None], use_cache=False).logits
+        logits: torch.Tensor = self.head(inputs_embeds=hidden[:, None], use_cache=False).logits
         return logits[:, 0]
-
-
-class _Passthrough(torch.nn.Module):
-    """Stands in for a decoder body: what goes in comes out as the last hidden state."""
-
-    def forward(self, *, inputs_embeds: torch.Tensor, **_others: object) -> BaseModelOutputWithPast:
-        """Return `inputs_embeds` unchanged."""
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
-
-
-@contextmanager
-def _without_body(model: PreTrainedModel) -> Iterator[None]:
-    name = model.base_model_prefix
-    body = getattr(model, name)
-    setattr(model, name, _Passthrough())
-    try:
-        yield
-    finally:
-        setattr(model, name, body)
 
 
 @contextmanager

@@ -81,8 +81,9 @@ class QuantizeWeights(InPlacePass):
         if weight is None or weight.const_value is None:
             return
         array = weight.const_value.numpy()
-        # A MatMul has its weight as [K, N], a Gemm of `MultiplyAsStored` as [N, K].
-        weight_NK = array.T if node.op_type == "MatMul" else array
+        # A MatMul has its weight as [K, N], a Gemm with `transB` as [N, K]; tables are [V, d].
+        is_KN = node.op_type == "MatMul" or (node.op_type == "Gemm" and not _gemm(node)["transB"])
+        weight_NK = array.T if is_KN else array
         key = memory_of(weight_NK)  # 3
         if key not in self._made:
             self._made[key] = _quantized(weight_NK, self._bits, block_size)
@@ -112,16 +113,22 @@ def _weight_of(node: ir.Node) -> ir.Value | None:
     if tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 2 or tensor.size < SMALLEST_WEIGHT:
         return None
     if node.op_type == "Gemm":
-        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        assert attributes == {"transB": 1}, f"a Gemm with {attributes}"
-        assert len(node.inputs) == 2, "a Gemm with a bias"
+        form = _gemm(node)
+        if form["transA"] or form["alpha"] != 1 or form["beta"] != 1:
+            return None
     return weight
 
 
+def _gemm(node: ir.Node) -> dict[str, Any]:
+    """Return the attributes of a Gemm, with those that are not written."""
+    usual = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
+    return usual | {name: attribute.value for name, attribute in node.attributes.items()}
+
+
 def _product(tape: Tape, node: ir.Node, weight: ir.Value, blocks: _Blocks) -> ir.Value:
-    """Return activation [..., K] times weight: [..., N]."""
+    """Return activation [..., K] times weight: [..., N]; a Gemm's bias is added."""
     num_outputs, num_inputs = blocks.wide.shape
-    return tape.op(
+    product = tape.op(
         "MatMulNBits",
         (node.inputs[0], *_operands(tape, weight, blocks, blocks.packed)),
         {
@@ -133,6 +140,8 @@ def _product(tape: Tape, node: ir.Node, weight: ir.Value, blocks: _Blocks) -> ir
         },
         domain=_DOMAIN,
     )
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return product if bias is None else tape.op("Add", (product, bias))
 
 
 def _lookup(tape: Tape, node: ir.Node, weight: ir.Value, blocks: _Blocks) -> ir.Value:

@@ -182,7 +182,8 @@ def _backbones(system: System, prompt_tokens: int | None) -> Iterator[BackboneMe
         caches = [cache for cache in system.caches.values() if cache.backbone == name]
         if caches:
             most_rows = max(len(cache.agents) for cache in caches)
-            vector_bytes = backbone.facts.width * ENGINE_ELEMENT_BYTES
+            numbers = VECTORS_PER_POSITION * backbone.facts.width
+            numbers += backbone.facts.num_copied_parameters
             yield BackboneMemory(
                 name=name,
                 source=backbone.facts.source,
@@ -192,7 +193,7 @@ def _backbones(system: System, prompt_tokens: int | None) -> Iterator[BackboneMe
                 weights_bytes=weights_bytes(backbone.facts, precision=backbone.precision),
                 tables_bytes=angle_tables_bytes(backbone.facts),
                 cache_bytes=sum(_cache_bytes(system, cache, prompt_tokens) for cache in caches),
-                activation_bytes=most_rows * positions * VECTORS_PER_POSITION * vector_bytes,
+                activation_bytes=most_rows * positions * numbers * ENGINE_ELEMENT_BYTES,
                 tokenizer_bytes=backbone.facts.vocab_size * TOKENIZER_BYTES,
             )
 

@@ -10,10 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from recmas_compiler.backbones.config_defaults import family_defaults
+from recmas_compiler.backbones.parameters import (
+    count_copied_parameters,
+    count_expert_parameters,
+    count_parameters,
+    experts_of,
+)
+from recmas_compiler.backbones.unsupported import why_unsupported
 from recmas_compiler.spec.document.places import UNKNOWN, SourcePosition
 from recmas_compiler.spec.document.problems import problem_at, show
 from recmas_runtime.core.errors import RecmasError
@@ -46,17 +53,12 @@ LAYER_KINDS: Final[Mapping[str, AttentionKind]] = {
     "conv": "linear",
 }
 
-# Made by tests/with_torch/config_defaults.py from transformers' config classes: by model type what
-# its configs may leave out. `layer_cycle` repeats over the depth; it is empty where only the config
-# can tell; `text_config` is a model type.
-DEFAULTS_FILE: Final = Path(__file__).with_name("config_defaults.json")
-
 # A config states its size itself. Only where it is part of another one transformers writes no more
 # than what differs from the defaults.
 _SIZES: Final = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 
-# Whole families without any attention: their configs do not even name heads.
-STATE_SPACE_FAMILIES: Final = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv"})
+# Causal models whose class is not called so.
+_OTHER_CAUSAL: Final = frozenset({"GPT2LMHeadModel", "CTRLLMHeadModel", "OpenAIGPTLMHeadModel"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +75,11 @@ class BackboneFacts:
         max_positions: Longest sequence the backbone was made for.
         attention: Kind of each layer, in order; `len(attention) == num_layers`.
         sliding_window: Window of the sliding layers in positions; None if there are none.
-        num_parameters: Parameters, embedding table included once.
+        num_parameters: Parameters, embedding table included once, and all experts.
         num_tables: Tables of the vocabulary among them: 1 where head and embedding are tied, else
             2.
+        num_expert_parameters: Those of experts among them, of which a token takes a part.
+        num_copied_parameters: Those of experts that are copied for each position of a prompt.
     """
 
     source: str
@@ -92,6 +96,8 @@ class BackboneFacts:
     sliding_window: int | None
     num_parameters: int
     num_tables: int = 1
+    num_expert_parameters: int = 0
+    num_copied_parameters: int = 0
     folder: str | None = None
 
 
@@ -137,12 +143,24 @@ class _Reader:
         model_type = str(text.get("model_type", usual_type))
         defaults = family_defaults(model_type)
         filled = {k: v for k, v in defaults.items() if text is not config or k not in _SIZES}
-        values = filled | _given(text)
-        if model_type in STATE_SPACE_FAMILIES:
-            raise self._unsupported(f"`{model_type}` keeps a state instead of a cache")
+        given = _given(text)
+        for name, other in defaults.get("names", {}).items():
+            if other in given:
+                given.setdefault(name, given[other])
+        values = filled | given
+        if text is not config and not defaults:
+            raise self._unsupported(
+                f"`{model_type}`, its text model, has no causal class of its own"
+            )
+        why = why_unsupported(model_type, values)
+        if why is not None:
+            raise self._unsupported(why)
         width = self._dimension(values, "hidden_size")
         num_heads = self._dimension(values, "num_attention_heads")
-        num_kv_heads = self._dimension(values, "num_key_value_heads", default=num_heads)
+        one_for_all = values.get("multi_query") is True
+        num_kv_heads = self._dimension(
+            values, "num_key_value_heads", default=1 if one_for_all else num_heads
+        )
         head_dim = self._dimension(values, "head_dim", default=width // num_heads or None)
         num_layers = self._dimension(values, "num_hidden_layers", limit=_MOST_LAYERS)
         vocab_size = self._dimension(values, "vocab_size")
@@ -151,6 +169,7 @@ class _Reader:
                 f"{num_heads} query heads cannot share {num_kv_heads} key/value heads"
             )
         attention = self._attention(values, num_layers, defaults.get("layer_cycle"))
+        experts = experts_of(values, num_layers)
         is_sliding = "sliding" in attention
         is_tied = bool(values.get("tie_word_embeddings", False))
         return BackboneFacts(
@@ -166,7 +185,10 @@ class _Reader:
             max_positions=self._dimension(values, "max_position_embeddings"),
             attention=attention,
             sliding_window=self._dimension(values, "sliding_window") if is_sliding else None,
+            num_expert_parameters=count_expert_parameters(experts, width) if experts else 0,
+            num_copied_parameters=count_copied_parameters(experts, width) if experts else 0,
             num_parameters=count_parameters(
+                experts=experts,
                 width=width,
                 num_layers=num_layers,
                 attention_width=num_heads * head_dim,
@@ -208,6 +230,7 @@ class _Reader:
         wraps_text = "text_config" in config
         is_causal = any(
             name.endswith("ForCausalLM")
+            or name in _OTHER_CAUSAL
             or (wraps_text and name.endswith("ForConditionalGeneration"))
             for name in names
         )
@@ -269,27 +292,6 @@ class _Reader:
         return RecmasError(problem_at(self.position, "RM203", message, hint=hint))
 
 
-def count_parameters(
-    *,
-    width: int,
-    num_layers: int,
-    attention_width: int,
-    kv_width: int,
-    mlp_width: int,
-    vocab_size: int,
-    is_tied: bool,
-) -> int:
-    """Return the parameters of a decoder with gated MLPs.
-
-    Exact for Llama, Mistral and Phi-3. Families with biases or more norms have a few more, by less
-    than one in a thousand.
-    """
-    attention = 2 * width * attention_width + 2 * width * kv_width
-    layer = attention + 3 * width * mlp_width + 2 * width
-    tables = vocab_size * width * (1 if is_tied else 2)
-    return num_layers * layer + width + tables
-
-
 def _default_types(values: dict[str, Any], num_layers: int, cycle: list[str]) -> list[str]:
     """Return the types of layers of a config that does not list them, as its family has them."""
     for key, usual in (
@@ -310,17 +312,6 @@ def _default_types(values: dict[str, Any], num_layers: int, cycle: list[str]) ->
     return [cycle[i % len(cycle)] for i in range(num_layers)]
 
 
-@cache
-def _all_defaults() -> dict[str, dict[str, Any]]:
-    table: dict[str, dict[str, Any]] = json.loads(DEFAULTS_FILE.read_bytes())
-    return table
-
-
-def family_defaults(model_type: str) -> dict[str, Any]:
-    """Return what configs of a model type may leave out; nothing for an unknown type."""
-    return _all_defaults().get(model_type, {})
-
-
 def _given(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config without its nulls, but for the window: there null means that it has none."""
     return {k: v for k, v in config.items() if v is not None or k == "sliding_window"}
@@ -330,14 +321,17 @@ def weights_bytes(facts: BackboneFacts, *, precision: str, dtype: str = "float32
     """Return the bytes of a backbone's weights.
 
     Args:
-        dtype: What float32 engines store; quantized weights take the same bytes from any.
+        dtype: What float32 engines store; quantized weights take the same bytes from any. Experts
+            are not quantized.
     """
     bits = PRECISIONS[precision]
     if not bits.is_quantized:
         return facts.num_parameters * DTYPE_BYTES[dtype]
     tables = facts.num_tables * facts.vocab_size * facts.width
-    layers = facts.num_parameters - tables  # norms among them, one in a thousand
-    return round(layers * bits.layer_weight_bits / 8 + tables * bits.table_weight_bits / 8)
+    experts = facts.num_expert_parameters
+    layers = facts.num_parameters - experts - tables  # norms among them, one in a thousand
+    quantized = round(layers * bits.layer_weight_bits / 8 + tables * bits.table_weight_bits / 8)
+    return quantized + experts * DTYPE_BYTES[dtype]
 
 
 def angle_tables_bytes(facts: BackboneFacts) -> int:

@@ -238,6 +238,12 @@ def _resolve_builtin(source: str, position: SourcePosition) -> ResolvedSource:
 
 def _resolve_folder(source: str, base_dir: Path, position: SourcePosition) -> ResolvedSource:
     folder = path_of(source, base_dir)
+    if is_file(folder):
+        message = f"the backbone `{source}` is a file; recmas reads folders."
+        hint = "Give the folder of a Hugging Face model: config, weights and tokenizer."
+        if folder.suffix.lower() == ".gguf":
+            hint += " Of GGUF files only that of an embedded model can be read: `builtin:NAME`."
+        raise _missing(position, message, hint)
     if not is_folder(folder):
         message = f"the backbone folder `{source}` does not exist (looked for {folder})."
         hint = "Folders are relative to the spec."

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,20 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerBase,
+)
 from transformers import modeling_gguf_pytorch_utils as gguf_loader
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from recmas_compiler.backbones.chat_files import GIVE_A_TEMPLATE, PLAIN_TEMPLATE, puts_first
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.gguf_file import read_gguf_values, refuse_adapter
+from recmas_compiler.backbones.own_head import head_of
 from recmas_compiler.backbones.own_tokenizer import TOKENIZER_FILE, check_rows, load_tokenizer
 from recmas_compiler.backbones.sources import (
     ADAPTER_CONFIG,
@@ -81,10 +88,14 @@ class TorchBackbone:
         return embeds
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits [..., V] of hidden states [..., d], final softcap included."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
-        softcap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        """Return the logits [..., V] of hidden states [..., d], as the model's own code does."""
+        rows_1Nd = hidden.reshape(1, -1, hidden.shape[-1])
+        logits_1NV: Tensor = self._head(inputs_embeds=rows_1Nd, use_cache=False).logits
+        return logits_1NV.reshape(*hidden.shape[:-1], -1)
+
+    @cached_property
+    def _head(self) -> Any:
+        return head_of(self.model)
 
 
 def load_backbone(
@@ -161,7 +172,10 @@ def weights_digest(model: nn.Module) -> str:
 def _load_model(resolved: ResolvedSource, folder: Path, load: dict[str, Any]) -> Any:
     config = AutoConfig.from_pretrained(folder, **load)
     _check_config(config, resolved)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loader = AutoModelForCausalLM
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and _wraps_a_causal_model(config):
+        loader = AutoModelForImageTextToText
+    model, info = loader.from_pretrained(
         folder,
         config=config,
         dtype=torch.float32,
@@ -255,13 +269,20 @@ def _check_config(config: Any, resolved: ResolvedSource) -> None:
         )
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     architectures = list(getattr(config, "architectures", None) or [])
-    if config.is_encoder_decoder or (architectures and known.isdisjoint(architectures)):
+    is_causal = not known.isdisjoint(architectures) or _wraps_a_causal_model(config)
+    if config.is_encoder_decoder or (architectures and not is_causal):
         shape = ", ".join(architectures) or config.model_type
         raise fail(
             "RM202",
             f"backbone {resolved.source!r} is not a causal language model ({shape})",
             hint="Choose a decoder-only text model, one whose architecture ends in ForCausalLM.",
         )
+
+
+def _wraps_a_causal_model(config: Any) -> bool:
+    """Whether a model that sees has a text model inside that is a causal model of its own."""
+    text = config.get_text_config()
+    return text is not config and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _text_model(model: Any) -> Any:

@@ -252,25 +252,49 @@ def open_engine(key: EngineKey) -> EngineAdapter:
 
 
 # They look single rows of their table up and never read all of it.
-_LOOKUPS: Final = frozenset({"Gather", "GatherBlockQuantized"})
+_LOOKUPS: Final = frozenset({"Gather", "GatherND", "GatherBlockQuantized"})
 
 
 def weight_bytes(graph: Path) -> int:
     """Return the bytes of the weights that one run of a graph reads, each once.
 
     Counted are initializers as they are stored, so that scales and packed integers count as what
-    they are; tables that are only looked up do not count.
+    they are; tables that are only looked up do not count. Of a layer's experts those count that one
+    position takes.
     """
     model = onnx.load(str(graph), load_external_data=False)
     read = {name for n in model.graph.node if n.op_type not in _LOOKUPS for name in n.input}
+    taken = _experts_taken(model.graph)
     # Two names for one place in the file are one weight.
     places: dict[object, int] = {}
     for tensor in model.graph.initializer:
+        if tensor.name in taken:
+            places[tensor.name] = _num_bytes(tensor) * taken[tensor.name] // tensor.dims[0]
         if tensor.name in read:
             outside = {entry.key: entry.value for entry in tensor.external_data}
             place = (outside["location"], outside.get("offset", "0")) if outside else tensor.name
             places[place] = _num_bytes(tensor)
     return sum(places.values())
+
+
+def _experts_taken(graph: onnx.GraphProto) -> dict[str, int]:
+    """Return by initializer [E, ...] how many of the E are looked up for one position.
+
+    The indices of experts come from a `TopK`; those of tokens do not.
+    """
+    makers = {name: node for node in graph.node for name in node.output}
+    sizes = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if t.dims == [1]}
+    weights = {tensor.name for tensor in graph.initializer if len(tensor.dims) > 1}
+    found: dict[str, int] = {}
+    for node in graph.node:
+        if node.op_type not in ("Gather", "GatherND") or node.input[0] not in weights:
+            continue
+        maker = makers.get(node.input[1])
+        while maker is not None and maker.op_type != "TopK":
+            maker = makers.get(maker.input[0]) if maker.input else None
+        if maker is not None and maker.input[1] in sizes:
+            found[node.input[0]] = int(sizes[maker.input[1]].item())
+    return found
 
 
 def weight_precision(graph: Path) -> str:

@@ -282,12 +282,14 @@ def test_rotary_scaling_by_length_is_refused_by_name(tmp_path: Path, per_layer_t
 
 
 def test_attention_beyond_the_operator_is_refused_by_name(tmp_path: Path) -> None:
-    """Attention sinks, for example, come as one more argument."""
+    """A bias by distance, for example, comes as one more argument."""
     backbone = load_tiny(tmp_path / "source", "llama", num_hidden_layers=1)
     attention = backbone.model.get_decoder().layers[0].self_attn
     plain = attention.forward
-    attention.forward = lambda *args, **kwargs: plain(*args, s_aux=torch.zeros(4), **kwargs)
-    with pytest.raises(RecmasError, match=r"RM300.*LlamaAttention uses attention with s_aux"):
+    attention.forward = lambda *args, **kwargs: plain(*args, position_bias=torch.zeros(4), **kwargs)
+    with pytest.raises(
+        RecmasError, match=r"RM300.*LlamaAttention uses attention with position_bias"
+    ):
         export_backbone(backbone, tmp_path / "out")
     assert backbone.model.config._attn_implementation != "recmas_portable"
 

@@ -288,6 +288,38 @@ def test_norms_of_heads_come_after_the_transpose() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("node", "number", "stays"),
+    [
+        ("Add", 0.0, False),
+        ("Add", 1e-8, True),
+        ("Add", 1e-30, True),
+        ("Mul", 1.0, False),
+        ("Mul", 1.000005, True),
+    ],
+)
+def test_no_ops_are_told_exactly(node: str, number: float, stays: bool) -> None:
+    body = f"z = {node} (x, c) y = Neg (z)"
+    check(
+        body,
+        {"x": (2, 3, 8)},
+        "float[batch,positions,8] y",
+        {"c": np.float32(number)},
+        expected={node: 1, "Neg": 1} if stays else {"Neg": 1},
+    )
+
+
+def test_a_power_that_is_nearly_a_square_stays() -> None:
+    model = model_of(
+        NORM + "u = Mul (x, i) y = Mul (u, w)",
+        {"x": (2, 3, 8)},
+        "float[batch,positions,8] y",
+        {"w": normal(8), "two": np.float32(2.00001)},
+    )
+    run_passes(CLEAN, model)
+    assert "RMSNormalization" not in operators(model)
+
+
 def test_shapes_become_constants() -> None:
     shape = "sh = Shape <start = 0, end = 2> (x) to = Concat <axis = 0> (sh, four, last)"
     check(

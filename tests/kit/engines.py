@@ -93,7 +93,7 @@ class Exported:
         """Run the decoder once; `cache` is updated."""
         batch, positions, _ = embeds.shape
         last = [positions - 1] * batch if last_index is None else last_index
-        operands = stack_operands([identity_link(self.width)]) if inner is None else inner
+        operands = self.no_link() if inner is None else inner
         feeds = {
             "inputs_embeds": embeds,
             "write_index": np.array(write_index, np.int64),
@@ -105,6 +105,10 @@ class Exported:
         found = dict(zip(names, self.decoder.run(None, feeds), strict=True))
         cache.update({n.removeprefix("present_"): v for n, v in found.items() if "present" in n})
         return found
+
+    def no_link(self) -> Operands:
+        """Return the operands, with the G axis, of an inner link that changes nothing."""
+        return stack_operands([identity_link(self.width)])
 
     @torch.no_grad()
     def reference(self, ids: torch.Tensor) -> NDArray[np.float32]:

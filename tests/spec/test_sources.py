@@ -205,6 +205,17 @@ def test_missing_backbones(
     golden("".join(f"{text}\n" for text in said).replace(str(tmp_path), "TMP"))
 
 
+def test_a_file_is_no_source(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    for name in ("model.gguf", "model.safetensors"):
+        (tmp_path / "weights" / name).write_bytes(b"GGUF")
+        said = refusal(f"weights/{name}", tmp_path)
+        assert "RM200" in said
+        assert f"`weights/{name}` is a file; recmas reads folders" in said
+        assert ("`builtin:NAME`" in said) == name.endswith("gguf")
+        assert "hf:" not in said
+
+
 @pytest.mark.parametrize("source", ["x" * 300, "~nobody-of-this-name/x", "a/" * 2000, "//", "hf:"])
 def test_odd_sources(source: str, tmp_path: Path) -> None:
     assert "RM200" in refusal(source, tmp_path) or source == "hf:"

@@ -7,23 +7,30 @@ transformers is updated.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
+import sys
 from dataclasses import fields
 from typing import Any
 
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from recmas_compiler.backbones.facts import DEFAULTS_FILE
+from recmas_compiler.backbones.config_defaults import DEFAULTS_FILE
 
 FIELDS = (
+    "global_head_dim",
     "head_dim",
     "hidden_size",
+    "hidden_size_per_layer_input",
     "intermediate_size",
+    "kv_lora_rank",
     "max_position_embeddings",
     "max_window_layers",
+    "multi_query",
     "num_attention_heads",
     "num_hidden_layers",
     "num_key_value_heads",
@@ -31,20 +38,46 @@ FIELDS = (
     "sliding_window_pattern",
     "tie_word_embeddings",
     "use_sliding_window",
+    "v_head_dim",
     "vocab_size",
 )
+# Entries of mixtures of experts: how many there are, how many a token takes, how wide they are, and
+# which layers have none.
+EXPERT_FIELDS = (
+    "decoder_sparse_step",
+    "first_k_dense_replace",
+    "moe_intermediate_size",
+    "moe_k",
+    "moe_layer_interval",
+    "moe_layer_start_index",
+    "moe_num_experts",
+    "moe_num_shared_experts",
+    "moe_topk",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_dense_layers",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_local_experts",
+    "num_shared_experts",
+    "shared_expert_intermediate_size",
+    "shared_intermediate_size",
+)
+# What the code of families that keep a state in some of their layers names.
+STATE_NAMES = ("causal_conv1d", "Rglru", "rwkv", "mLSTM", "LightningAttention")
 MANY_LAYERS = 61  # prime: no cycle ends with the last layer, which some families make another type
 LONGEST_CYCLE = 12
 
 
 def all_defaults() -> dict[str, dict[str, Any]]:
     """Return by model type what its config class fills in, sorted; values of None are left out."""
-    classes = {name: CONFIG_MAPPING[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+    models = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    classes = {name: CONFIG_MAPPING[name] for name in models}
     for outer in list(classes.values()):
         text = outer.sub_configs.get("text_config")
         if text not in (None, AutoConfig):  # that one stands for any type
             classes[text.model_type] = text
-    return {name: _defaults(classes[name]) for name in sorted(classes)}
+    return {name: _defaults(classes[name]) | _code(models.get(name)) for name in sorted(classes)}
 
 
 def table_text() -> str:
@@ -58,7 +91,12 @@ def _defaults(config_class: Any) -> dict[str, Any]:
     # the window of a Qwen2 that does not use it, and a config that uses it relies on that window.
     declared = {field.name: field.default for field in fields(config_class)}
     values = {name: declared.get(config_class.attribute_map.get(name, name)) for name in FIELDS}
+    # as they are named in a file: of two names for one value, only that of the file
+    values |= {name: declared.get(name) for name in EXPERT_FIELDS}
     found = {name: value for name, value in values.items() if isinstance(value, int)}
+    names = {n: config_class.attribute_map[n] for n in FIELDS if n in config_class.attribute_map}
+    if names:
+        found["names"] = names
     text = config_class.sub_configs.get("text_config")
     if text not in (None, AutoConfig):
         found["text_config"] = text.model_type
@@ -70,6 +108,20 @@ def _defaults(config_class: Any) -> dict[str, Any]:
                 cycle = []  # the window has another name
             found["layer_cycle"] = cycle
     return dict(sorted(found.items()))
+
+
+def _code(model_name: str | None) -> dict[str, str]:
+    """Return what the code of a causal model does that its config does not say."""
+    if model_name is None:  # a text model that only exists inside another one
+        return {"code": "no causal class"}
+    model_class = getattr(transformers, model_name)
+    found = {} if model_name.endswith("ForCausalLM") else {"causal_class": model_name}
+    source = inspect.getsource(sys.modules[model_class.__module__])
+    if any(name in source for name in STATE_NAMES):
+        return found | {"code": "state"}
+    if not model_class._can_set_attn_implementation():
+        return found | {"code": "own attention"}
+    return found
 
 
 def cycle_of(types: list[str]) -> list[str]:

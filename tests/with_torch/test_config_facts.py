@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from config_defaults import table_text
-from recmas_compiler.backbones.facts import DEFAULTS_FILE, LAYER_KINDS, family_defaults
+from recmas_compiler.backbones.config_defaults import DEFAULTS_FILE, family_defaults
+from recmas_compiler.backbones.facts import LAYER_KINDS
 from recmas_compiler.backbones.sources import describe_backbone
+from recmas_compiler.backbones.unsupported import why_unsupported
 from recmas_runtime.core.errors import RecmasError
 
 SMALL = {
@@ -68,6 +71,42 @@ def test_families(family: str, variant: str, tmp_path: Path) -> None:
         assert facts.sliding_window == window
 
 
+@pytest.mark.parametrize(
+    "family", ["glm", "glm4", "ernie4_5", "ministral", "starcoder2", "vaultgemma", "gpt2"]
+)
+def test_heads_that_a_file_leaves_out(family: str, tmp_path: Path) -> None:
+    names = CONFIG_MAPPING[family].attribute_map
+    given = {"hidden_size": 256, "num_attention_heads": 16, "num_hidden_layers": 2}
+    given = {names.get(name, name): value for name, value in given.items()} | {"vocab_size": 500}
+    config = CONFIG_MAPPING[family](**given)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **given}))
+    facts = describe_backbone(str(tmp_path), base_dir=tmp_path)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    assert facts.num_kv_heads == heads
+    assert facts.head_dim == (getattr(config, "head_dim", None) or 256 // 16)
+
+
+EXPERTS = (
+    *("qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "flex_olmo", "phimoe", "glm4_moe"),
+    *("ernie4_5_moe", "exaone_moe", "minimax_m2", "gpt_oss", "granitemoe", "afmoe", "solar_open"),
+)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_all_experts_are_counted(family: str, tmp_path: Path) -> None:
+    """In the size that the class of the config has, of which a file states the least."""
+    config = CONFIG_MAPPING[family]()
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    sparse = {name: getattr(config, name) for name in names}
+    given = json.dumps(sparse | {"model_type": family, "architectures": [type(model).__name__]})
+    (tmp_path / "config.json").write_text(given)
+    facts = describe_backbone(str(tmp_path), base_dir=tmp_path)
+    assert facts.num_parameters == pytest.approx(model.num_parameters(), rel=0.01)
+    assert 0.3 < facts.num_expert_parameters / facts.num_parameters < 1
+
+
 def test_the_table_of_defaults_is_that_of_transformers() -> None:
     """Of the version that recmas is tested with: others know more families, or fewer."""
     pins = (Path(__file__).parents[2] / "constraints.txt").read_text().split()
@@ -82,6 +121,7 @@ LISTED = [
     name
     for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if {"num_attention_heads", "layer_cycle"} <= family_defaults(name).keys()
+    and why_unsupported(name, family_defaults(name)) is None
     and KINDS.keys() >= {LAYER_KINDS.get(kind) for kind in family_defaults(name)["layer_cycle"]}
     and family_defaults(name)["layer_cycle"]
 ]
@@ -103,15 +143,49 @@ def test_layers_of_every_family(family: str, tmp_path: Path) -> None:
 
 
 def test_a_family_without_a_rule_must_list_its_layers(tmp_path: Path) -> None:
-    sparse = SMALL | {"model_type": "lfm3"}
+    sparse = SMALL | {"model_type": "beam"}
     (tmp_path / "config.json").write_text(json.dumps(sparse))
     with pytest.raises(RecmasError, match=r"its config\.json has no `layer_types`") as refused:
         describe_backbone(str(tmp_path), base_dir=tmp_path)
     assert refused.value.problems[0].code == "RM202"
-    listed = sparse | {"layer_types": ["conv"] * 11 + ["full_attention"]}
+    listed = sparse | {"layer_types": ["sliding_attention"] * 11 + ["full_attention"]}
     (tmp_path / "config.json").write_text(json.dumps(listed))
     facts = describe_backbone(str(tmp_path), base_dir=tmp_path)
-    assert facts.attention == ("linear",) * 11 + ("full",)
+    assert facts.attention == ("sliding",) * 11 + ("full",)
+
+
+@pytest.mark.parametrize(
+    ("family", "entries", "reason"),
+    [
+        *((f, {}, "keeps a state") for f in ("bamba", "falcon_h1", "zamba", "zamba2", "mamba2")),
+        *((f, {}, "keeps a state") for f in ("xlstm", "recurrent_gemma", "nemotron_h")),
+        *((f, {}, "attention code of its own") for f in ("bloom", "gpt_neo", "gptj", "codegen")),
+        *((f, {}, "attention code of its own") for f in ("mpt", "xglm", "falcon", "openai-gpt")),
+        ("gemma3n_text", {"intermediate_size": [64, 64]}, "inputs of their own for every token"),
+        ("deepseek_v3", {}, "latent attention"),
+        ("mimo_v2_flash", {"head_dim": 192, "v_head_dim": 128}, "different widths"),
+        ("opt", {}, "counts positions from a mask"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "frequencies change"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "frequencies change"),
+    ],
+)
+def test_what_no_target_runs_is_told_from_the_config(
+    family: str, entries: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    """As files of these families are: with few entries, under whatever names."""
+    given = {"model_type": family, "architectures": ["SomeForCausalLM"], **entries}
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    with pytest.raises(RecmasError, match=reason) as refused:
+        describe_backbone(str(tmp_path), base_dir=tmp_path)
+    assert refused.value.problems[0].code == "RM203"
+
+
+def test_a_text_model_without_a_class_of_its_own(tmp_path: Path) -> None:
+    given = {"model_type": "some_vl", "architectures": ["SomeForConditionalGeneration"]}
+    text = {"model_type": "some_vl_text", **SMALL}
+    (tmp_path / "config.json").write_text(json.dumps(given | {"text_config": text}))
+    with pytest.raises(RecmasError, match=r"`some_vl_text`, its text model, has no causal class"):
+        describe_backbone(str(tmp_path), base_dir=tmp_path)
 
 
 def test_a_nested_text_config_leaves_out_what_its_class_fills_in(tmp_path: Path) -> None:

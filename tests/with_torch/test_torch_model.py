@@ -18,6 +18,8 @@ from transformers import (
     BertForMaskedLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
 )
 
 from kit.models import COMMON_DIMS, FAMILIES, LoadTiny, load_folder, write_tiny_backbone
@@ -184,7 +186,7 @@ def test_a_head_that_does_something_unknown_is_refused(
 ) -> None:
     write_tiny_backbone(tmp_path, "llama")
     usual = TorchBackbone.logits
-    # the model scales its logits, as some families do, and our head does not know
+    # as where a model does something between its body and its head
     monkeypatch.setattr(TorchBackbone, "logits", lambda self, h: usual(self, h) * 8)
     code, text = refusal(tmp_path)
     assert code == "RM202"
@@ -221,6 +223,38 @@ def test_only_the_text_model_of_a_seeing_model_is_used(tmp_path: Path) -> None:
     assert sum(p.numel() for p in backbone.model.parameters()) == text.num_parameters()
     ids = torch.tensor([[9, 8, 7, 6, 5, 4, 3, 2, 12, 13, 14]])
     torch.testing.assert_close(backbone.model(input_ids=ids).logits, text(input_ids=ids).logits)
+
+
+def test_a_text_model_that_is_only_published_inside_another_one(tmp_path: Path) -> None:
+    """Their class has no causal form, but that of the text model inside does."""
+    write_tiny_backbone(tmp_path, "mistral")
+    text = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Mistral3Config(
+        text_config=text.config.to_dict(), vision_config=vision, tie_word_embeddings=False
+    )
+    config.architectures = ["Mistral3ForConditionalGeneration"]
+    seeing = Mistral3ForConditionalGeneration(config)
+    seeing.model.language_model.load_state_dict(text.model.state_dict())
+    seeing.lm_head.load_state_dict(text.lm_head.state_dict())
+    seeing.save_pretrained(tmp_path)
+    backbone = load_folder(tmp_path)
+    assert backbone.facts.model_type == "mistral"
+    assert sum(p.numel() for p in backbone.model.parameters()) == text.num_parameters()
+    ids = torch.tensor([[9, 8, 7, 6, 5, 4, 3, 2, 12, 13, 14]])
+    with torch.no_grad():
+        wanted = text(input_ids=ids).logits
+        torch.testing.assert_close(backbone.model(input_ids=ids).logits, wanted)
+        hidden = backbone.body(inputs_embeds=backbone.embed(ids)).last_hidden_state
+        torch.testing.assert_close(backbone.logits(hidden), wanted)
 
 
 def test_a_padded_vocabulary_loads(tmp_path: Path) -> None:

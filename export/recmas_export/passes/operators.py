@@ -38,16 +38,25 @@ class UseStandardOperators(InPlacePass):
 class RootMeanSquareNorm(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscript is untyped
     """x / sqrt(mean(x^2) + epsilon) * scale, over the last axis."""
 
-    def pattern(self, op: Any, x: Any, scale: Any, epsilon: Any) -> Any:
+    def pattern(self, op: Any, x: Any, scale: Any, epsilon: Any, power: Any) -> Any:
         """Return what the exporter writes; `commute` adds the other orders of factors."""
-        mean = op.ReduceMean(op.Pow(x, 2.0), [-1], keepdims=1, _allow_other_attributes=True)
+        # not `2.0`: floats of a pattern are compared with a tolerance
+        mean = op.ReduceMean(op.Pow(x, power), [-1], keepdims=1, _allow_other_attributes=True)
         return op.Mul(op.Mul(x, op.Reciprocal(op.Sqrt(op.Add(mean, epsilon)))), scale)
 
     def check(
-        self, _context: Any, x: ir.Value, scale: ir.Value, epsilon: ir.Value, **_others: Any
+        self,
+        _context: Any,
+        x: ir.Value,
+        scale: ir.Value,
+        epsilon: ir.Value,
+        power: ir.Value,
+        **_others: Any,
     ) -> MatchResult:
         """Take only a scale that is one number per entry of the last axis."""
         result = MatchResult()
+        if _number(power) != 2:
+            return result.fail("it is no square")
         if x.shape is None or scale.shape is None or list(scale.shape) != [x.shape[-1]]:
             return result.fail("the scale is no vector of the last axis")
         if epsilon.const_value is None or epsilon.const_value.size != 1:

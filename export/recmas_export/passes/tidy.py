@@ -8,18 +8,17 @@ most of it in rewrites that do not apply.
 from __future__ import annotations
 
 from itertools import chain, count
+from typing import Any
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import onnxscript.optimizer
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.tape import Tape
-from onnxscript.rewriter import RewriteRuleSet
+from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 from onnxscript.rewriter.rules.common import (
-    add_0_rule,
     collapse_slice2_rule,
     collapse_slice_rule,
-    mul_by_1_rule,
     no_op_transpose_rule,
     transpose_transpose_rule,
     unsqueeze_unsqueeze_rule,
@@ -143,6 +142,33 @@ class FoldConstants(InPlacePass):
         return PassResult(model, bool(result.modified))
 
 
+class NoOp(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscript is untyped
+    """An operator with a number that makes it return what it is given.
+
+    onnxscript's own rules compare with a tolerance: they take an epsilon of 1e-8 for zero, and the
+    norm of a padded position, which is all zeros, is then not a number.
+    """
+
+    def __init__(self, operator: str, number: int) -> None:
+        super().__init__()
+        self._operator, self._number = operator, number
+
+    def pattern(self, op: Any, x: Any, number: Any) -> Any:
+        """Return the operator on anything and a number."""
+        return getattr(op, self._operator)(x, number)
+
+    def check(self, _context: Any, number: ir.Value, **_others: Any) -> MatchResult:
+        """Take only a scalar that is exactly the number."""
+        result, tensor = MatchResult(), number.const_value
+        if tensor is None or tensor.shape.rank() != 0 or tensor.numpy().item() != self._number:
+            return result.fail(f"it is not {self._number}")
+        return result
+
+    def rewrite(self, op: Any, x: ir.Value, **_others: Any) -> Any:
+        """Return what is given."""
+        return op.Identity(x)
+
+
 class DropNoOps(InPlacePass):
     """Remove operators that return what they are given.
 
@@ -152,8 +178,8 @@ class DropNoOps(InPlacePass):
 
     _RULES = RewriteRuleSet(
         [
-            add_0_rule,
-            mul_by_1_rule,
+            NoOp.rule("Add", 0),
+            NoOp.rule("Mul", 1),
             collapse_slice_rule,
             collapse_slice2_rule,
             no_op_transpose_rule,

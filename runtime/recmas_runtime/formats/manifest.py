@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Final
 
 from msgspec import Meta, field
 
 from recmas_runtime.formats.codec import Count, Dim, Finite, Size, StrictStruct
+
+# A parity case runs as a batch of sequences of unequal length.
+PARITY_ROWS: Final = 2
 
 MANIFEST_VERSION = 1
 MANIFEST_NAME = "manifest.json"

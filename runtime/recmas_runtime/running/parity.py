@@ -18,6 +18,7 @@ from recmas_runtime.engines.interface import Backbone, Operands
 from recmas_runtime.engines.onnx.backbone import LinkEngine
 from recmas_runtime.engines.onnx.session import Device, call_onnx, make_session
 from recmas_runtime.formats.links import stack_operands
+from recmas_runtime.formats.manifest import PARITY_ROWS
 from recmas_runtime.formats.plan import cache_capacity
 
 Case = Mapping[str, NDArray[Any]]
@@ -50,16 +51,18 @@ def measure_backbone_parity(engine: Backbone[Any], case: Case, inner: Operands) 
 
     A case has `inputs_embeds` [1, T, d]; `chunks` [N], lengths of the calls that T is cut into;
     expected `hidden` [1, T, d] and `thought_next` [N, 1, d]; `logits_hidden` [n, d] with expected
-    `logits` [n, V]; `greedy_prompt` [P] with expected `greedy_tokens` [K].
+    `logits` [n, V]; `greedy_prompt` [P] with expected `greedy_tokens` [K]. The calls have a second,
+    shorter row with a part of the same positions.
     """
     grouped = stack_operands([inner])
-    hidden, following = _run_chunks(engine, case["inputs_embeds"], case["chunks"], grouped)
+    hidden, lagging, following = _run_chunks(engine, case["inputs_embeds"], case["chunks"], grouped)
     logits = engine.logits(case["logits_hidden"])
     # A case's inputs begin with the embedded tokens of its greedy prompt.
     embeds = engine.embed(case["greedy_prompt"][None])
     figures = {
         "hidden_relative": max(
             relative_difference(hidden, case["hidden"]),
+            relative_difference(lagging, case["hidden"][:, : lagging.shape[1]]),
             relative_difference(following, case["thought_next"]),
         ),
         "logits_relative": relative_difference(logits, case["logits"]),
@@ -117,20 +120,31 @@ def _largest(array: NDArray[Any]) -> float:
 
 def _run_chunks(
     engine: Backbone[Any], embeds: NDArray[Any], chunks: NDArray[Any], inner: Operands
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return hidden states [1, T, d] and, for each call, the inner link's output [N, 1, d]."""
-    cache = engine.new_cache(1, cache_capacity(embeds.shape[1]))
-    hidden, following = [], []
-    start = 0
-    for length in chunks.tolist():
-        part = embeds[:, start : start + length]
-        states, _, next_embeds = engine.forward(
-            cache, part, np.array([start]), np.array([length - 1]), inner
-        )
-        hidden.append(states.copy())
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return hidden states [1, T, d] and, for each call, the inner link's output [N, 1, d].
+
+    The second hidden states [1, U, d] are those of another row of the same calls: the case's first
+    U positions, of which its first call has only half, so that it lags behind in all the others.
+    Two rows can go wrong where one does not: in what fills up the shorter one, and where each
+    writes.
+    """
+    cache = engine.new_cache(PARITY_ROWS, cache_capacity(embeds.shape[1]))
+    lengths = np.stack([chunks, chunks])
+    lengths[1, 0] = max(1, int(chunks[0]) // 2)
+    hidden: tuple[list[NDArray[Any]], ...] = ([], [])
+    following = []
+    starts = np.zeros(PARITY_ROWS, np.int64)
+    for lengths_B in lengths.T:
+        part = np.zeros((PARITY_ROWS, int(lengths_B.max()), embeds.shape[2]), np.float32)
+        for row, (start, length) in enumerate(zip(starts, lengths_B, strict=True)):
+            part[row, :length] = embeds[0, start : start + length]
+        states, _, next_embeds = engine.forward(cache, part, starts, lengths_B - 1, inner)
+        for row, length in enumerate(lengths_B):
+            hidden[row].append(states[row : row + 1, :length].copy())
         following.append(next_embeds[0].copy())
-        start += length
-    return np.concatenate(hidden, axis=1), np.stack(following)
+        starts = starts + lengths_B
+    first, second = (np.concatenate(parts, axis=1) for parts in hidden)
+    return first, second, np.stack(following)
 
 
 def _continue_greedily(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.links import expected_tensors
-from recmas_runtime.formats.manifest import Manifest
+from recmas_runtime.formats.manifest import PARITY_ROWS, Manifest
 from recmas_runtime.formats.plan import Plan, cache_capacity
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ class Shapes:
 
     Attributes:
         capacities: Cache rows per sample, ascending; each is an engine of its own.
-        max_rows: Most rows of a call: agents that run as one batch, times records.
+        max_rows: Most rows of a call: agents that run as one batch, times records; those of a
+            parity case at least.
         link_hidden: Least and greatest hidden width of the inner links.
     """
 
@@ -78,7 +79,7 @@ def shapes_of(plan: Plan, manifest: Manifest, backbone: str, *, case_positions: 
     ]
     return Shapes(
         capacities=tuple(sorted(capacities - {max(capacities)} | {needed})),
-        max_rows=groups * plan.limits.max_batch,
+        max_rows=max(groups * plan.limits.max_batch, PARITY_ROWS),
         max_groups=groups,
         link_hidden=(min(hidden), max(hidden)),
         prompt_positions=plan.limits.max_prompt_tokens,

@@ -1,0 +1,54 @@
+"""A causal model without its body: what is left is all that it does after it.
+
+Heads are more than a matrix: soft caps, scales, multipliers, biases. Whatever a model does, its own
+code does it here too, in the reference and in the graph that is exported.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+def head_of(model: Any) -> Any:
+    """Return a causal model that takes hidden states for `inputs_embeds` and applies its head.
+
+    The model is left as it was. Both have the same weights in memory.
+    """
+    head = copy.copy(model)
+    head._modules = dict(model._modules)
+    setattr(head, model.base_model_prefix, _Passed(model))
+    return head
+
+
+class _Passed(nn.Module):
+    """Stands in for a body: what goes in comes out as the last hidden state."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        # in a tuple: as a module of this one its layers would be part of the head
+        self._replaced = (getattr(model, model.base_model_prefix), model.get_decoder())
+
+    def forward(self, *_args: object, inputs_embeds: Any, **_others: object) -> _Output:
+        """Return `inputs_embeds` unchanged; all else that a model hands its body plays no part."""
+        return _Output(last_hidden_state=inputs_embeds)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what a head's code reads from its body; bodies within bodies are passed too."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            body, decoder = self.__dict__["_replaced"]
+            found = getattr(body, name)
+            return self if found is decoder else found
+
+
+class _Output(BaseModelOutputWithPast):  # type: ignore[misc]  # transformers is untyped
+    """The output of a body that has nothing but hidden states: all else is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)

@@ -1,0 +1,88 @@
+"""Why a model cannot run, told from its config alone: what a build would find out after minutes.
+
+A table made from transformers' classes says what the code of a family does; the rest is in entries
+of the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from recmas_compiler.backbones.config_defaults import family_defaults
+
+# Families whose code cannot be traced for any length, and what in it prevents that.
+_NOT_TRACED: Final[Mapping[str, str]] = {
+    "opt": "counts positions from a mask of the whole sequence",
+    "biogpt": "counts positions from a mask of the whole sequence",
+    "aria_text": "sorts tokens by expert, into groups whose sizes are known at run time",
+    "doge": "computes masks of its own in every layer",
+    "modernbert-decoder": "has no body apart from its head",
+    "hrm_text": "runs the same layers many times for a position",
+}
+
+_CODE: Final[Mapping[str, str]] = {
+    "state": "keeps a state instead of a cache of positions in some or all of its layers",
+    "own attention": "has attention code of its own, which recmas cannot replace",
+    "no causal class": "has no causal class of its own in transformers",
+}
+
+
+def why_unsupported(model_type: str, values: Mapping[str, Any]) -> str | None:
+    """Return why no target runs a model, None if its config says nothing against it.
+
+    Args:
+        model_type: That of the text model.
+        values: The entries of its config, with what its family fills in.
+    """
+    if model_type in _NOT_TRACED:
+        return f"the code of `{model_type}` {_NOT_TRACED[model_type]}"
+    family = family_defaults(model_type)
+    code = family.get("code")
+    listed = values.get("layer_types") or family.get("layer_cycle") or ()
+    # Of such a family a model may have layers with attention only. They are told by the list.
+    lists_attention = any(kind in ("full_attention", "attention") for kind in listed)
+    if code is not None and not (code == "state" and lists_attention):
+        return f"`{model_type}` {_CODE[code]}"
+    return _why_cache(values) or why_rotary(model_type, values)
+
+
+def _why_cache(values: Mapping[str, Any]) -> str | None:
+    """Return why not all layers have caches of one shape, None if they have."""
+    head_dim = values.get("head_dim")
+    if _is_count(values.get("hidden_size_per_layer_input")):
+        return "its layers take inputs of their own for every token, which a thought does not have"
+    if _is_count(values.get("kv_lora_rank")):
+        return "its keys and values have different widths (latent attention)"
+    if _differs(values.get("v_head_dim"), head_dim):
+        return "its keys and values have different widths (`v_head_dim`)"
+    if _differs(values.get("global_head_dim"), head_dim):
+        return "its layers have heads of different widths (`global_head_dim`)"
+    return None
+
+
+def why_rotary(model_type: str, values: Mapping[str, Any]) -> str | None:
+    """Return which rotary embedding changes with the length of the input, None if none does."""
+    for entry in ("rope_parameters", "rope_scaling"):
+        found = values.get(entry)
+        if not isinstance(found, dict):
+            continue
+        # some models have one per type of layer
+        for table in (found, *(part for part in found.values() if isinstance(part, dict))):
+            kind = table.get("rope_type", table.get("type"))
+            # with its `alpha` HunYuan's has fixed frequencies, whatever it is called
+            is_fixed = "alpha" in table and model_type.startswith("hunyuan_v1")
+            if kind == "longrope" or (kind == "dynamic" and not is_fixed):
+                return (
+                    f"its rotary embeddings are of type `{kind}`: their frequencies change with "
+                    "the length of the input"
+                )
+    return None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _differs(value: object, other: object) -> bool:
+    return _is_count(value) and _is_count(other) and value != other

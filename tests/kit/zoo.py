@@ -1,0 +1,201 @@
+"""Tiny random models of many model types, as Hugging Face folders: what each exercises, in a table.
+
+Weights are random but scaled so that every part matters; the tokenizer is that of a family in
+`kit.models`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from kit.models import COMMON_DIMS, FAMILIES, make_tokenizer
+
+_KIND: Final = "qwen2"  # whose tokenizer and template all have
+_WINDOW: Final = {"sliding_window": 12}
+_MIXED: Final = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_EXPERTS: Final = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LOCAL_EXPERTS: Final = {"num_local_experts": 8, "num_experts_per_tok": 2}
+_ROUTED_EXPERTS: Final = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+_NOT_GIVEN: Final = object()  # an entry that the type does not have
+
+_YARN: Final = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+_OLD_NAMES: Final = {
+    "num_key_value_heads": _NOT_GIVEN,
+    "intermediate_size": _NOT_GIVEN,
+    "n_inner": 96,
+}
+
+# name -> entries of its config besides the common ones; the model type is the name's beginning
+ZOO: Final[Mapping[str, dict[str, Any]]] = {
+    "gpt_neox": {"num_key_value_heads": _NOT_GIVEN, "rotary_pct": 0.5},
+    "granitemoehybrid attention": {
+        "layer_types": ["attention", "attention"],
+        "num_local_experts": 0,
+        "shared_intermediate_size": 96,
+        "position_embedding_type": "rope",
+        "attention_multiplier": 0.4,
+        "logits_scaling": 4.0,
+    },
+    "granite": {
+        "attention_multiplier": 0.4,
+        "logits_scaling": 4.0,
+        "residual_multiplier": 0.6,
+        "embedding_multiplier": 3.0,
+    },
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": {**_MIXED, "logit_scale": 0.5},
+    "qwen3_moe": _EXPERTS,
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 48},
+    "mixtral": {**_LOCAL_EXPERTS, **_WINDOW},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
+    "glm4_moe": _ROUTED_EXPERTS,
+    "ernie4_5_moe": {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 32},
+    "minimax_m2": _LOCAL_EXPERTS,
+    "granitemoe": {**_LOCAL_EXPERTS, "logits_scaling": 4.0},
+    "gpt_oss": {**_LOCAL_EXPERTS, **_MIXED},
+    "flint": {
+        **_EXPERTS,
+        **_MIXED,
+        "shared_expert_intermediate_size": 48,
+        "head_dim": 16,
+    },
+    "granite_swa": {**_MIXED, "logits_scaling": 4.0},
+    "granitemoe_swa": {**_MIXED, **_LOCAL_EXPERTS, "logits_scaling": 4.0},
+    "granitemoeshared": {**_LOCAL_EXPERTS, "shared_intermediate_size": 48},
+    "cohere2_moe": {**_MIXED, **_EXPERTS, "logit_scale": 0.5},
+    "flex_olmo": {"num_experts": 8, "num_experts_per_tok": 2},
+    "phimoe": {**_LOCAL_EXPERTS, **_WINDOW},
+    "exaone_moe": {**_EXPERTS, **_MIXED, "first_k_dense_replace": 1, "n_group": 1},
+    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "head_dim": 16},
+    "hy_v3": {**_EXPERTS, "head_dim": 16},
+    "dots1": {**_ROUTED_EXPERTS, **_WINDOW, "n_shared_experts": 1},
+    "beam": {**_EXPERTS, **_MIXED, "n_group": 1, "topk_group": 1, "head_dim": 16},
+    "laguna": {**_EXPERTS, **_MIXED, "head_dim": 16, "shared_expert_intermediate_size": 48},
+    "kolibri1": {**_EXPERTS, **_MIXED, "head_dim": 16, "shared_expert_intermediate_size": 48},
+    "mellum": {**_EXPERTS, **_MIXED, "head_dim": 16},
+    "solar_open": {**_ROUTED_EXPERTS, "n_shared_experts": 1, "head_dim": 16},
+    "afmoe": {**_EXPERTS, **_MIXED, "num_dense_layers": 1, "num_shared_experts": 1},
+    "jetmoe": {**_LOCAL_EXPERTS, "kv_channels": 16, "num_attention_heads": _NOT_GIVEN},
+    "gpt2": {**_OLD_NAMES},
+    "gpt_bigcode": {**_OLD_NAMES},
+    "ctrl": {"num_key_value_heads": _NOT_GIVEN, "intermediate_size": _NOT_GIVEN, "dff": 96},
+    "hunyuan_v1_dense": {
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 1e3},
+    },
+    "helium": {"head_dim": 16, "num_key_value_heads": 4},
+    "hyperclovax": {
+        "attention_multiplier": 0.4,
+        "logits_scaling": 4.0,
+        "residual_multiplier": 0.6,
+        "embedding_multiplier": 3.0,
+    },
+    "llama": {},
+    "llama yarn": {"rope_parameters": {**_YARN}},
+    "qwen2": {**_WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {"head_dim": 24},
+    "gemma": {"head_dim": 24},
+    "gemma2": {**_MIXED, "head_dim": 24, "query_pre_attn_scalar": 40},
+    "gemma3_text": {**_MIXED, "head_dim": 24, "query_pre_attn_scalar": 40},
+    "vaultgemma": {**_MIXED, "head_dim": 24, "query_pre_attn_scalar": 40},
+    "mistral": {**_WINDOW, "head_dim": 24},
+    "ministral": {**_MIXED, "head_dim": 24},
+    "ministral3": {"head_dim": 24},
+    "phi": {"partial_rotary_factor": 0.5},
+    "phi3": {**_WINDOW},
+    "olmo": {"clip_qkv": 2.0},
+    "olmo2": {},
+    "olmo3": _MIXED,
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "stablelm": {},
+    "starcoder2": _WINDOW,
+    "exaone4": _MIXED,
+    "glm": {"head_dim": 24},
+    "glm4": {"head_dim": 24},
+    "nemotron": {},
+    "persimmon": {"num_key_value_heads": _NOT_GIVEN},
+    "seed_oss": {"head_dim": 24},
+    "apertus": {},
+    "arcee": {},
+    "bitnet": {},
+    "cwm": {**_MIXED, "head_dim": 24, "bos_token_id": 0},
+    "diffllama": {},
+    "ernie4_5": {"head_dim": 24},
+    "jais2": {},
+    "iquestcoder": {},
+    "nanochat": {},
+}
+
+_WITH_SINKS: Final = ("gpt_oss", "flint", "granite_swa", "granitemoe_swa")
+
+# One of each mechanism: a tenth of the time that all take.
+FAST: Final = (
+    *("gpt_neox", "granite", "helium", "qwen3_moe", "gpt_oss", "afmoe", "jetmoe", "gpt2"),
+    *("hunyuan_v1_dense",),
+)
+
+
+def exercised(name: str) -> tuple[str, ...]:
+    """Return in words what a row of the zoo has that not every model has."""
+    row = ZOO[name]
+    words = {
+        "sliding window": "sliding_window" in row,
+        "experts": any("expert" in key for key in row if row[key] != 0),
+        "attention sinks": name in _WITH_SINKS,
+        "scaled logits": any(key.startswith("logit") for key in row),
+        "multipliers": "attention_multiplier" in row,
+        "rotary scaling": "rope_parameters" in row,
+        "head width of its own": "head_dim" in row,
+    }
+    return tuple(word for word, has in words.items() if has)
+
+
+def write_zoo_model(folder: Path, name: str, *, seed: int = 0) -> Path:
+    """Write the tiny model of a row of `ZOO` with its tokenizer; returns its folder."""
+    kind, tokenizer = FAMILIES[_KIND], make_tokenizer(_KIND)
+    common = {**COMMON_DIMS, "num_hidden_layers": 2, "vocab_size": tokenizer.get_vocab_size()}
+    entries = {key: v for key, v in {**common, **ZOO[name]}.items() if v is not _NOT_GIVEN}
+    end, pad = tokenizer.token_to_id(kind.eos), tokenizer.token_to_id(kind.pad)
+    tokens = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
+    config = AutoConfig.for_model(name.partition(" ")[0], **{**tokens, **entries})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for part, weight in sorted(model.named_parameters()):
+            noise = torch.randn(weight.shape, generator=generator)
+            if id(weight) in tables:
+                weight.copy_(noise * 0.6)
+            elif "sinks" in part:
+                weight.copy_(0.5 + 1.5 * noise)
+            elif weight.ndim == 1 or "bias" in part:
+                weight.add_(noise * 0.1)
+            else:
+                weight.copy_(noise * 0.7 / math.sqrt(weight.shape[-1]))
+    config.architectures = [type(model).__name__]
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(kind.template, encoding="utf-8")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": kind.eos,
+        "pad_token": kind.pad,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
