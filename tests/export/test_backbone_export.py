@@ -276,7 +276,7 @@ def test_rotary_scaling_by_length_is_refused_by_name(tmp_path: Path, per_layer_t
     backbone = load_tiny(tmp_path / "source", "llama")
     scaling: dict[str, object] = {"rope_type": "longrope", "rope_theta": 10_000.0}
     backbone.model.config.rope_parameters = {"full": scaling} if per_layer_type else scaling
-    with pytest.raises(RecmasError, match=r"RM300.*'longrope'") as caught:
+    with pytest.raises(RecmasError, match=r"RM300.*`longrope`") as caught:
         export_backbone(backbone, tmp_path / "out")
     assert caught.value.exit_code is Exit.RUN_FAILED
 
