@@ -64,26 +64,24 @@ def from_json(cls: type[T], data: object, *, file: str) -> T:
         return msgspec.convert(data, cls)
     except msgspec.ValidationError as error:
         raise malformed(file, _explained(cls, data, str(error))) from None
+    except UnicodeEncodeError as error:  # msgspec's, of a text where something else belongs
+        half = error.object[error.start]
+        raise malformed(file, f"a text holds {half!r}, half of a surrogate pair") from None
 
 
 def parse_json(raw: bytes, *, file: str) -> object:
-    """Parse JSON as its standard has it: no NaN, no duplicate keys, no half of a surrogate pair.
+    """Parse JSON as its standard has it: no NaN, no duplicate keys.
 
     Raises:
         RecmasError: RM404.
     """
     # Not by msgspec, which keeps the last of several equal keys.
     try:
-        parsed = json.loads(
+        return json.loads(
             raw.decode("utf-8"), parse_constant=refuse_constant, object_pairs_hook=_unique_keys
         )
-        if b"\\u" in raw:  # nothing else spells one
-            json.dumps(parsed, ensure_ascii=False).encode()
-        return parsed
     except RecursionError:
         reason = "nested too deeply"
-    except UnicodeEncodeError as error:
-        reason = f"a text holds {error.object[error.start]!r}, half of a surrogate pair"
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 at byte {error.start}"
     except json.JSONDecodeError as error:
