@@ -39,7 +39,7 @@ def _run(given: list[str]) -> int:
     """Return the exit status; where recmas is installed without its compiler, RM201 is all."""
     from importlib.util import find_spec
 
-    from recmas_runtime.core.errors import RecmasError, missing_package
+    from recmas_runtime.core.errors import RecmasError, fail, missing_package
     from recmas_runtime.core.terminal import open_standard_streams
 
     open_standard_streams()
@@ -47,8 +47,15 @@ def _run(given: list[str]) -> int:
         for package in NEEDED:
             if find_spec(package) is None:
                 raise ModuleNotFoundError(name=package)
-        from recmas_cli.commands import run
-
+        try:
+            from recmas_cli.commands import run
+        except OSError as error:
+            # As a rule there are too few descriptors; then nothing else can be imported either.
+            reason = error.strerror or str(error)
+            hint = "Allow more open files (`ulimit -n 256`)."
+            told = fail("RM303", f"recmasc cannot be loaded: {reason}", hint=hint)
+            print(told, file=sys.stderr)
+            return told.exit_code
         return run(given)
     except ModuleNotFoundError as error:
         from recmas_cli.printing import report

@@ -52,7 +52,9 @@ def attempt(case: Case, undisturbed: Callable[[str], Undisturbed], by: int) -> I
 
 
 def ended_rightly(outcome: Outcome, by: int) -> list[str]:
-    if outcome.status == 0 or (by == signal.SIGKILL and outcome.status == -by):
+    # Until `main` begins the signal itself ends the program, which has done nothing then.
+    by_system = outcome.status == -by and (by == signal.SIGKILL or not outcome.text)
+    if outcome.status == 0 or by_system:
         return []
     faults = judge(outcome)
     if outcome.status != Exit.INTERRUPTED:
