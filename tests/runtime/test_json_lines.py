@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 from pathlib import Path
@@ -22,6 +23,14 @@ def test_what_was_appended_is_read_back(path: Path) -> None:
         log.append("\u00e4", "half \ud800")
         assert log.sync() == path.stat().st_size
     assert list(read_json_lines(path)) == [{"a": 1}, "\u00e4", "half \ud800"]
+
+
+def test_a_value_is_one_line_for_every_reader(path: Path) -> None:
+    value = {"a\u2028b": "c\x85d\u2029e\r\nf"}
+    with JsonLines(path) as log:
+        log.append(value)
+    (line,) = path.read_text(encoding="utf-8").splitlines()
+    assert json.loads(line) == value
 
 
 def test_opening_changes_nothing_and_a_torn_line_goes_with_the_next_one(path: Path) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 _BLOCK_BYTES: Final = 2**20
+# JSON leaves these as they are; readers that split text at them, as str.splitlines does, would not
+# find a value a line.
+_LINE_ENDS: Final = {ord(c): f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"}
 
 
 class JsonLines:
@@ -63,7 +66,7 @@ class JsonLines:
         escapes = not self.is_regular and os.isatty(self._file)
         text = "".join(json.dumps(value, ensure_ascii=escapes) + "\n" for value in values)
         # Half a surrogate pair becomes what it was where it came from: a JSON escape.
-        content = text.encode("utf-8", "backslashreplace")
+        content = text.translate(_LINE_ENDS).encode("utf-8", "backslashreplace")
         try:
             rest = memoryview(content)
             while rest:  # a full disk may take a part and refuse the rest
