@@ -45,11 +45,12 @@ def main() -> int:
 def tenths(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[int, int]]:
     """Run; yield the number of answers and the resident set in bytes, tenth by tenth."""
     questions, answers = folder / "questions.jsonl", folder / "answers.jsonl"
+    fields = json.loads((arguments.bundle / "plan.json").read_text(encoding="utf-8"))["fields"]
     with questions.open("w", encoding="utf-8") as stream:
         for number in range(arguments.answers):
             # Few words: tokenizers remembers the last 10,000 different ones, which takes a while.
             text = f"Question {number % 97}: " + "why " * (number * 7 % 12)
-            stream.write(json.dumps({"id": number, "question": text}) + "\n")
+            stream.write(json.dumps({"id": number, **dict.fromkeys(fields, text)}) + "\n")
     command = [
         *(sys.executable, "-m", "recmas_runtime.cli.main", "run", str(arguments.bundle), "--quiet"),
         *("--input", str(questions), "--output", str(answers), "--trace", str(folder / "trace")),
