@@ -33,6 +33,12 @@ def test_a_value_is_one_line_for_every_reader(path: Path) -> None:
     assert json.loads(line) == value
 
 
+def test_a_pipe_is_not_waited_for(path: Path) -> None:
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="not a regular file"):
+        list(read_json_lines(path))
+
+
 def test_opening_changes_nothing_and_a_torn_line_goes_with_the_next_one(path: Path) -> None:
     path.write_bytes(b'1\n2\n{"to')
     with JsonLines(path) as log:

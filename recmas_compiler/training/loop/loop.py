@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import random
@@ -226,6 +227,8 @@ class Loop:
             if self._world.is_main:
                 with writing(self._folder / METRICS_NAME):
                     self._log = JsonLines(self._folder / METRICS_NAME)
+                    if not self._log.is_regular:  # a pipe would take some lines, then wait for ever
+                        raise OSError(errno.EINVAL, "it is not a regular file")
                     self._log.keep(kept_bytes)  # what came after the checkpoint is done again
             with (
                 interrupts(tell=self._world.is_main) as interrupted,

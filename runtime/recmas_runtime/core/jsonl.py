@@ -95,6 +95,13 @@ class JsonLines:
 
 
 def read_json_lines(path: Path) -> Iterator[Any]:
-    """Yield the values of a file; a last line that was cut off is left out."""
-    with path.open("rb") as stream:
+    """Yield the values of a file; a last line that was cut off is left out.
+
+    Raises:
+        ValueError: A line is no JSON, or the file is a pipe or a device, which might never end.
+        OSError: It cannot be opened.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise ValueError("it is not a regular file")
         yield from (json.loads(line) for line in stream if line.endswith(b"\n"))
