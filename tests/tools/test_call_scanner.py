@@ -8,27 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kit.tool_calls import NAMES, read
 from recmas_runtime.tools.call_forms import MAX_BODY_CHARS
 from recmas_runtime.tools.call_scanner import CallScanner
 from recmas_runtime.tools.calls import ToolCall, ToolResult, result_block
-
-NAMES = ("search", "python", "lookup")
-
-
-def read(pieces: list[str]) -> tuple[str, list[ToolCall]]:
-    """Return the text that is passed on, and the calls, as a generator of text asks for them."""
-    scanner = CallScanner(NAMES)
-    text = ""
-    found: list[ToolCall] = []
-    for piece in [*pieces, None]:
-        passed = scanner.push(piece or "", ended=piece is None)
-        while True:
-            text += passed.text + passed.call_text + passed.behind
-            found += passed.calls
-            if not passed.calls:
-                break
-            passed = scanner.push("", ended=piece is None)
-    return text + scanner.flush(), found
 
 
 def calls(pieces: list[str]) -> list[ToolCall]:

@@ -8,7 +8,6 @@ it, and those are hashed whatever their size.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
-from recmas_runtime.core.files import open_regular, sha256_of
+from recmas_runtime.core.files import open_regular, sha256_of, write_whole
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.formats.codec import malformed, read_json_file
 from recmas_runtime.formats.consistency import (
@@ -178,17 +177,7 @@ def write_json_atomic(path: Path, value: Any) -> None:
         OSError: If the file cannot be written; `path` is as it was.
     """
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        unfinished.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise
+    write_whole(path, text)
 
 
 def _check_files(
