@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
 
-from recmas_compiler.backbones.chat_files import read_chat_template
+from recmas_compiler.backbones.chat_files import own_template_text, read_chat_template
 from recmas_compiler.backbones.sources import files_of, is_config_alone
 from recmas_compiler.ir.ops import System
 from recmas_compiler.lowering.plan import agent_plan
@@ -54,14 +54,9 @@ def template_digests(system: System) -> dict[str, str]:
     found = {}
     for name, backbone in system.backbones.items():
         with suppress(RecmasError):  # said where prompts are tried
-            template = read_chat_template(
-                files_of(backbone.facts),
-                template=backbone.template,
-                position=backbone.where,
-                is_complete=False,
-            )
-            if template is not None:
-                content = template.text.encode("utf-8", "backslashreplace")
+            text = backbone.template or own_template_text(files_of(backbone.facts))
+            if text is not None:
+                content = text.encode("utf-8", "backslashreplace")
                 found[name] = hashlib.sha256(content).hexdigest()
     return found
 
