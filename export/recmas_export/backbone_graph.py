@@ -30,6 +30,7 @@ CPU_DECODER = "decoder.cpu.onnx"
 WEIGHTS, TOKENIZER, CHAT_TEMPLATE = "weights.safetensors", "tokenizer.json", "chat_template.jinja"
 
 _TABLES: Final = frozenset({EMBED, HEAD})
+_LAST: Final = {DECODER: pipeline.PORTABLE}
 
 
 def export_backbone(
@@ -46,8 +47,7 @@ def export_backbone(
     portable one where it has layers for it.
 
     Raises:
-        RecmasError: RM203 for layers the portable graph has no operator for, RM300 where the model
-            cannot be traced.
+        RecmasError: RM300 where the model cannot be traced.
         OSError: A file cannot be written.
     """
     model, facts = backbone.model, backbone.facts
@@ -64,6 +64,8 @@ def export_backbone(
     layers, tables = pipeline.weight_passes(precision, backbone.dtype)
     for name, graph in graphs.items():
         run_passes(tables if name in _TABLES else layers, graph)
+        if name in _LAST:
+            run_passes(_LAST[name], graph)
     folder.mkdir(parents=True, exist_ok=True)
     externalize_weights(list(graphs.values()), folder / WEIGHTS)
     for name, graph in graphs.items():
@@ -73,15 +75,6 @@ def export_backbone(
 
 
 def _refuse_unsupported(model: Any, facts: BackboneFacts) -> None:
-    linear = [i for i, kind in enumerate(facts.attention) if kind == "linear"]
-    if linear:
-        raise fail(
-            "RM203",
-            f"backbone {facts.source!r} ({facts.model_type}) keeps a linear state in "
-            f"{len(linear)} of its {facts.num_layers} layers (the first is layer {linear[0]}), "
-            "which target 'onnx' cannot run.",
-            hint="Use a backbone whose layers all have softmax attention, full or sliding.",
-        )
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
     if dtypes != ["float32"]:
         raise fail(

@@ -9,6 +9,7 @@ import onnx_ir.passes.common as common
 from onnx_ir.passes import InPlacePass, Sequential
 
 from recmas_export.passes.grouped_attention import UseGroupedAttention
+from recmas_export.passes.linear_attention import ExpandLinearAttention
 from recmas_export.passes.operators import UseStandardOperators
 from recmas_export.passes.products import PackProducts, SplitAfterHeads
 from recmas_export.passes.tidy import (
@@ -72,6 +73,10 @@ DECODER: Final[Passes] = (
     *CLEAN,
     AddLatentStep(),  # after cleaning: it is written as it should run
     Strip("decoder"),
+)
+# What the portable decoder goes through at the end.
+PORTABLE: Final[Passes] = (
+    ExpandLinearAttention(),
     CheckOperators(),
 )
 

@@ -40,6 +40,15 @@ _OLD_NAMES: Final = {
     "n_inner": 96,
 }
 
+_DELTA_NET: Final = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+}
+
 # name -> entries of its config besides the common ones; the model type is the name's beginning
 ZOO: Final[Mapping[str, dict[str, Any]]] = {
     "gpt_neox": {"num_key_value_heads": _NOT_GIVEN, "rotary_pct": 0.5},
@@ -139,6 +148,7 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
     "jais2": {},
     "iquestcoder": {},
     "nanochat": {},
+    "qwen3_5_text": _DELTA_NET,
 }
 
 _WITH_SINKS: Final = ("gpt_oss", "flint", "granite_swa", "granitemoe_swa")

@@ -29,6 +29,11 @@ FIELDS = (
     "hidden_size_per_layer_input",
     "intermediate_size",
     "kv_lora_rank",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_value_head_dim",
     "max_position_embeddings",
     "max_window_layers",
     "multi_query",
@@ -72,7 +77,7 @@ EXPERT_FIELDS = (
     "shared_intermediate_size",
 )
 # What the code of families that keep a state in some of their layers names.
-STATE_NAMES = ("causal_conv1d", "Rglru", "rwkv", "mLSTM", "LightningAttention")
+STATE_NAMES = ("selective_scan", "mamba_chunk_scan", "kda", "Rglru", "rwkv", "mLSTM", "LightningAttention")
 MANY_LAYERS = 61  # prime: no cycle ends with the last layer, which some families make another type
 LONGEST_CYCLE = 12
 
