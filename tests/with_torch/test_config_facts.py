@@ -162,8 +162,6 @@ def test_a_family_without_a_rule_must_list_its_layers(tmp_path: Path) -> None:
         *((f, {}, "attention code of its own") for f in ("bloom", "gpt_neo", "gptj", "codegen")),
         *((f, {}, "attention code of its own") for f in ("mpt", "xglm", "falcon", "openai-gpt")),
         ("gemma3n_text", {"intermediate_size": [64, 64]}, "inputs of their own for every token"),
-        ("deepseek_v3", {}, "latent attention"),
-        ("mimo_v2_flash", {"head_dim": 192, "v_head_dim": 128}, "different widths"),
         ("opt", {}, "counts positions from a mask"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "frequencies change"),
         ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "frequencies change"),

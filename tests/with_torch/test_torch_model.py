@@ -29,6 +29,7 @@ from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone, weights_digest
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Silent
+from recmas_runtime.formats.layers import uniform_layers
 from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.prompts.exerciser import sample_texts
 from recmas_runtime.prompts.render import Chat
@@ -48,6 +49,7 @@ def facts_of(folder: Path, **changes: Any) -> BackboneFacts:
         "head_dim": 16,
         "vocab_size": 282,
         "max_positions": 1024,
+        "layers": uniform_layers(3, heads=2, key_width=16),
         "attention": ("full",) * 3,
         "sliding_window": None,
         "num_parameters": 1,

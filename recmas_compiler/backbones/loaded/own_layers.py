@@ -21,7 +21,7 @@ def layers_of(model: Any) -> tuple[LayerShape, ...]:
     ids = torch.zeros(1, _NUM_POSITIONS, dtype=torch.long)
     embeds = model.get_input_embeddings()(ids)
     cache = DynamicCache(config=model.config.get_text_config())
-    body(inputs_embeds=embeds, use_cache=True, **with_cache(body, cache))
+    body(inputs_embeds=embeds, **with_cache(body, cache))
     return tuple(
         LayerShape(rows=_rows(layer), states=tuple(_states(layer))) for layer in cache.layers
     )
