@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kit.engines import Exported, random_ids, relative
 from kit.models import load_folder
 from kit.zoo import write_zoo_model
+from recmas_compiler.backbones.facts import weights_bytes
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_export.backbone_graph import CPU_DECODER, DECODER, export_backbone
-from recmas_runtime.formats.precisions import TOLERANCES
+from recmas_export.backbone_graph import CPU_DECODER, DECODER, WEIGHTS, export_backbone
+from recmas_runtime.formats.precisions import PRECISIONS, TOLERANCES
 
 TIGHT = TOLERANCES["hidden_relative"] / 10
 
@@ -90,3 +91,48 @@ def test_both_decoders_are_right(
     ids = random_ids(backbone, 1, 20)
     for file in (DECODER, CPU_DECODER):
         assert relative(hidden_of(case, tmp_path, file, ids), case.reference(ids)) < TIGHT, file
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_blocks_of_experts_are_stored_once(name: str, precision: str, tmp_path: Path) -> None:
+    """The CPU's operator, the lookup of a step and the Scan of a prompt read the same bytes."""
+    backbone = mixture(tmp_path / "model", name)
+    export_backbone(backbone, tmp_path, precision=precision)
+    assert operators(tmp_path / CPU_DECODER)["QMoE"] == 2
+    found = operators(tmp_path / DECODER)
+    assert [found[each] for each in ("If", "Scan", "GatherBlockQuantized")] == [2, 2, 4]
+    facts = backbone.facts
+    expected = weights_bytes(facts, precision=precision)
+    assert (tmp_path / WEIGHTS).stat().st_size == pytest.approx(expected, rel=0.25)
+    case = Exported(backbone, tmp_path, was_changed=False)
+    ids = random_ids(backbone, 1, 20)
+    allowed = {"int8": 0.05, "int4": PRECISIONS[precision].tolerances["hidden_relative"]}
+    for file in (DECODER, CPU_DECODER):
+        stepped = hidden_of(case, tmp_path, file, ids)
+        assert relative(stepped, case.reference(ids)) < allowed[precision], file
+        whole = case.call(case.new_cache(1), case.embed(ids), write_index=[0])["hidden"]
+        # activations are rounded to 8 bits in blocks of each position: equal, if not to the digit
+        assert relative(stepped[:, -1], whole[:, -1]) < 1e-2, file
+
+
+def test_experts_that_are_no_whole_blocks_stay_as_they_are(tmp_path: Path) -> None:
+    backbone = mixture(tmp_path / "model", moe_intermediate_size=24)
+    export_backbone(backbone, tmp_path, precision="int4")
+    assert operators(tmp_path / CPU_DECODER)["MoE"] == 2
+    assert operators(tmp_path / DECODER)["GatherBlockQuantized"] == 0
+    assert (tmp_path / WEIGHTS).stat().st_size > 4 * backbone.facts.num_expert_parameters
+
+
+@pytest.mark.parametrize(("name", "layers"), [("qwen3_moe", 2), ("glm4_moe", 1)])
+def test_what_chooses_experts_stays_exact(name: str, layers: int, tmp_path: Path) -> None:
+    backbone = mixture(tmp_path / "model", name)
+    export_backbone(backbone, tmp_path, precision="int4")
+    for file in (DECODER, CPU_DECODER):
+        graph = onnx.load(tmp_path / file, load_external_data=False).graph
+        routers = [
+            tensor
+            for tensor in graph.initializer
+            if sorted(tensor.dims) == [8, 64] and tensor.data_type == onnx.TensorProto.FLOAT
+        ]
+        assert len(routers) == layers, file

@@ -62,10 +62,19 @@ class Mixture:
         return int(_sizes(self.total.inputs[1])[1])
 
     @property
-    def widths(self) -> tuple[int, int, int]:
-        """Width of the model, rows of the first matrix, hidden width of an expert."""
-        inner, (_, rows) = _sizes(self.last.inputs[0])[1], _sizes(self.first.outputs[0])
-        return _sizes(self.total.outputs[0])[1], rows, inner
+    def width(self) -> int:
+        """Width of the model."""
+        return int(_sizes(self.total.outputs[0])[1])
+
+    @property
+    def rows(self) -> int:
+        """Rows of the first matrix."""
+        return int(_sizes(self.first.outputs[0])[1])
+
+    @property
+    def inner(self) -> int:
+        """Hidden width of an expert."""
+        return int(_sizes(self.last.inputs[0])[1])
 
 
 def mixtures(graph: ir.Graph) -> Iterator[Mixture]:
@@ -236,13 +245,12 @@ class _Expansion:
         """Return the sum [N, d] from matrices [N, k, ...] that are copied for each position."""
         tape, c, mixture = Tape(), self._constants, self._mixture
         x, taken, shares = mixture.first.inputs[0], *mixture.total.inputs[1:]
-        width, _, inner = mixture.widths
         num_taken = mixture.num_taken
         columns = tape.op("Unsqueeze", (x, c([1, 3])))
         hidden = _copied(self._activation, tape, self._product(tape, mixture.first, columns, taken))
-        columns = tape.op("Reshape", (hidden, c([-1, num_taken, inner, 1])))
+        columns = tape.op("Reshape", (hidden, c([-1, num_taken, mixture.inner, 1])))
         outputs = _copied(self._norm, tape, self._product(tape, mixture.last, columns, taken))
-        each = tape.op("Reshape", (outputs, c([-1, num_taken, width])))
+        each = tape.op("Reshape", (outputs, c([-1, num_taken, mixture.width])))
         weighted = tape.op("Mul", (each, tape.op("Unsqueeze", (shares, c([2])))))
         return tape, tape.op("ReduceSum", (weighted, c([1])), {"keepdims": 0})
 
@@ -275,8 +283,9 @@ class _Expansion:
         return tape.op("Add", (product, biases))
 
     def _matrix(self, node: ir.Node) -> tuple[int, int]:
-        width, rows, inner = self._mixture.widths
-        return (rows, width) if node.op_type == IN else (width, inner)
+        mixture = self._mixture
+        is_first = node is mixture.first
+        return (mixture.rows, mixture.width) if is_first else (mixture.width, mixture.inner)
 
     def _flat(self, value: ir.Value | None) -> ir.Value:
         """Return the same memory as one row for each expert."""
@@ -446,7 +455,12 @@ def _store(graph: ir.Graph, node: ir.Node, place: int) -> None:
     value = node.inputs[place]
     assert value is not None
     transpose = value.producer()
-    if transpose is not None:
+    if transpose is None:
+        assert value.const_value is not None
+        # of what the exporter has folded, every reading would be another copy
+        array = np.ascontiguousarray(value.const_value.numpy())
+        value.const_value = ir.Tensor(array, name=value.name)
+    else:
         assert transpose.op_type == "Transpose", f"experts' matrices are {transpose.op_type}"
         source = transpose.inputs[0]
         assert source is not None
