@@ -26,10 +26,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from recmas_compiler.backbones.cache_argument import cache_argument
 from recmas_compiler.backbones.facts import BackboneFacts
-from recmas_compiler.backbones.own_head import head_of
-from recmas_compiler.lowering.static_cache import StaticRows, ragged_mask
+from recmas_compiler.backbones.own_head import body_of, head_of
+from recmas_compiler.lowering.static_cache import (
+    RowsSeen,
+    StaticRows,
+    has_attention_interface,
+    ragged_mask,
+    use_added_masks,
+)
+from recmas_export.capture import capture
 from recmas_export.passes.tidy import OPSET
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.formats.plan import cache_capacity
 
 BATCH, POSITIONS, CAPACITY = "batch", "positions", "capacity"
 
@@ -57,7 +65,10 @@ def trace_body(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
     rows = (_B, facts.num_kv_heads, _C, facts.head_dim)
     # Every cache is a tensor of its own: the exporter merges inputs that are the same object.
     keys, values = ([torch.zeros(rows) for _ in range(num_layers)] for _ in "kv")
-    batch, positions, capacity = (Dim(name, min=1) for name in (BATCH, POSITIONS, CAPACITY))
+    batch = Dim(BATCH, min=1)
+    # Models have tables of positions, which end: so do the sequences of a bundle.
+    positions = Dim(POSITIONS, min=1, max=max(facts.max_positions, _S))
+    capacity = Dim(CAPACITY, min=1, max=max(cache_capacity(facts.max_positions), _C))
     cache_dims = [{0: batch, 2: capacity}] * num_layers
     with portable_attention(model):
         return _trace(
@@ -187,6 +198,10 @@ def _product(left: torch.Tensor, right: torch.Tensor, columns: int) -> torch.Ten
 class PortableLayer(StaticRows):
     """One layer of a static cache whose rows are written by ONNX's `TensorScatter`."""
 
+    def get_seq_length(self) -> RowsSeen:
+        """Return a number that models can reckon with."""
+        return RowsSeen(self.write_index)
+
     def update(
         self,
         key_states: torch.Tensor,
@@ -235,13 +250,10 @@ def portable_attention(model: PreTrainedModel) -> Iterator[None]:
             # The form with standard operators: it gathers the weights of the experts that a token
             # chooses. The others sort tokens by expert, into groups of sizes known at run time.
             config._experts_implementation_internal = "batched_mm"
-        model.set_attn_implementation(IMPLEMENTATION)
-        if any(config._attn_implementation != IMPLEMENTATION for config in configs):
-            raise fail(
-                "RM300",
-                f"{type(model).__name__} does not take its attention from transformers' interface.",
-                hint="Use a backbone whose transformers implementation has attention backends.",
-            )
+        if has_attention_interface(model):
+            model.set_attn_implementation(IMPLEMENTATION)
+        else:
+            use_added_masks(model)
         yield
     finally:
         for config, attention, experts in before:
@@ -254,7 +266,7 @@ class _Body(torch.nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.body = model.get_decoder()
+        self.body = body_of(model)
         self._cache_argument = cache_argument(self.body)
 
     def forward(
@@ -271,8 +283,16 @@ class _Body(torch.nn.Module):
             position_ids=write_index[:, None] + torch.arange(inputs_embeds.shape[1])[None],
             use_cache=True,
             **{self._cache_argument: cache},
+            **self._whole_mask(keys[0]),
         ).last_hidden_state
         return hidden, [layer.keys for layer in cache.layers], [lay.values for lay in cache.layers]
+
+    def _whole_mask(self, rows_BKCD: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what code of its own counts positions of keys by: one for each row of a cache."""
+        if has_attention_interface(self.body):
+            return {}
+        shape = (rows_BKCD.shape[0], rows_BKCD.shape[2])
+        return {"attention_mask": torch.ones(shape, dtype=torch.long)}
 
 
 class _Embed(torch.nn.Module):
@@ -328,9 +348,7 @@ def _trace(
         with _quiet(), torch.no_grad():
             # Captured here and not by the ONNX exporter, which answers a failure with three more
             # attempts and a flood of output.
-            captured = torch.export.export(
-                module, args, dynamic_shapes=dynamic_shapes, strict=False
-            )
+            captured = capture(module, args, dynamic_shapes)
             program = torch.onnx.export(
                 captured,
                 dynamo=True,
