@@ -54,6 +54,8 @@ LAYERS = (
     "recmas_compiler.spec.patterns",
     "recmas_compiler.spec.checks",
     "recmas_compiler.spec",
+    "recmas_compiler.backbones.config",
+    "recmas_compiler.backbones.loaded",
     "recmas_compiler.backbones",
     "recmas_compiler.links",
     "recmas_compiler.ir",

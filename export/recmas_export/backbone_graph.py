@@ -15,9 +15,9 @@ from typing import Any, Final
 
 import onnx_ir as ir
 
+from recmas_compiler.backbones.config.unsupported import why_rotary
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.backbones.unsupported import why_rotary
 from recmas_export import pipeline
 from recmas_export.export_torch import trace_body, trace_embed, trace_head
 from recmas_export.pipeline import run_passes

@@ -24,9 +24,9 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
-from recmas_compiler.backbones.cache_argument import cache_argument
 from recmas_compiler.backbones.facts import BackboneFacts
-from recmas_compiler.backbones.own_head import body_of, head_of
+from recmas_compiler.backbones.loaded.cache_argument import cache_argument
+from recmas_compiler.backbones.loaded.own_head import body_of, head_of
 from recmas_compiler.lowering.static_cache import (
     RowsSeen,
     StaticRows,
@@ -37,6 +37,7 @@ from recmas_compiler.lowering.static_cache import (
 from recmas_export.capture import capture
 from recmas_export.passes.tidy import OPSET
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.formats.layers import LayerShape, cache_tensors
 from recmas_runtime.formats.plan import cache_capacity
 
 BATCH, POSITIONS, CAPACITY = "batch", "positions", "capacity"
@@ -55,29 +56,29 @@ _B, _S, _C = 2, 3, 64
 def trace_body(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
     """Return the raw graph of the decoder layers over a static cache.
 
-    inputs_embeds [B,S,d], write_index [B], caches [B,K,C,D] -> hidden [B,S,d], caches; B, S and C
-    are free. The model is left as it was.
+    inputs_embeds [B,S,d], write_index [B], caches -> hidden [B,S,d], caches; B, S and C are free.
+    The model is left as it was.
 
     Raises:
         RecmasError: RM300 where the model cannot be traced.
     """
-    num_layers = facts.num_layers
-    rows = (_B, facts.num_kv_heads, _C, facts.head_dim)
+    tensors = cache_tensors(facts.layers)
     # Every cache is a tensor of its own: the exporter merges inputs that are the same object.
-    keys, values = ([torch.zeros(rows) for _ in range(num_layers)] for _ in "kv")
+    caches = [torch.zeros(tensor.whole(_B, _C)) for tensor in tensors]
     batch = Dim(BATCH, min=1)
     # Models have tables of positions, which end: so do the sequences of a bundle.
     positions = Dim(POSITIONS, min=1, max=max(facts.max_positions, _S))
     capacity = Dim(CAPACITY, min=1, max=max(cache_capacity(facts.max_positions), _C))
-    cache_dims = [{0: batch, 2: capacity}] * num_layers
+    cache_dims = [{0: batch} if tensor.is_state else {0: batch, 2: capacity} for tensor in tensors]
+    names = [tensor.name for tensor in tensors]
     with portable_attention(model):
         return _trace(
-            _Body(model),
-            (torch.zeros(_B, _S, facts.width), torch.zeros(_B, dtype=torch.long), keys, values),
+            _Body(model, facts.layers),
+            (torch.zeros(_B, _S, facts.width), torch.zeros(_B, dtype=torch.long), caches),
             facts=facts,
-            dynamic_shapes=({0: batch, 1: positions}, {0: batch}, cache_dims, cache_dims),
-            inputs=["inputs_embeds", "write_index", *cache_names("", num_layers)],
-            outputs=["hidden", *cache_names("present_", num_layers)],
+            dynamic_shapes=({0: batch, 1: positions}, {0: batch}, cache_dims),
+            inputs=["inputs_embeds", "write_index", *names],
+            outputs=["hidden", *(f"present_{name}" for name in names)],
         )
 
 
@@ -106,11 +107,6 @@ def trace_head(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
         inputs=["hidden"],
         outputs=["logits"],
     )
-
-
-def cache_names(prefix: str, num_layers: int) -> list[str]:
-    """Return the names of a decoder's cache inputs (prefix "") or outputs ("present_")."""
-    return [f"{prefix}{kind}.{i}" for kind in ("key", "value") for i in range(num_layers)]
 
 
 def _attention(
@@ -225,13 +221,30 @@ class PortableLayer(StaticRows):
         )
 
 
-def portable_cache(
-    keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], write_index: torch.Tensor
-) -> Any:
-    """Return a transformers cache over the given rows, one pair [B, K, C, D] per layer."""
-    return Cache(
-        layers=[PortableLayer(k, v, write_index) for k, v in zip(keys, values, strict=True)]
-    )
+class PortableCache:
+    """A transformers cache over tensors, in the order of `cache_tensors`."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerShape],
+        tensors: Sequence[torch.Tensor],
+        write_index: torch.Tensor,
+    ) -> None:
+        names = [tensor.name for tensor in cache_tensors(layers)]
+        by_name = dict(zip(names, tensors, strict=True))
+        self._rows = {
+            i: PortableLayer(by_name[f"key.{i}"], by_name[f"value.{i}"], write_index)
+            for i, layer in enumerate(layers)
+            if layer.rows is not None
+        }
+        # Layers without rows read those of another one, whose positions are theirs too.
+        any_rows = next(iter(self._rows.values()))
+        self.cache = Cache(layers=[self._rows.get(i, any_rows) for i in range(len(layers))])
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return what the tensors have become, in the same order."""
+        rows = self._rows.values()
+        return [*(layer.keys for layer in rows), *(layer.values for layer in rows)]
 
 
 @contextmanager
@@ -264,28 +277,28 @@ def portable_attention(model: PreTrainedModel) -> Iterator[None]:
 class _Body(torch.nn.Module):
     """inputs_embeds [B,S,d], write_index [B], caches -> hidden [B,S,d], caches."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, layers: Sequence[LayerShape]) -> None:
         super().__init__()
         self.body = body_of(model)
+        self._layers = layers
         self._cache_argument = cache_argument(self.body)
 
     def forward(
         self,
         inputs_embeds: torch.Tensor,
         write_index: torch.Tensor,
-        keys: list[torch.Tensor],
-        values: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        tensors: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Run the layers; hidden is after the final norm."""
-        cache = portable_cache(keys, values, write_index)
+        cache = PortableCache(self._layers, tensors, write_index)
         hidden = self.body(
             inputs_embeds=inputs_embeds,
             position_ids=write_index[:, None] + torch.arange(inputs_embeds.shape[1])[None],
             use_cache=True,
-            **{self._cache_argument: cache},
-            **self._whole_mask(keys[0]),
+            **{self._cache_argument: cache.cache},
+            **self._whole_mask(tensors[0]),
         ).last_hidden_state
-        return hidden, [layer.keys for layer in cache.layers], [lay.values for lay in cache.layers]
+        return hidden, cache.tensors()
 
     def _whole_mask(self, rows_BKCD: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return what code of its own counts positions of keys by: one for each row of a cache."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from recmas_compiler.backbones.cache_argument import with_cache
+from recmas_compiler.backbones.loaded.cache_argument import with_cache
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.engines.interface import Operands

@@ -20,6 +20,7 @@ from recmas_compiler.ir.ops import Cache, Level, Send, System, Think
 from recmas_runtime.core.errors import fail
 from recmas_runtime.core.text import aligned, human_bytes
 from recmas_runtime.formats.ids import inner_link_id
+from recmas_runtime.formats.layers import sequence_bytes
 from recmas_runtime.formats.plan import cache_capacity
 from recmas_runtime.running.sequence_batch import DECODE_HEADROOM
 
@@ -205,8 +206,9 @@ def _cache_bytes(system: System, cache: Cache, prompt_tokens: int | None) -> int
     appended = max(system.agents[name].latent_steps for name in cache.agents)
     if system.answer_agent in cache.agents:
         appended = max(appended, min(system.sampling.max_new_tokens, DECODE_HEADROOM))
-    # Exact: the bytes at the limits are that many rows of the same size.
-    return cache.bytes_per_sample // cache.capacity * cache_capacity(prompt_tokens + appended)
+    layers = system.backbones[cache.backbone].facts.layers
+    capacity = cache_capacity(prompt_tokens + appended)
+    return len(cache.agents) * sequence_bytes(layers, capacity)
 
 
 def _links_used(program: Graph) -> Iterator[tuple[str, int]]:

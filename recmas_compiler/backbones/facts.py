@@ -13,17 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from recmas_compiler.backbones.config_defaults import family_defaults
-from recmas_compiler.backbones.parameters import (
+from recmas_compiler.backbones.config.defaults import family_defaults
+from recmas_compiler.backbones.config.layer_shapes import layer_shapes
+from recmas_compiler.backbones.config.parameters import (
     count_copied_parameters,
     count_expert_parameters,
     count_parameters,
     experts_of,
 )
-from recmas_compiler.backbones.unsupported import why_unsupported
+from recmas_compiler.backbones.config.unsupported import why_unsupported
 from recmas_compiler.spec.document.places import UNKNOWN, SourcePosition
 from recmas_compiler.spec.document.problems import problem_at, show
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.formats.layers import LayerShape
 from recmas_runtime.formats.precisions import (
     DTYPE_BYTES,
     HEAD_MULTIPLE,
@@ -75,7 +77,8 @@ class BackboneFacts:
         width: Hidden width, d. Input embeddings have the same width.
         vocab_size: Rows of the embedding table.
         max_positions: Longest sequence the backbone was made for.
-        attention: Kind of each layer, in order; `len(attention) == num_layers`.
+        layers: What each layer keeps of a sequence; `len(layers) == num_layers`.
+        attention: Kind of each layer, in order; likewise.
         sliding_window: Window of the sliding layers in positions; None if there are none.
         num_parameters: Parameters, embedding table included once, and all experts.
         num_tables: Tables of the vocabulary among them: 1 where head and embedding are tied, else
@@ -94,6 +97,7 @@ class BackboneFacts:
     head_dim: int
     vocab_size: int
     max_positions: int
+    layers: tuple[LayerShape, ...]
     attention: tuple[AttentionKind, ...]
     sliding_window: int | None
     num_parameters: int
@@ -187,6 +191,13 @@ class _Reader:
             head_dim=head_dim,
             vocab_size=vocab_size,
             max_positions=self._dimension(values, "max_position_embeddings"),
+            layers=layer_shapes(
+                values,
+                attention,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+            ),
             attention=attention,
             sliding_window=self._dimension(values, "sliding_window") if is_sliding else None,
             num_expert_parameters=count_expert_parameters(experts, width) if experts else 0,

@@ -22,6 +22,7 @@ from recmas_compiler.spec.document.places import (
 from recmas_compiler.spec.document.problems import did_you_mean, problem_at
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.text import first_line
+from recmas_runtime.formats.layers import uniform_layers
 
 _HUB_NAME = re.compile(r"hf:([A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+)@([A-Za-z0-9_./-]+)\Z")
 _LOOKS_LIKE_HUB = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+\Z")
@@ -96,6 +97,7 @@ BUILTINS: Final[dict[str, Builtin]] = {
             head_dim=64,
             vocab_size=49_152,
             max_positions=8192,
+            layers=uniform_layers(30, heads=3, key_width=64),
             attention=("full",) * 30,
             sliding_window=None,
             num_parameters=134_515_008,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from recmas_compiler.backbones.chat_files import GIVE_A_TEMPLATE, PLAIN_TEMPLATE, puts_first
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.gguf_file import read_gguf_values, refuse_adapter
-from recmas_compiler.backbones.own_head import body_of, head_of
-from recmas_compiler.backbones.own_tokenizer import TOKENIZER_FILE, check_rows, load_tokenizer
+from recmas_compiler.backbones.loaded.own_head import body_of, head_of
+from recmas_compiler.backbones.loaded.own_layers import layers_of
+from recmas_compiler.backbones.own_tokenizer import (
+    TOKENIZER_FILE,
+    check_rows,
+    load_tokenizer,
+)
 from recmas_compiler.backbones.sources import (
     ADAPTER_CONFIG,
     ResolvedSource,
@@ -41,6 +46,7 @@ from recmas_compiler.backbones.sources import (
 from recmas_runtime.core.errors import RecmasError, fail, is_out_of_memory
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.core.text import first_line
+from recmas_runtime.formats.layers import LayerShape
 
 # The self-check compares two ways of computing the same numbers in float32; a head or an embedding
 # that does something unknown (a logit scale, say) is off by far more than rounding.
@@ -133,7 +139,7 @@ def load_backbone(
             load["gguf_file"] = resolved.gguf_file
             gguf = read_gguf_values(folder / resolved.gguf_file)
             refuse_adapter(gguf, source=facts.source)
-        model = _load_model(resolved, folder, load)
+        model = _load_model(facts, resolved, folder, load)
         _check_weights(model, facts.source)
         _round_weights(model, dtype, facts.source)
         tokenizer = load_tokenizer(folder, load, gguf=gguf, source=facts.source)
@@ -169,7 +175,9 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _load_model(resolved: ResolvedSource, folder: Path, load: dict[str, Any]) -> Any:
+def _load_model(
+    facts: BackboneFacts, resolved: ResolvedSource, folder: Path, load: dict[str, Any]
+) -> Any:
     config = AutoConfig.from_pretrained(folder, **load)
     _check_config(config, resolved)
     loader = AutoModelForCausalLM
@@ -200,12 +208,28 @@ def _load_model(resolved: ResolvedSource, folder: Path, load: dict[str, Any]) ->
             hint="Download it again, or choose the complete model rather than an adapter.",
         )
     model = _text_model(model)
+    _check_layers(model, facts)
     if resolved.gguf_file is not None:
         # The weights are plain float32 now. Left in, this entry would make transformers treat the
         # model as quantized: it then refuses to save it.
         vars(model.config).pop("quantization_config", None)
         model.hf_quantizer, model.is_quantized = None, False
     return model.requires_grad_(False).eval()
+
+
+def _check_layers(model: Any, facts: BackboneFacts) -> None:
+    """Refuse a model whose layers keep something else than its config says: plans count it."""
+    found = layers_of(model)
+    # The last layers of some models keep nothing, and have no place in a cache at all.
+    found += (LayerShape(),) * (facts.num_layers - len(found))
+    for i, (told, kept) in enumerate(zip_longest(facts.layers, found)):
+        if told != kept:
+            raise fail(
+                "RM202",
+                f"backbone {facts.source!r} ({facts.model_type}) keeps {kept} in layer {i}, where "
+                f"its config.json tells of {told}",
+                hint="Write what the config leaves out into its config.json.",
+            )
 
 
 def _refuse_unused(model: Any, names: Iterable[str], source: str) -> None:

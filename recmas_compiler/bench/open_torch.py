@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from recmas_compiler.backbones.cache_argument import with_cache
+from recmas_compiler.backbones.loaded.cache_argument import with_cache
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.bench.torch_engine import TorchEngine, TorchTables, apply_inner, to_numpy
 from recmas_compiler.ir.build_topology import build_topology

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm
 
-from recmas_compiler.backbones.cache_argument import cache_argument
+from recmas_compiler.backbones.loaded.cache_argument import cache_argument
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.lowering.static_cache import static_cache, use_static_attention
 from recmas_runtime.engines.interface import Floats, Indices, Operands
+from recmas_runtime.formats.layers import cache_tensors
 from recmas_runtime.formats.link_kinds import LAYER_NORM_EPSILON
 
 
@@ -219,14 +220,13 @@ class TorchEngine(TorchTables):
             if (cache.rows, cache.capacity) == (rows, capacity):
                 self._idle.remove(cache)
                 return cache
-        facts = self.entry
-        shape = (rows, facts.num_kv_heads, capacity, facts.head_dim)
         keys, values = (
             [
-                torch.zeros(shape, dtype=self.dtype, device=self.device)
-                for _ in range(facts.num_layers)
+                torch.zeros(t.whole(rows, capacity), dtype=self.dtype, device=self.device)
+                for t in cache_tensors(self.entry.layers)
+                if t.name.startswith(kind)
             ]
-            for _ in range(2)
+            for kind in ("key.", "value.")
         )
         index = torch.zeros(rows, dtype=torch.long, device=self.device)
         return TorchCache(rows=rows, capacity=capacity, keys=keys, values=values, write_index=index)

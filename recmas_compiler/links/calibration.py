@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from recmas_compiler.backbones.cache_argument import with_cache
+from recmas_compiler.backbones.loaded.cache_argument import with_cache
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.links.modules import seeded_generator
 from recmas_runtime.core.progress import Progress

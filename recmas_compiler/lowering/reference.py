@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from recmas_compiler.backbones.cache_argument import with_cache
+from recmas_compiler.backbones.loaded.cache_argument import with_cache
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.lowering.materialize import materialize_links

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from recmas_compiler.backbones.facts import ENGINE_ELEMENT_BYTES
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Cache, Decode, Level, NodeOp, Prefill, System, Think
 from recmas_compiler.passes.pass_base import Pass
+from recmas_runtime.formats.layers import sequence_bytes
 from recmas_runtime.formats.plan import cache_capacity
 
 
@@ -47,15 +47,13 @@ class PlanCaches(Pass):
 
 def _cache(system: System, agents: tuple[str, ...], steps: list[str]) -> Cache:
     backbone = system.backbone_of(agents[0])
-    facts = backbone.facts
     capacity = _capacity(system, agents)
-    row_bytes = 2 * facts.num_layers * facts.num_kv_heads * facts.head_dim  # keys and values
     return Cache(
         id="+".join(agents),
         backbone=backbone.name,
         agents=agents,
         capacity=capacity,
-        bytes_per_sample=len(agents) * capacity * row_bytes * ENGINE_ELEMENT_BYTES,
+        bytes_per_sample=len(agents) * sequence_bytes(backbone.facts.layers, capacity),
         first_step=steps[0],  # 3
         last_step=steps[-1],
     )

@@ -140,8 +140,10 @@ def quantized(path: Path) -> Path:
 def genai_model(folder: Path, bundle: Path, *, takes_tokens: bool) -> Path:
     """Write a graph with the inputs and outputs that onnxruntime-genai's builder gives its own."""
     entry = open_bundle(bundle).manifest.backbones["tiny"]
-    heads, width, vocab = entry.num_kv_heads, entry.width, entry.vocab_size
-    cache = ["batch", heads, "capacity", entry.head_dim]
+    width, vocab, rows = entry.width, entry.vocab_size, entry.layers[0].rows
+    assert rows is not None
+    heads = rows.heads
+    cache = ["batch", heads, "capacity", rows.key_width]
     value = helper.make_tensor_value_info
     product = numpy_helper.from_array(np.full((width, width), 0.1, np.float32), "weight")
     table = numpy_helper.from_array(np.eye(vocab, dtype=np.float32), "table")

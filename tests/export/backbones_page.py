@@ -13,9 +13,9 @@ from typing import Final
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from kit.zoo import ZOO, exercised
-from recmas_compiler.backbones.config_defaults import family_defaults, known_types
+from recmas_compiler.backbones.config.defaults import family_defaults, known_types
+from recmas_compiler.backbones.config.unsupported import why_unsupported
 from recmas_compiler.backbones.facts import LAYER_KINDS
-from recmas_compiler.backbones.unsupported import why_unsupported
 
 PAGE: Final = Path(__file__).parents[2] / "docs/backbones.md"
 

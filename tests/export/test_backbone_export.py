@@ -156,11 +156,12 @@ def test_signature_is_the_contract(exported: Get) -> None:
     case = exported("gemma3")
     facts = case.backbone.facts
     inputs = {i.name: (i.type, i.shape) for i in case.decoder.get_inputs()}
-    d, rows = facts.width, ["batch", facts.num_kv_heads, "capacity", facts.head_dim]
+    d = facts.width
     assert list(inputs)[:3] == ["inputs_embeds", "write_index", "last_index"]
     assert inputs.pop("inputs_embeds") == ("tensor(float)", ["batch", "positions", d])
     assert inputs.pop("write_index") == ("tensor(int64)", ["batch"])
     assert inputs.pop("last_index") == ("tensor(int64)", ["batch"])
+    rows = ["batch", facts.num_kv_heads, "capacity", facts.head_dim]
     caches = [f"{kind}.{i}" for kind in ("key", "value") for i in range(facts.num_layers)]
     for name in caches:
         assert inputs.pop(name) == ("tensor(float)", rows)

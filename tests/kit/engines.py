@@ -20,6 +20,7 @@ from recmas_compiler.links.modules import make_link, randomize, save_link
 from recmas_export.backbone_graph import CPU_DECODER, DECODER, EMBED, HEAD, export_backbone
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.engines.onnx.caches import CachePool, Memory
+from recmas_runtime.formats.layers import cache_tensors
 from recmas_runtime.formats.links import load_operands, stack_operands
 from recmas_runtime.formats.manifest import BackboneEntry, LinkEntry
 
@@ -69,12 +70,9 @@ class Exported:
 
     def new_cache(self, batch: int, *, capacity: int = 64, fill: float = 1e4) -> Operands:
         """Return a cache full of junk: what was not written must not be read."""
-        facts = self.backbone.facts
-        shape = (batch, facts.num_kv_heads, capacity, facts.head_dim)
         return {
-            f"{kind}.{layer}": np.full(shape, fill, np.float32)
-            for kind in ("key", "value")
-            for layer in range(facts.num_layers)
+            t.name: np.full(t.whole(batch, capacity), 0 if t.is_state else fill, np.float32)
+            for t in cache_tensors(self.backbone.facts.layers)
         }
 
     def embed(self, ids: torch.Tensor) -> NDArray[np.float32]:
@@ -125,9 +123,7 @@ def make_engine(case: Exported, *, shared: bool = True, for_cpu: bool = False) -
         digest="",
         model_type=facts.model_type,
         width=facts.width,
-        num_layers=facts.num_layers,
-        num_kv_heads=facts.num_kv_heads,
-        head_dim=facts.head_dim,
+        layers=facts.layers,
         vocab_size=facts.vocab_size,
         max_positions=facts.max_positions,
         dtype="float32",

@@ -9,6 +9,7 @@ from recmas_compiler.ir.graph import Edge, Graph
 from recmas_compiler.ir.ops import Agent, Backbone, BuildOptions, Level, Link, System
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.spec.document.places import UNKNOWN
+from recmas_runtime.formats.layers import uniform_layers
 from recmas_runtime.formats.plan import PromptPart, SamplingPlan
 
 
@@ -24,6 +25,7 @@ def facts(source: str = "builtin:smollm2-135m-instruct", **changes: object) -> B
         "head_dim": 64,
         "vocab_size": 49152,
         "max_positions": 8192,
+        "layers": uniform_layers(30, heads=3, key_width=64),
         "attention": ("full",) * 30,
         "sliding_window": None,
         "num_parameters": 134515008,

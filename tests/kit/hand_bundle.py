@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from recmas_runtime.formats.bundle import write_json_atomic
 from recmas_runtime.formats.codec import to_json
+from recmas_runtime.formats.layers import uniform_layers
 from recmas_runtime.formats.links import expected_tensors
 from recmas_runtime.formats.manifest import (
     BackboneEntry,
@@ -283,9 +284,7 @@ def _backbone(tokenizer: Tokenizer, width: int) -> BackboneEntry:
         digest="0" * 64,
         model_type="none",
         width=width,
-        num_layers=1,
-        num_kv_heads=1,
-        head_dim=1,
+        layers=uniform_layers(1, heads=1, key_width=1),
         vocab_size=width,
         max_positions=4096,
         dtype="float32",

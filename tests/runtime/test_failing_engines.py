@@ -57,9 +57,17 @@ def test_a_graph_that_takes_other_shapes(
     demand_failure(capsys, own_bundle, is_in_case=graph != "links/link")
 
 
+ROWS = {"heads": 1, "key_width": 1, "value_width": 1}
+
+
 @pytest.mark.parametrize(
     ("key", "value", "other"),
-    [("head_dim", 2, "key.0"), ("num_kv_heads", 3, "key.0"), ("num_layers", 2, "key.1")],
+    [
+        ("layers/0/rows/key_width", 2, "key.0"),
+        ("layers/0/rows/heads", 3, "key.0"),
+        ("layers", [{"rows": ROWS}, {"rows": ROWS}], "key.1"),
+        ("layers", [{"rows": ROWS, "states": [{"name": "conv", "shape": [4, 3]}]}], "conv.0"),
+    ],
 )
 @pytest.mark.parametrize("command", [("run", "q"), ("verify",)])
 def test_caches_that_do_not_fit_the_decoder(
@@ -67,7 +75,7 @@ def test_caches_that_do_not_fit_the_decoder(
     capsys: pytest.CaptureFixture[str],
     command: tuple[str, ...],
     key: str,
-    value: int,
+    value: object,
     other: str,
 ) -> None:
     edit_json(own_bundle / "manifest.json", f"backbones/one/{key}", value)

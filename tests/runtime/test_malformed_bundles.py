@@ -115,7 +115,7 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
     "manifest NaN": (write(MANIFEST_NAME, b'{"a":NaN}'), "RM404", MANIFEST_NAME, "NaN"),
     "manifest with twice a key": (
         write(MANIFEST_NAME, b'{"name": 1, "name": 2}'), "RM404", MANIFEST_NAME, "duplicate key"),
-    "manifest newer": (manifest("version", 2), "RM403", MANIFEST_NAME, "format version 2"),
+    "manifest newer": (manifest("version", 3), "RM403", MANIFEST_NAME, "format version 3"),
     "manifest with unknown key": (manifest("mood", "good"), "RM404", MANIFEST_NAME, "mood"),
     "manifest without name": (manifest("name", DELETE), "RM404", MANIFEST_NAME, "name: missing"),
     "width negative": (
@@ -123,7 +123,9 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
     "width huge": (
         manifest("backbones/one/width", 10**12), "RM404", MANIFEST_NAME, "out of bounds"),
     "layers a text": (
-        manifest("backbones/one/num_layers", "30"), "RM404", MANIFEST_NAME, "an integer"),
+        manifest("backbones/one/layers", "30"), "RM404", MANIFEST_NAME, "backbones.one.layers"),
+    "heads a text": (
+        manifest("backbones/one/layers/0/rows/heads", "3"), "RM404", MANIFEST_NAME, "an integer"),
     "size beyond all disks": (
         manifest("files/plan.json/size_bytes", 2**60), "RM404", MANIFEST_NAME, "out of bounds"),
     "unknown precision": (

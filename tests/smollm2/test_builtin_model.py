@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from recmas_compiler.analysis.token_count import TokenCounter
+from recmas_compiler.backbones.config.parameters import count_parameters
 from recmas_compiler.backbones.gguf_file import read_gguf_tokenizer, read_gguf_values
-from recmas_compiler.backbones.parameters import count_parameters
 from recmas_compiler.backbones.sources import (
     BUILTINS,
     SMOLLM2,

@@ -19,9 +19,10 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from recmas_compiler.backbones.config_defaults import DEFAULTS_FILE
+from recmas_compiler.backbones.config.defaults import DEFAULTS_FILE
 
 FIELDS = (
+    "attention_k_eq_v",
     "global_head_dim",
     "head_dim",
     "hidden_size",
@@ -35,9 +36,16 @@ FIELDS = (
     "new_decoder_architecture",
     "num_attention_heads",
     "num_hidden_layers",
+    "num_global_key_value_heads",
     "num_key_value_heads",
+    "num_kv_shared_layers",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
     "sliding_window",
     "sliding_window_pattern",
+    "swa_head_dim",
+    "swa_num_key_value_heads",
+    "swa_v_head_dim",
     "tie_word_embeddings",
     "use_sliding_window",
     "v_head_dim",

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from kit.engines import Exported, identity_link, random_ids, relative
 from kit.models import load_tiny
-from recmas_compiler.backbones.cache_argument import cache_argument, with_cache
+from recmas_compiler.backbones.loaded.cache_argument import cache_argument, with_cache
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.bench.open_torch import TransformersEngine
 from recmas_compiler.bench.torch_engine import TorchEngine

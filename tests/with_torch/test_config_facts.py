@@ -13,10 +13,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from config_defaults import table_text
-from recmas_compiler.backbones.config_defaults import DEFAULTS_FILE, family_defaults
+from recmas_compiler.backbones.config.defaults import DEFAULTS_FILE, family_defaults
+from recmas_compiler.backbones.config.unsupported import why_unsupported
 from recmas_compiler.backbones.facts import LAYER_KINDS
 from recmas_compiler.backbones.sources import describe_backbone
-from recmas_compiler.backbones.unsupported import why_unsupported
 from recmas_runtime.core.errors import RecmasError
 
 SMALL = {

@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from recmas_compiler.backbones.cache_argument import cache_argument
+from recmas_compiler.backbones.loaded.cache_argument import cache_argument
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_runtime.core.text import first_line
 

@@ -56,10 +56,17 @@ class KeyValueRows(Protocol):
         """Positions per sequence, C; at least what was asked for."""
 
     def copy_rows(self, source: Any, rows: Sequence[int], positions: int) -> None:
-        """Take the first `positions` of the given sequences of another cache, in this order."""
+        """Take the first `positions` of the given sequences of another cache, in this order.
+
+        States come as they are: whoever goes on behind these positions must know that they are
+        those of the same position, or restore others.
+        """
 
     def read_rows(self, rows: Sequence[int], positions: int) -> list[NDArray[Any]]:
-        """Return copies [n, H, positions, D] on the host: keys, values of each layer in turn."""
+        """Return copies on the host, in the order of `formats.layers.cache_tensors`.
+
+        Keys and values are [n, H, positions, D]; states are whole.
+        """
 
 
 CacheT = TypeVar("CacheT", bound=KeyValueRows)

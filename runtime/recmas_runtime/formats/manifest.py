@@ -7,11 +7,12 @@ from typing import Annotated, ClassVar, Final
 from msgspec import Meta, field
 
 from recmas_runtime.formats.codec import Count, Dim, Finite, Size, StrictStruct
+from recmas_runtime.formats.layers import MOST_LAYERS, LayerShape
 
 # A parity case runs as a batch of sequences of unequal length.
 PARITY_ROWS: Final = 2
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 PLAN_NAME = "plan.json"
 SPEC_NAME = "spec.yaml"
@@ -32,7 +33,7 @@ class BackboneEntry(StrictStruct, frozen=True, kw_only=True):
 
     Attributes:
         source: Where its weights came from, as the spec names it.
-        num_kv_heads: Key/value heads per layer, H_kv.
+        layers: What each layer keeps of a sequence.
         max_positions: Longest sequence that the backbone was made for.
         bos_token: Surface form, or None.
         dtype: Element type of activations and caches.
@@ -52,9 +53,7 @@ class BackboneEntry(StrictStruct, frozen=True, kw_only=True):
     digest: str
     model_type: str
     width: Dim
-    num_layers: Annotated[int, Meta(ge=1, le=4096)]
-    num_kv_heads: Annotated[int, Meta(ge=1, le=2**16)]
-    head_dim: Annotated[int, Meta(ge=1, le=2**16)]
+    layers: Annotated[tuple[LayerShape, ...], Meta(min_length=1, max_length=MOST_LAYERS)]
     vocab_size: Count
     max_positions: Annotated[int, Meta(ge=1, le=2**31)]
     dtype: str
@@ -69,6 +68,11 @@ class BackboneEntry(StrictStruct, frozen=True, kw_only=True):
     special_tokens: dict[str, str] = field(default_factory=dict)
     precision: str = "float32"
     cpu_decoder: str | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the decoder."""
+        return len(self.layers)
 
     def decoder_on(self, device: str) -> str:
         """Return the decoder that runs on a device."""

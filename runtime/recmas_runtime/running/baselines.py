@@ -16,6 +16,7 @@ from msgspec import structs
 
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.ids import outer_link_id
+from recmas_runtime.formats.layers import sequence_bytes
 from recmas_runtime.formats.manifest import Manifest
 from recmas_runtime.formats.plan import (
     AgentPlan,
@@ -215,12 +216,11 @@ def _cache(plan: Plan, manifest: Manifest, agents: tuple[str, ...]) -> CachePlan
     backbone = plan.agents[agents[0]].backbone
     entry = manifest.backbones[backbone]
     capacity = cache_capacity(plan.limits.max_prompt_tokens + plan.sampling.max_new_tokens)
-    bytes_per_row = 2 * 4 * entry.num_layers * entry.num_kv_heads * entry.head_dim
     return CachePlan(
         backbone=backbone,
         agents=agents,
         capacity=capacity,
-        bytes_per_sample=bytes_per_row * capacity * len(agents),
+        bytes_per_sample=len(agents) * sequence_bytes(entry.layers, capacity),
     )
 
 

@@ -17,6 +17,7 @@ from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.engines.interface import Floats, Indices, Operands
 from recmas_runtime.engines.onnx.caches import Cache, CachePool, Memory, Series
 from recmas_runtime.engines.onnx.session import Device, call_onnx, make_session
+from recmas_runtime.formats.layers import cache_tensors, is_rows
 from recmas_runtime.formats.manifest import BackboneEntry
 
 if TYPE_CHECKING:
@@ -216,19 +217,22 @@ class BackboneEngine:
 
 def _check_caches(decoder: onnxruntime.InferenceSession, entry: BackboneEntry, file: str) -> None:
     """Demand the caches that the manifest counts: rows of other shapes would be read as garbage."""
-    shape = (entry.num_kv_heads, entry.head_dim)
-    told = {f"{kind}.{i}": shape for i in range(entry.num_layers) for kind in ("key", "value")}
+    told = {tensor.name: (tensor.shape, tensor.is_state) for tensor in cache_tensors(entry.layers)}
+    outputs = {value.name for value in decoder.get_outputs()}
     found = {
-        value.name: (value.shape[1], value.shape[3])
+        value.name: (
+            (value.shape[1], value.shape[3]) if is_rows(value.name) else tuple(value.shape[1:]),
+            not is_rows(value.name),
+        )
         for value in decoder.get_inputs()
-        if value.name.startswith(("key.", "value."))
+        if f"present_{value.name}" in outputs
     }
     if found != told:
-        others = sorted(dict(found.items() ^ told.items()))
+        others = sorted(name for name, _ in found.items() ^ told.items())
         raise fail(
             "RM404",
-            f"the manifest tells of {entry.num_layers} layers of {shape[0]} heads {shape[1]} wide, "
-            f"the decoder has other caches, such as {others[0]!r}",
+            f"the manifest tells of {len(told)} cache tensors in {entry.num_layers} layers, the "
+            f"decoder has others, such as {others[0]!r}",
             file=file,
             hint="Build the bundle again with one version of recmas.",
         )

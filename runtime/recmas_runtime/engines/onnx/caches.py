@@ -17,11 +17,15 @@ from numpy.typing import NDArray
 
 from recmas_runtime.engines.interface import Operands
 from recmas_runtime.engines.onnx.session import NO_GRAPH, call_onnx, onnx_runtime, run_options
+from recmas_runtime.formats.layers import CacheTensor, cache_tensors
 from recmas_runtime.formats.manifest import BackboneEntry
 
 if TYPE_CHECKING:
     import onnxruntime
 
+
+# What of a sequence's tensor is meant, by its axes.
+Part = tuple[slice, ...]
 
 # numpy's types for those of ONNX Runtime. It has none for bfloat16, whose bits it can hold.
 NUMPY_TYPES: Final[dict[str, Any]] = {
@@ -111,21 +115,21 @@ class DeviceArray:
         assert self._host is not None, "parts of a device's buffer have no handle"
         return DeviceArray(self._host[start:stop], self.kind, self._memory)
 
-    def move_leading(self, rows: Sequence[int], positions: int) -> None:
-        """Move rows of a buffer [R, H, C, D] to its beginning, the first `positions` of each.
+    def move(self, rows: Sequence[int], part: Part) -> None:
+        """Move a part of rows of a buffer [R, ...] to its beginning.
 
-        Rows come in ascending order, so that none is overwritten before it has moved; their other
-        positions keep what lay at the beginning before.
+        Rows come in ascending order, so that none is overwritten before it has moved; the rest of
+        each keeps what lay at the beginning before.
         """
         assert self._host is not None, "parts of a device's buffer have no handle"
         for place, row in enumerate(rows):
             if place != row:
-                self._host[place, :, :positions] = self._host[row, :, :positions]
+                self._host[place][part] = self._host[row][part]
 
-    def copy_leading(self, source: DeviceArray, rows: Sequence[int], positions: int) -> None:
-        """Take rows of a buffer [R, H, C, D], the first `positions` of each, in this order."""
+    def copy_part(self, source: DeviceArray, rows: Sequence[int], part: Part) -> None:
+        """Take a part of rows of a buffer [R, ...], in this order."""
         array = self.numpy()
-        array[:, :, :positions] = source.numpy()[rows, :, :positions]
+        array[(slice(None), *part)] = source.numpy()[list(rows)][(slice(None), *part)]
         if self._host is None:
             self.write(array)
 
@@ -211,9 +215,10 @@ class Cache:
         self._memory = memory
         self._of_row: dict[int, Cache] = {}
         kinds = {value.name: value.type for value in session.get_inputs()}
-        shape = (rows, entry.num_kv_heads, capacity, entry.head_dim)
-        names = [f"{kind}.{i}" for i in range(entry.num_layers) for kind in ("key", "value")]
-        self._layers = layers or {name: memory.zeros(shape, kinds[name]) for name in names}
+        self._tensors = cache_tensors(entry.layers)
+        self._layers = layers or {
+            t.name: memory.zeros(t.whole(rows, capacity), kinds[t.name]) for t in self._tensors
+        }
         row = (rows, 1, entry.width)
         self.write_index = memory.zeros((rows,), "tensor(int64)")
         self.last_index = memory.zeros((rows,), "tensor(int64)")
@@ -257,8 +262,8 @@ class Cache:
         """
         if not self._memory.shared:
             return None
-        for store in self._layers.values():
-            store.move_leading(rows, positions)
+        for tensor in self._tensors:
+            self._layers[tensor.name].move(rows, part_of(tensor, positions))
         return self._part(0, len(rows))
 
     def _part(self, start: int, stop: int) -> Cache:
@@ -279,18 +284,25 @@ class Cache:
     def copy_rows(self, source: Any, rows: Sequence[int], positions: int) -> None:
         """Take the first `positions` of the given sequences of another cache, in this order."""
         if isinstance(source, Cache):
-            for name, store in self._layers.items():
-                store.copy_leading(source._layers[name], rows, positions)
+            for tensor in self._tensors:
+                store, other = self._layers[tensor.name], source._layers[tensor.name]
+                store.copy_part(other, rows, part_of(tensor, positions))
             return
         # Rows of another kind of engine come as arrays of the host.
         host, everything = Memory("cpu", shared=True), range(len(rows))
         arrays = source.read_rows(rows, positions)
-        for store, array in zip(self._layers.values(), arrays, strict=True):
-            store.copy_leading(host.hold(array, store.kind), everything, positions)
+        for tensor, array in zip(self._tensors, arrays, strict=True):
+            store = self._layers[tensor.name]
+            store.copy_part(host.hold(array, store.kind), everything, part_of(tensor, positions))
 
     def read_rows(self, rows: Sequence[int], positions: int) -> list[NDArray[Any]]:
-        """Return copies [n, H, positions, D] on the host: keys, values of each layer in turn."""
-        return [store.numpy()[list(rows), :, :positions] for store in self._layers.values()]
+        """Return copies on the host, [n, H, positions, D] or whole states, as tensors come."""
+        return [
+            self._layers[tensor.name].numpy()[list(rows)][
+                (slice(None), *part_of(tensor, positions))
+            ]
+            for tensor in self._tensors
+        ]
 
     def bind_inner(self, inner: Operands) -> None:
         """Bind the inner links' operands; nothing happens if they are bound already."""
@@ -317,6 +329,11 @@ class Cache:
         embeds.bind_input(self._call, "inputs_embeds")
         hidden.bind_output(self._call, "hidden")
         call_onnx(self.session.run_with_iobinding, self._call, run_options(NO_GRAPH))
+
+
+def part_of(tensor: CacheTensor, positions: int) -> Part:
+    """Return what a sequence keeps of its first positions: a state is always whole."""
+    return () if tensor.is_state else (slice(None), slice(positions))
 
 
 class CachePool:

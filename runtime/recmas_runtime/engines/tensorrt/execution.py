@@ -9,6 +9,7 @@ width, d model width, V vocabulary, M latent steps.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from recmas_runtime.core.errors import fail
 from recmas_runtime.engines.interface import Floats, Indices, Operands
 from recmas_runtime.engines.tensorrt.network import Log
 from recmas_runtime.engines.tensorrt.static_graph import STEP
+from recmas_runtime.formats.layers import cache_tensors
 from recmas_runtime.formats.manifest import BackboneEntry
 
 # TensorRT wants tensor addresses to be multiples of this.
@@ -333,11 +335,13 @@ class Workspace:
         self.version = 0
         self._engine = engine
         self._stream = stream
-        self._shape = (rows, entry.num_kv_heads, capacity, entry.head_dim)
-        names = [f"{kind}.{i}" for i in range(entry.num_layers) for kind in ("key", "value")]
-        self._dtype = engine.tensors[names[0]].dtype
-        num_bytes = int(np.prod(self._shape)) * self._dtype.itemsize
-        self._caches = {name: DeviceMemory(num_bytes, stream) for name in names}
+        self._tensors = cache_tensors(entry.layers)
+        self._shapes = {t.name: t.whole(rows, capacity) for t in self._tensors}
+        self._dtypes = {t.name: engine.tensors[t.name].dtype for t in self._tensors}
+        self._caches = {
+            name: DeviceMemory(int(np.prod(shape)) * self._dtypes[name].itemsize, stream)
+            for name, shape in self._shapes.items()
+        }
         self._indices = {
             name: DeviceTable(1, (rows,), _INDEX, stream) for name in ("write_index", "last_index")
         }
@@ -351,7 +355,7 @@ class Workspace:
         bindings = {name: table.binding() for name, table in tables.items()}
         for name, memory in self._caches.items():
             # Input and output are one buffer; TensorRT refuses anything else.
-            cache = Binding(memory.address, self._shape)
+            cache = Binding(memory.address, self._shapes[name])
             bindings |= {name: cache, f"{_CACHE_PREFIX}{name}": cache}
         return bindings
 
@@ -379,34 +383,41 @@ class Workspace:
 
     def copy_rows(self, source: Workspace, rows: Sequence[int], positions: int) -> None:
         """Take the first `positions` of the given rows of another workspace, in this order."""
-        _, heads, capacity, width = self._shape
-        position_bytes = width * self._dtype.itemsize
-        pitches = capacity * position_bytes, source.capacity * position_bytes
-        for name, memory in self._caches.items():
+        for tensor in self._tensors:
+            memory, other = self._caches[tensor.name], source._caches[tensor.name]
+            # A state is one block for a sequence, rows are one for each of its heads.
+            heads, width = (1, math.prod(tensor.shape)) if tensor.is_state else tensor.shape
+            unit = width * self._dtypes[tensor.name].itemsize
+            lengths = (1, 1, 1) if tensor.is_state else (self.capacity, source.capacity, positions)
+            pitches = lengths[0] * unit, lengths[1] * unit
             for index, row in enumerate(rows):
                 self._stream.copy_blocks(
                     memory.address + index * heads * pitches[0],
-                    source._caches[name].address + row * heads * pitches[1],
+                    other.address + row * heads * pitches[1],
                     pitches=pitches,
-                    width=positions * position_bytes,
+                    width=lengths[2] * unit,
                     height=heads,
                 )
 
     def read_rows(self, rows: Sequence[int], positions: int) -> list[NDArray[Any]]:
-        """Return copies [n, H, positions, D] on the host: keys, values of each layer in turn."""
+        """Return copies on the host, [n, H, positions, D] or whole states, as tensors come."""
         copies = []
-        for memory in self._caches.values():
-            whole = np.empty(self._shape, self._dtype)
-            self._stream.read(memory.address, whole)
-            copies.append(whole[list(rows), :, :positions].astype(np.float32, copy=False))
+        for tensor in self._tensors:
+            whole = np.empty(self._shapes[tensor.name], self._dtypes[tensor.name])
+            self._stream.read(self._caches[tensor.name].address, whole)
+            part = whole[list(rows)] if tensor.is_state else whole[list(rows), :, :positions]
+            copies.append(part.astype(np.float32, copy=False))
         return copies
 
     def write_rows(self, values: Sequence[NDArray[Any]]) -> None:
         """Overwrite the beginning of all rows with what `read_rows` of some cache returned."""
-        for memory, array in zip(self._caches.values(), values, strict=True):
-            whole = np.zeros(self._shape, self._dtype)
-            whole[:, :, : array.shape[2]] = array
-            self._stream.write(memory.address, whole)
+        for tensor, array in zip(self._tensors, values, strict=True):
+            whole = np.zeros(self._shapes[tensor.name], self._dtypes[tensor.name])
+            if tensor.is_state:
+                whole[:] = array
+            else:
+                whole[:, :, : array.shape[2]] = array
+            self._stream.write(self._caches[tensor.name].address, whole)
 
     def rollout(
         self, thought: Floats, next_embeds: Floats, write_index: Indices, num_steps: int

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-DEFAULTS_FILE: Final = Path(__file__).with_name("config_defaults.json")
+DEFAULTS_FILE: Final = Path(__file__).with_name("defaults.json")
 
 
 def family_defaults(model_type: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from recmas_compiler.backbones.config_defaults import family_defaults
+from recmas_compiler.backbones.config.defaults import family_defaults
 
 # Families whose code cannot be traced for any length, and what in it prevents that.
 _NOT_TRACED: Final[Mapping[str, str]] = {
@@ -46,15 +46,8 @@ def why_unsupported(model_type: str, values: Mapping[str, Any]) -> str | None:
 
 def _why_cache(values: Mapping[str, Any]) -> str | None:
     """Return why not all layers have caches of one shape, None if they have."""
-    head_dim = values.get("head_dim")
     if _is_count(values.get("hidden_size_per_layer_input")):
         return "its layers take inputs of their own for every token, which a thought does not have"
-    if _is_count(values.get("kv_lora_rank")):
-        return "its keys and values have different widths (latent attention)"
-    if _differs(values.get("v_head_dim"), head_dim):
-        return "its keys and values have different widths (`v_head_dim`)"
-    if _differs(values.get("global_head_dim"), head_dim):
-        return "its layers have heads of different widths (`global_head_dim`)"
     return None
 
 
@@ -89,7 +82,3 @@ def why_rotary(model_type: str, values: Mapping[str, Any]) -> str | None:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _differs(value: object, other: object) -> bool:
-    return _is_count(value) and _is_count(other) and value != other

@@ -1,0 +1,81 @@
+"""What each layer of a backbone keeps, told from the entries of its config.
+
+Families name the sizes of keys and values in a few ways; the rules below go by these names and not
+by architecture. What a loaded model really keeps is in `own_layers`, and the two must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from recmas_runtime.formats.layers import LayerShape, RowsShape
+
+
+def layer_shapes(
+    values: Mapping[str, Any],
+    attention: Sequence[str],
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> tuple[LayerShape, ...]:
+    """Return what the layers of a config keep.
+
+    Args:
+        values: Its entries, with what its family fills in.
+        attention: The kind of each layer.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads where nothing else is said.
+        head_dim: Their width, likewise.
+    """
+    if _count(values, "kv_lora_rank"):
+        # Latent attention: keys and values are expanded before they are kept, a head for each query
+        # head. A part of the key is rotated, the other is not.
+        width = _count(values, "qk_nope_head_dim") + _count(values, "qk_rope_head_dim")
+        every = RowsShape(
+            heads=num_heads,
+            key_width=width or head_dim,
+            value_width=_count(values, "v_head_dim") or head_dim,
+        )
+        return tuple(LayerShape(rows=every) for _ in attention)
+    usual = RowsShape(
+        heads=num_kv_heads,
+        key_width=head_dim,
+        value_width=_count(values, "v_head_dim") or head_dim,
+    )
+    shapes = {"full": _full(values, usual), "sliding": _sliding(values, usual)}
+    # The last layers of some models attend over the rows of an earlier one.
+    num_own = len(attention) - _count(values, "num_kv_shared_layers")
+    return tuple(
+        LayerShape(rows=shapes.get(kind) if i < num_own else None)
+        for i, kind in enumerate(attention)
+    )
+
+
+def _full(values: Mapping[str, Any], usual: RowsShape) -> RowsShape:
+    """Return the rows of layers that attend to everything, where sliding ones have other heads."""
+    width = _count(values, "global_head_dim")
+    if not width:
+        return usual
+    heads = usual.heads
+    if values.get("attention_k_eq_v") is True:
+        heads = _count(values, "num_global_key_value_heads") or heads
+    return RowsShape(heads=heads, key_width=width, value_width=width)
+
+
+def _sliding(values: Mapping[str, Any], usual: RowsShape) -> RowsShape:
+    key_width = _count(values, "swa_head_dim") or usual.key_width
+    return RowsShape(
+        heads=_count(values, "swa_num_key_value_heads") or usual.heads,
+        key_width=key_width,
+        value_width=_count(values, "swa_v_head_dim") or usual.value_width,
+    )
+
+
+def _count(values: Mapping[str, Any], name: str) -> int:
+    """Return an entry that is a number of things, 0 where it is none."""
+    found = values.get(name)
+    if not isinstance(found, int) or isinstance(found, bool):
+        return 0
+    return max(found, 0)

@@ -1,0 +1,1 @@
+"""Facts of a loaded model that no config says: its head, its layers, names of its arguments."""

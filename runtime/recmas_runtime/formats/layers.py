@@ -1,0 +1,131 @@
+"""What a layer of a backbone keeps of a sequence, and the tensors of a cache that follow from it.
+
+Rows are keys and values, one of each for every position: forgetting is a smaller write index. A
+state has the same size whatever it has seen, cannot be cut back, and is float32 whatever the
+weights are. A layer has rows, states, both, or neither (an MLP alone, or one that attends over the
+rows of another layer).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Annotated, NamedTuple
+
+from msgspec import Meta
+
+from recmas_runtime.formats.codec import Dim, StrictStruct
+
+MOST_LAYERS = 4096
+
+# Engines compute in float32, and so do caches.
+_ELEMENT_BYTES = 4
+
+_Heads = Annotated[int, Meta(ge=1, le=2**16)]
+_Width = Annotated[int, Meta(ge=1, le=2**16)]
+
+
+class RowsShape(StrictStruct, frozen=True, kw_only=True):
+    """Keys [heads, key_width] and values [heads, value_width] of every position."""
+
+    heads: _Heads
+    key_width: _Width
+    value_width: _Width
+
+    @property
+    def elements(self) -> int:
+        """Numbers of one position."""
+        return self.heads * (self.key_width + self.value_width)
+
+
+class StateShape(StrictStruct, frozen=True, kw_only=True):
+    """A state of one sequence, by its name: `conv`, `recurrent`, or with a number behind that."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-z]+(_[0-9]+)?$", max_length=32)]
+    shape: Annotated[tuple[Dim, ...], Meta(min_length=1, max_length=8)]
+
+    @property
+    def elements(self) -> int:
+        """Numbers of one sequence."""
+        return math.prod(self.shape)
+
+
+class LayerShape(StrictStruct, frozen=True, kw_only=True):
+    """What one layer keeps."""
+
+    rows: RowsShape | None = None
+    states: tuple[StateShape, ...] = ()
+
+
+class CacheTensor(NamedTuple):
+    """A tensor of a cache: an input of the decoder by this name, an output as `present_` and it.
+
+    Attributes:
+        shape: Of one sequence: a state's own; of rows (heads, width), for every position.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    is_state: bool
+
+    def whole(self, rows: int, capacity: int) -> tuple[int, ...]:
+        """Return the shape for some sequences: [R, heads, C, width], or [R, ...] of a state."""
+        if self.is_state:
+            return (rows, *self.shape)
+        heads, width = self.shape
+        return rows, heads, capacity, width
+
+
+def cache_tensors(layers: Sequence[LayerShape]) -> tuple[CacheTensor, ...]:
+    """Return the tensors of a cache in the order of the decoder's inputs.
+
+    These are `key.I` of all layers I that have rows, then `value.I`, then the states, each by its
+    name and the layer.
+    """
+    with_rows = [(i, layer.rows) for i, layer in enumerate(layers) if layer.rows is not None]
+    keys = [CacheTensor(f"key.{i}", (r.heads, r.key_width), False) for i, r in with_rows]
+    values = [CacheTensor(f"value.{i}", (r.heads, r.value_width), False) for i, r in with_rows]
+    states = [
+        CacheTensor(f"{state.name}.{i}", state.shape, True)
+        for i, layer in enumerate(layers)
+        for state in layer.states
+    ]
+    return (*keys, *values, *states)
+
+
+def is_rows(name: str) -> bool:
+    """Tell by its name whether a tensor of a cache has rows."""
+    return name.startswith(("key.", "value."))
+
+
+def elements_per_position(layers: Iterable[LayerShape]) -> int:
+    """Return how many numbers all layers keep of a position."""
+    return sum(layer.rows.elements for layer in layers if layer.rows is not None)
+
+
+def elements_of_states(layers: Iterable[LayerShape]) -> int:
+    """Return how many numbers all states of a sequence have."""
+    return sum(state.elements for layer in layers for state in layer.states)
+
+
+def sequence_bytes(layers: Sequence[LayerShape], capacity: int) -> int:
+    """Return the bytes that a cache of so many positions takes for one sequence."""
+    rows = elements_per_position(layers) * capacity
+    return _ELEMENT_BYTES * (rows + elements_of_states(layers))
+
+
+def has_states(layers: Iterable[LayerShape]) -> bool:
+    """Tell whether a layer keeps a state, so that sequences cannot be cut back."""
+    return any(layer.states for layer in layers)
+
+
+def uniform_layers(
+    num_layers: int, *, heads: int, key_width: int, value_width: int | None = None
+) -> tuple[LayerShape, ...]:
+    """Return layers that all keep rows of one shape."""
+    rows = RowsShape(
+        heads=heads,
+        key_width=key_width,
+        value_width=key_width if value_width is None else value_width,
+    )
+    return (LayerShape(rows=rows),) * num_layers
