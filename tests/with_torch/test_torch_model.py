@@ -470,7 +470,9 @@ def test_plain_text_begins_with_what_the_tokenizer_itself_puts_first(
 ) -> None:
     folder = write_tiny_backbone(tmp_path / family, family, num_hidden_layers=1)
     (folder / "chat_template.jinja").unlink()
-    backbone = load_backbone(facts_of(folder), progress=Silent(), template=PLAIN_TEMPLATE)
+    layers = uniform_layers(1, heads=2, key_width=16)
+    facts = facts_of(folder, num_layers=1, layers=layers)
+    backbone = load_backbone(facts, progress=Silent(), template=PLAIN_TEMPLATE)
     assert backbone.bos_token is not None
     assert ("bos_token" in backbone.special_tokens) is puts_first
     chat = Chat.load(backbone.tokenizer_json, backbone.chat_template, backbone.special_tokens)
