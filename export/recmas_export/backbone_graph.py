@@ -30,7 +30,7 @@ CPU_DECODER = "decoder.cpu.onnx"
 WEIGHTS, TOKENIZER, CHAT_TEMPLATE = "weights.safetensors", "tokenizer.json", "chat_template.jinja"
 
 _TABLES: Final = frozenset({EMBED, HEAD})
-_LAST: Final = {DECODER: pipeline.PORTABLE}
+_LAST: Final = {DECODER: pipeline.PORTABLE, CPU_DECODER: pipeline.FOR_CPU}
 
 
 def export_backbone(
@@ -59,8 +59,10 @@ def export_backbone(
         run_passes(portable[name], graph)
     if "cpu" in decoders:
         for_cpu = decoder.clone()
-        if run_passes(pipeline.cpu_decoder(max_positions=facts.max_positions), for_cpu):
+        run_passes(pipeline.cpu_decoder(max_positions=facts.max_positions), for_cpu)
+        if pipeline.has_own_operators(for_cpu):
             graphs[CPU_DECODER] = for_cpu
+    run_passes(pipeline.STANDARD, decoder)
     layers, tables = pipeline.weight_passes(precision, backbone.dtype)
     for name, graph in graphs.items():
         run_passes(tables if name in _TABLES else layers, graph)

@@ -8,7 +8,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnx_ir.passes import InPlacePass, Sequential
 
-from recmas_export.passes.grouped_attention import UseGroupedAttention
+from recmas_export.passes.experts import ExpandExperts, StoreExperts, UseMixtureOperator
+from recmas_export.passes.grouped_attention import DOMAIN, UseGroupedAttention
 from recmas_export.passes.linear_attention import ExpandLinearAttention
 from recmas_export.passes.operators import UseStandardOperators
 from recmas_export.passes.products import PackProducts, SplitAfterHeads
@@ -71,14 +72,18 @@ HEAD: Final[Passes] = (
 DECODER: Final[Passes] = (
     *TIDY,
     *CLEAN,
+    StoreExperts(),  # before there are two decoders, which read the same bytes
     AddLatentStep(),  # after cleaning: it is written as it should run
     Strip("decoder"),
 )
-# What the portable decoder goes through at the end.
-PORTABLE: Final[Passes] = (
+# What the portable decoder goes through when that for the CPU has become another graph.
+STANDARD: Final[Passes] = (
     ExpandLinearAttention(),
     CheckOperators(),
 )
+# What both decoders go through when their weights have the form that they are stored in.
+PORTABLE: Final[Passes] = (ExpandExperts(look_up=True),)
+FOR_CPU: Final[Passes] = (ExpandExperts(look_up=False),)
 
 
 def cpu_decoder(*, max_positions: int) -> Passes:
@@ -89,6 +94,7 @@ def cpu_decoder(*, max_positions: int) -> Passes:
     """
     return (
         UseGroupedAttention(max_positions),
+        UseMixtureOperator(),
         common.RemoveUnusedNodesPass(),  # masks and angles, and the attention that was replaced
     )
 
@@ -108,6 +114,11 @@ def weight_passes(precision: str, dtype: str) -> tuple[Passes, Passes]:
         for bits in (row.layer_bits, row.table_bits)
     )
     return layers, tables
+
+
+def has_own_operators(model: ir.Model) -> bool:
+    """Tell whether a graph has operators that only ONNX Runtime has."""
+    return any(node.domain == DOMAIN for node in model.graph)
 
 
 def run_passes(passes: Passes, model: ir.Model) -> bool:

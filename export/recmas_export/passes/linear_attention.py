@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.tape import Tape
 
+from recmas_export.passes.grouped_attention import DOMAIN
 from recmas_export.passes.tidy import insert, take_over
 
 OPERATOR: Final = "LinearAttention"
@@ -50,6 +51,7 @@ class ExpandLinearAttention(InPlacePass):
             for new, old in zip((out, state), node.outputs, strict=True):
                 take_over(new, old)
             model.graph.remove(node, safe=True)
+        model.graph.opset_imports.pop(DOMAIN, None)
         return PassResult(model, modified=bool(nodes))
 
 
