@@ -59,8 +59,8 @@ def export_backbone(
         run_passes(portable[name], graph)
     if "cpu" in decoders:
         for_cpu = decoder.clone()
-        run_passes(pipeline.cpu_decoder(max_positions=facts.max_positions), for_cpu)
-        if pipeline.has_own_operators(for_cpu):
+        passes = pipeline.cpu_decoder(max_positions=facts.max_positions)
+        if run_passes(passes, for_cpu) or pipeline.has_own_operators(for_cpu):
             graphs[CPU_DECODER] = for_cpu
     run_passes(pipeline.STANDARD, decoder)
     layers, tables = pipeline.weight_passes(precision, backbone.dtype)

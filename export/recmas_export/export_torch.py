@@ -36,9 +36,9 @@ from recmas_compiler.lowering.static_cache import (
     ragged_mask,
     use_added_masks,
 )
-from recmas_export.capture import capture
 from recmas_export.passes.experts import IN, OUT, SUM
 from recmas_export.passes.tidy import OPSET, TRACED
+from recmas_export.trace.capture import capture
 from recmas_export.trace.states import PortableStates, StateTrace, portable_kernels
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.layers import LayerShape, cache_tensors, has_states

@@ -211,6 +211,7 @@ _WITH_SINKS: Final = ("gpt_oss", "flint", "granite_swa", "granitemoe_swa")
 FAST: Final = (
     *("gpt_neox", "granite", "helium", "qwen3_moe", "gpt_oss", "afmoe", "jetmoe", "gpt2"),
     *("hunyuan_v1_dense", "gptj", "aria_text", "llama4_text", "modernbert-decoder"),
+    "qwen3_5_text",
 )
 
 

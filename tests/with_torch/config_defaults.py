@@ -85,7 +85,10 @@ FURTHER_NAMES = {
     "mpt": {"max_position_embeddings": "max_seq_len"},
 }
 # What the code of families that keep a state in some of their layers names.
-STATE_NAMES = ("selective_scan", "mamba_chunk_scan", "kda", "Rglru", "rwkv", "mLSTM", "LightningAttention")
+STATE_NAMES = (
+    *("selective_scan", "mamba_chunk_scan", "kda"),
+    *("Rglru", "rwkv", "mLSTM", "LightningAttention"),
+)
 MANY_LAYERS = 61  # prime: no cycle ends with the last layer, which some families make another type
 LONGEST_CYCLE = 12
 

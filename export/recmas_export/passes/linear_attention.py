@@ -3,8 +3,8 @@
 Positions are taken in chunks of 16, or of as many as there are. Within a chunk everything is a
 product of matrices, so that a Scan has one turn for each chunk. Of a rule that writes the
 difference to what a key gives already, each position depends on those before it in its chunk: a
-triangular system, which is solved row by row. Doubling, (I - L)(I + L^2)(I + L^4)..., is shorter and
-wrong in float32: powers of L explode where keys resemble each other.
+triangular system, which is solved row by row. Doubling, (I - L)(I + L^2)(I + L^4)..., is shorter
+and wrong in float32: powers of L explode where keys resemble each other.
 
 Shape legend: B samples, S positions, H heads, k and v widths of keys and values; N chunks of C
 positions.
@@ -171,9 +171,7 @@ def _by_chunk(form: _Form, rule: _Rule) -> tuple[ir.Value, ir.Value]:
         """Return [B, H, N, C, w]; what is filled up is 0 and so writes and forgets nothing."""
         split = op("Reshape", x_BSw, number(0, 0, rule.heads, width))
         filled = op("Transpose", op("Pad", split, pads, None, number(1)), perm=[0, 2, 1, 3])
-        return op(
-            "Reshape", filled, op("Concat", number(0, 0, -1), size, number(width), axis=0)
-        )
+        return op("Reshape", filled, op("Concat", number(0, 0, -1), size, number(width), axis=0))
 
     def part(matrix: NDArray[Any], name: str) -> ir.Value:
         return op("Slice", form.constant(matrix, name), number(0, 0), square)

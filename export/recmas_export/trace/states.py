@@ -22,10 +22,10 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 OPERATOR: Final = "com.microsoft::LinearAttention"
 
@@ -129,7 +129,7 @@ def _convolve(
     **_others: object,
 ) -> Tensor:
     """Return a convolution by channel over kept and new inputs, [B, C, S]."""
-    out_BCS = F.conv1d(hidden_states, weight.unsqueeze(1), bias, groups=weight.shape[0])
+    out_BCS = functional.conv1d(hidden_states, weight.unsqueeze(1), bias, groups=weight.shape[0])
     if activation is not None:
         out_BCS = ACT2FN[activation](out_BCS)
     return out_BCS

@@ -33,9 +33,7 @@ def _delta_net(values: Mapping[str, Any]) -> tuple[StateShape, ...]:
     )
 
 
-def _shapes(
-    *, channels: int, taps: int, recurrent: tuple[int, ...] = ()
-) -> tuple[StateShape, ...]:
+def _shapes(*, channels: int, taps: int, recurrent: tuple[int, ...] = ()) -> tuple[StateShape, ...]:
     """Return the states of a layer, none if a size is missing."""
     if channels < 1 or taps < 2 or 0 in recurrent:
         return ()
