@@ -133,6 +133,6 @@ def test_what_chooses_experts_stays_exact(name: str, layers: int, tmp_path: Path
         routers = [
             tensor
             for tensor in graph.initializer
-            if sorted(tensor.dims) == [8, 64] and tensor.data_type == onnx.TensorProto.FLOAT
+            if "gate.weight" in tensor.name and tensor.data_type == onnx.TensorProto.FLOAT
         ]
         assert len(routers) == layers, file
