@@ -28,12 +28,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.loaded.cache_argument import cache_argument
-from recmas_compiler.backbones.loaded.own_head import head_of
-from recmas_compiler.lowering.static_cache import StaticRows, ragged_mask
+from recmas_compiler.backbones.loaded.own_head import body_of, head_of
+from recmas_compiler.lowering.static_cache import (
+    RowsSeen,
+    StaticRows,
+    has_attention_interface,
+    ragged_mask,
+    use_added_masks,
+)
+from recmas_export.capture import capture
 from recmas_export.passes.experts import IN, OUT, SUM
 from recmas_export.passes.tidy import OPSET, TRACED
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.layers import LayerShape, cache_tensors
+from recmas_runtime.formats.plan import cache_capacity
 
 BATCH, POSITIONS, CAPACITY = "batch", "positions", "capacity"
 
@@ -60,7 +68,10 @@ def trace_body(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
     tensors = cache_tensors(facts.layers)
     # Every cache is a tensor of its own: the exporter merges inputs that are the same object.
     caches = [torch.zeros(tensor.whole(_B, _C)) for tensor in tensors]
-    batch, positions, capacity = (Dim(name, min=1) for name in (BATCH, POSITIONS, CAPACITY))
+    batch = Dim(BATCH, min=1)
+    # Models have tables of positions, which end: so do the sequences of a bundle.
+    positions = Dim(POSITIONS, min=1, max=max(facts.max_positions, _S))
+    capacity = Dim(CAPACITY, min=1, max=max(cache_capacity(facts.max_positions), _C))
     cache_dims = [{0: batch} if tensor.is_state else {0: batch, 2: capacity} for tensor in tensors]
     names = [tensor.name for tensor in tensors]
     with portable_attention(model):
@@ -235,6 +246,10 @@ def _experts_product(
 class PortableLayer(StaticRows):
     """One layer of a static cache whose rows are written by ONNX's `TensorScatter`."""
 
+    def get_seq_length(self) -> RowsSeen:
+        """Return a number that models can reckon with."""
+        return RowsSeen(self.write_index)
+
     def update(
         self,
         key_states: torch.Tensor,
@@ -299,13 +314,10 @@ def portable_attention(model: PreTrainedModel) -> Iterator[None]:
     try:
         for config in configs:
             config._experts_implementation_internal = IMPLEMENTATION
-        model.set_attn_implementation(IMPLEMENTATION)
-        if any(config._attn_implementation != IMPLEMENTATION for config in configs):
-            raise fail(
-                "RM300",
-                f"{type(model).__name__} does not take its attention from transformers' interface.",
-                hint="Use a backbone whose transformers implementation has attention backends.",
-            )
+        if has_attention_interface(model):
+            model.set_attn_implementation(IMPLEMENTATION)
+        else:
+            use_added_masks(model)
         yield
     finally:
         for config, attention, experts in before:
@@ -318,7 +330,7 @@ class _Body(torch.nn.Module):
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[LayerShape]) -> None:
         super().__init__()
-        self.body = model.get_decoder()
+        self.body = body_of(model)
         self._layers = layers
         self._cache_argument = cache_argument(self.body)
 
@@ -335,8 +347,16 @@ class _Body(torch.nn.Module):
             position_ids=write_index[:, None] + torch.arange(inputs_embeds.shape[1])[None],
             use_cache=True,
             **{self._cache_argument: cache.cache},
+            **self._whole_mask(tensors[0]),
         ).last_hidden_state
         return hidden, cache.tensors()
+
+    def _whole_mask(self, rows_BKCD: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what code of its own counts positions of keys by: one for each row of a cache."""
+        if has_attention_interface(self.body):
+            return {}
+        shape = (rows_BKCD.shape[0], rows_BKCD.shape[2])
+        return {"attention_mask": torch.ones(shape, dtype=torch.long)}
 
 
 class _Embed(torch.nn.Module):
@@ -392,9 +412,7 @@ def _trace(
         with _quiet(), torch.no_grad():
             # Captured here and not by the ONNX exporter, which answers a failure with three more
             # attempts and a flood of output.
-            captured = torch.export.export(
-                module, args, dynamic_shapes=dynamic_shapes, strict=False
-            )
+            captured = capture(module, args, dynamic_shapes)
             program = torch.onnx.export(
                 captured,
                 dynamo=True,

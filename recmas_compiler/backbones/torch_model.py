@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from recmas_compiler.backbones.chat_files import GIVE_A_TEMPLATE, PLAIN_TEMPLATE, puts_first
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.gguf_file import read_gguf_values, refuse_adapter
-from recmas_compiler.backbones.loaded.own_head import head_of
+from recmas_compiler.backbones.loaded.own_head import body_of, head_of
 from recmas_compiler.backbones.loaded.own_layers import layers_of
 from recmas_compiler.backbones.own_tokenizer import (
     TOKENIZER_FILE,
@@ -79,7 +79,7 @@ class TorchBackbone:
     @property
     def body(self) -> nn.Module:
         """The decoder layers and the final norm, without the head."""
-        body: nn.Module = self.model.get_decoder()
+        body: nn.Module = body_of(self.model)
         return body
 
     @property
