@@ -16,7 +16,6 @@ from typing import Any, Final, Literal
 from recmas_compiler.backbones.config.defaults import family_defaults
 from recmas_compiler.backbones.config.layer_shapes import layer_shapes
 from recmas_compiler.backbones.config.parameters import (
-    count_copied_parameters,
     count_expert_parameters,
     count_parameters,
     experts_of,
@@ -84,7 +83,7 @@ class BackboneFacts:
         num_tables: Tables of the vocabulary among them: 1 where head and embedding are tied, else
             2.
         num_expert_parameters: Those of experts among them, of which a token takes a part.
-        num_copied_parameters: Those of experts that are copied for each position of a prompt.
+        expert_width: Hidden width of an expert; 0 for a model without.
     """
 
     source: str
@@ -103,7 +102,7 @@ class BackboneFacts:
     num_parameters: int
     num_tables: int = 1
     num_expert_parameters: int = 0
-    num_copied_parameters: int = 0
+    expert_width: int = 0
     folder: str | None = None
 
 
@@ -201,7 +200,7 @@ class _Reader:
             attention=attention,
             sliding_window=self._dimension(values, "sliding_window") if is_sliding else None,
             num_expert_parameters=count_expert_parameters(experts, width) if experts else 0,
-            num_copied_parameters=count_copied_parameters(experts, width) if experts else 0,
+            expert_width=experts.width if experts else 0,
             num_parameters=count_parameters(
                 experts=experts,
                 width=width,
@@ -337,13 +336,14 @@ def weights_bytes(facts: BackboneFacts, *, precision: str, dtype: str = "float32
 
     Args:
         dtype: What float32 engines store; quantized weights take the same bytes from any. Experts
-            are not quantized.
+            are quantized where both of their widths are whole numbers of blocks.
     """
     bits = PRECISIONS[precision]
-    if not bits.is_quantized:
+    if bits.block_size is None:
         return facts.num_parameters * DTYPE_BYTES[dtype]
     tables = facts.num_tables * facts.vocab_size * facts.width
-    experts = facts.num_expert_parameters
+    has_blocks = not any(width % bits.block_size for width in (facts.width, facts.expert_width))
+    experts = 0 if has_blocks else facts.num_expert_parameters
     layers = facts.num_parameters - experts - tables  # norms among them, one in a thousand
     quantized = round(layers * bits.layer_weight_bits / 8 + tables * bits.table_weight_bits / 8)
     return quantized + experts * DTYPE_BYTES[dtype]
