@@ -48,6 +48,8 @@ LAYER_KINDS: Final[Mapping[str, AttentionKind]] = {
     "full_attention": "full",
     "attention": "full",
     "sliding_attention": "sliding",
+    # A position sees those of its own chunk: a rule of positions as a window is.
+    "chunked_attention": "sliding",
     "linear_attention": "linear",
     "mamba": "linear",
     "mamba2": "linear",
@@ -176,7 +178,9 @@ class _Reader:
             raise self._unsupported(why)
         width = self._dimension(values, "hidden_size")
         num_heads = self._dimension(values, "num_attention_heads")
-        one_for_all = values.get("multi_query") is True
+        one_for_all = values.get("multi_query") is True and not values.get(
+            "new_decoder_architecture"
+        )
         num_kv_heads = self._dimension(
             values, "num_key_value_heads", default=1 if one_for_all else num_heads
         )

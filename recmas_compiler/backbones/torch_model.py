@@ -36,7 +36,7 @@ from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.fetching.hub import Fetch
 from recmas_compiler.backbones.gguf_files.header import GgufHeader, read_header
 from recmas_compiler.backbones.gguf_files.loading import transformers_parts, transformers_tokenizer
-from recmas_compiler.backbones.loaded.own_head import head_of
+from recmas_compiler.backbones.loaded.own_head import body_of, head_of
 from recmas_compiler.backbones.loaded.own_layers import layers_of
 from recmas_compiler.backbones.own_tokenizer import TOKENIZER_FILE, load_tokenizer
 from recmas_compiler.backbones.sources import (
@@ -86,7 +86,7 @@ class TorchBackbone:
     @property
     def body(self) -> nn.Module:
         """The decoder layers and the final norm, without the head."""
-        body: nn.Module = self.model.get_decoder()
+        body: nn.Module = body_of(self.model)
         return body
 
     @property

@@ -12,7 +12,7 @@ heads per key/value head, D head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor
@@ -22,6 +22,30 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 IMPLEMENTATION: Final = "recmas_static"
+# The name under which models with attention code of their own find their masks.
+OWN_CODE: Final = "recmas_own_code"
+
+
+class RowsSeen(int):
+    """How many rows a cache has while a model is traced: 0, and with it those of each sequence.
+
+    What models reckon from the number sizes masks that nothing reads, or positions that they are
+    given. Only the mask interface needs to know better.
+    """
+
+    of_each: Tensor
+
+    def __new__(cls, of_each: Tensor) -> Self:
+        """Return 0 that knows the rows of each sequence, [R]."""
+        seen = super().__new__(cls, 0)
+        seen.of_each = of_each
+        return seen
+
+    def __add__(self, other: Any) -> Any:
+        """Add a number, also one that is not known while a model is traced."""
+        return int(self) + other
+
+    __radd__ = __add__
 
 
 class StaticRows(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
@@ -77,7 +101,24 @@ def use_static_attention(model: PreTrainedModel) -> None:
     """Make a model attend over static caches from now on."""
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, ragged_mask)
-    model.set_attn_implementation(IMPLEMENTATION)
+    if has_attention_interface(model):
+        model.set_attn_implementation(IMPLEMENTATION)
+    else:
+        use_added_masks(model)
+
+
+def has_attention_interface(model: PreTrainedModel) -> bool:
+    """Whether a model takes its attention from transformers' interface."""
+    found: bool = model._can_set_attn_implementation()
+    return found
+
+
+def use_added_masks(model: PreTrainedModel) -> None:
+    """Give a model whose attention is code of its own masks that it adds to its scores."""
+    ALL_MASK_ATTENTION_FUNCTIONS.register(OWN_CODE, _added_mask)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._attn_implementation_internal = OWN_CODE
 
 
 def ragged_mask(
@@ -85,7 +126,7 @@ def ragged_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: Tensor,
+    q_offset: Tensor | RowsSeen,
     kv_offset: int,
     mask_function: Callable[..., Tensor],
     **_others: object,
@@ -98,9 +139,10 @@ def ragged_mask(
     Returns:
         Boolean [R, 1, S, C], True where a position may look.
     """
-    device = q_offset.device
+    seen_R = q_offset.of_each if isinstance(q_offset, RowsSeen) else q_offset
+    device = seen_R.device
     sample_R = torch.arange(batch_size, device=device)
-    query_RS = q_offset[:, None] + torch.arange(q_length, device=device)
+    query_RS = seen_R[:, None] + torch.arange(q_length, device=device)
     row_C = torch.arange(kv_length, device=device) + kv_offset
     allowed = mask_function(
         sample_R[:, None, None, None],
@@ -109,6 +151,13 @@ def ragged_mask(
         row_C[None, None, None, :],
     )
     return allowed.expand(batch_size, 1, q_length, kv_length)
+
+
+def _added_mask(*, dtype: torch.dtype, **arguments: Any) -> Tensor:
+    """Return a mask [R, 1, S, C] to add to scores: the mask interface of code of their own."""
+    allowed = ragged_mask(**arguments)
+    lowest = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=allowed.device)
+    return torch.where(allowed, torch.zeros_like(lowest), lowest)
 
 
 def _attention(

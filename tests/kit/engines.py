@@ -111,7 +111,7 @@ class Exported:
     @torch.no_grad()
     def reference(self, ids: torch.Tensor) -> NDArray[np.float32]:
         """Hugging Face's hidden states of whole sequences, without a cache."""
-        hidden = self.backbone.model.get_decoder()(input_ids=ids, use_cache=False)
+        hidden = self.backbone.body(input_ids=ids, use_cache=False)
         return np.asarray(hidden.last_hidden_state.numpy())
 
 

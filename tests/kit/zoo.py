@@ -33,6 +33,7 @@ _ROUTED_EXPERTS: Final = {
 }
 _NOT_GIVEN: Final = object()  # an entry that the type does not have
 
+_ROPE: Final = {"rope_type": "default", "rope_theta": 1e4}
 _YARN: Final = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 _OLD_NAMES: Final = {
     "num_key_value_heads": _NOT_GIVEN,
@@ -72,6 +73,7 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
         **_EXPERTS,
         **_MIXED,
         "shared_expert_intermediate_size": 48,
+        "mlp_only_layers": [0],
         "head_dim": 16,
     },
     "granite_swa": {**_MIXED, "logits_scaling": 4.0},
@@ -84,7 +86,14 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "head_dim": 16},
     "hy_v3": {**_EXPERTS, "head_dim": 16},
     "dots1": {**_ROUTED_EXPERTS, **_WINDOW, "n_shared_experts": 1},
-    "beam": {**_EXPERTS, **_MIXED, "n_group": 1, "topk_group": 1, "head_dim": 16},
+    "beam": {
+        **_EXPERTS,
+        **_MIXED,
+        "n_group": 1,
+        "topk_group": 1,
+        "mlp_layer_types": ["dense", "sparse"],
+        "head_dim": 16,
+    },
     "laguna": {**_EXPERTS, **_MIXED, "head_dim": 16, "shared_expert_intermediate_size": 48},
     "kolibri1": {**_EXPERTS, **_MIXED, "head_dim": 16, "shared_expert_intermediate_size": 48},
     "mellum": {**_EXPERTS, **_MIXED, "head_dim": 16},
@@ -139,6 +148,51 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
     "jais2": {},
     "iquestcoder": {},
     "nanochat": {},
+    "internlm3": {"head_dim": 24},
+    "cohere_compass_text": {
+        **_MIXED,
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+    },
+    "opt": {"num_key_value_heads": _NOT_GIVEN, "ffn_dim": 96, "word_embed_proj_dim": 64},
+    "biogpt": {"num_key_value_heads": _NOT_GIVEN},
+    "aria_text": {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "modernbert-decoder": {
+        **_MIXED,
+        "num_key_value_heads": _NOT_GIVEN,
+        **{f"{name}_token_id": 0 for name in ("bos", "cls", "sep")},
+    },
+    "hrm_text": {"num_key_value_heads": 4},
+    "doge": {"keep_window_size": 1024},
+    "llama4_text": {
+        **_LOCAL_EXPERTS,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 96,
+        "head_dim": 16,
+        "attention_chunk_size": 12,
+        "no_rope_layers": [1, 0],
+        "layer_types": ["chunked_attention", "full_attention"],
+        "interleave_moe_layer_step": 1,
+    },
+    "gptj": {**_OLD_NAMES, "rotary_dim": 8},
+    "codegen": {**_OLD_NAMES, "rotary_dim": 8},
+    "gpt_neox_japanese": {
+        "num_key_value_heads": _NOT_GIVEN,
+        "intermediate_size": _NOT_GIVEN,
+        "intermediate_multiple_size": 2,
+    },
+    "bloom": {"num_key_value_heads": _NOT_GIVEN, "intermediate_size": _NOT_GIVEN},
+    "falcon": {"num_key_value_heads": _NOT_GIVEN, "intermediate_size": _NOT_GIVEN},
+    "falcon new": {
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "num_key_value_heads": _NOT_GIVEN,
+        "intermediate_size": _NOT_GIVEN,
+    },
+    "xglm": {
+        "num_key_value_heads": _NOT_GIVEN,
+        "intermediate_size": _NOT_GIVEN,
+        "ffn_dim": 96,
+    },
 }
 
 _WITH_SINKS: Final = ("gpt_oss", "flint", "granite_swa", "granitemoe_swa")
@@ -146,7 +200,7 @@ _WITH_SINKS: Final = ("gpt_oss", "flint", "granite_swa", "granitemoe_swa")
 # One of each mechanism: a tenth of the time that all take.
 FAST: Final = (
     *("gpt_neox", "granite", "helium", "qwen3_moe", "gpt_oss", "afmoe", "jetmoe", "gpt2"),
-    *("hunyuan_v1_dense",),
+    *("hunyuan_v1_dense", "gptj", "aria_text", "llama4_text", "modernbert-decoder"),
 )
 
 
@@ -159,7 +213,8 @@ def exercised(name: str) -> tuple[str, ...]:
         "attention sinks": name in _WITH_SINKS,
         "scaled logits": any(key.startswith("logit") for key in row),
         "multipliers": "attention_multiplier" in row,
-        "rotary scaling": "rope_parameters" in row,
+        "rotary scaling": "factor" in row.get("rope_parameters", {}),
+        "chunks": "attention_chunk_size" in row,
         "head width of its own": "head_dim" in row,
     }
     return tuple(word for word, has in words.items() if has)

@@ -28,10 +28,12 @@ FIELDS = (
     "hidden_size",
     "hidden_size_per_layer_input",
     "intermediate_size",
+    "keep_window_size",
     "kv_lora_rank",
     "max_position_embeddings",
     "max_window_layers",
     "multi_query",
+    "new_decoder_architecture",
     "num_attention_heads",
     "num_hidden_layers",
     "num_global_key_value_heads",
@@ -71,6 +73,12 @@ EXPERT_FIELDS = (
     "shared_expert_intermediate_size",
     "shared_intermediate_size",
 )
+# Names that files have besides those that classes map: their constructors take them.
+FURTHER_NAMES = {
+    "bloom": {"hidden_size": "n_embed", "max_position_embeddings": "seq_length"},
+    "llama4_text": {"sliding_window": "attention_chunk_size"},
+    "mpt": {"max_position_embeddings": "max_seq_len"},
+}
 # What the code of families that keep a state in some of their layers names.
 STATE_NAMES = ("causal_conv1d", "Rglru", "rwkv", "mLSTM", "LightningAttention")
 MANY_LAYERS = 61  # prime: no cycle ends with the last layer, which some families make another type
@@ -98,11 +106,12 @@ def _defaults(config_class: Any) -> dict[str, Any]:
     # The fields as declared. An instance holds what its constructor made of them: it drops, say,
     # the window of a Qwen2 that does not use it, and a config that uses it relies on that window.
     declared = {field.name: field.default for field in fields(config_class)}
-    values = {name: declared.get(config_class.attribute_map.get(name, name)) for name in FIELDS}
+    names = {n: config_class.attribute_map[n] for n in FIELDS if n in config_class.attribute_map}
+    names |= FURTHER_NAMES.get(config_class.model_type, {})
+    values = {name: declared.get(names.get(name), declared.get(name)) for name in FIELDS}
     # as they are named in a file: of two names for one value, only that of the file
     values |= {name: declared.get(name) for name in EXPERT_FIELDS}
     found = {name: value for name, value in values.items() if isinstance(value, int)}
-    names = {n: config_class.attribute_map[n] for n in FIELDS if n in config_class.attribute_map}
     if names:
         found["names"] = names
     text = config_class.sub_configs.get("text_config")
@@ -127,8 +136,6 @@ def _code(model_name: str | None) -> dict[str, str]:
     source = inspect.getsource(sys.modules[model_class.__module__])
     if any(name in source for name in STATE_NAMES):
         return found | {"code": "state"}
-    if not model_class._can_set_attn_implementation():
-        return found | {"code": "own attention"}
     return found
 
 

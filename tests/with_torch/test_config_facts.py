@@ -159,12 +159,13 @@ def test_a_family_without_a_rule_must_list_its_layers(tmp_path: Path) -> None:
     [
         *((f, {}, "keeps a state") for f in ("bamba", "falcon_h1", "zamba", "zamba2", "mamba2")),
         *((f, {}, "keeps a state") for f in ("xlstm", "recurrent_gemma", "nemotron_h")),
-        *((f, {}, "attention code of its own") for f in ("bloom", "gpt_neo", "gptj", "codegen")),
-        *((f, {}, "attention code of its own") for f in ("mpt", "xglm", "falcon", "openai-gpt")),
+        ("gpt_neo", {}, "cuts its windows out of a table"),
+        ("mpt", {}, "cuts its position biases out of a table"),
+        ("openai-gpt", {}, "takes no cache"),
+        ("dbrx", {}, "loops over the experts that tokens chose"),
+        ("falcon", {"alibi": True}, "position biases in bfloat16"),
+        ("doge", {"keep_window_size": 512}, "its layers choose which keys they see"),
         ("gemma3n_text", {"intermediate_size": [64, 64]}, "inputs of their own for every token"),
-        ("deepseek_v3", {}, "latent attention"),
-        ("mimo_v2_flash", {"head_dim": 192, "v_head_dim": 128}, "different widths"),
-        ("opt", {}, "counts positions from a mask"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "frequencies change"),
         ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "frequencies change"),
     ],
@@ -178,6 +179,21 @@ def test_what_no_target_runs_is_told_from_the_config(
     with pytest.raises(RecmasError, match=reason) as refused:
         describe_backbone(str(tmp_path), base_dir=tmp_path)
     assert refused.value.problems[0].code == "RM203"
+
+
+@pytest.mark.parametrize(
+    ("entries", "heads"),
+    [
+        ({}, 1),
+        ({"multi_query": False}, 4),
+        # its heads share keys, but its code stores them once for every head
+        ({"new_decoder_architecture": True, "num_kv_heads": 2}, 4),
+    ],
+)
+def test_heads_of_falcon(entries: dict[str, Any], heads: int, tmp_path: Path) -> None:
+    given = {"model_type": "falcon", **SMALL, "num_key_value_heads": None, **entries}
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    assert describe_backbone(str(tmp_path), base_dir=tmp_path).num_kv_heads == heads
 
 
 def test_a_text_model_without_a_class_of_its_own(tmp_path: Path) -> None:

@@ -13,17 +13,14 @@ from recmas_compiler.backbones.config.defaults import family_defaults
 
 # Families whose code cannot be traced for any length, and what in it prevents that.
 _NOT_TRACED: Final[Mapping[str, str]] = {
-    "opt": "counts positions from a mask of the whole sequence",
-    "biogpt": "counts positions from a mask of the whole sequence",
-    "aria_text": "sorts tokens by expert, into groups whose sizes are known at run time",
-    "doge": "computes masks of its own in every layer",
-    "modernbert-decoder": "has no body apart from its head",
-    "hrm_text": "runs the same layers many times for a position",
+    "dbrx": "loops over the experts that tokens chose",
+    "gpt_neo": "cuts its windows out of a table by the length of the cache",
+    "mpt": "cuts its position biases out of a table by the length of the cache",
+    "openai-gpt": "takes no cache",
 }
 
 _CODE: Final[Mapping[str, str]] = {
     "state": "keeps a state instead of a cache of positions in some or all of its layers",
-    "own attention": "has attention code of its own, which recmas cannot replace",
     "no causal class": "has no causal class of its own in transformers",
 }
 
@@ -44,13 +41,23 @@ def why_unsupported(model_type: str, values: Mapping[str, Any]) -> str | None:
     lists_attention = any(kind in ("full_attention", "attention") for kind in listed)
     if code is not None and not (code == "state" and lists_attention):
         return f"`{model_type}` {_CODE[code]}"
-    return _why_cache(values) or why_rotary(model_type, values)
+    return _why_cache(values) or why_rotary(model_type, values) or _why_masks(values)
 
 
 def _why_cache(values: Mapping[str, Any]) -> str | None:
     """Return why not all layers have caches of one shape, None if they have."""
     if _is_count(values.get("hidden_size_per_layer_input")):
         return "its layers take inputs of their own for every token, which a thought does not have"
+    return None
+
+
+def _why_masks(values: Mapping[str, Any]) -> str | None:
+    """Return which part of a model's masks is no rule of positions, None if none is."""
+    kept, most = values.get("keep_window_size"), values.get("max_position_embeddings")
+    if isinstance(kept, int) and isinstance(most, int) and kept < most:
+        return "its layers choose which keys they see, by what was computed (`keep_window_size`)"
+    if values.get("alibi") is True:
+        return "it computes its position biases in bfloat16 (`alibi`)"
     return None
 
 

@@ -10,7 +10,19 @@ import copy
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+def body_of(model: Any) -> Any:
+    """Return the decoder layers and the final norm of a causal model.
+
+    Of some, `get_decoder` of transformers returns a part of the head, or the model itself.
+    """
+    found = model.get_decoder()
+    if isinstance(found, PreTrainedModel) and found is not model:
+        return found
+    return next(child for child in model.children() if isinstance(child, PreTrainedModel))
 
 
 def head_of(model: Any) -> Any:
@@ -18,19 +30,25 @@ def head_of(model: Any) -> Any:
 
     The model is left as it was. Both have the same weights in memory.
     """
+    body = body_of(model)
+    name, child = next(
+        (name, child)
+        for name, child in model.named_children()
+        if any(part is body for part in child.modules())
+    )
     head = copy.copy(model)
     head._modules = dict(model._modules)
-    setattr(head, model.base_model_prefix, _Passed(model))
+    setattr(head, name, _Passed(child, body))
     return head
 
 
 class _Passed(nn.Module):
     """Stands in for a body: what goes in comes out as the last hidden state."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, replaced: Any, body: Any) -> None:
         super().__init__()
         # in a tuple: as a module of this one its layers would be part of the head
-        self._replaced = (getattr(model, model.base_model_prefix), model.get_decoder())
+        self._replaced = (replaced, body)
 
     def forward(self, *_args: object, inputs_embeds: Any, **_others: object) -> _Output:
         """Return `inputs_embeds` unchanged; all else that a model hands its body plays no part."""

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from recmas_compiler.backbones.loaded.cache_argument import with_cache
+from recmas_compiler.backbones.loaded.own_head import body_of
 from recmas_runtime.formats.layers import LayerShape, RowsShape, StateShape
 
 _NUM_POSITIONS = 2
@@ -17,11 +18,11 @@ _NUM_POSITIONS = 2
 @torch.no_grad()
 def layers_of(model: Any) -> tuple[LayerShape, ...]:
     """Return what each layer of a causal model keeps after a few positions have run."""
-    body = model.get_decoder()
+    body = body_of(model)
     ids = torch.zeros(1, _NUM_POSITIONS, dtype=torch.long)
     embeds = model.get_input_embeddings()(ids)
     cache = DynamicCache(config=model.config.get_text_config())
-    body(inputs_embeds=embeds, use_cache=True, **with_cache(body, cache))
+    body(inputs_embeds=embeds, **with_cache(body, cache))
     return tuple(
         LayerShape(rows=_rows(layer), states=tuple(_states(layer))) for layer in cache.layers
     )

@@ -345,7 +345,8 @@ class Execution:
                 case WriteStep() | DecodeStep():
                     most = min(self.sampling.max_new_tokens, DECODE_HEADROOM)
                     after = max(after, most)
-        return cache_capacity(longest + after)
+        most = self.engines.backbones[self.plan.caches[cache_id].backbone].entry.max_positions
+        return cache_capacity(min(longest + after, max(longest, most)))
 
 
 def _splice(engine: Backbone[Any], prompt: Prompt, thoughts: Mapping[str, Floats]) -> Floats:

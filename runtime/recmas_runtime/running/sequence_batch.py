@@ -153,7 +153,9 @@ class SequenceBatch:
         if positions <= self.cache.capacity:
             return
         rows = range(self.cache.rows)
-        larger = self.engine.new_cache(len(rows), cache_capacity(positions + DECODE_HEADROOM))
+        most = max(positions, self.engine.entry.max_positions)
+        capacity = cache_capacity(min(positions + DECODE_HEADROOM, most))
+        larger = self.engine.new_cache(len(rows), capacity)
         larger.copy_rows(self.cache, rows, int(self.lengths.max()))
         if self.owner is None:
             self._release_cache()
