@@ -166,8 +166,6 @@ def test_a_family_without_a_rule_must_list_its_layers(tmp_path: Path) -> None:
         ("falcon", {"alibi": True}, "position biases in bfloat16"),
         ("doge", {"keep_window_size": 512}, "its layers choose which keys they see"),
         ("gemma3n_text", {"intermediate_size": [64, 64]}, "inputs of their own for every token"),
-        ("deepseek_v3", {}, "latent attention"),
-        ("mimo_v2_flash", {"head_dim": 192, "v_head_dim": 128}, "different widths"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "frequencies change"),
         ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "frequencies change"),
     ],
