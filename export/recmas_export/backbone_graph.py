@@ -30,6 +30,7 @@ CPU_DECODER = "decoder.cpu.onnx"
 WEIGHTS, TOKENIZER, CHAT_TEMPLATE = "weights.safetensors", "tokenizer.json", "chat_template.jinja"
 
 _TABLES: Final = frozenset({EMBED, HEAD})
+_LAST: Final = {DECODER: pipeline.PORTABLE, CPU_DECODER: pipeline.FOR_CPU}
 
 
 def export_backbone(
@@ -64,6 +65,8 @@ def export_backbone(
     layers, tables = pipeline.weight_passes(precision, backbone.dtype)
     for name, graph in graphs.items():
         run_passes(tables if name in _TABLES else layers, graph)
+        if name in _LAST:
+            run_passes(_LAST[name], graph)
     folder.mkdir(parents=True, exist_ok=True)
     externalize_weights(list(graphs.values()), folder / WEIGHTS)
     for name, graph in graphs.items():

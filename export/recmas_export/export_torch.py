@@ -3,10 +3,11 @@
 A decoder is made to attend over a static cache without code per architecture. Four extension points
 of transformers are used and nothing else: the attention interface (one ONNX `Attention` per layer),
 the mask interface (the model's own mask rule, evaluated at each sample's own positions), the cache
-class (one ONNX `TensorScatter` per tensor) and the experts interface.
+class (one ONNX `TensorScatter` per tensor) and the experts interface (three nodes that passes
+write in operators).
 
 Shape legend: B samples, S new positions, C cache rows, H query heads, K key/value heads, D head
-width, d width, V vocabulary.
+width, d width, V vocabulary; N = B S and k experts that each position takes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import onnx_ir as ir
 import torch
 from torch.export import Dim
 from transformers.cache_utils import Cache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
@@ -35,7 +37,8 @@ from recmas_compiler.lowering.static_cache import (
     use_added_masks,
 )
 from recmas_export.capture import capture
-from recmas_export.passes.tidy import OPSET
+from recmas_export.passes.experts import IN, OUT, SUM
+from recmas_export.passes.tidy import OPSET, TRACED
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.layers import LayerShape, cache_tensors
 from recmas_runtime.formats.plan import cache_capacity
@@ -191,6 +194,55 @@ def _product(left: torch.Tensor, right: torch.Tensor, columns: int) -> torch.Ten
     )
 
 
+def _experts(
+    module: Any, hidden_Nd: torch.Tensor, taken_Nk: torch.Tensor, shares_Nk: torch.Tensor
+) -> torch.Tensor:
+    """Return the weighted sum of the experts that positions take: the experts interface.
+
+    Traced are the three nodes of `passes.experts`, around what the model computes between them.
+    """
+    if module._is_expert_parallel:
+        raise fail(
+            "RM300",
+            f"{type(module).__name__} holds a part of its experts, the others are elsewhere.",
+            hint="Load the model without expert parallelism.",
+        )
+    num_pairs = taken_Nk.shape[0] * taken_Nk.shape[1]
+    first = "gate_up" if module.has_gate else "up"
+    inner = _experts_product(module, IN, first, (hidden_Nd, taken_Nk), num_pairs)
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    outputs = _experts_product(module, OUT, "down", (inner, taken_Nk), num_pairs)
+    if module.has_post_expert_norm:
+        outputs = module.post_expert_norm(outputs)
+    return torch.onnx.ops.symbolic(
+        f"{TRACED}::{SUM}",
+        (outputs, taken_Nk, shares_Nk.to(hidden_Nd.dtype)),
+        dtype=hidden_Nd.dtype,
+        shape=hidden_Nd.shape,
+        version=1,
+    )
+
+
+def _experts_product(
+    module: Any,
+    operator: str,
+    name: str,
+    given: tuple[torch.Tensor, torch.Tensor],
+    num_pairs: int | torch.SymInt,
+) -> torch.Tensor:
+    matrices = getattr(module, f"{name}_proj")
+    if module.is_transposed:
+        matrices = matrices.transpose(1, 2)
+    bias = (getattr(module, f"{name}_proj_bias"),) if module.has_bias else ()
+    return torch.onnx.ops.symbolic(
+        f"{TRACED}::{operator}",
+        (*given, matrices, *bias),
+        dtype=given[0].dtype,
+        shape=(num_pairs, matrices.shape[1]),
+        version=1,
+    )
+
+
 class PortableLayer(StaticRows):
     """One layer of a static cache whose rows are written by ONNX's `TensorScatter`."""
 
@@ -252,6 +304,7 @@ def portable_attention(model: PreTrainedModel) -> Iterator[None]:
     """Make `model` use portable attention, masks and experts inside the block, its own after it."""
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, ragged_mask)
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts)
     configs = {
         id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)
     }.values()
@@ -260,9 +313,7 @@ def portable_attention(model: PreTrainedModel) -> Iterator[None]:
     ]
     try:
         for config in configs:
-            # The form with standard operators: it gathers the weights of the experts that a token
-            # chooses. The others sort tokens by expert, into groups of sizes known at run time.
-            config._experts_implementation_internal = "batched_mm"
+            config._experts_implementation_internal = IMPLEMENTATION
         if has_attention_interface(model):
             model.set_attn_implementation(IMPLEMENTATION)
         else:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnx_ir.passes import InPlacePass, Sequential
 
+from recmas_export.passes.experts import ExpandExperts, StoreExperts, UseMixtureOperator
 from recmas_export.passes.grouped_attention import UseGroupedAttention
 from recmas_export.passes.operators import UseStandardOperators
 from recmas_export.passes.products import PackProducts, SplitAfterHeads
@@ -70,10 +71,14 @@ HEAD: Final[Passes] = (
 DECODER: Final[Passes] = (
     *TIDY,
     *CLEAN,
+    StoreExperts(),  # before there are two decoders, which read the same bytes
     AddLatentStep(),  # after cleaning: it is written as it should run
     Strip("decoder"),
     CheckOperators(),
 )
+# What both decoders go through when their weights have the form that they are stored in.
+PORTABLE: Final[Passes] = (ExpandExperts(look_up=True),)
+FOR_CPU: Final[Passes] = (ExpandExperts(look_up=False),)
 
 
 def cpu_decoder(*, max_positions: int) -> Passes:
@@ -84,6 +89,7 @@ def cpu_decoder(*, max_positions: int) -> Passes:
     """
     return (
         UseGroupedAttention(max_positions),
+        UseMixtureOperator(),
         common.RemoveUnusedNodesPass(),  # masks and angles, and the attention that was replaced
     )
 

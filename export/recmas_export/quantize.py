@@ -8,13 +8,18 @@ activations, caches and links stay float32.
 Blocks have no zero points: those cost bytes, and without them the quantizer finds the very scales
 that `compensated_rounding` has chosen. What they would gain is small (docs/bundle.md).
 
-Shape legend: K inputs and N outputs of a product, V vocabulary, d width, n blocks of K, b bytes of
+The experts of a layer are stacked matrices. QMoE reads them where it has their activation; the form
+in standard operators reads the same blocks with MatMulNBits and GatherBlockQuantized.
+
+Shape legend: E experts, K inputs and N outputs of a product, V vocabulary, d width, n blocks of K, b bytes of
 a block.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,6 +29,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.tape import Tape
 
+from recmas_export.passes.experts import BITS, BLOCK, mixtures
 from recmas_export.weights_file import SMALLEST_WEIGHT, memory_of
 from recmas_runtime.engines.onnx.session import onnx_runtime
 
@@ -55,7 +61,10 @@ class QuantizeWeights(InPlacePass):
     1. A product with a weight becomes a MatMulNBits.
     2. A lookup in a table of weights becomes a GatherBlockQuantized.
     3. Weights that share memory, in whatever graph, are quantized once and share it afterwards.
-    4. Without a block size, for weights that stay numbers of their own, nothing changes.
+    4. Matrices of experts are quantized where both of their widths are whole numbers of blocks, which
+       QMoE asks for: a MoE becomes one, and in the other form their products get blocks and scales.
+    5. What chooses experts stays float32: a rounding that swaps two of them is no small one.
+    6. Without a block size, for weights that stay numbers of their own, nothing changes.
 
     Weights are float32 and still inside the graph.
     """
@@ -66,10 +75,18 @@ class QuantizeWeights(InPlacePass):
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite in place."""
-        if self._block_size is None:  # 4
+        if self._block_size is None:  # 6
             return PassResult(model, modified=False)
+        for mixture in list(mixtures(model.graph)):  # 4
+            if not any(width % self._block_size for width in (mixture.width, mixture.inner)):
+                for node in (mixture.first, mixture.last):
+                    self._quantize_product(model.graph, node, self._block_size)
+        routers = set(_routers(model.graph))
         for node in list(model.graph):
-            self._rewrite(model.graph, node, self._block_size)
+            if node.op_type == "MoE":
+                self._quantize_mixture(model.graph, node, self._block_size)
+            elif node not in routers:  # 5
+                self._rewrite(model.graph, node, self._block_size)
         model.graph.opset_imports[_DOMAIN] = 1
         for value in list(model.graph.initializers.values()):
             if not value.uses():
@@ -84,21 +101,115 @@ class QuantizeWeights(InPlacePass):
         # A MatMul has its weight as [K, N], a Gemm with `transB` as [N, K]; tables are [V, d].
         is_KN = node.op_type == "MatMul" or (node.op_type == "Gemm" and not _gemm(node)["transB"])
         weight_NK = array.T if is_KN else array
-        key = memory_of(weight_NK)  # 3
-        if key not in self._made:
-            self._made[key] = _quantized(weight_NK, self._bits, block_size)
-        blocks = self._made[key]
+        blocks = self._blocks(weight_NK, block_size)
         tape = Tape()
         write = _lookup if node.op_type == "Gather" else _product
         result = write(tape, node, weight, blocks)
-        for initializer in tape.initializers:
-            if initializer.name not in graph.initializers:
-                graph.register_initializer(initializer)
-        replaced = node.outputs[0]
-        result.name, result.type, result.shape = replaced.name, replaced.type, replaced.shape
-        graph.insert_before(node, tape.nodes)
-        replaced.replace_all_uses_with(result, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
+        _replace(graph, node, tape, result)
+
+    def _blocks(self, weight_NK: NDArray[Any], block_size: int) -> _Blocks:
+        key = memory_of(weight_NK)  # 3
+        if key not in self._made:
+            self._made[key] = _quantized(weight_NK, self._bits, block_size)
+        return self._made[key]
+
+    def _quantize_product(self, graph: ir.Graph, node: ir.Node, block_size: int) -> None:
+        """Let a product with experts have packed matrices [E, N, n, b] and, last, scales."""
+        tape = Tape()
+        packed, scales = self._stacked(tape, node.inputs[2], block_size)
+        _register(graph, tape)
+        node.replace_input_with(2, packed)
+        node.resize_inputs(len(node.inputs) + 1)
+        node.replace_input_with(len(node.inputs) - 1, scales)
+        for name, value in ((BITS, self._bits), (BLOCK, block_size)):
+            node.attributes[name] = ir.AttrInt64(name, value)
+
+    def _quantize_mixture(self, graph: ir.Graph, node: ir.Node, block_size: int) -> None:
+        """Write a MoE as the QMoE with packed matrices [E, N, n b]."""
+        x, logits, first, first_bias, last, last_bias = (*node.inputs, None)[:6]
+        if any(_last_size(matrices) % block_size for matrices in (first, last)):
+            return
+        tape = Tape()
+        (packed, scales), (last_packed, last_scales) = (
+            self._stacked(tape, matrices, block_size, flat=True) for matrices in (first, last)
+        )
+        has_level = {"accuracy_level": _ACCURACY_LEVEL} if _is_level_known() else {}
+        result = tape.op(
+            "QMoE",
+            (x, logits, packed, scales, first_bias, last_packed, last_scales, last_bias),
+            {
+                **{name: attribute.value for name, attribute in node.attributes.items()},
+                "expert_weight_bits": self._bits,
+                "block_size": block_size,
+                **has_level,
+            },
+            domain=_DOMAIN,
+        )
+        _replace(graph, node, tape, result)
+
+    def _stacked(
+        self, tape: Tape, matrices: ir.Value | None, block_size: int, *, flat: bool = False
+    ) -> tuple[ir.Value, ir.Value]:
+        """Return packed matrices [E, N, n, b], or [E, N, n b], and scales [E, N, n]."""
+        assert matrices is not None
+        assert matrices.const_value is not None
+        array_ENK = matrices.const_value.numpy()
+        num_experts, num_outputs, num_inputs = array_ENK.shape
+        blocks = self._blocks(array_ENK.reshape(-1, num_inputs), block_size)
+        shape = (num_experts, num_outputs, num_inputs // block_size)
+        packed = blocks.packed.reshape(*(shape[:2] if flat else shape), -1)
+        name = f"{matrices.name}.int{self._bits}"
+        return (
+            tape.initializer(ir.Tensor(packed, name=name)),
+            tape.initializer(ir.Tensor(blocks.scales.reshape(shape), name=f"{name}.scales")),
+        )
+
+
+def _register(graph: ir.Graph, tape: Tape) -> None:
+    for initializer in tape.initializers:
+        if initializer.name not in graph.initializers:
+            graph.register_initializer(initializer)
+
+
+def _replace(graph: ir.Graph, node: ir.Node, tape: Tape, result: ir.Value) -> None:
+    """Let the nodes of a tape compute what a node has computed."""
+    _register(graph, tape)
+    replaced = node.outputs[0]
+    result.name, result.type, result.shape = replaced.name, replaced.type, replaced.shape
+    graph.insert_before(node, tape.nodes)
+    replaced.replace_all_uses_with(result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _routers(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Yield the products that a choice of the largest is made from."""
+    waiting = [value for node in graph if node.op_type == "TopK" for value in node.inputs[:1]]
+    seen = set[ir.Node]()
+    while waiting:
+        value = waiting.pop()
+        node = value.producer() if value is not None else None
+        if node is not None and node not in seen:
+            seen.add(node)
+            if _weight_of(node) is not None:
+                yield node
+            else:
+                waiting += node.inputs
+
+
+def _last_size(value: ir.Value | None) -> int:
+    assert value is not None
+    assert value.const_value is not None
+    return int(value.const_value.shape.numpy()[-1])
+
+
+@functools.cache
+def _is_level_known() -> bool:
+    """Whether this ONNX Runtime's QMoE has a level of accuracy; before 1.31 it has none."""
+    onnx_runtime()
+    from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
+
+    schemas = (schema for schema in get_all_operator_schema() if schema.name == "QMoE")
+    return any("accuracy_level" in schema.attributes for schema in schemas)
 
 
 def _weight_of(node: ir.Node) -> ir.Value | None:

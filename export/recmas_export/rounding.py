@@ -210,4 +210,7 @@ def _call(layer: nn.Module, run: _Run, index: int) -> Tensor:
 
 
 def _linears(layer: nn.Module) -> list[nn.Linear]:
-    return [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    """Return what is rounded here: not the matrix that chooses experts, which stays exact."""
+    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    stacked = {weight.shape[0] for weight in layer.parameters() if weight.ndim == 3}
+    return [linear for linear in linears if linear.out_features not in stacked]

@@ -15,7 +15,7 @@ import resource
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -255,6 +255,7 @@ def open_engine(key: EngineKey) -> EngineAdapter:
 
 
 # They look single rows of their table up and never read all of it.
+_MIXTURES: Final = frozenset({"MoE", "QMoE"})
 _LOOKUPS: Final = frozenset({"Gather", "GatherND", "GatherBlockQuantized"})
 
 
@@ -266,14 +267,15 @@ def weight_bytes(graph: Path) -> int:
     position takes.
     """
     model = onnx.load(str(graph), load_external_data=False)
-    read = {name for n in model.graph.node if n.op_type not in _LOOKUPS for name in n.input}
+    nodes = [node for node in _all_nodes(model.graph) if node.op_type not in _LOOKUPS]
+    read = {name for node in nodes for name in node.input}
     taken = _experts_taken(model.graph)
     # Two names for one place in the file are one weight.
     places: dict[object, int] = {}
     for tensor in model.graph.initializer:
         if tensor.name in taken:
             places[tensor.name] = _num_bytes(tensor) * taken[tensor.name] // tensor.dims[0]
-        if tensor.name in read:
+        elif tensor.name in read:
             outside = {entry.key: entry.value for entry in tensor.external_data}
             place = (outside["location"], outside.get("offset", "0")) if outside else tensor.name
             places[place] = _num_bytes(tensor)
@@ -281,23 +283,49 @@ def weight_bytes(graph: Path) -> int:
 
 
 def _experts_taken(graph: onnx.GraphProto) -> dict[str, int]:
-    """Return by initializer [E, ...] how many of the E are looked up for one position.
+    """Return by initializer [E, ...] how many of the E one position takes.
 
-    The indices of experts come from a `TopK`; those of tokens do not.
+    They are operands of one operator that knows the number, or of a `Scan` over experts, which
+    compares with indices that come from a `TopK`.
     """
-    makers = {name: node for node in graph.node for name in node.output}
+    nodes = list(_all_nodes(graph))
+    makers = {name: node for node in nodes for name in node.output}
     sizes = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if t.dims == [1]}
     weights = {tensor.name for tensor in graph.initializer if len(tensor.dims) > 1}
     found: dict[str, int] = {}
-    for node in graph.node:
-        if node.op_type not in ("Gather", "GatherND") or node.input[0] not in weights:
-            continue
-        maker = makers.get(node.input[1])
-        while maker is not None and maker.op_type != "TopK":
-            maker = makers.get(maker.input[0]) if maker.input else None
-        if maker is not None and maker.input[1] in sizes:
-            found[node.input[0]] = int(sizes[maker.input[1]].item())
+    for node in nodes:
+        number = _number_taken(node, makers, sizes)
+        if number is not None:
+            # weights that are stored narrowly are behind a Cast
+            casts = [makers[n] for n in node.input if n in makers and makers[n].op_type == "Cast"]
+            names = [*node.input, *(cast.input[0] for cast in casts)]
+            found.update(dict.fromkeys(weights.intersection(names), number))
     return found
+
+
+def _number_taken(
+    node: onnx.NodeProto, makers: dict[str, onnx.NodeProto], sizes: dict[str, Any]
+) -> int | None:
+    """Return how many experts a position takes, where a node computes experts."""
+    attributes = {attribute.name: attribute for attribute in node.attribute}
+    if node.op_type in _MIXTURES:
+        return int(attributes["k"].i)
+    if node.op_type != "Scan":
+        return None
+    compared = [each for each in attributes["body"].g.node if each.op_type == "Equal"]
+    maker = makers.get(compared[0].input[0]) if compared else None
+    while maker is not None and maker.op_type != "TopK":
+        maker = makers.get(maker.input[0]) if maker.input else None
+    return int(sizes[maker.input[1]].item()) if maker is not None else None
+
+
+def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """Yield the nodes of a graph and of the bodies in it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _all_nodes(attribute.g)
 
 
 def weight_precision(graph: Path) -> str:

@@ -105,15 +105,16 @@ def test_a_case_sees_what_goes_wrong_between_rows(tmp_path: Path) -> None:
 
 def test_a_step_reads_the_experts_that_it_takes(tmp_path: Path) -> None:
     backbone = load_folder(write_zoo_model(tmp_path / "model", "mixtral"))
-    export_backbone(backbone, tmp_path / "graphs", decoders=())
+    export_backbone(backbone, tmp_path / "graphs")
     facts, config = backbone.facts, backbone.model.config
     experts = facts.num_expert_parameters
     assert experts == 2 * 8 * 3 * 64 * 96
     tables = facts.num_tables * facts.vocab_size * facts.width
     active = facts.num_parameters - tables - experts * 6 // 8
-    found = weight_bytes(tmp_path / "graphs" / DECODER)
     assert config.num_experts_per_tok == 2
-    assert found == pytest.approx(4 * active, rel=0.02)
+    for file in (DECODER, CPU_DECODER):
+        found = weight_bytes(tmp_path / "graphs" / file)
+        assert found == pytest.approx(4 * active, rel=0.02), file
 
 
 def test_the_page_of_backbones_is_that_of_the_tables() -> None:

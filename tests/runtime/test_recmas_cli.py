@@ -640,9 +640,9 @@ def test_inspect_tells_what_is_in_a_bundle(
 
 
 def test_inspect_names_what_is_wrong(own_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    edit_json(own_bundle / "manifest.json", "version", 2)
+    edit_json(own_bundle / "manifest.json", "version", 3)
     assert main(["inspect", str(own_bundle)]) == 4
-    assert capsys.readouterr().err.startswith("manifest.json: error[RM403]: format version 2; ")
+    assert capsys.readouterr().err.startswith("manifest.json: error[RM403]: format version 3; ")
 
 
 def test_doctor_tells_what_the_machine_has(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,7 @@ from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone, weights_digest
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Silent
+from recmas_runtime.formats.layers import uniform_layers
 from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.prompts.exerciser import sample_texts
 from recmas_runtime.prompts.render import Chat
@@ -48,6 +49,7 @@ def facts_of(folder: Path, **changes: Any) -> BackboneFacts:
         "head_dim": 16,
         "vocab_size": 282,
         "max_positions": 1024,
+        "layers": uniform_layers(3, heads=2, key_width=16),
         "attention": ("full",) * 3,
         "sliding_window": None,
         "num_parameters": 1,
@@ -468,7 +470,9 @@ def test_plain_text_begins_with_what_the_tokenizer_itself_puts_first(
 ) -> None:
     folder = write_tiny_backbone(tmp_path / family, family, num_hidden_layers=1)
     (folder / "chat_template.jinja").unlink()
-    backbone = load_backbone(facts_of(folder), progress=Silent(), template=PLAIN_TEMPLATE)
+    layers = uniform_layers(1, heads=2, key_width=16)
+    facts = facts_of(folder, num_layers=1, layers=layers)
+    backbone = load_backbone(facts, progress=Silent(), template=PLAIN_TEMPLATE)
     assert backbone.bos_token is not None
     assert ("bos_token" in backbone.special_tokens) is puts_first
     chat = Chat.load(backbone.tokenizer_json, backbone.chat_template, backbone.special_tokens)
