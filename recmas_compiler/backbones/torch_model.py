@@ -38,6 +38,7 @@ from recmas_compiler.backbones.gguf_files.header import GgufHeader, read_header
 from recmas_compiler.backbones.gguf_files.loading import transformers_parts, transformers_tokenizer
 from recmas_compiler.backbones.loaded.own_head import body_of, head_of
 from recmas_compiler.backbones.loaded.own_layers import layers_of
+from recmas_compiler.backbones.loaded.text_model import text_model, wraps_text_model
 from recmas_compiler.backbones.own_tokenizer import TOKENIZER_FILE, load_tokenizer
 from recmas_compiler.backbones.sources import (
     ADAPTER_CONFIG,
@@ -189,7 +190,7 @@ def _load_model(resolved: ResolvedSource, folder: Path) -> Any:
     config = AutoConfig.from_pretrained(folder, **_LOAD)
     _check_config(config, resolved)
     loader = AutoModelForCausalLM
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and _wraps_a_causal_model(config):
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and wraps_text_model(config):
         loader = AutoModelForImageTextToText
     model, info = loader.from_pretrained(
         folder,
@@ -233,7 +234,7 @@ def _loaded(model: Any, info: Mapping[str, Any], resolved: ResolvedSource) -> An
             f"backbone {resolved.source!r} lacks {len(missing)} weights, such as {missing[0]!r}",
             hint="Download it again, or choose the complete model rather than an adapter.",
         )
-    return _text_model(model).requires_grad_(False).eval()
+    return text_model(model).requires_grad_(False).eval()
 
 
 def _check_layers(model: Any, facts: BackboneFacts) -> None:
@@ -312,7 +313,7 @@ def _check_config(config: Any, resolved: ResolvedSource) -> None:
         )
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     architectures = list(getattr(config, "architectures", None) or [])
-    is_causal = not known.isdisjoint(architectures) or _wraps_a_causal_model(config)
+    is_causal = not known.isdisjoint(architectures) or wraps_text_model(config)
     if config.is_encoder_decoder or (architectures and not is_causal):
         shape = ", ".join(architectures) or config.model_type
         raise fail(
@@ -320,25 +321,6 @@ def _check_config(config: Any, resolved: ResolvedSource) -> None:
             f"backbone {resolved.source!r} is not a causal language model ({shape})",
             hint="Choose a decoder-only text model, one whose architecture ends in ForCausalLM.",
         )
-
-
-def _wraps_a_causal_model(config: Any) -> bool:
-    """Whether a model that sees has a text model inside that is a causal model of its own."""
-    text = config.get_text_config()
-    return text is not config and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
-
-
-def _text_model(model: Any) -> Any:
-    """Return the text-only model inside a model that also sees or hears; others as they are."""
-    config = model.config.get_text_config()
-    if config is model.config:
-        return model
-    with torch.device("meta"):
-        text = AutoModelForCausalLM.from_config(config)
-    setattr(text, text.base_model_prefix, model.get_decoder())
-    text.set_output_embeddings(model.get_output_embeddings())
-    text.generation_config = model.generation_config
-    return text
 
 
 def _chat_template(tokenizer: Any, source: str) -> str:
@@ -378,11 +360,11 @@ def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     found: set[int] = set()
     for ids in (
         model.generation_config.eos_token_id,
-        model.config.eos_token_id,
+        model.config.get_text_config().eos_token_id,
         tokenizer.eos_token_id,
     ):
         found.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
-    return tuple(sorted(i for i in found if 0 <= i < model.config.vocab_size))
+    return tuple(sorted(i for i in found if 0 <= i < model.config.get_text_config().vocab_size))
 
 
 @torch.no_grad()
