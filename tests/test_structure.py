@@ -56,6 +56,8 @@ LAYERS = (
     "recmas_compiler.spec",
     "recmas_compiler.backbones.config",
     "recmas_compiler.backbones.loaded",
+    "recmas_compiler.backbones.fetching",
+    "recmas_compiler.backbones.gguf_files",
     "recmas_compiler.backbones",
     "recmas_compiler.links",
     "recmas_compiler.ir",

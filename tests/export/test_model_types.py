@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from backbones_page import PAGE, page_text
 from kit.engines import Exported, identity_link, make_engine, random_ids, relative
 from kit.models import load_folder
-from kit.zoo import FAST, ZOO, write_zoo_model
+from kit.zoo import FAST, SEEING, ZOO, write_zoo_model
 from recmas_compiler.bench.engine_worker import weight_bytes
 from recmas_export.backbone_graph import CPU_DECODER, DECODER, export_backbone
 from recmas_export.parity import make_case
@@ -29,7 +29,10 @@ TIGHT = TOLERANCES["hidden_relative"] / 10
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in FAST else pytest.param(name, marks=pytest.mark.families) for name in ZOO],
+    [
+        name if name in FAST else pytest.param(name, marks=pytest.mark.families)
+        for name in (*ZOO, *SEEING)
+    ],
 )
 def test_engine_reference_and_transformers_agree(name: str, tmp_path: Path) -> None:
     """In a ragged batch, past any window, prompt, parts of it and steps, over both decoders."""
