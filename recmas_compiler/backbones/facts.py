@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from recmas_compiler.backbones.config.defaults import family_defaults
 from recmas_compiler.backbones.config.layer_shapes import layer_shapes

@@ -9,6 +9,7 @@ from itertools import takewhile
 from recmas_compiler.ir.graph import Edge, Graph
 from recmas_compiler.ir.ops import Flow, Level, NodeOp, Prefill, System
 from recmas_compiler.passes.pass_base import Pass
+from recmas_runtime.formats.layers import has_states
 from recmas_runtime.formats.plan import PromptPart, Variant
 
 
@@ -46,7 +47,7 @@ class HoistPromptPrefix(Pass):
 
 def has_rows(system: System, op: Prefill) -> bool:
     """Tell whether the cache of a Prefill's backbone has a row for each position, in all layers."""
-    return "linear" not in system.backbone_of(op.agents[0]).facts.attention  # 2
+    return not has_states(system.backbone_of(op.agents[0]).facts.layers)  # 2
 
 
 # Fields that both prompts begin with, and letters of text.

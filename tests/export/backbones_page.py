@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from kit.zoo import SEEING, ZOO, exercised
 from recmas_compiler.backbones.config.defaults import family_defaults, known_types
+from recmas_compiler.backbones.config.layer_types import LAYER_KINDS
 from recmas_compiler.backbones.config.unsupported import why_unsupported
-from recmas_compiler.backbones.facts import LAYER_KINDS
 
 PAGE: Final = Path(__file__).parents[2] / "docs/backbones.md"
 
@@ -80,8 +80,6 @@ def _reason(model_type: str) -> str | None:
             f"`{model_type}`", "it"
         )
     kinds = {LAYER_KINDS.get(kind) for kind in family.get("layer_cycle", ())}
-    if "linear" in kinds:
-        return "it keeps a state instead of a cache of positions in some or all of its layers"
     return "its layers are of a type that is not known" if None in kinds else None
 
 

@@ -58,13 +58,13 @@ _MAMBA_2: Final = {
     "mamba_d_state": 24,
     "mamba_n_groups": 2,
 }
-_NO_ATTENTION: Final = {
-    name: _NOT_GIVEN
-    for name in (
+_NO_ATTENTION: Final = dict.fromkeys(
+    (
         *("intermediate_size", "num_attention_heads", "num_key_value_heads"),
         "max_position_embeddings",
-    )
-}
+    ),
+    _NOT_GIVEN,
+)
 _LATENT: Final = {
     "q_lora_rank": 32,
     "kv_lora_rank": 24,
@@ -227,8 +227,8 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
         "adapter_rank": 8,
     },
     "zamba": {
-        "num_hidden_layers": 3,
-        "layers_block_type": ["linear_attention", "hybrid", "linear_attention"],
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
         "num_key_value_heads": 4,
         "n_mamba_heads": 2,
         "mamba_d_state": 8,
@@ -271,28 +271,12 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
         "moe_intermediate_size": 32,
         "first_k_dense_replace": 1,
     },
-    "minimax": {
-        **_LOCAL_EXPERTS,
-        "layer_types": ["linear_attention", "full_attention"],
-        "head_dim": 16,
-    },
     "deepseek_v2": {**_LATENT, **_ROUTED_EXPERTS, "n_shared_experts": 1},
     "deepseek_v3": {**_LATENT, **_ROUTED_EXPERTS, "n_shared_experts": 1},
     "glm4_moe_lite": {**_LATENT, **_ROUTED_EXPERTS, "n_shared_experts": 1},
     "minicpm3": {**_LATENT},
     "youtu": {**_LATENT},
     "axk1": {**_LATENT, **_ROUTED_EXPERTS, "n_shared_experts": 1},
-    "longcat_flash": {
-        **_LATENT,
-        "num_layers": 2,
-        "num_hidden_layers": _NOT_GIVEN,
-        "intermediate_size": _NOT_GIVEN,
-        "ffn_hidden_size": 96,
-        "n_routed_experts": 8,
-        "zero_expert_num": 2,
-        "moe_topk": 2,
-        "expert_ffn_hidden_size": 32,
-    },
     "gemma4_text": {
         **_MIXED,
         "head_dim": 16,
@@ -318,7 +302,7 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
         "swa_head_dim": 24,
         "swa_v_head_dim": 16,
         "swa_num_attention_heads": 4,
-        "swa_num_key_value_heads": 1,
+        "swa_num_key_value_heads": 4,
     },
     "internlm3": {"head_dim": 24},
     "cohere_compass_text": {

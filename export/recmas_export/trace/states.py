@@ -192,11 +192,11 @@ def _scan_by_head(
     trace: StateTrace,
     hidden_states: Tensor,  # [B, S, H, v]
     dt: Tensor,  # [B, S, H]
-    A: Tensor,  # noqa: N803  # [H]
-    B: Tensor,  # noqa: N803  # [B, S, G, k]
-    C: Tensor,  # noqa: N803
+    A: Tensor,  # [H]
+    B: Tensor,  # [B, S, G, k]
+    C: Tensor,
     *_chunk_size: int,
-    D: Tensor,  # noqa: N803  # [H]
+    D: Tensor,  # [H]
     dt_bias: Tensor | None,
     initial_states: Tensor,  # [B, H, k, v]
     dt_softplus: bool,
@@ -227,11 +227,11 @@ def _scan_by_channel(
     trace: StateTrace,
     hidden_states: Tensor,  # [B, C, S]
     dt: Tensor,  # [B, C, S]
-    A: Tensor,  # noqa: N803  # [C, k]
-    B: Tensor,  # noqa: N803  # [B, k, S]
-    C: Tensor,  # noqa: N803
+    A: Tensor,  # [C, k]
+    B: Tensor,  # [B, k, S]
+    C: Tensor,
     *,
-    D: Tensor,  # noqa: N803  # [C]
+    D: Tensor,  # [C]
     z: Tensor | None = None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
