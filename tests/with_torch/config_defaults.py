@@ -30,6 +30,11 @@ FIELDS = (
     "intermediate_size",
     "keep_window_size",
     "kv_lora_rank",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_value_head_dim",
     "max_position_embeddings",
     "max_window_layers",
     "multi_query",
@@ -82,7 +87,10 @@ FURTHER_NAMES = {
 # Models that see, whose text model has no causal class: it runs with the head of the whole.
 SEEING = ("glm4v", "glm4v_moe", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 # What the code of families that keep a state in some of their layers names.
-STATE_NAMES = ("causal_conv1d", "Rglru", "rwkv", "mLSTM", "LightningAttention")
+STATE_NAMES = (
+    *("selective_scan", "mamba_chunk_scan", "kda"),
+    *("Rglru", "rwkv", "mLSTM", "LightningAttention"),
+)
 MANY_LAYERS = 61  # prime: no cycle ends with the last layer, which some families make another type
 LONGEST_CYCLE = 12
 
