@@ -75,6 +75,7 @@ LAYERS = (
     "recmas_compiler.evaluation",
     "recmas_compiler.bench",
     "recmas_compiler",
+    "recmas_export.trace",
     "recmas_export.passes",
     "recmas_export",
     "recmas_cli",

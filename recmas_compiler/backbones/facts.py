@@ -191,6 +191,18 @@ class _Reader:
                 f"{num_heads} query heads cannot share {num_kv_heads} key/value heads"
             )
         attention = self._attention(values, num_layers, defaults.get("layer_cycle"))
+        layers = layer_shapes(
+            values,
+            attention,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+        )
+        for layer, kind in zip(layers, attention, strict=True):
+            if kind == "linear" and not layer.states:
+                raise self._unsupported(
+                    f"`{model_type}` keeps a state of a shape that is not known"
+                )
         experts = experts_of(values, num_layers)
         is_sliding = "sliding" in attention
         is_tied = bool(values.get("tie_word_embeddings", False))
@@ -205,13 +217,7 @@ class _Reader:
             head_dim=head_dim,
             vocab_size=vocab_size,
             max_positions=self._dimension(values, "max_position_embeddings"),
-            layers=layer_shapes(
-                values,
-                attention,
-                num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-            ),
+            layers=layers,
             attention=attention,
             sliding_window=self._dimension(values, "sliding_window") if is_sliding else None,
             num_expert_parameters=count_expert_parameters(experts, width) if experts else 0,

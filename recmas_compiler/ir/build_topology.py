@@ -127,7 +127,9 @@ def _beyond_backbone(spec: Spec, name: str, facts: BackboneFacts) -> list[Proble
             f"linear state instead of keys and values, the first is layer {foreign[0]}: "
             f"target `{target}` cannot run them."
         )
-        hint = "Choose a backbone with full or sliding-window attention only."
+        others = [name for name, row in TARGETS.items() if row.layers.issuperset(facts.attention)]
+        hint = "Choose a backbone with full or sliding-window attention only"
+        hint += f", or target `{others[0]}`." if others else "."
         place = spec.position("backbones", name, "source")
         problems.append(problem_at(place, "RM203", message, hint=hint))
     prompt = document.build.max_prompt_tokens

@@ -42,6 +42,15 @@ _OLD_NAMES: Final = {
     "n_inner": 96,
 }
 
+_DELTA_NET: Final = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+}
+
 # name -> entries of its config besides the common ones; the model type is the name's beginning
 ZOO: Final[Mapping[str, dict[str, Any]]] = {
     "gpt_neox": {"num_key_value_heads": _NOT_GIVEN, "rotary_pct": 0.5},
@@ -149,6 +158,7 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
     "jais2": {},
     "iquestcoder": {},
     "nanochat": {},
+    "qwen3_5_text": _DELTA_NET,
     "internlm3": {"head_dim": 24},
     "cohere_compass_text": {
         **_MIXED,
@@ -256,6 +266,7 @@ _WITH_SINKS: Final = ("gpt_oss", "flint", "granite_swa", "granitemoe_swa")
 FAST: Final = (
     *("gpt_neox", "granite", "helium", "qwen3_moe", "gpt_oss", "afmoe", "jetmoe", "gpt2"),
     *("hunyuan_v1_dense", "gptj", "aria_text", "llama4_text", "modernbert-decoder", "qwen3_vl"),
+    "qwen3_5_text",
 )
 
 
