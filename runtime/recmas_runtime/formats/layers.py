@@ -109,9 +109,12 @@ def elements_of_states(layers: Iterable[LayerShape]) -> int:
 
 
 def sequence_bytes(layers: Sequence[LayerShape], capacity: int) -> int:
-    """Return the bytes that a cache of so many positions takes for one sequence."""
+    """Return the bytes that a cache of so many positions takes for one sequence.
+
+    A state is there twice: as it was, which a call reads, and as it is made.
+    """
     rows = elements_per_position(layers) * capacity
-    return _ELEMENT_BYTES * (rows + elements_of_states(layers))
+    return _ELEMENT_BYTES * (rows + 2 * elements_of_states(layers))
 
 
 def has_states(layers: Iterable[LayerShape]) -> bool:
