@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from recmas_runtime.engines.interface import Backbone, Operands
 from recmas_runtime.engines.onnx.backbone import LinkEngine
 from recmas_runtime.engines.onnx.session import Device, call_onnx, make_session
+from recmas_runtime.formats.layers import has_states
 from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.manifest import PARITY_ROWS
 from recmas_runtime.formats.plan import cache_capacity
@@ -145,8 +146,11 @@ def _rounds_difference(engine: Backbone[Any], case: Case, inner: Operands) -> fl
         return _run_calls(engine, cache, rows, lengths_NR, starts, inner)
 
     beginning = run([embeds_Td] * PARITY_ROWS, lengths[:1], nothing)
+    # Of keys and values, forgetting is a smaller write index; states cannot be cut back.
+    states = cache.save_states() if has_states(engine.entry.layers) else None
     rest = run([embeds_Td[k:] for k in kept], lengths[1:], kept)
-    # Forgetting is a smaller write index.
+    if states is not None:
+        cache.restore_states(states, {row: row for row in range(PARITY_ROWS)})
     again = run([case["feedback_embeds"][0]] * PARITY_ROWS, case["feedback_lengths"], kept)
     thought_next = np.concatenate([beginning.thought_next, rest.thought_next, again.thought_next])
     pairs = [(thought_next, case["thought_next"])]
