@@ -25,6 +25,7 @@ from recmas_compiler.lowering.materialize import materialize_links
 from recmas_compiler.lowering.plan import agent_plan, build_plan
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_runtime.core.progress import Progress, Silent
+from recmas_runtime.formats.layers import has_states
 from recmas_runtime.formats.plan import (
     DecodeStep,
     PrefillStep,
@@ -272,7 +273,8 @@ class TorchSystem(ProgramModule):
         embeds_1TD = torch.cat(pieces_TD)[None]
         prefix = prompt.leading_ids
         cache, kept = DynamicCache(), 0
-        if step.reuse_prefix:
+        # States cannot be cropped, and a copy of them would be one more thing to trust.
+        if step.reuse_prefix and not has_states(backbone.facts.layers):
             sequence = state.sequences[agent]
             # The last position always runs: its hidden state is what comes next.
             kept = min(common_prefix(sequence.prefix, prefix), embeds_1TD.shape[1] - 1)

@@ -108,10 +108,14 @@ def elements_of_states(layers: Iterable[LayerShape]) -> int:
     return sum(state.elements for layer in layers for state in layer.states)
 
 
+def states_bytes(layers: Iterable[LayerShape]) -> int:
+    """Return the bytes of all states of one sequence."""
+    return _ELEMENT_BYTES * elements_of_states(layers)
+
+
 def sequence_bytes(layers: Sequence[LayerShape], capacity: int) -> int:
     """Return the bytes that a cache of so many positions takes for one sequence."""
-    rows = elements_per_position(layers) * capacity
-    return _ELEMENT_BYTES * (rows + elements_of_states(layers))
+    return _ELEMENT_BYTES * elements_per_position(layers) * capacity + states_bytes(layers)
 
 
 def has_states(layers: Iterable[LayerShape]) -> bool:

@@ -171,6 +171,8 @@ class BackboneEngine:
         hidden = np.zeros_like(inputs_embeds)
         last = np.zeros((2, len(inputs_embeds), 1, inputs_embeds.shape[2]), np.float32)
         for row, end in enumerate((last_index + 1).tolist()):
+            if end == 0:  # nothing of this sequence is in this call
+                continue
             group, one = row // rows_per_group, slice(row, row + 1)
             hidden[one, :end], last[0, one], last[1, one] = self.forward(
                 cache.of_row(row),
