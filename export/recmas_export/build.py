@@ -108,8 +108,10 @@ def fingerprint(
 
 def source_digest(source: ResolvedSource) -> str:
     """Return a digest over the files that a backbone is loaded from; paths do not count."""
-    if source.gguf_file is not None:
-        return _digest_of_files([source.folder / source.gguf_file])
+    if source.sha256 is not None:
+        return source.sha256  # of the whole file, which may lie in parts
+    if source.gguf_path is not None:
+        return _digest_of_files([source.gguf_path])
     files = (p for p in source.folder.iterdir() if p.suffix in _MODEL_SUFFIXES and p.is_file())
     return _digest_of_files(sorted(files))
 

@@ -196,7 +196,11 @@ def _hidden(backbone: TorchBackbone, embeds_1Td: Tensor) -> Tensor:
 
 def _greedy(backbone: TorchBackbone, prompt_P: Tensor) -> list[int]:
     """Return the likeliest continuation as the model itself, with its own cache, gives it."""
-    cache, ids, tokens = DynamicCache(config=backbone.model.config), prompt_P[None], []
+    cache, ids, tokens = (
+        DynamicCache(config=backbone.model.config.get_text_config()),
+        prompt_P[None],
+        [],
+    )
     for _ in range(_NUM_GREEDY):
         output = backbone.model(input_ids=ids, **with_cache(backbone.model, cache))
         ids = output.logits[:, -1:].argmax(-1)

@@ -11,8 +11,8 @@ that `compensated_rounding` has chosen. What they would gain is small (docs/bund
 The experts of a layer are stacked matrices. QMoE reads them where it has their activation; the form
 in standard operators reads the same blocks with MatMulNBits and GatherBlockQuantized.
 
-Shape legend: E experts, K inputs and N outputs of a product, V vocabulary, d width, n blocks of K, b bytes of
-a block.
+Shape legend: E experts, K inputs and N outputs of a product, V vocabulary, d width, n blocks of K,
+b bytes of a block.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class QuantizeWeights(InPlacePass):
     1. A product with a weight becomes a MatMulNBits.
     2. A lookup in a table of weights becomes a GatherBlockQuantized.
     3. Weights that share memory, in whatever graph, are quantized once and share it afterwards.
-    4. Matrices of experts are quantized where both of their widths are whole numbers of blocks, which
-       QMoE asks for: a MoE becomes one, and in the other form their products get blocks and scales.
+    4. Matrices of experts are quantized where both of their widths are whole numbers of blocks,
+       which QMoE asks for: a MoE becomes one, and in the other form products get blocks and scales.
     5. What chooses experts stays float32: a rounding that swaps two of them is no small one.
     6. Without a block size, for weights that stay numbers of their own, nothing changes.
 

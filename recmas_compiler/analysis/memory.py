@@ -195,7 +195,6 @@ def _backbones(system: System, prompt_tokens: int | None) -> Iterator[BackboneMe
         if caches:
             most_rows = max(len(cache.agents) for cache in caches)
             numbers = VECTORS_PER_POSITION * backbone.facts.width
-            numbers += backbone.facts.num_copied_parameters
             yield BackboneMemory(
                 name=name,
                 source=backbone.facts.source,

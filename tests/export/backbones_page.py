@@ -12,7 +12,7 @@ from typing import Final
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from kit.zoo import ZOO, exercised
+from kit.zoo import SEEING, ZOO, exercised
 from recmas_compiler.backbones.config.defaults import family_defaults, known_types
 from recmas_compiler.backbones.config.unsupported import why_unsupported
 from recmas_compiler.backbones.facts import LAYER_KINDS
@@ -61,9 +61,9 @@ Types that are in neither table are untried: `check` may accept them, and the pa
 
 def page_text() -> str:
     """Return the page."""
-    rows = [f"| {name} | {', '.join(exercised(name)) or '-'} |" for name in sorted(ZOO)]
+    rows = [f"| {name} | {', '.join(exercised(name)) or '-'} |" for name in sorted((*ZOO, *SEEING))]
     refused: dict[str, list[str]] = defaultdict(list)
-    run = {name.partition(" ")[0] for name in ZOO}
+    run = {name.partition(" ")[0] for name in (*ZOO, *SEEING)}
     for model_type in known_types():
         reason = _reason(model_type)
         if reason is not None and model_type not in run:

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -342,17 +341,6 @@ def test_given_links_are_part_of_the_identity(
         with pytest.raises(KeyboardInterrupt):
             build(program, spec=spec, out=tmp_path / "out", links=links)
     assert len(set(seen)) == 2
-
-
-def test_facts_with_linear_layers_are_refused(system: Path, tmp_path: Path) -> None:
-    spec, program = compile_system(system)
-    backbone = program.system.backbones["small"]
-    hybrid = replace(backbone, facts=replace(backbone.facts, attention=("linear",)))
-    tables = {**program.system.backbones, "small": hybrid}
-    changed = program.replaced(system=replace(program.system, backbones=tables))
-    with pytest.raises(RecmasError, match="RM203"):
-        build(changed, spec=spec, out=tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bundle_of_an_older_plan_is_refused_with_the_command_that_rebuilds_it(

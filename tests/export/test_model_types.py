@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from backbones_page import PAGE, page_text
 from kit.engines import Exported, identity_link, make_engine, random_ids, relative
 from kit.models import load_folder
-from kit.zoo import FAST, ZOO, write_zoo_model
+from kit.zoo import FAST, SEEING, ZOO, write_zoo_model
 from recmas_compiler.bench.engine_worker import weight_bytes
 from recmas_export.backbone_graph import CPU_DECODER, DECODER, export_backbone
 from recmas_export.parity import make_case
+from recmas_runtime.engines.onnx.backbone import BackboneEngine
+from recmas_runtime.engines.onnx.caches import Cache
+from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.precisions import PRECISIONS, TOLERANCES
 from recmas_runtime.running.parity import measure_backbone_parity
 
@@ -24,10 +29,13 @@ TIGHT = TOLERANCES["hidden_relative"] / 10
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in FAST else pytest.param(name, marks=pytest.mark.families) for name in ZOO],
+    [
+        name if name in FAST else pytest.param(name, marks=pytest.mark.families)
+        for name in (*ZOO, *SEEING)
+    ],
 )
 def test_engine_reference_and_transformers_agree(name: str, tmp_path: Path) -> None:
-    """In a ragged batch, past any window, prompt and steps, over both decoders."""
+    """In a ragged batch, past any window, prompt, parts of it and steps, over both decoders."""
     backbone = load_folder(write_zoo_model(tmp_path / "model", name))
     export_backbone(backbone, tmp_path / "graphs")
     case = Exported(backbone, tmp_path / "graphs", was_changed=False)
@@ -44,23 +52,46 @@ def test_engine_reference_and_transformers_agree(name: str, tmp_path: Path) -> N
     prompts = np.zeros((len(lengths), max(lengths), case.width), np.float32)
     for row, length in enumerate(lengths):
         prompts[row, :length] = case.embed(ids[row][:, :length])[0]
-    last = [length - 1 for length in lengths]
     has_cpu_form = (case.folder / CPU_DECODER).exists()
     for for_cpu in (False, True) if has_cpu_form else (False,):
         engine = make_engine(case, for_cpu=for_cpu)
-        cache = engine.new_cache(len(lengths), 64)
-        inner = case.no_link()
-        hidden, _, _ = engine.forward(cache, prompts, np.zeros(2, np.int64), np.array(last), inner)
-        for row, length in enumerate(lengths):
-            assert relative(hidden[row, :length], expected[row][:length]) < TIGHT
-        for step in range(steps):
-            at = np.array([length + step for length in lengths])
-            tokens = np.array([[int(i[0, p])] for i, p in zip(ids, at, strict=True)])
-            hidden, _, _ = engine.forward(
-                cache, engine.embed(tokens), at, np.zeros(2, np.int64), inner
-            )
-            for row, position in enumerate(at):
-                assert relative(hidden[row, 0], expected[row][position]) < TIGHT
+        for parts in _PARTS:
+            cache = engine.new_cache(len(lengths), 64)
+            check_rollout(engine, cache, prompts, expected, ids, parts)
+
+
+# How many positions of each row a call takes: whole prompts, and parts behind what is kept, of
+# which one has none for the shorter row.
+_PARTS = (((30, 7),), ((12, 3), (5, 0), (13, 4)))
+
+
+def check_rollout(
+    engine: BackboneEngine,
+    cache: Cache,
+    prompts: NDArray[np.float32],
+    expected: Sequence[NDArray[np.float32]],
+    ids: Sequence[torch.Tensor],
+    parts: Sequence[tuple[int, ...]],
+) -> None:
+    """Compare prompts that are run in parts, and steps behind them."""
+    inner, at = stack_operands([identity_link(prompts.shape[2])]), np.zeros(len(ids), np.int64)
+    for part in parts:
+        embeds = np.zeros((len(ids), max(part), prompts.shape[2]), np.float32)
+        for row, (start, count) in enumerate(zip(at, part, strict=True)):
+            embeds[row, :count] = prompts[row, start : start + count]
+        hidden, _, _ = engine.forward(cache, embeds, at, np.array(part) - 1, inner)
+        for row, (start, count) in enumerate(zip(at, part, strict=True)):
+            wanted = expected[row][start : start + count]
+            assert not count or relative(hidden[row, :count], wanted) < TIGHT
+        at = at + part
+    for _ in range(3):
+        tokens = np.array([[int(i[0, p])] for i, p in zip(ids, at, strict=True)])
+        hidden, _, _ = engine.forward(
+            cache, engine.embed(tokens), at, np.zeros(len(ids), np.int64), inner
+        )
+        for row, position in enumerate(at):
+            assert relative(hidden[row, 0], expected[row][position]) < TIGHT
+        at = at + 1
 
 
 def test_products_with_biases_are_quantized(tmp_path: Path) -> None:

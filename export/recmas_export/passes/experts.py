@@ -218,9 +218,10 @@ class _Expansion:
         """Replace the three nodes and what is between them."""
         total, c = self._mixture.total, self._constants
         num_experts, num_taken = self._mixture.num_experts, self._mixture.num_taken
-        most = num_experts // (2 * num_taken)  # positions that look up: half of the experts at most
+        # positions that look up: no more than take half of the experts, but one in any case
+        most = max(num_experts // (2 * num_taken), 1)
         tape = Tape()
-        if look_up and most:
+        if look_up:
             count = tape.op("Shape", (self._mixture.first.inputs[0],), {"start": 0, "end": 1})
             few = tape.op("Squeeze", (tape.op("LessOrEqual", (count, c([most]))),))
             by_expert = Tape()
@@ -394,7 +395,10 @@ def _subgraph(
     made = (value for node in tape.nodes for value in node.outputs)
     for number, value in enumerate((*inputs, *made)):
         value.name = f"{name}.{number}"
-    return ir.Graph(inputs, outputs, nodes=tape.nodes, name=name)
+    graph = ir.Graph(inputs, outputs, nodes=tape.nodes, name=name)
+    for node in graph:
+        node.name = None  # names that a graph gives, every body would give again
+    return graph
 
 
 def _ancestor(value: ir.Value | None, operator: str) -> ir.Node:

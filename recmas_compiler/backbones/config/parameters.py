@@ -88,15 +88,6 @@ def count_expert_parameters(experts: Experts, width: int) -> int:
     return experts.num_layers * experts.num_each * _MATRICES * width * experts.width
 
 
-def count_copied_parameters(experts: Experts, width: int) -> int:
-    """Return the parameters that a layer of the portable form copies for each position at once.
-
-    It gathers the matrices of every expert that a token takes: those of gate and input together,
-    then, when these are used, that of the output.
-    """
-    return experts.num_taken * (_MATRICES - 1) * width * experts.width
-
-
 def _first(values: Mapping[str, Any], names: tuple[str, ...]) -> int:
     """Return the first entry that is a count, or begins with one; 0 where there is none."""
     for name in names:

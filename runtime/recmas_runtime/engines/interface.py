@@ -125,10 +125,12 @@ class Backbone(Protocol[CacheT]):
         """Run S positions of every sequence through the backbone and extend the cache.
 
         Args:
-            cache: Is written at `write_index .. write_index + S`.
+            cache: Is written at `write_index .. write_index + S`. States go on from where they are,
+                but for sequences that begin.
             inputs_embeds: [R, S, d]; what lies after a sequence's last real position is ignored.
-            write_index: [R], the position of each sequence's first input.
-            last_index: [R], each sequence's last real input, counted within S.
+            write_index: [R], the position of each sequence's first input; 0 begins it anew.
+            last_index: [R], each sequence's last real input, counted within S; -1 for a sequence
+                that has none: its state stays as it is.
             inner: Of G groups with R = G * B.
 
         Returns:

@@ -114,8 +114,8 @@ def states_bytes(layers: Iterable[LayerShape]) -> int:
 
 
 def sequence_bytes(layers: Sequence[LayerShape], capacity: int) -> int:
-    """Return the bytes that a cache of so many positions takes for one sequence."""
-    return _ELEMENT_BYTES * elements_per_position(layers) * capacity + states_bytes(layers)
+    rows = _ELEMENT_BYTES * elements_per_position(layers) * capacity
+    return rows + 2 * states_bytes(layers)
 
 
 def has_states(layers: Iterable[LayerShape]) -> bool:

@@ -162,6 +162,7 @@ def static_decoder(model: onnx.ModelProto, capacity: int, *, file: str) -> onnx.
 
     static = onnx.ModelProto()
     static.CopyFrom(model)
+    _look_experts_up(static)
     _fix_capacity(static, capacity)
     _adapt_cache_writes(static)
     _adapt_attention(static, file=file)
@@ -172,6 +173,24 @@ def unsupported(message: str, *, file: str) -> RecmasError:
     """Return the error for operators of a graph that TensorRT cannot run."""
     hint = "Use target onnx, or a backbone with plain softmax attention."
     return fail("RM203", message, file=file, hint=hint)
+
+
+def _look_experts_up(model: onnx.ModelProto) -> None:
+    """Let every call of experts copy the matrices that positions take, as a step does.
+
+    The other branch picks the positions of each expert: sizes that are known when it runs, within a
+    loop, which no engine was seen to take.
+    """
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        if node.op_type != "If":
+            model.graph.node.append(node)
+            continue
+        (branch,) = (each.g for each in node.attribute if each.name == "then_branch")
+        model.graph.node.extend(branch.node)
+        model.graph.value_info.extend(branch.value_info)
+        model.graph.node[-1].output[0] = node.output[0]  # a branch's last node gives its result
 
 
 def _fix_capacity(model: onnx.ModelProto, capacity: int) -> None:
