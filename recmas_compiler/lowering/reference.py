@@ -273,8 +273,11 @@ class TorchSystem(ProgramModule):
         embeds_1TD = torch.cat(pieces_TD)[None]
         prefix = prompt.leading_ids
         cache, kept = DynamicCache(), 0
-        # States cannot be cropped, and a copy of them would be one more thing to trust.
-        if step.reuse_prefix and not has_states(backbone.facts.layers):
+        if has_states(backbone.facts.layers):
+            # They cannot be cropped, and a copy of them would be one more thing to trust. The kinds
+            # of its layers make the cache one that has states.
+            cache = DynamicCache(config=backbone.body.config)
+        elif step.reuse_prefix:
             sequence = state.sequences[agent]
             # The last position always runs: its hidden state is what comes next.
             kept = min(common_prefix(sequence.prefix, prefix), embeds_1TD.shape[1] - 1)

@@ -114,6 +114,10 @@ def states_bytes(layers: Iterable[LayerShape]) -> int:
 
 
 def sequence_bytes(layers: Sequence[LayerShape], capacity: int) -> int:
+    """Return the bytes that a cache of so many positions takes for one sequence.
+
+    A state is there twice: as it was, which a call reads, and as it is made.
+    """
     rows = _ELEMENT_BYTES * elements_per_position(layers) * capacity
     return rows + 2 * states_bytes(layers)
 
