@@ -301,19 +301,7 @@ def write_zoo_model(folder: Path, name: str, *, seed: int = 0) -> Path:
         loader = AutoModelForImageTextToText
     config = AutoConfig.for_model(model_type, **{**tokens, **entries})
     model = loader.from_config(config, dtype=torch.float32)
-    tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for part, weight in sorted(model.named_parameters()):
-            noise = torch.randn(weight.shape, generator=generator)
-            if id(weight) in tables:
-                weight.copy_(noise * 0.6)
-            elif "sinks" in part:
-                weight.copy_(0.5 + 1.5 * noise)
-            elif weight.ndim == 1 or "bias" in part:
-                weight.add_(noise * 0.1)
-            else:
-                weight.copy_(noise * 0.7 / math.sqrt(weight.shape[-1]))
+    scale_weights(model, seed=seed)
     config.architectures = [type(model).__name__]
     logging.disable_progress_bar()
     model.save_pretrained(folder)
@@ -326,3 +314,24 @@ def write_zoo_model(folder: Path, name: str, *, seed: int = 0) -> Path:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
+
+
+@torch.no_grad()
+def scale_weights(model: Any, *, seed: int = 0) -> None:
+    """Give a model random weights that all matter."""
+    tables = {
+        id(table.weight)
+        for table in (model.get_input_embeddings(), model.get_output_embeddings())
+        if table is not None
+    }
+    generator = torch.Generator().manual_seed(seed)
+    for part, weight in sorted(model.named_parameters()):
+        noise = torch.randn(weight.shape, generator=generator)
+        if id(weight) in tables:
+            weight.copy_(noise * 0.6)
+        elif "sinks" in part:
+            weight.copy_(0.5 + 1.5 * noise)
+        elif weight.ndim == 1 or "bias" in part:
+            weight.add_(noise * 0.1)
+        else:
+            weight.copy_(noise * 0.7 / math.sqrt(weight.shape[-1]))
