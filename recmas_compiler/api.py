@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
+from recmas_compiler.backbones.fetching.hub import Fetch
 from recmas_compiler.ir.build_topology import build_topology, missing_parts
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.printer import print_graph
@@ -76,10 +77,20 @@ class BuildResult:
 Builder = Callable[..., BuildResult]
 
 
-def compile(spec: Spec, *, dump_ir: str | Path | None = None, download: bool = False) -> Program:
+def compile(
+    spec: Spec,
+    *,
+    dump_ir: str | Path | None = None,
+    download: bool = False,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> Program:
     """Lower a spec to the program IR, through all passes; no weights are loaded.
 
-    Missing `hf:` backbones are fetched only with `download`.
+    Args:
+        download: Fetch what is missing of `hf:` backbones; else the network is not used.
+        offline: Refuse `hf:` backbones of which anything is missing that a build loads.
+        progress: Receives what is fetched.
 
     Raises:
         RecmasError: Backbone files that are missing or unsuitable (RM2xx), link files that do not
@@ -87,7 +98,10 @@ def compile(spec: Spec, *, dump_ir: str | Path | None = None, download: bool = F
             a chat template does not write as they are (RM206), where it is at hand.
     """
     _demand(spec, Spec, "`load_spec` reads one from a file, `parse_spec` from text.")
-    topology = build_topology(spec, download=download)
+    fetch = None
+    if download or offline:
+        fetch = Fetch(progress=progress or Silent(), offline=offline)
+    topology = build_topology(spec, fetch=fetch)
     warnings = try_prompts(spec, topology.system)
     spec = replace(spec, warnings=tuple(dict.fromkeys((*spec.warnings, *warnings))))
     recorder = RecordPasses()
@@ -104,11 +118,12 @@ def load_and_compile(
     *,
     dump_ir: str | Path | None = None,
     progress: Progress | None = None,
+    offline: bool = False,
     change: Callable[[Spec], Spec] | None = None,
 ) -> Program:
     """Load a spec from a file, change it if asked, and compile it.
 
-    Missing `hf:` backbones are fetched only where there is a progress to report to.
+    Missing `hf:` backbones are fetched only where there is a progress to report to; see `compile`.
 
     Raises:
         RecmasError: As of `load_spec` and `compile`.
@@ -123,11 +138,8 @@ def load_and_compile(
         raise RecmasError(in_reading_order(found)) from error
     if change is not None:
         spec = change(spec)
-    sources = [section.source for section in spec.document.backbones.values()]
-    if progress is None or not any(source.startswith("hf:") for source in sources):
-        return compile(spec, dump_ir=dump_ir)
-    with progress.stage("Fetching backbones"):
-        return compile(spec, dump_ir=dump_ir, download=True)
+    download = progress is not None and not offline
+    return compile(spec, dump_ir=dump_ir, download=download, offline=offline, progress=progress)
 
 
 def with_trained_links(program: Program, *, dump_ir: str | Path | None = None) -> Program:

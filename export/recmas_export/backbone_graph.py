@@ -47,8 +47,7 @@ def export_backbone(
     portable one where it has layers for it.
 
     Raises:
-        RecmasError: RM203 for layers the portable graph has no operator for, RM300 where the model
-            cannot be traced.
+        RecmasError: RM300 where the model cannot be traced.
         OSError: A file cannot be written.
     """
     model, facts = backbone.model, backbone.facts
@@ -60,8 +59,10 @@ def export_backbone(
         run_passes(portable[name], graph)
     if "cpu" in decoders:
         for_cpu = decoder.clone()
-        if run_passes(pipeline.cpu_decoder(max_positions=facts.max_positions), for_cpu):
+        passes = pipeline.cpu_decoder(max_positions=facts.max_positions)
+        if run_passes(passes, for_cpu) or pipeline.has_own_operators(for_cpu):
             graphs[CPU_DECODER] = for_cpu
+    run_passes(pipeline.STANDARD, decoder)
     layers, tables = pipeline.weight_passes(precision, backbone.dtype)
     for name, graph in graphs.items():
         run_passes(tables if name in _TABLES else layers, graph)
@@ -76,15 +77,6 @@ def export_backbone(
 
 
 def _refuse_unsupported(model: Any, facts: BackboneFacts) -> None:
-    linear = [i for i, kind in enumerate(facts.attention) if kind == "linear"]
-    if linear:
-        raise fail(
-            "RM203",
-            f"backbone {facts.source!r} ({facts.model_type}) keeps a linear state in "
-            f"{len(linear)} of its {facts.num_layers} layers (the first is layer {linear[0]}), "
-            "which target 'onnx' cannot run.",
-            hint="Use a backbone whose layers all have softmax attention, full or sliding.",
-        )
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
     if dtypes != ["float32"]:
         raise fail(

@@ -1,10 +1,10 @@
 """Tracing: a transformers model becomes three raw ONNX graphs (decoder body, embedding, head).
 
-A decoder is made to attend over a static cache without code per architecture. Four extension points
+A decoder is made to attend over a static cache without code per architecture. Five extension points
 of transformers are used and nothing else: the attention interface (one ONNX `Attention` per layer),
 the mask interface (the model's own mask rule, evaluated at each sample's own positions), the cache
-class (one ONNX `TensorScatter` per tensor) and the experts interface (three nodes that passes
-write in operators).
+class (one ONNX `TensorScatter` per tensor), the experts interface (three nodes that passes write in
+operators) and the kernel functions of layers that keep a state (one `LinearAttention` each).
 
 Shape legend: B samples, S new positions, C cache rows, H query heads, K key/value heads, D head
 width, d width, V vocabulary; N = B S and k experts that each position takes.
@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch.export import Dim
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DummyLayer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -36,11 +36,12 @@ from recmas_compiler.lowering.static_cache import (
     ragged_mask,
     use_added_masks,
 )
-from recmas_export.capture import capture
 from recmas_export.passes.experts import IN, OUT, SUM
 from recmas_export.passes.tidy import OPSET, TRACED
+from recmas_export.trace.capture import capture
+from recmas_export.trace.states import PortableStates, StateTrace, portable_kernels
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.formats.layers import LayerShape, cache_tensors
+from recmas_runtime.formats.layers import LayerShape, cache_tensors, has_states
 from recmas_runtime.formats.plan import cache_capacity
 
 BATCH, POSITIONS, CAPACITY = "batch", "positions", "capacity"
@@ -60,7 +61,7 @@ def trace_body(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
     """Return the raw graph of the decoder layers over a static cache.
 
     inputs_embeds [B,S,d], write_index [B], caches -> hidden [B,S,d], caches; B, S and C are free.
-    The model is left as it was.
+    Where layers keep states, last_index [B] comes after write_index. The model is left as it was.
 
     Raises:
         RecmasError: RM300 where the model cannot be traced.
@@ -74,13 +75,16 @@ def trace_body(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
     capacity = Dim(CAPACITY, min=1, max=max(cache_capacity(facts.max_positions), _C))
     cache_dims = [{0: batch} if tensor.is_state else {0: batch, 2: capacity} for tensor in tensors]
     names = [tensor.name for tensor in tensors]
-    with portable_attention(model):
+    # Rows take what is filled up too, where the next call overwrites it; states must not.
+    counts = ["last_index"] if has_states(facts.layers) else []
+    indices = [torch.zeros(_B, dtype=torch.long) for _ in ("write_index", *counts)]
+    with portable_attention(model), portable_kernels(model) as states:
         return _trace(
-            _Body(model, facts.layers),
-            (torch.zeros(_B, _S, facts.width), torch.zeros(_B, dtype=torch.long), caches),
+            _Body(model, facts.layers, states),
+            (torch.zeros(_B, _S, facts.width), indices, caches),
             facts=facts,
-            dynamic_shapes=({0: batch, 1: positions}, {0: batch}, cache_dims),
-            inputs=["inputs_embeds", "write_index", *names],
+            dynamic_shapes=({0: batch, 1: positions}, [{0: batch} for _ in indices], cache_dims),
+            inputs=["inputs_embeds", "write_index", *counts, *names],
             outputs=["hidden", *(f"present_{name}" for name in names)],
         )
 
@@ -273,30 +277,62 @@ class PortableLayer(StaticRows):
         )
 
 
+class _RowsAndStates(PortableLayer, PortableStates):
+    """A layer that keeps both."""
+
+    def __init__(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        write_index: torch.Tensor,
+        states: Mapping[str, torch.Tensor],
+        length_B: torch.Tensor,
+    ) -> None:
+        PortableStates.__init__(self, states, length_B)
+        PortableLayer.__init__(self, keys, values, write_index)
+
+
 class PortableCache:
-    """A transformers cache over tensors, in the order of `cache_tensors`."""
+    """A transformers cache over tensors, in the order of `cache_tensors`.
+
+    Args:
+        length_B: New positions of each sample, where layers keep states.
+    """
 
     def __init__(
         self,
         layers: Sequence[LayerShape],
         tensors: Sequence[torch.Tensor],
         write_index: torch.Tensor,
+        length_B: torch.Tensor | None = None,
     ) -> None:
-        names = [tensor.name for tensor in cache_tensors(layers)]
-        by_name = dict(zip(names, tensors, strict=True))
-        self._rows = {
-            i: PortableLayer(by_name[f"key.{i}"], by_name[f"value.{i}"], write_index)
-            for i, layer in enumerate(layers)
-            if layer.rows is not None
-        }
+        self._names = [tensor.name for tensor in cache_tensors(layers)]
+        by_name = dict(zip(self._names, tensors, strict=True))
+        made: list[Any] = []
+        for i, layer in enumerate(layers):
+            states = {state.name: by_name[f"{state.name}.{i}"] for state in layer.states}
+            rows = [by_name[f"{kind}.{i}"] for kind in ("key", "value") if layer.rows is not None]
+            if states and rows:
+                assert length_B is not None
+                made.append(_RowsAndStates(*rows, write_index, states, length_B))
+            elif states:
+                assert length_B is not None
+                made.append(PortableStates(states, length_B))
+            else:
+                made.append(PortableLayer(*rows, write_index) if rows else None)
         # Layers without rows read those of another one, whose positions are theirs too.
-        any_rows = next(iter(self._rows.values()))
-        self.cache = Cache(layers=[self._rows.get(i, any_rows) for i in range(len(layers))])
+        any_rows = next((layer for layer in made if isinstance(layer, PortableLayer)), DummyLayer())
+        self.cache = Cache(layers=[any_rows if layer is None else layer for layer in made])
 
     def tensors(self) -> list[torch.Tensor]:
         """Return what the tensors have become, in the same order."""
-        rows = self._rows.values()
-        return [*(layer.keys for layer in rows), *(layer.values for layer in rows)]
+        found = []
+        for name in self._names:
+            kind, _, number = name.rpartition(".")
+            layer = self.cache.layers[int(number)]
+            own = {"key": "keys", "value": "values"}.get(kind)
+            found.append(layer.state(kind) if own is None else getattr(layer, own))
+        return found
 
 
 @contextmanager
@@ -326,22 +362,29 @@ def portable_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _Body(torch.nn.Module):
-    """inputs_embeds [B,S,d], write_index [B], caches -> hidden [B,S,d], caches."""
+    """inputs_embeds [B,S,d], indices [B], caches -> hidden [B,S,d], caches."""
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[LayerShape]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers: Sequence[LayerShape], states: StateTrace
+    ) -> None:
         super().__init__()
         self.body = body_of(model)
         self._layers = layers
+        self._states = states
         self._cache_argument = cache_argument(self.body)
 
     def forward(
         self,
         inputs_embeds: torch.Tensor,
-        write_index: torch.Tensor,
+        indices: list[torch.Tensor],
         tensors: list[torch.Tensor],
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Run the layers; hidden is after the final norm."""
-        cache = PortableCache(self._layers, tensors, write_index)
+        write_index, *last = indices
+        length_B = last[0] + 1 if last else None
+        if length_B is not None:
+            self._states.length_B = length_B
+        cache = PortableCache(self._layers, tensors, write_index, length_B)
         hidden = self.body(
             inputs_embeds=inputs_embeds,
             position_ids=write_index[:, None] + torch.arange(inputs_embeds.shape[1])[None],

@@ -9,7 +9,8 @@ import onnx_ir.passes.common as common
 from onnx_ir.passes import InPlacePass, Sequential
 
 from recmas_export.passes.experts import ExpandExperts, StoreExperts, UseMixtureOperator
-from recmas_export.passes.grouped_attention import UseGroupedAttention
+from recmas_export.passes.grouped_attention import DOMAIN, UseGroupedAttention
+from recmas_export.passes.linear_attention import ExpandLinearAttention
 from recmas_export.passes.operators import UseStandardOperators
 from recmas_export.passes.products import PackProducts, SplitAfterHeads
 from recmas_export.passes.tidy import (
@@ -75,6 +76,10 @@ DECODER: Final[Passes] = (
     common.RemoveUnusedNodesPass(),  # and matrices in an order that nothing reads any more
     AddLatentStep(),  # after cleaning: it is written as it should run
     Strip("decoder"),
+)
+# What the portable decoder goes through when that for the CPU has become another graph.
+STANDARD: Final[Passes] = (
+    ExpandLinearAttention(),
     CheckOperators(),
 )
 # What both decoders go through when their weights have the form that they are stored in.
@@ -110,6 +115,11 @@ def weight_passes(precision: str, dtype: str) -> tuple[Passes, Passes]:
         for bits in (row.layer_bits, row.table_bits)
     )
     return layers, tables
+
+
+def has_own_operators(model: ir.Model) -> bool:
+    """Tell whether a graph has operators that only ONNX Runtime has."""
+    return any(node.domain == DOMAIN for node in model.graph)
 
 
 def run_passes(passes: Passes, model: ir.Model) -> bool:

@@ -109,7 +109,8 @@ class AddLatentStep(InPlacePass):
     """Add the latent step to a decoder.
 
     1. thought = hidden at `last_index`; next_embeds = R(thought), the inner link.
-    2. Its inputs come after `write_index` and at the end, its outputs after `hidden`.
+    2. Its inputs come after `write_index` and at the end, its outputs after `hidden`. Where layers
+       keep states, `last_index` is an input already.
 
     Operands have one group per agent of the batch; rows are agent-major, so a group's samples are
     neighbours and [B, 1, d] is [G, B/G, d] in another shape.
@@ -123,7 +124,11 @@ class AddLatentStep(InPlacePass):
         assert hidden.shape is not None
         batch, width = hidden.shape[0], hidden.shape[2]
         assert isinstance(width, int)
-        last_index = _value("last_index", ir.DataType.INT64, (batch,))
+        embeds, write_index, *caches = graph.inputs
+        if caches[0].name == "last_index":
+            last_index, *caches = caches
+        else:
+            last_index = _value("last_index", ir.DataType.INT64, (batch,))
         inner = operand_inputs(width, width, prefix=INNER_PREFIX)
 
         index_column = tape.op("Unsqueeze", (last_index, constant(tape, [-1], "thought.last_axis")))
@@ -144,7 +149,6 @@ class AddLatentStep(InPlacePass):
         for initializer in tape.initializers:
             graph.register_initializer(initializer)
         graph.extend(tape.nodes)
-        embeds, write_index, *caches = graph.inputs
         graph.inputs[:] = [embeds, write_index, last_index, *caches, *inner.values()]
         graph.outputs[1:1] = [thought, next_embeds]
         return PassResult(model, modified=True)

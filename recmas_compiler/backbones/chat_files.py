@@ -6,8 +6,6 @@ A build takes what transformers loads. Here the same files are read, to say earl
 from __future__ import annotations
 
 import json
-import mmap
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +13,15 @@ from typing import Any, Final
 
 import tokenizers
 
-from recmas_compiler.backbones.sources import ResolvedSource
+from recmas_compiler.backbones.gguf_files.header import read_values
+from recmas_compiler.backbones.gguf_files.tokenizer import check_tokenizer, special_tokens
+from recmas_compiler.backbones.sources import ResolvedSource, gguf_errors
 from recmas_compiler.spec.document.places import SourcePosition, is_file, path_of
-from recmas_compiler.spec.document.problems import problem_at
+from recmas_compiler.spec.document.problems import problem_at, show
 from recmas_compiler.spec.schema.sections import NO_TEMPLATE
-from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.prompts.chat_template import ChatTemplate, read_template
-from recmas_runtime.prompts.tokenizer import Tokenizer
+from recmas_runtime.prompts.tokenizer import Tokenizer, read_tokenizer
 
 # What models without a template were trained on; a tokenizer that puts no token before its texts
 # has no `bos_token` here.
@@ -41,8 +41,7 @@ _MORE_TEMPLATES: Final = "additional_chat_templates"
 _CONFIG: Final = "tokenizer_config.json"
 # Names that a tokenizer's class, or a GGUF file's vocabulary, may give a token to.
 _USUAL_TOKENS: Final = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
-_GGUF_TEMPLATE: Final = b"tokenizer.chat_template"
-_GGUF_STRING: Final = 8
+_GGUF_TEMPLATE: Final = "tokenizer.chat_template"
 GIVE_A_TEMPLATE: Final = (
     "Choose its instruction-tuned form, or give the backbone a `template`: a Jinja file, or `none` "
     "for plain text."
@@ -74,10 +73,55 @@ def template_text(name: str, base_dir: Path) -> str:
     return read_template(path_of(name, base_dir), file=name)
 
 
+def check_rows(
+    tokenizer: tokenizers.Tokenizer,
+    chat_template: str,
+    *,
+    special: Mapping[str, str],
+    num_rows: int,
+    source: str,
+) -> None:
+    """Refuse a tokenizer that can write a token for which the embedding table has no row.
+
+    A special token that no template writes is harmless: where a text spells it, it is spelled with
+    ordinary tokens. Some models have such tokens, for inputs that are not text.
+
+    Args:
+        special: Texts of the special tokens that a template may write without spelling them.
+
+    Raises:
+        RecmasError: RM202 if it can.
+    """
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    if max(vocabulary.values(), default=0) < num_rows:
+        return
+    template = ChatTemplate(chat_template)
+    unwritten = {
+        token.content
+        for token in tokenizer.get_added_tokens_decoder().values()
+        if token.special and not any(token.content in text for text in template.literals)
+    }
+    unwritten -= {text for name, text in special.items() if name in chat_template}
+    beyond = {
+        i: token for token, i in vocabulary.items() if i >= num_rows and token not in unwritten
+    }
+    if beyond:
+        first = min(beyond)
+        tokens = "a token" if len(beyond) == 1 else f"{len(beyond)} tokens"
+        raise fail(
+            "RM202",
+            f"the tokenizer of backbone {source!r} has {tokens} beyond the {num_rows} rows of the "
+            f"embedding table, such as {show(beyond[first])} with the id {first}",
+            hint="Resize the model's embeddings to its tokenizer, or take the tokenizer that the "
+            "model was trained with.",
+        )
+
+
 def read_chat_template(
     source: ResolvedSource,
     *,
     template: str | None,
+    num_rows: int,
     position: SourcePosition,
     is_complete: bool,
 ) -> ChatTemplate | None:
@@ -85,6 +129,7 @@ def read_chat_template(
 
     Args:
         template: Text that the spec gives instead of the backbone's own.
+        num_rows: Of the embedding table.
         is_complete: Whether the folder holds everything there is; else what is missing may come.
 
     Raises:
@@ -92,7 +137,7 @@ def read_chat_template(
             template or for one that is not valid.
     """
     try:
-        return _read(source, template)
+        return _read(source, template, num_rows)
     except _MissingError as found:
         if not is_complete:
             return None
@@ -101,6 +146,10 @@ def read_chat_template(
         ) from found
     except RecmasError as error:
         (problem,) = error.problems
+        if problem.code == "RM202":  # of the model's own files, not of a template
+            raise RecmasError(
+                problem_at(position, "RM202", f"{problem.message}.", hint=problem.hint)
+            ) from error
         message = f"backbone `{source.source}`: {problem.message}."
         raise RecmasError(problem_at(position, "RM206", message, hint=problem.hint)) from error
 
@@ -111,20 +160,28 @@ def own_template_text(source: ResolvedSource) -> str | None:
     Raises:
         RecmasError: RM401 or RM404 for a file that cannot be read or is no template.
     """
-    if source.gguf_file is not None:
-        return _gguf_template(source.folder / source.gguf_file)
+    if source.gguf_path is not None:
+        found = _gguf_values(source).get(_GGUF_TEMPLATE)
+        return found if isinstance(found, str) else None
     return _own_template(source.folder, _config(source.folder))
 
 
-def _read(source: ResolvedSource, template: str | None) -> ChatTemplate:
+def _read(source: ResolvedSource, template: str | None, num_rows: int) -> ChatTemplate:
     text = own_template_text(source) if template is None else template
     if text is None:
         message = f"backbone `{source.source}` has no chat template."
         raise _MissingError("RM206", message, GIVE_A_TEMPLATE)
-    if source.gguf_file is not None:
-        return ChatTemplate(text, _USUAL_TOKENS)
-    compiled = ChatTemplate(text, _USUAL_TOKENS | _special_tokens(_config(source.folder)))
+    if source.gguf_path is not None:
+        values = _gguf_values(source)
+        with gguf_errors(source.source):
+            check_tokenizer(values)
+        return ChatTemplate(text, _USUAL_TOKENS | special_tokens(values))
+    special = _special_tokens(_config(source.folder))
+    compiled = ChatTemplate(text, _USUAL_TOKENS | special)
     _check_tokenizer(source, compiled)
+    if is_file(source.folder / _TOKENIZER):
+        tokenizer = read_tokenizer(source.folder / _TOKENIZER)
+        check_rows(tokenizer, text, special=special, num_rows=num_rows, source=source.source)
     return compiled
 
 
@@ -175,20 +232,7 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _gguf_template(path: Path) -> str | None:
-    """Return the template in the header of a GGUF file without reading the vocabulary before it."""
-    # In front of a key stands its length, behind it the kind of its value.
-    key = struct.pack("<Q", len(_GGUF_TEMPLATE)) + _GGUF_TEMPLATE + struct.pack("<I", _GGUF_STRING)
-    try:
-        with (
-            path.open("rb") as stream,
-            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as raw,
-        ):
-            at = raw.find(key)
-            if at < 0:
-                return None
-            (size,) = struct.unpack_from("<Q", raw, at + len(key))
-            start = at + len(key) + 8
-            return raw[start : start + size].decode("utf-8", "replace")
-    except (OSError, ValueError, struct.error):
-        return None
+def _gguf_values(source: ResolvedSource) -> Mapping[str, Any]:
+    assert source.gguf_path is not None, "asked for GGUF files only"
+    with gguf_errors(source.source):
+        return read_values(source.gguf_path)

@@ -72,7 +72,8 @@ class BackboneFacts:
         source: As the spec names it, e.g. `builtin:smollm2-135m-instruct`.
         identity: Equal for equal weights: the source with its revision resolved, or a digest of
             the folder's files. Link files made for others are refused.
-        folder: Absolute path of a source that is a folder; None for other sources.
+        folder: Where a source that is a path is found from anywhere: a folder's absolute path, or
+            `gguf:` and that of a file; None for other sources.
         width: Hidden width, d. Input embeddings have the same width.
         vocab_size: Rows of the embedding table.
         max_positions: Longest sequence the backbone was made for.
@@ -115,7 +116,15 @@ def read_config_facts(
         RecmasError: RM202 for a model that is quantized, not a causal language model, or described
             by a config that makes no sense; RM203 for layers of an unknown type.
     """
-    return _Reader(source=source, position=position).facts(folder / "config.json", identity)
+    reader = _Reader(source=source, position=position)
+    return reader.facts(reader.load(folder / "config.json"), identity)
+
+
+def config_facts(
+    config: dict[str, Any], *, source: str, identity: str, position: SourcePosition = UNKNOWN
+) -> BackboneFacts:
+    """Return what a config says that was not read from a `config.json`. See `read_config_facts`."""
+    return _Reader(source=source, position=position).facts(config, identity)
 
 
 def stored_dtype(folder: Path, *, source: str) -> str | None:
@@ -140,12 +149,11 @@ class _Reader:
     source: str
     position: SourcePosition
 
-    def facts(self, path: Path, identity: str) -> BackboneFacts:
-        config = self.load(path)
+    def facts(self, config: dict[str, Any], identity: str) -> BackboneFacts:
         self._check_kind(config)
         text = self._text_part(config)
         usual_type = family_defaults(str(config.get("model_type"))).get("text_config", "")
-        model_type = str(text.get("model_type", usual_type))
+        model_type = str(text.get("model_type") or usual_type)
         defaults = family_defaults(model_type)
         filled = {k: v for k, v in defaults.items() if text is not config or k not in _SIZES}
         given = _given(text)
@@ -156,6 +164,13 @@ class _Reader:
         if text is not config and not defaults:
             raise self._unsupported(
                 f"`{model_type}`, its text model, has no causal class of its own"
+            )
+        if not model_type:
+            raise self._unusable("its config.json names no `model_type`")
+        if not defaults:
+            raise self._unusable(
+                f"its `model_type` is `{model_type}`, which has no causal class in transformers",
+                hint="Choose a causal language model that transformers has code for.",
             )
         why = why_unsupported(model_type, values)
         if why is not None:
@@ -176,6 +191,18 @@ class _Reader:
                 f"{num_heads} query heads cannot share {num_kv_heads} key/value heads"
             )
         attention = self._attention(values, num_layers, defaults.get("layer_cycle"))
+        layers = layer_shapes(
+            values,
+            attention,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+        )
+        for layer, kind in zip(layers, attention, strict=True):
+            if kind == "linear" and not layer.states:
+                raise self._unsupported(
+                    f"`{model_type}` keeps a state of a shape that is not known"
+                )
         experts = experts_of(values, num_layers)
         is_sliding = "sliding" in attention
         is_tied = bool(values.get("tie_word_embeddings", False))
@@ -190,13 +217,7 @@ class _Reader:
             head_dim=head_dim,
             vocab_size=vocab_size,
             max_positions=self._dimension(values, "max_position_embeddings"),
-            layers=layer_shapes(
-                values,
-                attention,
-                num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-            ),
+            layers=layers,
             attention=attention,
             sliding_window=self._dimension(values, "sliding_window") if is_sliding else None,
             num_expert_parameters=count_expert_parameters(experts, width) if experts else 0,

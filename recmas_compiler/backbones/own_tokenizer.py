@@ -14,34 +14,30 @@ from typing import Any, Final
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from recmas_compiler.backbones.gguf_file import split_as_named
+from recmas_compiler.backbones.facts import BackboneFacts
+from recmas_compiler.backbones.sources import files_of
 from recmas_compiler.spec.document.problems import show
 from recmas_runtime.core.errors import fail
-from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.prompts.exerciser import sample_texts
 
 TOKENIZER_FILE: Final = "tokenizer.json"
 _SHOWN_TOKENS: Final = 4
-# The named special tokens that a chat template may write without spelling them.
-_NAMED: Final = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def load_tokenizer(
-    folder: Path, load: Mapping[str, Any], *, gguf: Mapping[str, Any] | None, source: str
+    folder: Path, load: Mapping[str, Any], *, source: str
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model's folder: from its tokenizer.json if there is one.
 
-    Where there is none, it is what transformers makes of the vocabulary that is there, and of a
-    GGUF file the split that the file names.
+    Where there is none, it is what transformers makes of the vocabulary that is there.
 
     Args:
         load: What every `from_pretrained` of this model gets.
-        gguf: Values of the header of its GGUF file, if it is one.
         source: How errors name the backbone.
 
     Raises:
-        RecmasError: RM202 if there is no fast tokenizer, if it gives other tokens than the model's
-            file, or if a GGUF file names a split that recmas does not know.
+        RecmasError: RM202 if there is no fast tokenizer, or if it gives other tokens than the
+            model's file.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder, **load)
     if not tokenizer.is_fast:
@@ -50,45 +46,11 @@ def load_tokenizer(
             f"backbone {source!r} has no {TOKENIZER_FILE}, only a slow Python tokenizer",
             hint=f"Choose a backbone whose repository has a {TOKENIZER_FILE}.",
         )
-    if gguf is not None:
-        split_as_named(tokenizer.backend_tokenizer, gguf, source=source)
-    elif (folder / TOKENIZER_FILE).is_file():
+    if (folder / TOKENIZER_FILE).is_file():
         tokenizer = _from_own_file(folder, load, usual=tokenizer)
         _compare(_whole(tokenizer.backend_tokenizer), folder / TOKENIZER_FILE, source)
     _whole(tokenizer.backend_tokenizer)
     return tokenizer
-
-
-def check_rows(
-    tokenizer: PreTrainedTokenizerBase, chat_template: str, *, num_rows: int, source: str
-) -> None:
-    """Refuse a tokenizer that can write a token for which the embedding table has no row.
-
-    A special token that no template writes is harmless: where a text spells it, it is spelled with
-    ordinary tokens. Some models have such tokens, for inputs that are not text.
-
-    Raises:
-        RecmasError: RM202 if it can.
-    """
-    template = ChatTemplate(chat_template)
-    special = {
-        token.content
-        for token in tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
-        if token.special and not any(token.content in text for text in template.literals)
-    }
-    special -= {str(getattr(tokenizer, name)) for name in _NAMED if name in chat_template}
-    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
-    beyond = {i: token for token, i in vocabulary.items() if i >= num_rows and token not in special}
-    if beyond:
-        first = min(beyond)
-        tokens = "a token" if len(beyond) == 1 else f"{len(beyond)} tokens"
-        raise fail(
-            "RM202",
-            f"the tokenizer of backbone {source!r} has {tokens} beyond the {num_rows} rows of the "
-            f"embedding table, such as {show(beyond[first])} with the id {first}",
-            hint="Resize the model's embeddings to its tokenizer, or take the tokenizer that the "
-            "model was trained with.",
-        )
 
 
 def _from_own_file(
@@ -106,23 +68,61 @@ def _from_own_file(
     return own
 
 
+def own_tokenizer_file(facts: BackboneFacts) -> Path | None:
+    """Return the path of the tokenizer.json that a model is loaded with, None if there is none."""
+    resolved = files_of(facts)
+    file = resolved.folder / TOKENIZER_FILE
+    return file if resolved.gguf_file is None and file.is_file() else None
+
+
+def other_ids(
+    written: Path, tokenizer: PreTrainedTokenizerBase, *, own_file: Path | None
+) -> str | None:
+    """Return in words where a bundle's tokenizer.json gives other ids than its model's tokenizer.
+
+    Args:
+        tokenizer: What transformers loaded.
+        own_file: The model's own tokenizer.json, None where it has none.
+    """
+    found = _whole(tokenizers.Tokenizer.from_file(str(written)))
+    others = {"that of transformers": tokenizer.backend_tokenizer}
+    if own_file is not None:
+        others["the model's own"] = _whole(tokenizers.Tokenizer.from_file(str(own_file)))
+    for name, expected in others.items():
+        difference = _first_difference(found, expected)
+        if difference is not None:
+            return f"the tokenizer is not {name}: {difference}"
+    return None
+
+
 def _compare(tokenizer: tokenizers.Tokenizer, file: Path, source: str) -> None:
     """Refuse a tokenizer that gives other ids than its file."""
-    expected = _whole(tokenizers.Tokenizer.from_file(str(file)))
-    in_file = {token.content for token in expected.get_added_tokens_decoder().values()}
-    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()} - in_file
-    for text in _texts(sorted(in_file), added):
-        ours = tokenizer.encode(text, add_special_tokens=False)
+    found = _first_difference(tokenizer, _whole(tokenizers.Tokenizer.from_file(str(file))))
+    if found is not None:
+        raise fail(
+            "RM202",
+            f"the tokenizer that transformers makes for backbone {source!r} is not that of its "
+            f"{file.name}: {found}",
+            hint="Remove from tokenizer_config.json what changes the tokenizer, or save "
+            f"{file.name} anew with the tokenizer that the model was trained with.",
+        )
+
+
+def _first_difference(found: tokenizers.Tokenizer, expected: tokenizers.Tokenizer) -> str | None:
+    """Return the first sample text that two tokenizers give different ids, in words."""
+    theirs_added, ours_added = (
+        {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        for tokenizer in (expected, found)
+    )
+    for text in _texts(sorted(theirs_added), ours_added - theirs_added):
+        ours = found.encode(text, add_special_tokens=False)
         theirs = expected.encode(text, add_special_tokens=False)
         if ours.ids != theirs.ids:
-            raise fail(
-                "RM202",
-                f"the tokenizer that transformers makes for backbone {source!r} is not that of its "
-                f"{file.name}: in {show(text)} it has {_part(ours, theirs)} in the place of "
-                f"{_part(theirs, ours)}",
-                hint="Remove from tokenizer_config.json what changes the tokenizer, or save "
-                f"{file.name} anew with the tokenizer that the model was trained with.",
+            return (
+                f"in {show(text)} it has {_part(ours, theirs)} in the place of "
+                f"{_part(theirs, ours)}"
             )
+    return None
 
 
 def _whole(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

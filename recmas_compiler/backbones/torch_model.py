@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 import transformers
@@ -24,23 +24,28 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedTokenizerBase,
 )
-from transformers import modeling_gguf_pytorch_utils as gguf_loader
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from recmas_compiler.backbones.chat_files import GIVE_A_TEMPLATE, PLAIN_TEMPLATE, puts_first
+from recmas_compiler.backbones.chat_files import (
+    GIVE_A_TEMPLATE,
+    PLAIN_TEMPLATE,
+    check_rows,
+    puts_first,
+)
 from recmas_compiler.backbones.facts import BackboneFacts
-from recmas_compiler.backbones.gguf_file import read_gguf_values, refuse_adapter
+from recmas_compiler.backbones.fetching.hub import Fetch
+from recmas_compiler.backbones.gguf_files.header import GgufHeader, read_header
+from recmas_compiler.backbones.gguf_files.loading import transformers_parts, transformers_tokenizer
 from recmas_compiler.backbones.loaded.own_head import body_of, head_of
 from recmas_compiler.backbones.loaded.own_layers import layers_of
-from recmas_compiler.backbones.own_tokenizer import (
-    TOKENIZER_FILE,
-    check_rows,
-    load_tokenizer,
-)
+from recmas_compiler.backbones.loaded.text_model import text_model, wraps_text_model
+from recmas_compiler.backbones.own_tokenizer import TOKENIZER_FILE, load_tokenizer
 from recmas_compiler.backbones.sources import (
     ADAPTER_CONFIG,
     ResolvedSource,
     files_of,
+    gguf_errors,
+    joined,
     model_files,
 )
 from recmas_runtime.core.errors import RecmasError, fail, is_out_of_memory
@@ -51,6 +56,9 @@ from recmas_runtime.formats.layers import LayerShape
 # The self-check compares two ways of computing the same numbers in float32; a head or an embedding
 # that does something unknown (a logit scale, say) is off by far more than rounding.
 SELF_CHECK_RELATIVE = 1e-4
+
+# What every `from_pretrained` of a model's folder gets.
+_LOAD: Final[Mapping[str, Any]] = {"trust_remote_code": False, "local_files_only": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +130,7 @@ def load_backbone(
             it (quantized, not causal, weights missing or beyond `dtype`), RM206 without a chat
             template.
     """
-    resolved = files_of(facts, download=True)
+    resolved = joined(files_of(facts, fetch=Fetch(progress=progress)), progress=progress)
     title = f"loading {facts.source}"
     if resolved.gguf_file is None and not (resolved.folder / TOKENIZER_FILE).is_file():
         title += f" (no {TOKENIZER_FILE}: transformers makes one of its vocabulary)"
@@ -130,23 +138,26 @@ def load_backbone(
         progress.stage(title),
         _quiet_libraries(),
         _named_errors(facts.source),
+        gguf_errors(facts.source),
         model_only(resolved) as folder,
     ):
-        # transformers finds a GGUF file by name inside the folder
-        load: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
-        gguf = None
-        if resolved.gguf_file is not None:
-            load["gguf_file"] = resolved.gguf_file
-            gguf = read_gguf_values(folder / resolved.gguf_file)
-            refuse_adapter(gguf, source=facts.source)
-        model = _load_model(facts, resolved, folder, load)
+        if resolved.gguf_path is None:
+            model = _load_model(resolved, folder)
+        else:
+            header = read_header(resolved.gguf_path)
+            model = _load_gguf_model(resolved, header)
+        _check_layers(model, facts)
         _check_weights(model, facts.source)
         _round_weights(model, dtype, facts.source)
-        tokenizer = load_tokenizer(folder, load, gguf=gguf, source=facts.source)
+        if resolved.gguf_path is None:
+            tokenizer = load_tokenizer(folder, _LOAD, source=facts.source)
+        else:
+            tokenizer = transformers_tokenizer(header)
     chat_template = template or _chat_template(tokenizer, facts.source)
     check_rows(
-        tokenizer,
+        tokenizer.backend_tokenizer,
         chat_template,
+        special=_named_tokens(tokenizer),
         num_rows=model.get_input_embeddings().weight.shape[0],
         source=facts.source,
     )
@@ -175,13 +186,11 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _load_model(
-    facts: BackboneFacts, resolved: ResolvedSource, folder: Path, load: dict[str, Any]
-) -> Any:
-    config = AutoConfig.from_pretrained(folder, **load)
+def _load_model(resolved: ResolvedSource, folder: Path) -> Any:
+    config = AutoConfig.from_pretrained(folder, **_LOAD)
     _check_config(config, resolved)
     loader = AutoModelForCausalLM
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and _wraps_a_causal_model(config):
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and wraps_text_model(config):
         loader = AutoModelForImageTextToText
     model, info = loader.from_pretrained(
         folder,
@@ -189,9 +198,27 @@ def _load_model(
         dtype=torch.float32,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # refused below, with the shapes
-        use_safetensors=True if resolved.gguf_file is None else None,
-        **load,
+        use_safetensors=True,
+        **_LOAD,
     )
+    return _loaded(model, info, resolved)
+
+
+def _load_gguf_model(resolved: ResolvedSource, header: GgufHeader) -> Any:
+    config, weights = transformers_parts(header)
+    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None,
+        config=config,
+        state_dict=weights,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    return _loaded(model, info, resolved)
+
+
+def _loaded(model: Any, info: Mapping[str, Any], resolved: ResolvedSource) -> Any:
+    """Return the text model that was loaded, after looking at what the loading said."""
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise fail(
             "RM202",
@@ -207,14 +234,7 @@ def _load_model(
             f"backbone {resolved.source!r} lacks {len(missing)} weights, such as {missing[0]!r}",
             hint="Download it again, or choose the complete model rather than an adapter.",
         )
-    model = _text_model(model)
-    _check_layers(model, facts)
-    if resolved.gguf_file is not None:
-        # The weights are plain float32 now. Left in, this entry would make transformers treat the
-        # model as quantized: it then refuses to save it.
-        vars(model.config).pop("quantization_config", None)
-        model.hf_quantizer, model.is_quantized = None, False
-    return model.requires_grad_(False).eval()
+    return text_model(model).requires_grad_(False).eval()
 
 
 def _check_layers(model: Any, facts: BackboneFacts) -> None:
@@ -284,7 +304,7 @@ def _round_weights(model: Any, dtype: str, source: str) -> None:
 
 def _check_config(config: Any, resolved: ResolvedSource) -> None:
     quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and resolved.gguf_file is None:
+    if quantization is not None:
         method = dict(quantization).get("quant_method", "unknown")
         raise fail(
             "RM202",
@@ -293,7 +313,7 @@ def _check_config(config: Any, resolved: ResolvedSource) -> None:
         )
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     architectures = list(getattr(config, "architectures", None) or [])
-    is_causal = not known.isdisjoint(architectures) or _wraps_a_causal_model(config)
+    is_causal = not known.isdisjoint(architectures) or wraps_text_model(config)
     if config.is_encoder_decoder or (architectures and not is_causal):
         shape = ", ".join(architectures) or config.model_type
         raise fail(
@@ -301,25 +321,6 @@ def _check_config(config: Any, resolved: ResolvedSource) -> None:
             f"backbone {resolved.source!r} is not a causal language model ({shape})",
             hint="Choose a decoder-only text model, one whose architecture ends in ForCausalLM.",
         )
-
-
-def _wraps_a_causal_model(config: Any) -> bool:
-    """Whether a model that sees has a text model inside that is a causal model of its own."""
-    text = config.get_text_config()
-    return text is not config and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
-
-
-def _text_model(model: Any) -> Any:
-    """Return the text-only model inside a model that also sees or hears; others as they are."""
-    config = model.config.get_text_config()
-    if config is model.config:
-        return model
-    with torch.device("meta"):
-        text = AutoModelForCausalLM.from_config(config)
-    setattr(text, text.base_model_prefix, model.get_decoder())
-    text.set_output_embeddings(model.get_output_embeddings())
-    text.generation_config = model.generation_config
-    return text
 
 
 def _chat_template(tokenizer: Any, source: str) -> str:
@@ -332,6 +333,12 @@ def _chat_template(tokenizer: Any, source: str) -> str:
             hint=GIVE_A_TEMPLATE,
         ) from error
     return template
+
+
+def _named_tokens(tokenizer: Any) -> dict[str, str]:
+    """Return the special tokens that a chat template may write without spelling them."""
+    named = ("bos_token", "eos_token", "pad_token", "unk_token")
+    return {name: str(getattr(tokenizer, name)) for name in named}
 
 
 def _special_tokens(tokenizer: Any, template: str) -> dict[str, str]:
@@ -353,11 +360,11 @@ def _eos_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     found: set[int] = set()
     for ids in (
         model.generation_config.eos_token_id,
-        model.config.eos_token_id,
+        model.config.get_text_config().eos_token_id,
         tokenizer.eos_token_id,
     ):
         found.update(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
-    return tuple(sorted(i for i in found if 0 <= i < model.config.vocab_size))
+    return tuple(sorted(i for i in found if 0 <= i < model.config.get_text_config().vocab_size))
 
 
 @torch.no_grad()
@@ -406,7 +413,7 @@ def _named_errors(source: str) -> Iterator[None]:
             f"{first_line(error)}",
             hint='Install the compiler\'s packages: pip install "recmas[compile]".',
         ) from error
-    except (ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise MemoryError(f"backbone {source!r} does not fit: {first_line(error)}") from error
         raise fail(
@@ -429,17 +436,13 @@ def _quiet_libraries() -> Iterator[None]:
     """Keep the progress bars, warnings and logs of libraries off the terminal."""
     log = transformers.utils.logging
     verbosity, had_bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    bar = gguf_loader.tqdm
     log.set_verbosity(log.CRITICAL)
     log.disable_progress_bar()
-    # the GGUF loader has a bar of its own that no setting reaches
-    gguf_loader.tqdm = partial(bar, disable=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        gguf_loader.tqdm = bar
         log.set_verbosity(verbosity)
         if had_bars:
             log.enable_progress_bar()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from recmas_compiler.backbones.chat_files import template_text
 from recmas_compiler.backbones.facts import BackboneFacts
+from recmas_compiler.backbones.fetching.hub import Fetch
 from recmas_compiler.backbones.sources import describe_backbone
 from recmas_compiler.ir.graph import Edge, Graph
 from recmas_compiler.ir.ops import (
@@ -38,11 +39,12 @@ from recmas_runtime.formats.precisions import TARGETS
 
 
 def build_topology(
-    spec: Spec, *, download: bool = False, known: Mapping[str, BackboneFacts] | None = None
+    spec: Spec, *, fetch: Fetch | None = None, known: Mapping[str, BackboneFacts] | None = None
 ) -> Graph:
     """Return the declared graph. No weights are read; of link files only the headers.
 
     Args:
+        fetch: How to get what is missing of `hf:` backbones; None to look at what is there.
         known: Facts by backbone where they are known without looking at its files.
 
     Raises:
@@ -51,7 +53,7 @@ def build_topology(
             corpus that is not there (RM123), a text to measure losses over that is not (RM126).
     """
     problems: list[Problem] = []
-    facts = known or _describe_backbones(spec, problems, download=download)
+    facts = known or _describe_backbones(spec, problems, fetch=fetch)
     agents = {name: _agent(spec, name, facts, problems) for name in spec.document.agents}
     links = [_link(spec, *ends, facts, problems) for ends in spec.declared.links]
     for name, fact in facts.items():
@@ -74,13 +76,13 @@ def build_topology(
 def missing_parts(spec: Spec) -> tuple[Problem, ...]:
     """Return what is wrong with the files that a spec names, whatever else is wrong with it."""
     problems: list[Problem] = []
-    _describe_backbones(spec, problems, download=False)
+    _describe_backbones(spec, problems, fetch=None)
     problems += _missing_files(spec)
     return in_reading_order(problems)
 
 
 def _describe_backbones(
-    spec: Spec, problems: list[Problem], *, download: bool
+    spec: Spec, problems: list[Problem], *, fetch: Fetch | None
 ) -> dict[str, BackboneFacts]:
     facts = {}
     for name, section in spec.document.backbones.items():
@@ -89,7 +91,7 @@ def _describe_backbones(
                 section.source,
                 base_dir=spec.base_dir,
                 position=spec.position("backbones", name, "source"),
-                download=download,
+                fetch=fetch,
             )
         except RecmasError as error:
             problems += error.problems
@@ -125,7 +127,9 @@ def _beyond_backbone(spec: Spec, name: str, facts: BackboneFacts) -> list[Proble
             f"linear state instead of keys and values, the first is layer {foreign[0]}: "
             f"target `{target}` cannot run them."
         )
-        hint = "Choose a backbone with full or sliding-window attention only."
+        others = [name for name, row in TARGETS.items() if row.layers.issuperset(facts.attention)]
+        hint = "Choose a backbone with full or sliding-window attention only"
+        hint += f", or target `{others[0]}`." if others else "."
         place = spec.position("backbones", name, "source")
         problems.append(problem_at(place, "RM203", message, hint=hint))
     prompt = document.build.max_prompt_tokens

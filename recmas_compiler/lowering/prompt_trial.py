@@ -34,6 +34,7 @@ def try_prompts(spec: Spec, system: System) -> tuple[Problem, ...]:
             template = read_chat_template(
                 source,
                 template=backbone.template,
+                num_rows=backbone.facts.vocab_size,
                 position=spec.position("backbones", name, "template" if given else "source"),
                 is_complete=not backbone.facts.source.startswith("hf:")
                 and not is_config_alone(source),

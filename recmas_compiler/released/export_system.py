@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from recmas_compiler.backbones.fetching.hub import Fetch
 from recmas_compiler.backbones.sources import ADAPTER_CONFIG, model_files, resolve_source
 from recmas_compiler.links.files import LinkFileError, link_kind, read_link_header
 from recmas_compiler.links.modules import link_widths
@@ -192,10 +193,10 @@ def _model_name(source: str, style: Style, agent: ReleasedAgent) -> str:
 def _model_files(spec: Spec, backbone: str) -> tuple[Path, ...]:
     source = spec.document.backbones[backbone].source
     place = spec.position("backbones", backbone, "source")
-    resolved = resolve_source(source, base_dir=spec.base_dir, position=place, download=True)
+    resolved = resolve_source(source, base_dir=spec.base_dir, position=place, fetch=Fetch())
     if resolved.gguf_file is not None:
         hint = "Leave out --with-models, or use a backbone that is a Hugging Face folder."
-        message = f"the embedded model `{source}` is no Hugging Face folder to copy"
+        message = f"the model `{source}` is a GGUF file, no Hugging Face folder to copy"
         raise fail("RM209", message, file=_file(spec), hint=hint)
     return model_files(resolved.folder)
 

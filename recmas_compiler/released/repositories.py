@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Final
 
-from recmas_compiler.backbones.sources import ADAPTER_CONFIG, hub_snapshot
+from recmas_compiler.backbones.fetching.hub import hub_snapshot
+from recmas_compiler.backbones.sources import ADAPTER_CONFIG
 from recmas_compiler.released.forms import kind_of_form, unknown_form
 from recmas_compiler.released.styles import INNER_CONFIG, OUTER_CONFIG, Style
 from recmas_compiler.spec.document.places import is_file, is_folder

@@ -7,7 +7,6 @@ import json
 import re
 import struct
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -251,18 +250,6 @@ def test_graphs_say_nothing_of_this_machine(exported: Get) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_model_is_left_as_it_was(exported: Get, name: str) -> None:
     assert not exported(name).was_changed
-
-
-def test_linear_layers_are_refused_by_name(tmp_path: Path) -> None:
-    backbone = load_tiny(tmp_path / "source", "llama")
-    facts = replace(backbone.facts, attention=("linear", "linear", "full"))
-    hybrid = replace(backbone, facts=facts)
-    with pytest.raises(RecmasError) as caught:
-        export_backbone(hybrid, tmp_path / "out")
-    assert caught.value.problems[0].code == "RM203"
-    assert "linear state in 2 of its 3 layers" in str(caught.value)
-    assert caught.value.exit_code is Exit.ENVIRONMENT
-    assert not (tmp_path / "out").exists()
 
 
 def test_other_precision_is_refused(tmp_path: Path) -> None:

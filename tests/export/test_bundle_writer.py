@@ -335,4 +335,4 @@ def test_manifest_is_json_for_people(tmp_path: Path) -> None:
     write(tmp_path / "out", "first")
     text = (tmp_path / "out/manifest.json").read_text()
     assert json.loads(text)["name"] == "first"
-    assert text.startswith('{\n "version": 1,')
+    assert text.startswith('{\n "version": 2,')

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from kit.models import COMMON_DIMS, FAMILIES, make_tokenizer
@@ -39,6 +40,15 @@ _OLD_NAMES: Final = {
     "num_key_value_heads": _NOT_GIVEN,
     "intermediate_size": _NOT_GIVEN,
     "n_inner": 96,
+}
+
+_DELTA_NET: Final = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
 }
 
 # name -> entries of its config besides the common ones; the model type is the name's beginning
@@ -148,6 +158,7 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
     "jais2": {},
     "iquestcoder": {},
     "nanochat": {},
+    "qwen3_5_text": _DELTA_NET,
     "internlm3": {"head_dim": 24},
     "cohere_compass_text": {
         **_MIXED,
@@ -195,18 +206,73 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
     },
 }
 
+
+@dataclass(frozen=True)
+class Seeing:
+    """A model that also sees: entries of its text and its vision config besides the common ones."""
+
+    text: dict[str, Any]
+    vision: dict[str, Any]
+
+
+_VISION: Final = {"hidden_size": 32, "intermediate_size": 32, "patch_size": 14, "image_size": 28}
+_LAYERS: Final = {"num_hidden_layers": 1, "num_attention_heads": 2}
+_BLOCKS: Final = {"depth": 1, "num_heads": 2, "out_hidden_size": 64}
+_SECTIONS: Final = {
+    "rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]},
+    "head_dim": 16,
+}
+
+SEEING: Final[Mapping[str, Seeing]] = {
+    "gemma3": Seeing({**_MIXED, "head_dim": 24}, {**_VISION, **_LAYERS}),
+    "mistral3": Seeing(
+        {"model_type": "mistral", "head_dim": 24},
+        {"model_type": "pixtral", **_VISION, **_LAYERS},
+    ),
+    "mistral3 ministral3": Seeing(
+        {"model_type": "ministral3", "head_dim": 24},
+        {"model_type": "pixtral", **_VISION, **_LAYERS},
+    ),
+    "llama4": Seeing(
+        ZOO["llama4_text"],
+        {
+            **_VISION,
+            **_LAYERS,
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+        },
+    ),
+    "qwen2_vl": Seeing(_SECTIONS, {**_BLOCKS, "embed_dim": 32, "hidden_size": 64}),
+    "qwen2_5_vl": Seeing(_SECTIONS, {**_VISION, **_BLOCKS}),
+    "qwen3_vl": Seeing(_SECTIONS, {**_VISION, **_BLOCKS, "deepstack_visual_indexes": [0]}),
+    "qwen3_vl_moe": Seeing(
+        {**_SECTIONS, **_EXPERTS}, {**_VISION, **_BLOCKS, "deepstack_visual_indexes": [0]}
+    ),
+    "glm4v": Seeing(_SECTIONS, {**_VISION, **_BLOCKS}),
+    "glm4v_moe": Seeing(
+        {
+            **_ROUTED_EXPERTS,
+            "head_dim": 16,
+            "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5},
+        },
+        {**_VISION, **_BLOCKS},
+    ),
+}
+
 _WITH_SINKS: Final = ("gpt_oss", "flint", "granite_swa", "granitemoe_swa")
 
 # One of each mechanism: a tenth of the time that all take.
 FAST: Final = (
     *("gpt_neox", "granite", "helium", "qwen3_moe", "gpt_oss", "afmoe", "jetmoe", "gpt2"),
-    *("hunyuan_v1_dense", "gptj", "aria_text", "llama4_text", "modernbert-decoder"),
+    *("hunyuan_v1_dense", "gptj", "aria_text", "llama4_text", "modernbert-decoder", "qwen3_vl"),
+    "qwen3_5_text",
 )
 
 
 def exercised(name: str) -> tuple[str, ...]:
     """Return in words what a row of the zoo has that not every model has."""
-    row = ZOO[name]
+    row = SEEING[name].text if name in SEEING else ZOO[name]
     words = {
         "sliding window": "sliding_window" in row,
         "experts": any("expert" in key for key in row if row[key] != 0),
@@ -224,24 +290,18 @@ def write_zoo_model(folder: Path, name: str, *, seed: int = 0) -> Path:
     """Write the tiny model of a row of `ZOO` with its tokenizer; returns its folder."""
     kind, tokenizer = FAMILIES[_KIND], make_tokenizer(_KIND)
     common = {**COMMON_DIMS, "num_hidden_layers": 2, "vocab_size": tokenizer.get_vocab_size()}
-    entries = {key: v for key, v in {**common, **ZOO[name]}.items() if v is not _NOT_GIVEN}
+    row = ZOO.get(name, {})
+    entries = {key: v for key, v in {**common, **row}.items() if v is not _NOT_GIVEN}
     end, pad = tokenizer.token_to_id(kind.eos), tokenizer.token_to_id(kind.pad)
     tokens = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
-    config = AutoConfig.for_model(name.partition(" ")[0], **{**tokens, **entries})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for part, weight in sorted(model.named_parameters()):
-            noise = torch.randn(weight.shape, generator=generator)
-            if id(weight) in tables:
-                weight.copy_(noise * 0.6)
-            elif "sinks" in part:
-                weight.copy_(0.5 + 1.5 * noise)
-            elif weight.ndim == 1 or "bias" in part:
-                weight.add_(noise * 0.1)
-            else:
-                weight.copy_(noise * 0.7 / math.sqrt(weight.shape[-1]))
+    model_type, loader = name.partition(" ")[0], AutoModelForCausalLM
+    if name in SEEING:
+        text = {**entries, **tokens, **SEEING[name].text}
+        entries = {"text_config": text, "vision_config": SEEING[name].vision}
+        loader = AutoModelForImageTextToText
+    config = AutoConfig.for_model(model_type, **{**tokens, **entries})
+    model = loader.from_config(config, dtype=torch.float32)
+    scale_weights(model, seed=seed)
     config.architectures = [type(model).__name__]
     logging.disable_progress_bar()
     model.save_pretrained(folder)
@@ -254,3 +314,24 @@ def write_zoo_model(folder: Path, name: str, *, seed: int = 0) -> Path:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
+
+
+@torch.no_grad()
+def scale_weights(model: Any, *, seed: int = 0) -> None:
+    """Give a model random weights that all matter."""
+    tables = {
+        id(table.weight)
+        for table in (model.get_input_embeddings(), model.get_output_embeddings())
+        if table is not None
+    }
+    generator = torch.Generator().manual_seed(seed)
+    for part, weight in sorted(model.named_parameters()):
+        noise = torch.randn(weight.shape, generator=generator)
+        if id(weight) in tables:
+            weight.copy_(noise * 0.6)
+        elif "sinks" in part:
+            weight.copy_(0.5 + 1.5 * noise)
+        elif weight.ndim == 1 or "bias" in part:
+            weight.add_(noise * 0.1)
+        else:
+            weight.copy_(noise * 0.7 / math.sqrt(weight.shape[-1]))

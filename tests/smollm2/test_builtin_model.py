@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from kit.texts import texts_to_compare
+from llama_cpp_ids import DIGESTS, digest
 from recmas_compiler.analysis.token_count import TokenCounter
-from recmas_compiler.backbones.config.parameters import count_parameters
-from recmas_compiler.backbones.gguf_file import read_gguf_tokenizer, read_gguf_values
+from recmas_compiler.backbones.gguf_files.header import read_header
+from recmas_compiler.backbones.gguf_files.tokenizer import make_tokenizer
 from recmas_compiler.backbones.sources import (
     BUILTINS,
     SMOLLM2,
@@ -28,27 +32,9 @@ pytestmark = pytest.mark.smollm2
 
 def test_facts_of_the_builtin_are_those_of_its_file() -> None:
     resolved = resolve_source(SMOLLM2, base_dir=Path())
-    values = read_gguf_values(resolved.folder / str(resolved.gguf_file))
-    facts = BUILTINS[SMOLLM2].facts
-    assert {
-        "embedding_length": facts.width,
-        "block_count": facts.num_layers,
-        "attention.head_count": facts.num_heads,
-        "attention.head_count_kv": facts.num_kv_heads,
-        "rope.dimension_count": facts.head_dim,
-        "vocab_size": facts.vocab_size,
-        "context_length": facts.max_positions,
-    }.items() <= {key.removeprefix("llama."): value for key, value in values.items()}.items()
-    mlp_width = values["llama.feed_forward_length"]
-    assert facts.num_parameters == count_parameters(
-        width=facts.width,
-        num_layers=facts.num_layers,
-        attention_width=facts.num_heads * facts.head_dim,
-        kv_width=facts.num_kv_heads * facts.head_dim,
-        mlp_width=mlp_width,
-        vocab_size=facts.vocab_size,
-        is_tied=True,
-    )
+    described = describe_backbone(f"gguf:{resolved.gguf_path}", base_dir=Path())
+    known = {"source": SMOLLM2, "identity": SMOLLM2, "folder": None}
+    assert replace(described, **known) == BUILTINS[SMOLLM2].facts
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +64,18 @@ def test_tokens_of_the_builtin_are_those_of_llama_cpp(text: str, smollm2: TorchB
     spec = parse_spec(starter_spec("sequential"))
     assert TokenCounter(build_topology(spec).system)("smol", text) == len(expected)
     resolved = resolve_source(SMOLLM2, base_dir=Path())
-    counted = read_gguf_tokenizer(resolved.folder / str(resolved.gguf_file))
-    assert counted is not None
+    assert resolved.gguf_path is not None
+    counted = make_tokenizer(read_header(resolved.gguf_path).values)
     assert counted.encode(text).ids == expected
     assert list(Tokenizer(smollm2.tokenizer_json, template).encode(text)) == expected
     assert smollm2.tokenizer(text, add_special_tokens=False).input_ids == expected
+
+
+def test_a_thousand_texts_have_the_tokens_of_llama_cpp(smollm2: TorchBackbone) -> None:
+    tokenizer = Tokenizer(smollm2.tokenizer_json, ChatTemplate(smollm2.chat_template))
+    expected = json.loads(DIGESTS.read_text())["smollm2"]
+    found = [digest(tokenizer.encode(text)) for text in texts_to_compare()]
+    assert len(expected) == 1000
+    assert [
+        i for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)) if ours != theirs
+    ] == []

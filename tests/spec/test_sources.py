@@ -15,16 +15,12 @@ from tokenizers import pre_tokenizers
 from kit.specs import write_config
 from recmas_compiler.backbones import sources
 from recmas_compiler.backbones.facts import BackboneFacts
-from recmas_compiler.backbones.gguf_file import (
-    read_gguf_values,
-    refuse_adapter,
-    split_as_named,
-)
-from recmas_compiler.backbones.identity import folder_identity
+from recmas_compiler.backbones.fetching.identity import folder_identity
 from recmas_compiler.backbones.sources import BUILTINS, SMOLLM2, describe_backbone, resolve_source
 from recmas_compiler.spec.checks.prefix_reuse import count_tokens
 from recmas_compiler.spec.document.places import SourcePosition
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.formats.layers import uniform_layers
 
 HERE = SourcePosition(file="spec.yaml", line=5, column=13)
 
@@ -48,6 +44,7 @@ def test_llama(tmp_path: Path) -> None:
         head_dim=8,
         vocab_size=300,
         max_positions=2048,
+        layers=uniform_layers(2, heads=2, key_width=8),
         attention=("full", "full"),
         sliding_window=None,
         num_parameters=300 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32,
@@ -212,7 +209,7 @@ def test_a_file_is_no_source(tmp_path: Path) -> None:
         said = refusal(f"weights/{name}", tmp_path)
         assert "RM200" in said
         assert f"`weights/{name}` is a file; recmas reads folders" in said
-        assert ("`builtin:NAME`" in said) == name.endswith("gguf")
+        assert (f"Write `gguf:weights/{name}`." in said) == name.endswith("gguf")
         assert "hf:" not in said
 
 
@@ -264,24 +261,14 @@ def test_builtin_is_found_without_importing_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     builtin = BUILTINS[SMOLLM2]
-    (tmp_path / builtin.package).mkdir()
-    (tmp_path / builtin.package / "__init__.py").write_text(
-        "raise ImportError('not to be imported')"
-    )
-    (tmp_path / builtin.package / builtin.gguf_file).touch()
+    ((package, file),) = builtin.parts
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("raise ImportError('not to be imported')")
+    (tmp_path / package / file).touch()
     monkeypatch.syspath_prepend(tmp_path)
     resolved = resolve_source(SMOLLM2, base_dir=tmp_path)
-    assert resolved.folder == tmp_path / builtin.package
-    assert resolved.gguf_file == builtin.gguf_file
-    assert builtin.package not in sys.modules
-
-
-@pytest.mark.parametrize("content", [b"GGUF", b"GGML" + b"\0" * 40, b"GGUF" + b"\xff" * 40])
-def test_malformed_gguf(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"GGUF file|malformed header"):
-        read_gguf_values(path)
+    assert resolved.gguf_path == tmp_path / package / builtin.gguf_file
+    assert package not in sys.modules
 
 
 def refused(folder: Path) -> str:
@@ -340,57 +327,6 @@ def test_weights_that_are_not_in_safetensors_are_refused(name: str, tmp_path: Pa
     assert "Convert it" in said
     (tmp_path / "model" / "model.safetensors").touch()
     assert facts(tmp_path).width == 32
-
-
-def test_a_gguf_file_with_an_adapter_is_refused() -> None:
-    refuse_adapter({"general.type": "model"}, source="a.gguf")
-    refuse_adapter({}, source="a.gguf")
-    with pytest.raises(
-        RecmasError, match=r"RM202.*'a.gguf' holds no model but is of type 'adapter'"
-    ):
-        refuse_adapter({"general.type": "adapter"}, source="a.gguf")
-
-
-SPLITS = {
-    "gpt-2": ["Ab", "12", "345", "\u010a\u010a", "\u0120x"],
-    "smollm": ["Ab", "1", "2", "3", "4", "5", "\u010a\u010a", "\u0120x"],
-    "qwen2": ["Ab", "1", "2", "3", "4", "5", "\u010a\u010a", "\u0120x"],
-    "llama-bpe": ["Ab", "123", "4", "5", "\u010a\u010a", "\u0120x"],
-}
-
-
-def gguf_values(split: str | None) -> dict[str, object]:
-    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": split}
-
-
-@pytest.mark.parametrize("name", SPLITS)
-def test_gguf_files_name_how_words_are_split(name: str) -> None:
-    letters = [*pre_tokenizers.ByteLevel.alphabet()]
-    merges = [("A", "b"), ("1", "2"), ("3", "4"), ("34", "5"), ("\u010a", "\u010a")]
-    merges += [("\u0120", "x")]
-    joined = [*letters, *(a + b for a, b in merges), "123"]
-    vocabulary = {token: i for i, token in enumerate(joined)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
-    split_as_named(tokenizer, gguf_values(name), source="a.gguf")
-    assert tokenizer.encode("Ab12345\n\n x").tokens == SPLITS[name]
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [("from-the-future", "names the pre-tokenizer 'from-the-future'"), (None, "names no pre-")],
-)
-def test_an_unknown_split_is_refused(name: str | None, said: str) -> None:
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
-    with pytest.raises(RecmasError) as caught:
-        split_as_named(tokenizer, gguf_values(name), source="a.gguf")
-    assert said in str(caught.value)
-    assert "smollm" in str(caught.value)
-
-
-def test_vocabularies_of_another_kind_have_no_split() -> None:
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
-    split_as_named(tokenizer, {"tokenizer.ggml.model": "llama"}, source="a.gguf")
-    assert tokenizer.pre_tokenizer is None
 
 
 def test_tokens_are_counted_without_the_files_cutting_and_padding(tmp_path: Path) -> None:

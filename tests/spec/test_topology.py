@@ -258,6 +258,7 @@ def test_everything_about_backbones_at_once(tmp_path: Path, golden: Callable[...
         "links:\n",
         '  third: {backbone: gone, prompt: "{{ question }}"}\nlinks:\n  third -> solver: {}\n',
     ).replace("with {{", "{{ latent.third }} with {{")
+    text += "build: {target: tensorrt}\n"
     with pytest.raises(RecmasError) as refused:
         topology(text, tmp_path)
     golden(f"{refused.value}\n".replace(str(tmp_path), "TMP"))

@@ -30,6 +30,11 @@ FIELDS = (
     "intermediate_size",
     "keep_window_size",
     "kv_lora_rank",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_value_head_dim",
     "max_position_embeddings",
     "max_window_layers",
     "multi_query",
@@ -79,8 +84,13 @@ FURTHER_NAMES = {
     "llama4_text": {"sliding_window": "attention_chunk_size"},
     "mpt": {"max_position_embeddings": "max_seq_len"},
 }
+# Models that see, whose text model has no causal class: it runs with the head of the whole.
+SEEING = ("glm4v", "glm4v_moe", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 # What the code of families that keep a state in some of their layers names.
-STATE_NAMES = ("causal_conv1d", "Rglru", "rwkv", "mLSTM", "LightningAttention")
+STATE_NAMES = (
+    *("selective_scan", "mamba_chunk_scan", "kda"),
+    *("Rglru", "rwkv", "mLSTM", "LightningAttention"),
+)
 MANY_LAYERS = 61  # prime: no cycle ends with the last layer, which some families make another type
 LONGEST_CYCLE = 12
 
@@ -88,12 +98,17 @@ LONGEST_CYCLE = 12
 def all_defaults() -> dict[str, dict[str, Any]]:
     """Return by model type what its config class fills in, sorted; values of None are left out."""
     models = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    classes = {name: CONFIG_MAPPING[name] for name in models}
+    classes = {name: CONFIG_MAPPING[name] for name in (*models, *SEEING)}
     for outer in list(classes.values()):
         text = outer.sub_configs.get("text_config")
         if text not in (None, AutoConfig):  # that one stands for any type
             classes[text.model_type] = text
-    return {name: _defaults(classes[name]) | _code(models.get(name)) for name in sorted(classes)}
+    seeing = {classes[name].sub_configs["text_config"].model_type for name in SEEING}
+    return {
+        name: _defaults(classes[name]) | ({} if name in seeing else _code(models.get(name)))
+        for name in sorted(classes)
+        if name not in SEEING or name in models
+    }
 
 
 def table_text() -> str:
@@ -134,6 +149,11 @@ def _code(model_name: str | None) -> dict[str, str]:
     model_class = getattr(transformers, model_name)
     found = {} if model_name.endswith("ForCausalLM") else {"causal_class": model_name}
     source = inspect.getsource(sys.modules[model_class.__module__])
+    declared = {field.name: field.default for field in fields(model_class.config_class)}
+    # Those of encoders and of decoders that read what an encoder made of another text.
+    is_of_encoders = "is_decoder" in declared or declared.get("is_encoder_decoder") is True
+    if is_of_encoders and "encoder_hidden_states" in source:
+        return found | {"code": "encoder"}
     if any(name in source for name in STATE_NAMES):
         return found | {"code": "state"}
     return found

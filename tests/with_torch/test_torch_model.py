@@ -219,8 +219,10 @@ def test_only_the_text_model_of_a_seeing_model_is_used(tmp_path: Path) -> None:
     seeing = Gemma3ForConditionalGeneration(config)
     seeing.model.language_model.load_state_dict(text.model.state_dict())
     seeing.save_pretrained(tmp_path)
+    layers = uniform_layers(4, heads=2, key_width=16)
     backbone = load_backbone(
-        facts_of(tmp_path, vocab_size=text.config.vocab_size), progress=Silent()
+        facts_of(tmp_path, vocab_size=text.config.vocab_size, num_layers=4, layers=layers),
+        progress=Silent(),
     )
     assert sum(p.numel() for p in backbone.model.parameters()) == text.num_parameters()
     ids = torch.tensor([[9, 8, 7, 6, 5, 4, 3, 2, 12, 13, 14]])

@@ -140,7 +140,7 @@ def _numbers(width: int, *, seed: int = 0) -> Array:
     Not larger ones: ONNX Runtime's sigmoid is never below 1e-8, which they would show.
     """
     rows = np.random.default_rng(seed).standard_normal((12, width))
-    return (rows * np.repeat([0.1, 1, 3, 5], 3)[:, None]).astype(np.float32)
+    return np.asarray(rows * np.repeat([0.1, 1, 3, 5], 3)[:, None], np.float32)
 
 
 def _is_same(found: Array, expected: NDArray[Any]) -> bool:

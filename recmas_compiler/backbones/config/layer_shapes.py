@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recmas_compiler.backbones.config.state_shapes import count, state_shapes
 from recmas_runtime.formats.layers import LayerShape, RowsShape
 
 
@@ -29,53 +30,49 @@ def layer_shapes(
         num_kv_heads: Key/value heads where nothing else is said.
         head_dim: Their width, likewise.
     """
-    if _count(values, "kv_lora_rank"):
+    if count(values, "kv_lora_rank"):
         # Latent attention: keys and values are expanded before they are kept, a head for each query
         # head. A part of the key is rotated, the other is not.
-        width = _count(values, "qk_nope_head_dim") + _count(values, "qk_rope_head_dim")
+        width = count(values, "qk_nope_head_dim") + count(values, "qk_rope_head_dim")
         every = RowsShape(
             heads=num_heads,
             key_width=width or head_dim,
-            value_width=_count(values, "v_head_dim") or head_dim,
+            value_width=count(values, "v_head_dim") or head_dim,
         )
         return tuple(LayerShape(rows=every) for _ in attention)
     usual = RowsShape(
         heads=num_kv_heads,
         key_width=head_dim,
-        value_width=_count(values, "v_head_dim") or head_dim,
+        value_width=count(values, "v_head_dim") or head_dim,
     )
     shapes = {"full": _full(values, usual), "sliding": _sliding(values, usual)}
     # The last layers of some models attend over the rows of an earlier one.
-    num_own = len(attention) - _count(values, "num_kv_shared_layers")
+    num_own = len(attention) - count(values, "num_kv_shared_layers")
+    states = state_shapes(values) if "linear" in attention else ()
     return tuple(
-        LayerShape(rows=shapes.get(kind) if i < num_own else None)
+        LayerShape(
+            rows=shapes.get(kind) if i < num_own else None,
+            states=states if kind == "linear" else (),
+        )
         for i, kind in enumerate(attention)
     )
 
 
 def _full(values: Mapping[str, Any], usual: RowsShape) -> RowsShape:
     """Return the rows of layers that attend to everything, where sliding ones have other heads."""
-    width = _count(values, "global_head_dim")
+    width = count(values, "global_head_dim")
     if not width:
         return usual
     heads = usual.heads
     if values.get("attention_k_eq_v") is True:
-        heads = _count(values, "num_global_key_value_heads") or heads
+        heads = count(values, "num_global_key_value_heads") or heads
     return RowsShape(heads=heads, key_width=width, value_width=width)
 
 
 def _sliding(values: Mapping[str, Any], usual: RowsShape) -> RowsShape:
-    key_width = _count(values, "swa_head_dim") or usual.key_width
+    key_width = count(values, "swa_head_dim") or usual.key_width
     return RowsShape(
-        heads=_count(values, "swa_num_key_value_heads") or usual.heads,
+        heads=count(values, "swa_num_key_value_heads") or usual.heads,
         key_width=key_width,
-        value_width=_count(values, "swa_v_head_dim") or usual.value_width,
+        value_width=count(values, "swa_v_head_dim") or usual.value_width,
     )
-
-
-def _count(values: Mapping[str, Any], name: str) -> int:
-    """Return an entry that is a number of things, 0 where it is none."""
-    found = values.get(name)
-    if not isinstance(found, int) or isinstance(found, bool):
-        return 0
-    return max(found, 0)

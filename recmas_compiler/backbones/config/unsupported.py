@@ -20,6 +20,7 @@ _NOT_TRACED: Final[Mapping[str, str]] = {
 }
 
 _CODE: Final[Mapping[str, str]] = {
+    "encoder": "is an encoder, or reads what an encoder made of another text",
     "state": "keeps a state instead of a cache of positions in some or all of its layers",
     "no causal class": "has no causal class of its own in transformers",
 }

@@ -21,7 +21,8 @@ def body_of(model: Any) -> Any:
     """
     found = model.get_decoder()
     if isinstance(found, PreTrainedModel) and found is not model:
-        return found
+        # of a model that also sees it is the whole language model, in some families with its head
+        return found if found.get_output_embeddings() is None else body_of(found)
     return next(child for child in model.children() if isinstance(child, PreTrainedModel))
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from recmas_runtime.core.errors import Problem, RecmasError
+from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.formats.manifest import BackboneEntry
 
 Floats = NDArray[np.float32]
@@ -44,6 +44,15 @@ class OutOfMemoryError(RecmasError):
         return made
 
 
+def keeps_rows_only(engine: str) -> RecmasError:
+    """Return RM203 for an engine whose caches have no layer states."""
+    return fail(
+        "RM203",
+        f"{engine} goes back to no layer states, which this backbone keeps",
+        hint="Run it on ONNX Runtime: device `cpu` or `cuda`.",
+    )
+
+
 class KeyValueRows(Protocol):
     """The keys and values of R sequences, each with room for `capacity` positions."""
 
@@ -66,6 +75,17 @@ class KeyValueRows(Protocol):
         """Return copies on the host, in the order of `formats.layers.cache_tensors`.
 
         Keys and values are [n, H, positions, D]; states are whole.
+        """
+
+    def save_states(self) -> Any:
+        """Return a copy of the layer states of all sequences, for `restore_states`."""
+
+    def restore_states(self, saved: Any, rows: Mapping[int, int]) -> None:
+        """Overwrite the layer states of some sequences; their keys and values stay.
+
+        Args:
+            saved: What `save_states` of a cache of this backbone gave.
+            rows: By sequence of this cache, the one whose states it takes.
         """
 
 
@@ -105,10 +125,12 @@ class Backbone(Protocol[CacheT]):
         """Run S positions of every sequence through the backbone and extend the cache.
 
         Args:
-            cache: Is written at `write_index .. write_index + S`.
+            cache: Is written at `write_index .. write_index + S`. States go on from where they are,
+                but for sequences that begin.
             inputs_embeds: [R, S, d]; what lies after a sequence's last real position is ignored.
-            write_index: [R], the position of each sequence's first input.
-            last_index: [R], each sequence's last real input, counted within S.
+            write_index: [R], the position of each sequence's first input; 0 begins it anew.
+            last_index: [R], each sequence's last real input, counted within S; -1 for a sequence
+                that has none: its state stays as it is.
             inner: Of G groups with R = G * B.
 
         Returns:

@@ -92,7 +92,8 @@ class BackboneEngine:
     def _run_step(self, cache: Cache) -> None:
         """Run a step, once more without graphs where they are refused.
 
-        That is safe: a step reads nothing that it writes, but for the cache row it writes again.
+        That is safe: a step reads nothing that it writes, but for the cache row it writes again,
+        and only one that has succeeded makes its states those that are read next.
         """
         try:
             cache.run_step()
@@ -139,6 +140,7 @@ class BackboneEngine:
         rows, positions, width = inputs_embeds.shape
         assert rows == cache.rows, f"{rows} rows in a cache of {cache.rows}"
         assert int(write_index.max()) + positions <= cache.capacity, "cache overflow"
+        cache.begin(np.flatnonzero(write_index == 0).tolist())
         if not self._takes_batches and rows > 1 and positions > 1 and write_index.any():
             return self._forward_by_row(cache, inputs_embeds, write_index, last_index, inner)
         cache.bind_inner(inner)
@@ -166,11 +168,13 @@ class BackboneEngine:
         last_index: Indices,
         inner: Operands,
     ) -> tuple[Floats, Floats, Floats]:
-        """Run each sequence by itself, up to its last real input."""
+        """Run each sequence by itself, up to its last real input; one without any is left alone."""
         rows_per_group = len(inputs_embeds) // len(inner["w1"])
         hidden = np.zeros_like(inputs_embeds)
         last = np.zeros((2, len(inputs_embeds), 1, inputs_embeds.shape[2]), np.float32)
         for row, end in enumerate((last_index + 1).tolist()):
+            if end == 0:
+                continue
             group, one = row // rows_per_group, slice(row, row + 1)
             hidden[one, :end], last[0, one], last[1, one] = self.forward(
                 cache.of_row(row),
@@ -179,6 +183,7 @@ class BackboneEngine:
                 last_index[one],
                 {name: operand[group : group + 1] for name, operand in inner.items()},
             )
+        cache.have_run(paused=np.flatnonzero(last_index < 0).tolist())
         return hidden, last[0], last[1]
 
     def rollout(

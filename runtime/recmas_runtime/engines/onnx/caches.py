@@ -115,6 +115,16 @@ class DeviceArray:
         assert self._host is not None, "parts of a device's buffer have no handle"
         return DeviceArray(self._host[start:stop], self.kind, self._memory)
 
+    def clear_rows(self, rows: Sequence[int]) -> None:
+        """Fill some rows of a buffer [R, ...] with zeros."""
+        if len(rows) == self.shape[0]:
+            self.write(0)
+            return
+        array = self.numpy()
+        array[list(rows)] = 0
+        if self._host is None:
+            self.write(array)
+
     def move(self, rows: Sequence[int], part: Part) -> None:
         """Move a part of rows of a buffer [R, ...] to its beginning.
 
@@ -130,6 +140,20 @@ class DeviceArray:
         """Take a part of rows of a buffer [R, ...], in this order."""
         array = self.numpy()
         array[(slice(None), *part)] = source.numpy()[list(rows)][(slice(None), *part)]
+        if self._host is None:
+            self.write(array)
+
+    def take_rows(self, source: DeviceArray, rows: Mapping[int, int]) -> None:
+        """Overwrite some rows of a buffer [R, ...] with rows of another.
+
+        Where all rows keep their places, nothing leaves the device.
+        """
+        keep_places = rows == {place: place for place in range(self.shape[0])}
+        if keep_places and source.shape == self.shape:
+            self.copy(source)
+            return
+        array = self.numpy()
+        array[list(rows)] = source.numpy()[list(rows.values())]
         if self._host is None:
             self.write(array)
 
@@ -188,15 +212,16 @@ def ort_value(array: NDArray[Any], kind: str) -> Any:
 
 
 class Cache:
-    """Key/value rows of R sequences and the bindings to them.
+    """What layers keep of R sequences, and the bindings to it.
 
-    The cache is written in place: input and output of the graph are the same buffer. Rows at and
-    beyond a sequence's write index are never read, so forgetting is only a smaller write index.
-    The rows are made here, unless `layers` has them by name.
+    Rows are written in place: input and output of the graph are the same buffer. Rows at and beyond
+    a sequence's write index are never read, so forgetting is only a smaller write index. A state is
+    read while the next one is made, so it has two buffers, which change places with every call. All
+    are made here, unless `stores` has them by name: for each turn those that a call reads.
 
-    There are two bindings. A call of one position has all its buffers at fixed addresses, so
-    nothing is bound again from step to step and a CUDA graph of it can be replayed. A call of more
-    positions binds what depends on their number.
+    There are two bindings for each turn. A call of one position has all its buffers at fixed
+    addresses, so nothing is bound again from step to step and a CUDA graph of it can be replayed. A
+    call of more positions binds what depends on their number.
     """
 
     def __init__(
@@ -207,49 +232,93 @@ class Cache:
         *,
         rows: int,
         capacity: int,
-        layers: Mapping[str, DeviceArray] | None = None,
+        stores: Sequence[Mapping[str, DeviceArray]] | None = None,
     ) -> None:
         self.rows = rows
         self.capacity = capacity
         self._entry = entry
         self._memory = memory
         self._of_row: dict[int, Cache] = {}
-        kinds = {value.name: value.type for value in session.get_inputs()}
         self._tensors = cache_tensors(entry.layers)
-        self._layers = layers or {
-            t.name: memory.zeros(t.whole(rows, capacity), kinds[t.name]) for t in self._tensors
-        }
+        self._states = [tensor.name for tensor in self._tensors if tensor.is_state]
+        if stores is None:
+            kinds = {value.name: value.type for value in session.get_inputs()}
+            first, second = (
+                {
+                    t.name: memory.zeros(t.whole(rows, capacity), kinds[t.name])
+                    for t in self._tensors
+                    if t.is_state or is_first
+                }
+                for is_first in (True, False)
+            )
+            stores = (first, first | second) if self._states else (first,)
+        self._stores = stores
+        self._turn = 0
         row = (rows, 1, entry.width)
         self.write_index = memory.zeros((rows,), "tensor(int64)")
         self.last_index = memory.zeros((rows,), "tensor(int64)")
         self.embeds, self.thought, self.next_embeds = (memory.zeros(row) for _ in range(3))
         self._inner: Operands | None = None
         self._operands: dict[str, DeviceArray] = {}
-        self._options = run_options(NO_GRAPH)
-        self.num_bytes = sum(store.num_bytes for store in self._layers.values())
+        self._options = [run_options(NO_GRAPH) for _ in stores]
+        self.num_bytes = sum(store.num_bytes for store in self._all_stores())
         self.bind_to(session)
 
     def bind_to(self, session: onnxruntime.InferenceSession) -> None:
         """Call this session from now on, over the same buffers."""
         self.session = session
-        self._step, self._call = session.io_binding(), session.io_binding()
-        for binding in (self._step, self._call):
-            for name, store in self._layers.items():
-                store.bind_input(binding, name)
-                store.bind_output(binding, f"present_{name}")
+        self._steps, self._calls = (
+            [session.io_binding() for _ in self._stores] for _ in ("step", "call")
+        )
+        for binding in (*self._steps, *self._calls):
             for name, operand in self._operands.items():
                 operand.bind_input(binding, f"inner.{name}")
             self.write_index.bind_input(binding, "write_index")
             self.last_index.bind_input(binding, "last_index")
             self.thought.bind_output(binding, "thought")
             self.next_embeds.bind_output(binding, "next_embeds")
-        self.embeds.bind_input(self._step, "inputs_embeds")
+        for turn, read in enumerate(self._stores):
+            written = self._stores[self._after(turn)]
+            for binding in (self._steps[turn], self._calls[turn]):
+                for name in read:
+                    read[name].bind_input(binding, name)
+                    written[name].bind_output(binding, f"present_{name}")
+            self.embeds.bind_input(self._steps[turn], "inputs_embeds")
+
+    @property
+    def _layers(self) -> Mapping[str, DeviceArray]:
+        """What the next call reads."""
+        return self._stores[self._turn]
+
+    def _after(self, turn: int) -> int:
+        return (turn + 1) % len(self._stores)
+
+    def _all_stores(self) -> list[DeviceArray]:
+        first, *others = self._stores
+        return [*first.values(), *(store[name] for store in others for name in self._states)]
+
+    def begin(self, rows: Sequence[int]) -> None:
+        """Let sequences begin anew: rows are written over, but states would go on."""
+        for name in self._states:
+            self._layers[name].clear_rows(rows)
 
     def of_row(self, row: int) -> Cache:
-        """Return one sequence's rows as a cache of its own, over the same memory."""
+        """Return one sequence's rows as a cache of its own, over the same memory.
+
+        Call `have_run` when each was run once.
+        """
         if row not in self._of_row:
             self._of_row[row] = self._part(row, row + 1)
+        self._of_row[row]._turn = self._turn
         return self._of_row[row]
+
+    def have_run(self, paused: Sequence[int]) -> None:
+        """Go on behind one call of each sequence by itself, but for those that had none."""
+        read, written = self._layers, self._stores[self._after(self._turn)]
+        for row in paused:
+            for name in self._states:
+                written[name].part(row, row + 1).copy(read[name].part(row, row + 1))
+        self._turn = self._after(self._turn)
 
     def narrowed(self, rows: Sequence[int], positions: int) -> Cache | None:
         """Move the first positions of some sequences to the beginning; return a cache of those.
@@ -267,18 +336,26 @@ class Cache:
         return self._part(0, len(rows))
 
     def _part(self, start: int, stop: int) -> Cache:
-        return Cache(
+        first, *others = self._stores
+        parts = {name: store.part(start, stop) for name, store in first.items()}
+        stores = [parts]
+        for store in others:
+            states = {name: store[name].part(start, stop) for name in self._states}
+            stores.append(parts | states)
+        made = Cache(
             self.session,
             self._entry,
             self._memory,
             rows=stop - start,
             capacity=self.capacity,
-            layers={name: store.part(start, stop) for name, store in self._layers.items()},
+            stores=stores,
         )
+        made._turn = self._turn
+        return made
 
     def clear(self) -> None:
         """Forget everything: what an earlier user left behind cannot reach a later one."""
-        for store in self._layers.values():
+        for store in self._all_stores():
             store.write(0)
 
     def copy_rows(self, source: Any, rows: Sequence[int], positions: int) -> None:
@@ -304,6 +381,21 @@ class Cache:
             for tensor in self._tensors
         ]
 
+    def save_states(self) -> dict[str, DeviceArray]:
+        """Return a copy of the states of all sequences; it stays on the device."""
+        saved: dict[str, DeviceArray] = {}
+        for tensor in self._tensors:
+            if tensor.is_state:
+                store = self._layers[tensor.name]
+                saved[tensor.name] = self._memory.zeros(store.shape, store.kind)
+                saved[tensor.name].copy(store)
+        return saved
+
+    def restore_states(self, saved: Mapping[str, DeviceArray], rows: Mapping[int, int]) -> None:
+        """Overwrite the states of some sequences with saved ones."""
+        for name, states in saved.items():
+            self._layers[name].take_rows(states, rows)
+
     def bind_inner(self, inner: Operands) -> None:
         """Bind the inner links' operands; nothing happens if they are bound already."""
         if self._inner is inner:
@@ -315,20 +407,24 @@ class Cache:
                 continue
             kind = "tensor(bool)" if array.dtype == np.bool_ else "tensor(float)"
             self._operands[name] = operand = self._memory.hold(array, kind)
-            for binding in (self._step, self._call):
+            for binding in (*self._steps, *self._calls):
                 operand.bind_input(binding, f"inner.{name}")
             # A CUDA graph remembers addresses, so one that knows others must not be replayed.
-            self._options = run_options(next(_GRAPH_IDS))
+            self._options = [run_options(next(_GRAPH_IDS)) for _ in self._stores]
 
     def run_step(self) -> None:
         """Run one position: reads `embeds`, writes `thought` and `next_embeds`."""
-        call_onnx(self.session.run_with_iobinding, self._step, self._options)
+        turn = self._turn
+        call_onnx(self.session.run_with_iobinding, self._steps[turn], self._options[turn])
+        self._turn = self._after(turn)
 
     def run_call(self, embeds: DeviceArray, hidden: DeviceArray) -> None:
         """Run the positions in `embeds` [R, S, d]; writes `hidden` [R, S, d] besides."""
-        embeds.bind_input(self._call, "inputs_embeds")
-        hidden.bind_output(self._call, "hidden")
-        call_onnx(self.session.run_with_iobinding, self._call, run_options(NO_GRAPH))
+        call = self._calls[self._turn]
+        embeds.bind_input(call, "inputs_embeds")
+        hidden.bind_output(call, "hidden")
+        call_onnx(self.session.run_with_iobinding, call, run_options(NO_GRAPH))
+        self._turn = self._after(self._turn)
 
 
 def part_of(tensor: CacheTensor, positions: int) -> Part:

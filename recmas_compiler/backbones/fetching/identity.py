@@ -31,6 +31,16 @@ def folder_identity(files: Sequence[Path]) -> str:
     return _identity(tuple(sorted((path, _stamp(path)) for path in files)))
 
 
+def file_identity(path: Path) -> str:
+    """Return a digest of one file by its size and content, equal for copies of any name."""
+    return _file_identity(path, _stamp(path))
+
+
+@lru_cache(maxsize=64)
+def _file_identity(path: Path, stamp: tuple[int, ...]) -> str:
+    return f"file:{_content(path)[:40]}"
+
+
 @lru_cache(maxsize=64)
 def _identity(stamped: tuple[tuple[Path, tuple[int, ...]], ...]) -> str:
     digest = hashlib.sha256()

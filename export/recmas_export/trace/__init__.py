@@ -1,0 +1,1 @@
+"""What models are given while they are traced, in the places where transformers lets one."""

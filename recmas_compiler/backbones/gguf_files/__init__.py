@@ -1,0 +1,1 @@
+"""GGUF files of llama.cpp's: what they say, the tokenizer they describe, their weights."""
