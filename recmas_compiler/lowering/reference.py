@@ -25,6 +25,7 @@ from recmas_compiler.lowering.materialize import materialize_links
 from recmas_compiler.lowering.plan import agent_plan, build_plan
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_runtime.core.progress import Progress, Silent
+from recmas_runtime.formats.layers import has_states
 from recmas_runtime.formats.plan import (
     DecodeStep,
     PrefillStep,
@@ -272,7 +273,11 @@ class TorchSystem(ProgramModule):
         embeds_1TD = torch.cat(pieces_TD)[None]
         prefix = prompt.leading_ids
         cache, kept = DynamicCache(), 0
-        if step.reuse_prefix:
+        if has_states(backbone.facts.layers):
+            # They cannot be cropped, and a copy of them would be one more thing to trust. The kinds
+            # of its layers make the cache one that has states.
+            cache = DynamicCache(config=backbone.body.config)
+        elif step.reuse_prefix:
             sequence = state.sequences[agent]
             # The last position always runs: its hidden state is what comes next.
             kept = min(common_prefix(sequence.prefix, prefix), embeds_1TD.shape[1] - 1)

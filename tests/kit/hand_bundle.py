@@ -402,15 +402,19 @@ def _save(
 def _write_parity(root: Path, tokenizer: Tokenizer, width: int) -> None:
     table = np.eye(width, dtype=np.float32)
     digit, letter = (tokenizer.token_to_id(c) for c in "1b")
-    embeds = table[[digit, 1, 2, 3, 4]][None]  # begins with the greedy prompt
-    chunks = np.array([3, 1, 1], np.int64)
+    first = [digit, 1, 2, 3, 4]  # begins with the greedy prompt
+    again = [7, 8, 9, 10]
+    # Of the two rows the second has less in each of the calls that have more than one position.
     write_tensors(
         root / "parity/one.safetensors",
         {
-            "inputs_embeds": embeds,
-            "chunks": chunks,
-            "hidden": embeds,
-            "thought_next": table[[2, 3, 4]][:, None],
+            "inputs_embeds": table[first][None],
+            "lengths": np.array([(2, 1), (2, 1), (1, 1)], np.int64),
+            "hidden": table[first][None],
+            "feedback_embeds": table[again][None],
+            "feedback_lengths": np.array([(3, 2), (1, 1)], np.int64),
+            "feedback_hidden": table[[again, again]],
+            "thought_next": table[[(1, digit), (3, 1), (4, 2), (9, 8), (10, 9)]],
             "logits_hidden": table[[digit]],
             "logits": table[[letter]],
             "greedy_prompt": np.array([digit], np.int64),

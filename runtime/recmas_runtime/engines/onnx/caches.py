@@ -143,6 +143,20 @@ class DeviceArray:
         if self._host is None:
             self.write(array)
 
+    def take_rows(self, source: DeviceArray, rows: Mapping[int, int]) -> None:
+        """Overwrite some rows of a buffer [R, ...] with rows of another.
+
+        Where all rows keep their places, nothing leaves the device.
+        """
+        keep_places = rows == {place: place for place in range(self.shape[0])}
+        if keep_places and source.shape == self.shape:
+            self.copy(source)
+            return
+        array = self.numpy()
+        array[list(rows)] = source.numpy()[list(rows.values())]
+        if self._host is None:
+            self.write(array)
+
     def numpy(self) -> NDArray[Any]:
         """Return the contents: with shared memory the buffer itself, else a copy."""
         if self._host is not None:
@@ -366,6 +380,21 @@ class Cache:
             ]
             for tensor in self._tensors
         ]
+
+    def save_states(self) -> dict[str, DeviceArray]:
+        """Return a copy of the states of all sequences; it stays on the device."""
+        saved: dict[str, DeviceArray] = {}
+        for tensor in self._tensors:
+            if tensor.is_state:
+                store = self._layers[tensor.name]
+                saved[tensor.name] = self._memory.zeros(store.shape, store.kind)
+                saved[tensor.name].copy(store)
+        return saved
+
+    def restore_states(self, saved: Mapping[str, DeviceArray], rows: Mapping[int, int]) -> None:
+        """Overwrite the states of some sequences with saved ones."""
+        for name, states in saved.items():
+            self._layers[name].take_rows(states, rows)
 
     def bind_inner(self, inner: Operands) -> None:
         """Bind the inner links' operands; nothing happens if they are bound already."""
