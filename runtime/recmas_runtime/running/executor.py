@@ -210,12 +210,11 @@ class Execution:
         lengths = [len(row) for row in embeds]
         source = (other or sequences) if step.prefix_from is not None else sequences
         stops = self._snapshots.stops(step, leading, lengths)
-        saved = self._snapshots.beginnings(step, source, leading, lengths, stops)
-        sequences.begin(saved, source)
+        sequences.begin(self._snapshots.take(step, source, leading, lengths, stops), source)
         sequences.prefixes = list(leading)
-        kept = sequences.lengths.tolist()
-        self._snapshots.keep(step, sequences.prefill(embeds, kept, stops))
-        return list(kept)
+        kept: list[int] = sequences.lengths.tolist()
+        self._snapshots.keep(sequences.prefill(embeds, kept, stops))
+        return kept
 
     def _received(
         self, step: PrefillStep, agent: str, b: int
