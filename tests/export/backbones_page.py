@@ -1,4 +1,4 @@
-"""docs/backbones.md: which model types run, made from the zoo, its figures and the check of configs.
+"""docs/backbones.md: which model types run, from the zoo, its figures and the check of configs.
 
 `python tests/export/backbones_page.py` writes it; a test holds it against all three.
 """
@@ -44,8 +44,8 @@ _HEAD: Final = """
 |---|---|---|---|
 """
 
-_ENCODERS: Final = """Encoders, and decoders that read what an encoder made of another text, are refused
-whatever of them would run:"""
+_ENCODERS: Final = """Encoders, and decoders that read what an encoder made of another
+text, are refused whatever of them would run:"""
 
 _END: Final = """
 ## A token's own inputs
@@ -65,14 +65,31 @@ border, which is `original_max_position_embeddings`; HunYuan's `dynamic` with `a
 
 ## Experts
 
-Mixtures of experts run in the portable form of transformers (`batched_mm`): for every token the
-weights of the experts that it takes are copied, in every layer. That is what a step reads anyway.
-A prompt needs that memory for all its tokens at once, which `recmasc plan` counts; how long it
-takes has not been measured. Experts are not quantized: with `precision: int8` or `int4`
-they are stored as numbers in the backbone's `dtype`, and the rest of the model in blocks.
+An expert layer is traced through transformers' experts interface, whatever its router, and written
+in two forms that read the same bytes:
 
-Attention sinks are computed with standard operators, so such models have no decoder of their own
-for the CPU. Neither have those with attention code of their own.
+- **On a CPU** one operator of ONNX Runtime, `MoE`, or `QMoE` where weights are in blocks of
+  integers. It knows gates of the kind `g * sigmoid(alpha g) * (u + beta)`, with limits and biases
+  (SwiGLU, gpt-oss), and ReLU, SiLU and tanh-GELU without a gate; which one a model has is computed,
+  not read off its code. Layers with another activation, or a norm behind each expert, take the
+  other form.
+- **Elsewhere** standard operators: few positions look up the matrices of the experts that they
+  take, and copy those; with more, a `Scan` goes through the experts, each with the positions that
+  take it, and copies none. Engines of TensorRT have the lookup alone, which a long prompt of a
+  large model has no memory for.
+
+`precision: int8` and `int4` hold experts in blocks, in both forms, where the model's width and the
+experts' are multiples of 32; otherwise experts stay numbers. What chooses experts is never rounded,
+and experts are rounded to the nearest number: they have no compensated rounding. With other
+operators than `QMoE`, 8-bit and 4-bit matrices are widened before they are multiplied.
+`recmasc plan` counts all experts, a step's floor those that a position takes. A build holds the
+first matrices of all experts twice while it works. ONNX Runtime before 1.31 runs `QMoE` slower than
+float32, and opens no bundle with it that was built with a later version.
+
+GPT-OSS is published in MXFP4, which `check` refuses by name: take a bfloat16 copy. Attention sinks
+are computed with standard operators, so such
+models have no decoder of their own for the CPU; neither have those with attention code of their
+own.
 """
 
 

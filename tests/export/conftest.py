@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 
-import json
-
 import pytest
 
-from kit.engines import Exported, export_tiny
 from backbones_page import FIGURES
+from kit.engines import Exported, export_tiny
 from kit.files import MadeOnce
 from kit.fixtures import one_thread
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from backbones_page import PAGE, page_text
+from kit.broken_graphs import behind_kept_rows, change_graph, over_other_rows
 from kit.engines import Exported, identity_link, make_engine, random_ids, relative
 from kit.measured import largest_difference
 from kit.models import load_folder
@@ -54,16 +56,7 @@ def test_products_with_biases_are_quantized(tmp_path: Path) -> None:
 
 def test_a_case_sees_what_goes_wrong_between_rows(tmp_path: Path) -> None:
     """A norm whose epsilon is lost is right for every row alone: only what is filled up is not."""
-    backbone = load_folder(write_zoo_model(tmp_path / "model", "helium"))
-    export_backbone(backbone, tmp_path / "graphs", decoders=())
-    inner = identity_link(backbone.facts.width)
-    parity_case = make_case(backbone, inner=torch.nn.Identity())
-
-    def largest() -> float:
-        case = Exported(backbone, tmp_path / "graphs", was_changed=False)
-        parity = measure_backbone_parity(make_engine(case), parity_case, inner)
-        return parity.figures["hidden_relative"]
-
+    largest = measured(tmp_path, "helium")
     assert largest() < TIGHT
     model = onnx.load(tmp_path / "graphs" / DECODER, load_external_data=False)
     norms = [node for node in model.graph.node if node.op_type == "RMSNormalization"]
@@ -73,6 +66,43 @@ def test_a_case_sees_what_goes_wrong_between_rows(tmp_path: Path) -> None:
         epsilon.f = 0.0
     onnx.save(model, tmp_path / "graphs" / DECODER)
     assert largest() == float("inf")
+
+
+@pytest.mark.parametrize("spoil", [behind_kept_rows, over_other_rows])
+def test_a_case_sees_writes_that_go_wrong(
+    tmp_path: Path, spoil: Callable[[onnx.GraphProto], None]
+) -> None:
+    largest = measured(tmp_path, "llama")
+    assert largest() < TIGHT
+    change_graph(tmp_path / "graphs" / DECODER, spoil)
+    assert largest() > 1e3 * TOLERANCES["hidden_relative"]
+
+
+def test_a_case_goes_past_a_window_that_can_be_reached(tmp_path: Path) -> None:
+    backbone = load_folder(write_zoo_model(tmp_path / "model", "mistral"))
+    window = backbone.facts.sliding_window
+    assert window is not None
+    within, beyond = (
+        make_case(backbone, inner=torch.nn.Identity(), capacity=capacity)["lengths"]
+        for capacity in (window, window + 1)
+    )
+    assert within[0].tolist() == [24, 12]
+    assert beyond[0].tolist() == [24 + window, 12 + window]
+    assert within[1:].tolist() == beyond[1:].tolist()
+
+
+def measured(root: Path, name: str) -> Callable[[], float]:
+    """Export a backbone; return what gives its case's largest difference as its graphs are then."""
+    backbone = load_folder(write_zoo_model(root / "model", name))
+    export_backbone(backbone, root / "graphs", decoders=())
+    inner = identity_link(backbone.facts.width)
+    case = make_case(backbone, inner=torch.nn.Identity())
+
+    def largest() -> float:
+        engine = make_engine(Exported(backbone, root / "graphs", was_changed=False))
+        return measure_backbone_parity(engine, case, inner).figures["hidden_relative"]
+
+    return largest
 
 
 def test_a_step_reads_the_experts_that_it_takes(tmp_path: Path) -> None:

@@ -454,16 +454,29 @@ def _save(
 def _write_parity(root: Path, tokenizer: Tokenizer, width: int, *, trace: float) -> None:
     table = np.eye(width, dtype=np.float32)
     digit, letter = (tokenizer.token_to_id(c) for c in "1b")
-    embeds = table[[digit, 1, 2, 3, 4]][None]  # begins with the greedy prompt
-    chunks = np.array([3, 1, 1], np.int64)
-    hidden = embeds + np.float32(trace) * embeds.cumsum(axis=1)
+    first = [digit, 1, 2, 3, 4]  # begins with the greedy prompt
+    again = [7, 8, 9, 10]
+    # Of the two rows the second has less in each of the calls that have more than one position.
+    lengths = np.array([(2, 1), (2, 1), (1, 1)], np.int64)
+    feedback_lengths = np.array([(3, 2), (1, 1)], np.int64)
+
+    def read(tokens: list[int]) -> np.ndarray:
+        """Return the hidden states of tokens, each with a trace of all up to it."""
+        return table[tokens] + np.float32(trace) * table[tokens].cumsum(axis=0)
+
+    hidden = read(first)
+    feedback = np.stack([read([*first[:kept], *again])[kept:] for kept in lengths[0]])
+    ends, feedback_ends = (n.cumsum(axis=0) - 1 for n in (lengths, feedback_lengths))
     write_tensors(
         root / "parity/one.safetensors",
         {
-            "inputs_embeds": embeds,
-            "chunks": chunks,
-            "hidden": hidden,
-            "thought_next": hidden[0, [2, 3, 4]][:, None],
+            "inputs_embeds": table[first][None],
+            "lengths": lengths,
+            "hidden": hidden[None],
+            "feedback_embeds": table[again][None],
+            "feedback_lengths": feedback_lengths,
+            "feedback_hidden": feedback,
+            "thought_next": np.concatenate([hidden[ends], feedback[[0, 1], feedback_ends]]),
             "logits_hidden": table[[digit]],
             "logits": table[[letter]],
             "greedy_prompt": np.array([digit], np.int64),
