@@ -19,8 +19,8 @@ from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.engines.onnx.caches import CachePool, Memory
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.plan import DecodeStep, Plan, PrefillStep, ThinkStep
-from recmas_runtime.running.sequence_batch import SavedRow, SequenceBatch
 from recmas_runtime.running.system import System
+from recmas_runtime.sequences.sequence_batch import SavedRow, SequenceBatch
 
 QUESTIONS = ["7", "How many? 3", "1", "A much longer question than the others have, with 8"]
 
@@ -297,4 +297,4 @@ def test_inspect_tells_of_snapshots(bundle: Path, capsys: pytest.CaptureFixture[
     told = capsys.readouterr().out
     assert "prefill planner (first), save planner" in told
     assert "prefill planner (then), reuse prefix, restore planner" in told
-    assert "snapshots   2.10 kB per record" in told
+    assert "snapshots   2.08 kB per record" in told

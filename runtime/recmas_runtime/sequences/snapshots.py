@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from recmas_runtime.formats.plan import Plan, PrefillStep, slot_positions
-from recmas_runtime.prompts.render import Prompt, common_prefix
-from recmas_runtime.running.record_prompts import PromptSource, prompt_positions
-from recmas_runtime.running.sequence_batch import (
+from recmas_runtime.prompts.render import Prompt, PromptSource, common_prefix
+from recmas_runtime.sequences.sequence_batch import (
     MIN_SHARED_PREFIX_FRACTION,
     SavedRow,
     SequenceBatch,
@@ -135,7 +134,7 @@ class Snapshots:
         """Return the leading ids of a prompt that is still to come, and how long it is at least."""
         agent = step.agents[row // self.num_records]
         variant = step.variants[row // self.num_records]
-        length = prompt_positions(prompt, self._slots.get((agent, variant), {}))
+        length = prompt.num_positions(self._slots.get((agent, variant), {}))
         links = (self.plan.links[m.link] for m in step.messages if m.agent == agent)
         ids = prompt.leading_ids
         if any(link.carries == "text" for link in links):
