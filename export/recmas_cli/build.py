@@ -9,8 +9,19 @@ from pathlib import Path
 
 import click
 
-from recmas_cli.console import DUMP_IR, FILE, QUIET, SET, SPEC, Outcome, command, shown_progress
+from recmas_cli.console import (
+    DUMP_IR,
+    FILE,
+    OFFLINE,
+    QUIET,
+    SET,
+    SPEC,
+    Outcome,
+    command,
+    shown_progress,
+)
 from recmas_compiler.api import Program, build_bundle, load_and_compile
+from recmas_compiler.backbones.sources import BUILTINS
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.links.trained import has_trained_links, untrained_links
 from recmas_compiler.spec.spec import Spec, load_spec
@@ -48,6 +59,7 @@ from recmas_runtime.formats.precisions import TARGET_NAMES, TARGETS, buildable
     is_flag=True,
     help="Give trained links their untrained start instead, to compare with.",
 )
+@OFFLINE
 @DUMP_IR
 @QUIET
 @command
@@ -61,6 +73,7 @@ def build(
     precision: str | None,
     force: bool,
     untrained: bool,
+    offline: bool,
     quiet: bool,
 ) -> Outcome:
     """Export engines, check them against the reference, write a bundle."""
@@ -77,7 +90,9 @@ def build(
     wanted = load_spec(spec, overrides=overrides).document.build.target
     if TARGETS[wanted].machine_engines is not None:
         find_platform()  # before anything is fetched, loaded or exported
-    program = load_and_compile(spec, overrides, dump_ir=dump_ir, progress=progress, change=change)
+    program = load_and_compile(
+        spec, overrides, dump_ir=dump_ir, progress=progress, offline=offline, change=change
+    )
     name = program.graph.system.name
     folder = out if out is not None else Path("out") / (f"{name}-untrained" if untrained else name)
     program, built = build_bundle(
@@ -95,7 +110,7 @@ def build(
     load_s = _load_seconds(folder, progress)
     return Outcome(
         text=f"Bundle {folder} {how}.\n{engines}{_losses_note(built.parity, program)}"
-        f"{_trained_note(program)}{_parity_note(built.parity)}"
+        f"{_terms_note(program)}{_trained_note(program)}{_parity_note(built.parity)}"
         f"Size {human_bytes(size_bytes)}, loads in {load_s:.1f} s.\n"
         f"Next: {_run_command(folder, bundle.plan.fields)}",
         data={
@@ -139,6 +154,13 @@ def _losses_note(parity: Sequence[ParityEntry], program: Program) -> str:
         for case in parity
         if case.loss is not None
     )
+
+
+def _terms_note(program: Program) -> str:
+    """Name the terms that come with a model, a line for each model that has some."""
+    sources = {b.facts.source for b in program.graph.system.backbones.values()}
+    terms = {source: BUILTINS[source].terms for source in sorted(sources & set(BUILTINS))}
+    return "".join(f"{source} is under {text}.\n" for source, text in terms.items() if text)
 
 
 def _parity_note(parity: Sequence[ParityEntry]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from recmas_cli.console import SET, SPEC, Outcome, command
+from recmas_cli.console import OFFLINE, SET, SPEC, Outcome, command
 from recmas_compiler.api import load_and_compile, with_trained_links
 from recmas_runtime.core.text import counted
 
@@ -14,10 +14,11 @@ from recmas_runtime.core.text import counted
 @click.command()
 @SPEC
 @SET
+@OFFLINE
 @command
-def check(spec: Path, overrides: tuple[str, ...]) -> Outcome:
+def check(spec: Path, overrides: tuple[str, ...], *, offline: bool) -> Outcome:
     """Check a spec: syntax, names, slots, links, widths. Loads no weights."""
-    program = with_trained_links(load_and_compile(spec, overrides))
+    program = with_trained_links(load_and_compile(spec, overrides, offline=offline))
     trained = program.trained
     system = program.graph.system
     counts = {

@@ -44,6 +44,11 @@ SET = click.option(
     metavar="KEY.PATH=VALUE",
     help="Override a key of the spec; may be repeated.",
 )
+OFFLINE = click.option(
+    "--offline",
+    is_flag=True,
+    help="Never use the network: `hf:` backbones must be whole in the local cache.",
+)
 DUMP_IR = click.option(
     "--dump-ir", type=FOLDER, help="Write the IR after every pass into this folder."
 )

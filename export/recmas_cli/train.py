@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
-from recmas_cli.console import FOLDER, QUIET, SET, SPEC, Outcome, command, shown_progress
+from recmas_cli.console import FOLDER, OFFLINE, QUIET, SET, SPEC, Outcome, command, shown_progress
 from recmas_compiler.api import Program, load_and_compile, training_folder, with_trained_links
 from recmas_compiler.spec.schema.train import MethodName, Stage
 from recmas_compiler.training.preflight import check_processes, prepared_run
@@ -64,6 +64,7 @@ PROCESS_MODULE: Final = "recmas_cli.training_main"
 @click.option(
     "--tensorboard", type=FOLDER, metavar="DIR", help="Write the figures for TensorBoard too."
 )
+@OFFLINE
 @QUIET
 @command
 def train(
@@ -78,12 +79,13 @@ def train(
     resume: bool,
     eval_only: bool,
     tensorboard: Path | None,
+    offline: bool,
     quiet: bool,
 ) -> Outcome:
     """Train the links of a SPEC with a `train` section; the backbones never change."""
     stages = ("inner", "outer") if steps is not None else ()
     found = (*overrides, *(f"train.{name}.steps={steps}" for name in stages))
-    program = load_and_compile(spec, found, progress=shown_progress(quiet=quiet))
+    program = load_and_compile(spec, found, progress=shown_progress(quiet=quiet), offline=offline)
     settings = train_settings(program.spec)
     if method != "links" and (eval_only or stage == "inner"):
         raise fail(

@@ -7,13 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Final, NamedTuple
 
 from msgspec import structs
-from torch import nn
+from torch import Tensor, nn
 
+from recmas_compiler.backbones.own_tokenizer import other_ids, own_tokenizer_file
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.lowering.materialize import MaterializedLink, materialize_links
+from recmas_compiler.lowering.prompt_parity import other_prompts
 from recmas_compiler.lowering.prompt_trial import check_prompts
 from recmas_compiler.lowering.reference import load_backbones
 from recmas_compiler.spec.spec import Spec
@@ -27,14 +30,27 @@ from recmas_export.backbone_graph import (
     WEIGHTS,
     export_backbone,
 )
-from recmas_export.parity import OWN_TEXT, link_cases, make_case, measure_loss, passages_of, refuse
+from recmas_export.parity import (
+    OWN_TEXT,
+    link_cases,
+    make_case,
+    make_message,
+    measure_loss,
+    passages_of,
+    refuse,
+)
 from recmas_export.rounding import rounded_layers
 from recmas_export.written_graphs import write_link_graph, write_probe
+from recmas_runtime.checking.parity import (
+    measure_backbone_parity,
+    measure_link_parity,
+)
 from recmas_runtime.checking.placement import refuse_stray_nodes
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.files import sha256_of
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
+from recmas_runtime.engines.onnx.probe import measure_probe
 from recmas_runtime.engines.onnx.session import Device
 from recmas_runtime.formats.ids import link_file_name
 from recmas_runtime.formats.links import load_operands, read_operands
@@ -47,20 +63,29 @@ from recmas_runtime.formats.precisions import (
     beyond_tolerance,
 )
 from recmas_runtime.formats.safetensors_file import read_tensors, write_tensors
-from recmas_runtime.prompts.chat_template import ChatTemplate
+from recmas_runtime.prompts.chat_template import ChatTemplate, read_template
+from recmas_runtime.prompts.render import Chat
+from recmas_runtime.prompts.samples import PromptDigests, prompt_digests, token_digest
 from recmas_runtime.running.open_engines import choose_provider
-from recmas_runtime.running.parity import (
-    measure_backbone_parity,
-    measure_link_parity,
-    measure_probe,
-)
 
 LINK_ENGINE = "links/link.onnx"
 PROBE = "parity/probe.onnx"
 
 
-# What the manifest says of the backbones, links and parity cases that were made.
-Parts = tuple[dict[str, BackboneEntry], dict[str, LinkEntry], tuple[ParityEntry, ...]]
+_OTHER_TEXTS: Final = (
+    "No bundle was written. Try other versions of transformers, tokenizers and jinja2, and report "
+    "the model."
+)
+
+
+class Parts(NamedTuple):
+    """What the manifest says of what was made, by its own names."""
+
+    backbones: dict[str, BackboneEntry]
+    links: dict[str, LinkEntry]
+    parity: tuple[ParityEntry, ...]
+    prompt_digests: PromptDigests
+    token_digests: dict[str, str]
 
 
 @contextmanager
@@ -88,9 +113,10 @@ def assemble(
     `seconds` gets the wall time by stage.
 
     Raises:
-        RecmasError: RM203 or RM300 where a backbone cannot be exported, RM301 where an engine
-            disagrees with the reference or loses too much, RM304 where a step leaves its provider,
-            and what loading, link making and reading the text to measure losses over raise.
+        RecmasError: RM203 or RM300 where a backbone cannot be exported, RM301 where a tokenizer, a
+            prompt or an engine disagrees with the reference or loses too much, RM304 where a step
+            leaves its provider, and what loading, link making and reading the text to measure
+            losses over raise.
         OSError: A file cannot be written.
     """
     with _timed(seconds, "load"):
@@ -114,8 +140,9 @@ def assemble(
     with _timed(seconds, "export"):
         exported = stages.export()
     with _timed(seconds, "parity"):
+        digests = stages.compare_prompts(exported)
         cases = stages.measure(exported, stages.compare(exported))
-    return exported, entries, tuple(cases)
+    return Parts(exported, entries, tuple(cases), *digests)
 
 
 def _refuse_prompts(spec: Spec, program: Graph, loaded: Mapping[str, TorchBackbone]) -> None:
@@ -155,6 +182,34 @@ class _Stages:
             write_link_graph(self.folder / LINK_ENGINE)
         return exported
 
+    def compare_prompts(
+        self, exported: Mapping[str, BackboneEntry]
+    ) -> tuple[PromptDigests, dict[str, str]]:
+        """Refuse files that make other tokens than transformers; return digests of what they make.
+
+        They are read as a run reads them.
+        """
+        chats = {
+            name: Chat.load(
+                self.folder / entry.tokenizer,
+                read_template(self.folder / entry.chat_template, file=entry.chat_template),
+                entry.special_tokens,
+            )
+            for name, entry in exported.items()
+        }
+        for name, entry in exported.items():
+            backbone = self.loaded[name]
+            found = other_ids(
+                self.folder / entry.tokenizer,
+                backbone.tokenizer,
+                own_file=own_tokenizer_file(backbone.facts),
+            )
+            refuse([(f"backbone {name!r}", found)] if found else [], hint=_OTHER_TEXTS)
+        prompts = other_prompts(self.plan, chats, self.loaded)
+        refuse((("the bundle", found) for found in prompts), hint=_OTHER_TEXTS)
+        tokens = {name: token_digest(chat.tokenizer) for name, chat in chats.items()}
+        return prompt_digests(self.plan, chats), tokens
+
     def compare(self, exported: Mapping[str, BackboneEntry]) -> list[ParityEntry]:
         """Run the probe and each backbone's case on the engines; refuse other numbers."""
         cases, probe = [], self.folder / PROBE
@@ -188,7 +243,12 @@ class _Stages:
             for link in step.links
         }
         first_inner = next(iter(inner))
-        case = make_case(self.loaded[name], inner=inner[first_inner])
+        case = make_case(
+            self.loaded[name],
+            inner=inner[first_inner],
+            message_Md=self._message_to(name),
+            capacity=max(c.capacity for c in self.plan.caches.values() if c.backbone == name),
+        )
         case |= link_cases(case["hidden"][0, -4:], inner=inner, outer=outer)
         file = f"parity/{name}.safetensors"
         write_tensors(self.folder / file, case, {"inner": first_inner})
@@ -211,6 +271,21 @@ class _Stages:
             figures={**figures, "link_relative": link},
             greedy_tokens_equal=all(p.greedy_tokens_equal for p in found),
         )
+
+    def _message_to(self, backbone: str) -> Tensor | None:
+        """Return what the first outer link onto a backbone sends it, if there is one."""
+        agents = self.plan.agents
+        for step in self.plan.steps:
+            for link in step.links if isinstance(step, SendStep) else ():
+                ends = self.plan.links[link]
+                source, target = agents[ends.source], agents[ends.target]
+                if target.backbone == backbone:
+                    return make_message(
+                        self.loaded[source.backbone],
+                        inner=self.modules[source.inner],
+                        outer=self.modules[link],
+                    )
+        return None
 
     def measure(
         self, exported: Mapping[str, BackboneEntry], cases: Sequence[ParityEntry]

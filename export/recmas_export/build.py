@@ -49,9 +49,6 @@ from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.manifest import MANIFEST_VERSION, Manifest
 from recmas_runtime.formats.plan import PLAN_VERSION
 from recmas_runtime.formats.precisions import PRECISIONS, TARGETS
-from recmas_runtime.prompts.chat_template import read_template
-from recmas_runtime.prompts.render import Chat
-from recmas_runtime.prompts.samples import prompt_digests
 
 if TYPE_CHECKING:
     from recmas_compiler.backbones.torch_model import TorchBackbone
@@ -171,8 +168,9 @@ def build(
     Raises:
         RecmasError: RM123 where a search corpus holds what is no passage, RM126 where nothing can
             be predicted in the text to measure losses over, RM203 or RM300 where a backbone cannot
-            be exported, RM301 where an engine disagrees with the reference or a precision loses too
-            much, RM302 if something else is at `out`, RM303 if the disk is full or not writable;
+            be exported, RM301 where a tokenizer, a prompt or an engine disagrees with the reference
+            or a precision loses too much, RM302 if something else is at `out`, RM303 if the disk is
+            full or not writable;
             for target `tensorrt` also RM201, RM504 or RM509, before anything else, if it is not
             there.
     """
@@ -197,7 +195,7 @@ def build(
             # Torch and transformers take seconds to import.
             from recmas_export.assemble import LINK_ENGINE, PROBE, assemble
 
-            exported, entries, parity = assemble(
+            parts = assemble(
                 program,
                 plan,
                 staged.folder,
@@ -211,27 +209,20 @@ def build(
             if inputs.corpus is not None:
                 write_corpus(inputs.corpus, staged.folder)
             write_receipts(inputs.receipts, staged.folder)
-            chats = {
-                name: Chat.load(
-                    staged.folder / entry.tokenizer,
-                    read_template(staged.folder / entry.chat_template, file=entry.chat_template),
-                    entry.special_tokens,
-                )
-                for name, entry in exported.items()
-            }
             manifest = Manifest(
                 name=program.system.name,
                 fingerprint=identity,
                 spec_digest=spec.digest,
                 precision=program.system.build.precision,
                 tools=tool_versions(),
-                backbones=exported,
-                links=entries,
+                backbones=parts.backbones,
+                links=parts.links,
                 link_engine=LINK_ENGINE,
                 probe=PROBE,
-                parity=parity,
+                parity=parts.parity,
                 files={},
-                prompt_digests=prompt_digests(plan, chats),
+                prompt_digests=parts.prompt_digests,
+                token_digests=parts.token_digests,
             )
             started = time.perf_counter()
             with watcher.stage("Writing the bundle"):

@@ -4,8 +4,8 @@ Free-running latent rollouts amplify rounding, so a parity case fixes the input 
 compares every output. It ships in the bundle and is run again by `recmas verify`. What a precision
 costs is measured over a text, every position teacher-forced too.
 
-Shape legend: T positions of a case or passage, N calls it is cut into, K tokens of the greedy
-continuation, d width, V vocabulary.
+Shape legend: R rows, T positions of a case or passage, U of its feedback round, M of a message,
+N calls that they are cut into, K tokens of the greedy continuation, d width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.engines.interface import Operands
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.formats.links import stack_operands
-from recmas_runtime.formats.manifest import LossEntry
+from recmas_runtime.formats.manifest import PARITY_ROWS, LossEntry
 from recmas_runtime.formats.plan import cache_capacity
 
 Case = dict[str, NDArray[Any]]
@@ -41,12 +41,18 @@ _TEXT: Final = (
     "day, and rain brings a quarter of it. They write down what they know, check the numbers "
     "twice, and then say in one sentence how much water they must carry in a week. "
 )
-_NUM_PROMPT: Final = 48
+# Of the first round: a beginning that is kept, in a call of its own, the rest of the prompt, and
+# latent steps. A second row has less of the first two.
+_NUM_KEPT: Final = 24
+_NUM_REST: Final = 24
 _NUM_LATENT: Final = 8
+_NUM_SHORTER: Final = 12
+# Of the feedback round, in both rows: a message with text behind it, latent steps, more text.
+_FEEDBACK_LENGTHS: Final = ((14, 10), (1, 1), (1, 1), (4, 2))
+_NUM_MESSAGE: Final = 8
+_NUM_GREEDY_PROMPT: Final = 48
 _NUM_GREEDY: Final = 16
 _NUM_LOGITS: Final = 2
-# A case reaches past a sliding window where that is affordable: 2 * 4 MB in the bundle at d = 1024.
-_LARGEST_WINDOW: Final = 1024
 
 # Of a text only the first passages are read, so that a build takes no longer for a longer one.
 NUM_PASSAGES: Final = 8
@@ -57,34 +63,63 @@ OWN_TEXT: Final = Path(__file__).with_name("held_out.txt")
 
 
 @torch.no_grad()
-def make_case(backbone: TorchBackbone, *, inner: nn.Module) -> Case:
-    """Return a case of one backbone, computed by the reference.
+def make_case(
+    backbone: TorchBackbone,
+    *,
+    inner: nn.Module,
+    message_Md: Tensor | None = None,
+    capacity: int | None = None,
+) -> Case:
+    """Return a case of one backbone, computed by the reference: see `measure_backbone_parity`.
 
-    The reference runs without any cache: its own causal mask over the whole sequence. The positions
-    after the prompt get what they get in a rollout, outputs of the inner link.
+    The reference runs without any cache: its own causal mask over each whole sequence. The
+    positions after the prompt get what they get in a rollout, outputs of the inner link.
 
-    Returns `inputs_embeds` [1, T, d], `chunks` [N], `hidden` [1, T, d], `thought_next` [N, 1, d],
-    `logits_hidden` [n, d], `logits` [n, V], `greedy_prompt` [P], `greedy_tokens` [K].
+    Args:
+        message_Md: What an outer link sends to the backbone; None where there is no such link.
+        capacity: Positions of the longest sequence of the system; None for the backbone's own.
     """
-    ids_1P = torch.tensor([_prompt(backbone)])
-    prompt_1Pd = backbone.embed(ids_1P)
+    prompt_P = _prompt(backbone, capacity or backbone.facts.max_positions)
+    lengths_NR = _first_lengths(len(prompt_P))
+    prompt_1Pd = backbone.embed(torch.tensor([prompt_P]))
     latent_1Md = inner(_hidden(backbone, prompt_1Pd)[:, -_NUM_LATENT:])
     embeds_1Td = torch.cat([prompt_1Pd, latent_1Md], dim=1)
     hidden_1Td = _hidden(backbone, embeds_1Td)
-    chunks = [ids_1P.shape[1], *[1] * _NUM_LATENT]
-    last_N = torch.tensor(chunks).cumsum(0) - 1
+    # Other vectors than at these positions before, so that rows left there are wrong ones.
+    message_1Md = latent_1Md.flip(1) if message_Md is None else message_Md[None]
+    feedback_1Ud = _feedback(backbone, message_1Md, latent_1Md)
+    feedback_RUd = torch.cat(
+        [
+            _hidden(backbone, torch.cat([embeds_1Td[:, :kept], feedback_1Ud], dim=1))[:, kept:]
+            for kept in lengths_NR[0]
+        ]
+    )
+    last_NR, last_MR = np.cumsum(lengths_NR, axis=0) - 1, np.cumsum(_FEEDBACK_LENGTHS, axis=0) - 1
+    ends_NRd = hidden_1Td[0, torch.from_numpy(last_NR)]
+    ends_MRd = feedback_RUd[torch.arange(PARITY_ROWS), torch.from_numpy(last_MR)]
     logits_hidden = hidden_1Td[0, -_NUM_LOGITS:]
-    greedy_prompt = ids_1P[0, :_NUM_PROMPT]
+    greedy_prompt = torch.tensor(prompt_P[:_NUM_GREEDY_PROMPT])
     return {
         "inputs_embeds": _array(embeds_1Td),
-        "chunks": np.array(chunks, np.int64),
+        "lengths": lengths_NR,
         "hidden": _array(hidden_1Td),
-        "thought_next": _array(inner(hidden_1Td[0, last_N])[:, None]),
+        "feedback_embeds": _array(feedback_1Ud),
+        "feedback_lengths": np.array(_FEEDBACK_LENGTHS, np.int64),
+        "feedback_hidden": _array(feedback_RUd),
+        "thought_next": _array(inner(torch.cat([ends_NRd, ends_MRd]))),
         "logits_hidden": _array(logits_hidden),
         "logits": _array(backbone.logits(logits_hidden)),
         "greedy_prompt": _array(greedy_prompt),
         "greedy_tokens": np.array(_greedy(backbone, greedy_prompt), np.int64),
     }
+
+
+@torch.no_grad()
+def make_message(source: TorchBackbone, *, inner: nn.Module, outer: nn.Module) -> Tensor:
+    """Return what an outer link sends [M, d], of thoughts of its source about a text."""
+    ids = torch.tensor([_ids(source, _NUM_KEPT)])
+    message_Md: Tensor = outer(inner(_hidden(source, source.embed(ids))[0, -_NUM_MESSAGE:]))
+    return message_Md
 
 
 @torch.no_grad()
@@ -170,23 +205,46 @@ def measure_loss(
     )
 
 
-def refuse(findings: Iterable[tuple[str, str]]) -> None:
-    """Raise RM301 with all findings of `formats.precisions`, if there are any."""
+def refuse(findings: Iterable[tuple[str, str]], *, hint: str = _HINT) -> None:
+    """Raise RM301 with all findings, such as those of `formats.precisions`, if there are any."""
     problems = [
-        Problem(code="RM301", message=f"{what}: {finding}.", hint=_HINT)
+        Problem(code="RM301", message=f"{what}: {finding}.", hint=hint)
         for what, finding in findings
     ]
     if problems:
         raise RecmasError(problems)
 
 
-def _prompt(backbone: TorchBackbone) -> list[int]:
-    """Return token ids of a fixed text, past the sliding window if there is one to reach."""
+def _prompt(backbone: TorchBackbone, capacity: int) -> list[int]:
+    """Return token ids of a fixed text, what is kept of it past a window that can be reached."""
     window = backbone.facts.sliding_window or 0
-    wanted = _NUM_PROMPT + (window if window <= _LARGEST_WINDOW else 0)
-    wanted = min(wanted, backbone.facts.max_positions - _NUM_LATENT - _NUM_GREEDY)
+    wanted = _NUM_KEPT + _NUM_REST + (window if window < capacity else 0)
+    most = backbone.facts.max_positions - _NUM_LATENT - _NUM_GREEDY
+    return _ids(backbone, min(wanted, most))
+
+
+def _ids(backbone: TorchBackbone, wanted: int) -> list[int]:
     ids = backbone.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
     return list((ids * -(-wanted // len(ids)))[:wanted])
+
+
+def _first_lengths(num_prompt: int) -> NDArray[np.int64]:
+    """Return the lengths of the first round's calls [N, R], of a prompt of at least 2 positions."""
+    rest = min(_NUM_REST, num_prompt // 2)
+    kept = num_prompt - rest
+    shorter = kept - min(_NUM_SHORTER, kept // 2), max(1, rest // 2)
+    steps = [(1, 1)] * _NUM_LATENT
+    return np.array([(kept, shorter[0]), (rest, shorter[1]), *steps], np.int64)
+
+
+def _feedback(backbone: TorchBackbone, message_1Md: Tensor, latent_1Md: Tensor) -> Tensor:
+    """Return the input embeddings of the feedback round [1, U, d]."""
+    first, *steps, more = (lengths[0] for lengths in _FEEDBACK_LENGTHS)
+    ids = _ids(backbone, first - message_1Md.shape[1] + more)
+    text_1Sd = backbone.embed(torch.tensor([ids]))
+    behind_1Sd, more_1Sd = text_1Sd[:, :-more], text_1Sd[:, -more:]
+    latent_1Sd = latent_1Md[:, -sum(steps) :]
+    return torch.cat([message_1Md, behind_1Sd, latent_1Sd, more_1Sd], dim=1)
 
 
 def _hidden(backbone: TorchBackbone, embeds_1Td: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ DECODER: Final[Passes] = (
     *TIDY,
     *CLEAN,
     StoreExperts(),  # before there are two decoders, which read the same bytes
+    common.RemoveUnusedNodesPass(),  # and matrices in an order that nothing reads any more
     AddLatentStep(),  # after cleaning: it is written as it should run
     Strip("decoder"),
 )

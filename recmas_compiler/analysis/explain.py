@@ -217,6 +217,29 @@ def _batch_parallel_agents(record: Record, count_tokens: CountTokens) -> Iterato
         )
 
 
+def _plan_snapshots(record: Record, count_tokens: CountTokens) -> Iterator[str]:
+    system = record.after.system
+    users: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    for _, op in record.after.in_order():
+        if isinstance(op, Prefill) and op.restore is not None:
+            users.setdefault((op.restore, op.agents), []).append(op.round)
+    for (name, agents), rounds in users.items():
+        snapshot = system.snapshots[name]
+        whose = "an earlier round" if snapshot.agents == agents else listed(snapshot.agents)
+        size = human_bytes(snapshot.bytes_per_sample)
+        yield (
+            f"{listed(agents)} in {_in_rounds(rounds)}: goes on from layer states of {whose}, "
+            f"{size} for each record."
+        )
+    if users:
+        total = sum(snapshot.bytes_per_sample for snapshot in system.snapshots.values())
+        batch = system.build.max_batch
+        yield (
+            f"In all {human_bytes(total)} for one record, {human_bytes(total * batch)} for a batch "
+            f"of {batch}."
+        )
+
+
 def _plan_caches(record: Record, count_tokens: CountTokens) -> Iterator[str]:
     system = record.after.system
     for cache in system.caches.values():
@@ -254,5 +277,6 @@ PASSES: dict[str, tuple[str, Callable[[Record, CountTokens], Iterator[str]]]] = 
     "FuseLinks": ("links join the calls around them", _fuse_links),
     "BatchParallelAgents": ("independent agents run side by side", _batch_parallel_agents),
     "SharePromptPrefix": ("what prompts of several agents begin with, too", _share_prompt_prefix),
+    "PlanSnapshots": ("states that cannot be cut back are saved", _plan_snapshots),
     "PlanCaches": ("memory is decided ahead", _plan_caches),
 }

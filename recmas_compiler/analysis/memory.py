@@ -22,7 +22,7 @@ from recmas_runtime.core.text import aligned, human_bytes
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.layers import sequence_bytes
 from recmas_runtime.formats.plan import cache_capacity
-from recmas_runtime.running.sequence_batch import DECODE_HEADROOM
+from recmas_runtime.sequences.sequence_batch import DECODE_HEADROOM
 
 # Measured on Linux with ONNX Runtime 1.31 and SmolLM2 (docs/performance.md). Python, numpy, ONNX
 # Runtime and the other packages; and what an engine holds beside its weights.
@@ -42,6 +42,7 @@ class BackboneMemory:
         name: The backbone; those that use its weights are not listed apart.
         dtype: Element type that float32 engines store weights in; in memory they are float32.
         tables_bytes: The most that angles of the CPU's decoder take.
+        snapshot_bytes: Copies of layer states, for one record.
         activation_bytes: What the longest prompt of one record passes through.
     """
 
@@ -53,6 +54,7 @@ class BackboneMemory:
     weights_bytes: int
     tables_bytes: int
     cache_bytes: int
+    snapshot_bytes: int
     activation_bytes: int
     tokenizer_bytes: int
 
@@ -88,6 +90,10 @@ class MemoryPlan:
         """Return the bytes of all caches for a batch."""
         return batch * sum(backbone.cache_bytes for backbone in self.backbones)
 
+    def snapshot_bytes(self, *, batch: int) -> int:
+        """Return the bytes of all snapshots of layer states for a batch."""
+        return batch * sum(backbone.snapshot_bytes for backbone in self.backbones)
+
     def activation_bytes(self, *, batch: int) -> int:
         """Return the bytes that the prompts of a batch pass through; every engine keeps its own."""
         return batch * sum(backbone.activation_bytes for backbone in self.backbones)
@@ -95,12 +101,14 @@ class MemoryPlan:
     def total_bytes(self, *, batch: int) -> int:
         """Return the resident bytes of a process that answers a batch."""
         fixed = self.runtime_bytes + self.weights_bytes
-        return fixed + self.cache_bytes(batch=batch) + self.activation_bytes(batch=batch)
+        kept = self.cache_bytes(batch=batch) + self.snapshot_bytes(batch=batch)
+        return fixed + kept + self.activation_bytes(batch=batch)
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
         by_batch = {
             "cache_bytes": self.cache_bytes,
+            "snapshot_bytes": self.snapshot_bytes,
             "activation_bytes": self.activation_bytes,
             "total_bytes": self.total_bytes,
         }
@@ -123,11 +131,14 @@ class MemoryPlan:
         caches_of = [self.cache_bytes(batch=batch) for batch in batches]
         rows.append(("sum", *map(human_bytes, (self.weights_bytes, *caches_of))))
         prompts = [human_bytes(self.activation_bytes(batch=batch)) for batch in batches]
+        copies = [human_bytes(self.snapshot_bytes(batch=batch)) for batch in batches]
+        states = f"Snapshots of layer states take {copies[0]} for one record, {copies[1]} for "
         one, most = (human_bytes(self.total_bytes(batch=batch)) for batch in batches)
         return "\n".join(
             (
                 *aligned(rows),
                 "",
+                *([f"{states}{self.max_batch}."] if self.snapshot_bytes(batch=1) else []),
                 f"Prompts pass through {prompts[0]} for one record, {prompts[1]} for "
                 f"{self.max_batch}; the runtime itself takes {human_bytes(self.runtime_bytes)}.",
                 f"In all {one} for one record, {most} for a batch of {self.max_batch}.",
@@ -193,6 +204,11 @@ def _backbones(system: System, prompt_tokens: int | None) -> Iterator[BackboneMe
                 weights_bytes=weights_bytes(backbone.facts, precision=backbone.precision),
                 tables_bytes=angle_tables_bytes(backbone.facts),
                 cache_bytes=sum(_cache_bytes(system, cache, prompt_tokens) for cache in caches),
+                snapshot_bytes=sum(
+                    snapshot.bytes_per_sample
+                    for snapshot in system.snapshots.values()
+                    if system.backbone_of(snapshot.agents[0]).name == name
+                ),
                 activation_bytes=most_rows * positions * numbers * ENGINE_ELEMENT_BYTES,
                 tokenizer_bytes=backbone.facts.vocab_size * TOKENIZER_BYTES,
             )

@@ -14,6 +14,8 @@ from typing import Any, Final
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from recmas_compiler.backbones.facts import BackboneFacts
+from recmas_compiler.backbones.sources import files_of
 from recmas_compiler.spec.document.problems import show
 from recmas_runtime.core.errors import fail
 from recmas_runtime.prompts.exerciser import sample_texts
@@ -66,23 +68,61 @@ def _from_own_file(
     return own
 
 
+def own_tokenizer_file(facts: BackboneFacts) -> Path | None:
+    """Return the path of the tokenizer.json that a model is loaded with, None if there is none."""
+    resolved = files_of(facts)
+    file = resolved.folder / TOKENIZER_FILE
+    return file if resolved.gguf_file is None and file.is_file() else None
+
+
+def other_ids(
+    written: Path, tokenizer: PreTrainedTokenizerBase, *, own_file: Path | None
+) -> str | None:
+    """Return in words where a bundle's tokenizer.json gives other ids than its model's tokenizer.
+
+    Args:
+        tokenizer: What transformers loaded.
+        own_file: The model's own tokenizer.json, None where it has none.
+    """
+    found = _whole(tokenizers.Tokenizer.from_file(str(written)))
+    others = {"that of transformers": tokenizer.backend_tokenizer}
+    if own_file is not None:
+        others["the model's own"] = _whole(tokenizers.Tokenizer.from_file(str(own_file)))
+    for name, expected in others.items():
+        difference = _first_difference(found, expected)
+        if difference is not None:
+            return f"the tokenizer is not {name}: {difference}"
+    return None
+
+
 def _compare(tokenizer: tokenizers.Tokenizer, file: Path, source: str) -> None:
     """Refuse a tokenizer that gives other ids than its file."""
-    expected = _whole(tokenizers.Tokenizer.from_file(str(file)))
-    in_file = {token.content for token in expected.get_added_tokens_decoder().values()}
-    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()} - in_file
-    for text in _texts(sorted(in_file), added):
-        ours = tokenizer.encode(text, add_special_tokens=False)
+    found = _first_difference(tokenizer, _whole(tokenizers.Tokenizer.from_file(str(file))))
+    if found is not None:
+        raise fail(
+            "RM202",
+            f"the tokenizer that transformers makes for backbone {source!r} is not that of its "
+            f"{file.name}: {found}",
+            hint="Remove from tokenizer_config.json what changes the tokenizer, or save "
+            f"{file.name} anew with the tokenizer that the model was trained with.",
+        )
+
+
+def _first_difference(found: tokenizers.Tokenizer, expected: tokenizers.Tokenizer) -> str | None:
+    """Return the first sample text that two tokenizers give different ids, in words."""
+    theirs_added, ours_added = (
+        {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        for tokenizer in (expected, found)
+    )
+    for text in _texts(sorted(theirs_added), ours_added - theirs_added):
+        ours = found.encode(text, add_special_tokens=False)
         theirs = expected.encode(text, add_special_tokens=False)
         if ours.ids != theirs.ids:
-            raise fail(
-                "RM202",
-                f"the tokenizer that transformers makes for backbone {source!r} is not that of its "
-                f"{file.name}: in {show(text)} it has {_part(ours, theirs)} in the place of "
-                f"{_part(theirs, ours)}",
-                hint="Remove from tokenizer_config.json what changes the tokenizer, or save "
-                f"{file.name} anew with the tokenizer that the model was trained with.",
+            return (
+                f"in {show(text)} it has {_part(ours, theirs)} in the place of "
+                f"{_part(theirs, ours)}"
             )
+    return None
 
 
 def _whole(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from recmas_compiler.backbones.facts import BackboneFacts, config_facts, read_config_facts
-from recmas_compiler.backbones.fetching.hub import Fetch, hub_model
+from recmas_compiler.backbones.fetching.hub import CONFIG, Fetch, hub_model
 from recmas_compiler.backbones.fetching.identity import file_identity, folder_identity
 from recmas_compiler.backbones.fetching.joined import join_parts
 from recmas_compiler.backbones.gguf_files.config import config_of
@@ -272,7 +272,15 @@ def _check_files(folder: Path, source: str, position: SourcePosition) -> None:
         RecmasError: RM202 for an adapter of PEFT, whose model computes something else than the
             weights beside it say, and for weights that are in no safetensors file.
     """
-    if next(folder.glob(_PEFT_WEIGHTS), None) is not None or _is_peft(folder / ADAPTER_CONFIG):
+    has_adapter = next(folder.glob(_PEFT_WEIGHTS), None) is not None
+    if (has_adapter or _is_peft(folder / ADAPTER_CONFIG)) and not is_file(folder / CONFIG):
+        message = f"the backbone `{source}` is an adapter of PEFT without its model."
+        hint = (
+            "Load the model with it and merge them (peft: "
+            "`model.merge_and_unload().save_pretrained(FOLDER)`), and name that folder."
+        )
+        raise RecmasError(problem_at(position, "RM202", message, hint=hint))
+    if has_adapter or _is_peft(folder / ADAPTER_CONFIG):
         message = (
             f"the backbone `{source}` has an adapter of PEFT in its folder, which recmas does not "
             "apply."
@@ -370,7 +378,7 @@ def _resolve_folder(source: str, base_dir: Path, position: SourcePosition) -> Re
             hint += f" For a model of the Hugging Face hub write `hf:{source}@main`."
         raise _missing(position, message, hint)
     _check_files(folder, source, position)
-    if not is_file(folder / "config.json"):
+    if not is_file(folder / CONFIG):
         message = f"the backbone folder `{source}` has no config.json."
         hint = "Give the folder of a Hugging Face model: config, weights and tokenizer."
         raise _missing(position, message, hint)
@@ -388,7 +396,7 @@ def _resolve_hub(source: str, position: SourcePosition, fetch: Fetch | None) -> 
     repository, revision = match.groups()
     folder = hub_model(repository, revision, position=position, fetch=fetch)
     _check_files(folder, source, position)
-    if not is_file(folder / "config.json"):
+    if not is_file(folder / CONFIG):
         message = f"{repository} at {revision} has no config.json."
         raise _missing(position, message, "Choose a repository with a causal language model.")
     # the cache names the folder after the commit that the revision stands for

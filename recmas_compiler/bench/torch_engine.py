@@ -22,7 +22,7 @@ from torch.nn.functional import gelu, layer_norm
 from recmas_compiler.backbones.loaded.cache_argument import cache_argument
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.lowering.static_cache import static_cache, use_static_attention
-from recmas_runtime.engines.interface import Floats, Indices, Operands
+from recmas_runtime.engines.interface import Floats, Indices, Operands, keeps_rows_only
 from recmas_runtime.formats.layers import cache_tensors
 from recmas_runtime.formats.link_kinds import LAYER_NORM_EPSILON
 
@@ -173,6 +173,14 @@ class TorchCache:
         """Return copies [n, K, positions, D] on the host: keys, values of each layer in turn."""
         chosen = list(rows)
         return [to_numpy(layer[chosen, :, :positions]) for layer in self._layers()]
+
+    def save_states(self) -> Any:
+        """Refuse: there are none."""
+        raise keeps_rows_only("torch's engine")
+
+    def restore_states(self, saved: Any, rows: Mapping[int, int]) -> None:
+        """Refuse: there are none."""
+        raise keeps_rows_only("torch's engine")
 
     def _layers(self) -> Iterator[Tensor]:
         for pair in zip(self.keys, self.values, strict=True):

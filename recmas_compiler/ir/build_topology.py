@@ -134,7 +134,7 @@ def _beyond_backbone(spec: Spec, name: str, facts: BackboneFacts) -> list[Proble
     if foreign:
         message = (
             f"{len(foreign)} of {facts.num_layers} layers of `{name}` ({facts.model_type}) keep a "
-            f"state, which cannot be cut back as keys and values can, the first is layer {foreign[0]}: "
+            f"state beside keys and values or instead of them, the first is layer {foreign[0]}: "
             f"target `{target}` cannot run them."
         )
         others = [other for other in TARGETS if not _foreign_layers(facts, other)]

@@ -140,6 +140,20 @@ class Cache:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A copy of the layer states of some agents' sequences, decided by PlanSnapshots.
+
+    Attributes:
+        agents: Row order, as in their cache.
+        bytes_per_sample: For one sample of the batch, all agents.
+    """
+
+    id: str
+    agents: tuple[str, ...]
+    bytes_per_sample: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prefill:
     """Run the prompts of one or more agents (one batch) into their cache (a program node).
 
@@ -148,6 +162,8 @@ class Prefill:
             recomputes everything.
         prefix_of: Id of an earlier Prefill of other agents, whose leading rows are copied as far as
             prompts share a prefix; None for none.
+        restore: Id of the snapshot whose layer states stand behind those rows; None for none.
+        snapshots: Ids of the snapshots that later Prefills restore.
     """
 
     agents: tuple[str, ...]
@@ -155,7 +171,14 @@ class Prefill:
     variants: tuple[Variant, ...]
     reuse: str | None = None
     prefix_of: str | None = None
+    restore: str | None = None
+    snapshots: tuple[str, ...] = ()
     cache: str | None = None
+
+    @property
+    def rows_of(self) -> str | None:
+        """Id of the earlier Prefill whose rows are kept or copied, if there is one."""
+        return self.reuse if self.reuse is not None else self.prefix_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +266,7 @@ class System:
 
     Attributes:
         caches: By id; empty before PlanCaches.
+        snapshots: By id; empty before PlanSnapshots.
         stop_when: Early end of the rounds; None runs all of them.
         date: Day for chat templates that write it, as `YYYY-MM-DD`; None for that of loading.
         search_corpus: Absolute path of the file or folder that is copied to `SEARCH_CORPUS`.
@@ -258,6 +282,7 @@ class System:
     agents: dict[str, Agent]
     links: dict[str, Link]
     caches: dict[str, Cache] = field(default_factory=dict)
+    snapshots: dict[str, Snapshot] = field(default_factory=dict)
     stop_when: StopPlan | None = None
     tools: ToolsPlan | None = None
     search_corpus: str | None = None

@@ -30,6 +30,7 @@ from recmas_compiler.ir.ops import (
     NodeOp,
     Prefill,
     Send,
+    Snapshot,
     System,
     Think,
 )
@@ -53,6 +54,7 @@ def print_graph(graph: Graph) -> str:
         _section("agents", (_agent_row(a, system) for a in system.agents.values())),
         _section("links", map(_link_row, system.links.values())),
         _section("caches", map(_cache_row, system.caches.values())),
+        _section("snapshots", map(_snapshot_row, system.snapshots.values())),
         _prompts(system),
     ]
     if graph.level is Level.TOPOLOGY:
@@ -183,6 +185,10 @@ def _cache_row(cache: Cache) -> Row:
     )
 
 
+def _snapshot_row(snapshot: Snapshot) -> Row:
+    return (snapshot.id, f"bytes/sample={snapshot.bytes_per_sample}")
+
+
 def _prompts(system: System) -> str:
     lines = []
     for agent in system.agents.values():
@@ -249,6 +255,8 @@ def _step_call(graph: Graph, step: str, op: NodeOp) -> str:
             ]
             kept = [] if op.reuse is None else [f"reuse=%{op.reuse}"]
             kept += [] if op.prefix_of is None else [f"prefix=%{op.prefix_of}"]
+            kept += [] if op.restore is None else [f"restore={op.restore}"]
+            kept += [f"snapshot={snapshot}" for snapshot in op.snapshots]
             return _call("prefill", *prompts, *kept, *_cache(cache))
         case Think(agents=agents, fused=fused, cache=cache):
             steps = graph.system.agents[agents[0]].latent_steps

@@ -22,6 +22,7 @@ from recmas_compiler.ir.ops import (
 from recmas_compiler.links.files import LinkWeights
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.formats.ids import inner_link_id, outer_link_id, path_text
+from recmas_runtime.formats.layers import has_states
 from recmas_runtime.formats.plan import (
     CACHE_ROWS_MULTIPLE,
     MAX_LATENT_STEPS,
@@ -372,6 +373,27 @@ def _wrong_prefixes(graph: Graph) -> Iterator[str]:
             yield step
 
 
+def _wrong_snapshots(graph: Graph) -> Iterator[str]:
+    """Yield Prefills that restore what the one whose rows they keep has not saved, or save idly."""
+    restored: set[tuple[str | None, str]] = set()
+    prefills = {s: op for s, op in graph.nodes().items() if isinstance(op, Prefill)}
+    for step, op in prefills.items():
+        if op.restore is None:
+            continue
+        restored.add((op.rows_of, op.restore))
+        snapshot = graph.system.snapshots.get(op.restore)
+        source = prefills.get(op.rows_of or "")
+        if source is None or snapshot is None or source.agents != snapshot.agents:
+            yield step
+    for step, op in prefills.items():
+        states = has_states(graph.system.backbone_of(op.agents[0]).facts.layers)
+        unused = any((step, name) not in restored for name in op.snapshots)
+        if unused or (op.snapshots and not states):
+            yield step
+    saved = {(step, name) for step, op in prefills.items() for name in op.snapshots}
+    yield from (step or name for step, name in restored - saved)
+
+
 UNROLLED_RULES: tuple[Rule, ...] = (
     Rule("nodes_are_steps", _not_steps, "every node of a program is a step"),
     Rule("steps_resolve", _unresolved_references, "steps name agents and links of the tables"),
@@ -398,6 +420,12 @@ UNROLLED_RULES: tuple[Rule, ...] = (
         "prefixes",
         _wrong_prefixes,
         "a Prefill without rows of its own copies those of other agents on its backbone",
+    ),
+    Rule(
+        "snapshots",
+        _wrong_snapshots,
+        "a Prefill restores states that the one whose rows it keeps has saved, and none are saved "
+        "for nobody",
     ),
 )
 

@@ -13,6 +13,7 @@ from recmas_runtime.formats.plan import (
     Plan,
     PrefillStep,
     SendStep,
+    SnapshotPlan,
     Step,
     ThinkStep,
     prompt_fields,
@@ -64,6 +65,12 @@ def build_plan(program: Graph) -> Plan:
             )
             for cache in system.caches.values()
             if cache.id in used
+        },
+        snapshots={
+            snapshot.id: SnapshotPlan(
+                cache=_cache(None, snapshot.agents), bytes_per_sample=snapshot.bytes_per_sample
+            )
+            for snapshot in system.snapshots.values()
         },
         steps=steps,
         sampling=system.sampling,
@@ -133,6 +140,8 @@ def _step(program: Graph, step: str, op: StepOp) -> Step:
                 reuse_prefix=op.reuse is not None,
                 cache=_cache(op.cache, op.agents),
                 prefix_from=None if source is None else _cache(source.cache, source.agents),
+                restore=op.restore,
+                snapshots=op.snapshots,
             )
         case Think():
             return ThinkStep(

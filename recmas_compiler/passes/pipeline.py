@@ -9,6 +9,7 @@ from recmas_compiler.passes.batch_parallel_agents import BatchParallelAgents
 from recmas_compiler.passes.fuse_links import FuseLinks
 from recmas_compiler.passes.pass_base import Instrument, Pass
 from recmas_compiler.passes.plan_caches import PlanCaches
+from recmas_compiler.passes.plan_snapshots import PlanSnapshots
 from recmas_compiler.passes.prompt_prefix import HoistPromptPrefix, SharePromptPrefix
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_compiler.passes.share_backbones import ShareBackbones
@@ -23,6 +24,7 @@ PIPELINE: tuple[Pass, ...] = (
     FuseLinks(),  # before batching, which keeps a source's Sends as they are
     BatchParallelAgents(),  # before caches: agents of a batch have one
     SharePromptPrefix(),  # after batching, which decides who runs before whom
+    PlanSnapshots(),  # when it is settled who keeps whose rows
     PlanCaches(),
 )
 

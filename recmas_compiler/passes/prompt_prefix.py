@@ -9,7 +9,6 @@ from itertools import takewhile
 from recmas_compiler.ir.graph import Edge, Graph
 from recmas_compiler.ir.ops import Flow, Level, NodeOp, Prefill, System
 from recmas_compiler.passes.pass_base import Pass
-from recmas_runtime.formats.layers import has_states
 from recmas_runtime.formats.plan import PromptPart, Variant
 
 
@@ -20,8 +19,6 @@ class HoistPromptPrefix(Pass):
     1. A Prefill reuses the latest earlier Prefill of the same agents. What is kept is the text
        that both prompts begin with, up to the first slot of either; how many tokens that is
        depends on the record and is found at run time.
-    2. A layer with a running state instead of rows (linear attention) cannot be set back to the
-       end of a prefix: agents on such a backbone recompute their prompts.
     """
 
     requires = Level.UNROLLED
@@ -36,18 +33,13 @@ class HoistPromptPrefix(Pass):
             if not isinstance(op, Prefill):
                 continue
             earlier = latest.get(op.agents)
-            if earlier is not None and op.reuse is None and has_rows(graph.system, op):
+            if earlier is not None and op.reuse is None:
                 nodes[step] = replace(op, reuse=earlier)  # 1
                 edges.append(Edge(earlier, step, Flow(carries="cache")))
             latest[op.agents] = step
         if len(edges) == len(graph.edges()):
             return graph
         return graph.replaced(nodes=nodes, edges=tuple(edges))
-
-
-def has_rows(system: System, op: Prefill) -> bool:
-    """Tell whether the cache of a Prefill's backbone has a row for each position, in all layers."""
-    return not has_states(system.backbone_of(op.agents[0]).facts.layers)  # 2
 
 
 # Fields that both prompts begin with, and letters of text.
@@ -64,7 +56,6 @@ class SharePromptPrefix(Pass):
        the same, and so are the first parts of the prompts, up to the first slot of either. Fields
        count for more than text. How many tokens it is depends on the record and is found at run
        time.
-    3. As for HoistPromptPrefix, layers with a running state have no rows to copy.
     """
 
     requires = Level.UNROLLED
@@ -92,8 +83,6 @@ class SharePromptPrefix(Pass):
 def _longest_shared(
     system: System, op: Prefill, latest: Mapping[tuple[str, ...], tuple[str, Prefill]]
 ) -> str | None:
-    if not has_rows(system, op):  # 3
-        return None
     backbone = system.backbone_of(op.agents[0])
     best, most = None, (0, 0)
     for agents, (step, other) in latest.items():

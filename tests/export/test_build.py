@@ -7,13 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, normalizers
 
+from kit.broken_graphs import behind_kept_rows, change_graph
 from kit.bundles import compile_system, write_twins
 from kit.hand_bundle import edit_json, rehash
 from recmas_cli.main import main
@@ -21,6 +24,7 @@ from recmas_compiler.backbones.sources import resolve_source
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.lowering.materialize import materialize_links
 from recmas_export import assemble
+from recmas_export.backbone_graph import DECODER
 from recmas_export.build import (
     BuildResult,
     build,
@@ -136,10 +140,15 @@ def test_parity_case_covers_what_it_should(built: BuildResult) -> None:
     small, _ = read_tensors(built.path / "parity/small.safetensors")
     other, metadata = read_tensors(built.path / "parity/other.safetensors")
     assert metadata == {"inner": "critic.inner"}
-    assert small["chunks"].tolist() == [48, *[1] * 8]
-    assert other["chunks"].tolist() == [48 + 8, *[1] * 8], "the prompt reaches past the window"
+    steps = [[1, 1]] * 8
+    assert small["lengths"].tolist() == [[24, 12], [24, 12], *steps]
+    window = 8
+    assert other["lengths"].tolist() == [[window + 24, window + 12], [24, 12], *steps]
     assert other["hidden"].shape == other["inputs_embeds"].shape == (1, 64, 48)
-    assert other["thought_next"].shape == (9, 1, 48)
+    assert other["feedback_lengths"].tolist() == [[14, 10], [1, 1], [1, 1], [4, 2]]
+    assert other["feedback_embeds"].shape == (1, 20, 48)
+    assert other["feedback_hidden"].shape == (2, 20, 48)
+    assert other["thought_next"].shape == (10 + 4, 2, 48)
     assert small["greedy_tokens"].shape == (16,)
     starts = {"planner.inner", "solver.inner", "planner->critic", "solver->planner"}
     assert {n for n in small if n.startswith("link.")} == {
@@ -161,6 +170,8 @@ def test_prompts_are_kept_as_tokens(built: BuildResult) -> None:
     kept = bundle.manifest.prompt_digests
     assert {(agent, variant) for agent in kept for variant in kept[agent]} == prefilled
     digests = [digest for variants in kept.values() for digest in variants.values()]
+    assert bundle.manifest.token_digests.keys() == {"small", "other"}
+    digests += bundle.manifest.token_digests.values()
     assert all(len(digest) == 64 for digest in digests)
 
 
@@ -290,23 +301,88 @@ def test_wrong_engine_is_refused(
     system: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: str
 ) -> None:
     """One percent on one weight after the export: the answers would still look fluent."""
-    spec, program = compile_system(system, *ONE_BACKBONE)
-    export = assemble.export_backbone
 
-    def wrong(backbone: TorchBackbone, folder: Path, **options: Any) -> None:
-        export(backbone, folder, **options)
+    def change(folder: Path) -> None:
         spoil(folder / "weights.safetensors", weight)
 
-    monkeypatch.setattr(assemble, "export_backbone", wrong)
-    with pytest.raises(RecmasError) as caught:
-        build(program, spec=spec, out=tmp_path / "out")
-    assert caught.value.exit_code is Exit.VERIFICATION
-    messages = [str(problem) for problem in caught.value.problems]
+    messages = refused_after(system, tmp_path / "out", monkeypatch, change)
     assert all(m.startswith("error[RM301]: backbone 'small': ") for m in messages)
     figure = SPOILED[weight]
     (message,) = (m for m in messages if f": {figure} is " in m)
     assert f", allowed is {TOLERANCES[figure]:.0e}. No bundle was written." in message
     assert list(tmp_path.iterdir()) == []
+
+
+def refused_after(
+    system: Path, out: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object]
+) -> list[str]:
+    """Change a backbone's folder behind its export; return what the build says of it."""
+    spec, program = compile_system(system, *ONE_BACKBONE)
+    export = assemble.export_backbone
+
+    def wrong(backbone: TorchBackbone, folder: Path, **options: Any) -> None:
+        export(backbone, folder, **options)
+        change(folder)
+
+    monkeypatch.setattr(assemble, "export_backbone", wrong)
+    with pytest.raises(RecmasError) as caught:
+        build(program, spec=spec, out=out)
+    assert caught.value.exit_code is Exit.VERIFICATION
+    assert not out.exists()
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_writes_behind_kept_rows_are_tried(
+    system: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(folder: Path) -> None:
+        change_graph(folder / DECODER, behind_kept_rows)
+
+    (message,) = refused_after(system, tmp_path / "out", monkeypatch, change)
+    assert message.startswith("error[RM301]: backbone 'small': hidden_relative is ")
+
+
+def test_other_prompts_than_those_of_transformers_are_refused(
+    system: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(folder: Path) -> None:
+        template = folder / "chat_template.jinja"
+        template.write_text(template.read_text().rstrip() + "Sure:")
+
+    messages = refused_after(system, tmp_path / "out", monkeypatch, change)
+    assert len(messages) == 4, "every prompt of every agent once"
+    told = re.compile(
+        r"error\[RM301\]: the bundle: prompt `(first|then)` of agent '[a-z]+': its token [0-9]+"
+        r"( behind the message of '[a-z]+')? begins \".*Sure:\", with transformers \".*\"\. "
+        r"No bundle was written\. Try other versions of transformers.*"
+    )
+    assert all(told.fullmatch(message) for message in messages), messages
+
+
+def test_another_tokenizer_than_the_models_own_is_refused(
+    system: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(folder: Path) -> None:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.save(str(folder / "tokenizer.json"))
+
+    (message,) = refused_after(system, tmp_path / "out", monkeypatch, change)
+    assert message.startswith(
+        "error[RM301]: backbone 'small': the tokenizer is not that of transformers: in "
+    )
+    assert " it has h e l l in the place of H e l l." in message
+
+
+def test_verify_tries_writes_behind_kept_rows(built: BuildResult, tmp_path: Path) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(built.path, copy)
+    entry = open_bundle(copy).manifest.backbones["other"]
+    change_graph(copy / entry.decoder_on("cpu"), behind_kept_rows)
+    rehash(copy)
+    report = verify_bundle(copy, threads=1)
+    assert [problem.code for problem in report.problems if problem.severity == "error"] == ["RM405"]
+    assert "hidden_relative is " in report.problems[0].message
 
 
 def spoil(path: Path, weight: str) -> None:

@@ -94,6 +94,8 @@ def test_both_decoders_are_right(
     assert {name: found[name] for name in expected} == expected
     found = operators(tmp_path / DECODER)
     assert [found[name] for name in ("MoE", "Scan", "If")] == [0, 2, 2]
+    expected_size = weights_bytes(backbone.facts, precision="float32")
+    assert (tmp_path / WEIGHTS).stat().st_size == pytest.approx(expected_size, rel=0.05)
     case = Exported(backbone, tmp_path, was_changed=False)
     ids = random_ids(backbone, 1, 20)
     for_tensorrt = static_decoder(read_graph(tmp_path / DECODER), 64, file=DECODER)

@@ -56,6 +56,7 @@ def program_answer(program: Graph, symbols: Symbols) -> int:
     caches: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}  # latest Prefill, its prompts
     thoughts: dict[tuple[str, int], int] = {}
     messages: dict[tuple[str, str], int] = {}  # (Send, link)
+    snapshots: dict[str, str] = {}  # by id, the Prefill that saved it last
     answers = []
     for step, op in program.in_order():
         match op:
@@ -64,6 +65,9 @@ def program_answer(program: Graph, symbols: Symbols) -> int:
                     assert caches[_rows(program, op.agents, op.cache)][0] == op.reuse
                 if op.prefix_of is not None:
                     assert op.prefix_of in {latest for latest, _ in caches.values()}
+                if op.restore is not None:
+                    assert snapshots[op.restore] == op.rows_of, "states of other rows"
+                snapshots |= dict.fromkeys(op.snapshots, step)
                 prompts = _prompts(program, step, op, messages, symbols)
                 caches[_rows(program, op.agents, op.cache)] = (step, prompts)
             case Think():

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from kit.graphs import EXAMPLES, backbone, sequential, topology
+from kit.graphs import EXAMPLES, backbone, sequential, stateful, topology
 from recmas_compiler.analysis.explain import explain
 from recmas_compiler.analysis.memory import memory_plan
 from recmas_compiler.ir.graph import Graph
@@ -17,7 +17,9 @@ from recmas_compiler.passes.pass_base import RecordPasses
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_runtime.core.text import counted, human_bytes, listed
 from recmas_runtime.formats.plan import PromptPart, cache_capacity
-from recmas_runtime.running.sequence_batch import DECODE_HEADROOM
+from recmas_runtime.sequences.sequence_batch import DECODE_HEADROOM
+
+SAVES = "PlanSnapshots"
 
 
 def words(backbone: str, text: str) -> int:
@@ -166,3 +168,20 @@ def test_lists_and_counts_in_words() -> None:
     assert listed([1, 2, 3]) == "1, 2 and 3"
     assert counted(1, "step") == "1 step"
     assert counted(0, "step") == "0 steps"
+
+
+def test_snapshots_are_told_and_counted() -> None:
+    links = "a>b b>c c~>a"
+    graph = topology("a b c", links, backbones=(stateful("state"),), role="You are one of several.")
+    told = explained(graph)
+    size = "2.40 kB for each record."
+    assert f"b in round 1: goes on from layer states of a, {size}" in told
+    assert f"b in rounds 2 and 3: goes on from layer states of an earlier round, {size}" in told
+    assert "In all 12.0 kB for one record, 96.0 kB for a batch of 8." in told
+    memory = memory_plan(run_pipeline(graph))
+    assert memory.snapshot_bytes(batch=2) == 2 * 5 * 2400
+    assert "Snapshots of layer states take 12.0 kB for one record, 96.0 kB for 8." in str(memory)
+    assert memory.to_json()["snapshot_bytes"] == {"one": 12_000, "max": 96_000}
+    rows = memory_plan(run_pipeline(graph, passes=tuple(p for p in PIPELINE if p.name != SAVES)))
+    assert memory.total_bytes(batch=2) - rows.total_bytes(batch=2) == 2 * 5 * 2400
+    assert "Snapshots" not in str(rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.graphs import EXAMPLES, backbone, mixture, sequential, topology
+from kit.graphs import EXAMPLES, backbone, mixture, sequential, stateful, topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Level, Prefill, Send, Think
 from recmas_compiler.ir.printer import print_graph
@@ -16,6 +16,7 @@ from recmas_compiler.passes.batch_parallel_agents import BatchParallelAgents
 from recmas_compiler.passes.pass_base import DumpIR, Pass, RecordPasses, VerifyPasses
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_compiler.passes.plan_caches import PlanCaches
+from recmas_compiler.passes.plan_snapshots import PlanSnapshots
 from recmas_compiler.passes.prompt_prefix import HoistPromptPrefix, SharePromptPrefix
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_compiler.passes.share_backbones import ShareBackbones
@@ -53,6 +54,7 @@ def test_names_and_options_of_the_pipeline() -> None:
         "FuseLinks()",
         "BatchParallelAgents()",
         "SharePromptPrefix()",
+        "PlanSnapshots()",
         "PlanCaches()",
     ]
 
@@ -127,11 +129,48 @@ def test_reuse_skips_a_round_in_which_the_agent_does_not_run() -> None:
     assert turns[5].reuse == "r3/y/prefill"
 
 
-def test_running_state_is_not_reused() -> None:
-    tables = (backbone("state", attention=("linear", "full")),)
-    graph = topology("a b", "a>b b~>a", backbones=tables)
-    steps = run_pipeline(graph).nodes().values()
-    assert all(op.reuse is None for op in steps if isinstance(op, Prefill))
+def test_states_are_saved_where_rows_are_kept() -> None:
+    graph = topology("a b", "a>b b~>a", rounds=3, backbones=(stateful("state"),))
+    program = run_pipeline(graph, instruments=(VerifyPasses(),))
+    turns = prefills(program, "a") | {r + 3: op for r, op in prefills(program, "b").items()}
+    assert [(op.restore, op.snapshots) for op in turns.values()] == [
+        (None, ("a",)),
+        ("a", ("a",)),  # the later one takes the place of the earlier one
+        ("a", ()),
+        (None, ("b",)),
+        ("b", ("b",)),
+        ("b", ()),
+    ]
+    assert {s.id: s.bytes_per_sample for s in program.system.snapshots.values()} == {
+        "a": 4 * 600,
+        "b": 4 * 600,
+    }
+    assert "reuse=%r1/a/prefill, restore=a, snapshot=a" in print_graph(program)
+    passes = tuple(p for p in PIPELINE if not isinstance(p, PlanSnapshots))
+    without = run_pipeline(graph, passes=passes)
+    assert not without.system.snapshots
+    rows = topology("a b", "a>b b~>a", rounds=3)
+    assert print_graph(run_pipeline(rows, passes=passes)) == print_graph(run_pipeline(rows))
+
+
+def test_states_of_a_shared_beginning_are_saved_for_each_who_copies_it() -> None:
+    tables = (stateful("state"),)
+    graph = topology("a b c", "a>b b>c c~>a", rounds=2, role=ALIKE, backbones=tables)
+    program = run_pipeline(graph, instruments=(VerifyPasses(),))
+    found = {s: op for s, op in program.nodes().items() if isinstance(op, Prefill)}
+    assert {s: (op.restore, op.snapshots) for s, op in found.items()} == {
+        "r1/a/prefill": (None, ("a>b", "a")),
+        "r1/b/prefill": ("a>b", ("b>c", "b")),
+        "r1/c/prefill": ("b>c", ("c",)),
+        "r2/a/prefill": ("a", ()),
+        "r2/b/prefill": ("b", ()),
+        "r2/c/prefill": ("c", ()),
+    }
+    graph = topology("a b c d", "a>b a>c b>d c>d", rounds=1, role=ALIKE, backbones=tables)
+    table = run_pipeline(graph, instruments=(VerifyPasses(),)).system.snapshots
+    # One agent's states for two that run as one batch, and those of two for one.
+    sizes = {"a>b+c": 4 * 600, "b+c>d": 2 * 4 * 600}
+    assert {s.id: s.bytes_per_sample for s in table.values()} == sizes
 
 
 ALIKE = "You are one of several."
@@ -172,8 +211,6 @@ def test_only_agents_of_one_backbone_system_text_and_template_begin_alike() -> N
     homes = {"a": "one", "b": "two"}
     apart = topology("a b", "a>b", rounds=1, role=ALIKE, backbones=tables, backbone_of=homes)
     assert source(apart) is None
-    tables = (backbone("state", attention=("linear", "full")),)
-    assert source(topology("a b", "a>b", rounds=1, role=ALIKE, backbones=tables)) is None
     agents = dict(alike.system.agents)
     agents["b"] = replace(agents["b"], chat_template={"enable_thinking": True})
     other = alike.replaced(system=replace(alike.system, agents=agents), nodes=dict(agents))
@@ -332,7 +369,8 @@ def test_dump_writes_the_text_after_every_pass(tmp_path: Path) -> None:
         "005_FuseLinks.txt",
         "006_BatchParallelAgents.txt",
         "007_SharePromptPrefix.txt",
-        "008_PlanCaches.txt",
+        "008_PlanSnapshots.txt",
+        "009_PlanCaches.txt",
     ]
     assert (tmp_path / "ir" / files[0]).read_text() == print_graph(sequential())
     assert (tmp_path / "ir" / files[-1]).read_text() == print_graph(program)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.graphs import EXAMPLES, backbone, topology
+from kit.graphs import EXAMPLES, backbone, stateful, topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Decode, Level
 from recmas_compiler.ir.printer import print_graph
@@ -27,7 +27,7 @@ BACKBONES = (
     backbone("one"),
     backbone("same", identity="builtin:smollm2-135m-instruct", source="folder"),
     backbone("other", identity="other", source="other", width=64),
-    backbone("recurrent", identity="recurrent", attention=("linear", "full")),
+    stateful("recurrent", identity="recurrent"),
 )
 
 

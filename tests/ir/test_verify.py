@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kit.graphs import EXAMPLES, backbone, diamond, mixture, sequential, topology
+from kit.graphs import EXAMPLES, backbone, diamond, mixture, sequential, stateful, topology
 from recmas_compiler.ir.graph import Edge, Graph
 from recmas_compiler.ir.ops import Cache, Decode, Flow, Level, NodeOp, Prefill, Send, Think
 from recmas_compiler.ir.verify import RULES, verify
@@ -23,6 +23,11 @@ def unrolled(graph: Graph | None = None) -> Graph:
 
 def planned(graph: Graph | None = None) -> Graph:
     return run_pipeline(graph or sequential())
+
+
+def planned_with_states() -> Graph:
+    links = "planner>critic critic>solver solver~>planner"
+    return planned(topology("planner critic solver", links, backbones=(stateful("state"),)))
 
 
 def with_op(graph: Graph, node: str, **changes: Any) -> Graph:
@@ -192,6 +197,7 @@ PROGRAM_BREAKERS: dict[str, Callable[[], Graph]] = {
     "messages": lambda: without_edge(unrolled(), "r1/solver->planner/send", "r2/planner/prefill"),
     "reuse": lambda: with_op(planned(), "r3/planner/prefill", reuse="r1/planner/prefill"),
     "prefixes": prefix_beside_own_rows,
+    "snapshots": lambda: with_op(planned_with_states(), "r1/planner/prefill", snapshots=()),
 }
 
 PLANNED_BREAKERS: dict[str, Callable[[], Graph]] = {
@@ -245,6 +251,28 @@ def test_examples_hold_all_rules(name: str) -> None:
     for pass_ in PIPELINE:
         graph = pass_(graph)
         verify(graph, at=f"after {pass_.name}")
+
+
+@pytest.mark.parametrize(
+    ("step", "changes"),
+    [
+        ("r3/planner/prefill", {"restore": "critic"}),
+        ("r3/planner/prefill", {"restore": None}),
+        ("r3/planner/prefill", {"snapshots": ("planner",)}),
+        ("r1/planner/prefill", {"restore": "planner"}),
+    ],
+)
+def test_snapshots_fit_the_rows_that_are_kept(step: str, changes: dict[str, Any]) -> None:
+    verify(planned_with_states(), at="at first")
+    with pytest.raises(RecmasError, match="rule snapshots"):
+        verify(with_op(planned_with_states(), step, **changes), at="last")
+
+
+def test_rows_have_no_snapshots() -> None:
+    graph = planned_with_states()
+    rows = backbone("state")
+    with pytest.raises(RecmasError, match="rule snapshots"):
+        verify(with_system(graph, backbones={"state": rows}), at="last")
 
 
 def test_cache_that_no_step_uses_is_refused() -> None:

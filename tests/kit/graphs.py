@@ -9,7 +9,7 @@ from recmas_compiler.ir.graph import Edge, Graph
 from recmas_compiler.ir.ops import Agent, Backbone, BuildOptions, Level, Link, System
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.spec.document.places import UNKNOWN
-from recmas_runtime.formats.layers import uniform_layers
+from recmas_runtime.formats.layers import LayerShape, StateShape, uniform_layers
 from recmas_runtime.formats.plan import PromptPart, SamplingPlan
 
 
@@ -44,6 +44,13 @@ def prompt(text: str, slots: Sequence[str] = ()) -> tuple[PromptPart, ...]:
 def backbone(name: str, **changes: object) -> Backbone:
     dtype = str(changes.pop("dtype", "float32"))
     return Backbone(name=name, facts=facts(**changes), dtype=dtype, shared_as=name, where=UNKNOWN)
+
+
+def stateful(name: str, **changes: object) -> Backbone:
+    """Return a backbone of two layers, of which the first keeps a state of 6 x 100 numbers."""
+    state = LayerShape(states=(StateShape(name="recurrent", shape=(6, 100)),))
+    layers = (state, *uniform_layers(1, heads=3, key_width=64))
+    return backbone(name, layers=layers, attention=("linear", "full"), **changes)
 
 
 def topology(

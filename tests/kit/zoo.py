@@ -305,6 +305,17 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
         "swa_num_key_value_heads": 4,
     },
     "internlm3": {"head_dim": 24},
+    "llama dynamic": {"rope_parameters": {**_ROPE, "rope_type": "dynamic", "factor": 2.0}},
+    "phi3 longrope": {
+        **_WINDOW,
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            **_ROPE,
+            "rope_type": "longrope",
+            "short_factor": [1.0 + 0.1 * i for i in range(8)],
+            "long_factor": [4.0] * 8,
+        },
+    },
     "cohere_compass_text": {
         **_MIXED,
         "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
@@ -394,6 +405,7 @@ SEEING: Final[Mapping[str, Seeing]] = {
     "qwen3_vl_moe": Seeing(
         {**_SECTIONS, **_EXPERTS}, {**_VISION, **_BLOCKS, "deepstack_visual_indexes": [0]}
     ),
+    "qwen3_5": Seeing(_DELTA_NET, {**_VISION, **_BLOCKS}),
     "glm4v": Seeing(_SECTIONS, {**_VISION, **_BLOCKS}),
     "glm4v_moe": Seeing(
         {
@@ -446,19 +458,7 @@ def write_zoo_model(folder: Path, name: str, *, seed: int = 0) -> Path:
         loader = AutoModelForImageTextToText
     config = AutoConfig.for_model(model_type, **{**tokens, **entries})
     model = loader.from_config(config, dtype=torch.float32)
-    tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for part, weight in sorted(model.named_parameters()):
-            noise = torch.randn(weight.shape, generator=generator)
-            if id(weight) in tables:
-                weight.copy_(noise * 0.6)
-            elif "sinks" in part:
-                weight.copy_(0.5 + 1.5 * noise)
-            elif weight.ndim == 1 or "bias" in part:
-                weight.add_(noise * 0.1)
-            else:
-                weight.copy_(noise * 0.7 / math.sqrt(weight.shape[-1]))
+    scale_weights(model, seed=seed)
     config.architectures = [type(model).__name__]
     logging.disable_progress_bar()
     model.save_pretrained(folder)
@@ -471,3 +471,24 @@ def write_zoo_model(folder: Path, name: str, *, seed: int = 0) -> Path:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
+
+
+@torch.no_grad()
+def scale_weights(model: Any, *, seed: int = 0) -> None:
+    """Give a model random weights that all matter."""
+    tables = {
+        id(table.weight)
+        for table in (model.get_input_embeddings(), model.get_output_embeddings())
+        if table is not None
+    }
+    generator = torch.Generator().manual_seed(seed)
+    for part, weight in sorted(model.named_parameters()):
+        noise = torch.randn(weight.shape, generator=generator)
+        if id(weight) in tables:
+            weight.copy_(noise * 0.6)
+        elif "sinks" in part:
+            weight.copy_(0.5 + 1.5 * noise)
+        elif weight.ndim == 1 or "bias" in part:
+            weight.add_(noise * 0.1)
+        else:
+            weight.copy_(noise * 0.7 / math.sqrt(weight.shape[-1]))

@@ -248,9 +248,12 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
         "RM404", "plan.json", "'planner' has no slot 'solver'"),
     "message missing": (plan("steps/3/messages", []), "RM404", "plan.json", "has sent nothing"),
     "layer state to restore": (
-        plan("steps/3/restore", "begin"), "RM404", "plan.json", "'begin': no layer"),
+        plan("steps/3/restore", "begin"), "RM404", "plan.json", "unknown snapshot 'begin'"),
     "layer state to save": (
-        plan("steps/3/snapshot", "begin"), "RM404", "plan.json", "'begin': no layer"),
+        plan("steps/3/snapshots", ["begin"]), "RM404", "plan.json", "unknown snapshot 'begin'"),
+    "snapshot of rows": (
+        plan("snapshots", {"begin": {"cache": "planner", "bytes_per_sample": 4}}),
+        "RM404", "plan.json", "no layer of the backbone of cache 'planner' keeps a state"),
     "exit from a plan that has none": (
         plan("steps/10/exits", [{"link": "solver->planner", "round": 1}]), "RM404", "plan.json",
         "steps[10].exits: not the messages"),

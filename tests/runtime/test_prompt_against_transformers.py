@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+from tokenizers import normalizers, pre_tokenizers
 
 pytest.importorskip("torch", reason="tiny models and transformers need torch")
 transformers = pytest.importorskip("transformers", reason="compares with transformers")
 
 from kit.compare_templates import WRAPPINGS, compare  # noqa: E402
 from kit.models import FAMILIES, make_tokenizer  # noqa: E402
-from recmas_runtime.formats.plan import PromptPart  # noqa: E402
+from recmas_compiler.lowering.prompt_parity import prompt_difference  # noqa: E402
+from recmas_runtime.formats.plan import AgentPlan, PromptPart  # noqa: E402
 from recmas_runtime.prompts.chat_template import ChatTemplate  # noqa: E402
-from recmas_runtime.prompts.render import Slot, Tokens, build_prompt  # noqa: E402
+from recmas_runtime.prompts.render import Chat, Prompt, Slot, Tokens, build_prompt  # noqa: E402
+from recmas_runtime.prompts.samples import SAMPLE_FIELD  # noqa: E402
 from recmas_runtime.prompts.tokenizer import Tokenizer  # noqa: E402
 
 TOOL_TEMPLATE = r"""{%- macro turn(role, text) -%}
@@ -86,51 +90,135 @@ def test_pieces_are_tokenized_as_transformers_does(family: str) -> None:
         assert tokenizer.decode(wanted) == decoded
 
 
+PARTS = [
+    PromptPart(kind="text", value="Think of "),
+    PromptPart(kind="field", value="question"),
+    PromptPart(kind="text", value="\nThoughts: "),
+    PromptPart(kind="slot", value="planner"),
+    PromptPart(kind="text", value="\nand "),
+    PromptPart(kind="slot", value="critic"),
+    PromptPart(kind="text", value="the answer"),
+]
+AGENT = AgentPlan(
+    backbone="one",
+    system=(PromptPart(kind="text", value="Be the planner."),),
+    first=None,
+    then=tuple(PARTS),
+    inner="solver.inner",
+    latent_steps=1,
+)
+
+
+def prompt_of(chat: Chat, record: dict[str, str]) -> Prompt:
+    return build_prompt(
+        system=AGENT.system,
+        prompt=AGENT.then,
+        record=record,
+        chat=chat.template,
+        tokenizer=chat.tokenizer,
+    )
+
+
+def difference(family: str, chat: Chat, question: str) -> str | None:
+    reference = huggingface(family)
+    record = {"id": "1", "question": question}
+    return prompt_difference(
+        prompt_of(chat, record),
+        agent=AGENT,
+        variant="then",
+        record=record,
+        chat=chat,
+        tokenizer=reference,
+        chat_template=reference.chat_template,
+        special_tokens=reference.special_tokens_map,
+    )
+
+
+def chat_of(family: str, **changed: str) -> Chat:
+    reference = huggingface(family)
+    files = {"template": reference.chat_template, "tokenizer": reference.backend_tokenizer.to_str()}
+    files |= changed
+    return Chat.load(files["tokenizer"], files["template"], reference.special_tokens_map)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_prompt_is_that_of_transformers(family: str) -> None:
-    # control tokens in the question included, as with its `sanitize_control_tokens`
+    chat = chat_of(family)
+    for question in ("What is 7 * 8?", SAMPLE_FIELD):
+        assert difference(family, chat, question) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_around_slots_have_the_tokens_of_the_middle_of_a_text(family: str) -> None:
+    """Also where a tokenizer begins every text with a space, as that of Llama 2 does."""
+    reference = huggingface(family)
+    reference.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    text = reference.backend_tokenizer.to_str()
+    chat = Chat.load(text, reference.chat_template, reference.special_tokens_map)
+    record = {"id": "1", "question": "the plan"}
+    prompt = prompt_of(chat, record)
+    options = {
+        "agent": AGENT,
+        "variant": "then",
+        "record": record,
+        "chat": chat,
+        "tokenizer": reference,
+        "chat_template": reference.chat_template,
+        "special_tokens": reference.special_tokens_map,
+    }
+    assert prompt_difference(prompt, **options) is None
+    last = prompt.items[-1]
+    assert isinstance(last, Tokens)
+    alone = Tokens(chat.tokenizer.encode_piece(reference.decode(last.ids)))
+    assert alone != last
+    found = prompt_difference(Prompt((*prompt.items[:-1], alone)), **options)
+    assert found is not None
+    assert found.startswith("its token 1 behind the message of 'critic' begins ")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_makes_other_prompts_is_told_with_its_place(family: str) -> None:
+    template = huggingface(family).chat_template.rstrip("\n") + "Sure:"
+    found = difference(family, chat_of(family, template=template), "What is 7 * 8?")
+    assert found is not None
+    told = (
+        r"its token \d+ behind the message of 'critic' begins \".*Sure:\", with transformers \".*\""
+    )
+    assert re.fullmatch(told, found)
+
+    tokenizer = huggingface(family).backend_tokenizer
+    tokenizer.normalizer = normalizers.Replace("7", "8")
+    found = difference(family, chat_of(family, tokenizer=tokenizer.to_str()), "What is 7 * 8?")
+    assert found is not None
+    assert re.search(r"begins \"8 .*\", with transformers \"7 ", found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_control_tokens_of_a_question_are_text_as_with_transformers(family: str) -> None:
+    """With its `sanitize_control_tokens`, which it has for whole prompts only."""
     reference = huggingface(family)
     kind = FAMILIES[family]
-    chat = ChatTemplate(kind.template, reference.special_tokens_map)
-    tokenizer = Tokenizer(reference.backend_tokenizer.to_str(), kind.template)
     question = f"the {' '.join((*kind.special, *kind.control))}{kind.eos}end"
-    parts = [
-        PromptPart(kind="text", value="Think of "),
-        PromptPart(kind="field", value="question"),
-        PromptPart(kind="text", value="\nThoughts: "),
-        PromptPart(kind="slot", value="planner"),
-        PromptPart(kind="text", value="\nand answer"),
-    ]
-    prompt = build_prompt(
-        system=[PromptPart(kind="text", value="Be the planner.")],
-        prompt=parts,
-        record={"id": "1", "question": question},
-        chat=chat,
-        tokenizer=tokenizer,
-    )
-    # For transformers the slot is a word; the text before it must agree token by token.
+    prompt = prompt_of(chat_of(family), {"id": "1", "question": question})
+    # For transformers slots are words; the text before the first must agree token by token.
     messages = [
         {"role": "system", "content": "Be the planner."},
-        {"role": "user", "content": f"Think of {question}\nThoughts: (planner)\nand answer"},
+        {
+            "role": "user",
+            "content": f"Think of {question}\nThoughts: (planner)\nand (critic)the answer",
+        },
     ]
     options = {"add_generation_prompt": True, "enable_thinking": False}
-    rendered = reference.apply_chat_template(messages, tokenize=False, **options)
     shown = [
         f"({item.agent})" if isinstance(item, Slot) else reference.decode(item.ids)
         for item in prompt.items
     ]
-    assert "".join(shown) == rendered
+    assert "".join(shown) == reference.apply_chat_template(messages, tokenize=False, **options)
     safe = reference.apply_chat_template(
         messages, tokenize=True, return_dict=False, sanitize_control_tokens=True, **options
     )
-    leading, slot, trailing = prompt.items
-    assert isinstance(leading, Tokens)
-    assert isinstance(slot, Slot)
-    assert isinstance(trailing, Tokens)
-    before = len(leading.ids) - 1  # the last one may join with the word
-    assert list(leading.ids[:before]) == safe[:before]
-    after = len(trailing.ids) - 1
-    assert list(trailing.ids[-after:]) == safe[-after:]
+    before = len(prompt.leading_ids) - 1  # the last one may join with the word
+    assert list(prompt.leading_ids[:before]) == safe[:before]
 
 
 MORE_TEMPLATES = {

@@ -16,6 +16,9 @@ from recmas_runtime.core.tables import Row, read_rows
 
 RECORDS = [{"q": "one\ntwo", "a": "1"}, {"q": "x, \u00fc\u2028", "a": "2"}, {"q": "", "a": "3"}]
 LINES = "\n".join(map(json.dumps, RECORDS))
+# Without a time: test ids must not depend on when they are collected.
+PACKED = gzip.compress(LINES.encode(), mtime=0)
+
 CSV = 'q,a\n"one\ntwo",1\n"x, \u00fc\u2028",2\n,3\n'
 COLUMNS = {name: [record[name] for record in RECORDS] for name in ("q", "a")}
 PANDAS = {name: {str(i): value for i, value in enumerate(c)} for name, c in COLUMNS.items()}
@@ -140,8 +143,8 @@ def test_a_line_is_given_before_the_next_one_is_typed() -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-12], "ended before"),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:20] + b"x" * 30, "cannot be read"),
+        ("a.jsonl.gz", PACKED[:-12], "ended before"),
+        ("a.jsonl.gz", PACKED[:20] + b"x" * 30, "cannot be read"),
         ("a.jsonl", LINES.encode("utf-16"), "UTF-16"),
     ],
 )

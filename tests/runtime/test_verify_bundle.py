@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, normalizers
+from tokenizers import AddedToken, Tokenizer, normalizers
 
 from kit.hand_bundle import edit_json, rehash
 from recmas_runtime.cli.main import main
@@ -17,7 +17,7 @@ from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.safetensors_file import read_tensors, write_tensors
 from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.prompts.render import Chat
-from recmas_runtime.prompts.samples import SAMPLE_DAY, prompt_digests
+from recmas_runtime.prompts.samples import SAMPLE_DAY, prompt_digests, token_digest
 
 CASE = "parity/one.safetensors"
 TEMPLATE = "backbones/one/chat_template.jinja"
@@ -107,6 +107,22 @@ def test_prompts_have_the_tokens_that_they_were_built_with(
     ]
 
 
+def test_tokenizers_give_the_tokens_that_they_were_built_with(
+    own_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of texts that no prompt has: here an added token takes the space beside it along."""
+    tokenizer = Tokenizer.from_file(str(own_bundle / TOKENIZER))
+    digest = token_digest(Chat.load(own_bundle / TOKENIZER, "{{ messages }}", {}).tokenizer)
+    edit_json(own_bundle / "manifest.json", "token_digests", {"one": digest})
+    keep_digests(own_bundle)
+    assert problems_of(capsys, own_bundle, status=0) == []
+    tokenizer.add_special_tokens([AddedToken("<|end|>", normalized=False, lstrip=True)])
+    tokenizer.save(str(own_bundle / TOKENIZER))
+    (problem,) = problems_of(capsys, own_bundle)
+    assert (problem["code"], problem["file"]) == ("RM405", TOKENIZER)
+    assert "the tokenizer of backbone 'one' gives texts other tokens here" in problem["message"]
+
+
 def test_prompts_of_templates_that_write_the_date_are_compared_on_one_day(
     own_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,11 +164,21 @@ Edit = Callable[[dict[str, np.ndarray]], object]
         ("inputs_embeds", np.zeros((2, 5, 260), np.float32)),
         ("inputs_embeds", np.zeros((1, 5, 7), np.float32)),
         ("inputs_embeds", np.zeros((1, 0, 260), np.float32)),
-        ("chunks", np.array([5], np.float32)),
-        ("chunks", np.array([[5]])),
-        ("chunks", np.array([7, -2])),
-        ("chunks", np.array([2**40])),
-        ("chunks", np.zeros(0, np.int64)),
+        ("lengths", np.array([(5, 3)], np.float32)),
+        ("lengths", np.array([5, 3])),
+        ("lengths", np.array([[5]])),
+        ("lengths", np.array([(5, 3, 1)])),
+        ("lengths", np.array([(7, 1), (-2, 1)])),
+        ("lengths", np.array([(5, 0)])),
+        ("lengths", np.array([(5, 6)])),
+        ("lengths", np.array([(4, 3)])),
+        ("lengths", np.array([(2**40, 1)])),
+        ("lengths", np.zeros((0, 2), np.int64)),
+        ("feedback_lengths", np.array([(4, 5)])),
+        ("feedback_lengths", np.array([(4000, 5)])),
+        ("feedback_embeds", np.zeros((1, 5, 260), np.float32)),
+        ("feedback_embeds", np.zeros((2, 4, 260), np.float32)),
+        ("feedback_hidden", np.zeros((1, 4, 260), np.float32)),
         ("hidden", np.zeros((1, 5), np.float32)),
         ("hidden", np.zeros((1, 5, 260), np.int64)),
         ("thought_next", np.zeros(3, np.float32)),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from kit.texts import texts_to_compare
+from llama_cpp_ids import DIGESTS, digest
 from recmas_compiler.analysis.token_count import TokenCounter
 from recmas_compiler.backbones.gguf_files.header import read_header
 from recmas_compiler.backbones.gguf_files.tokenizer import make_tokenizer
@@ -66,3 +69,13 @@ def test_tokens_of_the_builtin_are_those_of_llama_cpp(text: str, smollm2: TorchB
     assert counted.encode(text).ids == expected
     assert list(Tokenizer(smollm2.tokenizer_json, template).encode(text)) == expected
     assert smollm2.tokenizer(text, add_special_tokens=False).input_ids == expected
+
+
+def test_a_thousand_texts_have_the_tokens_of_llama_cpp(smollm2: TorchBackbone) -> None:
+    tokenizer = Tokenizer(smollm2.tokenizer_json, ChatTemplate(smollm2.chat_template))
+    expected = json.loads(DIGESTS.read_text())["smollm2"]
+    found = [digest(tokenizer.encode(text)) for text in texts_to_compare()]
+    assert len(expected) == 1000
+    assert [
+        i for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)) if ours != theirs
+    ] == []

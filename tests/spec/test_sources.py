@@ -20,6 +20,7 @@ from recmas_compiler.backbones.sources import BUILTINS, SMOLLM2, describe_backbo
 from recmas_compiler.spec.checks.prefix_reuse import count_tokens
 from recmas_compiler.spec.document.places import SourcePosition
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.formats.layers import uniform_layers
 
 HERE = SourcePosition(file="spec.yaml", line=5, column=13)
 
@@ -43,6 +44,7 @@ def test_llama(tmp_path: Path) -> None:
         head_dim=8,
         vocab_size=300,
         max_positions=2048,
+        layers=uniform_layers(2, heads=2, key_width=8),
         attention=("full", "full"),
         sliding_window=None,
         num_parameters=300 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32,

@@ -179,6 +179,11 @@ def _code(model_name: str | None) -> dict[str, str]:
     model_class = getattr(transformers, model_name)
     found = {} if model_name.endswith("ForCausalLM") else {"causal_class": model_name}
     source = inspect.getsource(sys.modules[model_class.__module__])
+    declared = {field.name: field.default for field in fields(model_class.config_class)}
+    # Those of encoders and of decoders that read what an encoder made of another text.
+    is_of_encoders = "is_decoder" in declared or declared.get("is_encoder_decoder") is True
+    if is_of_encoders and "encoder_hidden_states" in source:
+        return found | {"code": "encoder"}
     if any(name in source for name in STATE_NAMES):
         return found | {"code": "state"}
     return found

@@ -157,6 +157,7 @@ WRONG: dict[str, Wrong] = {
     ),
     "folder: no config": without("config.json"),
     "folder: no tokenizer": without("tokenizer.json"),
+    "folder: more tokens than rows": folder_with(small_table),
     "folder: no template": without("chat_template.jinja"),
 }
 # What only the weights tell.
@@ -164,7 +165,6 @@ WRONG_WEIGHTS: dict[str, Wrong] = {
     "weights: NaN": folder_with(with_nan),
     "weights: none": without("model.safetensors"),
     "weights: of another shape": config_with(intermediate_size=128),
-    "weights: tokens beyond the table": folder_with(small_table),
 }
 
 

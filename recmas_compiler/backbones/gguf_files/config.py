@@ -17,6 +17,7 @@ import numpy as np
 from recmas_compiler.backbones.gguf_files.architectures import ARCHITECTURES, Architecture
 from recmas_compiler.backbones.gguf_files.header import GgufError, GgufHeader
 from recmas_compiler.backbones.gguf_files.tokenizer import check_tokenizer, end_token_ids
+from recmas_runtime.core.text import counted
 
 _CONVERT_ANEW: Final = "Convert the model anew with a current llama.cpp."
 _USE_SAFETENSORS: Final = "Use the model's safetensors repository."
@@ -226,8 +227,7 @@ def _check_tensors(
     missing = [name for name in rules if name not in header.tensors]
     if missing:
         raise GgufError(
-            f"lacks {len(missing)} tensors of its {config['num_hidden_layers']} layers, such as "
-            f"`{missing[0]}`",
+            f"lacks {counted(len(missing), 'tensor')} of its model, such as `{missing[0]}`",
             "Download the model again, or convert it anew.",
         )
     for name, entry in header.tensors.items():

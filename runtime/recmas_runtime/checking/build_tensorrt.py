@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recmas_runtime.checking.parity import case_positions, measure_backbone_parity
 from recmas_runtime.checking.verify import out_of_tolerance, read_case
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.progress import Progress
@@ -38,8 +39,6 @@ from recmas_runtime.engines.tensorrt.static_graph import (
 from recmas_runtime.formats.bundle import ENGINES_FOLDER, Bundle, open_bundle
 from recmas_runtime.formats.links import read_operands
 from recmas_runtime.formats.manifest import BackboneEntry
-from recmas_runtime.formats.safetensors_file import read_tensors
-from recmas_runtime.running.parity import measure_backbone_parity
 
 if TYPE_CHECKING:
     import onnx
@@ -180,13 +179,8 @@ class _Builder:
 
 def _case_positions(bundle: Bundle, backbone: str) -> int:
     """Return the most positions of a sequence in a backbone's parity cases."""
-    longest = 1
-    for entry in bundle.manifest.parity:
-        if entry.backbone == backbone:
-            case, _ = read_tensors(bundle.file(entry.file))
-            greedy = len(case["greedy_prompt"]) + len(case["greedy_tokens"])
-            longest = max(longest, case["inputs_embeds"].shape[1], greedy)
-    return longest
+    cases = (read_case(bundle, e)[0] for e in bundle.manifest.parity if e.backbone == backbone)
+    return max(map(case_positions, cases), default=1)
 
 
 def _check(

@@ -12,28 +12,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recmas_runtime.checking.parity import (
+    BACKBONE_CASE,
+    case_links,
+    case_positions,
+    measure_backbone_parity,
+    measure_link_parity,
+)
 from recmas_runtime.checking.placement import StrayNode, find_stray_nodes
 from recmas_runtime.core.errors import Exit, Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.engines.interface import Backbone, Operands
 from recmas_runtime.engines.onnx.backbone import LinkEngine
+from recmas_runtime.engines.onnx.probe import measure_probe
 from recmas_runtime.engines.tensorrt.engine_cache import engines_text
 from recmas_runtime.formats.bundle import Bundle, open_bundle, unlisted_files
 from recmas_runtime.formats.codec import malformed
 from recmas_runtime.formats.links import read_operands, stack_operands
-from recmas_runtime.formats.manifest import PLAN_NAME, Manifest, ParityEntry
+from recmas_runtime.formats.manifest import PARITY_ROWS, PLAN_NAME, Manifest, ParityEntry
 from recmas_runtime.formats.precisions import beyond_tolerance
 from recmas_runtime.formats.safetensors_file import read_tensors
-from recmas_runtime.prompts.samples import PromptDigests, prompt_digests
+from recmas_runtime.prompts.samples import PromptDigests, prompt_digests, token_digest
 from recmas_runtime.prompts.trial import render_once
 from recmas_runtime.running.open_engines import open_engines
-from recmas_runtime.running.parity import (
-    BACKBONE_CASE,
-    case_links,
-    measure_backbone_parity,
-    measure_link_parity,
-    measure_probe,
-)
 from recmas_runtime.running.records import Record
 from recmas_runtime.running.system import LoadedBundle, System, load_parts
 
@@ -109,6 +110,7 @@ def verify_bundle(
     problems = [*opened.problems]
     loaded = load_parts(bundle, opened)
     problems += _prompt_problems(bundle, loaded)
+    problems += _changed_tokens(bundle, loaded)
     problems += _tokens_without_rows(bundle, loaded)
     problems += [
         Problem(
@@ -206,6 +208,23 @@ def _changed_prompts(manifest: Manifest, here: PromptDigests) -> list[Problem]:
     ]
 
 
+def _changed_tokens(bundle: Bundle, loaded: LoadedBundle) -> list[Problem]:
+    """Return a problem for each tokenizer whose ids are not those that were kept at build."""
+    kept = bundle.manifest.token_digests
+    return [
+        Problem(
+            code="RM405",
+            message=f"the tokenizer of backbone {name!r} gives texts other tokens here than where "
+            "the bundle was built",
+            hint="Install the version of tokenizers that it was built with, or build it again; do "
+            "not trust its answers here.",
+            file=entry.tokenizer,
+        )
+        for name, entry in bundle.manifest.backbones.items()
+        if kept.get(name, found := token_digest(loaded.chats[name].tokenizer)) != found
+    ]
+
+
 def _tokens_without_rows(bundle: Bundle, loaded: LoadedBundle) -> list[Problem]:
     """Return a warning for each tokenizer that knows more tokens than its backbone."""
     return [
@@ -284,7 +303,9 @@ def _wrong_tensor(
     # By tensor: sizes of its axes, None for any.
     floats: dict[str, tuple[int | None, ...]] = {
         "inputs_embeds": (1, None, width),
-        "hidden": (None, None, None),
+        "hidden": (1, None, None),
+        "feedback_embeds": (1, None, width),
+        "feedback_hidden": (PARITY_ROWS, None, None),
         "thought_next": (None, None, None),
         "logits_hidden": (None, width),
         "logits": (None, None),
@@ -296,27 +317,34 @@ def _wrong_tensor(
         found = case.get(name)
         if found is None:
             return f"{name!r} is missing"
-        fits = len(found.shape) == len(sizes) and all(
-            wanted in (None, size) for wanted, size in zip(sizes, found.shape, strict=True)
-        )
-        if found.dtype != np.float32 or not fits:
+        if found.dtype != np.float32 or not _fits(found, sizes):
             return f"{name!r} is {found.dtype} of shape {list(found.shape)}"
-    for name, least, beyond in (
-        ("chunks", 1, 2**31),
-        ("greedy_prompt", 0, backbone.vocab_size),
-        ("greedy_tokens", 0, backbone.vocab_size),
-    ):
+    integers: dict[str, tuple[int, int, tuple[int | None, ...]]] = {
+        "lengths": (1, 2**31, (None, PARITY_ROWS)),
+        "feedback_lengths": (1, 2**31, (None, PARITY_ROWS)),
+        "greedy_prompt": (0, backbone.vocab_size, (None,)),
+        "greedy_tokens": (0, backbone.vocab_size, (None,)),
+    }
+    for name, (least, beyond, sizes) in integers.items():
         found = case[name]
-        if found.dtype != np.int64 or found.ndim != 1 or not found.size:
+        if found.dtype != np.int64 or not _fits(found, sizes) or not found.size:
             return f"{name!r} is {found.dtype} of shape {list(found.shape)}"
         if found.min() < least or found.max() >= beyond:
             return f"{name!r} has values from {found.min()} to {found.max()}"
-    positions = case["inputs_embeds"].shape[1]
-    if int(case["chunks"].sum()) != positions:
-        return f"'chunks' does not add up to the {positions} positions of 'inputs_embeds'"
-    if max(positions, len(case["greedy_prompt"])) > backbone.max_positions:
+    for lengths, embeds in (("lengths", "inputs_embeds"), ("feedback_lengths", "feedback_embeds")):
+        positions, (whole, *others) = case[embeds].shape[1], case[lengths].sum(axis=0)
+        if whole != positions or max(others) > positions:
+            return f"{lengths!r} does not add up to the {positions} positions of {embeds!r}"
+    if case_positions(case) > backbone.max_positions:
         return f"'inputs_embeds' has more positions than the backbone, {backbone.max_positions}"
     return None
+
+
+def _fits(array: NDArray[Any], sizes: tuple[int | None, ...]) -> bool:
+    """Tell whether an array has such axes, None for one of any size."""
+    return len(array.shape) == len(sizes) and all(
+        wanted in (None, size) for wanted, size in zip(sizes, array.shape, strict=True)
+    )
 
 
 def out_of_tolerance(file: str, figures: Mapping[str, float], *, precision: str) -> list[Problem]:

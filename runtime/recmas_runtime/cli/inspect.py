@@ -64,6 +64,8 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "steps": [{**to_json(step), "text": step_text(plan, step)} for step in plan.steps],
         "caches": to_json(plan.caches),
         "cache_bytes_per_sample": sum(c.bytes_per_sample for c in plan.caches.values()),
+        "snapshots": to_json(plan.snapshots),
+        "snapshot_bytes_per_sample": sum(s.bytes_per_sample for s in plan.snapshots.values()),
         "size_bytes": sum(entry.size_bytes for entry in manifest.files.values()),
         "num_files": len(manifest.files),
         "limits": to_json(plan.limits),
@@ -124,6 +126,11 @@ def bundle_text(bundle: Bundle) -> str:
         f"limits      {plan.limits.max_prompt_tokens} prompt tokens, batches of "
         f"{plan.limits.max_batch}, answers of {plan.sampling.max_new_tokens} tokens",
         f"caches      {human_bytes(facts['cache_bytes_per_sample'])} per record at the limits",
+        *(
+            [f"snapshots   {human_bytes(facts['snapshot_bytes_per_sample'])} per record"]
+            if plan.snapshots
+            else []
+        ),
         f"fields      {', '.join(plan.fields) or 'none: every question gets the same answer'}",
     ]
     lines += [f"engines     {folder}: {whose}" for folder, whose in facts["engines"].items()]
@@ -143,7 +150,9 @@ def step_text(plan: Plan, step: Step) -> str:
             prompts = ", ".join(f"{agent} ({variant})" for agent, variant in named)
             kept = ", reuse prefix" if step.reuse_prefix else ""
             copied = f", prefix of {step.prefix_from}" if step.prefix_from is not None else ""
-            return f"prefill {prompts}{kept}{copied}"
+            restored = "" if step.restore is None else f", restore {step.restore}"
+            saved = f", save {', '.join(step.snapshots)}" if step.snapshots else ""
+            return f"prefill {prompts}{kept}{copied}{restored}{saved}"
         case ThinkStep():
             how = "fused" if step.fused else "inner link apart"
             steps = counted(plan.num_latent_steps(step), "step")

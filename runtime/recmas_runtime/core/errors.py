@@ -79,7 +79,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM209": (Exit.USAGE, "a system that has no released form"),
     # RM3xx: export
     "RM300": (Exit.RUN_FAILED, "the backbone could not be exported"),
-    "RM301": (Exit.VERIFICATION, "an engine disagrees with the reference"),
+    "RM301": (Exit.VERIFICATION, "an engine, a prompt or a tokenizer disagrees with the reference"),
     "RM302": (Exit.USAGE, "the output folder already exists"),
     "RM303": (Exit.RUN_FAILED, "the disk is full or not writable"),
     "RM304": (Exit.VERIFICATION, "an operator of a step runs on an unexpected provider"),

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from recmas_runtime.core.errors import Problem, RecmasError
+from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.formats.manifest import BackboneEntry
 
 Floats = NDArray[np.float32]
@@ -44,6 +44,15 @@ class OutOfMemoryError(RecmasError):
         return made
 
 
+def keeps_rows_only(engine: str) -> RecmasError:
+    """Return RM203 for an engine whose caches have no layer states."""
+    return fail(
+        "RM203",
+        f"{engine} goes back to no layer states, which this backbone keeps",
+        hint="Run it on ONNX Runtime: device `cpu` or `cuda`.",
+    )
+
+
 class KeyValueRows(Protocol):
     """The keys and values of R sequences, each with room for `capacity` positions."""
 
@@ -66,6 +75,17 @@ class KeyValueRows(Protocol):
         """Return copies on the host, in the order of `formats.layers.cache_tensors`.
 
         Keys and values are [n, H, positions, D]; states are whole.
+        """
+
+    def save_states(self) -> Any:
+        """Return a copy of the layer states of all sequences, for `restore_states`."""
+
+    def restore_states(self, saved: Any, rows: Mapping[int, int]) -> None:
+        """Overwrite the layer states of some sequences; their keys and values stay.
+
+        Args:
+            saved: What `save_states` of a cache of this backbone gave.
+            rows: By sequence of this cache, the one whose states it takes.
         """
 
 

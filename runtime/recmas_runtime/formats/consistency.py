@@ -11,6 +11,7 @@ from typing import Final
 
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import inner_link_id, outer_link_id
+from recmas_runtime.formats.layers import has_states
 from recmas_runtime.formats.link_kinds import FORMS
 from recmas_runtime.formats.manifest import MANIFEST_NAME, PLAN_NAME, SPEC_NAME, Manifest
 from recmas_runtime.formats.plan import (
@@ -226,13 +227,58 @@ def sends_use_their_links(manifest: Manifest, plan: Plan) -> Iterator[tuple[str,
             yield f"steps[{index}].links", f"expected {wanted}; found {found}"
 
 
-def states_are_kept(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
-    """No layer keeps a state beside its rows, so there is none to save or to restore."""
+def snapshots_are_of_states(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
+    """A snapshot is of layers that keep states, and of the rows that its user keeps or copies."""
+    for name, snapshot in plan.snapshots.items():
+        where = f"snapshots.{name}.cache"
+        if snapshot.cache not in plan.caches:
+            yield where, f"unknown cache {snapshot.cache!r}"
+        elif not _keeps_states(manifest, plan, snapshot.cache):
+            yield where, f"no layer of the backbone of cache {snapshot.cache!r} keeps a state"
+    made: set[str] = set()
+    restored: set[str] = set()
+    behind: dict[str, str] = {}  # cache -> the last step in it, where its layers keep states
     for index, step in enumerate(plan.steps):
         if isinstance(step, PrefillStep):
-            for key, snapshot in (("restore", step.restore), ("snapshot", step.snapshot)):
-                if snapshot is not None:
-                    yield f"steps[{index}].{key}", f"{snapshot!r}: no layer here keeps a state"
+            for key, what in _misplaced(plan, step, made):
+                yield f"steps[{index}].{key}", what
+            made.update(step.snapshots)
+            restored.update(() if step.restore is None else (step.restore,))
+        if isinstance(step, SendStep):
+            continue
+        if behind.get(step.cache) == "think" and not isinstance(step, PrefillStep):
+            yield f"steps[{index}]", "the layer states are those behind a rollout already"
+        if _keeps_states(manifest, plan, step.cache):
+            behind[step.cache] = step.op
+    for name in plan.snapshots.keys() - (made & restored):
+        yield f"snapshots.{name}", "no step makes it, or none restores it"
+
+
+def _keeps_states(manifest: Manifest, plan: Plan, cache: str) -> bool:
+    return has_states(manifest.backbones[plan.caches[cache].backbone].layers)
+
+
+def _misplaced(plan: Plan, step: PrefillStep, made: set[str]) -> Iterator[tuple[str, str]]:
+    """Complain about the snapshots of a prefill, given those that were made before."""
+    if step.restore is not None:
+        snapshot = plan.snapshots.get(step.restore)
+        kept_from = step.cache if step.reuse_prefix else step.prefix_from
+        if snapshot is None:
+            yield "restore", f"unknown snapshot {step.restore!r}"
+        elif step.restore not in made:
+            yield "restore", f"no prefill before has made snapshot {step.restore!r}"
+        elif snapshot.cache != kept_from:
+            kept = f"those of cache {kept_from!r}" if kept_from else "none"
+            what = f"snapshot {step.restore!r} is of cache {snapshot.cache!r}"
+            yield "restore", f"{what}, the rows that are kept are {kept}"
+    for name in step.snapshots:
+        snapshot = plan.snapshots.get(name)
+        if snapshot is None:
+            yield "snapshots", f"unknown snapshot {name!r}"
+        elif snapshot.cache != step.cache:
+            yield "snapshots", f"snapshot {name!r} is of cache {snapshot.cache!r}"
+    if len(set(step.snapshots)) != len(step.snapshots):
+        yield "snapshots", "each is made once"
 
 
 def exits_are_what_the_last_round_takes(
@@ -339,7 +385,7 @@ STAGES: Final[tuple[tuple[str, tuple[Rule, ...]], ...]] = (
         PLAN_NAME,
         (
             sends_use_their_links,
-            states_are_kept,
+            snapshots_are_of_states,
             steps_come_in_order,
             exits_are_what_the_last_round_takes,
         ),

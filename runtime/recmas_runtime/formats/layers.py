@@ -108,13 +108,18 @@ def elements_of_states(layers: Iterable[LayerShape]) -> int:
     return sum(state.elements for layer in layers for state in layer.states)
 
 
+def states_bytes(layers: Iterable[LayerShape]) -> int:
+    """Return the bytes of all states of one sequence."""
+    return _ELEMENT_BYTES * elements_of_states(layers)
+
+
 def sequence_bytes(layers: Sequence[LayerShape], capacity: int) -> int:
     """Return the bytes that a cache of so many positions takes for one sequence.
 
     A state is there twice: as it was, which a call reads, and as it is made.
     """
-    rows = elements_per_position(layers) * capacity
-    return _ELEMENT_BYTES * (rows + 2 * elements_of_states(layers))
+    rows = _ELEMENT_BYTES * elements_per_position(layers) * capacity
+    return rows + 2 * states_bytes(layers)
 
 
 def has_states(layers: Iterable[LayerShape]) -> bool:

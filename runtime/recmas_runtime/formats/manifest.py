@@ -146,6 +146,8 @@ class Manifest(StrictStruct, frozen=True, kw_only=True):
         files: Every file of the bundle but the manifest itself.
         prompt_digests: sha256 of the tokens of each agent's prompts, by `first` and `then`; see
             `prompts.samples`. Empty in bundles of earlier builds.
+        token_digests: sha256 of the ids that each backbone's tokenizer gives texts in which
+            tokenizers differ; likewise.
     """
 
     newest_version: ClassVar = MANIFEST_VERSION
@@ -163,3 +165,4 @@ class Manifest(StrictStruct, frozen=True, kw_only=True):
     parity: tuple[ParityEntry, ...]
     files: dict[str, FileEntry]
     prompt_digests: dict[str, dict[str, str]] = field(default_factory=dict)
+    token_digests: dict[str, str] = field(default_factory=dict)

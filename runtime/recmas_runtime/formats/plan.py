@@ -109,6 +109,18 @@ class CachePlan(StrictStruct, frozen=True, kw_only=True):
     bytes_per_sample: Size
 
 
+class SnapshotPlan(StrictStruct, frozen=True, kw_only=True):
+    """A copy of layer states, which cannot be cut back as rows can.
+
+    Attributes:
+        cache: The cache whose rows' states it holds.
+        bytes_per_sample: Bytes for one sample of the batch, all agents of that cache.
+    """
+
+    cache: str
+    bytes_per_sample: Size
+
+
 class SentMessage(StrictStruct, frozen=True, kw_only=True):
     """A message, told apart from all others of a run.
 
@@ -156,9 +168,10 @@ class PrefillStep(PlanStep, frozen=True, kw_only=True):
             this agent's previous prefill, up to the first slot of either prompt.
         prefix_from: Id of the cache of other agents on the same backbone, filled before: its rows
             of leading tokens that are equal may be copied. None for none.
-        restore: Id of the snapshot of layer states to begin with. None for none; no layer that
-            recmas runs keeps a state yet, so that anything else is refused.
-        snapshot: Id of the snapshot to make of layer states; likewise.
+        restore: Id of the snapshot of layer states that stand behind the rows which are kept or
+            copied. None for none: where layers keep states, the whole prompt then runs.
+        snapshots: Ids of the snapshots to make, of the states behind the tokens that the prompts
+            which restore them begin with.
     """
 
     agents: tuple[str, ...]
@@ -168,7 +181,7 @@ class PrefillStep(PlanStep, frozen=True, kw_only=True):
     cache: str
     prefix_from: str | None = None
     restore: str | None = None
-    snapshot: str | None = None
+    snapshots: tuple[str, ...] = ()
 
 
 class ThinkStep(PlanStep, frozen=True, kw_only=True):
@@ -338,6 +351,7 @@ class Plan(StrictStruct, frozen=True, kw_only=True):
     sampling: SamplingPlan
     limits: Limits
     fields: tuple[str, ...]
+    snapshots: dict[str, SnapshotPlan] = field(default_factory=dict)
     stop_when: StopPlan | None = None
     tools: ToolsPlan | None = None
     date: Annotated[str, Meta(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None

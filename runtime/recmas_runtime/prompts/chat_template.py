@@ -55,7 +55,7 @@ class ChatTemplate:
         self.text = text
         self.special_tokens = dict(special_tokens or {})
         self.day = day or date.today()
-        self._tools: Sequence[Mapping[str, Any]] | None = None
+        self.tools: Sequence[Mapping[str, Any]] | None = None  # that it gets, as JSON schemas
         if len(text) > MAX_TEMPLATE_CHARS:
             raise _cannot_render(
                 f"the chat template has {len(text)} characters, at most {MAX_TEMPLATE_CHARS} are "
@@ -77,7 +77,7 @@ class ChatTemplate:
     def with_tools(self, schemas: Sequence[Mapping[str, Any]]) -> Self:
         """Return the same template, which gets these tools as JSON schemas."""
         other = copy.copy(self)
-        other._tools = schemas
+        other.tools = schemas
         return other
 
     def names_variable(self, name: str) -> bool:
@@ -104,7 +104,7 @@ class ChatTemplate:
             **self.special_tokens,
             **variables,
             "messages": [dict(message) for message in messages],
-            "tools": copy.deepcopy(self._tools),
+            "tools": copy.deepcopy(self.tools),
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }

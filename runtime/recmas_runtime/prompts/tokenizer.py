@@ -175,6 +175,11 @@ class Tokenizer:
         return told != self._tokenizer.id_to_token(token_id)
 
     @property
+    def added_texts(self) -> tuple[str, ...]:
+        """The texts of added tokens, in order of their code points."""
+        return tuple(sorted(token.content for token in self._added.values()))
+
+    @property
     def largest_id(self) -> int:
         """The largest id of a token, added ones included."""
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)

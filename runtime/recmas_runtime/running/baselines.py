@@ -16,7 +16,7 @@ from msgspec import structs
 
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.ids import outer_link_id
-from recmas_runtime.formats.layers import sequence_bytes
+from recmas_runtime.formats.layers import has_states, sequence_bytes, states_bytes
 from recmas_runtime.formats.manifest import Manifest
 from recmas_runtime.formats.plan import (
     AgentPlan,
@@ -28,6 +28,7 @@ from recmas_runtime.formats.plan import (
     PrefillStep,
     PromptPart,
     SendStep,
+    SnapshotPlan,
     Step,
     ThinkStep,
     WriteStep,
@@ -142,10 +143,22 @@ def _moa(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
         )
 
     caches = {"+".join(group): _cache(plan, manifest, group) for group in groups}
+    snapshots = {
+        name: SnapshotPlan(
+            cache=name,
+            bytes_per_sample=len(cache.agents)
+            * states_bytes(manifest.backbones[cache.backbone].layers),
+        )
+        for name, cache in caches.items()
+        if cache.agents != (plan.answer_agent,)
+        and has_states(manifest.backbones[cache.backbone].layers)
+        and plan.rounds > 1
+    }
     steps: list[Step] = []
     for round_ in range(1, plan.rounds + 1):
         for group in by_backbone:
             cache = "+".join(group)
+            snapshot = cache if cache in snapshots else None
             steps.append(
                 PrefillStep(
                     round=round_,
@@ -154,12 +167,16 @@ def _moa(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
                     messages=seen(group, round_ - 1) if round_ > 1 else (),
                     reuse_prefix=round_ > 1,
                     cache=cache,
+                    restore=snapshot if round_ > 1 else None,
+                    snapshots=(snapshot,) if snapshot and round_ < plan.rounds else (),
                 )
             )
             steps.append(WriteStep(round=round_, agents=group, cache=cache, max_new_tokens=limit))
     answer = (plan.answer_agent,)
     steps += _answer_steps(plan.answer_agent, plan.rounds, seen(answer, plan.rounds))
-    whole = structs.replace(_with_text(plan, manifest, agents, links, steps), caches=caches)
+    whole = structs.replace(
+        _with_text(plan, manifest, agents, links, steps), caches=caches, snapshots=snapshots
+    )
     return Baseline(plan=whole)
 
 
@@ -172,6 +189,7 @@ def _only_answer(plan: Plan, manifest: Manifest, agent: AgentPlan) -> Plan:
         agents={name: agent},
         links={},
         caches={name: _cache(plan, manifest, (name,))},
+        snapshots={},
         steps=_answer_steps(name, 1, ()),
         fields=prompt_fields([agent]),
         stop_when=None,

@@ -31,11 +31,11 @@ from recmas_runtime.formats.plan import (
     compared_links,
     slot_positions,
 )
-from recmas_runtime.prompts.render import Prompt, Tokens, common_prefix
+from recmas_runtime.prompts.render import Prompt, PromptSource, Tokens, common_prefix
 from recmas_runtime.running.generation import AnswerTools, DecoderSettings, TextGenerator
-from recmas_runtime.running.record_prompts import PromptSource, prompt_positions
 from recmas_runtime.running.run_trace import StepEvent
-from recmas_runtime.running.sequence_batch import DECODE_HEADROOM, SequenceBatch
+from recmas_runtime.sequences.sequence_batch import DECODE_HEADROOM, SequenceBatch
+from recmas_runtime.sequences.snapshots import Snapshots
 
 # Streams of hand-over texts lie apart from those of answers, which are seeded `seed + index`.
 _SEEDS_OF_A_STEP = 2**64
@@ -95,6 +95,9 @@ class Execution:
 
     def __post_init__(self) -> None:
         self.converged = np.zeros(self.num_records, np.int64)
+        self._snapshots = Snapshots(
+            plan=self.plan, prompts=self.prompts, num_records=self.num_records
+        )
         self._compared = compared_links(self.plan) if self.plan.stop_when is not None else {}
 
     @property
@@ -160,23 +163,57 @@ class Execution:
                 prompts.append(self.prompts(b, agent, variant, texts))
                 embeds.append(_splice(sequences.engine, prompts[-1], thoughts))
         leading = [prompt.leading_ids for prompt in prompts]
-        other = self._sequences.get(step.prefix_from or "")
-        if other is not None:  # else an early exit has left it out
-            sequences.copy_shared_prefix(other, leading, [len(row) for row in embeds], batch)
-        kept = [0] * len(prompts)
+        other = self._sequences.get(step.prefix_from or "")  # None if an early exit left it out
+        if sequences.keeps_states:
+            kept = self._begin(step, sequences, other, leading, embeds)
+        else:
+            kept = self._kept_rows(step, sequences, other, leading, embeds)
+        counts = [prompt.num_tokens - count for prompt, count in zip(prompts, kept, strict=True)]
+        return {
+            "prefilled_tokens": tuple(sum(counts[b::batch]) for b in range(batch)),
+            "reused_tokens": tuple(sum(kept[b::batch]) for b in range(batch)),
+        }
+
+    def _kept_rows(
+        self,
+        step: PrefillStep,
+        sequences: SequenceBatch,
+        other: SequenceBatch | None,
+        leading: Sequence[tuple[int, ...]],
+        embeds: Sequence[Floats],
+    ) -> list[int]:
+        """Prefill prompts [T, d] behind rows that are there; returns how many of each are kept."""
+        if other is not None:
+            lengths = [len(row) for row in embeds]
+            sequences.copy_shared_prefix(other, leading, lengths, self.num_records)
+        kept = [0] * len(embeds)
         if step.reuse_prefix or other is not None:
             kept = [
                 # The last position is always recomputed: its hidden state is what comes next.
                 min(common_prefix(before, now), len(row) - 1)
                 for before, now, row in zip(sequences.prefixes, leading, embeds, strict=True)
             ]
-        sequences.prefixes = leading
+        sequences.prefixes = list(leading)
         sequences.prefill(embeds, kept)
-        counts = [prompt.num_tokens - count for prompt, count in zip(prompts, kept, strict=True)]
-        return {
-            "prefilled_tokens": tuple(sum(counts[b::batch]) for b in range(batch)),
-            "reused_tokens": tuple(sum(kept[b::batch]) for b in range(batch)),
-        }
+        return kept
+
+    def _begin(
+        self,
+        step: PrefillStep,
+        sequences: SequenceBatch,
+        other: SequenceBatch | None,
+        leading: Sequence[tuple[int, ...]],
+        embeds: Sequence[Floats],
+    ) -> list[int]:
+        """Prefill prompts [T, d] behind layer states that were saved; returns what is kept."""
+        lengths = [len(row) for row in embeds]
+        source = (other or sequences) if step.prefix_from is not None else sequences
+        stops = self._snapshots.stops(step, leading, lengths)
+        sequences.begin(self._snapshots.take(step, source, leading, lengths, stops), source)
+        sequences.prefixes = list(leading)
+        kept: list[int] = sequences.lengths.tolist()
+        self._snapshots.keep(sequences.prefill(embeds, kept, stops))
+        return kept
 
     def _received(
         self, step: PrefillStep, agent: str, b: int
@@ -217,6 +254,7 @@ class Execution:
             )
         else:
             thoughts, embeds = self._think_unfused(sequences, len(step.agents), num_steps)
+        sequences.went_on(num_steps - 1)
         batch = self.num_records
         for group, agent in enumerate(step.agents):
             rows = slice(group * batch, (group + 1) * batch)
@@ -339,7 +377,7 @@ class Execution:
                         prompts = (
                             self.prompts(b, agent, variant, {}) for b in range(self.num_records)
                         )
-                        longest = max(longest, *(prompt_positions(p, filled) for p in prompts))
+                        longest = max(longest, *(p.num_positions(filled) for p in prompts))
                 case ThinkStep():
                     after = max(after, self.plan.num_latent_steps(step))
                 case WriteStep() | DecodeStep():

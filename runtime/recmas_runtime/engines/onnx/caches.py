@@ -6,6 +6,7 @@ model width, G groups of rows with one link each.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import weakref
@@ -74,10 +75,22 @@ class DeviceArray:
         # On the host the value points into the array, which must outlive it.
         self._value = ort_value(array, kind)
         if not memory.shared:
-            element = _BFLOAT16 if kind == "tensor(bfloat16)" else array.dtype.type
-            make = onnx_runtime().OrtValue.ortvalue_from_shape_and_type
-            self._value = call_onnx(make, array.shape, element, memory.device, 0)
+            self._value = self._new_value()
             self.write(array)
+
+    def _new_value(self) -> Any:
+        element = _BFLOAT16 if self.kind == "tensor(bfloat16)" else NUMPY_TYPES[self.kind]
+        make = onnx_runtime().OrtValue.ortvalue_from_shape_and_type
+        return call_onnx(make, self.shape, element, self._memory.device, 0)
+
+    def clone(self) -> DeviceArray:
+        """Return a buffer of its own with the same contents."""
+        if self._host is not None:
+            return DeviceArray(self._host.copy(), self.kind, self._memory)
+        made = copy.copy(self)
+        made._value = self._new_value()
+        made.copy(self)
+        return made
 
     @property
     def num_bytes(self) -> int:
@@ -140,6 +153,20 @@ class DeviceArray:
         """Take a part of rows of a buffer [R, ...], in this order."""
         array = self.numpy()
         array[(slice(None), *part)] = source.numpy()[list(rows)][(slice(None), *part)]
+        if self._host is None:
+            self.write(array)
+
+    def take_rows(self, source: DeviceArray, rows: Mapping[int, int]) -> None:
+        """Overwrite some rows of a buffer [R, ...] with rows of another.
+
+        Where all rows keep their places, nothing leaves the device.
+        """
+        keep_places = rows == {place: place for place in range(self.shape[0])}
+        if keep_places and source.shape == self.shape:
+            self.copy(source)
+            return
+        array = self.numpy()
+        array[list(rows)] = source.numpy()[list(rows.values())]
         if self._host is None:
             self.write(array)
 
@@ -366,6 +393,15 @@ class Cache:
             ]
             for tensor in self._tensors
         ]
+
+    def save_states(self) -> dict[str, DeviceArray]:
+        """Return a copy of the states of all sequences; it stays on the device."""
+        return {name: self._layers[name].clone() for name in self._states}
+
+    def restore_states(self, saved: Mapping[str, DeviceArray], rows: Mapping[int, int]) -> None:
+        """Overwrite the states of some sequences with saved ones."""
+        for name, states in saved.items():
+            self._layers[name].take_rows(states, rows)
 
     def bind_inner(self, inner: Operands) -> None:
         """Bind the inner links' operands; nothing happens if they are bound already."""

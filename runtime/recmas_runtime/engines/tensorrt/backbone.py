@@ -20,7 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recmas_runtime.core.errors import Problem
-from recmas_runtime.engines.interface import Backbone, Floats, Indices, KeyValueRows, Operands
+from recmas_runtime.engines.interface import (
+    Backbone,
+    Floats,
+    Indices,
+    KeyValueRows,
+    Operands,
+    keeps_rows_only,
+)
 from recmas_runtime.engines.onnx.session import call_onnx, make_session
 from recmas_runtime.engines.tensorrt.engine_cache import BackbonePlans, EngineFolder, no_engine
 from recmas_runtime.engines.tensorrt.execution import Call, Engine, Stream, Workspace
@@ -97,6 +104,14 @@ class TensorrtCache:
     def read_rows(self, rows: Sequence[int], positions: int) -> list[NDArray[Any]]:
         """Return copies [n, H, positions, D] on the host: keys, values of each layer in turn."""
         return self.workspace.read_rows(rows, positions)
+
+    def save_states(self) -> Any:
+        """Refuse: there are none."""
+        raise keeps_rows_only("TensorRT")
+
+    def restore_states(self, saved: Any, rows: Mapping[int, int]) -> None:
+        """Refuse: there are none."""
+        raise keeps_rows_only("TensorRT")
 
 
 class _Decoder:

@@ -6,7 +6,7 @@ Shape legend: R rows, S positions of a call, T positions of a whole prompt, d wi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from recmas_runtime.engines.interface import Backbone, Floats, Indices, KeyValueRows, Operands
 from recmas_runtime.engines.onnx.caches import Cache
+from recmas_runtime.formats.layers import has_states
 from recmas_runtime.formats.plan import cache_capacity
 from recmas_runtime.prompts.render import common_prefix
 
@@ -24,9 +25,27 @@ MIN_SHARED_PREFIX_FRACTION = 0.25
 DECODE_HEADROOM = 128
 
 
+@dataclass(frozen=True, kw_only=True)
+class SavedRow:
+    """The layer states of one sequence as they were behind the leading tokens of its prompt.
+
+    Attributes:
+        ids: These tokens.
+        states: Of all sequences of the cache it lay in; see `KeyValueRows.save_states`.
+        row: Its place in that cache.
+    """
+
+    ids: tuple[int, ...]
+    states: Any
+    row: int
+
+
 @dataclass(kw_only=True)
 class SequenceBatch:
     """Rows that go through a backbone together. Its cache outlives it, for another batch.
+
+    Where layers keep states, positions run once and in order: what is in the cache is gone back to
+    by `begin` only.
 
     Attributes:
         inner: Operands of the inner links, one group for each agent.
@@ -45,9 +64,14 @@ class SequenceBatch:
     thought: Floats
     next_embeds: Floats
     owner: SequenceBatch | None = None
+    # Of each row, the positions that its layer states have seen, and what it began with.
+    _stand: Indices = field(init=False)
+    _begun: list[SavedRow | None] = field(init=False)
     _release_cache: Callable[[], object] = field(init=False)
 
     def __post_init__(self) -> None:
+        self._stand = self.lengths
+        self._begun = []
         if self.owner is None:
             self._hold(self.cache)
 
@@ -71,14 +95,90 @@ class SequenceBatch:
         """Return the logits [R, V] of the next token."""
         return self.engine.logits(np.ascontiguousarray(self.thought[:, 0]))
 
-    def prefill(self, embeds: Sequence[Floats], kept: Sequence[int]) -> None:
-        """Run prompts [T, d]; of each row, fewer than T leading positions are in the cache."""
-        self._make_room(max(len(row) for row in embeds))
-        inputs, starts, last = ragged_window(embeds, kept, self.cache.capacity)
+    @property
+    def keeps_states(self) -> bool:
+        """Whether a layer of the backbone keeps a state."""
+        return has_states(self.engine.entry.layers)
+
+    def begin(self, saved: Sequence[SavedRow | None], source: SequenceBatch) -> None:
+        """Go back to states that were saved, and in rows without any to the very beginning.
+
+        Args:
+            source: The batch whose cache has the rows of the same tokens; it stays as it is.
+        """
+        kept = np.array([0 if row is None else len(row.ids) for row in saved], np.int64)
+        if source is not self and kept.any():
+            self._make_room(int(kept.max()))
+            places = [0 if row is None else row.row for row in saved]
+            self.cache.copy_rows(source.cache, places, int(kept.max()))
+        # The engine begins sequences anew that are written from their first position on.
+        by_copy: dict[int, dict[int, SavedRow]] = {}
+        for place, row in enumerate(saved):
+            if row is not None:
+                by_copy.setdefault(id(row.states), {})[place] = row
+        for rows in by_copy.values():
+            states = next(iter(rows.values())).states
+            self.cache.restore_states(states, {place: row.row for place, row in rows.items()})
+        self.lengths = self._stand = kept
+        self._begun = list(saved) if source is self else []
+
+    def prefill(
+        self,
+        embeds: Sequence[Floats],
+        kept: Sequence[int],
+        stops: Mapping[str, Sequence[int]] | None = None,
+    ) -> dict[str, list[SavedRow | None]]:
+        """Run prompts [T, d]; of each row, fewer than T leading positions are in the cache.
+
+        Args:
+            stops: By name, for each row the number of leading positions behind which its states are
+                saved; 0 for none. None of them is less than what is kept of that row.
+
+        Returns what was saved.
+        """
+        named = {} if stops is None else stops
+        rows = range(len(embeds))
+        saved: dict[str, list[SavedRow | None]] = {name: [None for _ in rows] for name in named}
+        # Every row comes to its stops in ascending order, whatever their order in others.
+        order = [sorted(named, key=lambda name: named[name][row]) for row in rows]
+        at = list(kept)
+        # What was restored in all rows is what is saved, as long as nothing has run.
+        copies = [row for row in self._begun if row is not None]
+        self._begun = []
+        for turn in range(len(named)):
+            names = [in_order[turn] for in_order in order]
+            until = [max(named[name][row], at[row]) for row, name in enumerate(names)]
+            if until != at:
+                copies = []  # makes room for another
+                self._run(embeds, at, until)
+                at = until
+            if len(copies) < len(rows):
+                states = self.cache.save_states()
+                copies = [
+                    SavedRow(ids=self.prefixes[row][: at[row]], states=states, row=row)
+                    for row in rows
+                ]
+            for row, name in enumerate(names):
+                if named[name][row]:
+                    assert named[name][row] == at[row], "states do not go back to where they were"
+                    saved[name][row] = copies[row]
+        self._run(embeds, at, [len(sequence) for sequence in embeds])
+        return saved
+
+    def _run(self, embeds: Sequence[Floats], starts: Sequence[int], ends: Sequence[int]) -> None:
+        """Run a part of each prompt, which some rows may have nothing of."""
+        positions = max(end - start for start, end in zip(starts, ends, strict=True))
+        if self.keeps_states:
+            assert self._stand.tolist() == list(starts), "states stand behind other positions"
+            # A row that started earlier than it must would run positions a second time.
+            self._make_room(max(starts) + positions)
+        self._make_room(max(ends))
+        parts = [sequence[:end] for sequence, end in zip(embeds, ends, strict=True)]
+        inputs, first, last = ragged_window(parts, starts, self.cache.capacity)
         _, self.thought, self.next_embeds = self.engine.forward(
-            self.cache, inputs, starts, last, self.inner
+            self.cache, inputs, first, last, self.inner
         )
-        self.lengths = np.array([len(row) for row in embeds], np.int64)
+        self.lengths = self._stand = np.array(ends, np.int64)
 
     def copy_shared_prefix(
         self,
@@ -104,12 +204,14 @@ class SequenceBatch:
             common.append(shared[source] if worth_it else 0)
         if not any(common):
             return
-        self._make_room(max(common))
+        # Whole prompts, for what is copied now would not move along before they have run.
+        self._make_room(max(lengths))
         self.cache.copy_rows(other.cache, sources, max(common))
         self.prefixes = [tuple(ids[:count]) for ids, count in zip(prompts, common, strict=True)]
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> None:
         """Run one or more token ids of every row behind what is there."""
+        assert not self.keeps_states or (self._stand == self.lengths).all(), "states went on alone"
         counts = np.array([len(ids) for ids in tokens], np.int64)
         self._make_room(int(self.lengths.max() + counts.max()))
         # What a shorter row writes behind its own tokens is overwritten before it is ever read.
@@ -120,7 +222,11 @@ class SequenceBatch:
         _, self.thought, self.next_embeds = self.engine.forward(
             self.cache, embeds, self.lengths, counts - 1, self.inner
         )
-        self.lengths = self.lengths + counts
+        self.lengths = self._stand = self.lengths + counts
+
+    def went_on(self, positions: int) -> None:
+        """Note that a rollout has run positions behind each row, which no text follows."""
+        self._stand = self._stand + positions
 
     def select(self, rows: Sequence[int], *, keep: bool) -> SequenceBatch:
         """Return a batch of some of the rows, in ascending order, to write text.
@@ -129,6 +235,7 @@ class SequenceBatch:
         that is to be kept goes on as it is, so its rows are copied. Otherwise it must not be used
         again: where that can be done, its rows move within its cache.
         """
+        assert not self.keeps_states or (self._stand == self.lengths).all(), "states went on alone"
         chosen = list(rows)
         positions = int(self.lengths[chosen].max())
         moved = None

@@ -1,0 +1,219 @@
+"""Backbones whose layers keep states: prompts go on from snapshots, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from msgspec import structs
+
+import recmas_runtime as rt
+from kit.bundles import BuildTiny, Built
+from kit.files import read_messages
+from kit.specs import ANSWER, SPECS
+from kit.zoo import write_zoo_model
+from naive_texts import NaiveTexts
+from recmas_compiler.lowering.reference import ReferenceResult
+from recmas_compiler.passes.prompt_prefix import HoistPromptPrefix, SharePromptPrefix
+from recmas_runtime.formats.plan import PrefillStep, StopPlan
+from recmas_runtime.formats.precisions import TOLERANCES
+from recmas_runtime.running.run_trace import RECORDS_NAME, TraceWriter
+from recmas_runtime.running.system import System
+
+QUESTIONS = [
+    "What is 7 * 8?",
+    "Anna has three plans and an orange. Which of the plans is the best one, and why is it so?",
+    "Hm?",
+    "A train leaves at 9 and arrives at 11. How long does it take? Explain your reasoning.",
+    "x",
+]
+RECORDS = [{"id": str(i), "question": question} for i, question in enumerate(QUESTIONS)]
+
+# Two run as a batch behind one who reads the same, and the one who sums up reads it too.
+_AGENT = 'backbone: tiny, inner: {init: random}, system: "Each works in a way of its own."'
+SHARED = f"""
+recmas: 1
+name: shared
+rounds: 3
+latent_steps: 3
+backbones: {{tiny: {{source: state}}}}
+agents:
+  reader:
+    {{{_AGENT}, prompt: {{
+      first: "{{{{ question }}}} Read it.", then: "{{{{ question }}}} {{{{ latent.solver }}}}"}}}}
+  math: {{{_AGENT}, prompt: "{{{{ question }}}} Count: {{{{ latent.reader }}}}"}}
+  words: {{{_AGENT}, prompt: "{{{{ question }}}} Say it: {{{{ latent.reader }}}}"}}
+  solver: {{{_AGENT}, prompt: "{{{{ question }}}} {{{{ latent.math }}}} {{{{ latent.words }}}}"}}
+links:
+  reader -> math: {{init: random}}
+  reader -> words: {{init: random}}
+  math -> solver: {{init: random}}
+  words -> solver: {{init: random}}
+  solver -> reader: {{init: random, feedback: true}}
+{ANSWER}
+"""
+
+BuildWithStates = Callable[..., Built]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, families: Path) -> Path:
+    """A folder with tiny backbones: `state` of gated DeltaNet, and one of attention alone."""
+    root = tmp_path_factory.mktemp("with-states")
+    write_zoo_model(root / "state", "qwen3_5_text")
+    write_zoo_model(root / "rows", "qwen2")
+    return root
+
+
+@pytest.fixture
+def build(build_tiny: BuildTiny, folder: Path) -> BuildWithStates:
+    def make(spec: str, backbone: str = "state", **options: object) -> Built:
+        text = SHARED if spec == "shared" else SPECS[spec]
+        for other in ("llama", "state"):
+            text = text.replace(f"source: {other}", f"source: {backbone}")
+        return build_tiny(text, base_dir=folder, **options)
+
+    return make
+
+
+def run(
+    system: rt.System, folder: Path, *, batch: int, records: list[Mapping[str, str]] = RECORDS
+) -> tuple[list[rt.Answer], dict[str, np.ndarray]]:
+    """Answer in batches; returns answers and messages [records, m, d]."""
+    trace = TraceWriter(folder)
+    given = [rt.Record(id=r["id"], fields=dict(r), index=i) for i, r in enumerate(records)]
+    answers = []
+    for start in range(0, len(given), batch):
+        for answer in system.run_batch(given[start : start + batch], trace=trace):
+            assert isinstance(answer, rt.Answer), answer
+            answers.append(answer)
+    trace.close()
+    return answers, read_messages(folder)
+
+
+def prefilled(folder: Path) -> list[dict[tuple[str, int], int]]:
+    """Return for each record the tokens that prompts ran, by agents and round."""
+    lines = [json.loads(line) for line in (folder / RECORDS_NAME).read_text().splitlines()]
+    return [
+        {
+            ("+".join(step["agents"]), step["round"]): step["prefilled_tokens"]
+            for step in line["steps"]
+            if step["op"] == "prefill"
+        }
+        for line in lines
+    ]
+
+
+def assert_agree(messages: dict[str, np.ndarray], expected: ReferenceResult) -> None:
+    for name, message in messages.items():
+        error = np.abs(message - expected.messages[name].numpy()).max()
+        assert error <= TOLERANCES["message_absolute"], f"{name} is off by {error}"
+
+
+@pytest.mark.parametrize("spec", ["sequential", "shared"])
+def test_all_forms_agree(build: BuildWithStates, spec: str, tmp_path: Path) -> None:
+    built = build(spec)
+    steps = [step for step in built.system.plan.steps if isinstance(step, PrefillStep)]
+    assert any(step.restore for step in steps if step.round > 1)
+    assert any(step.prefix_from and step.restore for step in steps)
+    together, messages = run(built.system, tmp_path / "batch", batch=8)
+    alone, others = run(built.system, tmp_path / "alone", batch=1)
+    naive = built.naive(RECORDS)
+    assert_agree(messages, naive)
+    assert_agree(others, naive)
+    assert_agree(messages, built.reference(RECORDS))
+    assert [a.answer for a in together] == [a.answer for a in alone] == naive.texts
+    assert len({a.answer for a in together}) > 1
+    assert [a.usage for a in together] == [a.usage for a in alone]
+    assert prefilled(tmp_path / "batch") == prefilled(tmp_path / "alone")
+    without = build(spec, without=(HoistPromptPrefix, SharePromptPrefix))
+    assert not without.system.plan.snapshots
+    whole, their = run(without.system, tmp_path / "whole", batch=8)
+    assert [a.answer for a in whole] == naive.texts
+    assert_agree(their, naive)
+
+
+@pytest.mark.parametrize("spec", ["sequential", "shared"])
+def test_no_more_tokens_run_than_where_rows_are_kept(
+    build: BuildWithStates, spec: str, tmp_path: Path
+) -> None:
+    run(build(spec).system, tmp_path / "state", batch=8)
+    run(build(spec, "rows").system, tmp_path / "rows", batch=8)
+    states, rows = prefilled(tmp_path / "state"), prefilled(tmp_path / "rows")
+    assert states == rows
+    for record in states:
+        by_round = [sum(n for (_, r), n in record.items() if r == round_) for round_ in (1, 2, 3)]
+        assert by_round[0] > by_round[1] >= by_round[2]
+
+
+def test_a_recursion_that_ends_early_goes_on_from_the_latest_states(
+    build: BuildWithStates,
+) -> None:
+    built = build("sequential")
+    plan = built.system.plan
+    three = built.system.run(QUESTIONS)
+    five = build_rounds(build, 5)
+    stop = structs.replace(five.system.plan, stop_when=StopPlan(cosine=1e-9))
+    early = System(stop, five.system._loaded).run(QUESTIONS)
+    assert plan.rounds == 3
+    assert [a.rounds for a in early] == [3] * len(QUESTIONS)
+    assert [a.answer for a in early] == [a.answer for a in three]
+    assert [a.usage for a in early] == [a.usage for a in three]
+
+
+def build_rounds(build: BuildWithStates, rounds: int) -> Built:
+    with pytest.MonkeyPatch.context() as patch:
+        more = SPECS["sequential"].replace("rounds: 3", f"rounds: {rounds}")
+        patch.setitem(SPECS, "sequential", more)
+        return build("sequential")
+
+
+@pytest.mark.parametrize("spec", ["sequential", "shared"])
+def test_text_baseline(build: BuildWithStates, folder: Path, spec: str) -> None:
+    built = build(spec)
+    system = built.system.baseline("text@9")
+    records = [rt.Record(id=r["id"], fields=r, index=i) for i, r in enumerate(RECORDS)]
+    together = system.run_batch(records)
+    for record, answer in zip(records, together, strict=True):
+        assert isinstance(answer, rt.Answer), answer
+        naive = NaiveTexts(built.topology, folder)
+        expected = naive.loop(record.fields, cap=9, answer_cap=12)
+        assert answer.answer == expected
+        (alone,) = system.run_batch([record])
+        assert isinstance(alone, rt.Answer)
+        assert (alone.answer, alone.usage) == (answer.answer, answer.usage)
+    whole = system.with_plan(without_snapshots(system))
+    others = whole.run_batch(records)
+    assert [a.answer for a in others] == [a.answer for a in together]  # type: ignore[union-attr]
+    spared = [
+        b.usage.prompt_tokens - a.usage.prompt_tokens  # type: ignore[union-attr]
+        for a, b in zip(together, others, strict=True)
+    ]
+    assert min(spared) > 0
+
+
+def without_snapshots(system: rt.System) -> rt.Plan:
+    """Return a plan in which every prompt runs whole."""
+    steps = tuple(
+        structs.replace(step, restore=None, snapshots=()) if isinstance(step, PrefillStep) else step
+        for step in system.plan.steps
+    )
+    return structs.replace(system.plan, steps=steps, snapshots={})
+
+
+@pytest.mark.parametrize("name", ["moa@9", "single", "shuffled-latents", "null-latents"])
+def test_other_baselines_do_not_depend_on_snapshots(build: BuildWithStates, name: str) -> None:
+    system = build("shared").system.baseline(name)
+    whole = build("shared", without=(HoistPromptPrefix, SharePromptPrefix)).system.baseline(name)
+    if name.startswith("moa"):  # its plan reuses prompts whatever the system's does
+        assert system.plan.snapshots
+        whole = system.with_plan(without_snapshots(system))
+    found, expected = system.run(QUESTIONS[:4]), whole.run(QUESTIONS[:4])
+    assert [a.answer for a in found] == [a.answer for a in expected]
+    spared = [
+        b.usage.prompt_tokens - a.usage.prompt_tokens for a, b in zip(found, expected, strict=True)
+    ]
+    assert (min(spared) > 0) == (name in ("moa@9", "shuffled-latents"))
