@@ -291,6 +291,9 @@ class _RowsAndStates(PortableLayer, PortableStates):
         PortableStates.__init__(self, states, length_B)
         PortableLayer.__init__(self, keys, values, write_index)
 
+    def lazy_initialization(self, *_args: object, **_kwargs: object) -> None:
+        """Do nothing: rows and states are there from the start."""
+
 
 class PortableCache:
     """A transformers cache over tensors, in the order of `cache_tensors`.
@@ -311,13 +314,16 @@ class PortableCache:
         made: list[Any] = []
         for i, layer in enumerate(layers):
             own = {state.name: by_name[f"{state.name}.{i}"] for state in layer.states}
-            rows = [by_name[f"{kind}.{i}"] for kind in ("key", "value") if layer.rows is not None]
-            if own:
-                assert states is not None
-                kind = _RowsAndStates if rows else PortableStates
-                made.append(kind(*rows, *([write_index] if rows else []), own, states.length_B))
-            else:
-                made.append(PortableLayer(*rows, write_index) if rows else None)
+            length_B = states.length_B if own and states is not None else write_index
+            if layer.rows is None:
+                made.append(PortableStates(own, length_B) if own else None)
+                continue
+            keys, values = by_name[f"key.{i}"], by_name[f"value.{i}"]
+            made.append(
+                _RowsAndStates(keys, values, write_index, own, length_B)
+                if own
+                else PortableLayer(keys, values, write_index)
+            )
         # Layers without rows read those of another one, whose positions are theirs too.
         any_rows = next((layer for layer in made if isinstance(layer, PortableLayer)), DummyLayer())
         held = [any_rows if layer is None else layer for layer in made]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from recmas_compiler.backbones.loaded.cache_argument import with_cache
-from recmas_compiler.backbones.loaded.own_cache import empty_cache
+from recmas_compiler.backbones.loaded.own_cache import empty_cache, padding_mask
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.links.modules import seeded_generator
 from recmas_runtime.core.progress import Progress
@@ -103,7 +103,7 @@ def _answer(
         positions_BS = (mask_BS.cumsum(1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
         hidden_BD = backbone.body(
             inputs_embeds=backbone.embed(ids_BS),
-            attention_mask=mask_BS,
+            attention_mask=padding_mask(backbone.facts.layers, mask_BS, ids_BS.shape[1]),
             position_ids=positions_BS,
             **with_cache(backbone.body, cache),
         ).last_hidden_state[:, -1]

@@ -77,6 +77,7 @@ class _Form:
         """Return a constant of the graph, which Scans within it see too."""
         if name not in self._constants:
             tensor = ir.tensor(array, name=f"state.{name}")
+            assert isinstance(tensor.shape, ir.Shape)
             self._constants[name] = ir.Value(
                 name=tensor.name,
                 type=ir.TensorType(tensor.dtype),
@@ -94,7 +95,7 @@ class _Form:
         turn: _Form,
         given: Sequence[ir.Value],
         made: Sequence[ir.Value],
-        *inputs: ir.Value,
+        *inputs: ir.Value | None,
         axes: Sequence[int],
         along: int | None = None,
     ) -> tuple[ir.Value, ir.Value | None]:
@@ -148,7 +149,10 @@ class _Rule:
         assert rule == ("gated" if self.beta is None else "gated_delta"), rule
         assert self.state is not None
         assert self.state.shape is not None
-        self.key_width, self.width = (int(size) for size in self.state.shape[2:])
+        key_width, width = self.state.shape[2:]
+        assert isinstance(key_width, int)
+        assert isinstance(width, int)
+        self.key_width, self.width = key_width, width
 
     @property
     def is_by_entry(self) -> bool:

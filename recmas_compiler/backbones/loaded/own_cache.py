@@ -146,6 +146,16 @@ def positions_behind(cache: Any, count: int) -> dict[str, Tensor]:
     return {"position_ids": torch.arange(count)[None] + rows[0].get_seq_length()}
 
 
+def padding_mask(layers: Sequence[LayerShape], mask_NS: Tensor, count: int) -> Tensor:
+    """Return the padding mask of the last positions of a text for a call of them.
+
+    Attention takes that of the whole text. Models that only keep states take the call's own part,
+    and would stretch a step over the columns of a longer one.
+    """
+    has_rows = any(layer.rows is not None for layer in layers)
+    return mask_NS if has_rows else mask_NS[:, -count:]
+
+
 def goes_on(model: Any) -> bool:
     """Tell whether a call of some positions goes on from the states of another one.
 

@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from recmas_compiler.backbones.loaded.cache_argument import cache_argument
-from recmas_compiler.backbones.loaded.own_cache import cache_of, goes_on, tensors_of
+from recmas_compiler.backbones.loaded.own_cache import cache_of, goes_on, padding_mask, tensors_of
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_runtime.core.text import first_line
 from recmas_runtime.formats.layers import has_states
@@ -266,6 +266,8 @@ def _bodies(
     ) -> tuple[Tensor, Rows]:
         # Every row is kept, in sliding layers too: the mask does the rest.
         cache = cache_of(layers, kept)
+        if mask_NS is not None:
+            mask_NS = padding_mask(layers, mask_NS, embeds_NRD.shape[1])
         out = body(
             inputs_embeds=embeds_NRD,
             attention_mask=mask_NS,
