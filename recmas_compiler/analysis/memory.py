@@ -22,7 +22,7 @@ from recmas_runtime.core.text import aligned, human_bytes
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.layers import sequence_bytes
 from recmas_runtime.formats.plan import cache_capacity
-from recmas_runtime.running.sequence_batch import DECODE_HEADROOM
+from recmas_runtime.sequences.sequence_batch import DECODE_HEADROOM
 
 # Measured on Linux with ONNX Runtime 1.31 and SmolLM2 (docs/performance.md). Python, numpy, ONNX
 # Runtime and the other packages; and what an engine holds beside its weights.

@@ -18,7 +18,7 @@ from recmas_runtime.engines.interface import Operands
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.precisions import TOLERANCES
-from recmas_runtime.running.sequence_batch import SequenceBatch
+from recmas_runtime.sequences.sequence_batch import SequenceBatch
 
 Get = Callable[[str], Exported]
 

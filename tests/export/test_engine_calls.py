@@ -22,7 +22,7 @@ from recmas_runtime.engines.onnx.caches import Memory, Series
 from recmas_runtime.engines.onnx.session import make_session
 from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.precisions import TOLERANCES
-from recmas_runtime.running.sequence_batch import SequenceBatch
+from recmas_runtime.sequences.sequence_batch import SequenceBatch
 
 Get = Callable[[str], Exported]
 STEPS = 5

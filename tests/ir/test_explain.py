@@ -17,7 +17,7 @@ from recmas_compiler.passes.pass_base import RecordPasses
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_runtime.core.text import counted, human_bytes, listed
 from recmas_runtime.formats.plan import PromptPart, cache_capacity
-from recmas_runtime.running.sequence_batch import DECODE_HEADROOM
+from recmas_runtime.sequences.sequence_batch import DECODE_HEADROOM
 
 SAVES = "PlanSnapshots"
 

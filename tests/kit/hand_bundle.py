@@ -5,6 +5,9 @@ the decoder passes embeddings through, and the head says which token comes next.
 comes the letter of that place in the alphabet (0 -> a), after a letter the end. So a prompt that
 ends in "7" is answered "h", whatever the messages: enough to test everything around the engines.
 After a "C" it calls the tool `lookup` with "Q", after a line break it says "z".
+
+With a state, its layer also keeps the sum of all it has read, of which hidden states have a trace:
+too little to change an answer, enough to tell a wrong one.
 """
 
 from __future__ import annotations
@@ -17,12 +20,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+from msgspec.structs import replace
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from recmas_runtime.formats.bundle import write_json_atomic
 from recmas_runtime.formats.codec import to_json
-from recmas_runtime.formats.layers import uniform_layers
+from recmas_runtime.formats.layers import StateShape, uniform_layers
 from recmas_runtime.formats.links import expected_tensors
 from recmas_runtime.formats.manifest import (
     BackboneEntry,
@@ -43,6 +47,7 @@ from recmas_runtime.formats.plan import (
     PromptPart,
     SamplingPlan,
     SendStep,
+    SnapshotPlan,
     ThinkStep,
 )
 from recmas_runtime.formats.safetensors_file import write_tensors
@@ -52,6 +57,7 @@ SPECIAL = ("<|end|>", "<|user|>")
 TAGS = ("<lookup>", "</lookup>")
 CHAT_TEMPLATE = "{% for message in messages %}{{ '<|user|>' + message.content }}{% endfor %}"
 NUM_STEPS = 2
+TRACE = 1e-3  # of a sum that is kept, in hidden states
 OPERANDS = {
     "pre_norm": TensorProto.BOOL,
     "pre_scale": TensorProto.FLOAT,
@@ -78,7 +84,7 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_hand_bundle(root: Path) -> Path:
+def write_hand_bundle(root: Path, *, with_state: bool = False) -> Path:
     """Write the bundle: a planner and a solver, two rounds, feedback."""
     tokenizer = make_tokenizer()
     width = tokenizer.get_vocab_size()
@@ -87,7 +93,7 @@ def write_hand_bundle(root: Path) -> Path:
     folder = root / "backbones/one"
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    _write_graphs(root, tokenizer, width)
+    _write_graphs(root, tokenizer, width, with_state=with_state)
     links = {
         name: LinkEntry(
             file=f"links/{role}.{name.replace('->', '.').removesuffix('.inner')}.safetensors",
@@ -106,10 +112,10 @@ def write_hand_bundle(root: Path) -> Path:
     }
     for seed, link in enumerate(links.values()):
         write_link(root / link.file, link, seed=seed)
-    _write_parity(root, tokenizer, width)
+    _write_parity(root, tokenizer, width, trace=TRACE if with_state else 0.0)
     (root / "spec.yaml").write_text("recmas: 1\n", encoding="utf-8")
-    write_json_atomic(root / "plan.json", to_json(make_plan()))
-    write_manifest(root, _backbone(tokenizer, width), links)
+    write_json_atomic(root / "plan.json", to_json(make_plan(width, with_state=with_state)))
+    write_manifest(root, _backbone(tokenizer, width, with_state=with_state), links)
     return root
 
 
@@ -172,8 +178,13 @@ def edit_json(path: Path, keys: str, value: Any) -> None:
 DELETE = object()
 
 
-def make_plan() -> Plan:
-    """Return the plan, step by step as the compiler would write it."""
+def make_plan(width: int = 0, *, with_state: bool = False) -> Plan:
+    """Return the plan, step by step as the compiler would write it.
+
+    Args:
+        width: Of the state, if there is one.
+        with_state: Whether what is kept of prompts needs snapshots.
+    """
     agents = {
         "planner": AgentPlan(
             backbone="one",
@@ -212,6 +223,8 @@ def make_plan() -> Plan:
                     messages=messages_of(agent, round_),
                     reuse_prefix=round_ == 2,
                     cache=agent,
+                    restore=agent if with_state and round_ == 2 else None,
+                    snapshots=(agent,) if with_state and round_ == 1 else (),
                 )
             )
             if (agent, round_) == ("solver", 2):
@@ -238,6 +251,11 @@ def make_plan() -> Plan:
             "solver->planner": LinkPlan(source="solver", target="planner", carries="thoughts"),
         },
         caches={name: CachePlan(agents=(name,), **cache) for name in agents},
+        snapshots={
+            name: SnapshotPlan(cache=name, bytes_per_sample=4 * width)
+            for name in agents
+            if with_state
+        },
         steps=tuple(steps),
         sampling=SamplingPlan(max_new_tokens=8),
         limits=Limits(max_prompt_tokens=128, max_batch=4),
@@ -267,7 +285,10 @@ def _field(name: str) -> PromptPart:
     return PromptPart(kind="field", value=name)
 
 
-def _backbone(tokenizer: Tokenizer, width: int) -> BackboneEntry:
+def _backbone(tokenizer: Tokenizer, width: int, *, with_state: bool) -> BackboneEntry:
+    (layer,) = uniform_layers(1, heads=1, key_width=1)
+    if with_state:
+        layer = replace(layer, states=(StateShape(name="sum", shape=(width,)),))
     paths = {
         name: f"backbones/one/{file}"
         for name, file in {
@@ -284,7 +305,7 @@ def _backbone(tokenizer: Tokenizer, width: int) -> BackboneEntry:
         digest="0" * 64,
         model_type="none",
         width=width,
-        layers=uniform_layers(1, heads=1, key_width=1),
+        layers=(layer,),
         vocab_size=width,
         max_positions=4096,
         dtype="float32",
@@ -306,7 +327,7 @@ def _next_token(tokenizer: Tokenizer) -> np.ndarray:
     return following
 
 
-def _write_graphs(root: Path, tokenizer: Tokenizer, width: int) -> None:
+def _write_graphs(root: Path, tokenizer: Tokenizer, width: int, *, with_state: bool) -> None:
     folder = root / "backbones/one"
     table = np.eye(width, dtype=np.float32)
     head = table[_next_token(tokenizer)]
@@ -328,10 +349,12 @@ def _write_graphs(root: Path, tokenizer: Tokenizer, width: int) -> None:
     )
     cache = (floats, ["B", 1, "C", 1])
     operands = {f"inner.{name}": (dtype, ["G", "x", "y"]) for name, dtype in OPERANDS.items()}
+    states = {"sum.0": (floats, ["B", width])} if with_state else {}
+    hidden = [helper.make_node("Identity", ["inputs_embeds"], ["hidden"])]
     _save(
         folder / "decoder.onnx",
         [
-            helper.make_node("Identity", ["inputs_embeds"], ["hidden"]),
+            *(_summing() if with_state else hidden),
             helper.make_node("Identity", ["key.0"], ["present_key.0"]),
             helper.make_node("Identity", ["value.0"], ["present_value.0"]),
             helper.make_node("Unsqueeze", ["last_index", "last_axis"], ["last_column"]),
@@ -345,6 +368,7 @@ def _write_graphs(root: Path, tokenizer: Tokenizer, width: int) -> None:
             "last_index": (integers, ["B"]),
             "key.0": cache,
             "value.0": cache,
+            **states,
             **operands,
         },
         {
@@ -353,8 +377,12 @@ def _write_graphs(root: Path, tokenizer: Tokenizer, width: int) -> None:
             "next_embeds": (floats, ["B", 1, width]),
             "present_key.0": cache,
             "present_value.0": cache,
+            **{f"present_{name}": kind for name, kind in states.items()},
         },
-        {"last_axis": np.array([1]), "middle_axis": np.array([1])},
+        {
+            **{name: np.array([1]) for name in ("last_axis", "middle_axis")},
+            **({name: np.array(n) for name, n in _SUMMING.items()} if with_state else {}),
+        },
     )
     _save(
         root / "links/link.onnx",
@@ -381,6 +409,30 @@ def _write_graphs(root: Path, tokenizer: Tokenizer, width: int) -> None:
     )
 
 
+_SUMMING = {"zero": 0, "one": 1, "ones": [1], "twos": [2], "trace": np.float32(TRACE)}
+
+
+def _summing() -> list[onnx.NodeProto]:
+    """Return nodes that add up what is read, padding left out."""
+    return [
+        helper.make_node("Shape", ["inputs_embeds"], ["length"], start=1, end=2),
+        helper.make_node("Squeeze", ["length"], ["columns"]),
+        helper.make_node("Range", ["zero", "columns", "one"], ["column"]),
+        helper.make_node("Unsqueeze", ["last_index", "ones"], ["last_real"]),
+        helper.make_node("LessOrEqual", ["column", "last_real"], ["is_real"]),
+        helper.make_node("Cast", ["is_real"], ["real"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["real", "twos"], ["weights"]),
+        helper.make_node("Mul", ["inputs_embeds", "weights"], ["read"]),
+        helper.make_node("CumSum", ["read", "one"], ["sums"]),
+        helper.make_node("Unsqueeze", ["sum.0", "ones"], ["before"]),
+        helper.make_node("Add", ["sums", "before"], ["all"]),
+        helper.make_node("Mul", ["all", "trace"], ["traces"]),
+        helper.make_node("Add", ["inputs_embeds", "traces"], ["hidden"]),
+        helper.make_node("ReduceSum", ["read", "ones"], ["new"], keepdims=0),
+        helper.make_node("Add", ["sum.0", "new"], ["present_sum.0"]),
+    ]
+
+
 def _save(
     path: Path,
     nodes: list[onnx.NodeProto],
@@ -399,22 +451,32 @@ def _save(
     onnx.save(model, path)
 
 
-def _write_parity(root: Path, tokenizer: Tokenizer, width: int) -> None:
+def _write_parity(root: Path, tokenizer: Tokenizer, width: int, *, trace: float) -> None:
     table = np.eye(width, dtype=np.float32)
     digit, letter = (tokenizer.token_to_id(c) for c in "1b")
     first = [digit, 1, 2, 3, 4]  # begins with the greedy prompt
     again = [7, 8, 9, 10]
     # Of the two rows the second has less in each of the calls that have more than one position.
+    lengths = np.array([(2, 1), (2, 1), (1, 1)], np.int64)
+    feedback_lengths = np.array([(3, 2), (1, 1)], np.int64)
+
+    def read(tokens: list[int]) -> np.ndarray:
+        """Return the hidden states of tokens, each with a trace of all up to it."""
+        return table[tokens] + np.float32(trace) * table[tokens].cumsum(axis=0)
+
+    hidden = read(first)
+    feedback = np.stack([read([*first[:kept], *again])[kept:] for kept in lengths[0]])
+    ends, feedback_ends = (n.cumsum(axis=0) - 1 for n in (lengths, feedback_lengths))
     write_tensors(
         root / "parity/one.safetensors",
         {
             "inputs_embeds": table[first][None],
-            "lengths": np.array([(2, 1), (2, 1), (1, 1)], np.int64),
-            "hidden": table[first][None],
+            "lengths": lengths,
+            "hidden": hidden[None],
             "feedback_embeds": table[again][None],
-            "feedback_lengths": np.array([(3, 2), (1, 1)], np.int64),
-            "feedback_hidden": table[[again, again]],
-            "thought_next": table[[(1, digit), (3, 1), (4, 2), (9, 8), (10, 9)]],
+            "feedback_lengths": feedback_lengths,
+            "feedback_hidden": feedback,
+            "thought_next": np.concatenate([hidden[ends], feedback[[0, 1], feedback_ends]]),
             "logits_hidden": table[[digit]],
             "logits": table[[letter]],
             "greedy_prompt": np.array([digit], np.int64),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import recmas_runtime as rt
 from kit.bundles import BuildTiny
 from kit.specs import SPECS
-from recmas_runtime.running.sequence_batch import ragged_window
+from recmas_runtime.sequences.sequence_batch import ragged_window
 
 QUESTIONS = st.lists(
     st.text(st.characters(codec="ascii", min_codepoint=33), min_size=1, max_size=120),

@@ -6,7 +6,7 @@ rendered text is then split at these words and each piece is tokenized on its ow
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from itertools import takewhile
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.formats.plan import PromptPart
+from recmas_runtime.formats.plan import PromptPart, Variant
 from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.prompts.marks import Marks, unused_salt
 from recmas_runtime.prompts.tokenizer import Span, Tokenizer
@@ -78,11 +78,21 @@ class Prompt:
         """Text tokens, messages not counted."""
         return sum(len(item.ids) for item in self.items if isinstance(item, Tokens))
 
+    def num_positions(self, slots: Mapping[str, int]) -> int:
+        """Return how many positions it takes, given those that thoughts fill in each slot."""
+        spliced = (slots.get(item.agent, 0) for item in self.items if isinstance(item, Slot))
+        return self.num_tokens + sum(spliced)
+
     @property
     def leading_ids(self) -> tuple[int, ...]:
         """Token ids before the first slot: what may be equal from round to round."""
         first = self.items[0] if self.items else None
         return first.ids if isinstance(first, Tokens) else ()
+
+
+# Returns a prompt of a batch of records: the record's place in it, the agent, which of its prompts,
+# and by slot the text that stands there instead of a message.
+PromptSource = Callable[[int, str, Variant, Mapping[str, str]], Prompt]
 
 
 def common_prefix(left: Sequence[object], right: Sequence[object]) -> int:

@@ -31,12 +31,11 @@ from recmas_runtime.formats.plan import (
     compared_links,
     slot_positions,
 )
-from recmas_runtime.prompts.render import Prompt, Tokens, common_prefix
+from recmas_runtime.prompts.render import Prompt, PromptSource, Tokens, common_prefix
 from recmas_runtime.running.generation import AnswerTools, DecoderSettings, TextGenerator
-from recmas_runtime.running.record_prompts import PromptSource, prompt_positions
 from recmas_runtime.running.run_trace import StepEvent
-from recmas_runtime.running.sequence_batch import DECODE_HEADROOM, SequenceBatch
-from recmas_runtime.running.snapshots import Snapshots
+from recmas_runtime.sequences.sequence_batch import DECODE_HEADROOM, SequenceBatch
+from recmas_runtime.sequences.snapshots import Snapshots
 
 # Streams of hand-over texts lie apart from those of answers, which are seeded `seed + index`.
 _SEEDS_OF_A_STEP = 2**64
@@ -210,12 +209,11 @@ class Execution:
         lengths = [len(row) for row in embeds]
         source = (other or sequences) if step.prefix_from is not None else sequences
         stops = self._snapshots.stops(step, leading, lengths)
-        saved = self._snapshots.beginnings(step, source, leading, lengths, stops)
-        sequences.begin(saved, source)
+        sequences.begin(self._snapshots.take(step, source, leading, lengths, stops), source)
         sequences.prefixes = list(leading)
-        kept = sequences.lengths.tolist()
-        self._snapshots.keep(step, sequences.prefill(embeds, kept, stops))
-        return list(kept)
+        kept: list[int] = sequences.lengths.tolist()
+        self._snapshots.keep(sequences.prefill(embeds, kept, stops))
+        return kept
 
     def _received(
         self, step: PrefillStep, agent: str, b: int
@@ -379,7 +377,7 @@ class Execution:
                         prompts = (
                             self.prompts(b, agent, variant, {}) for b in range(self.num_records)
                         )
-                        longest = max(longest, *(prompt_positions(p, filled) for p in prompts))
+                        longest = max(longest, *(p.num_positions(filled) for p in prompts))
                 case ThinkStep():
                     after = max(after, self.plan.num_latent_steps(step))
                 case WriteStep() | DecodeStep():

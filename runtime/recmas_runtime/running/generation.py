@@ -20,7 +20,7 @@ from recmas_runtime.prompts.tokenizer import IncrementalDecoder, Tokenizer
 from recmas_runtime.prompts.tool_turns import PLAIN_RESULTS, ResultForm
 from recmas_runtime.running.engine_lock import EngineLock
 from recmas_runtime.running.records import FinishReason
-from recmas_runtime.running.sequence_batch import SequenceBatch
+from recmas_runtime.sequences.sequence_batch import SequenceBatch
 from recmas_runtime.tools.call_forms import is_in_marks
 from recmas_runtime.tools.calls import ToolCall, ToolResult, result_block
 from recmas_runtime.tools.toolbox import Toolbox

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.plan import Plan, PrefillStep, PromptPart, Variant, slot_positions
-from recmas_runtime.prompts.render import Chat, Prompt, Slot, Tokens, build_prompt, text_chars
+from recmas_runtime.prompts.render import Chat, Prompt, Tokens, build_prompt, text_chars
 from recmas_runtime.prompts.tokenizer import Tokenizer
 from recmas_runtime.running.records import Record, check_record
-
-# Returns a prompt of the current batch: the record's place in the batch, the agent, which of its
-# prompts, and by slot the text that stands there instead of a message.
-PromptSource = Callable[[int, str, Variant, Mapping[str, str]], Prompt]
 
 
 class RecordError(RecmasError):
@@ -83,7 +79,7 @@ class RecordPrompts:
             variables=spec.chat_template,
         )
         self._check_tokens(prompt, agent)
-        positions = prompt_positions(prompt, self._slots.get((agent, variant), {}))
+        positions = prompt.num_positions(self._slots.get((agent, variant), {}))
         limit = self._plan.limits.max_prompt_tokens
         if positions > limit:
             raise fail(
@@ -139,9 +135,3 @@ def _as_text(part: PromptPart) -> PromptPart:
 
 def _field_of(slot: str) -> str:
     return f"latent.{slot}"  # no field of a record can have a dot in its name
-
-
-def prompt_positions(prompt: Prompt, slots: Mapping[str, int]) -> int:
-    """Return how many positions a prompt takes, given those that thoughts fill in each slot."""
-    spliced = sum(slots.get(item.agent, 0) for item in prompt.items if isinstance(item, Slot))
-    return prompt.num_tokens + spliced

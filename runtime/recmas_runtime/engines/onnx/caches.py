@@ -6,6 +6,7 @@ model width, G groups of rows with one link each.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import weakref
@@ -74,10 +75,22 @@ class DeviceArray:
         # On the host the value points into the array, which must outlive it.
         self._value = ort_value(array, kind)
         if not memory.shared:
-            element = _BFLOAT16 if kind == "tensor(bfloat16)" else array.dtype.type
-            make = onnx_runtime().OrtValue.ortvalue_from_shape_and_type
-            self._value = call_onnx(make, array.shape, element, memory.device, 0)
+            self._value = self._new_value()
             self.write(array)
+
+    def _new_value(self) -> Any:
+        element = _BFLOAT16 if self.kind == "tensor(bfloat16)" else NUMPY_TYPES[self.kind]
+        make = onnx_runtime().OrtValue.ortvalue_from_shape_and_type
+        return call_onnx(make, self.shape, element, self._memory.device, 0)
+
+    def clone(self) -> DeviceArray:
+        """Return a buffer of its own with the same contents."""
+        if self._host is not None:
+            return DeviceArray(self._host.copy(), self.kind, self._memory)
+        made = copy.copy(self)
+        made._value = self._new_value()
+        made.copy(self)
+        return made
 
     @property
     def num_bytes(self) -> int:
@@ -383,13 +396,7 @@ class Cache:
 
     def save_states(self) -> dict[str, DeviceArray]:
         """Return a copy of the states of all sequences; it stays on the device."""
-        saved: dict[str, DeviceArray] = {}
-        for tensor in self._tensors:
-            if tensor.is_state:
-                store = self._layers[tensor.name]
-                saved[tensor.name] = self._memory.zeros(store.shape, store.kind)
-                saved[tensor.name].copy(store)
-        return saved
+        return {name: self._layers[name].clone() for name in self._states}
 
     def restore_states(self, saved: Mapping[str, DeviceArray], rows: Mapping[int, int]) -> None:
         """Overwrite the states of some sequences with saved ones."""

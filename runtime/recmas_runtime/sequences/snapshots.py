@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from recmas_runtime.formats.plan import Plan, PrefillStep, slot_positions
-from recmas_runtime.prompts.render import Prompt, common_prefix
-from recmas_runtime.running.record_prompts import PromptSource, prompt_positions
-from recmas_runtime.running.sequence_batch import (
+from recmas_runtime.prompts.render import Prompt, PromptSource, common_prefix
+from recmas_runtime.sequences.sequence_batch import (
     MIN_SHARED_PREFIX_FRACTION,
     SavedRow,
     SequenceBatch,
@@ -38,7 +37,10 @@ class Snapshots:
     num_records: int
     _saved: dict[str, list[SavedRow | None]] = field(default_factory=dict)
 
-    def beginnings(
+    def __post_init__(self) -> None:
+        self._slots = slot_positions(self.plan)
+
+    def take(
         self,
         step: PrefillStep,
         source: SequenceBatch,
@@ -48,15 +50,18 @@ class Snapshots:
     ) -> list[SavedRow | None]:
         """Return what each prompt of a step may begin with, None for those that run whole.
 
+        What no later step restores, or this one will replace, is forgotten.
+
         Args:
             source: Whose rows are kept or copied.
             prompts: Leading token ids of each.
             lengths: All positions of each.
             stops: Where the states of each are to be saved; nothing may begin behind that.
         """
-        saved = self._saved.get(step.restore or "")
-        if saved is None:  # none is planned, or an early exit has left it out
-            return [None] * len(prompts)
+        # Nothing is there where none is planned, or where an early exit has left it out.
+        saved = self._saved.get(step.restore or "", [])
+        for name in self._saved.keys() - (self._needed_behind(step) - set(step.snapshots)):
+            del self._saved[name]
         found: list[SavedRow | None] = []
         for row, (ids, length) in enumerate(zip(prompts, lengths, strict=True)):
             first_stop = min((at[row] for at in stops.values() if at[row]), default=length - 1)
@@ -129,7 +134,7 @@ class Snapshots:
         """Return the leading ids of a prompt that is still to come, and how long it is at least."""
         agent = step.agents[row // self.num_records]
         variant = step.variants[row // self.num_records]
-        length = prompt_positions(prompt, slot_positions(self.plan).get((agent, variant), {}))
+        length = prompt.num_positions(self._slots.get((agent, variant), {}))
         links = (self.plan.links[m.link] for m in step.messages if m.agent == agent)
         ids = prompt.leading_ids
         if any(link.carries == "text" for link in links):
@@ -139,15 +144,13 @@ class Snapshots:
     def _sources(self, step: PrefillStep, row: int, num_sources: int) -> range:
         """Return the rows of a snapshot that one of a step that restores it may begin with."""
         if step.reuse_prefix:
-            return range(row, row + 1)
+            return range(row, min(row + 1, num_sources))
         return range(row % self.num_records, num_sources, self.num_records)
 
-    def keep(self, step: PrefillStep, saved: Mapping[str, list[SavedRow | None]]) -> None:
-        """Hold what a step has saved, and drop what no later step restores."""
-        for name in step.snapshots:
-            self._saved.pop(name, None)
+    def keep(self, saved: Mapping[str, list[SavedRow | None]]) -> None:
+        """Hold what a step has saved."""
         self._saved.update(saved)
+
+    def _needed_behind(self, step: PrefillStep) -> set[str | None]:
         later = self.plan.steps[self.plan.steps.index(step) + 1 :]
-        needed = {s.restore for s in later if isinstance(s, PrefillStep)}
-        for name in self._saved.keys() - needed:
-            del self._saved[name]
+        return {other.restore for other in later if isinstance(other, PrefillStep)}

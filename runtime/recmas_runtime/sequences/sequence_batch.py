@@ -71,7 +71,7 @@ class SequenceBatch:
 
     def __post_init__(self) -> None:
         self._stand = self.lengths
-        self._begun = [None] * len(self.lengths)
+        self._begun = []
         if self.owner is None:
             self._hold(self.cache)
 
@@ -120,7 +120,7 @@ class SequenceBatch:
             states = next(iter(rows.values())).states
             self.cache.restore_states(states, {place: row.row for place, row in rows.items()})
         self.lengths = self._stand = kept
-        self._begun = list(saved) if source is self else [None] * len(saved)
+        self._begun = list(saved) if source is self else []
 
     def prefill(
         self,
@@ -141,18 +141,19 @@ class SequenceBatch:
         saved: dict[str, list[SavedRow | None]] = {name: [None for _ in rows] for name in named}
         # Every row comes to its stops in ascending order, whatever their order in others.
         order = [sorted(named, key=lambda name: named[name][row]) for row in rows]
-        at, states = list(kept), None
+        at = list(kept)
+        # What was restored in all rows is what is saved, as long as nothing has run.
+        copies = [row for row in self._begun if row is not None]
+        self._begun = []
         for turn in range(len(named)):
             names = [in_order[turn] for in_order in order]
             until = [max(named[name][row], at[row]) for row, name in enumerate(names)]
-            has_run = self._run(embeds, at, until)
-            at = until
-            whole = [begun for begun in self._begun if begun is not None]
-            if not has_run and states is None and len(whole) == len(rows):
-                copies = whole  # what was restored is what is to be saved
-            else:
-                if has_run or states is None:
-                    states = self.cache.save_states()
+            if until != at:
+                copies = []  # makes room for another
+                self._run(embeds, at, until)
+                at = until
+            if len(copies) < len(rows):
+                states = self.cache.save_states()
                 copies = [
                     SavedRow(ids=self.prefixes[row][: at[row]], states=states, row=row)
                     for row in rows
@@ -164,11 +165,9 @@ class SequenceBatch:
         self._run(embeds, at, [len(sequence) for sequence in embeds])
         return saved
 
-    def _run(self, embeds: Sequence[Floats], starts: Sequence[int], ends: Sequence[int]) -> bool:
-        """Run a part of each prompt; returns whether there was anything to run."""
+    def _run(self, embeds: Sequence[Floats], starts: Sequence[int], ends: Sequence[int]) -> None:
+        """Run a part of each prompt, which some rows may have nothing of."""
         positions = max(end - start for start, end in zip(starts, ends, strict=True))
-        if positions == 0:
-            return False
         if self.keeps_states:
             assert self._stand.tolist() == list(starts), "states stand behind other positions"
             # A row that started earlier than it must would run positions a second time.
@@ -180,7 +179,6 @@ class SequenceBatch:
             self.cache, inputs, first, last, self.inner
         )
         self.lengths = self._stand = np.array(ends, np.int64)
-        return True
 
     def copy_shared_prefix(
         self,

@@ -1,0 +1,1 @@
+"""Sequences in the cache of a backbone while a plan runs, and snapshots of their layer states."""
