@@ -41,11 +41,16 @@ from recmas_export.parity import (
 )
 from recmas_export.rounding import rounded_layers
 from recmas_export.written_graphs import write_link_graph, write_probe
+from recmas_runtime.checking.parity import (
+    measure_backbone_parity,
+    measure_link_parity,
+)
 from recmas_runtime.checking.placement import refuse_stray_nodes
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.files import sha256_of
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
+from recmas_runtime.engines.onnx.probe import measure_probe
 from recmas_runtime.engines.onnx.session import Device
 from recmas_runtime.formats.ids import link_file_name
 from recmas_runtime.formats.links import load_operands, read_operands
@@ -62,11 +67,6 @@ from recmas_runtime.prompts.chat_template import ChatTemplate, read_template
 from recmas_runtime.prompts.render import Chat
 from recmas_runtime.prompts.samples import PromptDigests, prompt_digests, token_digest
 from recmas_runtime.running.open_engines import choose_provider
-from recmas_runtime.running.parity import (
-    measure_backbone_parity,
-    measure_link_parity,
-    measure_probe,
-)
 
 LINK_ENGINE = "links/link.onnx"
 PROBE = "parity/probe.onnx"

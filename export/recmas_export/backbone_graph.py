@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import onnx_ir as ir
 
-from recmas_compiler.backbones.config.unsupported import why_rotary
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_export import pipeline
@@ -84,13 +83,5 @@ def _refuse_unsupported(model: Any, facts: BackboneFacts) -> None:
             f"backbone {facts.source!r} has weights in {', '.join(dtypes)}; "
             "the export takes float32.",
             hint="Load it with `load_backbone`, which widens weights.",
-        )
-    rotary = {"rope_parameters": getattr(model.config, "rope_parameters", None)}
-    why = why_rotary(facts.model_type, rotary)
-    if why is not None:
-        raise fail(
-            "RM300",
-            f"backbone {facts.source!r} ({facts.model_type}) cannot be traced: {why}.",
-            hint="Use a backbone whose rotary frequencies are fixed.",
         )
     assert not model.training, "a backbone is frozen and in evaluation mode"

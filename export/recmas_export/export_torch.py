@@ -341,24 +341,38 @@ def portable_attention(model: PreTrainedModel) -> Iterator[None]:
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, ragged_mask)
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts)
+    body = body_of(model)
     configs = {
-        id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)
+        id(m.config): m.config for m in body.modules() if isinstance(m, PreTrainedModel)
     }.values()
     before = [
         (config, config._attn_implementation, config._experts_implementation) for config in configs
     ]
+    # Sequences are no longer than their frequencies are fixed.
+    by_length: dict[Any, Any] = {m: m.rope_type for m in body.modules() if hasattr(m, "rope_type")}
     try:
+        for module in by_length:
+            module.rope_type = _fixed(module.rope_type)
         for config in configs:
             config._experts_implementation_internal = IMPLEMENTATION
-        if has_attention_interface(model):
-            model.set_attn_implementation(IMPLEMENTATION)
+        if has_attention_interface(body):
+            body.set_attn_implementation(IMPLEMENTATION)
         else:
-            use_added_masks(model)
+            use_added_masks(body)
         yield
     finally:
+        for module, kind in by_length.items():
+            module.rope_type = kind
         for config, attention, experts in before:
             config._attn_implementation_internal = attention
             config._experts_implementation_internal = experts
+
+
+def _fixed(rope_type: Any) -> Any:
+    """Return a type of rotary embeddings, or one for each type of layer, that stay as they are."""
+    if isinstance(rope_type, dict):
+        return dict.fromkeys(rope_type, "default")
+    return "default"
 
 
 class _Body(torch.nn.Module):

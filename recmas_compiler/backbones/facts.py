@@ -20,6 +20,7 @@ from recmas_compiler.backbones.config.parameters import (
     count_parameters,
     experts_of,
 )
+from recmas_compiler.backbones.config.rotary import longest_fixed
 from recmas_compiler.backbones.config.unsupported import why_unsupported
 from recmas_compiler.spec.document.places import UNKNOWN, SourcePosition
 from recmas_compiler.spec.document.problems import problem_at, show
@@ -76,7 +77,8 @@ class BackboneFacts:
             `gguf:` and that of a file; None for other sources.
         width: Hidden width, d. Input embeddings have the same width.
         vocab_size: Rows of the embedding table.
-        max_positions: Longest sequence the backbone was made for.
+        max_positions: Longest sequence the backbone was made for, as far as its rotary embeddings
+            do not change with the length.
         layers: What each layer keeps of a sequence; `len(layers) == num_layers`.
         attention: Kind of each layer, in order; likewise.
         sliding_window: Window of the sliding layers in positions; None if there are none.
@@ -203,6 +205,7 @@ class _Reader:
                 raise self._unsupported(
                     f"`{model_type}` keeps a state of a shape that is not known"
                 )
+        most = self._dimension(values, "max_position_embeddings")
         experts = experts_of(values, num_layers)
         is_sliding = "sliding" in attention
         is_tied = bool(values.get("tie_word_embeddings", False))
@@ -216,7 +219,7 @@ class _Reader:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             vocab_size=vocab_size,
-            max_positions=self._dimension(values, "max_position_embeddings"),
+            max_positions=min(most, longest_fixed(values) or most),
             layers=layers,
             attention=attention,
             sliding_window=self._dimension(values, "sliding_window") if is_sliding else None,
@@ -281,7 +284,10 @@ class _Reader:
         text = config.get("text_config", config)
         if not isinstance(text, dict):
             raise self._unusable("`text_config` of its config.json is not an object")
-        outer = {"tie_word_embeddings": config.get("tie_word_embeddings")}
+        outer = {
+            "tie_word_embeddings": config.get("tie_word_embeddings"),
+            "outer_type": config.get("model_type"),
+        }
         return text if text is config else outer | text
 
     def _dimension(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -60,8 +61,9 @@ somebody has tried. Gemma 4 without such inputs is not concerned.
 
 `longrope` and `dynamic` choose their frequencies by the length of the input. Rows that are in a
 cache were rotated with those of their time, so a sequence that grows past the border would be
-another one than transformers computes at once. They are refused where a sequence can pass the
-border, which is `original_max_position_embeddings`; HunYuan's `dynamic` with `alpha` has none.
+another one than transformers computes at once. So the border is the longest sequence that recmas
+gives such a model: `original_max_position_embeddings` for `longrope` (4,096 for a Phi-3 with 128k),
+`max_position_embeddings` for `dynamic`. A spec that needs more is refused as any other.
 
 ## Experts
 
@@ -99,7 +101,7 @@ def page_text() -> str:
     rows = sorted((*ZOO, *SEEING))
     run = {name.partition(" ")[0] for name in rows}
     lines = {
-        name: f"| {name} | RIGHT | {figures[name]:.0e} | {', '.join(exercised(name)) or '-'} |"
+        name: f"| {name} | RIGHT | {_figure(figures, name)} | {', '.join(exercised(name)) or '-'} |"
         for name in rows
     }
     encoders = []
@@ -117,6 +119,10 @@ def page_text() -> str:
     count = f"{len(run)} model types run.\n"
     end = ", ".join(sorted(encoders))
     return f"{_BEGINNING}{count}{_HEAD}{table}\n\n{_ENCODERS} {end}.\n{_END}"
+
+
+def _figure(figures: Mapping[str, float], name: str) -> str:
+    return f"{figures[name]:.0e}" if name in figures else "to be measured"
 
 
 def _reason(model_type: str) -> str | None:

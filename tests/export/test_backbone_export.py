@@ -8,6 +8,7 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,7 +26,8 @@ from recmas_export.backbone_graph import (
     WEIGHTS,
     export_backbone,
 )
-from recmas_runtime.core.errors import Exit, RecmasError
+from recmas_export.export_torch import portable_attention
+from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.precisions import PRECISIONS, TOLERANCES
 from recmas_runtime.formats.safetensors_file import read_tensors
@@ -259,14 +261,14 @@ def test_other_precision_is_refused(tmp_path: Path) -> None:
         export_backbone(backbone, tmp_path / "out")
 
 
-@pytest.mark.parametrize("per_layer_type", [False, True])
-def test_rotary_scaling_by_length_is_refused_by_name(tmp_path: Path, per_layer_type: bool) -> None:
-    backbone = load_tiny(tmp_path / "source", "llama")
-    scaling: dict[str, object] = {"rope_type": "longrope", "rope_theta": 10_000.0}
-    backbone.model.config.rope_parameters = {"full": scaling} if per_layer_type else scaling
-    with pytest.raises(RecmasError, match=r"RM300.*`longrope`") as caught:
-        export_backbone(backbone, tmp_path / "out")
-    assert caught.value.exit_code is Exit.RUN_FAILED
+@pytest.mark.parametrize("kind", ["longrope", {"full_attention": "longrope"}])
+def test_frequencies_are_fixed_in_a_trace_alone(tmp_path: Path, kind: object) -> None:
+    backbone = load_tiny(tmp_path / "source", "llama", num_hidden_layers=1)
+    rotary: Any = backbone.body.rotary_emb
+    rotary.rope_type = kind
+    with portable_attention(backbone.model):
+        assert "longrope" not in str(rotary.rope_type)
+    assert rotary.rope_type == kind
 
 
 def test_attention_beyond_the_operator_is_refused_by_name(tmp_path: Path) -> None:

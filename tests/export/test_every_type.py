@@ -16,6 +16,7 @@ from kit.small_configs import small_config
 from kit.zoo import SEEING, ZOO, scale_weights
 from recmas_compiler.backbones.facts import BackboneFacts, read_config_facts
 from recmas_compiler.backbones.loaded.own_layers import layers_of
+from recmas_compiler.backbones.loaded.text_model import text_model
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.precisions import TOLERANCES
@@ -25,7 +26,10 @@ TIGHT = TOLERANCES["hidden_relative"] / 10
 RUN = {name.partition(" ")[0] for name in (*ZOO, *SEEING)}
 OTHERS = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - RUN)
 # Their parts have configs and sizes of their own: they are refused as they are.
-NESTED = {name for name in OTHERS if CONFIG_MAPPING[name].sub_configs} - {"dbrx", "mpt"} | {"blt"}
+NESTED = {
+    *("blt", "dots3_note", "emu3", "gemma3n", "gemma4", "gemma4_assistant", "mllama", "musicgen"),
+    *("gemma4_unified_assistant", "musicgen_melody", "qwen4_exp"),
+}
 # Whole families are refused, whatever of them would run: they are not made to continue a text.
 NOT_MADE_FOR_IT = ("encoder", "not a causal language model")
 
@@ -54,6 +58,7 @@ def found_by_a_build(config: Any, folder: Path) -> str | None:
 def _backbone(config: Any) -> TorchBackbone:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     scale_weights(model.requires_grad_(False))
+    model = text_model(model)
     layers = layers_of(model)
     facts = BackboneFacts(
         source="small",

@@ -18,8 +18,8 @@ from kit.zoo import FAST, SEEING, ZOO, write_zoo_model
 from recmas_compiler.bench.engine_worker import weight_bytes
 from recmas_export.backbone_graph import CPU_DECODER, DECODER, export_backbone
 from recmas_export.parity import make_case
+from recmas_runtime.checking.parity import measure_backbone_parity
 from recmas_runtime.formats.precisions import PRECISIONS, TOLERANCES
-from recmas_runtime.running.parity import measure_backbone_parity
 
 TIGHT = TOLERANCES["hidden_relative"] / 10
 

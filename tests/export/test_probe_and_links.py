@@ -13,10 +13,10 @@ import torch
 
 from kit.engines import random_link, relative, session
 from recmas_export.written_graphs import write_link_graph, write_probe
+from recmas_runtime.engines.onnx.probe import measure_probe
 from recmas_runtime.formats.link_kinds import LinkKind
 from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.precisions import TOLERANCES
-from recmas_runtime.running.parity import measure_probe
 
 KINDS = get_args(LinkKind)
 

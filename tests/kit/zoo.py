@@ -160,6 +160,17 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
     "nanochat": {},
     "qwen3_5_text": _DELTA_NET,
     "internlm3": {"head_dim": 24},
+    "llama dynamic": {"rope_parameters": {**_ROPE, "rope_type": "dynamic", "factor": 2.0}},
+    "phi3 longrope": {
+        **_WINDOW,
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            **_ROPE,
+            "rope_type": "longrope",
+            "short_factor": [1.0 + 0.1 * i for i in range(8)],
+            "long_factor": [4.0] * 8,
+        },
+    },
     "cohere_compass_text": {
         **_MIXED,
         "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
@@ -249,6 +260,7 @@ SEEING: Final[Mapping[str, Seeing]] = {
     "qwen3_vl_moe": Seeing(
         {**_SECTIONS, **_EXPERTS}, {**_VISION, **_BLOCKS, "deepstack_visual_indexes": [0]}
     ),
+    "qwen3_5": Seeing(_DELTA_NET, {**_VISION, **_BLOCKS}),
     "glm4v": Seeing(_SECTIONS, {**_VISION, **_BLOCKS}),
     "glm4v_moe": Seeing(
         {

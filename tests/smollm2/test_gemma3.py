@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.commands import recmasc
+from kit.commands import run_recmasc
 from kit.texts import texts_to_compare
 from llama_cpp_ids import DIGESTS, digest
 from recmas_compiler.backbones.sources import (
@@ -71,12 +71,15 @@ def test_two_real_models_in_one_system(tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     # aligned links take minutes more: Gemma makes up texts over a vocabulary of 262,144 tokens
     starts = [part for link in _LINKS for part in ("--set", f"{link}.init=random")]
-    built = recmasc("build", SPEC, "-o", folder, *starts)
+    built = run_recmasc("build", SPEC, "-o", folder, *starts)
+    assert built.exit_code == 0, built.output
     assert "builtin:gemma3-270m is under the Gemma Terms of Use" in built.stdout
     parity = {entry.backbone: entry for entry in open_bundle(folder).manifest.parity}
     assert set(parity) == {"gemma", "smol"}
     for entry in parity.values():
         assert entry.greedy_tokens_equal
         assert all(error <= TOLERANCES[name] for name, error in entry.figures.items())
-    answer = load(folder).run({"question": "What is 7 * 8?"}, max_new_tokens=16)
-    assert answer.text.strip()
+    system = load(folder)
+    (answer,) = system.run(["What is 7 * 8?"])
+    assert answer.answer.strip()
+    assert system.plan.rounds == 2

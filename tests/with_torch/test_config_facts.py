@@ -166,8 +166,6 @@ def test_a_family_without_a_rule_must_list_its_layers(tmp_path: Path) -> None:
         ("falcon", {"alibi": True}, "position biases in bfloat16"),
         ("doge", {"keep_window_size": 512}, "its layers choose which keys they see"),
         ("gemma3n_text", {"intermediate_size": [64, 64]}, "inputs of their own for every token"),
-        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "frequencies change"),
-        ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "frequencies change"),
     ],
 )
 def test_what_no_target_runs_is_told_from_the_config(
@@ -179,6 +177,31 @@ def test_what_no_target_runs_is_told_from_the_config(
     with pytest.raises(RecmasError, match=reason) as refused:
         describe_backbone(str(tmp_path), base_dir=tmp_path)
     assert refused.value.problems[0].code == "RM203"
+
+
+@pytest.mark.parametrize(
+    ("entries", "most"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 8192),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, 8192),
+        ({"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 512}, 512),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "original_max_position_embeddings": 1024,
+                }
+            },
+            1024,
+        ),
+    ],
+)
+def test_sequences_end_where_frequencies_change(
+    entries: dict[str, Any], most: int, tmp_path: Path
+) -> None:
+    given = {"model_type": "phi3", **SMALL, "max_position_embeddings": 8192, **entries}
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    assert describe_backbone(str(tmp_path), base_dir=tmp_path).max_positions == most
 
 
 @pytest.mark.parametrize(

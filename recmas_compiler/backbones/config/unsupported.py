@@ -14,6 +14,10 @@ from recmas_compiler.backbones.config.defaults import family_defaults
 # Families whose code cannot be traced for any length, and what in it prevents that.
 _NOT_TRACED: Final[Mapping[str, str]] = {
     "dbrx": "loops over the experts that tokens chose",
+    "gemma4_assistant": "drafts for another model, whose rows it reads",
+    "gemma4_unified_assistant": "drafts for another model, whose rows it reads",
+    "git": "makes one mask for an image and a text, of sizes that belong together",
+    "minimax": "has a cache of a class of its own",
     "gpt_neo": "cuts its windows out of a table by the length of the cache",
     "mpt": "cuts its position biases out of a table by the length of the cache",
     "openai-gpt": "takes no cache",
@@ -31,10 +35,12 @@ def why_unsupported(model_type: str, values: Mapping[str, Any]) -> str | None:
 
     Args:
         model_type: That of the text model.
-        values: The entries of its config, with what its family fills in.
+        values: The entries of its config, with what its family fills in; `outer_type` is that of
+            the model that it is a part of.
     """
-    if model_type in _NOT_TRACED:
-        return f"the code of `{model_type}` {_NOT_TRACED[model_type]}"
+    for name in (str(values.get("outer_type")), model_type):
+        if name in _NOT_TRACED:
+            return f"the code of `{name}` {_NOT_TRACED[name]}"
     family = family_defaults(model_type)
     code = family.get("code")
     listed = values.get("layer_types") or family.get("layer_cycle") or ()
@@ -42,7 +48,7 @@ def why_unsupported(model_type: str, values: Mapping[str, Any]) -> str | None:
     lists_attention = any(kind in ("full_attention", "attention") for kind in listed)
     if code is not None and not (code == "state" and lists_attention):
         return f"`{model_type}` {_CODE[code]}"
-    return _why_cache(values) or why_rotary(model_type, values) or _why_masks(values)
+    return _why_cache(values) or _why_masks(values)
 
 
 def _why_cache(values: Mapping[str, Any]) -> str | None:
@@ -59,25 +65,6 @@ def _why_masks(values: Mapping[str, Any]) -> str | None:
         return "its layers choose which keys they see, by what was computed (`keep_window_size`)"
     if values.get("alibi") is True:
         return "it computes its position biases in bfloat16 (`alibi`)"
-    return None
-
-
-def why_rotary(model_type: str, values: Mapping[str, Any]) -> str | None:
-    """Return which rotary embedding changes with the length of the input, None if none does."""
-    for entry in ("rope_parameters", "rope_scaling"):
-        found = values.get(entry)
-        if not isinstance(found, dict):
-            continue
-        # some models have one per type of layer
-        for table in (found, *(part for part in found.values() if isinstance(part, dict))):
-            kind = table.get("rope_type", table.get("type"))
-            # with its `alpha` HunYuan's has fixed frequencies, whatever it is called
-            is_fixed = "alpha" in table and model_type.startswith("hunyuan_v1")
-            if kind == "longrope" or (kind == "dynamic" and not is_fixed):
-                return (
-                    f"its rotary embeddings are of type `{kind}`: their frequencies change with "
-                    "the length of the input"
-                )
     return None
 
 

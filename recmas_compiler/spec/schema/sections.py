@@ -278,8 +278,8 @@ class BackboneSection(Section):
     """A frozen causal language model that agents run on."""
 
     source: FilePath
-    """Where its weights are: `builtin:smollm2-135m-instruct`, `hf:ORG/NAME@REVISION`, or a folder
-    with `config.json`, relative to the spec."""
+    """Where its weights are: `builtin:NAME`, `hf:ORG/NAME@REVISION`, `gguf:PATH` of a file of
+    llama.cpp's, or a folder with `config.json`; paths are relative to the spec."""
 
     dtype: Dtype = "float32"
     """Element type that its weights are rounded to and stored in. Engines compute in float32

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recmas_runtime.checking.parity import case_positions, measure_backbone_parity
 from recmas_runtime.checking.verify import out_of_tolerance, read_case
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.progress import Progress
@@ -38,7 +39,6 @@ from recmas_runtime.engines.tensorrt.static_graph import (
 from recmas_runtime.formats.bundle import ENGINES_FOLDER, Bundle, open_bundle
 from recmas_runtime.formats.links import read_operands
 from recmas_runtime.formats.manifest import BackboneEntry
-from recmas_runtime.running.parity import case_positions, measure_backbone_parity
 
 if TYPE_CHECKING:
     import onnx

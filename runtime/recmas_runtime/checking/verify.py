@@ -12,11 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recmas_runtime.checking.parity import (
+    BACKBONE_CASE,
+    case_links,
+    case_positions,
+    measure_backbone_parity,
+    measure_link_parity,
+)
 from recmas_runtime.checking.placement import StrayNode, find_stray_nodes
 from recmas_runtime.core.errors import Exit, Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.engines.interface import Backbone, Operands
 from recmas_runtime.engines.onnx.backbone import LinkEngine
+from recmas_runtime.engines.onnx.probe import measure_probe
 from recmas_runtime.engines.tensorrt.engine_cache import engines_text
 from recmas_runtime.formats.bundle import Bundle, open_bundle, unlisted_files
 from recmas_runtime.formats.codec import malformed
@@ -27,14 +35,6 @@ from recmas_runtime.formats.safetensors_file import read_tensors
 from recmas_runtime.prompts.samples import PromptDigests, prompt_digests, token_digest
 from recmas_runtime.prompts.trial import render_once
 from recmas_runtime.running.open_engines import open_engines
-from recmas_runtime.running.parity import (
-    BACKBONE_CASE,
-    case_links,
-    case_positions,
-    measure_backbone_parity,
-    measure_link_parity,
-    measure_probe,
-)
 from recmas_runtime.running.records import Record
 from recmas_runtime.running.system import LoadedBundle, System, load_parts
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.engines.interface import Backbone
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
+from recmas_runtime.engines.onnx.probe import measure_probe
 from recmas_runtime.engines.onnx.session import Device, onnx_runtime, resolve_device
 from recmas_runtime.engines.tensorrt.engine_cache import (
     EngineFolder,
@@ -22,7 +23,6 @@ from recmas_runtime.engines.tensorrt.engine_cache import (
 from recmas_runtime.formats.bundle import Bundle
 from recmas_runtime.formats.manifest import BackboneEntry
 from recmas_runtime.formats.precisions import TENSORRT, TOLERANCES
-from recmas_runtime.running.parity import measure_probe
 
 _DRIVER: Final = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 

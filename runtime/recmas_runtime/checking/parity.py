@@ -7,9 +7,7 @@ are cut into, K tokens of the greedy continuation, d width, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -17,7 +15,7 @@ from numpy.typing import NDArray
 
 from recmas_runtime.engines.interface import Backbone, Operands
 from recmas_runtime.engines.onnx.backbone import LinkEngine
-from recmas_runtime.engines.onnx.session import Device, call_onnx, make_session
+from recmas_runtime.engines.onnx.probe import difference, largest
 from recmas_runtime.formats.layers import has_states
 from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.manifest import PARITY_ROWS
@@ -101,27 +99,10 @@ def case_links(case: Case) -> tuple[str, ...]:
     return tuple(name[len("link.") : -len(".x")] for name in case if name.endswith(".x"))
 
 
-def measure_probe(path: Path, *, threads: int | None = None, device: Device = "cpu") -> float:
-    """Return how far the known-answer probe is from its answer, largest absolute difference."""
-    session = make_session(path, threads=threads, device=device)
-    output, expected = call_onnx(session.run, ["output", "expected"], {})
-    return _difference(np.asarray(output), np.asarray(expected))
-
-
 def relative_difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
     """Return max |found - expected| / max |expected|; infinite for what is not a number."""
-    difference, scale = _difference(found, expected), _largest(expected)
-    return difference / scale if scale > 0 else difference
-
-
-def _difference(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    """Return max |found - expected|; infinite for shapes that are not the same."""
-    return _largest(found - expected) if found.shape == expected.shape else math.inf
-
-
-def _largest(array: NDArray[Any]) -> float:
-    largest = float(np.abs(array).max(initial=0.0))
-    return math.inf if np.isnan(largest) else largest
+    off, scale = difference(found, expected), largest(expected)
+    return off / scale if scale > 0 else off
 
 
 def case_positions(case: Case) -> int:
