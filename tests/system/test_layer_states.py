@@ -245,17 +245,11 @@ def test_results_of_tools_are_read_behind_states(build: BuildWithStates) -> None
     plan = ToolsPlan(functions=("lookup",), max_calls=6)
     box = OftenBox(plan, corpus=None, functions={"lookup": lambda text: f"found {text}"})
     system = System(built.system.plan, built.system._loaded, box)
-    sampling = hot(system)
-    together = [told(answer) for answer in system.run(QUESTIONS, sampling=sampling)]
+    random = hot(system)
+    together = [told(answer) for answer in system.run(QUESTIONS, sampling=random)]
     assert sum(answer[-1] for answer in together) > 5
-    alone = [
-        told(
-            system.run_batch([rt.Record(id=q, fields={"question": q}, index=i)], sampling=sampling)[
-                0
-            ]
-        )
-        for i, q in enumerate(QUESTIONS)
-    ]
+    records = [rt.Record(id=q, fields={"question": q}, index=i) for i, q in enumerate(QUESTIONS)]
+    alone = [told(system.run_batch([record], sampling=random)[0]) for record in records]
     assert together == alone
 
 

@@ -64,15 +64,18 @@ def test_copied_rows_stay_where_texts_make_prompts_longer_than_the_cache(
 ) -> None:
     """The second agent begins like the first, and its text is longer than there was room for."""
     system = build_tiny(SPECS["sequential"]).system.baseline("text")
-    long = structs.replace(system.plan.sampling, max_new_tokens=220)
-    text = system.run("What is 7 * 8?", sampling=long)
+    long = structs.replace(system.plan.sampling, max_new_tokens=150)
+    question = "What is 7 * 8 and 9? " * 8  # a good part of the prompts, so that it is copied
+    text = system.run(question, sampling=long)
     steps = tuple(
         structs.replace(step, prefix_from=None) if isinstance(step, PrefillStep) else step
         for step in system.plan.steps
     )
     apart = system.with_plan(structs.replace(system.plan, steps=steps))
-    assert text.answer == apart.run("What is 7 * 8?", sampling=long).answer
-    assert text.usage.handover_tokens > 3 * 128
+    whole = apart.run(question, sampling=long)
+    assert text.answer == whole.answer
+    assert text.usage.handover_tokens == whole.usage.handover_tokens > 3 * 128
+    assert text.usage.prompt_tokens < whole.usage.prompt_tokens
 
 
 def test_a_record_that_cannot_run_does_not_lose_the_others(build_tiny: BuildTiny) -> None:
