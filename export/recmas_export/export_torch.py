@@ -39,7 +39,7 @@ from recmas_compiler.lowering.static_cache import (
 from recmas_export.passes.experts import IN, OUT, SUM
 from recmas_export.passes.tidy import OPSET, TRACED
 from recmas_export.trace.capture import capture
-from recmas_export.trace.states import PortableStates, StateTrace, portable_kernels
+from recmas_export.trace.states import PortableStates, StateCache, StateTrace, portable_kernels
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.layers import LayerShape, cache_tensors, has_states
 from recmas_runtime.formats.plan import cache_capacity
@@ -296,7 +296,7 @@ class PortableCache:
     """A transformers cache over tensors, in the order of `cache_tensors`.
 
     Args:
-        length_B: New positions of each sample, where layers keep states.
+        states: What kernels are told, where layers keep states.
     """
 
     def __init__(
@@ -304,25 +304,24 @@ class PortableCache:
         layers: Sequence[LayerShape],
         tensors: Sequence[torch.Tensor],
         write_index: torch.Tensor,
-        length_B: torch.Tensor | None = None,
+        states: StateTrace | None = None,
     ) -> None:
         self._names = [tensor.name for tensor in cache_tensors(layers)]
         by_name = dict(zip(self._names, tensors, strict=True))
         made: list[Any] = []
         for i, layer in enumerate(layers):
-            states = {state.name: by_name[f"{state.name}.{i}"] for state in layer.states}
+            own = {state.name: by_name[f"{state.name}.{i}"] for state in layer.states}
             rows = [by_name[f"{kind}.{i}"] for kind in ("key", "value") if layer.rows is not None]
-            if states and rows:
-                assert length_B is not None
-                made.append(_RowsAndStates(*rows, write_index, states, length_B))
-            elif states:
-                assert length_B is not None
-                made.append(PortableStates(states, length_B))
+            if own:
+                assert states is not None
+                kind = _RowsAndStates if rows else PortableStates
+                made.append(kind(*rows, *([write_index] if rows else []), own, states.length_B))
             else:
                 made.append(PortableLayer(*rows, write_index) if rows else None)
         # Layers without rows read those of another one, whose positions are theirs too.
         any_rows = next((layer for layer in made if isinstance(layer, PortableLayer)), DummyLayer())
-        self.cache = Cache(layers=[any_rows if layer is None else layer for layer in made])
+        held = [any_rows if layer is None else layer for layer in made]
+        self.cache = Cache(layers=held) if states is None else StateCache(held, states)
 
     def tensors(self) -> list[torch.Tensor]:
         """Return what the tensors have become, in the same order."""
@@ -395,10 +394,10 @@ class _Body(torch.nn.Module):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Run the layers; hidden is after the final norm."""
         write_index, *last = indices
-        length_B = last[0] + 1 if last else None
-        if length_B is not None:
-            self._states.length_B = length_B
-        cache = PortableCache(self._layers, tensors, write_index, length_B)
+        for last_index in last:
+            self._states.length_B = last_index + 1
+        states = self._states if last else None
+        cache = PortableCache(self._layers, tensors, write_index, states)
         hidden = self.body(
             inputs_embeds=inputs_embeds,
             position_ids=write_index[:, None] + torch.arange(inputs_embeds.shape[1])[None],

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
-from recmas_compiler.backbones.facts import AttentionKind, BackboneFacts
+from recmas_compiler.backbones.config.layer_shapes import AttentionKind
+from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.ops import SEARCH_CORPUS
 from recmas_compiler.links.trained import without_link_files

@@ -11,13 +11,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from recmas_compiler.backbones.config.defaults import family_defaults
 from recmas_compiler.backbones.config.layer_shapes import layer_shapes
+from recmas_compiler.backbones.config.layer_types import (
+    LAYER_KINDS,
+    STATEFUL,
+    AttentionKind,
+    layer_types,
+)
 from recmas_compiler.backbones.config.parameters import (
     count_expert_parameters,
     count_parameters,
+    count_state_parameters,
     experts_of,
 )
 from recmas_compiler.backbones.config.rotary import longest_fixed
@@ -33,7 +40,8 @@ from recmas_runtime.formats.precisions import (
     PRECISIONS,
 )
 
-AttentionKind = Literal["full", "sliding", "linear"]
+# Of a model whose states have seen any number of positions: what is long enough for all uses.
+_NO_LIMIT: Final = 1 << 20
 
 _LARGEST_CONFIG_BYTES = 16 << 20
 _LARGEST_DIMENSION = 1 << 31
@@ -41,21 +49,6 @@ _MOST_LAYERS = 4096
 
 # Engines compute in float32: activations, caches, link operands, and weights once in memory.
 ENGINE_ELEMENT_BYTES: Final = DTYPE_BYTES["float32"]
-
-# How a layer type of a config attends. Every layer that keeps a state instead of keys and values
-# is "linear" here: what counts is that its memory is not a cache of positions.
-LAYER_KINDS: Final[Mapping[str, AttentionKind]] = {
-    "full_attention": "full",
-    "attention": "full",
-    "sliding_attention": "sliding",
-    # A position sees those of its own chunk: a rule of positions as a window is.
-    "chunked_attention": "sliding",
-    "linear_attention": "linear",
-    "mamba": "linear",
-    "mamba2": "linear",
-    "recurrent": "linear",
-    "conv": "linear",
-}
 
 # A config states its size itself. Only where it is part of another one transformers writes no more
 # than what differs from the defaults.
@@ -177,8 +170,11 @@ class _Reader:
         why = why_unsupported(model_type, values)
         if why is not None:
             raise self._unsupported(why)
+        types = self._types(values, defaults.get("layer_cycle"))
+        attention, num_layers = tuple(LAYER_KINDS[name] for name in types), len(types)
+        attends = not {"full", "sliding"}.isdisjoint(attention)
         width = self._dimension(values, "hidden_size")
-        num_heads = self._dimension(values, "num_attention_heads")
+        num_heads = self._dimension(values, "num_attention_heads", default=None if attends else 1)
         one_for_all = values.get("multi_query") is True and not values.get(
             "new_decoder_architecture"
         )
@@ -186,26 +182,22 @@ class _Reader:
             values, "num_key_value_heads", default=1 if one_for_all else num_heads
         )
         head_dim = self._dimension(values, "head_dim", default=width // num_heads or None)
-        num_layers = self._dimension(values, "num_hidden_layers", limit=_MOST_LAYERS)
         vocab_size = self._dimension(values, "vocab_size")
         if num_heads % num_kv_heads != 0:
             raise self._unusable(
                 f"{num_heads} query heads cannot share {num_kv_heads} key/value heads"
             )
-        attention = self._attention(values, num_layers, defaults.get("layer_cycle"))
         layers = layer_shapes(
-            values,
-            attention,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
+            values, types, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
         )
-        for layer, kind in zip(layers, attention, strict=True):
-            if kind == "linear" and not layer.states:
+        for layer, name in zip(layers, types, strict=True):
+            if name in STATEFUL and not layer.states:
                 raise self._unsupported(
                     f"`{model_type}` keeps a state of a shape that is not known"
                 )
-        most = self._dimension(values, "max_position_embeddings")
+        most = self._dimension(
+            values, "max_position_embeddings", default=None if attends else _NO_LIMIT
+        )
         experts = experts_of(values, num_layers)
         is_sliding = "sliding" in attention
         is_tied = bool(values.get("tie_word_embeddings", False))
@@ -228,7 +220,9 @@ class _Reader:
             num_parameters=count_parameters(
                 experts=experts,
                 width=width,
-                num_layers=num_layers,
+                num_attending=num_layers - attention.count("linear") - attention.count("none"),
+                num_mlps=(attention.count("none") or num_layers) if attends else 0,
+                state_parameters=sum(count_state_parameters(lay.states, width) for lay in layers),
                 attention_width=num_heads * head_dim,
                 kv_width=num_kv_heads * head_dim,
                 mlp_width=self._dimension(values, "intermediate_size", default=4 * width),
@@ -306,22 +300,23 @@ class _Reader:
             raise self._unusable(f"`{key}` in its config.json is {show(value)}")
         return int(value)
 
-    def _attention(
-        self, values: dict[str, Any], num_layers: int, cycle: list[str] | None
-    ) -> tuple[AttentionKind, ...]:
-        types = values.get("layer_types")
+    def _types(self, values: dict[str, Any], cycle: list[str] | None) -> list[str]:
+        """Return the type of each layer, all of them known."""
+        listed = layer_types(values, None, cycle)
+        limit = _MOST_LAYERS
+        default = len(listed) if listed is not None else None
+        num_layers = self._dimension(values, "num_hidden_layers", default=default, limit=limit)
+        types = listed if listed is not None else layer_types(values, num_layers, cycle)
         if types is None:
-            if cycle == []:
-                raise self._unusable("its config.json has no `layer_types`")
-            types = _default_types(values, num_layers, cycle or ["sliding_attention"])
-        if not isinstance(types, list) or len(types) != num_layers:
+            raise self._unusable("its config.json has no `layer_types`")
+        if len(types) != num_layers:
             raise self._unusable(
                 f"`layer_types` in its config.json does not name {num_layers} layers"
             )
         unknown = [str(name) for name in types if name not in LAYER_KINDS]
         if unknown:
             raise self._unsupported(f"its layers are of type `{unknown[0]}`")
-        return tuple(LAYER_KINDS[name] for name in types)
+        return types
 
     def _unusable(self, why: str, *, hint: str = "Choose another backbone.") -> RecmasError:
         message = f"recmas cannot use the backbone `{self.source}`: {why}."
@@ -331,26 +326,6 @@ class _Reader:
         message = f"no target can run the backbone `{self.source}`: {why}."
         hint = "Choose a backbone with full or sliding-window attention."
         return RecmasError(problem_at(self.position, "RM203", message, hint=hint))
-
-
-def _default_types(values: dict[str, Any], num_layers: int, cycle: list[str]) -> list[str]:
-    """Return the types of layers of a config that does not list them, as its family has them."""
-    for key, usual in (
-        ("sliding_window_pattern", "sliding_attention"),
-        ("full_attention_interval", "linear_attention"),
-    ):
-        every = values.get(key)
-        if isinstance(every, int) and every > 0:
-            cycle = [usual] * (min(every, _MOST_LAYERS + 1) - 1) + ["full_attention"]
-    if "sliding_attention" in cycle:
-        first = values.get("max_window_layers")
-        if values.get("sliding_window") is None or values.get("use_sliding_window") is False:
-            cycle = ["full_attention"]
-        elif isinstance(first, int):
-            return [
-                "sliding_attention" if i >= first else "full_attention" for i in range(num_layers)
-            ]
-    return [cycle[i % len(cycle)] for i in range(num_layers)]
 
 
 def _given(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from typing import Final
 import msgspec
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from recmas_compiler.backbones.loaded.cache_argument import with_cache
+from recmas_compiler.backbones.loaded.own_cache import empty_cache
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.links.modules import seeded_generator
 from recmas_runtime.core.progress import Progress
@@ -98,7 +98,7 @@ def _answer(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Answer all `REQUESTS` at once; yield hidden [B, D], logits [B, V] and next ids [B, 1]."""
     ids_BS, mask_BS = _left_padded(backbone, _openings(backbone))
-    cache = DynamicCache()
+    cache = empty_cache(backbone.facts.layers)
     for _ in range(NUM_TOKENS):
         positions_BS = (mask_BS.cumsum(1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
         hidden_BD = backbone.body(

@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from recmas_compiler.backbones.loaded.cache_argument import with_cache
+from recmas_compiler.backbones.loaded.own_cache import empty_cache
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.lowering.materialize import materialize_links
@@ -84,7 +84,7 @@ class ReferenceResult:
 class _Sequence:
     """An agent's cache while a record runs, and the hidden state at the last position in it."""
 
-    cache: DynamicCache
+    cache: Any
     prefix: tuple[int, ...]  # of its last prompt up to the first slot: what a later one may reuse
     hidden_11D: Tensor
 
@@ -272,12 +272,10 @@ class TorchSystem(ProgramModule):
                 pieces_TD.append(received_ME[item.agent])
         embeds_1TD = torch.cat(pieces_TD)[None]
         prefix = prompt.leading_ids
-        cache, kept = DynamicCache(), 0
-        if has_states(backbone.facts.layers):
-            # They cannot be cropped, and a copy of them would be one more thing to trust. The kinds
-            # of its layers make the cache one that has states.
-            cache = DynamicCache(config=backbone.body.config)
-        elif step.reuse_prefix:
+        layers = backbone.facts.layers
+        cache, kept = empty_cache(layers), 0
+        # States cannot be cropped: what keeps them runs the whole prompt anew.
+        if step.reuse_prefix and not has_states(layers):
             sequence = state.sequences[agent]
             # The last position always runs: its hidden state is what comes next.
             kept = min(common_prefix(sequence.prefix, prefix), embeds_1TD.shape[1] - 1)
@@ -398,7 +396,7 @@ def _stack(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([record[name] for record in records]) for name in names}
 
 
-def _extend(backbone: TorchBackbone, cache: DynamicCache, embeds_1TD: Tensor) -> Tensor:
+def _extend(backbone: TorchBackbone, cache: Any, embeds_1TD: Tensor) -> Tensor:
     """Run positions behind those in the cache; return the last one's hidden state [1, 1, D]."""
     out = backbone.body(inputs_embeds=embeds_1TD, **with_cache(backbone.body, cache))
     hidden_11D: Tensor = out.last_hidden_state[:, -1:]

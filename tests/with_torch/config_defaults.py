@@ -30,11 +30,6 @@ FIELDS = (
     "intermediate_size",
     "keep_window_size",
     "kv_lora_rank",
-    "linear_conv_kernel_dim",
-    "linear_key_head_dim",
-    "linear_num_key_heads",
-    "linear_num_value_heads",
-    "linear_value_head_dim",
     "max_position_embeddings",
     "max_window_layers",
     "multi_query",
@@ -86,11 +81,42 @@ FURTHER_NAMES = {
 }
 # Models that see, whose text model has no causal class: it runs with the head of the whole.
 SEEING = ("glm4v", "glm4v_moe", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-# What the code of families that keep a state in some of their layers names.
-STATE_NAMES = (
-    *("selective_scan", "mamba_chunk_scan", "kda"),
-    *("Rglru", "rwkv", "mLSTM", "LightningAttention"),
+# Entries of layers that keep a state: how many heads and how wide, and what a convolution sees.
+STATE_FIELDS = (
+    "attn_layer_offset",
+    "attn_layer_period",
+    "conv_L_cache",
+    "conv_kernel",
+    "expand",
+    "layer_group_size",
+    "linear_allow_neg_eigval",
+    "linear_conv_kernel_dim",
+    "linear_head_dim",
+    "linear_key_head_dim",
+    "linear_num_heads",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_value_head_dim",
+    "mamba_d_conv",
+    "mamba_d_ssm",
+    "mamba_d_state",
+    "mamba_expand",
+    "mamba_head_dim",
+    "mamba_n_groups",
+    "mamba_n_heads",
+    "mamba_ngroups",
+    "mamba_num_heads",
+    "n_groups",
+    "n_mamba_heads",
+    "num_heads",
+    "short_conv_kernel_size",
+    "ssm_state_size",
+    "state_size",
 )
+# What the code of families that keep a state in some of their layers names.
+STATE_NAMES = ("Rglru", "rwkv", "mLSTM", "LightningAttention")
+# By which of them a config is told from one that calls something else so.
+STATE_ENTRIES = {name for name in STATE_FIELDS if name not in ("n_groups", "num_heads", "expand")}
 MANY_LAYERS = 61  # prime: no cycle ends with the last layer, which some families make another type
 LONGEST_CYCLE = 12
 
@@ -126,6 +152,8 @@ def _defaults(config_class: Any) -> dict[str, Any]:
     values = {name: declared.get(names.get(name), declared.get(name)) for name in FIELDS}
     # as they are named in a file: of two names for one value, only that of the file
     values |= {name: declared.get(name) for name in EXPERT_FIELDS}
+    if STATE_ENTRIES & declared.keys():
+        values |= {name: declared.get(name) for name in STATE_FIELDS}
     found = {name: value for name, value in values.items() if isinstance(value, int)}
     if names:
         found["names"] = names

@@ -157,8 +157,7 @@ def test_a_family_without_a_rule_must_list_its_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "entries", "reason"),
     [
-        *((f, {}, "keeps a state") for f in ("bamba", "falcon_h1", "zamba", "zamba2", "mamba2")),
-        *((f, {}, "keeps a state") for f in ("xlstm", "recurrent_gemma", "nemotron_h")),
+        *((f, {}, "keeps a state") for f in ("xlstm", "recurrent_gemma", "rwkv")),
         ("gpt_neo", {}, "cuts its windows out of a table"),
         ("mpt", {}, "cuts its position biases out of a table"),
         ("openai-gpt", {}, "takes no cache"),

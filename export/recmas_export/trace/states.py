@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers.activations import ACT2FN
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
 OPERATOR: Final = "com.microsoft::LinearAttention"
 
@@ -87,13 +87,35 @@ def _place(name: str) -> tuple[str, int]:
 
 
 class StateTrace:
-    """What kernels need to know that their callers do not hand them: set at the trace's start."""
+    """What kernels need to know that their callers do not hand them.
+
+    Attributes:
+        length_B: New positions of each sample; set where the trace begins.
+        asked: The recurrent state that the layer in progress has asked the cache for.
+        num_scans: Scans of this layer so far.
+    """
 
     length_B: Tensor
+    asked: Tensor
+    num_scans = 0
 
     def real(self, positions: int | torch.SymInt) -> Tensor:
         """Return [B, S, 1], True where a position is a sample's own and not filled up."""
         return (torch.arange(positions) < self.length_B[:, None]).unsqueeze(-1)
+
+
+class StateCache(Cache):  # type: ignore[misc]
+    """A cache that lets kernels know which state a layer has asked for."""
+
+    def __init__(self, layers: list[Any], trace: StateTrace) -> None:
+        super().__init__(layers=layers)
+        self._trace = trace
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+        """Return a state."""
+        found = super().get_recurrent_state(layer_idx, state_idx)
+        self._trace.asked, self._trace.num_scans = found, 0
+        return found
 
 
 @contextmanager
@@ -166,6 +188,83 @@ def _delta_rule(
     )
 
 
+def _scan_by_head(
+    trace: StateTrace,
+    hidden_states: Tensor,  # [B, S, H, v]
+    dt: Tensor,  # [B, S, H]
+    A: Tensor,  # [H]
+    B: Tensor,  # [B, S, G, k]
+    C: Tensor,
+    *_chunk_size: int,
+    D: Tensor,  # [H]
+    dt_bias: Tensor | None,
+    initial_states: Tensor,  # [B, H, k, v]
+    dt_softplus: bool,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    **_others: object,
+) -> tuple[Tensor, Tensor]:
+    """Return [B, S, H, v] and the state after it, of Mamba-2.
+
+    A time step is limited as in the form for many positions: that for one has no limit, so that
+    some models of transformers give numbers for a prompt that they do not give for its steps.
+    """
+    dt_BSH = _time_step(dt, dt_bias, dt_softplus)
+    if tuple(dt_limit) != (0.0, float("inf")):
+        dt_BSH = dt_BSH.clamp(*dt_limit)
+    heads, real_BS1 = hidden_states.shape[2], trace.real(dt.shape[1])
+    out, state = _scan(
+        _for_heads(C, heads),
+        _for_heads(B, heads),
+        hidden_states * torch.where(real_BS1, dt_BSH, 0.0).unsqueeze(-1),
+        state=initial_states,
+        decay=torch.where(real_BS1, dt_BSH * A, 0.0),
+        scale=1.0,
+    )
+    return out + hidden_states * D.unsqueeze(-1), state
+
+
+def _scan_by_channel(
+    trace: StateTrace,
+    hidden_states: Tensor,  # [B, C, S]
+    dt: Tensor,  # [B, C, S]
+    A: Tensor,  # [C, k]
+    B: Tensor,  # [B, k, S]
+    C: Tensor,
+    *,
+    D: Tensor,  # [C]
+    z: Tensor | None = None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    **_others: object,
+) -> tuple[Tensor, Tensor]:
+    """Return [B, C, S] and the state after it [B, C, k], of Mamba-1: a channel is a head.
+
+    Its kernel is not handed the state. Of a layer with some scans each goes on from its own part.
+    """
+    state = trace.asked if trace.asked.dim() == 3 else trace.asked[:, trace.num_scans]
+    trace.num_scans += 1
+    dt_BSC = _time_step(dt.transpose(1, 2), delta_bias, delta_softplus)
+    inner_BSC, channels = hidden_states.transpose(1, 2), hidden_states.shape[1]
+    real_BS1 = trace.real(dt.shape[2])
+    out, new_state = _scan(
+        _for_heads(C.transpose(1, 2).unsqueeze(2), channels),
+        _for_heads(B.transpose(1, 2).unsqueeze(2), channels),
+        torch.where(real_BS1, inner_BSC * dt_BSC, 0.0).unsqueeze(-1),
+        state=state.unsqueeze(-1),
+        decay=(torch.where(real_BS1, dt_BSC, 0.0).unsqueeze(-1) * A).flatten(2),
+        scale=1.0,
+    )
+    out_BCS = (out.squeeze(-1) + inner_BSC * D).transpose(1, 2)
+    if z is not None:
+        out_BCS = out_BCS * functional.silu(z)
+    return out_BCS, new_state.squeeze(-1)
+
+
+def _time_step(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    dt = dt if bias is None else dt + bias
+    return functional.softplus(dt) if softplus else dt
+
+
 def _scan(
     query: Tensor,
     key: Tensor,
@@ -224,4 +323,6 @@ _KERNELS: Final[Mapping[str, Callable[..., Any]]] = {
     "causal_conv1d_fn": _convolve,
     "torch_chunk_gated_delta_rule": _delta_rule,
     "chunk_kimi_delta_attention": _delta_rule,
+    "mamba2_chunk_scan": _scan_by_head,
+    "mamba_selective_scan": _scan_by_channel,
 }

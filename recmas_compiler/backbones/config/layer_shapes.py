@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recmas_compiler.backbones.config.layer_types import LAYER_KINDS, STATEFUL
 from recmas_compiler.backbones.config.state_shapes import count, state_shapes
 from recmas_runtime.formats.layers import LayerShape, RowsShape
 
 
 def layer_shapes(
     values: Mapping[str, Any],
-    attention: Sequence[str],
+    types: Sequence[str],
     *,
     num_heads: int,
     num_kv_heads: int,
@@ -25,36 +26,34 @@ def layer_shapes(
 
     Args:
         values: Its entries, with what its family fills in.
-        attention: The kind of each layer.
+        types: The type of each layer, of those that are known.
         num_heads: Query heads.
         num_kv_heads: Key/value heads where nothing else is said.
         head_dim: Their width, likewise.
     """
-    if count(values, "kv_lora_rank"):
-        # Latent attention: keys and values are expanded before they are kept, a head for each query
-        # head. A part of the key is rotated, the other is not.
-        width = count(values, "qk_nope_head_dim") + count(values, "qk_rope_head_dim")
-        every = RowsShape(
-            heads=num_heads,
-            key_width=width or head_dim,
-            value_width=count(values, "v_head_dim") or head_dim,
-        )
-        return tuple(LayerShape(rows=every) for _ in attention)
     usual = RowsShape(
         heads=num_kv_heads,
         key_width=head_dim,
         value_width=count(values, "v_head_dim") or head_dim,
     )
     shapes = {"full": _full(values, usual), "sliding": _sliding(values, usual)}
+    if count(values, "kv_lora_rank"):
+        # Latent attention: what keys and values are computed from is kept, for all heads at once,
+        # and the part of the keys that is rotated.
+        shapes["full"] = RowsShape(
+            heads=1,
+            key_width=count(values, "kv_lora_rank"),
+            value_width=count(values, "qk_rope_head_dim") or head_dim,
+        )
     # The last layers of some models attend over the rows of an earlier one.
-    num_own = len(attention) - count(values, "num_kv_shared_layers")
-    states = state_shapes(values) if "linear" in attention else ()
+    num_own = len(types) - count(values, "num_kv_shared_layers")
+    states = () if STATEFUL.isdisjoint(types) else state_shapes(values)
     return tuple(
         LayerShape(
-            rows=shapes.get(kind) if i < num_own else None,
-            states=states if kind == "linear" else (),
+            rows=shapes.get(LAYER_KINDS[name]) if i < num_own else None,
+            states=states if name in STATEFUL else (),
         )
-        for i, kind in enumerate(attention)
+        for i, name in enumerate(types)
     )
 
 

@@ -6,9 +6,11 @@ memory. Families call them differently, but not more differently than the names 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+
+from recmas_runtime.formats.layers import StateShape
 
 _HOW_MANY: Final = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
 _HOW_WIDE: Final = ("moe_intermediate_size", "intermediate_size")
@@ -59,7 +61,9 @@ def experts_of(values: Mapping[str, Any], num_layers: int) -> Experts | None:
 def count_parameters(
     *,
     width: int,
-    num_layers: int,
+    num_attending: int,
+    num_mlps: int,
+    state_parameters: int,
     attention_width: int,
     kv_width: int,
     mlp_width: int,
@@ -71,16 +75,42 @@ def count_parameters(
 
     Exact for Llama, Mistral and Phi-3. Families with biases or more norms have a few more, by less
     than one in a thousand.
+
+    Args:
+        num_attending: Layers with attention.
+        num_mlps: Layers with an MLP, or with experts.
+        state_parameters: Those of layers that keep a state, beside their MLPs.
     """
-    attention = 2 * width * attention_width + 2 * width * kv_width
+    attention = num_attending * (2 * width * attention_width + 2 * width * kv_width)
     tables = vocab_size * width * (1 if is_tied else 2)
-    num_mlps = num_layers if experts is None else num_layers - experts.num_layers
-    layers = num_layers * (attention + 2 * width) + num_mlps * _MATRICES * width * mlp_width
+    if experts is not None:
+        num_mlps = max(num_mlps - experts.num_layers, 0)
+    norms = 2 * width * max(num_attending, num_mlps)
+    layers = attention + state_parameters + norms + num_mlps * _MATRICES * width * mlp_width
     if experts is not None:
         router = width * experts.num_each
         shared = _MATRICES * width * experts.shared_width
         layers += experts.num_layers * (router + shared) + count_expert_parameters(experts, width)
     return layers + width + tables
+
+
+def count_state_parameters(states: Sequence[StateShape], width: int) -> int:
+    """Return the parameters of a layer with such states: what goes into them and comes out.
+
+    A convolution's channels, a gate and the output of its heads, two numbers for each head. What
+    some families have more, of low rank, is left out.
+    """
+    found = {state.name: state.shape for state in states}
+    if not found:
+        return 0
+    channels, kept = found["conv"]
+    # of a convolution alone: two gates and the output
+    heads, inner = 0, channels * 3 // 2
+    if "recurrent" in found:
+        heads, *_, last = found["recurrent"]
+        # where every channel is a head, what it is given is of low rank
+        heads, inner = (0, channels) if heads == channels else (heads, heads * last)
+    return width * (channels + 2 * inner + 2 * heads) + channels * (kept + 1)
 
 
 def count_expert_parameters(experts: Experts, width: int) -> int:

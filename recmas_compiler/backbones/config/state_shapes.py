@@ -12,8 +12,8 @@ from recmas_runtime.formats.layers import StateShape
 
 
 def state_shapes(values: Mapping[str, Any]) -> tuple[StateShape, ...]:
-    """Return the states of a layer of kind `linear`; none where no rule knows the entries."""
-    for rule in (_delta_net,):
+    """Return the states of a layer that keeps some; none where no rule knows the entries."""
+    for rule in (_delta_net, _kimi_delta_net, _scan_by_head, _scan, _convolution):
         found = rule(values)
         if found:
             return found
@@ -22,6 +22,18 @@ def state_shapes(values: Mapping[str, Any]) -> tuple[StateShape, ...]:
 
 def _delta_net(values: Mapping[str, Any]) -> tuple[StateShape, ...]:
     """Return those of gated DeltaNet: queries, keys and values go through one convolution."""
+    if "linear_allow_neg_eigval" in values:  # what its family's class makes of what is left out
+        heads = count(values, "num_attention_heads")
+        key_heads = count(values, "linear_num_key_heads") or heads
+        key_width = int(0.75 * count(values, "hidden_size") / max(key_heads, 1))
+        key_width = count(values, "linear_key_head_dim") or key_width
+        values = {
+            **values,
+            "linear_num_key_heads": key_heads,
+            "linear_num_value_heads": count(values, "linear_num_value_heads") or heads,
+            "linear_key_head_dim": key_width,
+            "linear_value_head_dim": count(values, "linear_value_head_dim") or 2 * key_width,
+        }
     heads = count(values, "linear_num_value_heads")
     key_width = count(values, "linear_key_head_dim")
     width = count(values, "linear_value_head_dim")
@@ -31,6 +43,69 @@ def _delta_net(values: Mapping[str, Any]) -> tuple[StateShape, ...]:
         taps=count(values, "linear_conv_kernel_dim"),
         recurrent=(heads, key_width, width),
     )
+
+
+def _kimi_delta_net(values: Mapping[str, Any]) -> tuple[StateShape, ...]:
+    """Return those of Kimi's delta attention: all heads of queries, keys, values are alike."""
+    own = values.get("linear_attn_config")
+    if isinstance(own, dict):
+        heads, width = count(own, "num_heads"), count(own, "head_dim")
+        taps = count(own, "short_conv_kernel_size")
+    else:
+        heads, width = count(values, "linear_num_heads"), count(values, "linear_head_dim")
+        taps = count(values, "linear_conv_kernel_dim")
+    if "short_conv_kernel_size" in values:  # with the heads of its attention layers
+        heads, width = count(values, "num_attention_heads"), count(values, "head_dim")
+        taps = count(values, "short_conv_kernel_size")
+    return _shapes(channels=3 * heads * width, taps=taps, recurrent=(heads, width, width))
+
+
+def _scan_by_head(values: Mapping[str, Any]) -> tuple[StateShape, ...]:
+    """Return those of Mamba-2, whose heads each have one decay."""
+    heads = _first(values, "mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads")
+    inner = _first(values, "mamba_d_ssm") or _inner(values)
+    width = inner // heads if heads else 0
+    if "mamba_num_heads" in values:
+        width = count(values, "mamba_head_dim")
+    if "num_heads" in values:
+        width = count(values, "head_dim")
+    groups = _first(values, "mamba_n_groups", "n_groups", "mamba_ngroups")
+    state = _state_width(values)
+    return _shapes(
+        channels=heads * width + 2 * groups * state if groups else 0,
+        taps=_taps(values),
+        recurrent=(heads, state, width),
+    )
+
+
+def _scan(values: Mapping[str, Any]) -> tuple[StateShape, ...]:
+    """Return those of Mamba-1, in which every channel is a head, also where there are some more."""
+    inner, heads = _inner(values), count(values, "n_mamba_heads")
+    channels = (heads, inner // heads) if heads else (inner,)
+    recurrent = (*channels, _state_width(values))
+    return _shapes(channels=inner, taps=_taps(values), recurrent=recurrent)
+
+
+def _convolution(values: Mapping[str, Any]) -> tuple[StateShape, ...]:
+    """Return the state of a convolution alone."""
+    return _shapes(channels=count(values, "hidden_size"), taps=count(values, "conv_L_cache"))
+
+
+def _inner(values: Mapping[str, Any]) -> int:
+    return _first(values, "mamba_expand", "expand") * count(values, "hidden_size")
+
+
+def _state_width(values: Mapping[str, Any]) -> int:
+    return _first(values, "mamba_d_state", "ssm_state_size", "state_size")
+
+
+def _taps(values: Mapping[str, Any]) -> int:
+    return _first(values, "mamba_d_conv", "conv_kernel")
+
+
+def _first(values: Mapping[str, Any], *names: str) -> int:
+    """Return the first of these entries that is a number of things, 0 where none is."""
+    return next((count(values, name) for name in names if count(values, name)), 0)
 
 
 def _shapes(*, channels: int, taps: int, recurrent: tuple[int, ...] = ()) -> tuple[StateShape, ...]:

@@ -1,4 +1,4 @@
-"""How a model of transformers takes its cache: the argument has two names, by version.
+"""How a model of transformers takes its cache: the argument has some names, by version and family.
 
 A model's `forward` swallows arguments that it does not know, so a wrong name is no error: the model
 starts an empty cache at every call, and forgets.
@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from recmas_runtime.core.errors import fail
 
-_NAMES: Final = ("past_key_values", "cache")  # the older name, and that of transformers 5.24 on
+# The older name, that of transformers 5.24 on, and that of models that only keep states.
+_NAMES: Final = ("past_key_values", "cache", "cache_params")
 
 
 def cache_argument(model: object) -> str:

@@ -4,7 +4,7 @@ Calls are padded on the left, so that they end together. That suits everything t
 rollout goes on where every row ends, and what does not learn (text before the first message) comes
 first, so one column splits constant from variable. Text that all rows begin with may go before the
 padding: then it needs to run for one row only, but rows are not contiguous any more, so a sliding
-window would count wrong.
+window would count wrong, and a state would forget while there is padding.
 
 Shape legend: N rows (agents x records), S columns, P shared or constant columns, K key/value heads,
 M latent steps, D width.
@@ -26,11 +26,12 @@ from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from torch.fx.experimental import _config as shape_config
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
 
 from recmas_compiler.backbones.loaded.cache_argument import cache_argument
+from recmas_compiler.backbones.loaded.own_cache import cache_of, tensors_of
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_runtime.core.text import first_line
+from recmas_runtime.formats.layers import has_states
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -53,7 +54,7 @@ _FAILURES: Final = (
 # Splitting costs another call of the backbone, which a few columns are not worth.
 FEWEST_CONSTANT_COLUMNS = 16
 
-# Keys and values of all layers, one after the other.
+# What all layers keep, one after the other: keys and values, states.
 Rows = tuple[Tensor, ...]
 
 ConstantRows = dict[tuple[int, int, tuple[tuple[int, ...], ...]], Rows]
@@ -123,6 +124,14 @@ class AgentCalls:
     ) -> None:
         self._backbone = backbone
         self._checkpoint = checkpoint_calls
+        if compile_calls and has_states(backbone.facts.layers):
+            compile_calls = False
+            warnings.warn(
+                f"calls of {backbone.facts.source} run eagerly: the code of layers that keep a "
+                "state would be compiled anew for every length",
+                CompileWarning,
+                stacklevel=2,
+            )
         self._always_mask = compile_calls
         self._multiple = COMPILED_COLUMNS if compile_calls else 1
         read, extend = _bodies(backbone)
@@ -189,12 +198,15 @@ class AgentCalls:
     ) -> tuple[Padded, Rows]:
         """Pad rows and run their constant columns, unless an earlier round did."""
         window = self._backbone.facts.sliding_window
+        share_up_to = None if window is None else window - more
+        if has_states(self._backbone.facts.layers):
+            share_up_to = 0
         padded = pad_rows(
             rows,
             self._embed,
             multiple=self._multiple,
             always_mask=self._always_mask,
-            share_up_to=None if window is None else window - more,
+            share_up_to=share_up_to,
         )
         begin, end = len(padded.shared_ids), padded.num_constant
         kept: Rows = ()
@@ -244,14 +256,14 @@ def _bodies(
     backbone: TorchBackbone,
 ) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Rows]]]:
     """Return the backbone as functions of tensors: hidden states alone, and with cached rows."""
-    body = backbone.body
+    body, layers = backbone.body, backbone.facts.layers
     name = cache_argument(body)
 
     def extend(
         embeds_NRD: Tensor, mask_NS: Tensor | None, positions_NR: Tensor, *kept: Tensor
     ) -> tuple[Tensor, Rows]:
-        # A cache without a config keeps every row, in sliding layers too: the mask does the rest.
-        cache = DynamicCache(list(zip(kept[::2], kept[1::2], strict=True)))
+        # Every row is kept, in sliding layers too: the mask does the rest.
+        cache = cache_of(layers, kept)
         out = body(
             inputs_embeds=embeds_NRD,
             attention_mask=mask_NS,
@@ -259,8 +271,7 @@ def _bodies(
             use_cache=True,
             **{name: cache},
         )
-        rows = tuple(rows for layer in cache.layers for rows in (layer.keys, layer.values))
-        return out.last_hidden_state, rows
+        return out.last_hidden_state, tensors_of(cache, layers)
 
     def read(
         embeds_NRD: Tensor, mask_NS: Tensor | None, positions_NR: Tensor, *kept: Tensor

@@ -1,0 +1,124 @@
+"""Caches of transformers for a loaded model whose calls keep gradients and go on from another's.
+
+transformers' own layers of states write them in place, which gradients do not survive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+from recmas_runtime.formats.layers import LayerShape, has_states
+
+
+class KeptStates(LinearAttentionCacheLayerMixin):  # type: ignore[misc]  # it is untyped
+    """The states of one layer, each a tensor of its own after every call."""
+
+    def __init__(self, number_of_states: int = 1) -> None:
+        LinearAttentionCacheLayerMixin.__init__(self, number_of_states=number_of_states)
+        # A layer that is to remember updates its convolution's state through the cache, of one
+        # position too, and not in place.
+        self.record_past = True
+
+    def lazy_initialization(self, *_args: object, **_kwargs: object) -> None:
+        """Do nothing: a state is made by the first call."""
+
+    def update_conv_state(
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int = 0, **_others: object
+    ) -> Tensor:
+        """Return the kept inputs and the new ones; keep what the next position sees of them."""
+        past = self.conv_states[state_idx]
+        if past is None:
+            seen = pad(conv_states, (conv_kernel_size - 1, 0))
+        else:
+            seen = torch.cat([past, conv_states], dim=-1)
+        self.keep(f"conv_{state_idx}", seen[..., 1 - conv_kernel_size :])
+        return seen
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, state_idx: int = 0, **_others: object
+    ) -> Tensor:
+        """Keep a new state."""
+        self.keep(f"recurrent_{state_idx}", recurrent_states)
+        return recurrent_states
+
+    def keep(self, name: str, state: Tensor) -> None:
+        """Keep a state, by its name in `LayerShape` or with 0 behind that."""
+        kind, number = place_of(name)
+        getattr(self, f"{kind}_states")[number] = state
+        self.has_previous_state[number] = True
+
+    def state(self, name: str) -> Tensor:
+        """Return a state by its name in `LayerShape`."""
+        kind, number = place_of(name)
+        found: Tensor = getattr(self, f"{kind}_states")[number]
+        return found
+
+
+class KeptRowsAndStates(KeptStates, DynamicLayer):  # type: ignore[misc]
+    """A layer that keeps both."""
+
+    def __init__(self, number_of_states: int = 1) -> None:
+        DynamicLayer.__init__(self)
+        KeptStates.__init__(self, number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Begin with no rows."""
+        DynamicLayer.lazy_initialization(self, *args, **kwargs)
+
+
+def place_of(name: str) -> tuple[str, int]:
+    """Return the kind and the number in the name of a state."""
+    kind, _, number = name.partition("_")
+    return kind, int(number or 0)
+
+
+def empty_cache(layers: Sequence[LayerShape]) -> Any:
+    """Return a cache that keeps every row, in sliding layers too, and states where there are any.
+
+    Rows can be cropped where no layer has a state.
+    """
+    if not has_states(layers):
+        return DynamicCache()
+    return Cache(layers=[_empty_layer(layer) for layer in layers])
+
+
+def _empty_layer(layer: LayerShape) -> CacheLayerMixin | KeptStates:
+    if not layer.states:
+        return DynamicLayer()
+    number = 1 + max(place_of(state.name)[1] for state in layer.states)
+    return KeptStates(number) if layer.rows is None else KeptRowsAndStates(number)
+
+
+def cache_of(layers: Sequence[LayerShape], tensors: Sequence[Tensor]) -> Any:
+    """Return a cache that goes on from the tensors of another one; an empty one for none."""
+    cache, left = empty_cache(layers), iter(tensors)
+    if not tensors:
+        return cache
+    for i, layer in enumerate(layers):
+        if layer.rows is not None:
+            cache.update(next(left), next(left), i)
+        for state in layer.states:
+            cache.layers[i].keep(state.name, next(left))
+    return cache
+
+
+def tensors_of(cache: Any, layers: Sequence[LayerShape]) -> tuple[Tensor, ...]:
+    """Return what a cache holds, layer by layer: keys, values, states."""
+    found: list[Tensor] = []
+    for kept, layer in zip(cache.layers, layers, strict=False):
+        if layer.rows is not None:
+            found += [kept.keys, kept.values]
+        found += [kept.state(state.name) for state in layer.states]
+    return tuple(found)
