@@ -277,7 +277,7 @@ class PortableLayer(StaticRows):
         )
 
 
-class _RowsAndStates(PortableLayer, PortableStates):
+class _RowsAndStates(PortableLayer, PortableStates):  # type: ignore[misc]  # both initialize
     """A layer that keeps both."""
 
     def __init__(
@@ -314,10 +314,13 @@ class PortableCache:
             rows = [by_name[f"{kind}.{i}"] for kind in ("key", "value") if layer.rows is not None]
             if own:
                 assert states is not None
-                kind = _RowsAndStates if rows else PortableStates
-                made.append(kind(*rows, *([write_index] if rows else []), own, states.length_B))
+                made.append(
+                    _RowsAndStates(rows[0], rows[1], write_index, own, states.length_B)
+                    if rows
+                    else PortableStates(own, states.length_B)
+                )
             else:
-                made.append(PortableLayer(*rows, write_index) if rows else None)
+                made.append(PortableLayer(rows[0], rows[1], write_index) if rows else None)
         # Layers without rows read those of another one, whose positions are theirs too.
         any_rows = next((layer for layer in made if isinstance(layer, PortableLayer)), DummyLayer())
         held = [any_rows if layer is None else layer for layer in made]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
-from recmas_compiler.backbones.config.layer_shapes import AttentionKind
+from recmas_compiler.backbones.config.layer_types import AttentionKind
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.ops import SEARCH_CORPUS

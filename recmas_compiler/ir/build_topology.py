@@ -115,19 +115,29 @@ def _templates(spec: Spec, problems: list[Problem]) -> dict[str, str]:
     return texts
 
 
+def _foreign_layers(facts: BackboneFacts, target: str) -> list[int]:
+    """Return the layers that a target cannot run; one may keep a state beside keys and values."""
+    able = TARGETS[target].layers
+    return [
+        i
+        for i, (kind, layer) in enumerate(zip(facts.attention, facts.layers, strict=True))
+        if kind not in able or (layer.states and "linear" not in able)
+    ]
+
+
 def _beyond_backbone(spec: Spec, name: str, facts: BackboneFacts) -> list[Problem]:
     """Return what a backbone cannot do for this spec."""
     document = spec.document
     problems = []
     target = document.build.target
-    foreign = [i for i, kind in enumerate(facts.attention) if kind not in TARGETS[target].layers]
+    foreign = _foreign_layers(facts, target)
     if foreign:
         message = (
             f"{len(foreign)} of {facts.num_layers} layers of `{name}` ({facts.model_type}) keep a "
-            f"linear state instead of keys and values, the first is layer {foreign[0]}: "
+            f"state beside keys and values or instead of them, the first is layer {foreign[0]}: "
             f"target `{target}` cannot run them."
         )
-        others = [name for name, row in TARGETS.items() if row.layers.issuperset(facts.attention)]
+        others = [other for other in TARGETS if not _foreign_layers(facts, other)]
         hint = "Choose a backbone with full or sliding-window attention only"
         hint += f", or target `{others[0]}`." if others else "."
         place = spec.position("backbones", name, "source")

@@ -274,7 +274,7 @@ class TorchSystem(ProgramModule):
         prefix = prompt.leading_ids
         layers = backbone.facts.layers
         cache, kept = empty_cache(layers), 0
-        # States cannot be cropped: what keeps them runs the whole prompt anew.
+        # States cannot be cropped, and a copy of them would be one more thing to trust.
         if step.reuse_prefix and not has_states(layers):
             sequence = state.sequences[agent]
             # The last position always runs: its hidden state is what comes next.

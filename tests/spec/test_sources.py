@@ -158,7 +158,7 @@ REFUSED: dict[str, dict[str, object]] = {
     "huge": {"num_hidden_layers": 10**12},
     "layer_count": {"layer_types": ["full_attention"]},
     "state_space": {"model_type": "xlstm", "architectures": ["xLSTMForCausalLM"]},
-    "unknown_layers": {"layer_types": ["full_attention", "indexed_attention"]},
+    "unknown_layers": {"layer_types": ["full_attention", "hashed_attention"]},
     "text_config_list": {"text_config": []},
 }
 

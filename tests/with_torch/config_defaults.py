@@ -55,6 +55,8 @@ FIELDS = (
 # which layers have none.
 EXPERT_FIELDS = (
     "decoder_sparse_step",
+    "expert_layer_offset",
+    "expert_layer_period",
     "first_k_dense_replace",
     "moe_intermediate_size",
     "moe_k",

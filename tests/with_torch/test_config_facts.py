@@ -15,8 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from config_defaults import table_text
 from kit.zoo import ZOO
 from recmas_compiler.backbones.config.defaults import DEFAULTS_FILE, family_defaults
+from recmas_compiler.backbones.config.layer_types import LAYER_KINDS
 from recmas_compiler.backbones.config.unsupported import why_unsupported
-from recmas_compiler.backbones.facts import LAYER_KINDS
 from recmas_compiler.backbones.sources import describe_backbone
 from recmas_runtime.core.errors import RecmasError
 
@@ -28,7 +28,12 @@ SMALL = {
     "vocab_size": 500,
 }
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3")
-KINDS = {"full": "full_attention", "sliding": "sliding_attention", "linear": "linear_attention"}
+KINDS = {
+    "full": "full_attention",
+    "sliding": "sliding_attention",
+    "linear": "linear_attention",
+    "none": "mlp",
+}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -161,7 +166,7 @@ def test_a_family_without_a_rule_must_list_its_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "entries", "reason"),
     [
-        *((f, {}, "keeps a state") for f in ("xlstm", "recurrent_gemma", "rwkv")),
+        *((f, {}, "keeps a state") for f in ("xlstm", "recurrent_gemma", "rwkv", "minimax")),
         ("gpt_neo", {}, "cuts its windows out of a table"),
         ("mpt", {}, "cuts its position biases out of a table"),
         ("openai-gpt", {}, "takes no cache"),

@@ -80,7 +80,7 @@ class _Form:
             self._constants[name] = ir.Value(
                 name=tensor.name,
                 type=ir.TensorType(tensor.dtype),
-                shape=tensor.shape,
+                shape=ir.Shape(array.shape),
                 const_value=tensor,
             )
         return self._constants[name]
@@ -138,7 +138,7 @@ class _Rule:
     """One node and what its attributes say."""
 
     def __init__(self, node: ir.Node) -> None:
-        self.query, self.key, self.value, self.state, self.decay, *beta = node.inputs
+        self.query, self.key, self.value, state, self.decay, *beta = node.inputs
         self.beta = beta[0] if beta else None
         attributes = node.attributes
         self.heads = attributes["kv_num_heads"].as_int()
@@ -146,9 +146,11 @@ class _Rule:
         assert attributes["q_num_heads"].as_int() == self.heads, "queries are repeated already"
         rule = attributes["update_rule"].as_string()
         assert rule == ("gated" if self.beta is None else "gated_delta"), rule
-        assert self.state is not None
-        assert self.state.shape is not None
-        self.key_width, self.width = (int(size) for size in self.state.shape[2:])
+        assert state is not None
+        assert state.shape is not None
+        self.state: ir.Value = state
+        sizes = [size for size in state.shape[2:] if isinstance(size, int)]
+        self.key_width, self.width = sizes
 
     @property
     def is_by_entry(self) -> bool:

@@ -50,10 +50,24 @@ def layer_shapes(
     states = () if STATEFUL.isdisjoint(types) else state_shapes(values)
     return tuple(
         LayerShape(
-            rows=shapes.get(LAYER_KINDS[name]) if i < num_own else None,
+            rows=_own(values, i, shapes.get(LAYER_KINDS[name])) if i < num_own else None,
             states=states if name in STATEFUL else (),
         )
         for i, name in enumerate(types)
+    )
+
+
+def _own(values: Mapping[str, Any], layer: int, usual: RowsShape | None) -> RowsShape | None:
+    """Return a layer's rows where a config has entries for it alone."""
+    all_own = values.get("per_layer_config")
+    own = all_own.get(str(layer)) if isinstance(all_own, dict) else None
+    if usual is None or not isinstance(own, dict):
+        return usual
+    width = count(own, "head_dim")
+    return RowsShape(
+        heads=count(own, "num_key_value_heads") or usual.heads,
+        key_width=width or usual.key_width,
+        value_width=width or usual.value_width,
     )
 
 

@@ -134,6 +134,9 @@ def _layers_with_experts(values: Mapping[str, Any], num_layers: int) -> int:
         return min(num_layers, len([kind for kind in kinds if kind != "dense"]))
     plain = values.get("mlp_only_layers")
     left_out = set(plain) if isinstance(plain, list) else set()
+    period, offset = values.get("expert_layer_period"), values.get("expert_layer_offset")
+    if isinstance(period, int) and period > 0 and isinstance(offset, int):
+        return len(range(offset, num_layers, period))
     every = _first(values, ("decoder_sparse_step", "moe_layer_interval")) or 1
     first = _first(values, _DENSE_AT_FIRST)
     layers = (n for n in range(first, num_layers) if n not in left_out and (n + 1) % every == 0)

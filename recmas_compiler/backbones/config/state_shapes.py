@@ -53,10 +53,10 @@ def _kimi_delta_net(values: Mapping[str, Any]) -> tuple[StateShape, ...]:
         taps = count(own, "short_conv_kernel_size")
     else:
         heads, width = count(values, "linear_num_heads"), count(values, "linear_head_dim")
-        taps = count(values, "linear_conv_kernel_dim")
-    if "short_conv_kernel_size" in values:  # with the heads of its attention layers
-        heads, width = count(values, "num_attention_heads"), count(values, "head_dim")
-        taps = count(values, "short_conv_kernel_size")
+        taps = _first(values, "linear_conv_kernel_dim", "short_conv_kernel_size")
+    if "short_conv_kernel_size" in values:  # with the heads of its attention, unless it says so
+        heads = heads or count(values, "num_attention_heads")
+        width = width or count(values, "head_dim")
     return _shapes(channels=3 * heads * width, taps=taps, recurrent=(heads, width, width))
 
 

@@ -24,7 +24,7 @@ _NOT_TRACED: Final[Mapping[str, str]] = {
 
 _CODE: Final[Mapping[str, str]] = {
     "encoder": "is an encoder, or reads what an encoder made of another text",
-    "state": "keeps a state instead of a cache of positions in some or all of its layers",
+    "state": "keeps a state in code of its own, which recmas cannot replace",
     "no causal class": "has no causal class of its own in transformers",
 }
 
@@ -42,10 +42,7 @@ def why_unsupported(model_type: str, values: Mapping[str, Any]) -> str | None:
             return f"the code of `{name}` {_NOT_TRACED[name]}"
     family = family_defaults(model_type)
     code = family.get("code")
-    listed = values.get("layer_types") or family.get("layer_cycle") or ()
-    # Of such a family a model may have layers with attention only. They are told by the list.
-    lists_attention = any(kind in ("full_attention", "attention") for kind in listed)
-    if code is not None and not (code == "state" and lists_attention):
+    if code is not None:
         return f"`{model_type}` {_CODE[code]}"
     return _why_cache(values) or _why_masks(values)
 

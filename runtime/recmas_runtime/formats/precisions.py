@@ -196,13 +196,13 @@ class Target:
 
 TARGETS: Final[dict[str, Target]] = {
     "onnx": Target(
-        layers=frozenset({"full", "sliding", "linear"}),
+        layers=frozenset({"full", "sliding", "linear", "none"}),
         decoders=("portable", "cpu"),
         other_precision=". To store float32 in half the bytes, set `dtype`.",
     ),
     "tensorrt": Target(
         # Its engines write caches where they read them, which a state does not survive.
-        layers=frozenset({"full", "sliding"}),
+        layers=frozenset({"full", "sliding", "none"}),
         # Its bundles run on machines without a GPU too.
         decoders=("portable", "cpu"),
         machine_engines=TENSORRT,
