@@ -17,7 +17,6 @@ _NOT_TRACED: Final[Mapping[str, str]] = {
     "gemma4_assistant": "drafts for another model, whose rows it reads",
     "gemma4_unified_assistant": "drafts for another model, whose rows it reads",
     "git": "makes one mask for an image and a text, of sizes that belong together",
-    "minimax": "has a cache of a class of its own",
     "gpt_neo": "cuts its windows out of a table by the length of the cache",
     "mpt": "cuts its position biases out of a table by the length of the cache",
     "openai-gpt": "takes no cache",
