@@ -14,10 +14,16 @@ from recmas_compiler.passes.pipeline import run_pipeline
 from test_training_gradients import MODES, gradients
 from training_tolerances import TOLERANCES
 
-NAMES = ("qwen3_5_text",)
+NAMES = ("qwen3_5_text", "kimi_linear", "lfm2", "bamba", "falcon_h1", "mamba", "jamba")
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        name if name == NAMES[0] else pytest.param(name, marks=pytest.mark.families)
+        for name in NAMES
+    ],
+)
 def backbone(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> TorchBackbone:

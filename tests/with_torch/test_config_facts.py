@@ -166,7 +166,7 @@ def test_a_family_without_a_rule_must_list_its_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "entries", "reason"),
     [
-        *((f, {}, "keeps a state") for f in ("xlstm", "recurrent_gemma", "rwkv", "minimax")),
+        *((f, {}, "keeps a state") for f in ("xlstm", "recurrent_gemma", "rwkv", "zaya")),
         ("gpt_neo", {}, "cuts its windows out of a table"),
         ("mpt", {}, "cuts its position biases out of a table"),
         ("openai-gpt", {}, "takes no cache"),

@@ -20,6 +20,7 @@ _NOT_TRACED: Final[Mapping[str, str]] = {
     "gpt_neo": "cuts its windows out of a table by the length of the cache",
     "mpt": "cuts its position biases out of a table by the length of the cache",
     "openai-gpt": "takes no cache",
+    "zaya": "keeps a state of values that it delays, beside keys and values",
 }
 
 _CODE: Final[Mapping[str, str]] = {

@@ -5,7 +5,8 @@ transformers' own layers of states write them in place, which gradients do not s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +67,37 @@ class KeptStates(LinearAttentionCacheLayerMixin):  # type: ignore[misc]  # it is
         return found
 
 
+class _Assigned(Tensor):
+    """A state that a layer of one position writes in place: it becomes another tensor instead."""
+
+    keep: Callable[[Tensor], None]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Compute with the plain tensor; what is copied into it is kept."""
+        if func is Tensor.copy_ and isinstance(args[0], _Assigned):
+            args[0].keep(args[1])
+            return args[1]
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+class _StateCache(Cache):  # type: ignore[misc]
+    """A cache whose states are written by assignment."""
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+        """Return a state that gradients may go through, whatever its layer does with it."""
+        found = super().get_recurrent_state(layer_idx, state_idx)
+        if found is None:
+            return None
+        state = found.as_subclass(_Assigned)
+        name, layer = f"recurrent_{state_idx}", self.layers[layer_idx]
+        state.keep = lambda made: layer.keep(name, made)
+        return state
+
+
 class KeptRowsAndStates(KeptStates, DynamicLayer):  # type: ignore[misc]
     """A layer that keeps both."""
 
@@ -91,7 +123,16 @@ def empty_cache(layers: Sequence[LayerShape]) -> Any:
     """
     if not has_states(layers):
         return DynamicCache()
-    return Cache(layers=[_empty_layer(layer) for layer in layers])
+    return _StateCache(layers=[_empty_layer(layer) for layer in layers])
+
+
+def goes_on(model: Any) -> bool:
+    """Tell whether a call of some positions goes on from the states of another one.
+
+    Mamba-1's does not in transformers: the function that scans is not handed the state.
+    """
+    files = {type(module).__module__ for module in model.modules()}
+    return not any(hasattr(sys.modules[name], "mamba_selective_scan") for name in files)
 
 
 def _empty_layer(layer: LayerShape) -> CacheLayerMixin | KeptStates:

@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from recmas_compiler.backbones.loaded.cache_argument import cache_argument
-from recmas_compiler.backbones.loaded.own_cache import cache_of, tensors_of
+from recmas_compiler.backbones.loaded.own_cache import cache_of, goes_on, tensors_of
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_runtime.core.text import first_line
 from recmas_runtime.formats.layers import has_states
@@ -134,6 +134,7 @@ class AgentCalls:
             )
         self._always_mask = compile_calls
         self._multiple = COMPILED_COLUMNS if compile_calls else 1
+        self._may_split = goes_on(backbone.model)
         read, extend = _bodies(backbone)
         self._eager_extend = extend
         self._shared_rows = lru_cache(MOST_SHARED_TEXTS)(self._run_shared)
@@ -207,6 +208,7 @@ class AgentCalls:
             multiple=self._multiple,
             always_mask=self._always_mask,
             share_up_to=share_up_to,
+            may_split=self._may_split,
         )
         begin, end = len(padded.shared_ids), padded.num_constant
         kept: Rows = ()
@@ -343,6 +345,7 @@ def pad_rows(
     multiple: int,
     always_mask: bool,
     share_up_to: int | None = 0,
+    may_split: bool = True,
 ) -> Padded:
     """Embed rows and pad them to one length.
 
@@ -352,12 +355,14 @@ def pad_rows(
             this.
         share_up_to: What rows begin with is shared if there are at most this many columns; None
             for any number.
+        may_split: Whether a call can go on behind its constant columns.
     """
     num_columns = -(-max(row.length for row in rows) // multiple) * multiple
     may_share = share_up_to is None or num_columns <= share_up_to
     shared_ids = _shared_ids(rows, multiple) if may_share else ()
     num_shared = len(shared_ids)
-    num_constant = max(num_shared, _num_constant(rows, num_columns, num_shared, multiple))
+    constant = _num_constant(rows, num_columns, num_shared, multiple) if may_split else 0
+    num_constant = max(num_shared, constant)
     embeds_NSD = torch.stack([_embeds(row, embed, num_columns, num_shared) for row in rows])
     spare_N1 = torch.tensor([[num_columns - row.length] for row in rows], device=embeds_NSD.device)
     columns_S = torch.arange(num_columns, device=embeds_NSD.device)
