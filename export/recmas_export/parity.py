@@ -25,6 +25,7 @@ from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.engines.interface import Operands
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
+from recmas_runtime.formats.layers import has_states
 from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.manifest import PARITY_ROWS, LossEntry
 from recmas_runtime.formats.plan import cache_capacity
@@ -253,16 +254,22 @@ def _hidden(backbone: TorchBackbone, embeds_1Td: Tensor) -> Tensor:
 
 
 def _greedy(backbone: TorchBackbone, prompt_P: Tensor) -> list[int]:
-    """Return the likeliest continuation as the model itself, with its own cache, gives it."""
+    """Return the likeliest continuation as the model itself, with its own cache, gives it.
+
+    Of layers that keep a state, the code for a step differs from that for a prompt in some models:
+    there every token is that of the whole text.
+    """
     cache, ids, tokens = (
         DynamicCache(config=backbone.model.config.get_text_config()),
         prompt_P[None],
         [],
     )
+    whole = has_states(backbone.facts.layers)
     for _ in range(_NUM_GREEDY):
-        output = backbone.model(input_ids=ids, **with_cache(backbone.model, cache))
-        ids = output.logits[:, -1:].argmax(-1)
-        tokens.append(int(ids))
+        cached = {"use_cache": False} if whole else with_cache(backbone.model, cache)
+        token_11 = backbone.model(input_ids=ids, **cached).logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, token_11], dim=1) if whole else token_11
+        tokens.append(int(token_11))
     return tokens
 
 

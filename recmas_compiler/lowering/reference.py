@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from recmas_compiler.backbones.loaded.cache_argument import with_cache
-from recmas_compiler.backbones.loaded.own_cache import empty_cache
+from recmas_compiler.backbones.loaded.own_cache import empty_cache, positions_behind
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.lowering.materialize import materialize_links
@@ -398,7 +398,9 @@ def _stack(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def _extend(backbone: TorchBackbone, cache: Any, embeds_1TD: Tensor) -> Tensor:
     """Run positions behind those in the cache; return the last one's hidden state [1, 1, D]."""
-    out = backbone.body(inputs_embeds=embeds_1TD, **with_cache(backbone.body, cache))
+    positions = positions_behind(cache, embeds_1TD.shape[1])
+    positions = {name: value.to(embeds_1TD.device) for name, value in positions.items()}
+    out = backbone.body(inputs_embeds=embeds_1TD, **with_cache(backbone.body, cache), **positions)
     hidden_11D: Tensor = out.last_hidden_state[:, -1:]
     return hidden_11D
 

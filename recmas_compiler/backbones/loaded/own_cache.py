@@ -87,13 +87,20 @@ class _Assigned(Tensor):
 class _StateCache(Cache):  # type: ignore[misc]
     """A cache whose states are written by assignment."""
 
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
         """Return a state that gradients may go through, whatever its layer does with it."""
+        found = super().get_conv_state(layer_idx, state_idx)
+        return self._assigned(found, layer_idx, f"conv_{state_idx}")
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+        """Return such a state."""
         found = super().get_recurrent_state(layer_idx, state_idx)
+        return self._assigned(found, layer_idx, f"recurrent_{state_idx}")
+
+    def _assigned(self, found: Tensor | None, layer_idx: int, name: str) -> Any:
         if found is None:
             return None
-        state = found.as_subclass(_Assigned)
-        name, layer = f"recurrent_{state_idx}", self.layers[layer_idx]
+        state, layer = found.as_subclass(_Assigned), self.layers[layer_idx]
         state.keep = lambda made: layer.keep(name, made)
         return state
 
@@ -124,6 +131,19 @@ def empty_cache(layers: Sequence[LayerShape]) -> Any:
     if not has_states(layers):
         return DynamicCache()
     return _StateCache(layers=[_empty_layer(layer) for layer in layers])
+
+
+def positions_behind(cache: Any, count: int) -> dict[str, Tensor]:
+    """Return the argument that tells positions behind those in a cache, where one is needed.
+
+    Some models with states count the positions of a step from 0 if they are not told.
+    """
+    if not any(isinstance(layer, KeptStates) for layer in cache.layers):
+        return {}
+    rows = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    if not rows:
+        return {}
+    return {"position_ids": torch.arange(count)[None] + rows[0].get_seq_length()}
 
 
 def goes_on(model: Any) -> bool:
