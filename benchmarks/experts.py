@@ -34,7 +34,7 @@ rounds: 1
 latent_steps: 8
 
 backbones:
-  moe: {source: model}
+  moe: {source: "MODEL"}
 
 agents:
   thinker: {backbone: moe, prompt: "{{ question }}", inner: {init: random}}
@@ -59,7 +59,7 @@ def main() -> None:
     out: Path = arguments.out
     if not (out / "model").exists():
         write_model(out / "model", arguments)
-    (out / "spec.yaml").write_text(SPEC)
+    (out / "spec.yaml").write_text(SPEC.replace("MODEL", str((out / "model").resolve())))
     bundles = [str(out / precision) for precision in PRECISIONS]
     for bundle, precision in zip(bundles, PRECISIONS, strict=True):
         call("build", str(out / "spec.yaml"), "-o", bundle, "--precision", precision)

@@ -277,7 +277,7 @@ class PortableLayer(StaticRows):
         )
 
 
-class _RowsAndStates(PortableLayer, PortableStates):
+class _RowsAndStates(PortableLayer, PortableStates):  # type: ignore[misc]  # both initialize
     """A layer that keeps both."""
 
     def __init__(
@@ -290,9 +290,6 @@ class _RowsAndStates(PortableLayer, PortableStates):
     ) -> None:
         PortableStates.__init__(self, states, length_B)
         PortableLayer.__init__(self, keys, values, write_index)
-
-    def lazy_initialization(self, *_args: object, **_kwargs: object) -> None:
-        """Do nothing: rows and states are there from the start."""
 
 
 class PortableCache:
@@ -314,16 +311,16 @@ class PortableCache:
         made: list[Any] = []
         for i, layer in enumerate(layers):
             own = {state.name: by_name[f"{state.name}.{i}"] for state in layer.states}
-            length_B = states.length_B if own and states is not None else write_index
-            if layer.rows is None:
-                made.append(PortableStates(own, length_B) if own else None)
-                continue
-            keys, values = by_name[f"key.{i}"], by_name[f"value.{i}"]
-            made.append(
-                _RowsAndStates(keys, values, write_index, own, length_B)
-                if own
-                else PortableLayer(keys, values, write_index)
-            )
+            rows = [by_name[f"{kind}.{i}"] for kind in ("key", "value") if layer.rows is not None]
+            if own:
+                assert states is not None
+                made.append(
+                    _RowsAndStates(rows[0], rows[1], write_index, own, states.length_B)
+                    if rows
+                    else PortableStates(own, states.length_B)
+                )
+            else:
+                made.append(PortableLayer(rows[0], rows[1], write_index) if rows else None)
         # Layers without rows read those of another one, whose positions are theirs too.
         any_rows = next((layer for layer in made if isinstance(layer, PortableLayer)), DummyLayer())
         held = [any_rows if layer is None else layer for layer in made]

@@ -12,7 +12,9 @@ from typing import Any, Final
 
 from recmas_compiler.backbones.facts import (
     ENGINE_ELEMENT_BYTES,
+    BackboneFacts,
     angle_tables_bytes,
+    has_expert_blocks,
     weights_bytes,
 )
 from recmas_compiler.ir.graph import Graph
@@ -22,6 +24,7 @@ from recmas_runtime.core.text import aligned, human_bytes
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.layers import sequence_bytes
 from recmas_runtime.formats.plan import cache_capacity
+from recmas_runtime.formats.precisions import PRECISIONS
 from recmas_runtime.sequences.sequence_batch import DECODE_HEADROOM
 
 # Measured on Linux with ONNX Runtime 1.31 and SmolLM2 (docs/performance.md). Python, numpy, ONNX
@@ -44,6 +47,7 @@ class BackboneMemory:
         tables_bytes: The most that angles of the CPU's decoder take.
         snapshot_bytes: Copies of layer states, for one record.
         activation_bytes: What the longest prompt of one record passes through.
+        packing_bytes: Stored table of a quantized head, which is there too while it is packed.
     """
 
     name: str
@@ -56,6 +60,7 @@ class BackboneMemory:
     cache_bytes: int
     snapshot_bytes: int
     activation_bytes: int
+    packing_bytes: int
     tokenizer_bytes: int
 
 
@@ -102,7 +107,8 @@ class MemoryPlan:
         """Return the resident bytes of a process that answers a batch."""
         fixed = self.runtime_bytes + self.weights_bytes
         kept = self.cache_bytes(batch=batch) + self.snapshot_bytes(batch=batch)
-        return fixed + kept + self.activation_bytes(batch=batch)
+        running = kept + self.activation_bytes(batch=batch)
+        return fixed + max(running, *(backbone.packing_bytes for backbone in self.backbones))
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
@@ -201,7 +207,8 @@ def _backbones(system: System, prompt_tokens: int | None) -> Iterator[BackboneMe
                 dtype=backbone.dtype,
                 precision=backbone.precision,
                 agents=tuple(agent for cache in caches for agent in cache.agents),
-                weights_bytes=weights_bytes(backbone.facts, precision=backbone.precision),
+                weights_bytes=weights_bytes(backbone.facts, precision=backbone.precision)
+                + _beside_experts(backbone.facts, backbone.precision),
                 tables_bytes=angle_tables_bytes(backbone.facts),
                 cache_bytes=sum(_cache_bytes(system, cache, prompt_tokens) for cache in caches),
                 snapshot_bytes=sum(
@@ -210,8 +217,23 @@ def _backbones(system: System, prompt_tokens: int | None) -> Iterator[BackboneMe
                     if system.backbone_of(snapshot.agents[0]).name == name
                 ),
                 activation_bytes=most_rows * positions * numbers * ENGINE_ELEMENT_BYTES,
+                packing_bytes=_packing_bytes(backbone.facts, backbone.precision),
                 tokenizer_bytes=backbone.facts.vocab_size * TOKENIZER_BYTES,
             )
+
+
+def _beside_experts(facts: BackboneFacts, precision: str) -> int:
+    """Return what QMoE keeps beside blocks with their scales: sums of blocks, and scales again."""
+    block_size = PRECISIONS[precision].block_size
+    if block_size is None or not has_expert_blocks(facts, block_size):
+        return 0
+    return 2 * facts.num_expert_parameters // block_size * ENGINE_ELEMENT_BYTES
+
+
+def _packing_bytes(facts: BackboneFacts, precision: str) -> int:
+    row = PRECISIONS[precision]
+    size = facts.vocab_size * facts.width * row.table_weight_bits / 8
+    return 0 if row.block_size is None else round(size)
 
 
 def _cache_bytes(system: System, cache: Cache, prompt_tokens: int | None) -> int:

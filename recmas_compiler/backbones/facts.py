@@ -344,11 +344,15 @@ def weights_bytes(facts: BackboneFacts, *, precision: str, dtype: str = "float32
     if bits.block_size is None:
         return facts.num_parameters * DTYPE_BYTES[dtype]
     tables = facts.num_tables * facts.vocab_size * facts.width
-    has_blocks = not any(width % bits.block_size for width in (facts.width, facts.expert_width))
-    experts = 0 if has_blocks else facts.num_expert_parameters
+    experts = 0 if has_expert_blocks(facts, bits.block_size) else facts.num_expert_parameters
     layers = facts.num_parameters - experts - tables  # norms among them, one in a thousand
     quantized = round(layers * bits.layer_weight_bits / 8 + tables * bits.table_weight_bits / 8)
     return quantized + experts * DTYPE_BYTES[dtype]
+
+
+def has_expert_blocks(facts: BackboneFacts, block_size: int) -> bool:
+    """Whether experts are quantized: both of their widths must be whole numbers of blocks."""
+    return not any(width % block_size for width in (facts.width, facts.expert_width))
 
 
 def angle_tables_bytes(facts: BackboneFacts) -> int:

@@ -19,6 +19,7 @@ from recmas_compiler.bench.engine_worker import weight_bytes
 from recmas_export.backbone_graph import CPU_DECODER, DECODER, export_backbone
 from recmas_export.parity import make_case
 from recmas_runtime.checking.parity import measure_backbone_parity
+from recmas_runtime.engines.onnx.caches import Cache
 from recmas_runtime.formats.precisions import PRECISIONS, TOLERANCES
 
 TIGHT = TOLERANCES["hidden_relative"] / 10
@@ -78,6 +79,16 @@ def test_a_case_sees_writes_that_go_wrong(
     assert largest() > 1e3 * TOLERANCES["hidden_relative"]
 
 
+@pytest.mark.parametrize("for_cpu", [False, True])
+def test_a_case_restores_the_states_that_it_goes_back_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, for_cpu: bool
+) -> None:
+    largest = measured(tmp_path, "qwen3_5_text", for_cpu=for_cpu)
+    assert largest() < TIGHT
+    monkeypatch.setattr(Cache, "restore_states", lambda *_: None)
+    assert largest() > 1e3 * TOLERANCES["hidden_relative"]
+
+
 def test_a_case_goes_past_a_window_that_can_be_reached(tmp_path: Path) -> None:
     backbone = load_folder(write_zoo_model(tmp_path / "model", "mistral"))
     window = backbone.facts.sliding_window
@@ -91,15 +102,16 @@ def test_a_case_goes_past_a_window_that_can_be_reached(tmp_path: Path) -> None:
     assert within[1:].tolist() == beyond[1:].tolist()
 
 
-def measured(root: Path, name: str) -> Callable[[], float]:
+def measured(root: Path, name: str, *, for_cpu: bool = False) -> Callable[[], float]:
     """Export a backbone; return what gives its case's largest difference as its graphs are then."""
     backbone = load_folder(write_zoo_model(root / "model", name))
-    export_backbone(backbone, root / "graphs", decoders=())
+    export_backbone(backbone, root / "graphs", decoders=("cpu",) if for_cpu else ())
     inner = identity_link(backbone.facts.width)
     case = make_case(backbone, inner=torch.nn.Identity())
 
     def largest() -> float:
-        engine = make_engine(Exported(backbone, root / "graphs", was_changed=False))
+        exported = Exported(backbone, root / "graphs", was_changed=False)
+        engine = make_engine(exported, for_cpu=for_cpu)
         return measure_backbone_parity(engine, case, inner).figures["hidden_relative"]
 
     return largest

@@ -406,6 +406,7 @@ SEEING: Final[Mapping[str, Seeing]] = {
         {**_SECTIONS, **_EXPERTS}, {**_VISION, **_BLOCKS, "deepstack_visual_indexes": [0]}
     ),
     "qwen3_5": Seeing(_DELTA_NET, {**_VISION, **_BLOCKS}),
+    "qwen3_5_moe": Seeing(ZOO["qwen3_5_moe_text"], {**_VISION, **_BLOCKS}),
     "glm4v": Seeing(_SECTIONS, {**_VISION, **_BLOCKS}),
     "glm4v_moe": Seeing(
         {

@@ -157,8 +157,8 @@ REFUSED: dict[str, dict[str, object]] = {
     "uneven_heads": {"num_key_value_heads": 3},
     "huge": {"num_hidden_layers": 10**12},
     "layer_count": {"layer_types": ["full_attention"]},
-    "state_space": {"model_type": "mamba", "architectures": ["MambaForCausalLM"]},
-    "unknown_layers": {"layer_types": ["full_attention", "chunked_attention"]},
+    "state_space": {"model_type": "xlstm", "architectures": ["xLSTMForCausalLM"]},
+    "unknown_layers": {"layer_types": ["full_attention", "hashed_attention"]},
     "text_config_list": {"text_config": []},
 }
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 import recmas_runtime as rt
 from kit.bundles import BuildTiny
 from kit.specs import SPECS
+from recmas_runtime.formats.plan import PrefillStep
 from recmas_runtime.sequences.sequence_batch import ragged_window
 
 QUESTIONS = st.lists(
@@ -55,6 +57,25 @@ def test_a_window_holds_what_must_run_and_fits(data: st.DataObject) -> None:
             inputs[row, : last[row] + 1], sequences[row][start : start + last[row] + 1]
         )
         assert not inputs[row, last[row] + 1 :].any()
+
+
+def test_copied_rows_stay_where_texts_make_prompts_longer_than_the_cache(
+    build_tiny: BuildTiny,
+) -> None:
+    """The second agent begins like the first, and its text is longer than there was room for."""
+    system = build_tiny(SPECS["sequential"]).system.baseline("text")
+    long = structs.replace(system.plan.sampling, max_new_tokens=150)
+    question = "What is 7 * 8 and 9? " * 8  # a good part of the prompts, so that it is copied
+    text = system.run(question, sampling=long)
+    steps = tuple(
+        structs.replace(step, prefix_from=None) if isinstance(step, PrefillStep) else step
+        for step in system.plan.steps
+    )
+    apart = system.with_plan(structs.replace(system.plan, steps=steps))
+    whole = apart.run(question, sampling=long)
+    assert text.answer == whole.answer
+    assert text.usage.handover_tokens == whole.usage.handover_tokens > 3 * 128
+    assert text.usage.prompt_tokens < whole.usage.prompt_tokens
 
 
 def test_a_record_that_cannot_run_does_not_lose_the_others(build_tiny: BuildTiny) -> None:

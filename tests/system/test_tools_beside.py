@@ -33,7 +33,7 @@ class _OftenScanner(CallScanner):
         return Passed("", call_text=text, calls=(ToolCall("lookup", text),))
 
 
-class _OftenBox(Toolbox):
+class OftenBox(Toolbox):
     def scanner(self) -> CallScanner:
         return _OftenScanner(self.names)
 
@@ -45,7 +45,7 @@ def make_system(build_tiny: BuildTiny) -> Callable[[Callable[[str], str]], rt.Sy
     plan = ToolsPlan(functions=("lookup",), max_calls=6, timeout_s=60.0)
 
     def make(lookup: Callable[[str], str]) -> rt.System:
-        box = _OftenBox(plan, corpus=None, functions={"lookup": lookup})
+        box = OftenBox(plan, corpus=None, functions={"lookup": lookup})
         return rt.System(built.system.plan, built.system._loaded, box)
 
     return make

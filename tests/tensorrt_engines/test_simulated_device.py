@@ -183,11 +183,17 @@ cache.copy_rows(larger, [13, 1], 7)
 other = backbone.new_cache(2, 64)
 other.copy_rows(cache, [1, 0], 5)
 print(type(larger).__name__, type(cache).__name__)
+from recmas_runtime.core.errors import RecmasError
 rows = larger.read_rows([13, 1], 7), cache.read_rows([0, 1], 7), other.read_rows([1, 0], 5)
 for a, b, c in zip(*rows, strict=True):
     assert a.any()
     assert np.array_equal(a, b)
     assert np.array_equal(a[:, :, :5], c)
+for go_back in (cache.save_states, lambda: cache.restore_states({}, {0: 0})):
+    try:
+        go_back()
+    except RecmasError as error:
+        print(error.problems[0].code)
 """
 
 
@@ -241,4 +247,4 @@ def test_a_capture_that_fails_midway_begins_anew(engine_bundle: Path) -> None:
 def test_rows_move_between_engines(engine_bundle: Path) -> None:
     ran = run_python("-c", EXCHANGE, str(engine_bundle), paths=(str(SIMULATED),))
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == ["Cache", "TensorrtCache"]
+    assert ran.stdout.split() == ["Cache", "TensorrtCache", "RM203", "RM203"]

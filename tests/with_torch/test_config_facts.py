@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from config_defaults import table_text
+from kit.zoo import ZOO
 from recmas_compiler.backbones.config.defaults import DEFAULTS_FILE, family_defaults
 from recmas_compiler.backbones.config.layer_types import LAYER_KINDS
 from recmas_compiler.backbones.config.unsupported import why_unsupported
@@ -129,6 +130,9 @@ LISTED = [
     and why_unsupported(name, family_defaults(name)) is None
     and KINDS.keys() >= {LAYER_KINDS.get(kind) for kind in family_defaults(name)["layer_cycle"]}
     and family_defaults(name)["layer_cycle"]
+    # of those with states a file says more than a small one here
+    and "linear" not in {LAYER_KINDS[kind] for kind in family_defaults(name)["layer_cycle"]}
+    and family_defaults(name).get("code") != "state"
 ]
 
 
@@ -167,6 +171,13 @@ def test_a_family_without_a_rule_must_list_its_layers(tmp_path: Path) -> None:
         ("mpt", {}, "cuts its position biases out of a table"),
         ("openai-gpt", {}, "takes no cache"),
         ("dbrx", {}, "loops over the experts that tokens chose"),
+        ("git", {}, "makes one mask for an image and a text"),
+        (
+            "gemma4_unified_assistant",
+            {"text_config": {"model_type": "gemma4_unified_text"}},
+            "drafts for another model",
+        ),
+        ("roberta", {}, "is an encoder"),
         ("falcon", {"alibi": True}, "position biases in bfloat16"),
         ("doge", {"keep_window_size": 512}, "its layers choose which keys they see"),
         ("gemma3n_text", {"intermediate_size": [64, 64]}, "inputs of their own for every token"),
@@ -240,3 +251,45 @@ def test_a_nested_text_config_leaves_out_what_its_class_fills_in(tmp_path: Path)
     assert facts.width == text.hidden_size
     assert facts.num_layers == text.num_hidden_layers
     assert [KINDS[kind] for kind in facts.attention] == text.layer_types
+
+
+# Files of these must list their layers: they are refused by the name of what is left out, or as
+# what their class would make of them.
+MUST_LIST = {"beam", "flint", "granitemoehybrid", "modernbert-decoder"}
+MUST_LIST |= {"lfm3", "mimo_v2_flash", "nemotron_h", "gemma4_text", "gemma4_unified_text"}
+# Of the others every layer keeps rows of one shape, which the two numbers of heads tell.
+STATES = {"falcon_mamba", "mamba", "mamba2", "zamba", "zamba2"}
+OF_ONE_SHAPE = sorted(
+    family
+    for family in {name.partition(" ")[0] for name in ZOO} - MUST_LIST - STATES
+    if family_defaults(family).get("code") != "state"
+    and "kv_lora_rank" not in family_defaults(family)
+)
+
+
+@pytest.mark.parametrize("family", OF_ONE_SHAPE)
+def test_a_file_of_nothing_but_sizes_is_read_as_its_class_reads_it(
+    family: str, tmp_path: Path
+) -> None:
+    """Heads, their width, kinds of layers and tied tables are what the class fills in."""
+    config = CONFIG_MAPPING[family]()
+    sizes = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    names = config.attribute_map
+    given = {names.get(name, name): getattr(config, name) for name in sizes}
+    given |= {"max_position_embeddings": getattr(config, "max_position_embeddings", 1024)}
+    given |= {"model_type": family, "architectures": [family_class(family)]}
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    facts = describe_backbone(str(tmp_path), base_dir=tmp_path)
+    filled = CONFIG_MAPPING[family](**{k: v for k, v in given.items() if k != "model_type"})
+    heads = getattr(filled, "num_key_value_heads", None) or filled.num_attention_heads
+    assert facts.num_kv_heads == (1 if getattr(filled, "multi_query", False) else heads)
+    width = getattr(filled, "head_dim", None)
+    assert facts.head_dim == (width or filled.hidden_size // filled.num_attention_heads)
+    assert facts.num_tables == (1 if filled.tie_word_embeddings else 2)
+    types = getattr(filled, "layer_types", None) or []
+    assert list(facts.attention) == [LAYER_KINDS[kind] for kind in types] or not types
+
+
+def family_class(family: str) -> str:
+    """Return the name of the causal class of a model type."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]

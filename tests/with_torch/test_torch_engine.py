@@ -14,6 +14,7 @@ from kit.models import FAMILIES, LoadTiny
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.bench.torch_engine import TorchEngine, apply_inner
 from recmas_compiler.links.modules import make_link, randomize, save_link
+from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.link_kinds import LinkKind
 from recmas_runtime.formats.links import Operands, load_operands, stack_operands
 from recmas_runtime.formats.manifest import LinkEntry
@@ -156,6 +157,14 @@ def test_rows_move_to_another_cache(tiny: LoadTiny, inner_of) -> None:
     )
     for row, place in enumerate(chosen):
         assert_close(thoughts[:, row], rolled_out(backbone, link, sequences[place]))
+
+
+def test_layer_states_are_refused(tiny: LoadTiny) -> None:
+    cache = TorchEngine(own(tiny("llama")), compiled=False).new_cache(2, CAPACITY)
+    with pytest.raises(RecmasError, match="RM203"):
+        cache.save_states()
+    with pytest.raises(RecmasError, match="torch's engine goes back to no layer states"):
+        cache.restore_states({}, {0: 0})
 
 
 def test_a_cache_that_was_given_back_is_used_again(tiny: LoadTiny) -> None:

@@ -77,11 +77,10 @@ class _Form:
         """Return a constant of the graph, which Scans within it see too."""
         if name not in self._constants:
             tensor = ir.tensor(array, name=f"state.{name}")
-            assert isinstance(tensor.shape, ir.Shape)
             self._constants[name] = ir.Value(
                 name=tensor.name,
                 type=ir.TensorType(tensor.dtype),
-                shape=tensor.shape,
+                shape=ir.Shape(array.shape),
                 const_value=tensor,
             )
         return self._constants[name]
@@ -95,7 +94,7 @@ class _Form:
         turn: _Form,
         given: Sequence[ir.Value],
         made: Sequence[ir.Value],
-        *inputs: ir.Value | None,
+        *inputs: ir.Value,
         axes: Sequence[int],
         along: int | None = None,
     ) -> tuple[ir.Value, ir.Value | None]:
@@ -139,7 +138,7 @@ class _Rule:
     """One node and what its attributes say."""
 
     def __init__(self, node: ir.Node) -> None:
-        self.query, self.key, self.value, self.state, self.decay, *beta = node.inputs
+        self.query, self.key, self.value, state, self.decay, *beta = node.inputs
         self.beta = beta[0] if beta else None
         attributes = node.attributes
         self.heads = attributes["kv_num_heads"].as_int()
@@ -147,12 +146,11 @@ class _Rule:
         assert attributes["q_num_heads"].as_int() == self.heads, "queries are repeated already"
         rule = attributes["update_rule"].as_string()
         assert rule == ("gated" if self.beta is None else "gated_delta"), rule
-        assert self.state is not None
-        assert self.state.shape is not None
-        key_width, width = self.state.shape[2:]
-        assert isinstance(key_width, int)
-        assert isinstance(width, int)
-        self.key_width, self.width = key_width, width
+        assert state is not None
+        assert state.shape is not None
+        self.state: ir.Value = state
+        sizes = [size for size in state.shape[2:] if isinstance(size, int)]
+        self.key_width, self.width = sizes
 
     @property
     def is_by_entry(self) -> bool:

@@ -48,7 +48,8 @@ class PortableStates(LinearAttentionCacheLayerMixin):  # type: ignore[misc]  # i
         for name, state in states.items():
             kind, number = _place(name)
             self._all(kind)[number] = state
-        self.has_previous_state = dict.fromkeys(range(self.number_of_states), True)
+        numbered = range(self.number_of_states)
+        self.has_previous_state = dict.fromkeys(numbered, True)
 
     def lazy_initialization(self, *_args: object, **_kwargs: object) -> None:
         """Do nothing: the states are there from the start."""
@@ -99,7 +100,7 @@ class StateTrace:
     asked: Tensor
     num_scans = 0
 
-    def real(self, positions: int) -> Tensor:
+    def real(self, positions: Any) -> Tensor:
         """Return [B, S, 1], True where a position is a sample's own and not filled up."""
         return (torch.arange(positions) < self.length_B[:, None]).unsqueeze(-1)
 

@@ -1,4 +1,4 @@
-"""The language model inside a model that also sees or hears."""
+"""The language model inside a model that also takes pictures or sound."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def wraps_text_model(config: Any) -> bool:
 
 
 def text_model(model: Any) -> Any:
-    """Return the text-only model inside a model that also sees or hears; others as they are.
+    """Return the text-only model inside a model that also has other inputs; others as they are.
 
     That is a causal model of its own where transformers has a class for it, and else the model
     without what does not read text.

@@ -197,7 +197,7 @@ class System:
 
     def with_plan(self, plan: Plan) -> System:
         """Return a system that runs another plan, which fits the manifest, on the same engines."""
-        return System(plan, self._loaded, self._toolbox)
+        return System(plan, self._loaded, self._toolbox, exchange=self._exchange)
 
     @overload  # a text is a sequence too, but the first signature comes first
     def run(  # type: ignore[overload-overlap]
