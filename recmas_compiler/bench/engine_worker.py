@@ -177,12 +177,12 @@ class _GenaiAdapter(EngineAdapter):
             self._prompt = embeds / np.float32(8)
         self._binding = self._session.io_binding()
         self._bound: list[Any] = []  # keeps the buffers alive
-        # Their order is that of the layers, keys before values.
-        rows = [layer.rows for layer in self._entry.layers if layer.rows is not None]
-        widths = [width for r in rows for width in (r.key_width, r.value_width)]
-        heads = [r.heads for r in rows for _ in range(2)]
-        for name, num_heads, width in zip(self._caches, heads, widths, strict=True):
-            zeros = np.zeros((batch, num_heads, capacity, width), np.float32)
+        for name in self._caches:
+            _, layer, kind = name.split(".")  # past_key_values.LAYER.key or .value
+            rows = self._entry.layers[int(layer)].rows
+            assert rows is not None, f"{name} is of a layer without rows"
+            width = rows.key_width if kind == "key" else rows.value_width
+            zeros = np.zeros((batch, rows.heads, capacity, width), np.float32)
             value = onnx_runtime().OrtValue.ortvalue_from_numpy(zeros)
             self._bound.append((zeros, value))
             self._binding.bind_ortvalue_input(name, value)

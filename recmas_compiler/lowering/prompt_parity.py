@@ -7,9 +7,12 @@ what a bundle tokenizes are the pieces around it, each as it stands in the middl
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from contextlib import contextmanager
+from datetime import datetime, time, tzinfo
+from typing import Any, Final, Self
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.spec.document.problems import show
@@ -25,7 +28,6 @@ from recmas_runtime.prompts.render import (
     joined,
 )
 from recmas_runtime.prompts.samples import SAMPLE_DAY, build_samples, sample_record
-from recmas_runtime.prompts.template_sandbox import strftime_on
 
 _SHOWN_TOKENS: Final = 8
 _QUESTION: Final = "What is 7 * 8?"
@@ -96,25 +98,42 @@ def prompt_difference(
         "".join(_shown(part, record, marks) for part in parts)
         for parts in (agent.system, agent.parts(variant))
     )
-    rendered: Any = tokenizer.apply_chat_template(
-        [{"role": "system", "content": system}] * bool(system)
-        + [{"role": "user", "content": user}],
-        tools=chat.template.tools,
-        chat_template=chat_template,
-        tokenize=False,
-        add_generation_prompt=True,
-        **{
-            **dict.fromkeys(tokenizer.special_tokens_map, ""),
-            **special_tokens,
-            "strftime_now": strftime_on(SAMPLE_DAY),
-            **DEFAULT_VARIABLES,
-            **agent.chat_template,
-        },
-    )
+    with _on_sample_day():
+        rendered: Any = tokenizer.apply_chat_template(
+            [{"role": "system", "content": system}] * bool(system)
+            + [{"role": "user", "content": user}],
+            tools=chat.template.tools,
+            chat_template=chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+            **{
+                **dict.fromkeys(tokenizer.special_tokens_map, ""),
+                **special_tokens,
+                **DEFAULT_VARIABLES,
+                **agent.chat_template,
+            },
+        )
     # Splitting at a pattern with one group gives text, slot, text, slot, ..., text.
     texts = marks.slot_pattern.split(rendered)[::2]
     wanted = [_ids(tokenizer, text, continues=i > 0) for i, text in enumerate(texts)]
     return _first_difference(_between_slots(prompt), wanted, marks.slots, tokenizer)
+
+
+class _SampleDay(datetime):
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Self:
+        return cls.combine(SAMPLE_DAY, time.min, tz)
+
+
+@contextmanager
+def _on_sample_day() -> Iterator[None]:
+    """Let templates of transformers write the sample day: a function of one's own they get not."""
+    usual = vars(chat_template_utils)["datetime"]
+    vars(chat_template_utils)["datetime"] = _SampleDay
+    try:
+        yield
+    finally:
+        vars(chat_template_utils)["datetime"] = usual
 
 
 def _shown(part: PromptPart, record: Mapping[str, object], marks: Marks) -> str:

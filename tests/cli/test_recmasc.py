@@ -175,7 +175,7 @@ def test_ir_after_a_pass_and_dumps(project: Path, tmp_path: Path) -> None:
     recmasc("ir", "spec.yaml", "--dump-ir", str(tmp_path / "ir"), cwd=project)
     names = sorted(path.name for path in (tmp_path / "ir").iterdir())
     assert names[0] == "000_topology.txt"
-    assert len(names) == 9
+    assert len(names) == 10
     ran = recmasc("ir", "spec.yaml", "--after", "Nonsense", cwd=project)
     assert ran.returncode == Exit.USAGE
     assert "HoistPromptPrefix" in ran.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kit.models import write_tiny_backbone
+from kit.models import COMMON_DIMS, write_tiny_backbone
+from kit.zoo import write_zoo_model
 from recmas_compiler.links.modules import make_link, randomize
 from recmas_compiler.released.styles import Style
 from recmas_runtime.formats.link_kinds import LinkKind
@@ -45,15 +46,26 @@ def write_release(
     *,
     dtype: torch.dtype = torch.bfloat16,
     kind: LinkKind = "ln_residual",
+    types: Mapping[str, str] | None = None,
 ) -> Links:
-    """Write a style's repositories; returns its links for the task math, by role and by key."""
+    """Write a style's repositories; returns its links for the task math, by role and by key.
+
+    Args:
+        types: Rows of the zoo by role, instead of the usual tiny models.
+    """
+    widths = {role: width for role, (_, width) in MODELS.items()}
+    if types is not None:
+        widths |= dict.fromkeys(types, COMMON_DIMS["hidden_size"])
     form = {"ln_residual": "ln_res_adapter", "biased_residual": "res_adapter"}[kind]
     links: Links = {}
     tasks = ("math", "code") if style.paradigm in BY_TASK else ("",)
     for seed, agent in enumerate(style.agents):
         folder = root / style.agent_repository(agent.role)
-        family, width = MODELS[agent.role]
-        write_tiny_backbone(folder, family, seed=seed, hidden_size=width)
+        width = widths[agent.role]
+        if types is None:
+            write_tiny_backbone(folder, MODELS[agent.role][0], seed=seed, hidden_size=width)
+        else:
+            write_zoo_model(folder, types[agent.role], seed=seed)
         narrow_model(folder, dtype)
         write_json(folder / "adapter_config.json", {"adapter_type": form})
         (folder / "README.md").write_text("A released agent.\n")
@@ -69,7 +81,7 @@ def write_release(
     for task in reversed(tasks):
         adapters = []
         for link in style.links:
-            in_dim, out_dim = MODELS[link.source][1], MODELS[link.target][1]
+            in_dim, out_dim = widths[link.source], widths[link.target]
             suffix = f"({task})" if task else ""
             source, target = link.source.capitalize(), link.target.capitalize()
             name = f"{source}-{target}-Outerlink{suffix}.pt"

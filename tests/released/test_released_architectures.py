@@ -1,0 +1,92 @@
+"""Every released style in the architectures of its models, tiny, all the way to answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import recmas_runtime as rt
+from kit.bundles import Built
+from kit.commands import run_recmasc
+from kit.files import read_messages
+from recmas_compiler import api
+from recmas_compiler.released.styles import STYLES
+from recmas_compiler.spec.spec import load_spec
+from recmas_runtime.cli.main import main
+from recmas_runtime.core.errors import Exit
+from recmas_runtime.formats.precisions import TOLERANCES
+from recmas_runtime.running.run_trace import TraceWriter
+from released_form import write_release
+
+# role -> model type of the zoo; Qwen3.5 and Gemma 3 as published, inside models that see
+ARCHITECTURES = {
+    "sequential_light": {"planner": "qwen3", "critic": "llama", "solver": "qwen2"},
+    "sequential_scaled": {"planner": "gemma3", "critic": "llama", "solver": "qwen3_5"},
+    "mixture": {
+        "math": "qwen2",
+        "code": "qwen2",
+        "science": "mistral",
+        "summarizer": "qwen3_5",
+    },
+    "distillation": {"expert": "qwen3_5", "learner": "qwen3_5_text"},
+    "deliberation": {"reflector": "qwen3_5", "toolcaller": "qwen3_5"},
+}
+QUESTIONS = (
+    "What is 7 * 8?",
+    "Anna has three plans and an orange. Which of the plans is the best one, and why is it so?",
+    "Hm?",
+)
+RECORDS = [{"id": str(i), "question": question} for i, question in enumerate(QUESTIONS)]
+SMALL = ("latent_steps=3", "answer.max_new_tokens=10", "build.max_batch=4")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "deliberation" else pytest.param(name, marks=pytest.mark.families)
+        for name in STYLES
+    ],
+)
+def test_a_style_in_its_own_architectures(name: str, tmp_path: Path) -> None:
+    """Import, check, build, verify, run: engine, reference and a rollout without cache agree."""
+    write_release(tmp_path / "released", STYLES[name], types=ARCHITECTURES[name])
+    spec = tmp_path / "spec.yaml"
+    given = ("--from", tmp_path / "released", "-o", spec, "--quiet")
+    for command in (("import", "released", name, *given), ("check", spec)):
+        ran = run_recmasc(*command)
+        assert ran.exit_code == Exit.OK, ran.output
+    program = api.compile(load_spec(spec, overrides=SMALL))
+    assert program.graph.system.rounds == 3
+    bundle = api.build(program, tmp_path / "bundle")
+    assert main(["verify", str(bundle)]) == 0
+    built = Built(
+        bundle=bundle,
+        topology=program.topology,
+        program=program.graph,
+        system=rt.load(bundle, threads=1),
+    )
+    together, messages = run(built.system, tmp_path / "batch", batch=4)
+    alone, others = run(built.system, tmp_path / "alone", batch=1)
+    naive, reference = built.naive(RECORDS), built.reference(RECORDS)
+    assert set(messages) == set(naive.messages)
+    assert any(message.endswith("@2") for message in messages)
+    for key, expected in naive.messages.items():
+        for found in (messages[key], others[key], reference.messages[key].numpy()):
+            assert np.abs(found - expected.numpy()).max() <= TOLERANCES["message_absolute"]
+    assert together == alone == reference.texts == naive.texts
+    assert len(set(together)) > 1
+
+
+def run(system: rt.System, folder: Path, *, batch: int) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Answer in batches; returns texts and messages [records, m, d]."""
+    trace = TraceWriter(folder)
+    given = [rt.Record(id=r["id"], fields=dict(r), index=i) for i, r in enumerate(RECORDS)]
+    texts = []
+    for start in range(0, len(given), batch):
+        for answer in system.run_batch(given[start : start + batch], trace=trace):
+            assert isinstance(answer, rt.Answer), answer
+            texts.append(answer.answer)
+    trace.close()
+    return texts, read_messages(folder)
