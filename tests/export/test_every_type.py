@@ -59,7 +59,7 @@ def found_by_a_build(config: Any, folder: Path) -> str | None:
 def _backbone(config: Any) -> TorchBackbone:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     scale_weights(model.requires_grad_(False))
-    model = text_model(model)
+    model = text_model(model).eval()
     layers = layers_of(model)
     facts = BackboneFacts(
         source="small",

@@ -18,9 +18,9 @@ _NOT_TRACED: Final[Mapping[str, str]] = {
     "gemma4_unified_assistant": "drafts for another model, whose rows it reads",
     "git": "makes one mask for an image and a text, of sizes that belong together",
     "gpt_neo": "cuts its windows out of a table by the length of the cache",
-    "minimax_m3_vl_text": "chooses blocks of keys by what was computed",
     "mpt": "cuts its position biases out of a table by the length of the cache",
     "openai-gpt": "takes no cache",
+    "qwen4_exp_text": "chooses keys by what was computed",
     "zaya": "keeps a state of values that it delays, beside keys and values",
 }
 
