@@ -73,9 +73,11 @@ def test_a_style_in_its_own_architectures(name: str, tmp_path: Path) -> None:
     assert set(messages) == set(naive.messages)
     assert any(message.endswith("@2") for message in messages)
     for key, expected in naive.messages.items():
-        assert expected[0].sub(expected[1]).abs().max() > 10 * TOLERANCES["message_absolute"]
         for found in (messages[key], others[key], reference.messages[key].numpy()):
             assert np.abs(found - expected.numpy()).max() <= TOLERANCES["message_absolute"]
+    # Of a model with a short window all messages may be alike: it sees the end of its prompt alone.
+    apart = max(float(m[0].sub(m[1]).abs().max()) for m in naive.messages.values())
+    assert apart > 10 * TOLERANCES["message_absolute"]
     assert together == alone == reference.texts == naive.texts
 
 
