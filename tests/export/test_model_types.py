@@ -133,3 +133,11 @@ def test_a_step_reads_the_experts_that_it_takes(tmp_path: Path) -> None:
 
 def test_the_page_of_backbones_is_that_of_the_tables() -> None:
     assert PAGE.read_text() == page_text(), "run `python tests/export/backbones_page.py`"
+
+
+def test_a_row_of_the_zoo_is_the_same_model_every_time(tmp_path: Path) -> None:
+    """Qwen3.5 draws the decays of its states for itself, wherever torch's generator stands."""
+    first, second = (
+        write_zoo_model(tmp_path / name, "qwen3_5_text") / "model.safetensors" for name in "ab"
+    )
+    assert first.read_bytes() == second.read_bytes()

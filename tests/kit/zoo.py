@@ -458,7 +458,11 @@ def write_zoo_model(folder: Path, name: str, *, seed: int = 0) -> Path:
         entries = {"text_config": text, "vision_config": SEEING[name].vision}
         loader = AutoModelForImageTextToText
     config = AutoConfig.for_model(model_type, **{**tokens, **entries})
-    model = loader.from_config(config, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        # Noise is added to what some models draw for themselves, such as decays of states; torch
+        # begins every process with another seed.
+        torch.manual_seed(seed)
+        model = loader.from_config(config, dtype=torch.float32)
     scale_weights(model, seed=seed)
     config.architectures = [type(model).__name__]
     logging.disable_progress_bar()
