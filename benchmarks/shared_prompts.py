@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from latent_phase import QUESTION
@@ -34,13 +35,20 @@ def main() -> None:
 
     sharing = rt.load(arguments.bundle, threads=arguments.threads)
     forms = {"copied": sharing, "computed by each": sharing.with_plan(without_copies(sharing.plan))}
+    compare(forms, arguments.batch, arguments.times, arguments.repeats)
+
+
+def compare(
+    forms: Mapping[str, rt.System], batches: Sequence[int], lengths: Sequence[int], repeats: int
+) -> None:
+    """Print a Markdown table: prompt tokens of a record and seconds, of forms run in turn."""
     print("| records | question, times | beginnings are | prompt tokens | seconds |")
     print("|---|---|---|---|---|")
-    for batch in arguments.batch:
-        for times in arguments.times:
+    for batch in batches:
+        for times in lengths:
             seconds: dict[str, list[float]] = {name: [] for name in forms}
             tokens: dict[str, int] = {}
-            for repeat in range(arguments.repeats + 1):
+            for repeat in range(repeats + 1):
                 for name, system in forms.items():
                     start = time.perf_counter()
                     tokens[name] = prompt_tokens(system, batch, times)

@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 
 import torch
-from latent_phase import QUESTION
 from msgspec import structs
+from shared_prompts import compare, numbers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import recmas_compiler as rc
@@ -92,33 +92,11 @@ def main() -> None:
         "gone on from": system,
         "run again": system.with_plan(forgetting(system.plan)),
     }
-    print("| records | question, times | beginnings are | prompt tokens | seconds |")
-    print("|---|---|---|---|---|")
-    for batch in arguments.batch:
-        for times in arguments.times:
-            seconds: dict[str, list[float]] = {name: [] for name in forms}
-            tokens: dict[str, int] = {}
-            for repeat in range(arguments.repeats + 1):
-                for name, form in forms.items():
-                    start = time.perf_counter()
-                    tokens[name] = prompt_tokens(form, batch, times)
-                    if repeat > 0:  # the first one warms up
-                        seconds[name].append(time.perf_counter() - start)
-            for name in forms:
-                print(
-                    f"| {batch} | {times} | {name} | {tokens[name]} "
-                    f"| {statistics.median(seconds[name]):.2f} "
-                    f"({min(seconds[name]):.2f} to {max(seconds[name]):.2f}) |",
-                    flush=True,
-                )
+    compare(forms, arguments.batch, arguments.times, arguments.repeats)
     print("\n| records | bytes of a snapshot | of all at once, at most | ms to save | to restore |")
     print("|---|---|---|---|---|")
     for batch in arguments.batch:
         print(copies(system, batch), flush=True)
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def made(folder: Path, layers: int) -> Path:
@@ -159,14 +137,6 @@ def forgetting(plan: Plan) -> Plan:
         for step in plan.steps
     )
     return structs.replace(plan, steps=steps, snapshots={})
-
-
-def prompt_tokens(system: rt.System, batch: int, times: int) -> int:
-    """Answer a batch of questions that differ in their first word; return one record's tokens."""
-    questions = [f"{i}. {' '.join([QUESTION] * times)}" for i in range(batch)]
-    sampling = structs.replace(system.plan.sampling, max_new_tokens=1)
-    answers = system.run(questions, sampling=sampling)
-    return answers[0].usage.prompt_tokens
 
 
 def copies(system: rt.System, batch: int) -> str:

@@ -9,11 +9,12 @@ import onnx_ir.passes.common as common
 from onnx_ir.passes import InPlacePass, Sequential
 
 from recmas_export.passes.experts import ExpandExperts, StoreExperts, UseMixtureOperator
-from recmas_export.passes.grouped_attention import DOMAIN, UseGroupedAttention
+from recmas_export.passes.grouped_attention import UseGroupedAttention
 from recmas_export.passes.linear_attention import ExpandLinearAttention
 from recmas_export.passes.operators import UseStandardOperators
 from recmas_export.passes.products import PackProducts, SplitAfterHeads
 from recmas_export.passes.tidy import (
+    MICROSOFT,
     CheckOperators,
     DropNoOps,
     FixShapes,
@@ -119,7 +120,7 @@ def weight_passes(precision: str, dtype: str) -> tuple[Passes, Passes]:
 
 def has_own_operators(model: ir.Model) -> bool:
     """Tell whether a graph has operators that only ONNX Runtime has."""
-    return any(node.domain == DOMAIN for node in model.graph)
+    return any(node.domain == MICROSOFT for node in model.graph)
 
 
 def run_passes(passes: Passes, model: ir.Model) -> bool:

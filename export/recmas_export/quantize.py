@@ -30,10 +30,9 @@ from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.tape import Tape
 
 from recmas_export.passes.experts import BITS, BLOCK, mixtures
+from recmas_export.passes.tidy import MICROSOFT
 from recmas_export.weights_file import SMALLEST_WEIGHT, memory_of
 from recmas_runtime.engines.onnx.session import onnx_runtime
-
-_DOMAIN: Final = "com.microsoft"
 
 # Activations are rounded to 8 bits per block too, so that products are those of integers: in int8
 # the other levels take ten times as long. Every row has blocks of its own, so that what it becomes
@@ -87,7 +86,7 @@ class QuantizeWeights(InPlacePass):
                 self._quantize_mixture(model.graph, node, self._block_size)
             elif node not in routers:  # 5
                 self._rewrite(model.graph, node, self._block_size)
-        model.graph.opset_imports[_DOMAIN] = 1
+        model.graph.opset_imports[MICROSOFT] = 1
         for value in list(model.graph.initializers.values()):
             if not value.uses():
                 del model.graph.initializers[value.name or ""]
@@ -143,7 +142,7 @@ class QuantizeWeights(InPlacePass):
                 "block_size": block_size,
                 **has_level,
             },
-            domain=_DOMAIN,
+            domain=MICROSOFT,
         )
         _replace(graph, node, tape, result)
 
@@ -249,7 +248,7 @@ def _product(tape: Tape, node: ir.Node, weight: ir.Value, blocks: _Blocks) -> ir
             "block_size": blocks.block_size,
             "accuracy_level": _ACCURACY_LEVEL,
         },
-        domain=_DOMAIN,
+        domain=MICROSOFT,
     )
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     return product if bias is None else tape.op("Add", (product, bias))
@@ -268,7 +267,7 @@ def _lookup(tape: Tape, node: ir.Node, weight: ir.Value, blocks: _Blocks) -> ir.
             "bits": blocks.bits,
             "block_size": blocks.block_size,
         },
-        domain=_DOMAIN,
+        domain=MICROSOFT,
     )
     if width % blocks.block_size == 0:
         return rows

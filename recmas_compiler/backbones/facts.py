@@ -32,7 +32,7 @@ from recmas_compiler.backbones.config.unsupported import why_unsupported
 from recmas_compiler.spec.document.places import UNKNOWN, SourcePosition
 from recmas_compiler.spec.document.problems import problem_at, show
 from recmas_runtime.core.errors import RecmasError
-from recmas_runtime.formats.layers import LayerShape
+from recmas_runtime.formats.layers import MOST_LAYERS, LayerShape
 from recmas_runtime.formats.precisions import (
     DTYPE_BYTES,
     HEAD_MULTIPLE,
@@ -45,7 +45,6 @@ _NO_LIMIT: Final = 1 << 20
 
 _LARGEST_CONFIG_BYTES = 16 << 20
 _LARGEST_DIMENSION = 1 << 31
-_MOST_LAYERS = 4096
 
 # Engines compute in float32: activations, caches, link operands, and weights once in memory.
 ENGINE_ELEMENT_BYTES: Final = DTYPE_BYTES["float32"]
@@ -303,9 +302,10 @@ class _Reader:
     def _types(self, values: dict[str, Any], cycle: list[str] | None) -> list[str]:
         """Return the type of each layer, all of them known."""
         listed = layer_types(values, None, cycle)
-        limit = _MOST_LAYERS
         default = len(listed) if listed is not None else None
-        num_layers = self._dimension(values, "num_hidden_layers", default=default, limit=limit)
+        num_layers = self._dimension(
+            values, "num_hidden_layers", default=default, limit=MOST_LAYERS
+        )
         types = listed if listed is not None else layer_types(values, num_layers, cycle)
         if types is None:
             raise self._unusable("its config.json has no `layer_types`")

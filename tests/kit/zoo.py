@@ -444,6 +444,17 @@ def exercised(name: str) -> tuple[str, ...]:
     return tuple(word for word, has in words.items() if has)
 
 
+def random_model(loader: Any, config: Any, *, seed: int = 0) -> Any:
+    """Return a model whose weights are scaled noise, the same in every process."""
+    with torch.random.fork_rng(devices=[]):
+        # Noise is added to what some models draw for themselves, such as decays of states; torch
+        # begins every process with another seed.
+        torch.manual_seed(seed)
+        model = loader.from_config(config, dtype=torch.float32)
+    scale_weights(model, seed=seed)
+    return model
+
+
 def write_zoo_model(folder: Path, name: str, *, seed: int = 0) -> Path:
     """Write the tiny model of a row of `ZOO` with its tokenizer; returns its folder."""
     kind, tokenizer = FAMILIES[_KIND], make_tokenizer(_KIND)
@@ -458,12 +469,7 @@ def write_zoo_model(folder: Path, name: str, *, seed: int = 0) -> Path:
         entries = {"text_config": text, "vision_config": SEEING[name].vision}
         loader = AutoModelForImageTextToText
     config = AutoConfig.for_model(model_type, **{**tokens, **entries})
-    with torch.random.fork_rng(devices=[]):
-        # Noise is added to what some models draw for themselves, such as decays of states; torch
-        # begins every process with another seed.
-        torch.manual_seed(seed)
-        model = loader.from_config(config, dtype=torch.float32)
-    scale_weights(model, seed=seed)
+    model = random_model(loader, config, seed=seed)
     config.architectures = [type(model).__name__]
     logging.disable_progress_bar()
     model.save_pretrained(folder)

@@ -12,14 +12,13 @@ import pytest
 import recmas_runtime as rt
 from kit.bundles import Built
 from kit.commands import run_recmasc
-from kit.files import read_messages
+from kit.traced import run_traced
 from recmas_compiler import api
 from recmas_compiler.released.styles import STYLES
 from recmas_compiler.spec.spec import load_spec
 from recmas_runtime.cli.main import main
 from recmas_runtime.core.errors import Exit
 from recmas_runtime.formats.precisions import TOLERANCES
-from recmas_runtime.running.run_trace import TraceWriter
 from released_form import edit_json, write_release
 
 # role -> model type of the zoo; Qwen3.5 and Gemma 3 as published, inside models that see
@@ -103,12 +102,5 @@ def answers_of_a_run(bundle: Path, folder: Path) -> list[str]:
 
 def run(system: rt.System, folder: Path, *, batch: int) -> tuple[list[str], dict[str, np.ndarray]]:
     """Answer in batches; returns texts and messages [records, m, d]."""
-    trace = TraceWriter(folder)
-    given = [rt.Record(id=r["id"], fields=dict(r), index=i) for i, r in enumerate(RECORDS)]
-    texts = []
-    for start in range(0, len(given), batch):
-        for answer in system.run_batch(given[start : start + batch], trace=trace):
-            assert isinstance(answer, rt.Answer), answer
-            texts.append(answer.answer)
-    trace.close()
-    return texts, read_messages(folder)
+    answers, messages = run_traced(system, folder, RECORDS, batch=batch)
+    return [answer.answer for answer in answers], messages

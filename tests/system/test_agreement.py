@@ -9,18 +9,16 @@ import pytest
 
 import recmas_runtime as rt
 from kit.bundles import BuildTiny, Built
-from kit.files import read_messages
 from kit.specs import SPECS
+from kit.traced import assert_messages_agree, run_traced
 from recmas_compiler.ir.ops import Prefill, Think
 from recmas_compiler.ir.printer import print_graph
-from recmas_compiler.lowering.reference import ReferenceResult
 from recmas_compiler.passes.batch_parallel_agents import BatchParallelAgents
 from recmas_compiler.passes.fuse_links import FuseLinks
 from recmas_compiler.passes.prompt_prefix import HoistPromptPrefix, SharePromptPrefix
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_compiler.passes.share_backbones import ShareBackbones
 from recmas_runtime.formats.precisions import TOLERANCES
-from recmas_runtime.running.run_trace import TraceWriter
 
 QUESTIONS = [
     "What is 7 * 8?",
@@ -34,21 +32,8 @@ RECORDS = [{"id": str(i), "question": question} for i, question in enumerate(QUE
 
 def run(system: rt.System, folder: Path, *, batch: int) -> tuple[list[str], dict[str, np.ndarray]]:
     """Answer in batches; returns texts and messages [records, m, d]."""
-    trace = TraceWriter(folder)
-    records = [rt.Record(id=r["id"], fields=r, index=i) for i, r in enumerate(RECORDS)]
-    texts = []
-    for start in range(0, len(records), batch):
-        for answer in system.run_batch(records[start : start + batch], trace=trace):
-            assert isinstance(answer, rt.Answer), answer
-            texts.append(answer.answer)
-    trace.close()
-    return texts, read_messages(folder)
-
-
-def assert_messages_agree(messages: dict[str, np.ndarray], expected: ReferenceResult) -> None:
-    for name, message in messages.items():
-        error = np.abs(message - expected.messages[name].numpy()).max()
-        assert error <= TOLERANCES["message_absolute"], f"{name} is off by {error}"
+    answers, messages = run_traced(system, folder, RECORDS, batch=batch)
+    return [answer.answer for answer in answers], messages
 
 
 @pytest.fixture(params=SPECS)

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from msgspec import structs
 
 import recmas_runtime as rt
 from kit.bundles import BuildTiny, Built
-from kit.files import read_messages
 from kit.specs import ANSWER, SPECS
+from kit.traced import assert_messages_agree, run_traced
 from kit.zoo import write_zoo_model
 from naive_texts import NaiveTexts
-from recmas_compiler.lowering.reference import ReferenceResult
 from recmas_compiler.passes.prompt_prefix import HoistPromptPrefix, SharePromptPrefix
 from recmas_runtime.engines.onnx.caches import Cache
 from recmas_runtime.formats.plan import PrefillStep, StopPlan, ToolsPlan
-from recmas_runtime.formats.precisions import TOLERANCES
-from recmas_runtime.running.run_trace import RECORDS_NAME, TraceWriter
+from recmas_runtime.running.run_trace import RECORDS_NAME
 from recmas_runtime.running.system import System
 from recmas_runtime.sequences.sequence_batch import SequenceBatch
 from test_tools_beside import OftenBox, hot, told
@@ -82,21 +79,6 @@ def build(build_tiny: BuildTiny, folder: Path) -> BuildWithStates:
     return make
 
 
-def run(
-    system: rt.System, folder: Path, *, batch: int, records: list[Mapping[str, str]] = RECORDS
-) -> tuple[list[rt.Answer], dict[str, np.ndarray]]:
-    """Answer in batches; returns answers and messages [records, m, d]."""
-    trace = TraceWriter(folder)
-    given = [rt.Record(id=r["id"], fields=dict(r), index=i) for i, r in enumerate(records)]
-    answers = []
-    for start in range(0, len(given), batch):
-        for answer in system.run_batch(given[start : start + batch], trace=trace):
-            assert isinstance(answer, rt.Answer), answer
-            answers.append(answer)
-    trace.close()
-    return answers, read_messages(folder)
-
-
 def prefilled(folder: Path) -> list[dict[tuple[str, int], int]]:
     """Return for each record the tokens that prompts ran, by agents and round."""
     lines = [json.loads(line) for line in (folder / RECORDS_NAME).read_text().splitlines()]
@@ -110,12 +92,6 @@ def prefilled(folder: Path) -> list[dict[tuple[str, int], int]]:
     ]
 
 
-def assert_agree(messages: dict[str, np.ndarray], expected: ReferenceResult) -> None:
-    for name, message in messages.items():
-        error = np.abs(message - expected.messages[name].numpy()).max()
-        assert error <= TOLERANCES["message_absolute"], f"{name} is off by {error}"
-
-
 BOTH = ["shared", pytest.param("sequential", marks=pytest.mark.families)]
 
 
@@ -125,21 +101,21 @@ def test_all_forms_agree(build: BuildWithStates, spec: str, tmp_path: Path) -> N
     steps = [step for step in built.system.plan.steps if isinstance(step, PrefillStep)]
     assert any(step.restore for step in steps if step.round > 1)
     assert any(step.prefix_from and step.restore for step in steps)
-    together, messages = run(built.system, tmp_path / "batch", batch=8)
-    alone, others = run(built.system, tmp_path / "alone", batch=1)
+    together, messages = run_traced(built.system, tmp_path / "batch", RECORDS, batch=8)
+    alone, others = run_traced(built.system, tmp_path / "alone", RECORDS, batch=1)
     naive = built.naive(RECORDS)
-    assert_agree(messages, naive)
-    assert_agree(others, naive)
-    assert_agree(messages, built.reference(RECORDS))
+    assert_messages_agree(messages, naive)
+    assert_messages_agree(others, naive)
+    assert_messages_agree(messages, built.reference(RECORDS))
     assert [a.answer for a in together] == [a.answer for a in alone] == naive.texts
     assert len({a.answer for a in together}) > 1
     assert [a.usage for a in together] == [a.usage for a in alone]
     assert prefilled(tmp_path / "batch") == prefilled(tmp_path / "alone")
     without = build(spec, without=(HoistPromptPrefix, SharePromptPrefix))
     assert not without.system.plan.snapshots
-    whole, their = run(without.system, tmp_path / "whole", batch=8)
+    whole, their = run_traced(without.system, tmp_path / "whole", RECORDS, batch=8)
     assert [a.answer for a in whole] == naive.texts
-    assert_agree(their, naive)
+    assert_messages_agree(their, naive)
 
 
 @pytest.mark.parametrize("spec", ["sequential", "shared"])
@@ -147,11 +123,11 @@ def test_no_more_tokens_run_than_where_rows_are_kept(
     build: BuildWithStates, spec: str, tmp_path: Path
 ) -> None:
     system = build(spec).system
-    run(system, tmp_path / "state", batch=8)
+    run_traced(system, tmp_path / "state", RECORDS, batch=8)
     # Counts are those of the prompts alone; numbers are wrong where states are taken for rows.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SequenceBatch, "keeps_states", False)
-        run(system, tmp_path / "rows", batch=8)
+        run_traced(system, tmp_path / "rows", RECORDS, batch=8)
     found = prefilled(tmp_path / "state")
     assert found == prefilled(tmp_path / "rows")
     for record in found:
@@ -164,8 +140,8 @@ def test_no_more_tokens_run_than_where_rows_are_kept(
 def test_as_many_tokens_run_as_with_attention_alone(
     build: BuildWithStates, spec: str, tmp_path: Path
 ) -> None:
-    run(build(spec).system, tmp_path / "state", batch=8)
-    run(build(spec, "rows").system, tmp_path / "rows", batch=8)
+    run_traced(build(spec).system, tmp_path / "state", RECORDS, batch=8)
+    run_traced(build(spec, "rows").system, tmp_path / "rows", RECORDS, batch=8)
     assert prefilled(tmp_path / "state") == prefilled(tmp_path / "rows")
 
 

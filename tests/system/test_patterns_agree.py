@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import recmas_runtime as rt
 from kit.bundles import BuildTiny, tiny_builder
-from kit.files import MadeOnce, read_messages
+from kit.files import MadeOnce
 from kit.models import write_tiny_backbone
+from kit.traced import run_traced
 from recmas_compiler.ir.ops import Prefill
 from recmas_runtime.formats.precisions import TOLERANCES
-from recmas_runtime.running.run_trace import TraceWriter
 
 HEAD = """
 recmas: 1
@@ -187,28 +186,15 @@ def build_mixed(made_once: MadeOnce, tmp_path_factory: pytest.TempPathFactory) -
     return tiny_builder(folder, made_once, lambda: tmp_path_factory.mktemp("bundles") / "bundle")
 
 
-def run(
-    system: rt.System, folder: Path, *, batch: int
-) -> tuple[list[rt.Answer], dict[str, np.ndarray]]:
-    """Answer in batches; returns answers and messages [records, m, d]."""
-    trace = TraceWriter(folder)
-    records = [rt.Record(id=r["id"], fields=r, index=i) for i, r in enumerate(RECORDS)]
-    answers = []
-    for start in range(0, len(records), batch):
-        for answer in system.run_batch(records[start : start + batch], trace=trace):
-            assert isinstance(answer, rt.Answer), answer
-            answers.append(answer)
-    trace.close()
-    return answers, read_messages(folder)
-
-
 @pytest.mark.parametrize("name", SPECS)
 def test_engines_reference_and_naive_form_agree(
     name: str, build_mixed: BuildTiny, tmp_path: Path
 ) -> None:
     built = build_mixed(SPECS[name])
-    single, messages = run(built.system, tmp_path / "one", batch=1)
-    ragged, ragged_messages = run(built.system, tmp_path / "many", batch=len(RECORDS))
+    single, messages = run_traced(built.system, tmp_path / "one", RECORDS, batch=1)
+    ragged, ragged_messages = run_traced(
+        built.system, tmp_path / "many", RECORDS, batch=len(RECORDS)
+    )
     reference, naive = built.reference(RECORDS), built.naive(RECORDS)
     texts = [answer.answer for answer in single]
     assert texts == [answer.answer for answer in ragged]
@@ -262,8 +248,10 @@ def test_all_forms_end_early_in_the_same_round(
     built = build_mixed(
         text.replace("max_new_tokens: 10", f"max_new_tokens: 10, stop_when: {{cosine: {bound}}}")
     )
-    single, messages = run(built.system, tmp_path / "one", batch=1)
-    ragged, ragged_messages = run(built.system, tmp_path / "many", batch=len(RECORDS))
+    single, messages = run_traced(built.system, tmp_path / "one", RECORDS, batch=1)
+    ragged, ragged_messages = run_traced(
+        built.system, tmp_path / "many", RECORDS, batch=len(RECORDS)
+    )
     reference, naive = built.reference(RECORDS), built.naive(RECORDS)
     rounds = [answer.rounds for answer in single]
     assert 3 in rounds
@@ -287,7 +275,7 @@ def test_no_early_end_without_the_messages_that_the_last_round_awaits(
     build_mixed: BuildTiny, tmp_path: Path
 ) -> None:
     built = build_mixed(AWAITED)
-    answers, _ = run(built.system, tmp_path, batch=len(RECORDS))
+    answers, _ = run_traced(built.system, tmp_path, RECORDS, batch=len(RECORDS))
     reference, naive = built.reference(RECORDS), built.naive(RECORDS)
     assert [answer.rounds for answer in answers] == reference.rounds == naive.rounds == [6, 6, 6]
     assert [answer.answer for answer in answers] == reference.texts == naive.texts

@@ -7,17 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import recmas_runtime as rt
 from kit.bundles import BuildTiny
-from kit.files import read_messages
 from kit.specs import SPECS
 from kit.torch_system import load_torch_system
+from kit.traced import assert_messages_agree, run_traced
 from recmas_compiler.bench.open_torch import TransformersEngine, load_bundle_backbones
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.links import load_operands, stack_operands
 from recmas_runtime.formats.precisions import TOLERANCES
-from recmas_runtime.running.run_trace import TraceWriter
 
 QUESTIONS = ["What is 7 * 8?", "Anna has three plans and an orange. Which is best?", "Hm?"]
 RECORDS = [{"id": str(i), "question": question} for i, question in enumerate(QUESTIONS)]
@@ -37,15 +35,10 @@ def test_batches_agree_with_the_reference(
 ) -> None:
     built = build_tiny(absolute(name, families))
     system = load_torch_system(built.bundle, threads=1, compiled=False)
-    trace = TraceWriter(tmp_path)
-    records = [rt.Record(id=r["id"], fields=r, index=i) for i, r in enumerate(RECORDS)]
-    answers = system.run_batch(records, trace=trace)
-    trace.close()
+    answers, messages = run_traced(system, tmp_path, RECORDS, batch=len(RECORDS))
     reference = built.reference(RECORDS)
     assert [answer.answer for answer in answers] == reference.texts
-    for link, message in read_messages(tmp_path).items():
-        error = np.abs(message - reference.messages[link].numpy()).max()
-        assert error <= TOLERANCES["message_absolute"], f"{link} is off by {error}"
+    assert_messages_agree(messages, reference)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -28,9 +28,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.tape import Tape
 
 from recmas_export.passes.gates import Gate, known_gate
-from recmas_export.passes.tidy import TRACED, free_name, take_over
-
-MICROSOFT: Final = "com.microsoft"
+from recmas_export.passes.tidy import MICROSOFT, TRACED, free_name, take_over
 
 IN: Final = "ExpertsIn"
 OUT: Final = "ExpertsOut"

@@ -19,11 +19,9 @@ from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.tape import Tape
 from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSet
 
-from recmas_export.passes.tidy import integers, take_over
+from recmas_export.passes.tidy import MICROSOFT, integers, take_over
 from recmas_runtime.engines.onnx.session import onnx_runtime
 from recmas_runtime.formats.precisions import HEAD_MULTIPLE, MOST_TABLE_POSITIONS
-
-DOMAIN: Final = "com.microsoft"
 
 _HEADS_FIRST: Final = [0, 2, 1, 3]
 # What the operator's kernels take of a table; of heads they take multiples of `HEAD_MULTIPLE`.
@@ -146,7 +144,7 @@ class GroupedAttention(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscrip
             num_heads=counts[0],
             kv_num_heads=counts[1],
             do_rotary=1,
-            _domain=DOMAIN,
+            _domain=MICROSOFT,
             _version=1,
             _outputs=3,
         )

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.tape import Tape
 
-from recmas_export.passes.grouped_attention import DOMAIN
-from recmas_export.passes.tidy import insert, take_over
+from recmas_export.passes.tidy import MICROSOFT, insert, take_over
 
 OPERATOR: Final = "LinearAttention"
 
@@ -51,7 +50,7 @@ class ExpandLinearAttention(InPlacePass):
             for new, old in zip((out, state), node.outputs, strict=True):
                 take_over(new, old)
             model.graph.remove(node, safe=True)
-        model.graph.opset_imports.pop(DOMAIN, None)
+        model.graph.opset_imports.pop(MICROSOFT, None)
         return PassResult(model, modified=bool(nodes))
 
 

@@ -29,6 +29,8 @@ PRODUCER = "recmas"
 OPSET = 24
 # The domain of nodes that are traced for a pass to write in operators.
 TRACED = "recmas"
+# The domain of operators that only ONNX Runtime has.
+MICROSOFT = "com.microsoft"
 # IR version 10 is what the torch exporter writes; every reader of opset 24 knows it.
 IR_VERSION = 10
 

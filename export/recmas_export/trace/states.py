@@ -25,7 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache
+
+from recmas_compiler.backbones.loaded.own_cache import KeptStates
+from recmas_runtime.formats.layers import state_name, state_place
 
 OPERATOR: Final = "com.microsoft::LinearAttention"
 
@@ -33,8 +36,8 @@ OPERATOR: Final = "com.microsoft::LinearAttention"
 _UNIT_EPSILON: Final = 1e-6
 
 
-class PortableStates(LinearAttentionCacheLayerMixin):  # type: ignore[misc]  # it is untyped
-    """The states of one layer, by kind and number.
+class PortableStates(KeptStates):
+    """The states of one layer, of which what a sample is filled up with becomes no part.
 
     Args:
         states: By name: `conv`, `recurrent`, or with a number behind that.
@@ -42,49 +45,21 @@ class PortableStates(LinearAttentionCacheLayerMixin):  # type: ignore[misc]  # i
     """
 
     def __init__(self, states: Mapping[str, Tensor], length_B: Tensor) -> None:
-        numbers = {_place(name)[1] for name in states}
-        LinearAttentionCacheLayerMixin.__init__(self, number_of_states=1 + max(numbers))
+        KeptStates.__init__(self, 1 + max(state_place(name)[1] for name in states))
         self._length_B = length_B
         for name, state in states.items():
-            kind, number = _place(name)
-            self._all(kind)[number] = state
-        numbered = range(self.number_of_states)
-        self.has_previous_state = dict.fromkeys(numbered, True)
-
-    def lazy_initialization(self, *_args: object, **_kwargs: object) -> None:
-        """Do nothing: the states are there from the start."""
+            self.keep(name, state)
 
     def update_conv_state(
-        self, conv_states: Tensor, state_idx: int = 0, **_others: object
+        self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int = 0, **_others: object
     ) -> Tensor:
         """Return the kept inputs and the new ones [B, C, K-1+S]; keep the last before `length`."""
         past_BCK = self.conv_states[state_idx]
         seen = torch.cat([past_BCK, conv_states], dim=-1)
         at_B1K = self._length_B[:, None, None] + torch.arange(past_BCK.shape[-1])
         kept = torch.gather(seen, 2, at_B1K.expand(-1, past_BCK.shape[1], -1))
-        self.conv_states[state_idx] = kept
+        self.keep(state_name("conv", state_idx), kept)
         return seen
-
-    def update_recurrent_state(
-        self, recurrent_states: Tensor, state_idx: int = 0, **_others: object
-    ) -> Tensor:
-        """Keep a new state."""
-        self.recurrent_states[state_idx] = recurrent_states
-        return recurrent_states
-
-    def state(self, name: str) -> Tensor:
-        """Return what a state has become."""
-        kind, number = _place(name)
-        return self._all(kind)[number]
-
-    def _all(self, kind: str) -> dict[int, Tensor]:
-        found: dict[int, Tensor] = getattr(self, f"{kind}_states")
-        return found
-
-
-def _place(name: str) -> tuple[str, int]:
-    kind, _, number = name.partition("_")
-    return kind, int(number or 0)
 
 
 class StateTrace:

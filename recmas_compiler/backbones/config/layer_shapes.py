@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recmas_compiler.backbones.config.entries import count
 from recmas_compiler.backbones.config.layer_types import LAYER_KINDS, STATEFUL
-from recmas_compiler.backbones.config.state_shapes import count, state_shapes
+from recmas_compiler.backbones.config.state_shapes import state_shapes
 from recmas_runtime.formats.layers import LayerShape, RowsShape
 
 

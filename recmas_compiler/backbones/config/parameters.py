@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from recmas_compiler.backbones.config.entries import as_count
 from recmas_runtime.formats.layers import StateShape
 
 _HOW_MANY: Final = ("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
@@ -122,8 +123,8 @@ def _first(values: Mapping[str, Any], names: tuple[str, ...]) -> int:
     """Return the first entry that is a count, or begins with one; 0 where there is none."""
     for name in names:
         found = values.get(name)
-        number = found[0] if isinstance(found, list) and found else found
-        if isinstance(number, int) and not isinstance(number, bool) and number > 0:
+        number = as_count(found[0] if isinstance(found, list) and found else found)
+        if number:
             return number
     return 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from recmas_compiler.backbones.config.entries import count, first_count
 from recmas_runtime.formats.layers import StateShape
 
 
@@ -53,7 +54,7 @@ def _kimi_delta_net(values: Mapping[str, Any]) -> tuple[StateShape, ...]:
         taps = count(own, "short_conv_kernel_size")
     else:
         heads, width = count(values, "linear_num_heads"), count(values, "linear_head_dim")
-        taps = _first(values, "linear_conv_kernel_dim", "short_conv_kernel_size")
+        taps = first_count(values, "linear_conv_kernel_dim", "short_conv_kernel_size")
     if "short_conv_kernel_size" in values:  # with the heads of its attention, unless it says so
         heads = heads or count(values, "num_attention_heads")
         width = width or count(values, "head_dim")
@@ -62,14 +63,14 @@ def _kimi_delta_net(values: Mapping[str, Any]) -> tuple[StateShape, ...]:
 
 def _scan_by_head(values: Mapping[str, Any]) -> tuple[StateShape, ...]:
     """Return those of Mamba-2, whose heads each have one decay."""
-    heads = _first(values, "mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads")
-    inner = _first(values, "mamba_d_ssm") or _inner(values)
+    heads = first_count(values, "mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads")
+    inner = count(values, "mamba_d_ssm") or _inner(values)
     width = inner // heads if heads else 0
     if "mamba_num_heads" in values:
         width = count(values, "mamba_head_dim")
     if "num_heads" in values:
         width = count(values, "head_dim")
-    groups = _first(values, "mamba_n_groups", "n_groups", "mamba_ngroups")
+    groups = first_count(values, "mamba_n_groups", "n_groups", "mamba_ngroups")
     state = _state_width(values)
     return _shapes(
         channels=heads * width + 2 * groups * state if groups else 0,
@@ -92,20 +93,15 @@ def _convolution(values: Mapping[str, Any]) -> tuple[StateShape, ...]:
 
 
 def _inner(values: Mapping[str, Any]) -> int:
-    return _first(values, "mamba_expand", "expand") * count(values, "hidden_size")
+    return first_count(values, "mamba_expand", "expand") * count(values, "hidden_size")
 
 
 def _state_width(values: Mapping[str, Any]) -> int:
-    return _first(values, "mamba_d_state", "ssm_state_size", "state_size")
+    return first_count(values, "mamba_d_state", "ssm_state_size", "state_size")
 
 
 def _taps(values: Mapping[str, Any]) -> int:
-    return _first(values, "mamba_d_conv", "conv_kernel")
-
-
-def _first(values: Mapping[str, Any], *names: str) -> int:
-    """Return the first of these entries that is a number of things, 0 where none is."""
-    return next((count(values, name) for name in names if count(values, name)), 0)
+    return first_count(values, "mamba_d_conv", "conv_kernel")
 
 
 def _shapes(*, channels: int, taps: int, recurrent: tuple[int, ...] = ()) -> tuple[StateShape, ...]:
@@ -115,11 +111,3 @@ def _shapes(*, channels: int, taps: int, recurrent: tuple[int, ...] = ()) -> tup
     # What the next position sees of those before.
     conv = StateShape(name="conv", shape=(channels, taps - 1))
     return (conv, StateShape(name="recurrent", shape=recurrent)) if recurrent else (conv,)
-
-
-def count(values: Mapping[str, Any], name: str) -> int:
-    """Return an entry that is a number of things, 0 where it is none."""
-    found = values.get(name)
-    if not isinstance(found, int) or isinstance(found, bool):
-        return 0
-    return max(found, 0)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from recmas_compiler.backbones.config.defaults import family_defaults
+from recmas_compiler.backbones.config.entries import count
 
 # Families whose code cannot be traced for any length, and what in it prevents that.
 _NOT_TRACED: Final[Mapping[str, str]] = {
@@ -46,14 +47,9 @@ def why_unsupported(model_type: str, values: Mapping[str, Any]) -> str | None:
     code = family.get("code")
     if code is not None:
         return f"`{model_type}` {_CODE[code]}"
-    return _why_cache(values) or _why_masks(values)
-
-
-def _why_cache(values: Mapping[str, Any]) -> str | None:
-    """Return why not all layers have caches of one shape, None if they have."""
-    if _is_count(values.get("hidden_size_per_layer_input")):
+    if count(values, "hidden_size_per_layer_input"):
         return "its layers take inputs of their own for every token, which a thought does not have"
-    return None
+    return _why_masks(values)
 
 
 def _why_masks(values: Mapping[str, Any]) -> str | None:
@@ -64,7 +60,3 @@ def _why_masks(values: Mapping[str, Any]) -> str | None:
     if values.get("alibi") is True:
         return "it computes its position biases in bfloat16 (`alibi`)"
     return None
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

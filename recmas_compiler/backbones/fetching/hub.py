@@ -215,14 +215,9 @@ def _no_model(
         hint = f"Fetch one (hf download {repository} {ggufs[0]}) and name it as `gguf:PATH`."
     elif CONFIG not in sizes:
         message = f"{where} has no {CONFIG}."
-        hint = "Choose a repository with a causal language model."
-        return RecmasError(problem_at(position, "RM200", message, hint=hint))
+        return missing(position, message, "Choose a repository with a causal language model.")
     elif pickled:
-        message = f"{where} has its weights in {pickled[0]} and in no safetensors file."
-        hint = (
-            "recmas reads safetensors only. Convert it where you trust it: load it with "
-            "transformers and call `save_pretrained`, which writes safetensors."
-        )
+        return no_safetensors(position, where, pickled[0])
     else:
         message = f"{where} has no weights: neither {_WEIGHTS} nor an index of several."
         hint = "Choose a repository with a causal language model."
@@ -294,21 +289,32 @@ def _hub_errors(
         raise RecmasError(problem_at(position, "RM202", message, hint=hint)) from error
     except RevisionNotFoundError as error:
         message = f"{repository} has no revision `{revision}`."
-        raise _missing(position, message, "Use a branch, tag or commit of it.") from error
+        raise missing(position, message, "Use a branch, tag or commit of it.") from error
     except RepositoryNotFoundError as error:
         message = f"there is no repository {repository}, or it is private."
         hint = "Check the name; for a private one run `hf auth login`."
-        raise _missing(position, message, hint) from error
+        raise missing(position, message, hint) from error
     except LocalEntryNotFoundError as error:
         where = "in the Hugging Face cache or on the network" if download else "in the local cache"
         message = f"{repository} at {revision} is not {where}."
         hint = f"Download it: hf download {repository} --revision {revision}"
-        raise _missing(position, message, hint) from error
+        raise missing(position, message, hint) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         message = f"{repository} at {revision} cannot be fetched: {first_line(error)}"
         hint = "Check the network and the disk, and try again: what is there already is kept."
-        raise _missing(position, message, hint) from error
+        raise missing(position, message, hint) from error
 
 
-def _missing(position: SourcePosition, message: str, hint: str) -> RecmasError:
+def missing(position: SourcePosition, message: str, hint: str) -> RecmasError:
+    """Return that a backbone is not there, RM200."""
     return RecmasError(problem_at(position, "RM200", message, hint=hint))
+
+
+def no_safetensors(position: SourcePosition, what: str, file: str) -> RecmasError:
+    """Return that a model has its weights in a file of another form only, RM202."""
+    message = f"{what} has its weights in {file} and in no safetensors file."
+    hint = (
+        "recmas reads safetensors only. Convert it where you trust it: load it with "
+        "transformers and call `save_pretrained`, which writes safetensors."
+    )
+    return RecmasError(problem_at(position, "RM202", message, hint=hint))

@@ -5,6 +5,7 @@ A file that holds something else than one whole model is told here, before anyth
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Mapping
@@ -104,10 +105,7 @@ class TensorEntry:
     @property
     def num_bytes(self) -> int:
         """Return the bytes it takes in the file."""
-        elements = 1
-        for size in self.shape:
-            elements *= size
-        return elements // self.type.block_size * self.type.block_bytes
+        return math.prod(self.shape) // self.type.block_size * self.type.block_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

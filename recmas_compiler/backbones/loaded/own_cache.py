@@ -20,7 +20,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from recmas_runtime.formats.layers import LayerShape, has_states
+from recmas_runtime.formats.layers import LayerShape, has_states, state_name, state_place
 
 
 class KeptStates(LinearAttentionCacheLayerMixin):  # type: ignore[misc]  # it is untyped
@@ -44,25 +44,25 @@ class KeptStates(LinearAttentionCacheLayerMixin):  # type: ignore[misc]  # it is
             seen = pad(conv_states, (conv_kernel_size - 1, 0))
         else:
             seen = torch.cat([past, conv_states], dim=-1)
-        self.keep(f"conv_{state_idx}", seen[..., 1 - conv_kernel_size :])
+        self.keep(state_name("conv", state_idx), seen[..., 1 - conv_kernel_size :])
         return seen
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, state_idx: int = 0, **_others: object
     ) -> Tensor:
         """Keep a new state."""
-        self.keep(f"recurrent_{state_idx}", recurrent_states)
+        self.keep(state_name("recurrent", state_idx), recurrent_states)
         return recurrent_states
 
     def keep(self, name: str, state: Tensor) -> None:
-        """Keep a state, by its name in `LayerShape` or with 0 behind that."""
-        kind, number = place_of(name)
+        """Keep a state, by its name in `LayerShape`."""
+        kind, number = state_place(name)
         getattr(self, f"{kind}_states")[number] = state
         self.has_previous_state[number] = True
 
     def state(self, name: str) -> Tensor:
         """Return a state by its name in `LayerShape`."""
-        kind, number = place_of(name)
+        kind, number = state_place(name)
         found: Tensor = getattr(self, f"{kind}_states")[number]
         return found
 
@@ -90,12 +90,12 @@ class _StateCache(Cache):  # type: ignore[misc]
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
         """Return a state that gradients may go through, whatever its layer does with it."""
         found = super().get_conv_state(layer_idx, state_idx)
-        return self._assigned(found, layer_idx, f"conv_{state_idx}")
+        return self._assigned(found, layer_idx, state_name("conv", state_idx))
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Any:
         """Return such a state."""
         found = super().get_recurrent_state(layer_idx, state_idx)
-        return self._assigned(found, layer_idx, f"recurrent_{state_idx}")
+        return self._assigned(found, layer_idx, state_name("recurrent", state_idx))
 
     def _assigned(self, found: Tensor | None, layer_idx: int, name: str) -> Any:
         if found is None:
@@ -115,12 +115,6 @@ class KeptRowsAndStates(KeptStates, DynamicLayer):  # type: ignore[misc]
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Begin with no rows."""
         DynamicLayer.lazy_initialization(self, *args, **kwargs)
-
-
-def place_of(name: str) -> tuple[str, int]:
-    """Return the kind and the number in the name of a state."""
-    kind, _, number = name.partition("_")
-    return kind, int(number or 0)
 
 
 def empty_cache(layers: Sequence[LayerShape]) -> Any:
@@ -168,7 +162,7 @@ def goes_on(model: Any) -> bool:
 def _empty_layer(layer: LayerShape) -> CacheLayerMixin | KeptStates:
     if not layer.states:
         return DynamicLayer()
-    number = 1 + max(place_of(state.name)[1] for state in layer.states)
+    number = 1 + max(state_place(state.name)[1] for state in layer.states)
     return KeptStates(number) if layer.rows is None else KeptRowsAndStates(number)
 
 

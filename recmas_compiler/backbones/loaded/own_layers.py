@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from recmas_compiler.backbones.loaded.cache_argument import with_cache
 from recmas_compiler.backbones.loaded.own_head import body_of
-from recmas_runtime.formats.layers import LayerShape, RowsShape, StateShape
+from recmas_runtime.formats.layers import LayerShape, RowsShape, StateShape, state_name
 
 _NUM_POSITIONS = 2
 
@@ -40,6 +40,6 @@ def _states(layer: Any) -> Iterator[StateShape]:
     for kind, taken in (("conv", 1), ("recurrent", 0)):
         for number, state in getattr(layer, f"{kind}_states", {}).items():
             if state is not None:
-                name = kind if number == 0 else f"{kind}_{number}"
                 *outer, last = state.shape[1:]
-                yield StateShape(name=name, shape=(*outer, last - taken))
+                shape = (*outer, last - taken)
+                yield StateShape(name=state_name(kind, number), shape=shape)

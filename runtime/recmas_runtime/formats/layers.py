@@ -50,6 +50,17 @@ class StateShape(StrictStruct, frozen=True, kw_only=True):
         return math.prod(self.shape)
 
 
+def state_name(kind: str, number: int) -> str:
+    """Return the name of a state: a layer counts those of a kind from 0."""
+    return kind if number == 0 else f"{kind}_{number}"
+
+
+def state_place(name: str) -> tuple[str, int]:
+    """Return the kind and the number of a state, see `state_name`."""
+    kind, _, number = name.partition("_")
+    return kind, int(number or 0)
+
+
 class LayerShape(StrictStruct, frozen=True, kw_only=True):
     """What one layer keeps."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -95,9 +96,9 @@ class SequenceBatch:
         """Return the logits [R, V] of the next token."""
         return self.engine.logits(np.ascontiguousarray(self.thought[:, 0]))
 
-    @property
+    @cached_property
     def keeps_states(self) -> bool:
-        """Whether a layer of the backbone keeps a state."""
+        """Whether a layer of the backbone keeps a state; asked for every token."""
         return has_states(self.engine.entry.layers)
 
     def begin(self, saved: Sequence[SavedRow | None], source: SequenceBatch) -> None:

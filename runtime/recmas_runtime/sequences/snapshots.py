@@ -116,11 +116,10 @@ class Snapshots:
     def _users(self, step: PrefillStep, name: str) -> list[PrefillStep]:
         """Return the steps that restore a snapshot of this step, before another replaces it."""
         users: list[PrefillStep] = []
-        for later in self.plan.steps[self.plan.steps.index(step) + 1 :]:
-            if isinstance(later, PrefillStep):
-                users += [later] if later.restore == name else []
-                if name in later.snapshots:
-                    break
+        for later in self._prefills_behind(step):
+            users += [later] if later.restore == name else []
+            if name in later.snapshots:
+                break
         return users
 
     def _later_prompts(self, step: PrefillStep) -> list[Prompt]:
@@ -152,5 +151,8 @@ class Snapshots:
         self._saved.update(saved)
 
     def _needed_behind(self, step: PrefillStep) -> set[str | None]:
+        return {later.restore for later in self._prefills_behind(step)}
+
+    def _prefills_behind(self, step: PrefillStep) -> list[PrefillStep]:
         later = self.plan.steps[self.plan.steps.index(step) + 1 :]
-        return {other.restore for other in later if isinstance(other, PrefillStep)}
+        return [other for other in later if isinstance(other, PrefillStep)]

@@ -152,9 +152,14 @@ class DeviceArray:
     def copy_part(self, source: DeviceArray, rows: Sequence[int], part: Part) -> None:
         """Take a part of rows of a buffer [R, ...], in this order."""
         array = self.numpy()
-        array[(slice(None), *part)] = source.numpy()[list(rows)][(slice(None), *part)]
+        array[(slice(None), *part)] = source.read_part(rows, part)
         if self._host is None:
             self.write(array)
+
+    def read_part(self, rows: Sequence[int], part: Part) -> NDArray[Any]:
+        """Return a copy of a part of rows of a buffer [R, ...] on the host."""
+        index: Any = (list(rows), *part)  # at once: the rest of a row is not to be copied
+        return np.asarray(self.numpy()[index])
 
     def take_rows(self, source: DeviceArray, rows: Mapping[int, int]) -> None:
         """Overwrite some rows of a buffer [R, ...] with rows of another.
@@ -388,9 +393,7 @@ class Cache:
     def read_rows(self, rows: Sequence[int], positions: int) -> list[NDArray[Any]]:
         """Return copies on the host, [n, H, positions, D] or whole states, as tensors come."""
         return [
-            self._layers[tensor.name].numpy()[list(rows)][
-                (slice(None), *part_of(tensor, positions))
-            ]
+            self._layers[tensor.name].read_part(rows, part_of(tensor, positions))
             for tensor in self._tensors
         ]
 

@@ -1,0 +1,35 @@
+"""Runs of a system with their messages, as a trace holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+import recmas_runtime as rt
+from kit.files import read_messages
+from recmas_compiler.lowering.reference import ReferenceResult
+from recmas_runtime.formats.precisions import TOLERANCES
+from recmas_runtime.running.run_trace import TraceWriter
+
+
+def run_traced(
+    system: rt.System, folder: Path, records: Sequence[Mapping[str, object]], *, batch: int
+) -> tuple[list[rt.Answer], dict[str, np.ndarray]]:
+    """Answer records in batches; returns answers and messages [records, m, d]."""
+    given = [rt.Record(id=str(r["id"]), fields=dict(r), index=i) for i, r in enumerate(records)]
+    answers = []
+    with TraceWriter(folder) as trace:
+        for start in range(0, len(given), batch):
+            for answer in system.run_batch(given[start : start + batch], trace=trace):
+                assert isinstance(answer, rt.Answer), answer
+                answers.append(answer)
+    return answers, read_messages(folder)
+
+
+def assert_messages_agree(messages: Mapping[str, np.ndarray], expected: ReferenceResult) -> None:
+    """Demand the messages of another form of the same system."""
+    for name, message in messages.items():
+        error = np.abs(message - expected.messages[name].numpy()).max()
+        assert error <= TOLERANCES["message_absolute"], f"{name} is off by {error}"
