@@ -125,8 +125,7 @@ def assemble(
     with _timed(seconds, "links"):
         made = links or materialize_links(program, loaded, progress=progress)
         used = [agent.inner for agent in plan.agents.values()]
-        for step in plan.steps:
-            used += step.links if isinstance(step, SendStep) else ()
+        used += [link for link, entry in plan.links.items() if entry.has_vectors]
         entries = _write_links(folder, {link: made[link] for link in dict.fromkeys(used)})
     stages = _Stages(
         program=program,
@@ -241,6 +240,7 @@ class _Stages:
             for step in self.plan.steps
             if isinstance(step, SendStep) and step.source in agents
             for link in step.links
+            if link in self.modules  # text and rows go through none
         }
         first_inner = next(iter(inner))
         case = make_case(

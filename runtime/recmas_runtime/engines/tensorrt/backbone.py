@@ -105,6 +105,10 @@ class TensorrtCache:
         """Return copies [n, H, positions, D] on the host: keys, values of each layer in turn."""
         return self.workspace.read_rows(rows, positions)
 
+    def write_rows(self, values: Sequence[NDArray[Any]]) -> None:
+        """Overwrite the beginning of all sequences with [R, H, positions, D], as tensors come."""
+        self.workspace.write_rows(values)
+
     def save_states(self) -> Any:
         """Refuse: there are none."""
         raise keeps_rows_only("TensorRT")
