@@ -276,6 +276,8 @@ class Execution:
     def _think(self, step: ThinkStep) -> None:
         sequences = self._sequences[step.cache]
         num_steps = self.plan.num_latent_steps(step)
+        # Messages whose length the record decides may have taken the room that was planned.
+        sequences.make_room(int(sequences.lengths.max()) + num_steps - 1)
         if step.fused:
             thoughts, embeds = sequences.engine.rollout(
                 sequences.cache,
