@@ -77,6 +77,8 @@ class Execution:
         messages: By link and round of sending, [B, M, d].
         texts: By agent and round, the text of each record that stands in for messages.
         converged: [B], the round after which a record's recursion ended early; 0 if it did not.
+        keeps_thoughts: Whether `thoughts` fills, for a trace; else each is dropped once it is sent.
+        thoughts: By agent and round, the thoughts and their inner link's outputs, each [M, B, d].
     """
 
     plan: Plan
@@ -90,6 +92,8 @@ class Execution:
     texts: dict[tuple[str, int], list[str]] = field(default_factory=dict)
     converged: Indices = field(init=False)
     events: list[StepEvent] = field(default_factory=list)
+    keeps_thoughts: bool = False
+    thoughts: dict[tuple[str, int], tuple[Floats, Floats]] = field(default_factory=dict)
     _sequences: dict[str, SequenceBatch] = field(default_factory=dict)
     _thoughts: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
 
@@ -259,6 +263,8 @@ class Execution:
         for group, agent in enumerate(step.agents):
             rows = slice(group * batch, (group + 1) * batch)
             self._thoughts[agent] = thoughts[:, rows], embeds[:, rows]
+            if self.keeps_thoughts:
+                self.thoughts[agent, step.round] = self._thoughts[agent]
 
     def _think_unfused(
         self, sequences: SequenceBatch, groups: int, num_steps: int
