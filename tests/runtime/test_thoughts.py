@@ -62,20 +62,23 @@ def test_a_table_for_each_agent_and_round(traced: Path, capsys: pytest.CaptureFi
     shown = printed(capsys, traced)
     heads = [line for line in shown.splitlines() if line and not line.startswith(" ")]
     agents = [
-        f"{agent}, round {round_}: thoughts through the head (probability)"
+        f"{agent}, round {round_}"
         for agent, round_ in (("planner", 1), ("solver", 1), ("planner", 2))
     ]
+    head = "thoughts through the head (probability)"
     fed_back = "fed back to itself, among input embeddings (cosine)"
     sent = "sent, among input embeddings of the receiver (cosine)"
     paths = ("planner -> solver", "solver -> planner", "planner -> solver")
     tables = [
-        line for a, p in zip(agents, paths, strict=True) for line in (a, fed_back, f"{p}: {sent}")
+        line
+        for a, p in zip(agents, paths, strict=True)
+        for line in (a, head, fed_back, f"{p}: {sent}")
     ]
     assert heads == ["record 17", *tables, "record b", *tables]
     assert printed(capsys, traced, "--record", "17") + "\n" in shown
-    assert printed(capsys, traced, "--record", "b").startswith("record b\n\nplanner, round 1: ")
+    assert printed(capsys, traced, "--record", "b").startswith("record b\n\nplanner, round 1\n")
     # The planner's prompt ends in "4" and the head says that "e" comes next, which it feeds back.
-    (first,) = (line for line in shown.splitlines()[4:5])
+    (first,) = (line for line in shown.splitlines()[5:6])
     place, norm, rest, token, mass, *others = first.split()
     assert (place, norm, token) == ("1", "1", '"e"')
     line = json.loads((traced / RECORDS_NAME).read_text().splitlines()[0])
@@ -88,7 +91,7 @@ def test_a_thought_is_compared_with_the_round_before(
     traced: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown = printed(capsys, traced, "--record", "17").splitlines()
-    second = shown.index("planner, round 2: thoughts through the head (probability)")
+    second = shown.index("planner, round 2") + 1
     assert shown[second + 1].split() == ["norm", "before", "rest", "nearest", "tokens"]
     (line,) = (json.loads(s) for s in (traced / RECORDS_NAME).read_text().splitlines()[:1])
     cosines = {(t["agent"], t["round"], t["step"]): t["cosine_before"] for t in line["thoughts"]}
@@ -110,6 +113,19 @@ def test_what_is_sent_as_it_is_fed_back_is_not_printed_twice(
     assert sum(text.startswith("planner -> solver: ") for text in shown) == 2
 
 
+def test_messages_of_who_did_not_think_are_printed(
+    traced: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = traced / RECORDS_NAME
+    line = json.loads(path.read_text().splitlines()[0])
+    line["thoughts"] = [t for t in line["thoughts"] if t["agent"] == "solver"]
+    path.write_text(lines(line))
+    shown = printed(capsys, traced).splitlines()
+    first = shown.index("planner, round 1")
+    assert shown[first + 1].startswith("planner -> solver: sent, among input embeddings of the")
+    assert shown[first + 3].split()[0] == "1"
+
+
 def test_records_without_thoughts_are_counted(
     traced: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,7 +145,7 @@ def test_a_system_that_writes_has_no_thoughts(
 ) -> None:
     command = ["run", str(hand_bundle), "4", "--baseline", "text", "--quiet"]
     assert main([*command, "--trace", str(tmp_path / "t"), "--thoughts", "2"]) == 0
-    assert printed(capsys, tmp_path / "t") == "record 1: no agent took latent steps\n"
+    assert printed(capsys, tmp_path / "t") == "record 1: no agent thought or sent vectors\n"
 
 
 def test_a_trace_of_ones_own_may_ask_for_readings(hand_bundle: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +15,7 @@ from recmas_runtime.core.text import aligned, counted
 from recmas_runtime.formats.codec import from_json
 from recmas_runtime.formats.ids import link_ends, path_text
 from recmas_runtime.running.run_trace import RECORDS_NAME
-from recmas_runtime.running.thoughts import NearToken, Reading, RecordReadings
+from recmas_runtime.running.thoughts import NearToken, Reading, RecordReadings, ThoughtReading
 
 _KEYS: Final = RecordReadings.__struct_fields__
 _THE_SAME: Final = "sent as it was fed back"
@@ -59,28 +58,32 @@ def print_thoughts(
 
 
 def readings_text(record: object, readings: RecordReadings) -> str:
-    """Return tables of what was thought for a record: agent by agent, then what each one sent."""
+    """Return tables of what each agent thought for a record, round by round, and what it sent."""
+    thoughts: dict[tuple[int, str], list[ThoughtReading]] = {}
+    for thought in readings.thoughts:
+        thoughts.setdefault((thought.round, thought.agent), []).append(thought)
+    sent: dict[tuple[int, str], dict[str, list[Reading]]] = {}
+    for message in readings.messages:
+        by_link = sent.setdefault((message.round, link_ends(message.link)[0]), {})
+        by_link.setdefault(message.link, []).append(message.embedding)
     parts = [f"record {record}"]
-    messages = [
-        (link_ends(link)[0], round_, path_text(*link_ends(link)), [m.embedding for m in sent])
-        for (link, round_), sent in groupby(readings.messages, lambda m: (m.link, m.round))
-    ]
-    for key, thoughts in groupby(readings.thoughts, lambda t: (t.agent, t.round)):
-        steps = list(thoughts)
+    for key in sorted({**thoughts, **sent}, key=lambda key: key[0]):
+        steps = thoughts.get(key, [])
         fed_back = _table([step.fed_back for step in steps])
-        parts += [
-            f"\n{key[0]}, round {key[1]}: thoughts through the head (probability)",
-            *_table([step.head for step in steps], [step.cosine_before for step in steps]),
-            "fed back to itself, among input embeddings (cosine)",
-            *fed_back,
-        ]
-        for source, round_, path, vectors in messages:
-            if (source, round_) == key:
-                table = _table(vectors)
-                is_same = table == fed_back
-                parts.append(f"{path}: {_THE_SAME if is_same else _AMONG}")
-                parts += [] if is_same else table
-    return "\n".join(parts if len(parts) > 1 else [f"{parts[0]}: no agent took latent steps"])
+        parts.append(f"\n{key[1]}, round {key[0]}")
+        if steps:
+            parts += [
+                "thoughts through the head (probability)",
+                *_table([step.head for step in steps], [step.cosine_before for step in steps]),
+                "fed back to itself, among input embeddings (cosine)",
+                *fed_back,
+            ]
+        for link, vectors in sent.get(key, {}).items():
+            table, path = _table(vectors), path_text(*link_ends(link))
+            is_same = table == fed_back
+            parts.append(f"{path}: {_THE_SAME if is_same else _AMONG}")
+            parts += [] if is_same else table
+    return "\n".join(parts if len(parts) > 1 else [f"{parts[0]}: no agent thought or sent vectors"])
 
 
 def _table(readings: Sequence[Reading], befores: Sequence[float | None] = ()) -> list[str]:

@@ -168,6 +168,7 @@ class Batch:
         } | {
             (row, link, round_): message[row]
             for (link, round_), message in execution.messages.items()
+            if execution.plan.links[link].has_vectors
             for row in range(len(self._records))
             if self._ran(row, round_)
         }
