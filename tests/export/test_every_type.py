@@ -33,6 +33,8 @@ NESTED = {
 }
 # Whole families are refused, whatever of them would run: they are not made to continue a text.
 NOT_MADE_FOR_IT = ("encoder", "not a causal language model")
+# A quarter of a gigabyte: what a type keeps in an entry that no table names would fill the memory.
+MOST_PARAMETERS = 1 << 26
 
 
 def told_by_check(config: Any, model_type: str, folder: Path) -> str | None:
@@ -57,6 +59,11 @@ def found_by_a_build(config: Any, folder: Path) -> str | None:
 
 
 def _backbone(config: Any) -> TorchBackbone:
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(config).parameters()
+        found = sum(weight.numel() for weight in shapes)
+    if found > MOST_PARAMETERS:
+        pytest.fail(f"{found} parameters: say in `kit.small_configs` what makes it small")
     model = random_model(AutoModelForCausalLM, config).requires_grad_(False)
     model = text_model(model).eval()
     layers = layers_of(model)

@@ -56,6 +56,11 @@ _OTHERS: Final[Mapping[str, dict[str, Any]]] = {
     },
     "falcon_h1": {"mamba_d_ssm": 128},
     "fuyu": {"text_config": {"model_type": "persimmon", **_TEXT}},
+    "gemma4_unified": {
+        "text_config": {"head_dim": 16, "global_head_dim": 32, "sliding_window": 12, **_TEXT},
+        "vision_config": {"patch_size": 4, "mm_embed_dim": 32, "mm_posemb_size": 16},
+        "audio_config": {"audio_embed_dim": 32},
+    },
     "git": {"vision_config": _IMAGES},
     "got_ocr2": {
         "text_config": {"model_type": "qwen2", **_TEXT},
