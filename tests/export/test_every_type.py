@@ -12,8 +12,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kit.measured import largest_difference
+from kit.random_weights import random_model
 from kit.small_configs import small_config
-from kit.zoo import SEEING, ZOO, random_model
+from kit.zoo import SEEING, ZOO
 from recmas_compiler.backbones.facts import BackboneFacts, read_config_facts
 from recmas_compiler.backbones.loaded.own_layers import layers_of
 from recmas_compiler.backbones.loaded.text_model import text_model

@@ -180,6 +180,17 @@ def test_a_family_without_a_rule_must_list_its_layers(tmp_path: Path) -> None:
         ("roberta", {}, "is an encoder"),
         ("falcon", {"alibi": True}, "position biases in bfloat16"),
         ("doge", {"keep_window_size": 512}, "its layers choose which keys they see"),
+        (
+            "minimax_m3_vl",
+            {
+                "text_config": {
+                    "model_type": "minimax_m3_vl_text",
+                    "num_hidden_layers": 2,
+                    "sparse_attention_config": {"sparse_attention_freq": [0, 1]},
+                }
+            },
+            "its layers are of type `minimax_m3_sparse`",
+        ),
         ("gemma3n_text", {"intermediate_size": [64, 64]}, "inputs of their own for every token"),
     ],
 )
