@@ -205,6 +205,11 @@ def _code(model_name: str | None) -> dict[str, Any]:
         found["layer_cycle"] = ["full_attention"]
     if any(name in source for name in STATE_NAMES):
         return found | {"code": "state"}
+    taken = inspect.signature(model_class.forward).parameters.keys()
+    if "past_key_values" not in taken and "shared_kv_states" in taken:
+        return found | {"code": "draft"}
+    if taken.isdisjoint(("past_key_values", "use_cache")):
+        return found | {"code": "no cache"}
     return found
 
 
