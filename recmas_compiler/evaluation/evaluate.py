@@ -29,7 +29,7 @@ from recmas_runtime.core.files import exclusive
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.core.text import counted, listed
 from recmas_runtime.formats.bundle import Bundle, keep_out, open_bundle
-from recmas_runtime.formats.plan import AgentPlan, DecodeStep
+from recmas_runtime.formats.plan import AgentPlan, DecodeStep, field_place
 from recmas_runtime.prompts.chat_template import ChatTemplate, read_template
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES, messages_of
 from recmas_runtime.running.baselines import LATENT, apply_baseline
@@ -292,7 +292,7 @@ def _untrained_bundle(options: EvalOptions, names: Sequence[str], bundle: Bundle
 def _check_fields(bundle: Bundle, data: DataSet) -> None:
     """Refuse data that lacks what every prompt shows; single records may still fail."""
     there = {"id"}.union(*(question.record.fields for question in data.questions))
-    missing = sorted(set(bundle.plan.fields) - there)
+    missing = sorted({field_place(shown).name for shown in bundle.plan.fields} - there)
     if missing:
         raise fail(
             "RM601",

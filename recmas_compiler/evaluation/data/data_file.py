@@ -15,6 +15,7 @@ from recmas_compiler.evaluation.data.converters import CONVERTERS, UNREADABLE
 from recmas_compiler.evaluation.data.protocol import DataSection, Protocol
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.tables import FORMATS, Row, read_rows
+from recmas_runtime.formats.plan import field_place
 from recmas_runtime.prompts.render import field_text
 from recmas_runtime.running.records import Record
 
@@ -175,8 +176,9 @@ def _with_appended(
 ) -> str:
     """Return the question with the fields that the prompts would not show otherwise."""
     parts = [str(fields["question"])]
+    there = {field_place(one).name for one in shown}
     for name, heading in append.items():
-        if name not in shown and fields.get(name):
+        if name not in there and fields.get(name):
             parts.append(f"{heading}\n{field_text(name, fields)}".strip())
     return "\n\n".join(parts)
 

@@ -331,8 +331,8 @@ class LinkSection(WeightsSection):
 class PromptSection(Section):
     """What an agent is asked; a plain text means `then` alone.
 
-    `{{ field }}` is a field of the input record, `{{ latent.AGENT }}` a slot for that agent's
-    message. Nothing else of Jinja is allowed.
+    `{{ field }}` is a field of the input record, `{{ field[0] }}` the first entry of one that is a
+    list, `{{ latent.AGENT }}` a slot for that agent's message. Nothing else of Jinja is allowed.
     """
 
     first: Given[PromptText] = None
@@ -363,8 +363,8 @@ class AgentSection(Section):
     """Name of a backbone."""
 
     system: Given[Annotated[str, StringConstraints(max_length=100_000)]] = None
-    """System text. It may hold `{{ field }}`, but no slots. Without it there is no system
-    message."""
+    """System text. It may hold `{{ field }}` and `{{ field[0] }}`, but no slots. Without it there
+    is no system message."""
 
     prompt: PromptSection
     """Text, or a mapping of `first` and `then`."""

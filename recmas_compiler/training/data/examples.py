@@ -16,6 +16,7 @@ from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.files import open_regular
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.core.tables import FORMATS, Row, read_rows
+from recmas_runtime.prompts.render import field_text
 from recmas_runtime.running.records import as_record, check_record
 
 # A file with one mistake often has it in every line.
@@ -253,7 +254,7 @@ def _overlap(
     """
 
     def asked(example: TrainExample) -> str:
-        return repr([example.fields.get(name) for name in prompt_fields])
+        return repr([field_text(shown, example.fields) for shown in prompt_fields])
 
     known = {example.id: example for example in train}
     same = [
