@@ -283,7 +283,7 @@ def test_an_entry_of_a_list_is_a_field(written: str, value: str) -> None:
         ("{{ facts[n] }}", '"n" is no entry of `facts`: not a whole number from 0.'),
         ("{{ facts['a'] }}", "\"'a'\" is no entry of `facts`: not a whole number from 0."),
         ("{{ facts[0][1] }}", '"0][1" is no entry of `facts`: not a whole number from 0.'),
-        ("{{ facts[\u0661] }}", '"\\u0661" is no entry of `facts`: not a whole number from 0.'),
+        ("{{ facts[\u0661] }}", '"\u0661" is no entry of `facts`: not a whole number from 0.'),
         ("{{ facts[1000] }}", "entry 1000 of `facts` is beyond 999."),
         ("{{ facts[9999999999] }}", '"9999999999" is no entry of `facts`: not a whole number'),
         ("{{ id[0] }}", "the `id` of a record is no list."),
@@ -294,7 +294,8 @@ def test_an_entry_of_a_list_is_a_field(written: str, value: str) -> None:
     ],
 )
 def test_entries_that_are_none_are_refused_where_they_stand(written: str, message: str) -> None:
-    text = SPEC.replace('"{{ question }} Plan."', json.dumps(f"{{{{ question }}}} {written} Plan."))
+    quoted = json.dumps(f"{{{{ question }}}} {written} Plan.", ensure_ascii=False)
+    text = SPEC.replace('"{{ question }} Plan."', quoted)
     with pytest.raises(RecmasError) as caught:
         parse_spec(text, file="spec.yaml")
     (problem,) = caught.value.problems
