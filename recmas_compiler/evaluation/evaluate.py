@@ -13,7 +13,13 @@ from typing import Final, Self
 
 from recmas_compiler.evaluation.checks import make_check
 from recmas_compiler.evaluation.checks.verdict import Check, opened_thinking
-from recmas_compiler.evaluation.data.data_file import MAX_PROBLEMS, DataSet, Question, load_data
+from recmas_compiler.evaluation.data.data_file import (
+    MAX_PROBLEMS,
+    DataSet,
+    Question,
+    left_out_warnings,
+    load_data,
+)
 from recmas_compiler.evaluation.data.protocol import Protocol, load_protocol
 from recmas_compiler.evaluation.identity import (
     Identity,
@@ -151,7 +157,11 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
     return Evaluated(
         report=report,
         written=written,
-        warnings=(*_warnings(protocol, identity, broken), *warnings),
+        warnings=(
+            *left_out_warnings(data.left_out, file=str(options.data)),
+            *_warnings(protocol, identity, broken),
+            *warnings,
+        ),
         interrupted=evaluation.interrupted,
     )
 
