@@ -142,5 +142,7 @@ def test_the_page_about_evaluation_is_current() -> None:
     example = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert example is not None
     assert parse_protocol(example.group(1), file="evaluation.md").name == "capitals"
-    listed = re.findall(r"^\| (`[a-z0-9_`, ]+`) \| (?:math|choice|exact|F1|SQuAD|code) \|", page, re.M)
+    listed = re.findall(
+        r"^\| (`[a-z0-9_`, ]+`) \| (?:math|choice|exact|F1|SQuAD|code) \|", page, re.M
+    )
     assert sorted(re.findall(r"`(\w+)`", " ".join(listed))) == list(protocol_names())
