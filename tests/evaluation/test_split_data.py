@@ -477,6 +477,10 @@ def test_questions_of_another_file_are_left_out(tmp_path: Path) -> None:
     assert write_questions(path, protocol, without=[other]).num_written == 2
     with pytest.raises(RecmasError, match="no question is left"):
         write_questions(path, protocol, without=[path])
+    story = written(tmp_path / "qa2_test.txt", BABI)
+    copy = written(tmp_path / "qa2_train.txt", BABI.replace("Lily", "Mia"))
+    made = write_questions(copy, load_protocol("babi_split"), without=[story])
+    assert [json.loads(line)["id"] for line in made.text.splitlines()] == ["qa2_train-5"]
     nameless = written(tmp_path / "n.jsonl", {"question": "Which one is long?"})
     with pytest.raises(RecmasError, match="the record has no id, by which it could be left out"):
         write_questions(path, protocol, without=[nameless])

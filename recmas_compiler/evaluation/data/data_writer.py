@@ -88,9 +88,13 @@ _WITHOUT: Final = "Give --without a file that `recmasc data` wrote, or one of th
 
 def _names(record_id: str | int, fields: Mapping[str, Any]) -> set[str]:
     """Return by what a question is known: its id, and its words with the text they are about."""
-    question, context = fields.get("question"), fields.get("context")
-    words = json.dumps([question, context]) if isinstance(context, str) else ""
-    return {str(record_id), *filter(None, [words])}
+    question, text, facts = (fields.get(name) for name in ("question", "context", "facts"))
+    if text is None and isinstance(facts, list):
+        text = " ".join(map(str, facts))
+    names = {str(record_id)}
+    if isinstance(question, str) and isinstance(text, str):
+        names.add(json.dumps([question.strip(), text]))
+    return names
 
 
 def _record(question: Question, names: Sequence[str]) -> dict[str, Any]:
