@@ -120,6 +120,10 @@ def test_each_task_of_split_has_prompts_that_its_records_fill() -> None:
         spec = parse_spec(starter_spec("split", task=task, train=True))
         assert spec.warnings == ()
         assert spec.document.name == f"split-{task}"
+        untrained = parse_spec(starter_spec("split", task=task))
+        assert untrained.warnings == ()
+        assert {link.carries for link in untrained.document.links.values()} == {"cache"}
+        assert {link.carries for link in spec.document.links.values()} == {"thoughts"}
         prompts = [prompt for each in spec.declared.prompts.values() for _, prompt in each.fields()]
         used = {part.value for prompt in prompts for part in prompt.parts if part.kind == "field"}
         assert used == fields

@@ -304,6 +304,19 @@ def test_entries_that_are_none_are_refused_where_they_stand(written: str, messag
     assert "`{{ f" in (problem.hint or "") or "`{{ id" in (problem.hint or "")
 
 
+def test_a_link_may_carry_the_tokens_of_an_entry() -> None:
+    text = SPEC.replace("Plan.", "{{ facts[1] }}").replace(
+        "solver: {}", "solver: {carries: context, of: 'OF'}"
+    )
+    link = parse_spec(text.replace("OF", "facts[1]"), file="spec.yaml").document.links
+    assert [one.of for one in link.values()] == ["facts[1]"]
+    for other, code in (("facts[0]", "RM127"), ("facts", "RM127"), ("facts[-1]", "RM105")):
+        with pytest.raises(RecmasError) as caught:
+            parse_spec(text.replace("OF", other), file="spec.yaml")
+        (problem,) = caught.value.problems
+        assert (problem.code, problem.line) == (code, 16)
+
+
 # Braces, and fields that nobody shows
 
 

@@ -36,6 +36,9 @@ SPLIT_TASKS: Final = ("qa", "two-hop")
 _TASK_LINE: Final = "  task: general "
 # What a starter has from here on belongs to `--train`.
 _TRAIN_LINE: Final = "\n# --- train\n"
+# Rows of a cache go through no weights, so a starter that trains hands over vectors.
+_UNTRAINED: Final = "{carries: cache}"
+_TRAINED: Final = "{carries: thoughts}"
 
 
 def schema_line(schema: str) -> str:
@@ -66,6 +69,8 @@ def starter_spec(
     name = f"split_{_split_task(task)}" if pattern == "split" else pattern
     text = (Path(__file__).parent / "starters" / f"{name}.yaml").read_text("utf-8")
     text, _, section = text.partition(_TRAIN_LINE)
+    if train:
+        text = text.replace(_UNTRAINED, _TRAINED)
     if task is not None and pattern != "split":
         text = _with_task(text, pattern, task)
     return schema_line(schema) + text + (f"\n{section}" if train else "")
