@@ -97,6 +97,7 @@ def load(path: Path, name: str, *overrides: str, beside: Path | None = None) -> 
 
 def written(path: Path, content: object) -> Path:
     text = content if isinstance(content, str) else json.dumps(content)
+    path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -344,6 +345,13 @@ def test_stories_are_cut_with_a_needed_fact_in_each_part(tmp_path: Path) -> None
         parts = one.record.fields["facts"]
         assert isinstance(parts, list)
         assert " ".join(parts) == one.record.fields["context"]
+
+
+def test_stories_may_have_the_line_ends_of_windows(tmp_path: Path) -> None:
+    path = tmp_path / "qa.txt"
+    path.write_bytes(BABI.replace("\n", "\r\n").encode())
+    plain = load(written(tmp_path / "plain" / "qa.txt", BABI), "babi_split")
+    assert load(path, "babi_split").questions == plain.questions
 
 
 def test_stories_of_ours_are_cut_too(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def babi(published: Published) -> Iterator[Row] | None:
     among these of the facts that are needed, from 0).
     """
     try:
-        lines = published.content.decode("utf-8-sig").splitlines()
+        lines = published.content.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError:
         return None
     first = next((line for line in lines if line.strip()), "")
