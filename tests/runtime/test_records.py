@@ -140,7 +140,7 @@ def test_what_the_prompts_use_is_named_with_lists_as_long_as_they_must_be() -> N
         question_record("What?", ("question", "facts[0]", "facts[1]"))
     (problem,) = caught.value.problems
     assert problem.message == "record '1' has no field 'facts', which the prompts use"
-    assert "--field facts=... --field facts=..." in (problem.hint or "")
+    assert "--field 'facts[0]'=... --field 'facts[1]'=..." in (problem.hint or "")
     assert '{"question": "...", "facts": ["...", "..."]}' in (problem.hint or "")
 
 

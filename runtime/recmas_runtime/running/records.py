@@ -220,10 +220,15 @@ def check_record(record: Record, fields: Sequence[str]) -> None:
 def needed_fields(fields: Sequence[str]) -> str:
     """Return how to give what the prompts use, as a hint."""
     line = json.dumps(filled_fields(fields, "..."))
-    options = " ".join(f"--field {field_place(shown).name}=..." for shown in fields)
+    options = " ".join(field_option(shown) for shown in fields)
     return (
         f"The prompts use {listed(fields)}: give {options}, or --input with lines such as {line}."
     )
+
+
+def field_option(shown: str, *, value: str = "...") -> str:
+    """Return how a command line gives a field, or an entry of a list; shells read brackets."""
+    return f"--field '{shown}'={value}" if "[" in shown else f"--field {shown}={value}"
 
 
 def _check_id(given: object, hint: str) -> None:
