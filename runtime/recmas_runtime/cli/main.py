@@ -189,7 +189,8 @@ def _parser() -> argparse.ArgumentParser:
         dest="fields",
         action="append",
         metavar="NAME=VALUE",
-        help="a field that the prompts use; may be repeated, a name too, for a list",
+        help="a field that the prompts use; may be repeated, a name too, for a list, whose entries "
+        "may also be given as NAME[0]=VALUE",
     )
     files = run.add_argument_group("many questions")
     files.add_argument(
