@@ -32,6 +32,7 @@ from recmas_runtime.formats.plan import (
     slot_positions,
 )
 from recmas_runtime.prompts.render import Prompt, PromptSource, Tokens, common_prefix
+from recmas_runtime.running.controls import MeanMessages
 from recmas_runtime.running.generation import AnswerTools, DecoderSettings, TextGenerator
 from recmas_runtime.running.run_trace import StepEvent
 from recmas_runtime.sequences.sequence_batch import DECODE_HEADROOM, SequenceBatch
@@ -73,7 +74,9 @@ class Execution:
     """One batch on its way through the plan.
 
     Attributes:
-        exchange: Give the answer agent, in the last round, the messages of the next record.
+        answer_prompts: The answer agent's in the last round, where they are of other records than
+            `prompts`: their answers are then written from the messages of these.
+        mean: Fills the answer agent's slots in the last round with the mean of other records.
         messages: By link and round of sending, [B, M, d].
         texts: By agent and round, the text of each record that stands in for messages.
         converged: [B], the round after which a record's recursion ended early; 0 if it did not.
@@ -84,7 +87,8 @@ class Execution:
     seeds: Sequence[int]
     sampling: SamplingPlan
     prompts: PromptSource
-    exchange: bool = False
+    answer_prompts: PromptSource | None = None
+    mean: MeanMessages | None = None
     tools: AnswerTools | None = None
     messages: dict[tuple[str, int], Floats] = field(default_factory=dict)
     texts: dict[tuple[str, int], list[str]] = field(default_factory=dict)
@@ -117,13 +121,26 @@ class Execution:
                 self.events += self._run(step)
             self._find_converged(round_)
 
+    def received(self) -> list[dict[str, Floats]]:
+        """Return by record the messages [M, d] for the answer agent's slots, after the rounds."""
+        step = self._answer_step
+        return [self._received(step, self.plan.answer_agent, b)[0] for b in range(self.num_records)]
+
+    @property
+    def answer_sequences(self) -> SequenceBatch:
+        """The answer agent's sequences, one a record, prefilled for its answer."""
+        return self._sequences[self._answer_step.cache]
+
+    @property
+    def _answer_step(self) -> PrefillStep:
+        """The prefill of the answer itself, the last one."""
+        return next(s for s in reversed(self.plan.steps) if isinstance(s, PrefillStep))
+
     def answer(self) -> TextGenerator:
         """Return what decodes the answers, one a record; their sequences are then used up."""
-        step = self.plan.steps[-1]
-        assert isinstance(step, DecodeStep), "a plan ends with its decode"
         return TextGenerator(
-            self._sequences[step.cache],
-            settings=self._decoder_settings(step.agent),
+            self.answer_sequences,
+            settings=self._decoder_settings(self.plan.answer_agent),
             sampling=self.sampling,
             seeds=self.seeds,
             tools=self.tools,
@@ -160,7 +177,9 @@ class Execution:
         for agent, variant in zip(step.agents, step.variants, strict=True):
             for b in range(batch):
                 thoughts, texts = self._received(step, agent, b)
-                prompts.append(self.prompts(b, agent, variant, texts))
+                if self.mean is not None and step is self._answer_step:
+                    thoughts = {s: self.mean.of_others(s, own) for s, own in thoughts.items()}
+                prompts.append(self._prompts_of(step)(b, agent, variant, texts))
                 embeds.append(_splice(sequences.engine, prompts[-1], thoughts))
         leading = [prompt.leading_ids for prompt in prompts]
         other = self._sequences.get(step.prefix_from or "")  # None if an early exit left it out
@@ -219,8 +238,6 @@ class Execution:
         self, step: PrefillStep, agent: str, b: int
     ) -> tuple[dict[str, Floats], dict[str, str]]:
         """Return what fills the slots of one prompt: messages [M, d], and texts, by slot."""
-        is_answer = agent == self.plan.answer_agent and step.round == self.plan.rounds
-        sender = (b + 1) % self.num_records if self.exchange and is_answer else b
         thoughts: dict[str, Floats] = {}
         texts: dict[str, str] = {}
         for message in step.messages:
@@ -230,8 +247,13 @@ class Execution:
             if link.carries == "text":
                 texts[message.slot] = self.texts[link.source, message.round][b]
             else:
-                thoughts[message.slot] = self._sent(message.link, message.round)[sender]
+                thoughts[message.slot] = self._sent(message.link, message.round)[b]
         return thoughts, texts
+
+    def _prompts_of(self, step: PrefillStep) -> PromptSource:
+        if self.answer_prompts is not None and step is self._answer_step:
+            return self.answer_prompts
+        return self.prompts
 
     def _sent(self, link: str, round_: int) -> Floats:
         """Return the message [B, M, d] of a round; of the latest one if an exit left it out."""
@@ -372,11 +394,10 @@ class Execution:
                 continue
             match step:
                 case PrefillStep():
+                    prompt = self._prompts_of(step)
                     for agent, variant in zip(step.agents, step.variants, strict=True):
                         filled = slots.get((agent, variant), {})
-                        prompts = (
-                            self.prompts(b, agent, variant, {}) for b in range(self.num_records)
-                        )
+                        prompts = (prompt(b, agent, variant, {}) for b in range(self.num_records))
                         longest = max(longest, *(p.num_positions(filled) for p in prompts))
                 case ThinkStep():
                     after = max(after, self.plan.num_latent_steps(step))

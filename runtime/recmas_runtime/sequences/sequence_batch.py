@@ -212,18 +212,34 @@ class SequenceBatch:
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> None:
         """Run one or more token ids of every row behind what is there."""
-        assert not self.keeps_states or (self._stand == self.lengths).all(), "states went on alone"
         counts = np.array([len(ids) for ids in tokens], np.int64)
+        _, self.thought, self.next_embeds = self._read(tokens, counts)
+        self.lengths = self._stand = self.lengths + counts
+
+    def look_ahead(self, tokens: Sequence[Sequence[int]]) -> Floats:
+        """Return the hidden states [R, S, d] of one or more token ids of every row.
+
+        The sequences stay as they are: what these tokens write is overwritten by what follows.
+        """
+        counts = np.array([len(ids) for ids in tokens], np.int64)
+        saved = self.cache.save_states() if self.keeps_states else None
+        hidden, _, _ = self._read(tokens, counts)
+        if saved is not None:
+            self.cache.restore_states(saved, {row: row for row in range(len(tokens))})
+        return hidden
+
+    def _read(
+        self, tokens: Sequence[Sequence[int]], counts: Indices
+    ) -> tuple[Floats, Floats, Floats]:
+        """Run token ids of every row behind what is there; returns what `forward` gives."""
+        assert not self.keeps_states or (self._stand == self.lengths).all(), "states went on alone"
         self._make_room(int(self.lengths.max() + counts.max()))
         # What a shorter row writes behind its own tokens is overwritten before it is ever read.
         padded = np.zeros((len(tokens), int(counts.max())), np.int64)
         for row, ids in enumerate(tokens):
             padded[row, : len(ids)] = ids
         embeds = self.engine.embed(padded)
-        _, self.thought, self.next_embeds = self.engine.forward(
-            self.cache, embeds, self.lengths, counts - 1, self.inner
-        )
-        self.lengths = self._stand = self.lengths + counts
+        return self.engine.forward(self.cache, embeds, self.lengths, counts - 1, self.inner)
 
     def went_on(self, positions: int) -> None:
         """Note that a rollout has run positions behind each row, which no text follows."""
