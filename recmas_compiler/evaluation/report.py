@@ -276,6 +276,17 @@ def comparison_text(report: Report) -> str:
         parts += [f"{_difference(c.score, '+.3f')} score"] if c.score is not None else []
         parts += [f"{_difference(c.loss, '+.3f')} nats/token"] if c.loss is not None else []
         lines.append(head + "; ".join(parts))
+    for system in report.systems:
+        if system.num_repeated:
+            lines.append(
+                f"- {system.name}: {counted(system.num_repeated, 'question')} with the messages of "
+                "a record that sends to another one too: most records have one answer"
+            )
+        if system.num_same_input:
+            lines.append(
+                f"- {system.name}: {counted(system.num_same_input, 'question')} with the messages "
+                "of a record that showed an agent the same text"
+            )
     other = max((s.num_other_kind for s in report.systems), default=0)
     if other:
         lines.append(f"- {counted(other, 'candidate')} of another kind than the right answer")

@@ -82,6 +82,8 @@ class ScoredAnswer:
         batch_size: Records that shared its batch, and the batch's time.
         answer: The whole answer as `recmas run --json` has it; None if the record failed.
         target: The right answer, or several that count as right; None for unit tests.
+        sender: The record whose messages the answer agent got; None for its own.
+        same_input: Whether that one showed an agent the same text, because nothing else was left.
         loss: Of the right answer's text in nats per token, where that is scored.
         rank: Its place among the candidates, 1 for the likeliest.
         num_candidates: Itself included.
@@ -98,6 +100,8 @@ class ScoredAnswer:
     answer: dict[str, Any] | None
     failure: str | None
     target: Any = None
+    sender: str | None = None
+    same_input: bool = False
     loss: float | None = None
     rank: int | None = None
     num_candidates: int = 0
@@ -270,7 +274,7 @@ def run_systems(
                         scored = _run_job(made[name], job, protocol, judge)
                     else:
                         scored = _score_job(made[name], job, drawn)
-                    logs[name].append(scored)
+                    logs[name].append(scored := _with_senders(scored, made[name], job))
                     advance(len(scored), note=_shares(logs))
         except KeyboardInterrupt:
             interrupted = True
@@ -318,6 +322,20 @@ def _over(system: System, questions: Sequence[Question], protocol: Protocol, see
     has_texts = protocol.check.kind != "code"
     answers = [gold_texts(question) if has_texts else () for question in questions]
     return system.over([question.record for question in questions], answers=answers, seed=seed)
+
+
+def _with_senders(scored: list[ScoredAnswer], system: System, job: Job) -> list[ScoredAnswer]:
+    """Note whose messages the answers were written from, where these were of another record."""
+    covered = system.covered
+    if covered is None or covered.mean is not None:
+        return scored
+    records = [question.record for question in job.questions]
+    return [
+        replace(one, sender=str(covered.sender(r).id), same_input=covered.has_same_input(r))
+        if one.failure is None
+        else one
+        for one, r in zip(scored, records, strict=True)
+    ]
 
 
 def _score_job(system: System, job: Job, drawn: Mapping[str, Candidates]) -> list[ScoredAnswer]:

@@ -41,6 +41,9 @@ class SystemSummary:
         loss_interval: Bootstrap 95 % interval of it.
         chance: Share of right answers by chance, where candidates are ranked.
         num_other_kind: Candidates of another kind than the right answer, over all questions.
+        num_repeated: Questions answered from messages of a record that sent to another one too.
+        num_same_input: Questions answered from messages of a record that showed an agent the same
+            text.
         failed: Records that could not be run, with the reason; they count as wrong.
         usage: Means per answer: tokens, latent steps.
         rounds: Mean rounds that ran; None if no record did.
@@ -64,6 +67,8 @@ class SystemSummary:
     loss_interval: Interval | None
     chance: float | None
     num_other_kind: int
+    num_repeated: int
+    num_same_input: int
     failed: tuple[dict[str, str], ...]
     usage: dict[str, float]
     rounds: float | None
@@ -140,6 +145,7 @@ def summarize(answers: SystemAnswers) -> SystemSummary:
     }
     ran = [(one, one.answer) for one in scored if one.answer is not None]
     losses = list(losses_by_question(scored).values())
+    senders = {one.id: one.sender for one in scored if one.sender is not None}
     ranked = [one for one in scored if one.num_candidates > 1]
     return SystemSummary(
         name=answers.name,
@@ -158,6 +164,8 @@ def summarize(answers: SystemAnswers) -> SystemSummary:
         loss=mean(losses) if losses else None,
         loss_interval=bootstrap(losses) if losses else None,
         chance=mean(1 / one.num_candidates for one in ranked) if ranked else None,
+        num_repeated=len(senders) - len(set(senders.values())),
+        num_same_input=len({one.id for one in scored if one.same_input}),
         num_other_kind=sum(one.num_other_kind for one in ranked),
         failed=tuple(
             {"id": one.id, "reason": one.failure} for one in scored if one.failure is not None

@@ -219,6 +219,22 @@ def test_shuffled_is_over_the_whole_set_in_any_batches(
     assert texts[0] == texts[1]
 
 
+def test_whose_messages_were_used_is_told(
+    run: Evaluate, tmp_path: Path, write_records: WriteRecords
+) -> None:
+    given = ["yes", "yes", "yes", "no", "yes"]
+    records = [{"id": f"q{i}", "question": f"Q{i}", "answer": a} for i, a in enumerate(given)]
+    outcome = run(data=write_records(records), baselines=("shuffled", "latent"), batch=2)
+    scored = lines(tmp_path / "out" / "answers-shuffled.jsonl")
+    senders = [given[int(one["sender"].removeprefix("q"))] for one in scored]
+    assert senders == ["no", "no", "no", "yes", "no"]
+    (shuffled, latent) = outcome.data["systems"]
+    assert (shuffled["num_repeated"], shuffled["num_same_input"]) == (3, 0)
+    assert "shuffled: 3 questions with the messages of a record that sends" in outcome.text
+    assert lines(tmp_path / "out" / "answers-latent.jsonl")[0]["sender"] is None
+    assert latent["num_repeated"] == 0
+
+
 CANDIDATES = ("score.by=candidates", "score.candidates=3")
 
 

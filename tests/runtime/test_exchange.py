@@ -15,7 +15,7 @@ def test_records_with_different_answers_are_permuted(num: int, seed: int) -> Non
     found = exchange([[str(place)] for place in range(num)], seed=seed)
     assert sorted(found.senders) == list(range(num))
     assert all(sender != place for place, sender in enumerate(found.senders))
-    assert (found.num_repeated, found.num_same_input) == (0, 0)
+    assert (found.num_repeated, found.same_input) == (0, frozenset())
     assert found == exchange([[str(place)] for place in range(num)], seed=seed)
 
 
@@ -67,7 +67,7 @@ def test_messages_about_the_same_passage_are_not_exchanged() -> None:
         found = exchange(answers, inputs, seed=seed)
         assert sorted(found.senders) == list(range(6))
         assert all(passages[s] != passages[p] for p, s in enumerate(found.senders))
-        assert found.num_same_input == 0
+        assert not found.same_input
 
 
 def test_the_same_passage_is_told_where_nothing_else_is_left() -> None:
@@ -75,9 +75,9 @@ def test_the_same_passage_is_told_where_nothing_else_is_left() -> None:
     found = exchange([["1"], ["2"], ["3"], ["4"], ["5"]], inputs)
     assert all(sender != place for place, sender in enumerate(found.senders))
     # Four of a passage have one record outside of it, which all of them may get.
-    assert (found.num_same_input, found.num_repeated) == (0, 3)
+    assert (len(found.same_input), found.num_repeated) == (0, 3)
     found = exchange([["1"], ["2"], ["3"], ["3"], ["3"]], [["a"], ["a"], ["a"], ["b"], ["b"]])
-    assert found.num_same_input == 1
+    assert found.same_input == {2}
 
 
 def test_what_cannot_be_exchanged() -> None:

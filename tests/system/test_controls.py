@@ -120,7 +120,7 @@ def test_a_set_is_cut_into_any_batches(build_tiny: BuildTiny, name: str) -> None
 def test_records_with_one_answer_do_not_send_to_each_other(build_tiny: BuildTiny) -> None:
     system = build_tiny(SPECS["loop"]).system.baseline("shuffled")
     answers = [["Yes"], ["no"], ["yes."], ["No"], ["maybe"]]
-    covered = system.over(RECORDS, answers=answers, seed=3)._covered
+    covered = system.over(RECORDS, answers=answers, seed=3).covered
     assert covered is not None
     for place, record in enumerate(RECORDS):
         other = answers[int(covered.sender(record).id)][0].lower()[:2]

@@ -119,7 +119,7 @@ class System:
     """A multi-agent system, ready to answer. One caller at a time runs; others wait.
 
     It may be used in a `with` statement, which closes it. With a `control` the answer agent sees
-    messages that are not the record's own; see `baseline` and `over`.
+    messages that are not the record's own; see `baseline` and `over`, whose set is `covered`.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class System:
         self._answer_chat = answer_chat(loaded.chats, plan.agents[plan.answer_agent], plan.tools)
         self._tools = None if toolbox is None else self._answer_tools(toolbox)
         self._control = control
-        self._covered = covered
+        self.covered = covered
 
     @property
     def _loaded(self) -> LoadedBundle:
@@ -314,7 +314,7 @@ class System:
         """
         chosen = self._settings(sampling, settings)
         records = [records] if is_one(records) else list(records)  # type: ignore[list-item]
-        if self._control is not None and self._covered is None:
+        if self._control is not None and self.covered is None:
             system = self.over(records)
             return system.run_batch(records, sampling=chosen, trace=trace, progress=progress)
 
@@ -338,7 +338,7 @@ class System:
         Args:
             candidates: By record, texts that could be the answer.
         """
-        if self._control is not None and self._covered is None:
+        if self._control is not None and self.covered is None:
             return self.over(records).score_batch(records, candidates, progress=progress)
 
         def scores(part: Sequence[_Ready]) -> list[Scores]:
@@ -401,8 +401,8 @@ class System:
         """Return the prompts of the record whose messages this one gets; None for its own."""
         if self._control is None:
             return None
-        assert self._covered is not None, "a control is over a set"
-        sender = self._covered.sender(record)
+        assert self.covered is not None, "a control is over a set"
+        sender = self.covered.sender(record)
         return self.prompts(sender) if self._control == SHUFFLED else None
 
     def stream(
@@ -419,7 +419,7 @@ class System:
         """
         chosen = self._settings(sampling, settings)
         record = as_record(question, 0)
-        if self._control is not None and self._covered is None:
+        if self._control is not None and self.covered is None:
             return self.over([record]).stream(question, sampling=chosen)
         ready = _Ready(0, record, self._prompts_of(question, record), self._sender(record))
         execution = self._execution([ready], chosen)
@@ -538,7 +538,7 @@ class System:
             sampling=settings,
             prompts=prompts(lambda ready: ready.sender or ready.prompts),
             answer_prompts=prompts(lambda ready: ready.prompts),
-            mean=None if self._covered is None else self._covered.mean,
+            mean=None if self.covered is None else self.covered.mean,
             tools=self._tools,
         )
 
