@@ -32,7 +32,6 @@ from recmas_runtime.core.text import counted, human_bytes
 from recmas_runtime.engines.tensorrt.engine_cache import find_platform
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.codec import to_json
-from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.manifest import MANIFEST_NAME, SPEC_NAME, ParityEntry
 from recmas_runtime.formats.precisions import TARGET_NAMES, TARGETS, buildable
 
@@ -204,10 +203,8 @@ def _untrained_warning(program: Program) -> tuple[Problem, ...]:
 
 
 def _all_links(program: Program) -> dict[str, LinkWeights]:
-    """Return all links of a system by id, inner ones first."""
-    system = program.graph.system
-    inner = {inner_link_id(name): agent.inner for name, agent in system.agents.items()}
-    return inner | {link_id: link.weights for link_id, link in system.links.items()}
+    """Return all links of a system that are applied, by id, inner ones first."""
+    return program.graph.system.link_weights
 
 
 def _without_training(source: Path) -> tuple[Path, Callable[[Spec], Spec]]:

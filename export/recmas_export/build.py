@@ -264,7 +264,7 @@ def _inputs(program: Graph) -> _Inputs:
     system = program.system
     backbones = {name: system.backbones[name] for name in live_backbones(program)}
     links = {inner_link_id(name): system.agents[name].inner for name in live_agents(program)}
-    links |= {link.id: link.weights for link in system.links.values()}
+    links |= {link.id: link.weights for link in system.links.values() if link.weights is not None}
     files = {i: Path(weights.file) for i, weights in links.items() if weights.file is not None}
     measures_loss = any(PRECISIONS[b.precision].is_quantized for b in backbones.values())
     return _Inputs(

@@ -17,7 +17,18 @@ from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import Agent, Decode, Flow, Link, NodeOp, Prefill, Send, System, Think
+from recmas_compiler.ir.ops import (
+    Agent,
+    Decode,
+    Flow,
+    Link,
+    NodeOp,
+    Prefill,
+    Send,
+    System,
+    Think,
+    Write,
+)
 from recmas_runtime.core.text import counted
 
 Point = tuple[float, float]
@@ -300,6 +311,8 @@ def _shape(op: NodeOp, system: System) -> str:
         case Think(agents=agents):
             steps = system.agents[agents[0]].latent_steps
             return f'["think {", ".join(agents)}<br/>{counted(steps, "step")}"]'
+        case Write(agents=agents, max_tokens=max_tokens):
+            return f'["write {", ".join(agents)}<br/>{counted(max_tokens, "token")} at most"]'
         case Send(source=source, targets=targets):
             return f'(["{source} to {", ".join(targets)}"])'
         case Decode(agent=agent):

@@ -7,11 +7,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from recmas_compiler.backbones.facts import weights_bytes
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import Agent, Link, Prefill, Send, System, Think, prefill_id, send_id
-from recmas_compiler.ir.printer import prompt_text
+from recmas_compiler.ir.ops import (
+    Agent,
+    Link,
+    Prefill,
+    Send,
+    System,
+    Think,
+    Write,
+    prefill_id,
+    send_id,
+)
+from recmas_compiler.ir.printer import num_vectors, prompt_text
 from recmas_compiler.passes.pass_base import Record
 from recmas_compiler.passes.prompt_prefix import common_beginning, common_parts
 from recmas_runtime.core.text import counted, human_bytes, listed
+from recmas_runtime.formats.layers import sequence_bytes
 from recmas_runtime.formats.plan import PromptPart, Variant
 
 # (backbone's name, text) -> its number of tokens, or None where no tokenizer is at hand
@@ -68,9 +79,13 @@ def _unroll_rounds(record: Record, count_tokens: CountTokens) -> Iterator[str]:
         counted(kinds[Prefill], "prompt"),
         counted(kinds[Think], "latent rollout"),
         counted(kinds[Send], "message"),
+        *([counted(kinds[Write], "text")] if kinds[Write] else []),
         "1 answer",
     )
     yield f"{counted(system.rounds, 'round')} unrolled: {listed(parts)}."
+    for link in system.links.values():
+        if link.form.carries != "thoughts":
+            yield _carried(system, link)
     waiting = record.before.without_feedback().descendants(system.answer_agent)
     yield (
         f"In round {system.rounds} {system.answer_agent} only writes the answer: "
@@ -79,6 +94,35 @@ def _unroll_rounds(record: Record, count_tokens: CountTokens) -> Iterator[str]:
     if waiting:
         late = [name for name in system.agents if name in waiting]
         yield f"No turn in round {system.rounds}, as they come after the answer: {listed(late)}."
+
+
+def _carried(system: System, link: Link) -> str:
+    """Return what the messages of a link are, how large, and what they cost."""
+    form = link.form
+    facts = system.backbone_of(link.source).facts
+    most = system.build.max_prompt_tokens
+    if form.carries == "cache":
+        what = {
+            "context": f"its prompt, at most {most}",
+            "thoughts": f"its thoughts, {system.agents[link.source].latent_steps - 1}",
+            "written": f"what it writes, at most {form.max_tokens}",
+        }
+        layers = range(facts.num_layers) if form.layers is None else form.layers
+        size = human_bytes(sequence_bytes([facts.layers[layer] for layer in layers], 1))
+        of = "every layer" if form.layers is None else f"{counted(len(layers), 'layer')}"
+        rows = listed(what[kind] for kind in form.rows)
+        return (
+            f"{link.id} copies rows of {rows}, of {of}: {size} a row. "
+            f"{link.target} computes its prompt again in every round."
+        )
+    if form.carries == "text":
+        return f"{link.id} hands over text: {link.source} writes at most {form.max_tokens} tokens."
+    count = num_vectors(system, link.source, form).removeprefix("<=")
+    vectors = f"at most {count} vectors of {system.backbone_of(link.target).facts.width} numbers"
+    if form.carries == "written":
+        return f"{link.id} sends the states of the tokens that {link.source} writes: {vectors}."
+    of = "its prompt" if form.of is None else f"the field {form.of}"
+    return f"{link.id} sends the states that {link.source} has at {of}, without a step: {vectors}."
 
 
 def _remove_dead_steps(record: Record, count_tokens: CountTokens) -> Iterator[str]:

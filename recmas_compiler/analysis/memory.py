@@ -19,6 +19,7 @@ from recmas_compiler.backbones.facts import (
 )
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Cache, Level, Send, System, Think
+from recmas_compiler.passes.plan_caches import appended_rows
 from recmas_runtime.core.errors import fail
 from recmas_runtime.core.text import aligned, human_bytes
 from recmas_runtime.formats.ids import inner_link_id
@@ -181,9 +182,9 @@ def memory_plan(program: Graph, *, prompt_tokens: int | None = None) -> MemoryPl
 def _check_positions(system: System, prompt_tokens: int) -> None:
     """Refuse prompts that leave no room for what an agent adds to them."""
     room = {}
-    for name, agent in system.agents.items():
-        answer = system.sampling.max_new_tokens if name == system.answer_agent else 0
-        room[name] = system.backbone_of(name).facts.max_positions - max(agent.latent_steps, answer)
+    for name in system.agents:
+        most = system.backbone_of(name).facts.max_positions
+        room[name] = most - appended_rows(system, name)
     least = min(room, key=room.__getitem__)
     if prompt_tokens > room[least]:
         raise fail(
@@ -240,9 +241,9 @@ def _cache_bytes(system: System, cache: Cache, prompt_tokens: int | None) -> int
     """Return a cache's bytes for one record, at the limits or as a run with such prompts has it."""
     if prompt_tokens is None:
         return cache.bytes_per_sample
-    appended = max(system.agents[name].latent_steps for name in cache.agents)
-    if system.answer_agent in cache.agents:
-        appended = max(appended, min(system.sampling.max_new_tokens, DECODE_HEADROOM))
+    steps = max(system.agents[name].latent_steps for name in cache.agents)
+    appended = max(appended_rows(system, name) for name in cache.agents)
+    appended = max(steps, min(appended, DECODE_HEADROOM))  # text gets room as it grows
     layers = system.backbones[cache.backbone].facts.layers
     capacity = cache_capacity(prompt_tokens + appended)
     return len(cache.agents) * sequence_bytes(layers, capacity)
@@ -256,9 +257,13 @@ def _links_used(program: Graph) -> Iterator[tuple[str, int]]:
                 for name in agents:
                     inner = program.system.agents[name].inner
                     yield inner_link_id(name), inner.num_parameters("inner")
-            case Send(links=links):
+            case Send(source=source, links=links, apply_inner=apply_inner):
+                if apply_inner:
+                    inner = program.system.agents[source].inner
+                    yield inner_link_id(source), inner.num_parameters("inner")
                 for link in links:
                     outer = program.system.links[link].weights
-                    yield link, outer.num_parameters("outer")
+                    if outer is not None:
+                        yield link, outer.num_parameters("outer")
             case _:
                 pass

@@ -34,6 +34,7 @@ from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.formats.ids import link_name
 from recmas_runtime.formats.link_kinds import LinkRole
+from recmas_runtime.formats.messages import MessageForm
 from recmas_runtime.formats.plan import PythonPlan, SamplingPlan, SearchPlan, StopPlan, ToolsPlan
 from recmas_runtime.formats.precisions import TARGETS
 
@@ -200,16 +201,41 @@ def _link(
     if read_from is None or write_to is None:
         return None
     loc: Loc = ("links", link_name(source, target))
-    weights = _weights(spec, loc, section, "outer", read_from, write_to, problems)
-    if weights is None:
-        return None
+    form, weights = section.form, None
+    if form.has_vectors:
+        weights = _weights(spec, loc, section, "outer", read_from, write_to, problems)
+        if weights is None:
+            return None
+    if form.carries == "cache":
+        problems += _refused_rows(spec, loc, form, agents[source].backbone, read_from)
     return Link(
         source=source,
         target=target,
         feedback=section.feedback,
         weights=weights,
+        form=form,
         where=spec.position(*loc),
     )
+
+
+def _refused_rows(
+    spec: Spec, loc: Loc, form: MessageForm, backbone: str, facts: BackboneFacts
+) -> Iterator[Problem]:
+    """Yield why rows of a backbone's cache cannot be handed over."""
+    with_state = [i for i, layer in enumerate(facts.layers) if layer.states]
+    if with_state:
+        message = (
+            f"{len(with_state)} of {facts.num_layers} layers of `{backbone}` ({facts.model_type}) "
+            f"keep a state, the first is layer {with_state[0]}: what an agent has read cannot be "
+            "taken out of it and put before another one's prompt."
+        )
+        hint = "Let the link carry `context`, `written` or `text`, or use another backbone."
+        yield problem_at(spec.position(*loc, "carries"), "RM127", message, hint=hint)
+    beyond = [layer for layer in form.layers or () if layer >= facts.num_layers]
+    if beyond:
+        message = f"`{backbone}` has layers 0 to {facts.num_layers - 1}, not {beyond[0]}."
+        hint = "Name layers that are there, or `all`."
+        yield problem_at(spec.position(*loc, "layers"), "RM127", message, hint=hint)
 
 
 def _weights(

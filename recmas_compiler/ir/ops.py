@@ -1,7 +1,7 @@
 """The payloads of both IR levels: frozen, typed, each with the place it was declared at.
 
 Topology IR (may be cyclic): nodes are `Agent`, edges are `Link`.
-Program IR (acyclic): nodes are `Prefill`, `Think`, `Send`, `Decode`, edges are `Flow`.
+Program IR (acyclic): nodes are `Prefill`, `Think`, `Write`, `Send`, `Decode`, edges are `Flow`.
 The tables that both levels refer to by name travel in `System`.
 """
 
@@ -15,7 +15,8 @@ from typing import Final, Literal
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.spec.document.places import SourcePosition
-from recmas_runtime.formats.ids import outer_link_id
+from recmas_runtime.formats.ids import inner_link_id, outer_link_id
+from recmas_runtime.formats.messages import THOUGHTS, MessageForm
 from recmas_runtime.formats.plan import (
     Limits,
     PromptPart,
@@ -100,12 +101,15 @@ class Link:
 
     Attributes:
         feedback: Its message is seen in the next round.
+        weights: None where messages are no vectors.
+        form: What its messages are made of.
     """
 
     source: str
     target: str
     feedback: bool
-    weights: LinkWeights
+    weights: LinkWeights | None
+    form: MessageForm = THOUGHTS
     where: SourcePosition
 
     @property
@@ -198,12 +202,31 @@ class Think:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Write:
+    """Write text, to be handed to other agents (a program node).
+
+    Agents write together only if they may write equally much.
+
+    Attributes:
+        max_tokens: Most tokens of each text.
+        keeps_states: States or rows of these tokens are handed over, too.
+    """
+
+    agents: tuple[str, ...]
+    round: int
+    max_tokens: int
+    keeps_states: bool
+    cache: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Send:
-    """Turn the source's thoughts of this round into messages [B, m, d_target] (a program node).
+    """Turn what the source has of this round into messages of one form (a program node).
 
     Attributes:
         targets: Receivers; several when FuseLinks joined a fan-out into one call.
-        apply_inner: Whether R_k is computed here; False once FuseLinks takes it from the step.
+        apply_inner: Whether R_k is computed here; False where FuseLinks takes it from the latent
+            steps, and where messages are no vectors.
     """
 
     source: str
@@ -226,7 +249,7 @@ class Decode:
     cache: str | None = None
 
 
-StepOp = Prefill | Think | Send | Decode
+StepOp = Prefill | Think | Write | Send | Decode
 NodeOp = Agent | StepOp
 
 
@@ -236,10 +259,11 @@ class Flow:
 
     Attributes:
         carries: `cache` (rows of the key/value cache), `hidden` (the last prompt position),
-            `thoughts`, or `message`.
+            `context` (what a prompt has left: states or rows), `thoughts`, `written` (a text, or
+            its states or rows), or `message`.
     """
 
-    carries: Literal["cache", "hidden", "thoughts", "message"]
+    carries: Literal["cache", "hidden", "context", "thoughts", "written", "message"]
 
 
 EdgeOp = Link | Flow
@@ -294,6 +318,29 @@ class System:
         """The date as such, which the spec has checked."""
         return None if self.date is None else parse_day(self.date)
 
+    def sent_by(self, agent: str) -> tuple[Link, ...]:
+        """Return the links over which an agent has something to send."""
+        steps = self.agents[agent].latent_steps
+        return tuple(
+            link
+            for link in self.links.values()
+            if link.source == agent and link.form.is_sent(steps)
+        )
+
+    @property
+    def link_weights(self) -> dict[str, LinkWeights]:
+        """The weights of every link that is applied, by id, inner links first.
+
+        An agent that only answers, or hands over text or rows, has no use for its inner link.
+        """
+        inner = {
+            inner_link_id(name): agent.inner
+            for name, agent in self.agents.items()
+            if any(link.form.has_vectors or link.form.needs_thoughts for link in self.sent_by(name))
+        }
+        outer = {link.id: link.weights for link in self.links.values() if link.weights is not None}
+        return inner | outer
+
     def backbone_of(self, agent: str) -> Backbone:
         """Return the backbone whose weights and engine `agent` uses, after sharing."""
         declared = self.backbones[self.agents[agent].backbone]
@@ -311,6 +358,11 @@ def prefill_id(round_: int, agents: tuple[str, ...]) -> str:
 def think_id(round_: int, agents: tuple[str, ...]) -> str:
     """Return the id of a Think: `r1/planner/think`."""
     return f"r{round_}/{'+'.join(agents)}/think"
+
+
+def write_id(round_: int, agents: tuple[str, ...]) -> str:
+    """Return the id of a Write: `r1/planner/write`."""
+    return f"r{round_}/{'+'.join(agents)}/write"
 
 
 def send_id(round_: int, source: str, targets: tuple[str, ...]) -> str:

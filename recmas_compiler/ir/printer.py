@@ -33,9 +33,13 @@ from recmas_compiler.ir.ops import (
     Snapshot,
     System,
     Think,
+    Write,
 )
 from recmas_compiler.links.files import LinkWeights
 from recmas_runtime.core.text import aligned
+from recmas_runtime.formats.codec import to_json
+from recmas_runtime.formats.ids import outer_link_id
+from recmas_runtime.formats.messages import THOUGHTS, MessageForm, message_spans
 from recmas_runtime.formats.plan import PromptPart
 
 Row = tuple[str, ...]
@@ -165,7 +169,16 @@ def _agent_row(agent: Agent, system: System) -> Row:
 
 
 def _link_row(link: Link) -> Row:
-    return (link.id, *_weights(link.weights), "feedback" if link.feedback else "")
+    weights = ("", "", "") if link.weights is None else _weights(link.weights)
+    form = "" if link.form == THOUGHTS else form_text(link.form)
+    return (link.id, *weights, "feedback" if link.feedback else "", form)
+
+
+def form_text(form: MessageForm) -> str:
+    """Return what a link carries in one line, such as `context of=passage every=4`."""
+    given = {k: v for k, v in to_json(form).items() if k != "carries"}
+    shown = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in given.items()}
+    return " ".join((form.carries, *(f"{k}={v}" for k, v in shown.items())))
 
 
 def _weights(weights: LinkWeights) -> Row:
@@ -233,13 +246,31 @@ def _result(op: NodeOp, system: System) -> str:
             width = system.backbone_of(agents[0]).facts.width
             return f"thoughts[{_batch(agents)},{steps},{width}]"
         case Send(source=source, targets=targets):
+            form = system.links[outer_link_id(source, targets[0])].form
+            if not form.has_vectors:
+                return f"{'rows' if form.carries == 'cache' else form.carries}[B]"
             fan_out = f"{len(targets)}," if len(targets) > 1 else ""
             width = system.backbone_of(targets[0]).facts.width
-            return f"message[{fan_out}B,{system.agents[source].latent_steps},{width}]"
+            return f"message[{fan_out}B,{num_vectors(system, source, form)},{width}]"
+        case Write(agents=agents, max_tokens=max_tokens):
+            return f"text[{_batch(agents)},<={max_tokens}]"
         case Decode():
             return "text[B]"
         case Agent():
             raise AssertionError(f"an agent in a program: {op.name}")
+
+
+def num_vectors(system: System, source: str, form: MessageForm) -> str:
+    """Return how many vectors a message has, with `<=` where a record decides."""
+    steps = system.agents[source].latent_steps
+    match form.carries:
+        case "thoughts":
+            return str(steps)
+        case "written":
+            return f"<={form.max_tokens}"
+        case _:
+            most = len(message_spans(form, system.build.max_prompt_tokens, steps))
+            return f"<={most}"
 
 
 def _step_call(graph: Graph, step: str, op: NodeOp) -> str:
@@ -262,6 +293,9 @@ def _step_call(graph: Graph, step: str, op: NodeOp) -> str:
             steps = graph.system.agents[agents[0]].latent_steps
             link = "inner=fused" if fused else "inner=apart"
             return _call("think", *taken, f"steps={steps}", link, *_cache(cache))
+        case Write(max_tokens=max_tokens, cache=cache):
+            states = ["states"] if op.keeps_states else []
+            return _call("write", *taken, f"tokens={max_tokens}", *states, *_cache(cache))
         case Send(links=links, apply_inner=apply_inner):
             inner = ["inner"] if apply_inner else []
             return _call("send", *taken, *inner, *links)

@@ -18,6 +18,7 @@ from recmas_compiler.ir.ops import (
     Send,
     System,
     Think,
+    Write,
 )
 from recmas_compiler.links.files import LinkWeights
 from recmas_runtime.core.errors import Problem, RecmasError
@@ -34,9 +35,12 @@ from recmas_runtime.formats.precisions import DTYPE_BYTES, buildable
 # (type of the step, type of the step that takes from it) -> what flows
 FLOWS: dict[tuple[type[NodeOp], type[NodeOp]], str] = {
     (Prefill, Think): "hidden",
+    (Prefill, Write): "hidden",
     (Prefill, Decode): "hidden",
     (Prefill, Prefill): "cache",
+    (Prefill, Send): "context",
     (Think, Send): "thoughts",
+    (Write, Send): "written",
     (Send, Prefill): "message",
 }
 
@@ -110,12 +114,29 @@ def _misfitting_links(graph: Graph) -> Iterator[str]:
         if _ends(agent.inner) != (width[name], width[name]):
             yield inner_link_id(name)
     for link in system.links.values():
-        if _ends(link.weights) != (width[link.source], width[link.target]):
+        fits = link.weights is None or _ends(link.weights) == (
+            width[link.source],
+            width[link.target],
+        )
+        if not fits or (link.weights is None) == link.form.has_vectors:
             yield link.id
 
 
 def _ends(weights: LinkWeights) -> tuple[int, int]:
     return weights.in_dim, weights.out_dim
+
+
+def _impossible_rows(graph: Graph) -> Iterator[str]:
+    system = graph.system
+    for link in system.links.values():
+        form = link.form
+        if form.carries != "cache":
+            continue
+        backbones = [system.backbone_of(name) for name in (link.source, link.target)]
+        layers = backbones[0].facts.layers
+        beyond = [layer for layer in form.layers or () if layer >= len(layers)]
+        if backbones[0] != backbones[1] or not form.rows or beyond or has_states(layers):
+            yield link.id
 
 
 def _slots_without_link(graph: Graph) -> Iterator[str]:
@@ -145,6 +166,11 @@ SYSTEM_RULES: tuple[Rule, ...] = (
     Rule("known_dtype", _unknown_dtypes, "a backbone's dtype is one with a known size"),
     Rule("known_precision", _unknown_precisions, "a backbone's precision can be built"),
     Rule("link_widths", _misfitting_links, "a link is as wide as the backbones at its ends"),
+    Rule(
+        "rows_can_be_taken",
+        _impossible_rows,
+        "rows go between agents of one backbone, whose layers keep rows only",
+    ),
     Rule("slots_have_links", _slots_without_link, "every slot of a prompt has its link"),
     Rule("links_have_slots", _links_without_slot, "every link has its slot in `then`"),
     Rule("first_is_filled", _never_filled, "a round without feedback fills every slot in use"),
@@ -203,7 +229,7 @@ def _unresolved_references(graph: Graph) -> Iterator[str]:
 def _who(op: NodeOp) -> tuple[str, ...]:
     """Return the agents that a step runs; none twice in a valid program."""
     match op:
-        case Prefill(agents=agents) | Think(agents=agents):
+        case Prefill(agents=agents) | Think(agents=agents) | Write(agents=agents):
             return agents
         case Send(source=source):
             return (source,)
@@ -264,10 +290,21 @@ def _without_origin(graph: Graph) -> Iterator[str]:
     for step, op in graph.nodes().items():
         taken = [graph.op(source) for source in graph.predecessors(step)]
         match op, taken:
-            case (Think() | Decode(), [Prefill() as prefill]):
+            case (Think() | Write() | Decode(), [Prefill() as prefill]):
                 holds = (prefill.agents, prefill.round) == (_who(op), op.round)
-            case (Send(), [Think() as think]):
-                holds = op.source in think.agents and think.round == op.round
+            case (Send(), _):
+                form = graph.system.links[op.links[0]].form
+                needed = {
+                    Prefill: form.needs_context,
+                    Think: form.needs_thoughts,
+                    Write: form.needs_text,
+                }
+                holds = {type(step) for step in taken} == {k for k in needed if needed[k]} and all(
+                    isinstance(step, Prefill | Think | Write)
+                    and op.source in step.agents
+                    and step.round == op.round
+                    for step in taken
+                )
             case _:
                 holds = isinstance(op, Prefill)
         if not holds:
@@ -286,7 +323,7 @@ def _mixed_batches(graph: Graph) -> Iterator[str]:
     system = graph.system
     batch: dict[str, tuple[str, ...]] = {}
     for step, op in graph.nodes().items():
-        if isinstance(op, Prefill | Think | Decode):
+        if isinstance(op, Prefill | Think | Write | Decode):
             who = _who(op)
             backbones = {system.backbone_of(name).name for name in who}
             stable = all(batch.setdefault(name, who) == who for name in who)
@@ -297,17 +334,31 @@ def _mixed_batches(graph: Graph) -> Iterator[str]:
 def _uneven_fan_outs(graph: Graph) -> Iterator[str]:
     for step, op in graph.nodes().items():
         if isinstance(op, Send):
-            widths = {graph.system.links[link].weights.out_dim for link in op.links}
-            if len(widths) != 1:
+            links = [graph.system.links[link] for link in op.links]
+            widths = {None if link.weights is None else link.weights.out_dim for link in links}
+            forms = {link.form for link in links}
+            if len(widths) != 1 or len(forms) != 1 or (None in widths and len(links) > 1):
                 yield step
 
 
 def _inner_not_once(graph: Graph) -> Iterator[str]:
     for step, op in graph.nodes().items():
         if isinstance(op, Send):
-            (think,) = (graph.op(source) for source in graph.predecessors(step))
-            assert isinstance(think, Think)
-            if op.apply_inner == think.fused:
+            form = graph.system.links[op.links[0]].form
+            thinks = [graph.op(source) for source in graph.predecessors(step)]
+            fused = any(isinstance(think, Think) and think.fused for think in thinks)
+            in_think = form.carries == "thoughts" and fused
+            if op.apply_inner != (form.has_vectors and not in_think):
+                yield step
+
+
+def _unequal_texts(graph: Graph) -> Iterator[str]:
+    for step, op in graph.nodes().items():
+        if isinstance(op, Write):
+            forms = [link.form for name in op.agents for link in graph.system.sent_by(name)]
+            most = {form.max_tokens for form in forms if form.needs_text}
+            states = any(form.needs_written_states for form in forms)
+            if most != {op.max_tokens} or op.keeps_states != states:
                 yield step
 
 
@@ -342,9 +393,9 @@ def _wrong_messages(graph: Graph) -> Iterator[str]:
 
 
 def _is_due(system: System, slot: str, agent: str, round_: int) -> bool:
-    """Return whether a message was sent for this slot and has any latent steps in it."""
-    sent_in = system.links[outer_link_id(slot, agent)].sent_in(round_)
-    return sent_in >= 1 and system.agents[slot].latent_steps > 0
+    """Return whether a message was sent for this slot and has anything in it."""
+    link = system.links[outer_link_id(slot, agent)]
+    return link.sent_in(round_) >= 1 and link.form.is_sent(system.agents[slot].latent_steps)
 
 
 def _wrong_reuse(graph: Graph) -> Iterator[str]:
@@ -404,10 +455,15 @@ UNROLLED_RULES: tuple[Rule, ...] = (
     # What makes caches safe: an agent's next Prefill cannot overtake its steps of this round.
     Rule("rounds_in_order", _rounds_out_of_order, "all steps of a round run before the next round"),
     Rule("one_turn_a_round", _repeated_turns, "an agent does each thing once a round"),
-    Rule("steps_have_origin", _without_origin, "Think and Decode follow a Prefill, Send a Think"),
+    Rule(
+        "steps_have_origin",
+        _without_origin,
+        "Think, Write and Decode follow a Prefill, Send what its messages are made of",
+    ),
     Rule("num_steps", _unequal_num_steps, "agents that think together take equally many steps"),
     Rule("batches", _mixed_batches, "a batch has one backbone and is the same in every round"),
-    Rule("even_fan_out", _uneven_fan_outs, "messages of one Send are equally wide"),
+    Rule("texts", _unequal_texts, "agents that write together do so for links of one bound"),
+    Rule("even_fan_out", _uneven_fan_outs, "messages of one Send are alike and equally wide"),
     Rule("inner_once", _inner_not_once, "the inner link is in the Think or in the Send"),
     Rule(
         "variants", _wrong_variants, "`first` is used exactly while a feedback slot has no message"
@@ -432,7 +488,7 @@ UNROLLED_RULES: tuple[Rule, ...] = (
 
 def _without_cache(graph: Graph) -> Iterator[str]:
     for step, op in graph.nodes().items():
-        if isinstance(op, Prefill | Think | Decode):
+        if isinstance(op, Prefill | Think | Write | Decode):
             cache = graph.system.caches.get(op.cache or "")
             if cache is None or cache.agents != _who(op):
                 yield step
@@ -453,9 +509,12 @@ def _shared_caches(graph: Graph) -> Iterator[str]:
 def _small_caches(graph: Graph) -> Iterator[str]:
     system = graph.system
     for cache in system.caches.values():
-        steps = [system.agents[name].latent_steps for name in cache.agents]
-        tokens = [system.sampling.max_new_tokens] * (system.answer_agent in cache.agents)
-        needed = system.build.max_prompt_tokens + max(steps + tokens)
+        appended = [system.agents[name].latent_steps for name in cache.agents]
+        appended += [system.sampling.max_new_tokens] * (system.answer_agent in cache.agents)
+        appended += [
+            link.form.max_tokens or 0 for name in cache.agents for link in system.sent_by(name)
+        ]
+        needed = system.build.max_prompt_tokens + max(appended)
         if cache.capacity < needed or cache.capacity % CACHE_ROWS_MULTIPLE:
             yield cache.id
 
@@ -463,7 +522,7 @@ def _small_caches(graph: Graph) -> Iterator[str]:
 def _wrong_lifetimes(graph: Graph) -> Iterator[str]:
     used: dict[str, list[str]] = {cache: [] for cache in graph.system.caches}
     for step, op in graph.in_order():
-        if isinstance(op, Prefill | Think | Decode) and op.cache is not None:
+        if isinstance(op, Prefill | Think | Write | Decode) and op.cache is not None:
             used[op.cache].append(step)
         if isinstance(op, Prefill) and op.prefix_of is not None:
             source = graph.op(op.prefix_of)

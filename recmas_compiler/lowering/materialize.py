@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +29,7 @@ class MaterializedLink:
         module: In float32, trainable.
         source: Identity of the backbone it reads from.
         target: Identity of the backbone it writes for.
+        init: How its weights came to be; `unused` for numbers that nothing is mapped by.
     """
 
     module: nn.Module
@@ -36,7 +37,7 @@ class MaterializedLink:
     role: LinkRole
     source: str
     target: str
-    init: Literal["file", "aligned", "random"]
+    init: Literal["file", "aligned", "random", "unused"]
     alignment: Alignment | None = None
 
     @property
@@ -99,14 +100,41 @@ def materialize_links(
             init=weights.init if weights.file is None else "file",
             alignment=alignment,
         )
-    return made
+    return {**dict(_unused_links(system, backbones, made)), **made}
+
+
+def _unused_links(
+    system: System, backbones: Mapping[str, TorchBackbone], used: Container[str]
+) -> Iterator[tuple[str, MaterializedLink]]:
+    """Return the inner links that nothing is mapped by: engines take one for every agent."""
+    for name, agent in system.agents.items():
+        link_id = inner_link_id(name)
+        if link_id in used:
+            continue
+        module = make_link(agent.inner.kind, "inner", agent.inner.in_dim, agent.inner.out_dim)
+        randomize(module, link_id=link_id)
+        end = end_of(backbones[system.backbone_of(name).name].facts)
+        yield (
+            link_id,
+            MaterializedLink(
+                module=module,
+                weights=agent.inner,
+                role="inner",
+                source=end.identity,
+                target=end.identity,
+                init="unused",
+            ),
+        )
 
 
 def declared_links(
     system: System,
 ) -> Iterator[tuple[str, LinkWeights, LinkRole, tuple[str, str], SourcePosition]]:
-    """Yield every link's id, weights, role, the agents at its ends, and its place in the spec."""
-    for name, agent in system.agents.items():
-        yield inner_link_id(name), agent.inner, "inner", (name, name), agent.where
-    for link_id, link in system.links.items():
-        yield link_id, link.weights, "outer", (link.source, link.target), link.where
+    """Yield each applied link's id, weights, role, agents at its ends, and place in the spec."""
+    for link_id, weights in system.link_weights.items():
+        link = system.links.get(link_id)
+        if link is not None:
+            yield link_id, weights, "outer", (link.source, link.target), link.where
+            continue
+        name = next(name for name in system.agents if inner_link_id(name) == link_id)
+        yield link_id, weights, "inner", (name, name), system.agents[name].where

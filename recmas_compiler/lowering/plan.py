@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from msgspec import structs
+
 from recmas_compiler.ir.graph import Graph, find_exits, route_messages
-from recmas_compiler.ir.ops import Agent, Decode, Level, Prefill, Send, StepOp, System, Think
+from recmas_compiler.ir.ops import (
+    Agent,
+    Decode,
+    Level,
+    Prefill,
+    Send,
+    StepOp,
+    System,
+    Think,
+    Write,
+)
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.plan import (
     AgentPlan,
@@ -16,6 +28,7 @@ from recmas_runtime.formats.plan import (
     SnapshotPlan,
     Step,
     ThinkStep,
+    WriteStep,
     prompt_fields,
 )
 
@@ -52,7 +65,7 @@ def build_plan(program: Graph) -> Plan:
         answer_agent=system.answer_agent,
         agents=agents,
         links={
-            link.id: LinkPlan(source=link.source, target=link.target, carries="thoughts")
+            link.id: LinkPlan(source=link.source, target=link.target, **structs.asdict(link.form))
             for link in system.links.values()
             if link.id in sent
         },
@@ -110,7 +123,7 @@ def live_agents(program: Graph) -> tuple[str, ...]:
                 live.update(op.agents)
                 for agent, variant in zip(op.agents, op.variants, strict=True):
                     live.update(system.agents[agent].slots(variant))
-            case Think():
+            case Think() | Write():
                 live.update(op.agents)
             case Send():
                 live.update((op.source, *op.targets))
@@ -149,6 +162,15 @@ def _step(program: Graph, step: str, op: StepOp) -> Step:
                 agents=op.agents,
                 fused=op.fused,
                 cache=_cache(op.cache, op.agents),
+            )
+        case Write():
+            return WriteStep(
+                round=op.round,
+                agents=op.agents,
+                cache=_cache(op.cache, op.agents),
+                max_new_tokens=op.max_tokens,
+                greedy=True,
+                keeps_states=op.keeps_states,
             )
         case Send():
             return SendStep(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from recmas_compiler.ir.graph import Edge, Graph
 from recmas_compiler.ir.ops import (
@@ -12,10 +12,13 @@ from recmas_compiler.ir.ops import (
     StepOp,
     System,
     Think,
+    Write,
     prefill_id,
     think_id,
+    write_id,
 )
 from recmas_compiler.passes.pass_base import Pass, merge_steps
+from recmas_compiler.passes.prompt_prefix import takes_rows
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class BatchParallelAgents(Pass):
 
     1. Agents form a batch if they share a backbone, take the same number of latent steps, stand
        in the same generation of the links that are not feedback (so none waits for another), and
-       do the same kinds of steps in the same rounds, with equal reuse and fusion.
+       do the same kinds of steps in the same rounds, with equal reuse and fusion; and rows come
+       before the prompts of all of them or of none.
     2. A batch is the same in every round, so its cache can live on from round to round.
     3. Rows are ordered by agent, in order of declaration. Sends stay apart: each source has links
        of its own.
@@ -69,9 +73,16 @@ def _work(graph: Graph) -> dict[str, tuple[tuple[object, ...], ...]]:
     for _, op in graph.in_order():
         match op:
             case Prefill(agents=(agent,)):
-                done: tuple[object, ...] = (op.round, "prefill", op.reuse is not None)
+                done: tuple[object, ...] = (
+                    op.round,
+                    "prefill",
+                    op.reuse is not None,
+                    takes_rows(graph.system, op),
+                )
             case Think(agents=(agent,)):
                 done = (op.round, "think", op.fused)
+            case Write(agents=(agent,)):
+                done = (op.round, "write", op.max_tokens, op.keeps_states)
             case Decode(agent=agent):
                 done = (op.round, "decode")
             case _:
@@ -104,6 +115,9 @@ def _merged_steps(
                     members,
                     Think(agents=agents, round=op.round, fused=op.fused),
                 )
+            case Write(agents=(agent,)) if agent == agents[0]:
+                members = tuple(write_id(op.round, (name,)) for name in agents)
+                merged[write_id(op.round, agents)] = members, replace(op, agents=agents)
             case _:
                 pass
     return merged

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import Cache, Decode, Level, NodeOp, Prefill, System, Think
+from recmas_compiler.ir.ops import Cache, Decode, Level, NodeOp, Prefill, System, Think, Write
 from recmas_compiler.passes.pass_base import Pass
 from recmas_runtime.formats.layers import sequence_bytes
 from recmas_runtime.formats.plan import cache_capacity
@@ -17,8 +17,9 @@ class PlanCaches(Pass):
 
     1. A cache belongs to the agents of a Prefill, in row order, and to no others: it carries
        their prompt prefix from round to round.
-    2. Its capacity holds the longest prompt and what is appended to it: latent steps, or the new
-       tokens of the answer. It is rounded up to a multiple of 64 rows.
+    2. Its capacity holds the longest prompt, rows that come before it included, and what is
+       appended to it: latent steps, or the new tokens of a text. It is rounded up to a multiple of
+       64 rows.
     3. It is alive from the first step that writes it to the last that reads it, which may be
        another agents' Prefill that copies a prefix.
     """
@@ -32,7 +33,7 @@ class PlanCaches(Pass):
         nodes: dict[str, NodeOp] = {}
         for step, op in graph.in_order():
             nodes[step] = op
-            if isinstance(op, Prefill | Think | Decode):
+            if isinstance(op, Prefill | Think | Write | Decode):
                 agents = (op.agent,) if isinstance(op, Decode) else op.agents
                 users.setdefault(agents, []).append(step)  # 1, 3
                 nodes[step] = replace(op, cache="+".join(agents))
@@ -60,8 +61,13 @@ def _cache(system: System, agents: tuple[str, ...], steps: list[str]) -> Cache:
 
 
 def _capacity(system: System, agents: tuple[str, ...]) -> int:
-    appended = max(system.agents[name].latent_steps for name in agents)
-    if system.answer_agent in agents:
-        appended = max(appended, system.sampling.max_new_tokens)
+    appended = max(appended_rows(system, name) for name in agents)
     rows = system.build.max_prompt_tokens + appended  # 2
     return cache_capacity(rows)
+
+
+def appended_rows(system: System, agent: str) -> int:
+    """Return how many rows an agent's turn appends at most to those of its prompt."""
+    texts = [link.form.max_tokens or 0 for link in system.sent_by(agent) if link.form.needs_text]
+    answer = [system.sampling.max_new_tokens] if agent == system.answer_agent else []
+    return max(system.agents[agent].latent_steps, *texts, *answer, 0)

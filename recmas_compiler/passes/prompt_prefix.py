@@ -19,6 +19,8 @@ class HoistPromptPrefix(Pass):
     1. A Prefill reuses the latest earlier Prefill of the same agents. What is kept is the text
        that both prompts begin with, up to the first slot of either; how many tokens that is
        depends on the record and is found at run time.
+    2. Nothing is kept where rows of other agents come before the prompt: they differ from round to
+       round, and all rows behind them with them.
     """
 
     requires = Level.UNROLLED
@@ -30,7 +32,7 @@ class HoistPromptPrefix(Pass):
         edges = list(graph.edges())
         latest: dict[tuple[str, ...], str] = {}
         for step, op in graph.in_order():
-            if not isinstance(op, Prefill):
+            if not isinstance(op, Prefill) or takes_rows(graph.system, op):  # 2
                 continue
             earlier = latest.get(op.agents)
             if earlier is not None and op.reuse is None:
@@ -56,6 +58,8 @@ class SharePromptPrefix(Pass):
        the same, and so are the first parts of the prompts, up to the first slot of either. Fields
        count for more than text. How many tokens it is depends on the record and is found at run
        time.
+    3. Agents that send a context run their whole prompts, for its states are not among the rows
+       of others. Rows behind those of other agents are neither copied nor wanted.
     """
 
     requires = Level.UNROLLED
@@ -69,7 +73,10 @@ class SharePromptPrefix(Pass):
         for step, op in graph.in_order():
             if not isinstance(op, Prefill):
                 continue
+            if takes_rows(graph.system, op):  # 3
+                continue
             has_source = op.reuse is not None or op.prefix_of is not None  # 1
+            has_source |= sends_context(graph.system, op)  # 3
             source = None if has_source else _longest_shared(graph.system, op, latest)
             if source is not None:
                 nodes[step] = replace(op, prefix_of=source)
@@ -78,6 +85,18 @@ class SharePromptPrefix(Pass):
         if len(edges) == len(graph.edges()):
             return graph
         return graph.replaced(nodes=nodes, edges=tuple(edges))
+
+
+def takes_rows(system: System, op: Prefill) -> bool:
+    """Tell whether rows of other agents come before the prompts of a Prefill, of whatever round."""
+    forms = (link.form for link in system.links.values() if link.target in op.agents)
+    return any(form.carries == "cache" for form in forms)
+
+
+def sends_context(system: System, op: Prefill) -> bool:
+    """Tell whether the states of a Prefill's prompts are sent."""
+    forms = (link.form for link in system.links.values() if link.source in op.agents)
+    return any(form.carries == "context" for form in forms)
 
 
 def _longest_shared(

@@ -15,10 +15,12 @@ from recmas_compiler.ir.ops import (
     Send,
     System,
     Think,
+    Write,
     decode_id,
     prefill_id,
     send_id,
     think_id,
+    write_id,
 )
 from recmas_compiler.passes.pass_base import Pass
 from recmas_runtime.formats.ids import outer_link_id
@@ -31,9 +33,10 @@ class UnrollRounds(Pass):
 
     1. Rounds follow each other. Within a round agents take turns in topological order of the
        links that are not feedback; ties go to the agent declared first.
-    2. A turn is Prefill, Think, and one Send per outgoing link.
-    3. An agent without latent steps has nothing to think or to send: its turn is the Prefill.
-       Its messages are empty but count as sent.
+    2. A turn is Prefill, then Think and Write where a link's messages are made of thoughts or of
+       what is written, and one Send per outgoing link.
+    3. An agent without latent steps has nothing to think, and no thoughts to send: such messages
+       are empty but count as sent.
     4. In the last round the answer agent's turn is Prefill and Decode, and agents that wait for
        it do not run.
     5. A prompt is `first` while a message it has a slot for was not sent yet, if `first` is
@@ -62,8 +65,8 @@ class UnrollRounds(Pass):
                     decode = decode_id(round_, name)
                     nodes[decode] = Decode(agent=name, round=round_)
                     edges.append(Edge(prefill, decode, Flow(carries="hidden")))
-                elif system.agents[name].latent_steps > 0:  # 3
-                    _add_think_and_sends(system, system.agents[name], round_, nodes, edges)
+                else:
+                    _add_sends(system, name, round_, nodes, edges)
         return Graph(level=self.ensures, system=system, nodes=nodes, edges=tuple(edges))
 
 
@@ -81,17 +84,36 @@ def _add_prefill(
     return prefill
 
 
-def _add_think_and_sends(
-    system: System, agent: Agent, round_: int, nodes: dict[str, NodeOp], edges: list[Edge]
+def _add_sends(
+    system: System, name: str, round_: int, nodes: dict[str, NodeOp], edges: list[Edge]
 ) -> None:
-    prefill, think = prefill_id(round_, (agent.name,)), think_id(round_, (agent.name,))
-    nodes[think] = Think(agents=(agent.name,), round=round_)  # 2
-    edges.append(Edge(prefill, think, Flow(carries="hidden")))
-    for link in system.links.values():
-        if link.source == agent.name:
-            send = send_id(round_, agent.name, (link.target,))
-            nodes[send] = Send(source=agent.name, targets=(link.target,), round=round_)
+    links = system.sent_by(name)  # 3
+    prefill, think, write = (make(round_, (name,)) for make in (prefill_id, think_id, write_id))
+    if any(link.form.needs_thoughts for link in links):  # 2
+        nodes[think] = Think(agents=(name,), round=round_)
+        edges.append(Edge(prefill, think, Flow(carries="hidden")))
+    if any(link.form.needs_text for link in links):
+        nodes[write] = Write(
+            agents=(name,),
+            round=round_,
+            max_tokens=max(link.form.max_tokens or 0 for link in links),
+            keeps_states=any(link.form.needs_written_states for link in links),
+        )
+        edges.append(Edge(prefill, write, Flow(carries="hidden")))
+    for link in links:
+        send = send_id(round_, name, (link.target,))
+        nodes[send] = Send(
+            source=name,
+            targets=(link.target,),
+            round=round_,
+            apply_inner=link.form.has_vectors,
+        )
+        if link.form.needs_context:
+            edges.append(Edge(prefill, send, Flow(carries="context")))
+        if link.form.needs_thoughts:
             edges.append(Edge(think, send, Flow(carries="thoughts")))
+        if link.form.needs_text:
+            edges.append(Edge(write, send, Flow(carries="written")))
 
 
 def _variant(system: System, agent: Agent, round_: int) -> Variant:

@@ -259,7 +259,9 @@ def _with_files(program: Graph, folder: Path) -> Graph:
         for name, agent in system.agents.items()
     }
     links = {
-        link_id: replace(link, weights=file_of(link.weights, link_id))
+        link_id: link
+        if link.weights is None
+        else replace(link, weights=file_of(link.weights, link_id))
         for link_id, link in system.links.items()
     }
     return program.replaced(system=replace(system, agents=agents, links=links))

@@ -15,6 +15,7 @@ from recmas_compiler.ir.verify import RULES, verify
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_compiler.passes.unroll_rounds import UnrollRounds
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.formats.messages import MessageForm
 
 
 def unrolled(graph: Graph | None = None) -> Graph:
@@ -28,6 +29,22 @@ def planned(graph: Graph | None = None) -> Graph:
 def planned_with_states() -> Graph:
     links = "planner>critic critic>solver solver~>planner"
     return planned(topology("planner critic solver", links, backbones=(stateful("state"),)))
+
+
+ROWS_OF_LAYER_99 = MessageForm(carries="cache", rows=("context",), layers=(99,))
+
+
+def writing() -> Graph:
+    """Return a topology whose planner writes to the critic."""
+    form = MessageForm(carries="text", max_tokens=8)
+    graph = sequential()
+    link = replace(graph.system.links["planner->critic"], weights=None, form=form)
+    edges = tuple(
+        replace(e, op=link) if (e.source, e.target) == ("planner", "critic") else e
+        for e in graph.edges()
+    )
+    links = graph.system.links | {link.id: link}
+    return graph.replaced(system=replace(graph.system, links=links), edges=edges)
 
 
 def with_op(graph: Graph, node: str, **changes: Any) -> Graph:
@@ -158,6 +175,9 @@ SYSTEM_BREAKERS: dict[str, Callable[[], Graph]] = {
     "link_widths": lambda: with_backbone(
         sequential(), "smol", facts=replace(backbone("smol").facts, width=64)
     ),
+    "rows_can_be_taken": lambda: with_link(
+        sequential(), "planner->critic", weights=None, form=ROWS_OF_LAYER_99
+    ),
     "slots_have_links": lambda: with_agent(
         sequential(), "planner", then=sequential().system.agents["solver"].then
     ),
@@ -191,6 +211,7 @@ PROGRAM_BREAKERS: dict[str, Callable[[], Graph]] = {
     "steps_have_origin": lambda: without_edge(unrolled(), "r1/planner/prefill", "r1/planner/think"),
     "num_steps": lambda: with_agent(unrolled(), "critic", latent_steps=0),
     "batches": batch_of_two_backbones,
+    "texts": lambda: with_op(unrolled(writing()), "r1/planner/write", max_tokens=9),
     "even_fan_out": uneven_fan_out,
     "inner_once": lambda: with_op(unrolled(), "r1/planner->critic/send", apply_inner=False),
     "variants": lambda: with_op(unrolled(), "r1/planner/prefill", variants=("then",)),

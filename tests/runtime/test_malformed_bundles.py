@@ -210,8 +210,11 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
         "RM404", "plan.json", "outer link 'a->b'"),
     "link of another width": (
         manifest("links/planner->solver/out_dim", 3), "RM404", "plan.json", "maps 260 to 3"),
-    "link that carries text": (
-        plan("links/planner->solver/carries", "text"), "RM404", "plan.json", "thoughts, not text"),
+    "text without a bound": (
+        plan("links/planner->solver/carries", "text"), "RM404", "plan.json", "has a bound"),
+    "rows of nothing": (
+        plan("links/planner->solver/carries", "cache"), "RM404", "plan.json",
+        "none cannot be handed over"),
     "link that carries a mood": (
         plan("links/planner->solver/carries", "mood"), "RM404", "plan.json", 'found "mood"'),
     "link the other way": (
@@ -271,7 +274,7 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
                          "cache": "planner"}),
         "RM404", "plan.json", "no prefill of this round"),
     "sends without inner link": (
-        plan("steps/1/fused", False), "RM404", "plan.json", "did not apply the inner link"),
+        plan("steps/1/fused", False), "RM404", "plan.json", "has applied the inner link"),
     "decodes twice": (plan("steps/6", STEP), "RM404", "plan.json", "exactly the last step"),
     "never decodes": (plan("steps", []), "RM404", "plan.json", "exactly the last step"),
 }  # fmt: skip

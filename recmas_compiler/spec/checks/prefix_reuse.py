@@ -23,7 +23,10 @@ def check_reuse(declared: Declared) -> Iterator[Problem]:
     """Slots that stand before text which is the same in every round."""
     if declared.document.rounds == 1:
         return
+    takes_rows = {target for (_, target), link in declared.links.items() if link.carries == "cache"}
     for agent, prompts in declared.prompts.items():
+        if agent in takes_rows:
+            continue  # nothing of its prompt can stay, wherever its slots are
         kept = _after_first_slot(prompts.then.parts)
         fields = dict.fromkeys(part.value for part in kept if part.kind == "field")
         if not fields:

@@ -38,7 +38,11 @@ def check_settings(declared: Declared) -> Iterator[Problem]:
     limit = document.build.max_prompt_tokens
     for name, prompts in declared.prompts.items():
         slots = [slot.agent for slot in prompts.then.slots if slot.agent in document.agents]
-        positions = sum(declared.latent_steps(agent) for agent in slots)
+        positions = sum(
+            declared.latent_steps(agent)
+            for agent in slots
+            if (link := declared.links.get((agent, name))) and link.carries == "thoughts"
+        )
         if positions >= limit:
             message = (
                 f"the messages to `{name}` alone take {positions} positions, "
@@ -97,6 +101,10 @@ def check_stop_when(declared: Declared) -> Iterator[Problem]:
     if not any(link.feedback for link in declared.links.values()):
         message = "`stop_when` has no effect: no feedback link carries anything between rounds."
         hint = "Remove it, or add a link with `feedback: true`."
+        yield problem_at(place, "RM153", message, hint=hint, severity="warning")
+    elif not any(link.feedback and link.carries == "thoughts" for link in declared.links.values()):
+        message = "`stop_when` has no effect: no feedback link carries thoughts to compare."
+        hint = "Remove it, or let a feedback link carry thoughts."
         yield problem_at(place, "RM153", message, hint=hint, severity="warning")
     elif document.rounds < _FEWEST_ROUNDS_TO_SAVE_ONE:
         message = (
@@ -174,7 +182,8 @@ def _check_targets(declared: Declared, train: TrainSection) -> Iterator[Problem]
         return
     senders = dict.fromkeys(source for source, _ in declared.known_links)
     for name in senders:
-        if name in train.targets or name == answer or declared.latent_steps(name) == 0:
+        thinks = any(link.form.needs_thoughts for link in declared.sent_by(name).values())
+        if name in train.targets or name == answer or not thinks:
             continue
         message = (
             f"`{name}` sends thoughts but has no target text: it can only be trained by rollout."

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Final
 
 from recmas_compiler.spec.checks.fields import check_fields
+from recmas_compiler.spec.checks.messages import check_messages
 from recmas_compiler.spec.checks.prefix_reuse import check_reuse
 from recmas_compiler.spec.checks.settings import (
     check_settings,
@@ -285,6 +286,7 @@ CHECKS: tuple[Callable[[Declared], Iterator[Problem]], ...] = (
     check_slots,
     check_cycles,
     check_first,
+    check_messages,
     check_settings,
     check_support,
     check_reuse,

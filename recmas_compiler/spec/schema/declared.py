@@ -216,6 +216,15 @@ class Declared:
         own = self.document.agents[agent].latent_steps
         return self.document.latent_steps if own is None else own
 
+    def sent_by(self, agent: str) -> dict[tuple[str, str], LinkSection]:
+        """Return the links over which an agent has something to send."""
+        steps = self.latent_steps(agent)
+        return {
+            ends: link
+            for ends, link in self.known_links.items()
+            if ends[0] == agent and link.form.is_sent(steps)
+        }
+
     def link_place(self, source: str, target: str) -> SourcePosition:
         """Return where a link is declared."""
         return self.places.key(("links", link_name(source, target)))

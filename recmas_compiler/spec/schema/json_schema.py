@@ -124,6 +124,8 @@ def _simplified(node: Any) -> Any:
     if len(choices) == 1:
         del node["anyOf"]
         node |= choices[0]
+    elif choices:
+        node["anyOf"] = choices
     if node.get("default", 0) is None:
         del node["default"]
     if "patternProperties" in node:

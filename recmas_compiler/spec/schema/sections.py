@@ -6,8 +6,9 @@ here are what users read. All models are frozen and refuse unknown keys.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal, Self, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar, get_args
 
+from msgspec import structs
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -23,6 +24,7 @@ from pydantic_core import PydanticCustomError
 
 from recmas_runtime.formats.ids import LINK_PATTERN, SLUG_PATTERN
 from recmas_runtime.formats.link_kinds import DEFAULT_INIT, DEFAULT_KIND, LinkInit, LinkKind
+from recmas_runtime.formats.messages import MAX_EVERY, MAX_LAYERS, Carries, MessageForm, RowsOf
 from recmas_runtime.formats.plan import (
     MAX_LATENT_STEPS,
     MAX_NEW_TOKENS,
@@ -36,6 +38,9 @@ from recmas_runtime.formats.plan import (
 from recmas_runtime.formats.precisions import Dtype, PrecisionName, TargetName
 
 MAX_AGENTS: Final = 64
+
+# Of a text that is handed over, where a link does not say.
+DEFAULT_MAX_TOKENS: Final = 64
 
 PATH_PATTERN: Final = r"^[^\x00-\x1f]+$"
 
@@ -246,6 +251,7 @@ NO_TEMPLATE: Final = "none"
 RESERVED_TEMPLATE_VARIABLES: Final = frozenset({"messages", "add_generation_prompt"})
 
 LinkName = Annotated[str, StringConstraints(pattern=LINK_PATTERN)]
+FieldName = Annotated[str, StringConstraints(pattern="^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
 TemplateVariable = Annotated[str, StringConstraints(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
 PromptText = Annotated[str, StringConstraints(min_length=1, max_length=100_000)]
 
@@ -311,6 +317,10 @@ class WeightsSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _make_start_explicit(cls, data: object) -> object:
+        return cls.with_start(data)
+
+    @staticmethod
+    def with_start(data: object) -> object:
         """Write out the defaults, so that the resolved spec says what is meant."""
         if isinstance(data, dict) and "weights" not in data:
             return {"kind": DEFAULT_KIND, "init": DEFAULT_INIT} | data
@@ -321,11 +331,91 @@ class InnerSection(WeightsSection):
     """An inner link: hidden states of an agent back to its own input embeddings."""
 
 
+_ROWS: Final = list(get_args(RowsOf))
+_ROWS_SCHEMA: Final[dict[str, Any]] = {
+    "anyOf": [
+        {"enum": _ROWS, "type": "string"},
+        {"items": {"enum": _ROWS, "type": "string"}, "minItems": 1, "maxItems": 2, "type": "array"},
+    ]
+}
+_LAYER: Final = {"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_LAYERS}
+_LAYERS_SCHEMA: Final[dict[str, Any]] = {
+    "anyOf": [
+        {"const": "all", "type": "string"},
+        {"items": _LAYER, "minItems": 1, "maxItems": MAX_LAYERS, "type": "array"},
+    ]
+}
+
+
+def _as_rows(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+Rows = Annotated[
+    tuple[RowsOf, ...], BeforeValidator(_as_rows), Field(strict=False, min_length=1, max_length=2)
+]
+Layers = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=MAX_LAYERS)], ...],
+    Field(strict=False, min_length=1, max_length=MAX_LAYERS),
+]
+
+
 class LinkSection(WeightsSection):
-    """An outer link: thoughts of one agent to input embeddings of another."""
+    """An outer link: messages of one agent to another one's prompt."""
 
     feedback: bool = False
     """Its message is seen in the next round. Every cycle needs at least one such link."""
+
+    carries: Carries = "thoughts"
+    """What a message is made of. `thoughts`: the hidden states of the sender's latent steps.
+    `context`: those at the positions of its prompt. `written`: those at the tokens that it writes.
+    `text`: what it writes, as text. `cache`: rows of its key/value cache, which come before the
+    receiver's whole prompt; both agents are on one backbone, and the slot stands first."""
+
+    of: Given[FieldName] = None
+    """For `context`: only the tokens of this field, wherever the sender's prompt shows it."""
+
+    every: Given[Annotated[int, Field(ge=2, le=MAX_EVERY)]] = None
+    """For `context`: only each so many-th position, counted back from the last."""
+
+    pool: Given[bool] = None
+    """For `context`: the means over as many equal spans of positions as the sender has latent
+    steps."""
+
+    max_tokens: Given[Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)]] = None
+    """Most tokens that the sender writes (default 64), where the message is made of what it
+    writes."""
+
+    rows: Given[Annotated[Rows, WithJsonSchema(_ROWS_SCHEMA)]] = None
+    """For `cache`: `context` (the sender's prompt without the generation prompt; the default),
+    `thoughts`, `written`, or `context` with one of the two as a list."""
+
+    layers: Given[Annotated[Layers | Literal["all"], WithJsonSchema(_LAYERS_SCHEMA)]] = None
+    """For `cache`: `all` (the default), or a list of the layers whose rows are handed over, the
+    first of which is 0."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _make_start_explicit(cls, data: object) -> object:
+        if isinstance(data, dict) and data.get("carries") in ("text", "cache"):
+            return data  # goes through no link weights
+        return WeightsSection.with_start(data)
+
+    @property
+    def form(self) -> MessageForm:
+        """What its messages are made of, with every default in place."""
+        rows = self.rows or (("context",) if self.carries == "cache" else ())
+        form = MessageForm(
+            carries=self.carries,
+            of=self.of,
+            every=self.every or 1,
+            pool=self.pool is True,
+            rows=rows,
+            layers=None if self.layers == "all" else self.layers,
+        )
+        if not form.needs_text:
+            return form
+        return structs.replace(form, max_tokens=self.max_tokens or DEFAULT_MAX_TOKENS)
 
 
 class PromptSection(Section):

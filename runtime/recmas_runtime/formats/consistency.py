@@ -14,14 +14,17 @@ from recmas_runtime.formats.ids import inner_link_id, outer_link_id
 from recmas_runtime.formats.layers import has_states
 from recmas_runtime.formats.link_kinds import FORMS
 from recmas_runtime.formats.manifest import MANIFEST_NAME, PLAN_NAME, SPEC_NAME, Manifest
+from recmas_runtime.formats.messages import KINDS_OF_ROWS
 from recmas_runtime.formats.plan import (
     DecodeStep,
+    LinkPlan,
     Plan,
     PrefillStep,
     SendStep,
     Step,
     ThinkStep,
     WriteStep,
+    form_of,
 )
 from recmas_runtime.formats.precisions import DTYPE_BYTES, TOLERANCES, buildable
 
@@ -132,24 +135,46 @@ def prompts_use_what_exists(manifest: Manifest, plan: Plan) -> Iterator[tuple[st
 
 
 def links_fit_their_agents(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
-    """A link carries thoughts, through an outer link from its source's width to its target's."""
+    """Vectors go through an outer link from one width to another, rows stay on one backbone."""
     for name, link in plan.links.items():
         where = f"links.{name}"
         unknown = [agent for agent in (link.source, link.target) if agent not in plan.agents]
         if unknown:
             yield where, f"unknown agent {unknown[0]!r}"
             continue
-        if link.carries != "thoughts":
-            yield f"{where}.carries", "a bundle's agents hand over thoughts, not text"
+        source, target = (plan.agents[agent].backbone for agent in (link.source, link.target))
+        if not link.has_vectors:
+            for key, what in _impossible(manifest, link, (source, target)):
+                yield f"{where}.{key}", what
+            continue
         outer = manifest.links.get(name)
         if outer is None or outer.role != "outer":
             yield where, f"unknown outer link {name!r}"
             continue
-        source, target = (plan.agents[agent].backbone for agent in (link.source, link.target))
         widths = manifest.backbones[source].width, manifest.backbones[target].width
         if (outer.in_dim, outer.out_dim) != widths:
             needed = f"the agents need {widths[0]} to {widths[1]}"
             yield where, f"link {name!r} maps {outer.in_dim} to {outer.out_dim}, {needed}"
+
+
+def _impossible(
+    manifest: Manifest, link: LinkPlan, backbones: tuple[str, str]
+) -> Iterator[tuple[str, str]]:
+    """Complain about text without a bound, and about rows that cannot be handed over."""
+    if link.needs_text and link.max_tokens is None:
+        yield "max_tokens", "a text that is handed over has a bound"
+    if link.carries != "cache":
+        return
+    if backbones[0] != backbones[1]:
+        yield "carries", f"rows of backbone {backbones[0]!r} mean nothing to {backbones[1]!r}"
+    layers = manifest.backbones[backbones[0]].layers
+    if has_states(layers):
+        yield "carries", f"layers of backbone {backbones[0]!r} keep states, not only rows"
+    beyond = [layer for layer in link.layers or () if layer >= len(layers)]
+    if beyond:
+        yield "layers", f"there is no layer {beyond[0]} among {len(layers)}"
+    if link.rows not in KINDS_OF_ROWS:
+        yield "rows", f"{', '.join(link.rows) or 'none'} cannot be handed over"
 
 
 def search_has_its_corpus(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
@@ -225,6 +250,8 @@ def sends_use_their_links(manifest: Manifest, plan: Plan) -> Iterator[tuple[str,
             wanted = ", ".join(outer_link_id(step.source, target) for target in step.targets)
             found = ", ".join(step.links)
             yield f"steps[{index}].links", f"expected {wanted}; found {found}"
+        elif len({form_of(plan.links[name]) for name in step.links}) > 1:
+            yield f"steps[{index}].links", "messages of one send are of one form"
 
 
 def snapshots_are_of_states(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
@@ -246,7 +273,7 @@ def snapshots_are_of_states(manifest: Manifest, plan: Plan) -> Iterator[tuple[st
             restored.update(() if step.restore is None else (step.restore,))
         if isinstance(step, SendStep):
             continue
-        if behind.get(step.cache) == "think" and not isinstance(step, PrefillStep):
+        if behind.get(step.cache) == "think" and isinstance(step, ThinkStep | DecodeStep):
             yield f"steps[{index}]", "the layer states are those behind a rollout already"
         if _keeps_states(manifest, plan, step.cache):
             behind[step.cache] = step.op
@@ -302,6 +329,8 @@ def exits_are_what_the_last_round_takes(
 def steps_come_in_order(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
     """Thinking follows a prefill, sending a thought; slots are filled; the last step decodes."""
     prefilled: dict[str, int] = {}  # cache -> round of its last prefill
+    read: dict[str, int] = {}  # agent -> round of its last prompt
+    written: dict[str, WriteStep] = {}  # agent -> its last text
     thought: dict[str, ThinkStep] = {}  # agent -> its last rollout
     sent: set[tuple[str, int]] = set()  # (link, round)
     for index, step in enumerate(plan.steps):
@@ -323,6 +352,7 @@ def steps_come_in_order(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, s
                 for what in _misrouted(plan, step, sent):
                     yield f"{where}.messages", what
                 prefilled[step.cache] = step.round
+                read.update(dict.fromkeys(step.agents, step.round))
             case ThinkStep():
                 if prefilled.pop(step.cache, None) != step.round:
                     yield where, "there is no prefill of this round to think from"
@@ -334,14 +364,24 @@ def steps_come_in_order(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, s
                 prefilled[step.cache] = step.round
                 thought.update(dict.fromkeys(step.agents, step))
             case SendStep():
-                think = thought.get(step.source)
-                if think is None or think.round != step.round:
+                form = plan.links[step.links[0]]
+                think, write = thought.get(step.source), written.get(step.source)
+                if form.needs_context and read.get(step.source) != step.round:
+                    yield where, f"{step.source!r} has read no prompt in this round"
+                if form.needs_thoughts and (think is None or think.round != step.round):
                     yield where, f"{step.source!r} has no thoughts of this round"
-                elif not step.apply_inner and not think.fused:
-                    yield f"{where}.apply_inner", "the rollout did not apply the inner link"
+                if form.needs_text and (write is None or write.round != step.round):
+                    yield where, f"{step.source!r} has written nothing in this round"
+                if form.needs_written_states and write is not None and not write.keeps_states:
+                    yield where, f"{step.source!r} keeps no states of what it has written"
+                in_think = form.carries == "thoughts" and think is not None and think.fused
+                if form.has_vectors and not step.apply_inner and not in_think:
+                    yield f"{where}.apply_inner", "nothing has applied the inner link"
                 sent.update((link, step.round) for link in step.links)
             case WriteStep():
-                yield where, "a bundle's agents hand over thoughts, not text"
+                if prefilled.get(step.cache) != step.round:
+                    yield where, "there is no prefill of this round to write from"
+                written.update(dict.fromkeys(step.agents, step))
             case DecodeStep():
                 if step.agent != plan.answer_agent or step.round != plan.rounds:
                     yield where, "only the answer agent decodes, in the last round"
@@ -369,7 +409,7 @@ def _misrouted(plan: Plan, step: PrefillStep, sent: set[tuple[str, int]]) -> Ite
                     yield f"{message.link!r} is no link from {slot!r} to {agent!r}"
                 elif (message.link, message.round) not in sent:
                     yield f"nothing was sent over {message.link!r} in round {message.round}"
-            elif plan.agents[slot].latent_steps > 0:
+            elif plan.agents[slot].latent_steps > 0 or outer_link_id(slot, agent) in plan.links:
                 # Without latent steps the message is empty, and nothing need be sent.
                 yield f"agent {agent!r} has a slot for {slot!r}, who has sent nothing"
     for message in messages:

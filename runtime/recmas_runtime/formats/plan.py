@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, Final, Literal
 from msgspec import Meta, field
 
 from recmas_runtime.formats.codec import Count, Finite, Size, StrictStruct, Whole
+from recmas_runtime.formats.messages import MessageForm
 
 PLAN_VERSION = 2
 
@@ -80,16 +81,19 @@ class AgentPlan(StrictStruct, frozen=True, kw_only=True):
         return tuple(part.value for part in self.parts(variant) if part.kind == "slot")
 
 
-class LinkPlan(StrictStruct, frozen=True, kw_only=True):
+class LinkPlan(MessageForm, frozen=True, kw_only=True, omit_defaults=True):
     """A way on which messages go from one agent to another, whose prompt has the slot.
 
-    It carries `thoughts`, hidden states that an outer link of the manifest maps, or `text`, what
-    the source writes.
+    Where messages are vectors, an outer link of the manifest of the same id maps them.
     """
 
     source: str
     target: str
-    carries: Literal["thoughts", "text"]
+
+
+def form_of(link: LinkPlan) -> MessageForm:
+    """Return what the messages of a link are made of, without its ends."""
+    return MessageForm(**{name: getattr(link, name) for name in MessageForm.__struct_fields__})
 
 
 class CachePlan(StrictStruct, frozen=True, kw_only=True):
@@ -196,11 +200,14 @@ class ThinkStep(PlanStep, frozen=True, kw_only=True):
 
 
 class SendStep(PlanStep, frozen=True, kw_only=True):
-    """Map the source's thoughts of this round through outer links into messages.
+    """Make messages of what the source has of this round, all of one form.
+
+    Vectors go through the inner and the outer links; text and rows are handed over as they are.
 
     Attributes:
         targets: One or more receiving agents, served by one call (their widths are equal).
-        apply_inner: Compute R_k(H) here; otherwise take it from the fused think step.
+        apply_inner: Compute R_k(H) here; False where the fused think step has done so, and where
+            messages are no vectors.
     """
 
     source: str
@@ -210,17 +217,20 @@ class SendStep(PlanStep, frozen=True, kw_only=True):
 
 
 class WriteStep(PlanStep, frozen=True, kw_only=True):
-    """Write text from the last prefill of `agents`, to be put into the slots of other agents.
-
-    Latent systems have none; systems whose agents pass text, the baselines, consist of them.
+    """Write text from the last prefill of `agents`, to be handed to other agents.
 
     Attributes:
         max_new_tokens: Most tokens of each text; None for as many as an answer may have.
+        greedy: Take the likeliest tokens, whatever the answer's sampling is.
+        keeps_states: Have the states and rows of the written tokens behind the prompt, for messages
+            of them.
     """
 
     agents: tuple[str, ...]
     cache: str
     max_new_tokens: Count | None = None
+    greedy: bool = False
+    keeps_states: bool = False
 
 
 class DecodeStep(PlanStep, frozen=True, kw_only=True):
@@ -383,11 +393,15 @@ def compared_links(plan: Plan) -> dict[int, frozenset[str]]:
     one cannot follow, because it would lack a message, do not appear.
     """
     (decode,) = (step for step in plan.steps if isinstance(step, DecodeStep))
-    required = {message.link for message in decode.exits}
+    required = {
+        message.link for message in decode.exits if plan.links[message.link].carries == "thoughts"
+    }
     sent: dict[int, set[str]] = {round_: set() for round_ in range(1, plan.rounds + 1)}
     for step in plan.steps:
         if isinstance(step, SendStep):
-            sent[step.round].update(step.links)
+            # Of these alone are there equally many in every round.
+            alike = (link for link in step.links if plan.links[link].carries == "thoughts")
+            sent[step.round].update(alike)
     found = {
         round_: frozenset(sent[round_] & sent[round_ - 1])
         for round_ in range(2, plan.rounds)
@@ -399,7 +413,7 @@ def compared_links(plan: Plan) -> dict[int, frozenset[str]]:
 def slot_positions(plan: Plan) -> dict[tuple[str, Variant], dict[str, int]]:
     """Return how many positions thoughts take in each slot of a prompt, by agent and variant.
 
-    Slots that stay empty, or that text fills, do not appear.
+    Slots that stay empty do not appear, nor those of messages whose length a record decides.
     """
     found: dict[tuple[str, Variant], dict[str, int]] = {}
     for step in plan.steps:

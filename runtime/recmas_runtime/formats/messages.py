@@ -1,0 +1,103 @@
+"""What a message is made of: the form that a link gives it, and which positions go into it."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated, Final, Literal
+
+from msgspec import Meta
+
+from recmas_runtime.formats.codec import Count, StrictStruct
+
+Carries = Literal["thoughts", "context", "written", "text", "cache"]
+RowsOf = Literal["context", "thoughts", "written"]
+
+# What may be handed over together, as it lies in a cache: thoughts and texts begin at one place.
+KINDS_OF_ROWS: Final[tuple[tuple[RowsOf, ...], ...]] = (
+    ("context",),
+    ("thoughts",),
+    ("written",),
+    ("context", "thoughts"),
+    ("context", "written"),
+)
+
+MAX_EVERY: Final = 1024
+MAX_LAYERS: Final = 4096
+
+
+class MessageForm(StrictStruct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a link carries. H are hidden states of the sender after its final norm.
+
+    Attributes:
+        carries: `thoughts`: H of the latent steps. `context`: H at the positions of the sender's
+            prompt, without its slots and without the generation prompt. `written`: H at the tokens
+            that the sender writes. These three become vectors outer(inner(H)) in the receiver's
+            slot. `text`: what the sender writes stands in the slot as plain text. `cache`: rows of
+            the sender's cache come before the receiver's whole prompt, and the slot shows nothing.
+        of: For `context`: the tokens whose characters overlap with this field of the prompt,
+            wherever it stands; None for all of the prompt.
+        every: For `context`: each so many-th of these positions, counted back from the last.
+        pool: For `context`: means over as many equal spans of these positions as the sender has
+            latent steps.
+        max_tokens: Most tokens that the sender writes, where it writes.
+        rows: For `cache`: which rows, in the order in which they lie in the sender's cache.
+        layers: For `cache`: the layers whose rows are handed over; None for all.
+    """
+
+    carries: Carries
+    of: str | None = None
+    every: Annotated[int, Meta(ge=1, le=MAX_EVERY)] = 1
+    pool: bool = False
+    max_tokens: Count | None = None
+    rows: tuple[RowsOf, ...] = ()
+    layers: tuple[Annotated[int, Meta(ge=0, lt=MAX_LAYERS)], ...] | None = None
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether it goes through the inner and the outer link into a slot."""
+        return self.carries in ("thoughts", "context", "written")
+
+    @property
+    def needs_context(self) -> bool:
+        """Whether it is made of what the sender's prompt has left."""
+        return self.carries == "context" or "context" in self.rows
+
+    @property
+    def needs_thoughts(self) -> bool:
+        """Whether the sender takes latent steps for it."""
+        return self.carries == "thoughts" or "thoughts" in self.rows
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the sender writes for it."""
+        return self.carries in ("written", "text") or "written" in self.rows
+
+    @property
+    def needs_written_states(self) -> bool:
+        """Whether the states or rows of written tokens are handed over."""
+        return self.carries == "written" or "written" in self.rows
+
+    def is_sent(self, latent_steps: int) -> bool:
+        """Tell whether a sender of so many latent steps has anything to send."""
+        return self.carries != "thoughts" or latent_steps > 0
+
+
+THOUGHTS: Final = MessageForm(carries="thoughts")
+
+
+def message_spans(form: MessageForm, positions: int, latent_steps: int) -> list[tuple[int, int]]:
+    """Return the spans of positions, each of which gives one vector: the mean of its states.
+
+    Thoughts and written tokens give one vector each; so does each position of a context, unless
+    `every` or `pool` says otherwise.
+
+    Args:
+        positions: How many states there are.
+        latent_steps: Of the sender.
+    """
+    if form.pool:
+        count = min(latent_steps, positions)
+        ends = [index * positions // count for index in range(count + 1)]
+        return list(pairwise(ends))
+    first = (positions - 1) % form.every
+    return [(at, at + 1) for at in range(first, positions, form.every)]
