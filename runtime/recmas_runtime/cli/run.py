@@ -127,7 +127,12 @@ class _Run:
             trace = None
             if options.trace is not None:
                 trace = stack.enter_context(
-                    TraceWriter(options.trace, resume=options.resume, force=options.force)
+                    TraceWriter(
+                        options.trace,
+                        resume=options.resume,
+                        force=options.force,
+                        thoughts=options.thoughts or 0,
+                    )
                 )
             if options.json:
                 self.data["answers"] = []
@@ -306,6 +311,7 @@ def _check_usage(options: argparse.Namespace, fields: Mapping[str, object] | Non
         "give a QUESTION, --field or --input": not single and source is None,
         "--json already prints the answers on stdout": options.json and target == STANDARD_STREAM,
         "--resume needs --output FILE": options.resume and not to_file,
+        "--thoughts needs --trace DIR": options.thoughts is not None and options.trace is None,
         "give --resume or --force, not both": options.resume and options.force,
     }
     for message, is_wrong in wrong.items():

@@ -39,7 +39,7 @@ from recmas_runtime.running.records import (
     is_one,
     needed_fields,
 )
-from recmas_runtime.running.run_trace import Trace
+from recmas_runtime.running.run_trace import Trace, reads_thoughts
 from recmas_runtime.tools.toolbox import Toolbox
 
 Function = Callable[[str], str]
@@ -420,6 +420,7 @@ class System:
             prompts=prompt,
             exchange=self._exchange,
             tools=self._tools,
+            keeps_thoughts=reads_thoughts(trace),
         )
         return Batch(execution, [ready.record for ready in part], trace)
 
