@@ -41,18 +41,23 @@ agents:
     backbone: other
     inner: {{init: random}}
     prompt: "{{{{ latent.scribe }}}} Go on: {{{{ question }}}}"
+  holder:
+    backbone: third
+    inner: {{init: random}}
+    prompt: "Not {{{{ facts[0] }}}} but {{{{ facts[1] }}}} alone"
   solver:
     backbone: small
     inner: {{init: random}}
     prompt: |-
       {{{{ question }}}} {{{{ latent.reader }}}} and {{{{ latent.scribe }}}},
-      {{{{ latent.twin }}}} end
+      {{{{ latent.twin }}}} {{{{ latent.holder }}}} end
 links:
   reader -> scribe: {{carries: context, of: context, every: 3, init: random}}
   reader -> solver: {{carries: context, pool: true, init: random}}
   scribe -> twin: {{carries: cache, rows: [context, thoughts]}}
   scribe -> solver: {{carries: written, max_tokens: 5, init: random}}
   twin -> solver: {{carries: text, max_tokens: 6}}
+  holder -> solver: {{carries: context, of: 'facts[1]', init: random}}
   solver -> scribe: {{carries: context, feedback: true, init: random}}
 answer: {{agent: solver, max_new_tokens: 10}}
 """
@@ -79,7 +84,7 @@ SPECS = {"every kind": EVERY_KIND, "rows": ROWS}
 CONTEXTS = ("Seven times eight is 56.", "", "Anna reads. " * 6, "x y")
 QUESTIONS = ("What is 7 * 8?", "x", "Which plan is best, and why?", "Hm?")
 RECORDS = [
-    {"id": str(i), "question": question, "context": context}
+    {"id": str(i), "question": question, "context": context, "facts": [question, context]}
     for i, (question, context) in enumerate(zip(QUESTIONS, CONTEXTS, strict=True))
 ]
 
