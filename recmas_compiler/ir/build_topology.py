@@ -29,7 +29,7 @@ from recmas_compiler.links.files import (
 )
 from recmas_compiler.spec.document.places import Loc, is_file, is_folder, path_of
 from recmas_compiler.spec.document.problems import in_reading_order, problem_at
-from recmas_compiler.spec.schema.sections import ToolsSection, WeightsSection
+from recmas_compiler.spec.schema.sections import LinkSection, ToolsSection, WeightsSection
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.formats.ids import link_name
@@ -208,12 +208,14 @@ def _link(
             return None
     if form.carries == "cache":
         problems += _refused_rows(spec, loc, form, agents[source].backbone, read_from)
+        problems += _refused_layers(spec, loc, section, agents[source].backbone, read_from)
     return Link(
         source=source,
         target=target,
         feedback=section.feedback,
         weights=weights,
         form=form,
+        layer_share=section.layer_share,
         where=spec.position(*loc),
     )
 
@@ -231,11 +233,31 @@ def _refused_rows(
         )
         hint = "Let the link carry `context`, `written` or `text`, or use another backbone."
         yield problem_at(spec.position(*loc, "carries"), "RM127", message, hint=hint)
-    beyond = [layer for layer in form.layers or () if layer >= facts.num_layers]
+
+
+def _refused_layers(
+    spec: Spec, loc: Loc, section: LinkSection, backbone: str, facts: BackboneFacts
+) -> Iterator[Problem]:
+    """Yield why rows cannot be handed over to these layers of a backbone alone."""
+    place, layers = spec.position(*loc, "layers"), section.form.layers or ()
+    if section.layers in (None, "all"):
+        return
+    target = spec.document.build.target
+    if TARGETS[target].machine_engines is not None:
+        message = f"engines of target `{target}` show rows to every layer, not to some."
+        hint = "Hand them to all layers (`layers: all`), or use target `onnx`."
+        yield problem_at(place, "RM121", message, hint=hint)
+    beyond = [layer for layer in layers if layer >= facts.num_layers]
     if beyond:
         message = f"`{backbone}` has layers 0 to {facts.num_layers - 1}, not {beyond[0]}."
         hint = "Name layers that are there, or `all`."
-        yield problem_at(spec.position(*loc, "layers"), "RM127", message, hint=hint)
+        yield problem_at(place, "RM127", message, hint=hint)
+        return
+    without = [layer for layer in layers if facts.layers[layer].rows is None]
+    if without:
+        message = f"layer {without[0]} of `{backbone}` ({facts.model_type}) has no rows of its own."
+        hint = "Name layers that have, or `all`."
+        yield problem_at(place, "RM127", message, hint=hint)
 
 
 def _weights(

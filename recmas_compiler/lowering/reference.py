@@ -21,6 +21,7 @@ from recmas_compiler.backbones.loaded.cache_argument import with_cache
 from recmas_compiler.backbones.loaded.own_cache import empty_cache, positions_behind
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.ir.graph import Graph
+from recmas_compiler.lowering.choose_layers import choose_layers
 from recmas_compiler.lowering.materialize import materialize_links
 from recmas_compiler.lowering.plan import agent_plan, build_plan
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
@@ -362,6 +363,7 @@ def to_torch(
     """
     watcher = Silent() if progress is None else progress
     loaded = load_backbones(program, progress=watcher) if backbones is None else backbones
+    program, _ = choose_layers(program, loaded)
     if links is None:
         made = materialize_links(program, loaded, progress=watcher)
         links = {link_id: link.module for link_id, link in made.items()}

@@ -6,8 +6,8 @@ width, d model width, V vocabulary, G groups of rows with one link each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol, TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,45 @@ def keeps_rows_only(engine: str) -> RecmasError:
     )
 
 
+def sees_all_rows(engine: str) -> RecmasError:
+    """Return RM203 for an engine that hides no rows from any layer."""
+    return fail(
+        "RM203",
+        f"{engine} shows the rows of a cache to every layer, and here some must not see them",
+        hint="Run it on ONNX Runtime: device `cpu` or `cuda`.",
+    )
+
+
+class HandedRows(NamedTuple):
+    """Rows of a sequence that were handed over: positions `start` to `stop`.
+
+    `seen_by` are the layers that have them; None for all.
+    """
+
+    start: int
+    stop: int
+    seen_by: Collection[int] | None
+
+
+def masks_of(
+    masked_layers: Sequence[Sequence[int]], handed: Sequence[HandedRows], capacity: int
+) -> NDArray[np.bool_]:
+    """Return the masks of one sequence, [masks, C]: True for rows that a group does not see.
+
+    Args:
+        masked_layers: Of the backbone's entry in the manifest.
+        handed: Rows whose layers see them as groups, all of one or none.
+        capacity: C.
+    """
+    masks = np.zeros((len(masked_layers), capacity), np.bool_)
+    for start, stop, seen_by in handed:
+        for mask_C, group in zip(masks, masked_layers, strict=True):
+            seeing = {seen_by is None or layer in seen_by for layer in group}
+            assert len(seeing) == 1, f"layers {group} have one mask and see different rows"
+            mask_C[start:stop] = not seeing.pop()
+    return masks
+
+
 class KeyValueRows(Protocol):
     """The keys and values of R sequences, each with room for `capacity` positions."""
 
@@ -75,6 +114,17 @@ class KeyValueRows(Protocol):
         """Return copies on the host, in the order of `formats.layers.cache_tensors`.
 
         Keys and values are [n, H, positions, D]; states are whole.
+        """
+
+    def hide_rows(self, row: int, handed: Sequence[HandedRows]) -> None:
+        """Let no later position of a sequence see rows from layers that do not have them.
+
+        What is written there for these layers never matters, so long as it is finite. It holds
+        until this is called again, or the sequence begins anew; the rows take it along.
+
+        Args:
+            row: The sequence.
+            handed: All of its rows that were handed over; what was said before is forgotten.
         """
 
     def save_states(self) -> Any:

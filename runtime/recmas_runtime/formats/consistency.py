@@ -6,7 +6,7 @@ before (`bundle`, `codec`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from recmas_runtime.core.errors import Problem
@@ -132,6 +132,30 @@ def prompts_use_what_exists(manifest: Manifest, plan: Plan) -> Iterator[tuple[st
         for part in (*agent.system, *(agent.first or ()), *agent.then):
             if part.kind == "field" and part.value not in plan.fields:
                 yield f"agents.{name}", f"field {part.value!r} is not among the plan's fields"
+
+
+def rows_are_hidden_where_links_say(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
+    """A decoder has masks for all groups of layers that do not see all rows."""
+    for name, backbone in manifest.backbones.items():
+        needed = plan.masked_layers(name, backbone.num_layers)
+        if not _are_parts(backbone.masked_layers, needed):
+            what = f"{_groups(backbone.masked_layers)}, and the links need {_groups(needed)}"
+            yield f"backbones.{name}.masked_layers", what
+
+
+def _are_parts(groups: Sequence[Sequence[int]], needed: Sequence[Sequence[int]]) -> bool:
+    """Tell whether distinct layers make up each of the needed groups, and maybe more."""
+    layers = [layer for group in groups for layer in group]
+    wanted = {layer: number for number, group in enumerate(needed) for layer in group}
+    return (
+        len(set(layers)) == len(layers)
+        and wanted.keys() <= set(layers)
+        and all(len({wanted.get(layer) for layer in group}) == 1 for group in groups)
+    )
+
+
+def _groups(groups: Sequence[Sequence[int]]) -> str:
+    return "; ".join(", ".join(map(str, group)) for group in groups) or "none"
 
 
 def links_fit_their_agents(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
@@ -424,6 +448,7 @@ STAGES: Final[tuple[tuple[str, tuple[Rule, ...]], ...]] = (
     (
         PLAN_NAME,
         (
+            rows_are_hidden_where_links_say,
             sends_use_their_links,
             snapshots_are_of_states,
             steps_come_in_order,

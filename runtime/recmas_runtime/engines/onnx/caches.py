@@ -16,9 +16,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from recmas_runtime.engines.interface import Operands
+from recmas_runtime.engines.interface import HandedRows, Operands, masks_of
 from recmas_runtime.engines.onnx.session import NO_GRAPH, call_onnx, onnx_runtime, run_options
-from recmas_runtime.formats.layers import CacheTensor, cache_tensors
+from recmas_runtime.formats.layers import (
+    HIDDEN_ROWS,
+    CacheTensor,
+    cache_tensors,
+    hidden_rows_tensor,
+)
 from recmas_runtime.formats.manifest import BackboneEntry
 
 if TYPE_CHECKING:
@@ -257,7 +262,10 @@ class Cache:
         self._entry = entry
         self._memory = memory
         self._of_row: dict[int, Cache] = {}
-        self._tensors = cache_tensors(entry.layers)
+        self._kept = cache_tensors(entry.layers)
+        masks = [hidden_rows_tensor(len(entry.masked_layers))] if entry.masked_layers else []
+        # What goes where rows go.
+        self._tensors = (*self._kept, *masks)
         self._states = [tensor.name for tensor in self._tensors if tensor.is_state]
         if stores is None:
             kinds = {value.name: value.type for value in session.get_inputs()}
@@ -300,7 +308,8 @@ class Cache:
             for binding in (self._steps[turn], self._calls[turn]):
                 for name in read:
                     read[name].bind_input(binding, name)
-                    written[name].bind_output(binding, f"present_{name}")
+                    if name != HIDDEN_ROWS:
+                        written[name].bind_output(binding, f"present_{name}")
             self.embeds.bind_input(self._steps[turn], "inputs_embeds")
 
     @property
@@ -316,9 +325,26 @@ class Cache:
         return [*first.values(), *(store[name] for store in others for name in self._states)]
 
     def begin(self, rows: Sequence[int]) -> None:
-        """Let sequences begin anew: rows are written over, but states would go on."""
+        """Let sequences begin anew: rows are written over, but states and masks would go on."""
         for name in self._states:
             self._layers[name].clear_rows(rows)
+        if self._masks is not None and rows:
+            self._masks.clear_rows(rows)
+
+    def hide_rows(self, row: int, handed: Sequence[HandedRows]) -> None:
+        """Hide rows of a sequence from layers, see `KeyValueRows`."""
+        hidden = masks_of(self._entry.masked_layers, handed, self.capacity)
+        if self._masks is None:
+            assert all(rows.seen_by is None for rows in handed), "no layer of this one has a mask"
+            return
+        masks = self._masks.numpy()
+        masks[row] = hidden[:, :, None]
+        self._masks.write(masks)
+
+    @property
+    def _masks(self) -> DeviceArray | None:
+        """The masks [R, masks, C, 1]: True for rows that are hidden."""
+        return self._stores[0].get(HIDDEN_ROWS)
 
     def of_row(self, row: int) -> Cache:
         """Return one sequence's rows as a cache of its own, over the same memory.
@@ -386,7 +412,7 @@ class Cache:
         # Rows of another kind of engine come as arrays of the host.
         host, everything = Memory("cpu", shared=True), range(len(rows))
         arrays = source.read_rows(rows, positions)
-        for tensor, array in zip(self._tensors, arrays, strict=True):
+        for tensor, array in zip(self._kept, arrays, strict=True):
             store = self._layers[tensor.name]
             store.copy_part(host.hold(array, store.kind), everything, part_of(tensor, positions))
 
@@ -394,7 +420,7 @@ class Cache:
         """Return copies on the host, [n, H, positions, D] or whole states, as tensors come."""
         return [
             self._layers[tensor.name].read_part(rows, part_of(tensor, positions))
-            for tensor in self._tensors
+            for tensor in self._kept
         ]
 
     def save_states(self) -> dict[str, DeviceArray]:
