@@ -268,6 +268,7 @@ class _Stages:
             inner=inner[first_inner],
             message_Md=self._message_to(name),
             capacity=max(c.capacity for c in self.plan.caches.values() if c.backbone == name),
+            masked_layers=entry.masked_layers,
         )
         case |= link_cases(case["hidden"][0, -4:], inner=inner, outer=outer)
         file = f"parity/{name}.safetensors"
