@@ -11,14 +11,16 @@ Shape legend: R sequences, S new positions, C cache rows.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_runtime.core.errors import fail
+from recmas_runtime.engines.interface import HandedRows
 
 _MASK: Final = "attention_mask"
 # Where a model runs its layers several times: how many layers of the cache earlier runs have had.
@@ -58,6 +60,23 @@ def rows_hidden(body: nn.Module, hidden: Mapping[int, Tensor]) -> Iterator[None]
         )
 
 
+def hidden_by_layer(
+    facts: BackboneFacts, handed: Sequence[HandedRows], num_rows: int
+) -> dict[int, Tensor]:
+    """Return for `rows_hidden` the rows, [1, C], that each layer does not have of those handed.
+
+    Args:
+        handed: To the one sequence, which has `num_rows` of a cache, those of the call included.
+    """
+    found: dict[int, Tensor] = {}
+    for start, stop, seen_by in handed:
+        for layer, kind in enumerate(facts.attention):
+            if seen_by is not None and layer not in seen_by and kind != "none":
+                mask_1C = found.setdefault(layer, torch.zeros(1, num_rows, dtype=torch.bool))
+                mask_1C[:, start:stop] = True
+    return found
+
+
 def _attention_of(body: nn.Module) -> Iterator[nn.Module]:
     """Yield the innermost modules that are called with a mask."""
     takers = [
@@ -85,11 +104,12 @@ class _Hides:
         if layer not in self._hidden:
             return args, kwargs
         self._reached.add(layer)
-        hidden_R11C = self._hidden[layer][:, None, None]
         given = self._signature.bind(*args, **kwargs)
+        hidden_states = next(iter(given.arguments.values()))
+        hidden_R11C = self._hidden[layer][:, None, None].to(hidden_states.device)
         mask = given.arguments.get(_MASK)
         if mask is None:
-            mask = _causal(next(iter(given.arguments.values())), hidden_R11C.shape[-1])
+            mask = _causal(hidden_states, hidden_R11C.shape[-1])
         if mask.dtype == torch.bool:
             given.arguments[_MASK] = mask & ~hidden_R11C
         else:

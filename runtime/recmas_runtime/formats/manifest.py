@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Final
 from msgspec import Meta, field
 
 from recmas_runtime.formats.codec import Count, Dim, Finite, Size, StrictStruct
-from recmas_runtime.formats.layers import MOST_LAYERS, LayerShape
+from recmas_runtime.formats.layers import MOST_LAYERS, LayerShape, RowPositions
 from recmas_runtime.formats.messages import Layers
 
 # A parity case runs as a batch of sequences of unequal length.
@@ -51,6 +51,7 @@ class BackboneEntry(StrictStruct, frozen=True, kw_only=True):
         masked_layers: Groups of layers from which rows of a cache can be hidden, see
             `messages.masked_layers`; the decoder has a mask for each in its input `hidden_rows`.
             Empty where it has no such input.
+        row_positions: How rows of its cache are moved to other positions; None where none is.
     """
 
     source: str
@@ -73,6 +74,7 @@ class BackboneEntry(StrictStruct, frozen=True, kw_only=True):
     precision: str = "float32"
     cpu_decoder: str | None = None
     masked_layers: Annotated[tuple[Layers, ...], Meta(max_length=MOST_LAYERS)] = ()
+    row_positions: RowPositions | None = None
 
     @property
     def num_layers(self) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from recmas_runtime.core.errors import fail
 from recmas_runtime.engines.interface import Floats
 from recmas_runtime.formats.plan import ThinkStep
@@ -135,9 +137,12 @@ class Batch:
         )
 
     def _messages(self, row: int) -> dict[str, Floats]:
-        """Return the messages [m, d] of the rounds that a record ran, by link and round."""
+        """Return the messages [m, d] of the rounds that a record ran, by link and round.
+
+        Text and rows are no vectors and do not appear.
+        """
         return {
-            f"{link}@{round_}": message[row]
-            for (link, round_), message in self._execution.messages.items()
-            if self._ran(row, round_)
+            f"{link}@{round_}": np.asarray(messages[row])
+            for (link, round_), messages in self._execution.messages.items()
+            if self._execution.plan.links[link].has_vectors and self._ran(row, round_)
         }

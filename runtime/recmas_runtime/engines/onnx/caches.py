@@ -262,17 +262,15 @@ class Cache:
         self._entry = entry
         self._memory = memory
         self._of_row: dict[int, Cache] = {}
-        self._kept = cache_tensors(entry.layers)
+        self._tensors = cache_tensors(entry.layers)
         masks = [hidden_rows_tensor(len(entry.masked_layers))] if entry.masked_layers else []
-        # What goes where rows go.
-        self._tensors = (*self._kept, *masks)
         self._states = [tensor.name for tensor in self._tensors if tensor.is_state]
         if stores is None:
             kinds = {value.name: value.type for value in session.get_inputs()}
             first, second = (
                 {
                     t.name: memory.zeros(t.whole(rows, capacity), kinds[t.name])
-                    for t in self._tensors
+                    for t in (*self._tensors, *masks)
                     if t.is_state or is_first
                 }
                 for is_first in (True, False)
@@ -377,6 +375,8 @@ class Cache:
             return None
         for tensor in self._tensors:
             self._layers[tensor.name].move(rows, part_of(tensor, positions))
+        if self._masks is not None:
+            self._masks.move(rows, ())  # whole: what is left of others would hide rows to come
         return self._part(0, len(rows))
 
     def _part(self, start: int, stop: int) -> Cache:
@@ -404,6 +404,12 @@ class Cache:
 
     def copy_rows(self, source: Any, rows: Sequence[int], positions: int) -> None:
         """Take the first `positions` of the given sequences of another cache, in this order."""
+        if self._masks is not None:
+            whole = np.zeros(self._masks.shape, np.bool_)
+            if isinstance(source, Cache) and source._masks is not None:
+                part = slice(None), slice(positions)
+                whole[(slice(None), *part)] = source._masks.read_part(rows, part)
+            self._masks.write(whole)
         if isinstance(source, Cache):
             for tensor in self._tensors:
                 store, other = self._layers[tensor.name], source._layers[tensor.name]
@@ -412,7 +418,7 @@ class Cache:
         # Rows of another kind of engine come as arrays of the host.
         host, everything = Memory("cpu", shared=True), range(len(rows))
         arrays = source.read_rows(rows, positions)
-        for tensor, array in zip(self._kept, arrays, strict=True):
+        for tensor, array in zip(self._tensors, arrays, strict=True):
             store = self._layers[tensor.name]
             store.copy_part(host.hold(array, store.kind), everything, part_of(tensor, positions))
 
@@ -420,8 +426,16 @@ class Cache:
         """Return copies on the host, [n, H, positions, D] or whole states, as tensors come."""
         return [
             self._layers[tensor.name].read_part(rows, part_of(tensor, positions))
-            for tensor in self._kept
+            for tensor in self._tensors
         ]
+
+    def write_rows(self, values: Sequence[NDArray[Any]]) -> None:
+        """Overwrite the beginning of all sequences with [R, H, positions, D], as tensors come."""
+        host = Memory("cpu", shared=True)
+        for tensor, array in zip(self._tensors, values, strict=True):
+            store = self._layers[tensor.name]
+            part = part_of(tensor, array.shape[2])
+            store.copy_part(host.hold(array, store.kind), range(self.rows), part)
 
     def save_states(self) -> dict[str, DeviceArray]:
         """Return a copy of the states of all sequences; it stays on the device."""

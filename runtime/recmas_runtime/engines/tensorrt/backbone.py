@@ -112,6 +112,10 @@ class TensorrtCache:
         if any(rows.seen_by is not None for rows in handed):
             raise sees_all_rows("TensorRT")
 
+    def write_rows(self, values: Sequence[NDArray[Any]]) -> None:
+        """Overwrite the beginning of all sequences with [R, H, positions, D], as tensors come."""
+        self.workspace.write_rows(values)
+
     def save_states(self) -> Any:
         """Refuse: there are none."""
         raise keeps_rows_only("TensorRT")
