@@ -25,7 +25,7 @@ from recmas_compiler.lowering.hidden_rows import rows_hidden
 from recmas_export.backbone_graph import CPU_DECODER, export_backbone
 from recmas_runtime.checking.parity import relative_difference
 from recmas_runtime.core.errors import RecmasError
-from recmas_runtime.engines.interface import HandedRows
+from recmas_runtime.engines.interface import HandedRows, handed_rows, masks_of
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.formats.messages import masked_layers
 from recmas_runtime.formats.precisions import TOLERANCES
@@ -231,6 +231,16 @@ def test_the_decoder_for_the_cpu_keeps_its_operator(made_once: MadeOnce, tmp_pat
     assert Counter(node.op_type for node in graph.node)["Attention"] == 0
     with pytest.raises(RecmasError, match="RM404"):
         make_engine(Exported(backbone, tmp_path / "graphs", was_changed=False))
+
+
+def test_a_first_row_is_seen_by_every_layer() -> None:
+    told = [(3, 0, (1,)), (2, 0, (0,)), (0, 7, None), (4, 9, None)]
+    assert handed_rows(told) == ((1, 3, (1,)), (3, 5, (0,)), (5, 5, None), (5, 9, None))
+    assert handed_rows([(0, 0, (1,)), (2, 0, (1,))]) == ((0, 0, (1,)), (1, 2, (1,)))
+    assert handed_rows([(2, 5, (1,))]) == ((0, 2, (1,)),)  # it was no first row
+    masks = masks_of(((0,), (1,)), handed_rows(told), 10)
+    assert np.flatnonzero(masks[0]).tolist() == [1, 2]
+    assert np.flatnonzero(masks[1]).tolist() == [3, 4]
 
 
 def test_layers_are_grouped_by_what_they_see() -> None:

@@ -368,7 +368,7 @@ LayerShare = Annotated[float, Field(gt=0, lt=1)]
 
 
 def _which_layers(value: object) -> str:
-    """Tell which of its forms `layers` has, so that a wrong one is told of that form alone."""
+    """Tell which of its forms `layers` has, so that errors are about that one alone."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return form_tag("share" if is_number else "all" if isinstance(value, str) else "list")
 
@@ -416,7 +416,8 @@ class LinkSection(WeightsSection):
     layers: Given[LayersKey] = None
     """For `cache`: `all` (the default), or a list of the layers that get the rows, the first of
     which is 0, or a share such as `0.3`: the build then chooses so many, by how much attention each
-    pays to what was handed over. The others do not see the rows; positions go on behind them."""
+    pays to a text it has read. Of a prompt the others see the first row alone, and positions go on
+    behind all of them."""
 
     @model_validator(mode="before")
     @classmethod

@@ -6,7 +6,7 @@ width, d model width, V vocabulary, G groups of rows with one link each.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -63,14 +63,32 @@ def sees_all_rows(engine: str) -> RecmasError:
 
 
 class HandedRows(NamedTuple):
-    """Rows of a sequence that were handed over: positions `start` to `stop`.
-
-    `seen_by` are the layers that have them; None for all.
-    """
+    """Rows of a sequence, positions `start` to `stop`; None of `seen_by` means all layers."""
 
     start: int
     stop: int
     seen_by: Collection[int] | None
+
+
+def handed_rows(
+    pieces: Iterable[tuple[int, int, Collection[int] | None]],
+) -> tuple[HandedRows, ...]:
+    """Return which layers have which rows of pieces that come one behind the other, from 0 on.
+
+    The first row of a sequence counts as every layer's if it was the first where it was computed,
+    too. Models turn attention that belongs nowhere to it (attention sinks, arXiv 2309.17453), and a
+    layer that misses it is worse off than with nothing handed over.
+
+    Args:
+        pieces: For each how many rows it has, at which position the first of them was computed, and
+            the layers that they are handed over to; None for all.
+    """
+    found, at = [], 0
+    for count, position, seen_by in pieces:
+        is_sink = at == 0 and position == 0
+        found.append(HandedRows(min(1, count) if is_sink else at, at + count, seen_by))
+        at += count
+    return tuple(found)
 
 
 def masks_of(

@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,10 @@ from numpy.typing import NDArray
 from recmas_runtime.engines.interface import (
     Backbone,
     Floats,
-    HandedRows,
     Indices,
     KeyValueRows,
     Operands,
+    handed_rows,
 )
 from recmas_runtime.engines.onnx.caches import Cache
 from recmas_runtime.formats.layers import cache_tensors, has_states
@@ -273,9 +272,8 @@ class SequenceBatch:
         self.cache.write_rows(values)
         self.lengths = self._stand = np.array(self.num_foreign, np.int64)
         for row, pieces in enumerate(rows):
-            ends = list(accumulate((piece.count for piece in pieces), initial=0))
-            handed = zip(ends, ends[1:], (piece.seen_by for piece in pieces), strict=False)
-            self.cache.hide_rows(row, [HandedRows(*each) for each in handed])
+            told = ((piece.count, piece.position, piece.seen_by) for piece in pieces)
+            self.cache.hide_rows(row, handed_rows(told))
 
     def _turned(self, name: str, rows: NDArray[Any], piece: Rows, position: int) -> NDArray[Any]:
         """Return one tensor of a piece of rows as it is at another position."""
