@@ -311,6 +311,8 @@ def _wrong_tensor(
         "logits_hidden": (None, width),
         "logits": (None, None),
     }
+    if backbone.masked_layers:
+        floats["masked_hidden"] = (PARITY_ROWS, None, None)
     for link in case_links(case):
         floats[f"link.{link}.x"] = (None, manifest.links[link].in_dim)
         floats[f"link.{link}.y"] = (None, None)

@@ -311,7 +311,8 @@ def _cache(plan: Plan, manifest: Manifest, agents: tuple[str, ...]) -> CachePlan
         backbone=backbone,
         agents=agents,
         capacity=capacity,
-        bytes_per_sample=len(agents) * sequence_bytes(entry.layers, capacity),
+        bytes_per_sample=len(agents)
+        * sequence_bytes(entry.layers, capacity, num_masks=len(entry.masked_layers)),
     )
 
 
