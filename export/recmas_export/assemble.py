@@ -53,6 +53,7 @@ from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
 from recmas_runtime.engines.onnx.probe import measure_probe
 from recmas_runtime.engines.onnx.session import Device
 from recmas_runtime.formats.ids import link_file_name
+from recmas_runtime.formats.layers import RowPositions
 from recmas_runtime.formats.links import load_operands, read_operands
 from recmas_runtime.formats.manifest import BackboneEntry, LinkEntry, LossEntry, ParityEntry
 from recmas_runtime.formats.plan import Plan, SendStep
@@ -113,7 +114,8 @@ def assemble(
     `seconds` gets the wall time by stage.
 
     Raises:
-        RecmasError: RM203 or RM300 where a backbone cannot be exported, RM301 where a tokenizer, a
+        RecmasError: RM202 where rows are moved that cannot be, RM203 or RM300 where a backbone
+            cannot be exported, RM301 where a tokenizer, a
             prompt or an engine disagrees with the reference or loses too much, RM304 where a step
             leaves its provider, and what loading, link making and reading the text to measure
             losses over raise.
@@ -122,17 +124,18 @@ def assemble(
     with _timed(seconds, "load"):
         loaded = backbones or load_backbones(program, progress=progress)
         _refuse_prompts(spec, program, loaded)
+        positions = positions_of_moved_rows(program, loaded)
     with _timed(seconds, "links"):
         made = links or materialize_links(program, loaded, progress=progress)
         used = [agent.inner for agent in plan.agents.values()]
-        for step in plan.steps:
-            used += step.links if isinstance(step, SendStep) else ()
+        used += [link for link, entry in plan.links.items() if entry.has_vectors]
         entries = _write_links(folder, {link: made[link] for link in dict.fromkeys(used)})
     stages = _Stages(
         program=program,
         plan=plan,
         folder=folder,
         loaded={name: loaded[name] for name in names},
+        positions=positions,
         modules={link: made[link].module for link in entries},
         links=entries,
         progress=progress,
@@ -156,6 +159,15 @@ def _refuse_prompts(spec: Spec, program: Graph, loaded: Mapping[str, TorchBackbo
         raise RecmasError(problems)
 
 
+def positions_of_moved_rows(
+    program: Graph, loaded: Mapping[str, TorchBackbone]
+) -> dict[str, RowPositions]:
+    """Return, by backbone, how rows are moved that land elsewhere than they were computed."""
+    system = program.system
+    moved = {system.backbone_of(system.links[link].target).name for link in system.moved_links}
+    return {name: loaded[name].row_positions for name in sorted(moved)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Stages:
     """The stages of a build, export | compare | measure, and what they read."""
@@ -164,6 +176,7 @@ class _Stages:
     plan: Plan
     folder: Path
     loaded: Mapping[str, TorchBackbone]
+    positions: Mapping[str, RowPositions]
     modules: Mapping[str, nn.Module]
     links: Mapping[str, LinkEntry]
     progress: Progress
@@ -177,7 +190,8 @@ class _Stages:
                 precision, path = system.backbones[name].precision, self.folder / "backbones" / name
                 with rounded_layers(backbone, precision=precision, progress=self.progress):
                     export_backbone(backbone, path, precision=precision, decoders=decoders)
-                exported[name] = _entry(backbone, self.folder, f"backbones/{name}", precision)
+                entry = _entry(backbone, self.folder, f"backbones/{name}", precision)
+                exported[name] = structs.replace(entry, row_positions=self.positions.get(name))
                 advance()
             write_link_graph(self.folder / LINK_ENGINE)
         return exported
@@ -241,6 +255,7 @@ class _Stages:
             for step in self.plan.steps
             if isinstance(step, SendStep) and step.source in agents
             for link in step.links
+            if link in self.modules  # text and rows go through none
         }
         first_inner = next(iter(inner))
         case = make_case(
@@ -279,7 +294,7 @@ class _Stages:
             for link in step.links if isinstance(step, SendStep) else ():
                 ends = self.plan.links[link]
                 source, target = agents[ends.source], agents[ends.target]
-                if target.backbone == backbone:
+                if target.backbone == backbone and ends.has_vectors:
                     return make_message(
                         self.loaded[source.backbone],
                         inner=self.modules[source.inner],

@@ -32,12 +32,14 @@ from recmas_compiler.backbones.chat_files import (
     check_rows,
     puts_first,
 )
+from recmas_compiler.backbones.config.rotary import ROWS_STAY_HINT
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.fetching.hub import Fetch
 from recmas_compiler.backbones.gguf_files.header import GgufHeader, read_header
 from recmas_compiler.backbones.gguf_files.loading import transformers_parts, transformers_tokenizer
 from recmas_compiler.backbones.loaded.own_head import body_of, head_of
 from recmas_compiler.backbones.loaded.own_layers import layers_of
+from recmas_compiler.backbones.loaded.row_positions import RowsStayError, row_positions_of
 from recmas_compiler.backbones.loaded.text_model import text_model, wraps_text_model
 from recmas_compiler.backbones.own_tokenizer import TOKENIZER_FILE, load_tokenizer
 from recmas_compiler.backbones.sources import (
@@ -51,7 +53,7 @@ from recmas_compiler.backbones.sources import (
 from recmas_runtime.core.errors import RecmasError, fail, is_out_of_memory
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.core.text import first_line
-from recmas_runtime.formats.layers import LayerShape
+from recmas_runtime.formats.layers import LayerShape, RowPositions
 
 # The self-check compares two ways of computing the same numbers in float32; a head or an embedding
 # that does something unknown (a logit scale, say) is off by far more than rounding.
@@ -106,6 +108,24 @@ class TorchBackbone:
         rows_1Nd = hidden.reshape(1, -1, hidden.shape[-1])
         logits_1NV: Tensor = self._head(inputs_embeds=rows_1Nd, use_cache=False).logits
         return logits_1NV.reshape(*hidden.shape[:-1], -1)
+
+    @cached_property
+    def row_positions(self) -> RowPositions:
+        """How rows of its cache are moved to other positions, found by running it at some.
+
+        Raises:
+            RecmasError: RM202 if they cannot be moved.
+        """
+        facts = self.facts
+        try:
+            return row_positions_of(self.model, facts.layers, max_positions=facts.max_positions)
+        except RowsStayError as error:
+            raise fail(
+                "RM202",
+                f"rows of the cache of backbone {facts.source!r} ({facts.model_type}) cannot be "
+                f"moved to other positions: {error}",
+                hint=ROWS_STAY_HINT,
+            ) from error
 
     @cached_property
     def _head(self) -> Any:

@@ -174,6 +174,11 @@ class TorchCache:
         chosen = list(rows)
         return [to_numpy(layer[chosen, :, :positions]) for layer in self._layers()]
 
+    def write_rows(self, values: Sequence[NDArray[Any]]) -> None:
+        """Overwrite the beginning of all sequences with [R, K, positions, D], as layers come."""
+        for mine, array in zip(self._layers(), values, strict=True):
+            mine[:, :, : array.shape[2]] = torch.from_numpy(array)
+
     def save_states(self) -> Any:
         """Refuse: there are none."""
         raise keeps_rows_only("torch's engine")

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from recmas_compiler.backbones.chat_files import template_text
+from recmas_compiler.backbones.config.rotary import ROWS_STAY_HINT, why_rows_stay
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.fetching.hub import Fetch
 from recmas_compiler.backbones.sources import describe_backbone
@@ -34,7 +35,7 @@ from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.formats.ids import link_name
 from recmas_runtime.formats.link_kinds import LinkRole
-from recmas_runtime.formats.messages import MessageForm
+from recmas_runtime.formats.messages import MessageForm, moved_links
 from recmas_runtime.formats.plan import PythonPlan, SamplingPlan, SearchPlan, StopPlan, ToolsPlan
 from recmas_runtime.formats.precisions import TARGETS
 
@@ -207,7 +208,9 @@ def _link(
         if weights is None:
             return None
     if form.carries == "cache":
-        problems += _refused_rows(spec, loc, form, agents[source].backbone, read_from)
+        is_moved = (source, target) in _moved(spec)
+        backbone = agents[source].backbone
+        problems += _refused_rows(spec, loc, form, backbone, read_from, is_moved=is_moved)
     return Link(
         source=source,
         target=target,
@@ -218,8 +221,20 @@ def _link(
     )
 
 
+def _moved(spec: Spec) -> set[tuple[str, str]]:
+    """Return the ends of links whose rows may land at other positions."""
+    links = spec.declared.links.items()
+    return set(moved_links((source, target, link.form) for (source, target), link in links))
+
+
 def _refused_rows(
-    spec: Spec, loc: Loc, form: MessageForm, backbone: str, facts: BackboneFacts
+    spec: Spec,
+    loc: Loc,
+    form: MessageForm,
+    backbone: str,
+    facts: BackboneFacts,
+    *,
+    is_moved: bool,
 ) -> Iterator[Problem]:
     """Yield why rows of a backbone's cache cannot be handed over."""
     with_state = [i for i, layer in enumerate(facts.layers) if layer.states]
@@ -231,6 +246,13 @@ def _refused_rows(
         )
         hint = "Let the link carry `context`, `written` or `text`, or use another backbone."
         yield problem_at(spec.position(*loc, "carries"), "RM127", message, hint=hint)
+    why = why_rows_stay(facts.model_type) if is_moved and not with_state else None
+    if why is not None:
+        message = (
+            f"the rows that `{loc[1]}` brings land at other positions than they were computed at, "
+            f"and those of `{backbone}` cannot be moved: `{facts.model_type}` {why}."
+        )
+        yield problem_at(spec.position(*loc, "carries"), "RM127", message, hint=ROWS_STAY_HINT)
     beyond = [layer for layer in form.layers or () if layer >= facts.num_layers]
     if beyond:
         message = f"`{backbone}` has layers 0 to {facts.num_layers - 1}, not {beyond[0]}."

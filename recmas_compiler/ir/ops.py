@@ -16,7 +16,7 @@ from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.spec.document.places import SourcePosition
 from recmas_runtime.formats.ids import inner_link_id, outer_link_id
-from recmas_runtime.formats.messages import THOUGHTS, MessageForm
+from recmas_runtime.formats.messages import THOUGHTS, MessageForm, moved_links
 from recmas_runtime.formats.plan import (
     Limits,
     PromptPart,
@@ -326,6 +326,12 @@ class System:
             for link in self.links.values()
             if link.source == agent and link.form.is_sent(steps)
         )
+
+    @property
+    def moved_links(self) -> tuple[str, ...]:
+        """Ids of the links whose rows may land at other positions than they were computed at."""
+        links = ((link.source, link.target, link.form) for link in self.links.values())
+        return tuple(outer_link_id(*ends) for ends in moved_links(links))
 
     @property
     def link_weights(self) -> dict[str, LinkWeights]:

@@ -9,23 +9,25 @@ Shape legend: T positions, M latent steps, D width of the agent, E width of a ta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from recmas_compiler.backbones.loaded.cache_argument import with_cache
-from recmas_compiler.backbones.loaded.own_cache import empty_cache, positions_behind
+from recmas_compiler.backbones.loaded.own_cache import cache_of, positions_behind, tensors_of
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.lowering.materialize import materialize_links
 from recmas_compiler.lowering.plan import agent_plan, build_plan
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_runtime.core.progress import Progress, Silent
-from recmas_runtime.formats.layers import has_states
+from recmas_runtime.formats.layers import Rotation, has_states
+from recmas_runtime.formats.messages import MessageForm, RowsOf, message_spans
 from recmas_runtime.formats.plan import (
     DecodeStep,
     PrefillStep,
@@ -41,7 +43,10 @@ from recmas_runtime.prompts.render import Chat, Prompt, Tokens, build_prompt, co
 from recmas_runtime.prompts.sampler import Sampler
 from recmas_runtime.prompts.tool_turns import answer_chat
 from recmas_runtime.running.generation import DecoderSettings, RowDecoder, visible_specials
+from recmas_runtime.running.messages import sends_rows
+from recmas_runtime.running.record_prompts import field_of_slot, with_texts
 from recmas_runtime.running.records import FinishReason
+from recmas_runtime.sequences.moved_keys import turn_by
 
 Record = Mapping[str, object]
 
@@ -64,8 +69,8 @@ class ReferenceResult:
 
     Attributes:
         messages: By `SOURCE->TARGET@ROUND`, rounds from 1, each [B, M, e] with e the target's
-            width. Empty messages (of agents without latent steps) do not appear, nor those of
-            rounds that not every record ran.
+            width. Text and rows do not appear, nor messages of rounds that not every record ran.
+            Where records decide M, shorter messages are filled up with NaN.
         thoughts: By `AGENT@ROUND`, each [B, M, d], likewise.
         token_ids: Per record, the answer without the token that ended it.
         texts: Without special tokens.
@@ -80,13 +85,57 @@ class ReferenceResult:
     rounds: list[int]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows of a cache, [1, H, P, D] for each of its tensors, and where the first was computed."""
+
+    tensors: tuple[Tensor, ...]
+    position: int
+
+    @property
+    def count(self) -> int:
+        """How many rows there are, P."""
+        return self.tensors[0].shape[2]
+
+
+# What one record sends over a link: vectors [M, E], a text, or pieces of rows.
+Message = Tensor | str | tuple[Rows, ...]
+
+
 @dataclass(kw_only=True)
 class _Sequence:
-    """An agent's cache while a record runs, and the hidden state at the last position in it."""
+    """An agent's cache while a record runs, and what its turn has left so far.
+
+    Attributes:
+        prefix: Of its last prompt up to the first slot: what a later one may reuse.
+        hidden_11D: At the last position in the cache.
+        states_TD: At the positions of the prompt.
+        slots: How many positions vectors take in each slot of the prompt.
+        front: The rows of others that come before the prompt.
+        text: What it has written, and the states and rows of that.
+    """
 
     cache: Any
-    prefix: tuple[int, ...]  # of its last prompt up to the first slot: what a later one may reuse
+    prefix: tuple[int, ...]
     hidden_11D: Tensor
+    prompt: Prompt
+    embeds_TD: Tensor
+    states_TD: Tensor
+    slots: dict[str, int]
+    front: tuple[Tensor, ...] = ()
+    text: str = ""
+    written_ND: Tensor | None = None
+    rows: dict[RowsOf, Rows] = field(default_factory=dict)
+
+    @property
+    def num_front(self) -> int:
+        """How many rows of others come before the prompt."""
+        return self.front[0].shape[2] if self.front else 0
+
+    @property
+    def end(self) -> int:
+        """Where the prompt ends in the cache."""
+        return self.num_front + len(self.states_TD)
 
 
 @dataclass(kw_only=True)
@@ -102,15 +151,20 @@ class LatentState:
     sequences: dict[str, _Sequence] = field(default_factory=dict)
     thoughts_MD: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     embeds_MD: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    messages_ME: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    messages: dict[tuple[str, int], Message] = field(default_factory=dict)
     converged_in: int | None = None
 
-    def message(self, link: str, round_: int) -> Tensor:
+    def message(self, link: str, round_: int) -> Message:
         """Return the message of a round, or the latest one where an early end left it out."""
-        if (link, round_) not in self.messages_ME:
-            rounds = [sent_in for sent, sent_in in self.messages_ME if sent == link]
+        if (link, round_) not in self.messages:
+            rounds = [sent_in for sent, sent_in in self.messages if sent == link]
             round_ = max(sent_in for sent_in in rounds if sent_in < round_)
-        return self.messages_ME[link, round_]
+        return self.messages[link, round_]
+
+    @property
+    def messages_ME(self) -> dict[tuple[str, int], Tensor]:  # noqa: N802 (a shape)
+        """The messages that are vectors."""
+        return {key: sent for key, sent in self.messages.items() if isinstance(sent, Tensor)}
 
 
 class ProgramModule(nn.Module):
@@ -174,18 +228,21 @@ class TorchSystem(ProgramModule):
         self._answer_chat = answer_chat(self._chats, answerer, self.system.tools)
         self._compared = compared_links(self.plan)
 
-    def prompt(self, agent: str, variant: Variant, record: Record) -> Prompt:
-        """Return an agent's prompt for a record as tokens and slots."""
-        declared = self._agents[agent]
+    def prompt(
+        self, agent: str, variant: Variant, record: Record, texts: Mapping[str, str] | None = None
+    ) -> Prompt:
+        """Return an agent's prompt for a record as tokens and slots, texts in place of slots."""
+        declared, given = self._agents[agent], texts or {}
         is_answer = agent == self.system.answer_agent
         chat = self._answer_chat if is_answer else self._chats[declared.backbone]
         return build_prompt(
             system=declared.system,
-            prompt=declared.parts(variant),
-            record=record,
+            prompt=with_texts(declared.parts(variant), given),
+            record={**record, **{field_of_slot(slot): text for slot, text in given.items()}},
             chat=chat.template,
             tokenizer=chat.tokenizer,
             variables=declared.chat_template,
+            placed=any(link.source == agent for link in self.plan.links.values()),
         )
 
     def forward(self, record: Record) -> LatentState:
@@ -235,10 +292,13 @@ class TorchSystem(ProgramModule):
             case ThinkStep():
                 for agent in step.agents:
                     self._think(agent, step, state)
+            case WriteStep():
+                for agent in step.agents:
+                    self._write(agent, step, state)
             case SendStep():
                 self._send(step, state)
-            case WriteStep() | DecodeStep():
-                raise AssertionError("a latent plan writes text once, at its end")
+            case DecodeStep():
+                raise AssertionError("a plan decodes once, at its end")
 
     @torch.no_grad()
     def _has_converged(self, state: LatentState, round_: int) -> bool:
@@ -258,60 +318,141 @@ class TorchSystem(ProgramModule):
         self, agent: str, variant: Variant, step: PrefillStep, record: Record, state: LatentState
     ) -> None:
         backbone = self._backbone(agent)
-        prompt = self.prompt(agent, variant, record)
-        received_ME = {
+        received = {
             message.slot: state.message(message.link, message.round)
             for message in step.messages
             if message.agent == agent
         }
-        pieces_TD: list[Tensor] = []
-        for item in prompt.items:
-            if isinstance(item, Tokens):
-                pieces_TD.append(backbone.embed(self._ids(item.ids)))
-            elif item.agent in received_ME:  # else the slot stays empty
-                pieces_TD.append(received_ME[item.agent])
-        embeds_1TD = torch.cat(pieces_TD)[None]
+        texts = {slot: sent for slot, sent in received.items() if isinstance(sent, str)}
+        vectors_ME = {slot: sent for slot, sent in received.items() if isinstance(sent, Tensor)}
+        pieces = [rows for sent in received.values() if isinstance(sent, tuple) for rows in sent]
+        prompt = self.prompt(agent, variant, record, texts)
+        embeds_TD = torch.cat(list(self._embedded(backbone, prompt, vectors_ME)))
         prefix = prompt.leading_ids
         layers = backbone.facts.layers
-        cache, kept = empty_cache(layers), 0
+        front = join_rows(pieces, backbone)
+        cache, states_TD, kept = cache_of(layers, front), embeds_TD[:0], 0
         # States cannot be cropped, and a copy of them would be one more thing to trust.
         if step.reuse_prefix and not has_states(layers):
             sequence = state.sequences[agent]
             # The last position always runs: its hidden state is what comes next.
-            kept = min(common_prefix(sequence.prefix, prefix), embeds_1TD.shape[1] - 1)
-            cache = sequence.cache
+            kept = min(common_prefix(sequence.prefix, prefix), len(embeds_TD) - 1)
+            cache, states_TD = sequence.cache, sequence.states_TD[:kept]
             cache.crop(kept - cache.get_seq_length())  # negative: how many rows to remove
-        hidden_11D = _extend(backbone, cache, embeds_1TD[:, kept:])
-        state.sequences[agent] = _Sequence(cache=cache, prefix=prefix, hidden_11D=hidden_11D)
+        hidden_TD = _extend(backbone, cache, embeds_TD[kept:])
+        state.sequences[agent] = _Sequence(
+            cache=cache,
+            prefix=prefix,
+            hidden_11D=hidden_TD[None, -1:],
+            prompt=prompt,
+            embeds_TD=embeds_TD,
+            states_TD=torch.cat([states_TD, hidden_TD]),
+            slots={slot: len(vectors) for slot, vectors in vectors_ME.items()},
+            front=front,
+        )
+
+    def _embedded(
+        self, backbone: TorchBackbone, prompt: Prompt, vectors_ME: Mapping[str, Tensor]
+    ) -> Iterator[Tensor]:
+        for item in prompt.items:
+            if isinstance(item, Tokens):
+                yield backbone.embed(self._ids(item.ids))
+            elif item.agent in vectors_ME:  # else the slot stays empty
+                yield vectors_ME[item.agent]
 
     def _think(self, agent: str, step: ThinkStep, state: LatentState) -> None:
         backbone, sequence = self._backbone(agent), state.sequences[agent]
         inner = self.link(self.plan.agents[agent].inner)
+        num_steps = self.plan.agents[agent].latent_steps
         thoughts_1D, embeds_1D = [sequence.hidden_11D[0]], [inner(sequence.hidden_11D[0])]
-        for _ in range(self.plan.agents[agent].latent_steps - 1):
-            sequence.hidden_11D = _extend(backbone, sequence.cache, embeds_1D[-1][None])
-            thoughts_1D.append(sequence.hidden_11D[0])
-            embeds_1D.append(inner(sequence.hidden_11D[0]))
+        for _ in range(num_steps - 1):
+            hidden_1D = _extend(backbone, sequence.cache, embeds_1D[-1])
+            thoughts_1D.append(hidden_1D)
+            embeds_1D.append(inner(hidden_1D))
+        sequence.hidden_11D = thoughts_1D[-1][None]
         state.thoughts_MD[agent, step.round] = torch.cat(thoughts_1D)
         if step.fused:
             state.embeds_MD[agent, step.round] = torch.cat(embeds_1D)
+        if sends_rows(self.plan, agent, "thoughts"):
+            end = sequence.end
+            rows = tensors_of(sequence.cache, backbone.facts.layers)
+            sequence.rows["thoughts"] = _cut(rows, end, end + num_steps - 1)
+
+    @torch.no_grad()
+    def _write(self, agent: str, step: WriteStep, state: LatentState) -> None:
+        """Write a text behind the prompt; then read prompt and text once more for their states."""
+        backbone, sequence = self._backbone(agent), state.sequences[agent]
+        layers = backbone.facts.layers
+        assert step.greedy, "hand-over texts of a latent plan are greedy"
+        cache = cache_of(layers, sequence.front)
+        hidden_TD = _extend(backbone, cache, sequence.embeds_TD)
+        sampling = SamplingPlan(max_new_tokens=step.max_new_tokens or 1)
+        ids, sequence.text, _ = self._text(agent, cache, hidden_TD[-1:], sampling, seed=0)
+        if not step.keeps_states:
+            return
+        cache = cache_of(layers, sequence.front)
+        whole_TD = torch.cat([sequence.embeds_TD, backbone.embed(self._ids(ids))])
+        hidden_TD = _extend(backbone, cache, whole_TD)
+        sequence.written_ND = hidden_TD[len(sequence.embeds_TD) :]
+        if sends_rows(self.plan, agent, "written"):
+            end = sequence.end
+            rows = tensors_of(cache, layers)
+            sequence.rows["written"] = _cut(rows, end, end + len(ids))
 
     def _send(self, step: SendStep, state: LatentState) -> None:
-        key = step.source, step.round
-        if step.apply_inner:
-            inner = self.link(self.plan.agents[step.source].inner)
-            embeds_MD = inner(state.thoughts_MD[key])
-        else:
-            embeds_MD = state.embeds_MD[key]
-        for link_id in step.links:
-            state.messages_ME[link_id, step.round] = self.link(link_id)(embeds_MD)
+        form, sequence = self.plan.links[step.links[0]], state.sequences[step.source]
+        match form.carries:
+            case "text":
+                sent: dict[str, Message] = dict.fromkeys(step.links, sequence.text)
+            case "cache":
+                sent = dict.fromkeys(step.links, self._rows_sent(step.source, form, sequence))
+            case _:
+                embeds_MD = self._mapped(step, form, state)
+                sent = {link_id: self.link(link_id)(embeds_MD) for link_id in step.links}
+        state.messages |= {(link_id, step.round): message for link_id, message in sent.items()}
+
+    def _mapped(self, step: SendStep, form: MessageForm, state: LatentState) -> Tensor:
+        """Return the inner link's results for the states that a message is made of, [M, D]."""
+        key, sequence = (step.source, step.round), state.sequences[step.source]
+        if not step.apply_inner:
+            return state.embeds_MD[key]
+        match form.carries:
+            case "thoughts":
+                states_MD = state.thoughts_MD[key]
+            case "written":
+                assert sequence.written_ND is not None, "the text's states are kept"
+                states_MD = sequence.written_ND
+            case _:
+                places = sequence.prompt.context_positions(form.of, sequence.slots)
+                steps = self.plan.agents[step.source].latent_steps
+                means = [
+                    sequence.states_TD[places[first:last]].mean(dim=0)
+                    for first, last in message_spans(form, len(places), steps)
+                ]
+                states_MD = torch.stack(means) if means else sequence.states_TD[:0]
+        mapped: Tensor = self.link(self.plan.agents[step.source].inner)(states_MD)
+        return mapped
+
+    def _rows_sent(self, agent: str, form: MessageForm, sequence: _Sequence) -> tuple[Rows, ...]:
+        layers = self._backbone(agent).facts.layers
+        first = sequence.num_front
+        last = first + sequence.prompt.num_turn_positions(sequence.slots)
+        context = _cut(tensors_of(sequence.cache, layers), first, last)
+        return tuple(context if kind == "context" else sequence.rows[kind] for kind in form.rows)
 
     def _decode(
         self, state: LatentState, sampling: SamplingPlan, *, seed: int
     ) -> tuple[list[int], str, FinishReason]:
         """Return the answer's ids, its text and why it ended."""
         agent = self.plan.answer_agent
-        backbone, sequence = self._backbone(agent), state.sequences[agent]
+        sequence = state.sequences[agent]
+        return self._text(agent, sequence.cache, sequence.hidden_11D[0], sampling, seed=seed)
+
+    def _text(
+        self, agent: str, cache: Any, hidden_1D: Tensor, sampling: SamplingPlan, *, seed: int
+    ) -> tuple[list[int], str, FinishReason]:
+        """Write behind what is in a cache, whose last position has the given state."""
+        backbone = self._backbone(agent)
         tokenizer = self._chats[self.plan.agents[agent].backbone].tokenizer
         settings = DecoderSettings(
             tokenizer=tokenizer,
@@ -324,16 +465,14 @@ class TorchSystem(ProgramModule):
         sampler = Sampler(sampling, [seed])
         ids: list[int] = []
         while len(ids) < sampling.max_new_tokens:
-            logits_1V = backbone.logits(sequence.hidden_11D[0])
+            logits_1V = backbone.logits(hidden_1D)
             chosen = int(sampler.choose(logits_1V.float().cpu().numpy())[0])
             writer.push(chosen)
             if chosen not in backbone.eos_token_ids:
                 ids.append(chosen)
             if writer.finish_reason is not None:
                 return ids, writer.text, writer.finish_reason
-            sequence.hidden_11D = _extend(
-                backbone, sequence.cache, backbone.embed(self._ids([chosen]))[None]
-            )
+            hidden_1D = _extend(backbone, cache, backbone.embed(self._ids([chosen])))
         writer.finish("length")
         return ids, writer.text, "length"
 
@@ -393,16 +532,56 @@ def gather(records: Sequence[RecordResult]) -> ReferenceResult:
 def _stack(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     first = records[0] if records else {}
     names = [name for name in first if all(name in record for record in records)]
-    return {name: torch.stack([record[name] for record in records]) for name in names}
+    return {
+        name: pad_sequence(
+            [record[name] for record in records], batch_first=True, padding_value=torch.nan
+        )
+        for name in names
+    }
 
 
-def _extend(backbone: TorchBackbone, cache: Any, embeds_1TD: Tensor) -> Tensor:
-    """Run positions behind those in the cache; return the last one's hidden state [1, 1, D]."""
-    positions = positions_behind(cache, embeds_1TD.shape[1])
-    positions = {name: value.to(embeds_1TD.device) for name, value in positions.items()}
-    out = backbone.body(inputs_embeds=embeds_1TD, **with_cache(backbone.body, cache), **positions)
-    hidden_11D: Tensor = out.last_hidden_state[:, -1:]
-    return hidden_11D
+def _extend(backbone: TorchBackbone, cache: Any, embeds_TD: Tensor) -> Tensor:
+    """Run positions behind those in the cache; return their hidden states [T, D]."""
+    positions = positions_behind(cache, len(embeds_TD))
+    positions = {name: value.to(embeds_TD.device) for name, value in positions.items()}
+    out = backbone.body(
+        inputs_embeds=embeds_TD[None], **with_cache(backbone.body, cache), **positions
+    )
+    hidden_TD: Tensor = out.last_hidden_state[0]
+    return hidden_TD
+
+
+def _cut(tensors: Sequence[Tensor], first: int, last: int) -> Rows:
+    return Rows(tensors=tuple(t[:, :, first:last] for t in tensors), position=first)
+
+
+def join_rows(pieces: Sequence[Rows], backbone: TorchBackbone) -> tuple[Tensor, ...]:
+    """Return pieces of rows one behind the other, keys turned to their new positions."""
+    if not pieces:
+        return ()
+    moved, at = [], 0
+    for piece in pieces:
+        tensors = piece.tensors
+        if piece.position != at:
+            # Keys and values of one layer after the other: none of them keeps a state.
+            names = [
+                f"{kind}.{layer}" for layer in range(len(tensors) // 2) for kind in ("key", "value")
+            ]
+            tensors = tuple(
+                _turned(rows, backbone.row_positions.of_tensor(name), at - piece.position)
+                for name, rows in zip(names, tensors, strict=True)
+            )
+        moved.append(tensors)
+        at += piece.count
+    return tuple(torch.cat(parts, dim=2) for parts in zip(*moved, strict=True))
+
+
+def _turned(rows: Tensor, rotation: Rotation | None, offset: int) -> Tensor:
+    if rotation is None:
+        return rows
+    turn = turn_by(offset, rotation, width=rows.shape[-1])
+    cosine, sine = (torch.from_numpy(part).to(rows) for part in (turn.cosine, turn.sine))
+    return rows * cosine + rows[..., torch.from_numpy(turn.partner)] * sine
 
 
 def module_name(link_id: str) -> str:

@@ -104,6 +104,14 @@ LOSS = {
     "loss": 1.1,
 }
 
+
+def turned(tensor: str, index: int = 0, **other: object) -> Spoil:
+    """Let rows of a tensor turn, as one rotation of four of their numbers says or is said to."""
+    rotation = {"layout": "halves", "start": 0, "inv_freq": [1.0, 0.1], **other}
+    positions = {"rotations": [rotation], "tensors": {tensor: index}}
+    return manifest("backbones/one/row_positions", positions)
+
+
 # name -> (what is done to the bundle, code, file named, part of the message)
 CASES: dict[str, tuple[Spoil, str, str, str]] = {
     "no manifest": (remove(MANIFEST_NAME), "RM400", "", "has no manifest.json"),
@@ -149,6 +157,18 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
         manifest("backbones/one/dtype", "float7"), "RM404", MANIFEST_NAME, "'float7'"),
     "end token outside vocabulary": (
         manifest("backbones/one/eos_token_ids", [9999]), "RM404", MANIFEST_NAME, "token 9999"),
+    "rows of a layer that is not there": (
+        turned("key.99"), "RM404", MANIFEST_NAME, "the cache has no rows 'key.99'"),
+    "rotation that is not there": (
+        turned("key.0", 1), "RM404", MANIFEST_NAME, "no rotation 1 among 1"),
+    "more turns than there is": (
+        turned("value.0", start=2**15), "RM404", MANIFEST_NAME, "32772 numbers turn"),
+    "turns from before the start": (
+        turned("key.0", start=-1), "RM404", MANIFEST_NAME, "rotations[0].start: -1"),
+    "turns of an unknown layout": (
+        turned("key.0", layout="spiral"), "RM404", MANIFEST_NAME, 'found "spiral"'),
+    "turns nothing": (turned("key.0", inv_freq=[]), "RM404", MANIFEST_NAME, "inv_freq"),
+    "turns by a text": (turned("key.0", inv_freq=["1"]), "RM404", MANIFEST_NAME, "a number"),
     "unknown kind of link": (
         manifest("links/planner.inner/kind", "cubic"), "RM404", MANIFEST_NAME, "'cubic'"),
     "inner link of two widths": (
@@ -202,6 +222,8 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
     "slot for nobody": (
         plan("agents/solver/then/1/value", "ghost"), "RM404", "plan.json", "agent 'ghost'"),
     "field not declared": (plan("fields", []), "RM404", "plan.json", "field 'question'"),
+    "entry of no list": (
+        plan("fields", ["question", "facts[-1]"]), "RM404", "plan.json", "names neither"),
     "link of nobody": (
         plan("links/a->b", {"source": "a", "target": "solver", "carries": "thoughts"}),
         "RM404", "plan.json", "links.a->b: unknown agent 'a'"),
@@ -215,6 +237,10 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
     "rows of nothing": (
         plan("links/planner->solver/carries", "cache"), "RM404", "plan.json",
         "none cannot be handed over"),
+    "rows moved nobody knows how": (
+        plan("links/planner->solver", {"source": "planner", "target": "solver",
+                                       "carries": "cache", "rows": ["thoughts"]}),
+        "RM404", "plan.json", "rows of backbone 'one' are moved, and nothing says how"),
     "link that carries a mood": (
         plan("links/planner->solver/carries", "mood"), "RM404", "plan.json", 'found "mood"'),
     "link the other way": (
@@ -308,7 +334,7 @@ def test_refused_by_code_and_file(
 
 
 def test_a_bundle_from_before_there_was_a_choice_still_runs(own_bundle: Path) -> None:
-    for key in ("precision", "cpu_decoder"):
+    for key in ("precision", "cpu_decoder", "row_positions"):
         edit_json(own_bundle / MANIFEST_NAME, f"backbones/one/{key}", DELETE)
     edit_json(own_bundle / MANIFEST_NAME, "parity/0/loss", DELETE)
     for key in ("stop_when", "tools"):

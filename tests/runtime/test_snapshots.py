@@ -226,8 +226,10 @@ def test_rows_that_another_prompt_has_overwritten_are_not_gone_on_from(bundle: P
     _, found = run(system, 4)
     spoiled = SequenceBatch.prefill
 
-    def other_tokens(self: SequenceBatch, *given: Any) -> dict[str, list[SavedRow | None]]:
-        saved = spoiled(self, *given)
+    def other_tokens(
+        self: SequenceBatch, *given: Any, **options: Any
+    ) -> dict[str, list[SavedRow | None]]:
+        saved = spoiled(self, *given, **options)
         for rows in saved.values():
             rows[0] = rows[0] and SavedRow(
                 ids=(*rows[0].ids[:-1], 0), states=rows[0].states, row=rows[0].row

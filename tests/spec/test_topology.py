@@ -291,3 +291,48 @@ def test_messages_of_all_rounds_are_bounded() -> None:
         "Lower `rounds`, or remove links."
     )
     assert parse_spec(text.replace("rounds: 61", "rounds: 60")).document.rounds == 60
+
+
+TWO_READERS = """\
+recmas: 1
+name: readers
+backbones:
+  small: {source: small}
+agents:
+  left: {backbone: small, prompt: "Read {{ question }}"}
+  right: {backbone: small, prompt: "Read {{ question }} aloud"}
+  solver: {backbone: small, prompt: "{{ latent.left }}{{ latent.right }}Answer"}
+links:
+  left -> solver: {carries: cache}
+  right -> solver: {carries: cache}
+answer: {agent: solver}
+"""
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("gpt2", "`gpt2` adds positions to its input vectors"),
+        ("hunyuan_v1_dense", "`hunyuan_v1_dense` norms its keys after turning them"),
+    ],
+)
+def test_rows_that_cannot_be_moved_are_refused(model_type: str, why: str, tmp_path: Path) -> None:
+    write_config(tmp_path / "small", model_type=model_type)
+    with pytest.raises(RecmasError) as caught:
+        build_topology(parse_spec(TWO_READERS, base_dir=tmp_path, file="spec.yaml"))
+    problems = caught.value.problems
+    assert [(problem.code, problem.line) for problem in problems] == [("RM127", 10), ("RM127", 11)]
+    assert problems[1].message.startswith("the rows that `right -> solver` brings land at other")
+    assert why in problems[1].message
+
+
+def test_rows_that_stay_where_they_are_need_not_be_moved(tmp_path: Path) -> None:
+    write_config(tmp_path / "small", model_type="gpt2")
+    text = TWO_READERS.replace("right -> solver: {carries: cache}", "right -> solver: {}")
+    graph = build_topology(parse_spec(text, base_dir=tmp_path))
+    assert graph.system.moved_links == ()
+
+
+def test_rows_of_two_senders_are_moved(tmp_path: Path) -> None:
+    graph = topology(TWO_READERS, tmp_path)
+    assert graph.system.moved_links == ("left->solver", "right->solver")

@@ -1,4 +1,4 @@
-"""Up to which length a model's rotary embeddings are the same for every sequence.
+"""What a config tells of positions: how long they are fixed, and whether rows can be moved.
 
 `longrope` and `dynamic` choose frequencies by the length of the input. Rows that are in a cache
 were rotated with those of their time, so a sequence that grows past the border would be another
@@ -10,8 +10,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+_ADDED: Final = "adds positions to its input vectors"
+_NORMED: Final = "norms its keys after turning them for their position"
+
+# Families whose cached rows no rotation leads to another position. A build finds that out for every
+# model; these are known before.
+_ROWS_STAY: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("biogpt", "ctrl", "gpt-sw3", "gpt2", "gpt_bigcode", "opt", "xglm"), _ADDED),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe"), _NORMED),
+}
+
+ROWS_STAY_HINT: Final = (
+    "Hand over rows of `context` alone, from one agent that takes none itself, or let the links "
+    "carry `context`, `written` or `text`."
+)
+
 # "su" is what early Phi-3 calls it.
 _BY_LENGTH: Final = ("longrope", "su", "dynamic")
+
+
+def why_rows_stay(model_type: str) -> str | None:
+    """Return what keeps rows of a family's cache from being moved; None where nothing is known."""
+    return _ROWS_STAY.get(model_type)
 
 
 def longest_fixed(values: Mapping[str, Any]) -> int | None:

@@ -77,6 +77,14 @@ class KeyValueRows(Protocol):
         Keys and values are [n, H, positions, D]; states are whole.
         """
 
+    def write_rows(self, values: Sequence[NDArray[Any]]) -> None:
+        """Overwrite the beginning of all sequences with rows of the host, as `read_rows` has them.
+
+        Args:
+            values: [R, H, positions, D], in the order of `formats.layers.cache_tensors`; of layers
+                that keep no state.
+        """
+
     def save_states(self) -> Any:
         """Return a copy of the layer states of all sequences, for `restore_states`."""
 

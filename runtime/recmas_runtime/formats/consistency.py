@@ -6,15 +6,15 @@ before (`bundle`, `codec`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import inner_link_id, outer_link_id
-from recmas_runtime.formats.layers import has_states
+from recmas_runtime.formats.layers import LayerShape, RowPositions, cache_tensors, has_states
 from recmas_runtime.formats.link_kinds import FORMS
 from recmas_runtime.formats.manifest import MANIFEST_NAME, PLAN_NAME, SPEC_NAME, Manifest
-from recmas_runtime.formats.messages import KINDS_OF_ROWS
+from recmas_runtime.formats.messages import KINDS_OF_ROWS, moved_links
 from recmas_runtime.formats.plan import (
     DecodeStep,
     LinkPlan,
@@ -25,6 +25,7 @@ from recmas_runtime.formats.plan import (
     ThinkStep,
     WriteStep,
     form_of,
+    is_field,
 )
 from recmas_runtime.formats.precisions import DTYPE_BYTES, TOLERANCES, buildable
 
@@ -90,6 +91,26 @@ def backbones_are_usable(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, 
                 yield f"{where}.eos_token_ids", f"token {token_id} of a vocabulary of {size}"
 
 
+def row_positions_fit_their_layers(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
+    """Rows that turn are in the cache, in a known way, and pairs lie within their width."""
+    for name, backbone in manifest.backbones.items():
+        if backbone.row_positions is not None:
+            for what in _misturned(backbone.layers, backbone.row_positions):
+                yield f"backbones.{name}.row_positions", what
+
+
+def _misturned(layers: Sequence[LayerShape], positions: RowPositions) -> Iterator[str]:
+    widths = {t.name: t.shape[-1] for t in cache_tensors(layers) if not t.is_state}
+    for tensor, index in positions.tensors.items():
+        if tensor not in widths:
+            yield f"the cache has no rows {tensor!r}"
+        elif index >= len(positions.rotations):
+            yield f"there is no rotation {index} among {len(positions.rotations)}"
+        elif positions.rotations[index].end > widths[tensor]:
+            end = positions.rotations[index].end
+            yield f"{end} numbers turn in rows {tensor!r} of width {widths[tensor]}"
+
+
 def links_are_of_known_form(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
     """Kind and role are known; an inner link has one width."""
     for name, link in manifest.links.items():
@@ -132,6 +153,9 @@ def prompts_use_what_exists(manifest: Manifest, plan: Plan) -> Iterator[tuple[st
         for part in (*agent.system, *(agent.first or ()), *agent.then):
             if part.kind == "field" and part.value not in plan.fields:
                 yield f"agents.{name}", f"field {part.value!r} is not among the plan's fields"
+    for value in plan.fields:
+        if not is_field(value):
+            yield "fields", f"{value!r} names neither a field nor an entry of one"
 
 
 def links_fit_their_agents(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
@@ -308,6 +332,16 @@ def _misplaced(plan: Plan, step: PrefillStep, made: set[str]) -> Iterator[tuple[
         yield "snapshots", "each is made once"
 
 
+def moved_rows_can_be_moved(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
+    """Where rows may land at other positions, the manifest says how they depend on them."""
+    links = ((link.source, link.target, link) for link in plan.links.values())
+    for source, target in moved_links(links):
+        backbone = plan.agents[target].backbone
+        if manifest.backbones[backbone].row_positions is None:
+            where = f"links.{outer_link_id(source, target)}"
+            yield where, f"rows of backbone {backbone!r} are moved, and nothing says how"
+
+
 def exits_are_what_the_last_round_takes(
     manifest: Manifest, plan: Plan
 ) -> Iterator[tuple[str, str]]:
@@ -418,13 +452,22 @@ def _misrouted(plan: Plan, step: PrefillStep, sent: set[tuple[str, int]]) -> Ite
 
 # Rules of a later stage may take for granted what those of the stages before it check.
 STAGES: Final[tuple[tuple[str, tuple[Rule, ...]], ...]] = (
-    (MANIFEST_NAME, (backbones_are_usable, links_are_of_known_form, parity_cases_have_backbones)),
+    (
+        MANIFEST_NAME,
+        (
+            backbones_are_usable,
+            row_positions_fit_their_layers,
+            links_are_of_known_form,
+            parity_cases_have_backbones,
+        ),
+    ),
     (PLAN_NAME, (agents_have_what_they_name, prompts_use_what_exists, search_has_its_corpus)),
     (PLAN_NAME, (links_fit_their_agents, caches_fit_their_agents, steps_name_what_exists)),
     (
         PLAN_NAME,
         (
             sends_use_their_links,
+            moved_rows_can_be_moved,
             snapshots_are_of_states,
             steps_come_in_order,
             exits_are_what_the_last_round_takes,

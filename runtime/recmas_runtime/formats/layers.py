@@ -4,17 +4,21 @@ Rows are keys and values, one of each for every position: forgetting is a smalle
 state has the same size whatever it has seen, cannot be cut back, and is float32 whatever the
 weights are. A layer has rows, states, both, or neither (an MLP alone, or one that attends over the
 rows of another layer).
+
+Keys may be turned for the position that they are at (rotary position embeddings), in each layer in
+another way or not at all. Where a layer keeps what keys and values are made of, the part of a key
+that turns is in the place of the values.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from msgspec import Meta
 
-from recmas_runtime.formats.codec import Dim, StrictStruct
+from recmas_runtime.formats.codec import Dim, Finite, StrictStruct
 
 MOST_LAYERS = 4096
 
@@ -66,6 +70,47 @@ class LayerShape(StrictStruct, frozen=True, kw_only=True):
 
     rows: RowsShape | None = None
     states: tuple[StateShape, ...] = ()
+
+
+class Rotation(StrictStruct, frozen=True, kw_only=True):
+    """How a row of a cache is turned for its position: pairs of its numbers, each by an angle.
+
+    At position p pair i is turned by p * inv_freq[i], from the first number of the pair towards the
+    second. Numbers before `start` and behind the last pair are the same at every position.
+
+    Attributes:
+        layout: `halves`: of n pairs, pair i is made of the numbers start + i and start + n + i.
+            `pairs`: of start + 2 i and start + 2 i + 1.
+        start: The first number that turns.
+        inv_freq: By pair, in radians per position.
+    """
+
+    layout: Literal["halves", "pairs"]
+    start: Annotated[int, Meta(ge=0, lt=2**16)]
+    inv_freq: Annotated[tuple[Finite, ...], Meta(min_length=1, max_length=2**15)]
+
+    @property
+    def end(self) -> int:
+        """The first number behind the pairs."""
+        return self.start + 2 * len(self.inv_freq)
+
+
+class RowPositions(StrictStruct, frozen=True, kw_only=True):
+    """How the rows of a backbone's cache depend on the position that they are at.
+
+    Attributes:
+        rotations: Those that there are.
+        tensors: By name of a cache's tensor, such as `key.0`, the index of its rotation. Rows of
+            tensors that are not named are the same at every position.
+    """
+
+    rotations: Annotated[tuple[Rotation, ...], Meta(max_length=MOST_LAYERS)]
+    tensors: dict[str, Annotated[int, Meta(ge=0, lt=MOST_LAYERS)]]
+
+    def of_tensor(self, name: str) -> Rotation | None:
+        """Return how the rows of a tensor are turned; None where they are not."""
+        index = self.tensors.get(name)
+        return None if index is None else self.rotations[index]
 
 
 class CacheTensor(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Final
 from msgspec import Meta, field
 
 from recmas_runtime.formats.codec import Count, Dim, Finite, Size, StrictStruct
-from recmas_runtime.formats.layers import MOST_LAYERS, LayerShape
+from recmas_runtime.formats.layers import MOST_LAYERS, LayerShape, RowPositions
 
 # A parity case runs as a batch of sequences of unequal length.
 PARITY_ROWS: Final = 2
@@ -47,6 +47,7 @@ class BackboneEntry(StrictStruct, frozen=True, kw_only=True):
         head: `head.onnx`: hidden -> logits.
         weights: The one file with the weights all three graphs point into.
         special_tokens: Named special tokens that the chat template may refer to.
+        row_positions: How rows of its cache are moved to other positions; None where none is.
     """
 
     source: str
@@ -68,6 +69,7 @@ class BackboneEntry(StrictStruct, frozen=True, kw_only=True):
     special_tokens: dict[str, str] = field(default_factory=dict)
     precision: str = "float32"
     cpu_decoder: str | None = None
+    row_positions: RowPositions | None = None
 
     @property
     def num_layers(self) -> int:

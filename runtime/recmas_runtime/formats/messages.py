@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Annotated, Final, Literal
 
@@ -101,3 +103,22 @@ def message_spans(form: MessageForm, positions: int, latent_steps: int) -> list[
         return list(pairwise(ends))
     first = (positions - 1) % form.every
     return [(at, at + 1) for at in range(first, positions, form.every)]
+
+
+def moved_links(
+    links: Iterable[tuple[str, str, MessageForm]],
+) -> Iterator[tuple[str, str]]:
+    """Yield the source and the target of links whose rows may land where they were not computed.
+
+    The rows of a receiver's only such link land at its first positions. There they were computed,
+    too, if they are the beginning of what the sender has read, and no rows came before that.
+    Thoughts and written tokens lie behind the sender's generation prompt, which is not handed over.
+
+    Args:
+        links: Source, target and form of each.
+    """
+    handed = [(source, target, form) for source, target, form in links if form.carries == "cache"]
+    num_senders = Counter(target for _, target, _ in handed)
+    for source, target, form in handed:
+        if num_senders[target] > 1 or num_senders[source] > 0 or form.rows != ("context",):
+            yield source, target

@@ -7,16 +7,17 @@ rendered text is then split at these words and each piece is tokenized on its ow
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from itertools import takewhile
 from pathlib import Path
 from typing import Final, Self
 
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.formats.plan import PromptPart, Variant
+from recmas_runtime.formats.plan import PromptPart, Variant, field_place
 from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.prompts.marks import Marks, unused_salt
+from recmas_runtime.prompts.places import Places
 from recmas_runtime.prompts.tokenizer import Span, Tokenizer
 
 # Reasoning models think in text unless an agent asks otherwise; here they think in latent steps.
@@ -69,9 +70,18 @@ class Slot:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt ready to be embedded: pieces and slots in order."""
+    """A prompt ready to be embedded: pieces and slots in order.
+
+    Attributes:
+        num_closing: So many of its last tokens are the generation prompt, the opening of the
+            assistant's turn.
+        fields: By field of the record, which of the prompt's text tokens overlap with its text,
+            slots not counted. Both are known where the prompt was built with `placed` only.
+    """
 
     items: tuple[Tokens | Slot, ...]
+    num_closing: int = 0
+    fields: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -82,6 +92,27 @@ class Prompt:
         """Return how many positions it takes, given those that thoughts fill in each slot."""
         spliced = (slots.get(item.agent, 0) for item in self.items if isinstance(item, Slot))
         return self.num_tokens + sum(spliced)
+
+    def num_turn_positions(self, slots: Mapping[str, int]) -> int:
+        """Return how many positions it takes without the generation prompt."""
+        return self.num_positions(slots) - self.num_closing
+
+    def context_positions(self, of: str | None, slots: Mapping[str, int]) -> list[int]:
+        """Return the positions of its text without slots and generation prompt, or of one field.
+
+        Args:
+            of: Name of a field; None for all text.
+            slots: How many positions each slot takes.
+        """
+        places: list[int] = []
+        at = 0
+        for item in self.items:
+            count = len(item.ids) if isinstance(item, Tokens) else slots.get(item.agent, 0)
+            places += range(at, at + count) if isinstance(item, Tokens) else ()
+            at += count
+        if of is None:
+            return places[: len(places) - self.num_closing]
+        return [places[index] for index in self.fields.get(of, ())]
 
     @property
     def leading_ids(self) -> tuple[int, ...]:
@@ -109,6 +140,7 @@ def build_prompt(
     chat: ChatTemplate,
     tokenizer: Tokenizer,
     variables: Mapping[str, bool | int | float | str] | None = None,
+    placed: bool = False,
 ) -> Prompt:
     """Render and tokenize one agent's prompt for one record.
 
@@ -119,6 +151,8 @@ def build_prompt(
         system: Parts of the system text; there is no system message if the text is empty.
         record: Field values; `id` names the record in errors.
         variables: Variables of the chat template, over `DEFAULT_VARIABLES`.
+        placed: Find out also where the generation prompt and the fields are, for agents whose
+            states or rows are handed over.
 
     Raises:
         RecmasError: RM500 if a field is missing or unusable, RM206 if the chat template fails,
@@ -126,27 +160,58 @@ def build_prompt(
     """
     marks = Marks(unused_salt(joined([*system, *prompt], record), chat.literals))
     messages = conversation(system, prompt, record, chat, tokenizer, marks)
-    rendered = chat.render(
-        messages, add_generation_prompt=True, **{**DEFAULT_VARIABLES, **(variables or {})}
+    given = {**DEFAULT_VARIABLES, **(variables or {})}
+    rendered = chat.render(messages, add_generation_prompt=True, **given)
+    items = split_at_slots(rendered, tokenizer, marks)
+    if not placed:
+        return Prompt(items)
+    # The same marks come out once more, so both renderings differ in nothing but the bounds.
+    bounds = Marks(marks.salt)
+    bounded = conversation(system, prompt, record, chat, tokenizer, bounds, with_bounds=True)
+    places = Places(
+        whole=rendered,
+        opening=chat.render(messages, add_generation_prompt=False, **given),
+        bounded=chat.render(bounded, add_generation_prompt=True, **given),
+        values=bounds.values,
     )
-    return Prompt(split_at_slots(rendered, tokenizer, marks))
+    num_closing, fields = places.find(tokenizer, marks)
+    return Prompt(items, num_closing=num_closing, fields=fields)
 
 
-def field_text(name: str, record: Mapping[str, object]) -> str:
+def field_text(shown: str, record: Mapping[str, object]) -> str:
     """Return a record's field as the prompt shows it; a list becomes lettered lines.
 
+    Args:
+        shown: The field, or `facts[0]` for an entry of one that is a list.
+
     Raises:
-        RecmasError: RM500 if the field is missing or of a kind that prompts cannot show.
+        RecmasError: RM500 if the field is missing or of a kind that prompts cannot show, no list
+            where an entry is shown, or too short a list.
     """
+    name, index = field_place(shown)
     value = record.get(name)
     if value is None:
         raise _unusable(record, f"has no field {name!r}, which the prompts use")
+    if index is not None:
+        return _entry_text(shown, value, record)
     if isinstance(value, list | tuple):
         if len(value) > len(_LETTERS):
             raise _unusable(record, f"field {name!r} has {len(value)} entries, at most 26 fit")
         lines = [_scalar_text(name, item, record) for item in value]
         return "\n".join(f"{letter}. {line}" for letter, line in zip(_LETTERS, lines, strict=False))
     return _scalar_text(name, value, record)
+
+
+def _entry_text(shown: str, value: object, record: Mapping[str, object]) -> str:
+    name, index = field_place(shown)
+    if not isinstance(value, list | tuple):
+        raise _unusable(record, f"field {name!r} is no list, and the prompts use {shown}")
+    if index is None or index >= len(value):
+        has = "1 entry" if len(value) == 1 else f"{len(value)} entries"
+        raise _unusable(record, f"field {name!r} has {has}, and the prompts use {shown}")
+    if not isinstance(value[index], str | int | float):
+        raise _unusable(record, f"field {shown!r} is neither text nor number")
+    return _scalar_text(shown, value[index], record)
 
 
 def _scalar_text(name: str, value: object, record: Mapping[str, object]) -> str:
@@ -188,10 +253,15 @@ def conversation(
     chat: ChatTemplate,
     tokenizer: Tokenizer,
     marks: Marks,
+    *,
+    with_bounds: bool = False,
 ) -> list[dict[str, str]]:
-    """Return the messages that the assistant is to answer, with marks."""
-    system_text = _compose(system, record, tokenizer, marks)
-    return messages_of(system_text, _compose(prompt, record, tokenizer, marks), chat)
+    """Return the messages that the assistant is to answer, with marks; also around values."""
+    system_text, text = (
+        _compose(parts, record, tokenizer, marks, with_bounds=with_bounds)
+        for parts in (system, prompt)
+    )
+    return messages_of(system_text, text, chat)
 
 
 def messages_of(system: str, prompt: str, chat: ChatTemplate) -> list[dict[str, str]]:
@@ -213,10 +283,16 @@ def messages_of(system: str, prompt: str, chat: ChatTemplate) -> list[dict[str, 
 
 
 def _compose(
-    parts: Sequence[PromptPart], record: Mapping[str, object], tokenizer: Tokenizer, marks: Marks
+    parts: Sequence[PromptPart],
+    record: Mapping[str, object],
+    tokenizer: Tokenizer,
+    marks: Marks,
+    *,
+    with_bounds: bool,
 ) -> str:
     """Join parts into a message's content, with marks in place of slots and control tokens."""
     pieces: list[str] = []
+    names: list[str] = []
     values: list[Span] = []
     length = 0
     for part in parts:
@@ -227,11 +303,22 @@ def _compose(
                 piece = marks.for_slot(part.value)
             case "field":
                 piece = field_text(part.value, record)
+                names.append(part.value)
                 values.append((length, length + len(piece)))
         pieces.append(piece)
         length += len(piece)
     content = "".join(pieces)
-    return marks.mark_controls(content, values, tokenizer) if values else content
+    if not values:
+        return content
+    marked, spans = marks.mark_values(content, values, tokenizer)
+    if not with_bounds:
+        return marked
+    bounded: list[str] = []
+    at = 0
+    for name, (first, last) in zip(names, spans, strict=True):
+        bounded += (marked[at:first], marks.around_value(name, marked[max(at, first) : last]))
+        at = max(at, last)
+    return "".join((*bounded, marked[at:]))
 
 
 def split_at_slots(rendered: str, tokenizer: Tokenizer, marks: Marks) -> tuple[Tokens | Slot, ...]:

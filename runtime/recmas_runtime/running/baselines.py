@@ -91,18 +91,28 @@ def _shuffled_latents(plan: Plan, manifest: Manifest, _: int | None) -> Baseline
 
 
 def _text(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
-    """The same graph and rounds, but every agent that would think writes text instead.
+    """The same graph and rounds, but every agent that would send anything writes text instead.
 
-    Its text stands in the slots of the agents it would have sent thoughts to.
+    Its text stands in the slots of the agents it would have sent something else to.
     """
-    steps = [
-        WriteStep(round=step.round, agents=step.agents, cache=step.cache, max_new_tokens=limit)
-        if isinstance(step, ThinkStep)
-        else step
-        for step in plan.steps
-        if not isinstance(step, SendStep)
-    ]
-    links = {name: structs.replace(link, carries="text") for name, link in plan.links.items()}
+    senders = {(step.round, step.source) for step in plan.steps if isinstance(step, SendStep)}
+    steps: list[Step] = []
+    for step in plan.steps:
+        match step:
+            case ThinkStep() | WriteStep():
+                continue
+            case SendStep():
+                step = structs.replace(step, apply_inner=False)
+        steps.append(step)
+        if isinstance(step, PrefillStep) and senders & {(step.round, a) for a in step.agents}:
+            write = WriteStep(
+                round=step.round, agents=step.agents, cache=step.cache, max_new_tokens=limit
+            )
+            steps.append(write)
+    links = {
+        name: LinkPlan(source=link.source, target=link.target, carries="text")
+        for name, link in plan.links.items()
+    }
     return Baseline(plan=_with_text(plan, manifest, plan.agents, links, steps))
 
 
@@ -172,6 +182,16 @@ def _moa(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
                 )
             )
             steps.append(WriteStep(round=round_, agents=group, cache=cache, max_new_tokens=limit))
+            steps += [
+                SendStep(
+                    round=round_,
+                    source=source,
+                    targets=tuple(agents),
+                    links=tuple(outer_link_id(source, target) for target in agents),
+                    apply_inner=False,
+                )
+                for source in group
+            ]
     answer = (plan.answer_agent,)
     steps += _answer_steps(plan.answer_agent, plan.rounds, seen(answer, plan.rounds))
     whole = structs.replace(

@@ -33,6 +33,14 @@ from recmas_runtime.formats.plan import (
 )
 from recmas_runtime.prompts.render import Prompt, PromptSource, Tokens, common_prefix
 from recmas_runtime.running.generation import AnswerTools, DecoderSettings, TextGenerator
+from recmas_runtime.running.messages import (
+    Messages,
+    Received,
+    Turn,
+    sends_rows,
+    sends_states,
+    set_message,
+)
 from recmas_runtime.running.run_trace import StepEvent
 from recmas_runtime.sequences.sequence_batch import DECODE_HEADROOM, SequenceBatch
 from recmas_runtime.sequences.snapshots import Snapshots
@@ -74,9 +82,10 @@ class Execution:
 
     Attributes:
         exchange: Give the answer agent, in the last round, the messages of the next record.
-        messages: By link and round of sending, [B, M, d].
-        texts: By agent and round, the text of each record that stands in for messages.
+        messages: By link and round of sending, what each record sends, as `Messages` says.
         converged: [B], the round after which a record's recursion ended early; 0 if it did not.
+        keeps_thoughts: Whether `thoughts` fills, for a trace; else each is dropped once it is sent.
+        thoughts: By agent and round, the thoughts and their inner link's outputs, each [M, B, d].
     """
 
     plan: Plan
@@ -86,12 +95,14 @@ class Execution:
     prompts: PromptSource
     exchange: bool = False
     tools: AnswerTools | None = None
-    messages: dict[tuple[str, int], Floats] = field(default_factory=dict)
-    texts: dict[tuple[str, int], list[str]] = field(default_factory=dict)
+    messages: dict[tuple[str, int], Messages] = field(default_factory=dict)
     converged: Indices = field(init=False)
     events: list[StepEvent] = field(default_factory=list)
+    keeps_thoughts: bool = False
+    thoughts: dict[tuple[str, int], tuple[Floats, Floats]] = field(default_factory=dict)
     _sequences: dict[str, SequenceBatch] = field(default_factory=dict)
     _thoughts: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
+    _turns: dict[str, Turn] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.converged = np.zeros(self.num_records, np.int64)
@@ -157,22 +168,52 @@ class Execution:
         batch = self.num_records
         embeds: list[Floats] = []
         prompts: list[Prompt] = []
+        received: list[Received] = []
         for agent, variant in zip(step.agents, step.variants, strict=True):
             for b in range(batch):
-                thoughts, texts = self._received(step, agent, b)
-                prompts.append(self.prompts(b, agent, variant, texts))
-                embeds.append(_splice(sequences.engine, prompts[-1], thoughts))
+                received.append(self._received(step, agent, b))
+                prompts.append(self.prompts(b, agent, variant, received[-1].texts))
+                embeds.append(_splice(sequences.engine, prompts[-1], received[-1].vectors))
         leading = [prompt.leading_ids for prompt in prompts]
         other = self._sequences.get(step.prefix_from or "")  # None if an early exit left it out
-        if sequences.keeps_states:
-            kept = self._begin(step, sequences, other, leading, embeds)
+        keep_hidden = any(sends_states(self.plan, agent) for agent in step.agents)
+        if any(each.rows for each in received):
+            kept = self._begin_behind(sequences, received, embeds, keep_hidden)
+        elif sequences.keeps_states:
+            kept = self._begin(step, sequences, other, leading, embeds, keep_hidden)
         else:
-            kept = self._kept_rows(step, sequences, other, leading, embeds)
+            kept = self._kept_rows(step, sequences, other, leading, embeds, keep_hidden)
+        for group, agent in enumerate(step.agents):
+            rows = slice(group * batch, (group + 1) * batch)
+            self._turns[agent] = Turn(
+                sequences=sequences,
+                first_row=rows.start,
+                prompts=prompts[rows],
+                slots=[each.slots for each in received[rows]],
+                embeds=embeds[rows] if sequences.keeps_states else [],
+            )
         counts = [prompt.num_tokens - count for prompt, count in zip(prompts, kept, strict=True)]
         return {
             "prefilled_tokens": tuple(sum(counts[b::batch]) for b in range(batch)),
             "reused_tokens": tuple(sum(kept[b::batch]) for b in range(batch)),
         }
+
+    def _begin_behind(
+        self,
+        sequences: SequenceBatch,
+        received: Sequence[Received],
+        embeds: Sequence[Floats],
+        keep_hidden: bool,
+    ) -> list[int]:
+        """Prefill prompts [T, d] behind rows of other agents; returns what is kept: nothing."""
+        sequences.take_rows([each.rows for each in received])
+        behind = [
+            np.concatenate([np.zeros((count, row.shape[1]), row.dtype), row])
+            for count, row in zip(sequences.num_foreign, embeds, strict=True)
+        ]
+        sequences.hidden = []
+        sequences.prefill(behind, sequences.num_foreign, keep_hidden=keep_hidden)
+        return [0] * len(embeds)
 
     def _kept_rows(
         self,
@@ -181,8 +222,10 @@ class Execution:
         other: SequenceBatch | None,
         leading: Sequence[tuple[int, ...]],
         embeds: Sequence[Floats],
+        keep_hidden: bool,
     ) -> list[int]:
         """Prefill prompts [T, d] behind rows that are there; returns how many of each are kept."""
+        sequences.begin_own()
         if other is not None:
             lengths = [len(row) for row in embeds]
             sequences.copy_shared_prefix(other, leading, lengths, self.num_records)
@@ -194,7 +237,7 @@ class Execution:
                 for before, now, row in zip(sequences.prefixes, leading, embeds, strict=True)
             ]
         sequences.prefixes = list(leading)
-        sequences.prefill(embeds, kept)
+        sequences.prefill(embeds, kept, keep_hidden=keep_hidden)
         return kept
 
     def _begin(
@@ -204,6 +247,7 @@ class Execution:
         other: SequenceBatch | None,
         leading: Sequence[tuple[int, ...]],
         embeds: Sequence[Floats],
+        keep_hidden: bool,
     ) -> list[int]:
         """Prefill prompts [T, d] behind layer states that were saved; returns what is kept."""
         lengths = [len(row) for row in embeds]
@@ -212,29 +256,22 @@ class Execution:
         sequences.begin(self._snapshots.take(step, source, leading, lengths, stops), source)
         sequences.prefixes = list(leading)
         kept: list[int] = sequences.lengths.tolist()
-        self._snapshots.keep(sequences.prefill(embeds, kept, stops))
+        self._snapshots.keep(sequences.prefill(embeds, kept, stops, keep_hidden=keep_hidden))
         return kept
 
-    def _received(
-        self, step: PrefillStep, agent: str, b: int
-    ) -> tuple[dict[str, Floats], dict[str, str]]:
-        """Return what fills the slots of one prompt: messages [M, d], and texts, by slot."""
+    def _received(self, step: PrefillStep, agent: str, b: int) -> Received:
+        """Return what fills the slots of one prompt, and what comes before it."""
         is_answer = agent == self.plan.answer_agent and step.round == self.plan.rounds
         sender = (b + 1) % self.num_records if self.exchange and is_answer else b
-        thoughts: dict[str, Floats] = {}
-        texts: dict[str, str] = {}
+        received = Received()
         for message in step.messages:
-            if message.agent != agent:
-                continue
-            link = self.plan.links[message.link]
-            if link.carries == "text":
-                texts[message.slot] = self.texts[link.source, message.round][b]
-            else:
-                thoughts[message.slot] = self._sent(message.link, message.round)[sender]
-        return thoughts, texts
+            if message.agent == agent:
+                sent = self._sent(message.link, message.round)[sender]
+                received.add(message.slot, sent)
+        return received
 
-    def _sent(self, link: str, round_: int) -> Floats:
-        """Return the message [B, M, d] of a round; of the latest one if an exit left it out."""
+    def _sent(self, link: str, round_: int) -> Messages:
+        """Return the messages of a round; of the latest one if an exit left it out."""
         if (link, round_) not in self.messages:
             rounds = [sent_in for sent, sent_in in self.messages if sent == link]
             round_ = max(sent_in for sent_in in rounds if sent_in < round_)
@@ -243,6 +280,8 @@ class Execution:
     def _think(self, step: ThinkStep) -> None:
         sequences = self._sequences[step.cache]
         num_steps = self.plan.num_latent_steps(step)
+        # Messages whose length the record decides may have taken the room that was planned.
+        sequences.make_room(int(sequences.lengths.max()) + num_steps - 1)
         if step.fused:
             thoughts, embeds = sequences.engine.rollout(
                 sequences.cache,
@@ -259,6 +298,11 @@ class Execution:
         for group, agent in enumerate(step.agents):
             rows = slice(group * batch, (group + 1) * batch)
             self._thoughts[agent] = thoughts[:, rows], embeds[:, rows]
+            if sends_rows(self.plan, agent, "thoughts"):
+                # A text that is written next lies in the same place.
+                self._turns[agent].keep_rows("thoughts", [num_steps - 1] * batch)
+            if self.keeps_thoughts:
+                self.thoughts[agent, step.round] = self._thoughts[agent]
 
     def _think_unfused(
         self, sequences: SequenceBatch, groups: int, num_steps: int
@@ -280,27 +324,61 @@ class Execution:
         return np.stack(thoughts), np.stack(embeds)
 
     def _send(self, step: SendStep) -> None:
+        form, turn = self.plan.links[step.links[0]], self._turns[step.source]
+        match form.carries:
+            case "thoughts":
+                self._send_thoughts(step)
+            case "text":
+                self._keep(step, turn.texts)
+            case "cache":
+                self._keep(step, turn.rows_sent(form))
+            case "context" | "written":
+                steps = self.plan.agents[step.source].latent_steps
+                self._send_states(step, turn.states_sent(form, steps))
+
+    def _keep(self, step: SendStep, messages: Messages) -> None:
+        self.messages |= {(link, step.round): messages for link in step.links}
+
+    def _send_thoughts(self, step: SendStep) -> None:
         thoughts_MBD, embeds_MBD = self._thoughts[step.source]
         num_steps, batch, width = thoughts_MBD.shape
         x = np.swapaxes(thoughts_MBD if step.apply_inner else embeds_MBD, 0, 1)
-        x = np.ascontiguousarray(x).reshape(1, batch * num_steps, width)
+        x = np.ascontiguousarray(x).reshape(batch * num_steps, width)
+        y = self._through_links(step, x)
+        for link, message in zip(step.links, y, strict=True):
+            self.messages[link, step.round] = message.reshape(batch, num_steps, -1)
+
+    def _send_states(self, step: SendStep, states: Sequence[Floats]) -> None:
+        """Send the states [n, d] of each record; how many there are is its own matter."""
+        y = self._through_links(step, np.concatenate(states))
+        ends = np.cumsum([len(each) for each in states])[:-1]
+        for link, message in zip(step.links, y, strict=True):
+            self.messages[link, step.round] = np.split(message, ends)
+
+    def _through_links(self, step: SendStep, x_ND: Floats) -> Floats:
+        """Map vectors through the outer links of a step, and the inner one if it is due."""
+        x = x_ND[None]
         if step.apply_inner:
             inner = self.plan.agents[step.source].inner
             x = self.engines.link.apply(x, self.engines.stacked([inner]))
         outer = self.engines.stacked(step.links)
         x = np.ascontiguousarray(np.broadcast_to(x, (len(step.links), *x.shape[1:])))
-        y = self.engines.link.apply(x, outer)
-        for link, message in zip(step.links, y, strict=True):
-            self.messages[link, step.round] = message.reshape(batch, num_steps, -1)
+        return self.engines.link.apply(x, outer)
 
     def _write(self, step: WriteStep) -> tuple[_Tokens, list[StepEvent]]:
         """Write hand-over texts; returns tokens per record, and what the tools took."""
         place = self.plan.steps.index(step) + 1
+        sequences = self._sequences[step.cache]
+        batch = self.num_records
+        if sequences.keeps_states:
+            self._read_again(step)
+        end = sequences.end
         generator = TextGenerator(
             self._sequences[step.cache],
             settings=self._decoder_settings(step.agents[0]),
             sampling=structs.replace(
-                self.sampling, max_new_tokens=step.max_new_tokens or self.sampling.max_new_tokens
+                SamplingPlan() if step.greedy else self.sampling,
+                max_new_tokens=step.max_new_tokens or self.sampling.max_new_tokens,
             ),
             seeds=[
                 seed + _SEEDS_OF_A_STEP * (place * len(self.plan.agents) + group)
@@ -313,10 +391,22 @@ class Execution:
         )
         for _ in generator.pieces():
             pass
-        batch = self.num_records
         for group, agent in enumerate(step.agents):
             rows = generator.writers[group * batch : (group + 1) * batch]
-            self.texts[agent, step.round] = [writer.text for writer in rows]
+            self._turns[agent].texts = [writer.text for writer in rows]
+        if step.keeps_states:
+            if sequences.keeps_states:
+                self._read_again(step)
+            sequences.end = end
+            states = sequences.look_ahead(generator.written)
+            for group, agent in enumerate(step.agents):
+                rows_of = slice(group * batch, (group + 1) * batch)
+                written = generator.written[rows_of]
+                self._turns[agent].written = [
+                    state[: len(ids)] for state, ids in zip(states[rows_of], written, strict=True)
+                ]
+                if sends_rows(self.plan, agent, "written"):
+                    self._turns[agent].keep_rows("written", [len(ids) for ids in written])
         by_record = [generator.writers[b::batch] for b in range(batch)]
         tokens: _Tokens = {
             "written_tokens": tuple(sum(w.num_tokens for w in ws) for ws in by_record),
@@ -324,6 +414,15 @@ class Execution:
             "prefilled_tokens": tuple(sum(w.num_result_tokens for w in ws) for ws in by_record),
         }
         return tokens, tool_events(generator, step.round, step.agents)
+
+    def _read_again(self, step: WriteStep) -> None:
+        """Run the prompts once more, from their beginning: layer states went on behind them."""
+        sequences = self._sequences[step.cache]
+        embeds = [row for agent in step.agents for row in self._turns[agent].embeds]
+        prefixes = sequences.prefixes
+        sequences.begin([None] * len(embeds), sequences)
+        sequences.prefixes = prefixes
+        sequences.prefill(embeds, [0] * len(embeds))
 
     def _find_converged(self, round_: int) -> None:
         """Find the records whose messages no longer change; what they are sent stays as it is."""
@@ -333,12 +432,15 @@ class Execution:
             for row in np.flatnonzero(self.converged):
                 final = self.messages.get((link, int(self.converged[row])))
                 if final is not None:
-                    self.messages[link, round_][row] = final[row]
+                    set_message(self.messages[link, round_], int(row), final[row])
         if round_ not in self._compared:
             return
         lowest = np.min(
             [
-                mean_cosine(self.messages[link, round_], self.messages[link, round_ - 1])
+                mean_cosine(
+                    np.asarray(self.messages[link, round_]),
+                    np.asarray(self.messages[link, round_ - 1]),
+                )
                 for link in self._compared[round_]
             ],
             axis=0,

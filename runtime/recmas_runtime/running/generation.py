@@ -267,6 +267,8 @@ class TextGenerator:
         stop = sampling.stop
         specials = visible_specials(settings.tokenizer, stop, tools)
         self.writers = [RowDecoder(settings, stop, tools, specials=specials) for _ in seeds]
+        # Of each row, the tokens of its text, without the one that ended it.
+        self.written: list[list[int]] = [[] for _ in seeds]
         # When the first tokens were there, by `time.perf_counter`.
         self.first_at: float | None = None
 
@@ -288,6 +290,8 @@ class TextGenerator:
                 if writer.finish_reason is None:
                     going.append(place)
                     tokens.append(ids)
+                if writer.finish_reason != "stop":
+                    self.written[row] += ids
             if not going:
                 return
             if len(going) < len(rows):

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.formats.plan import Plan, PrefillStep, PromptPart, Variant, slot_positions
+from recmas_runtime.formats.messages import MessageForm, message_spans
+from recmas_runtime.formats.plan import (
+    Plan,
+    PrefillStep,
+    PromptPart,
+    SendStep,
+    Variant,
+    slot_positions,
+)
 from recmas_runtime.prompts.render import Chat, Prompt, Tokens, build_prompt, text_chars
 from recmas_runtime.prompts.tokenizer import Tokenizer
 from recmas_runtime.running.records import Record, check_record
@@ -47,12 +55,14 @@ class RecordPrompts:
         self._num_rows = num_rows
         self._record = record
         self._slots = slot_positions(plan)
+        self._placed = {link.source for link in plan.links.values() if link.needs_context}
         self._built = {
             (agent, variant): self._build(agent, variant, {})
             for step in plan.steps
             if isinstance(step, PrefillStep)
             for agent, variant in zip(step.agents, step.variants, strict=True)
         }
+        self._check_messages()
 
     def get(self, agent: str, variant: Variant, texts: Mapping[str, str]) -> Prompt:
         """Return an agent's prompt, texts by slot in place of messages.
@@ -64,10 +74,10 @@ class RecordPrompts:
 
     def _build(self, agent: str, variant: Variant, texts: Mapping[str, str]) -> Prompt:
         spec = self._plan.agents[agent]
-        fields = {_field_of(slot): text for slot, text in texts.items()}
+        fields = {field_of_slot(slot): text for slot, text in texts.items()}
         is_answer = agent == self._plan.answer_agent
         chat = (self._answer_chat if is_answer else None) or self._chats[spec.backbone]
-        parts = [_as_text(p) if p.value in texts else p for p in spec.parts(variant)]
+        parts = with_texts(spec.parts(variant), texts)
         record = {**self._record.fields, **fields}
         self._refuse_long(agent, (*spec.system, *parts), record, chat.tokenizer)
         prompt = build_prompt(
@@ -77,18 +87,57 @@ class RecordPrompts:
             chat=chat.template,
             tokenizer=chat.tokenizer,
             variables=spec.chat_template,
+            placed=agent in self._placed,
         )
         self._check_tokens(prompt, agent)
         positions = prompt.num_positions(self._slots.get((agent, variant), {}))
+        self._check_length(agent, positions)
+        return prompt
+
+    def _check_length(self, agent: str, positions: int, behind: int = 0) -> None:
+        """Refuse a prompt of so many positions, messages and the rows before it included."""
         limit = self._plan.limits.max_prompt_tokens
         if positions > limit:
+            rows = f", {behind} of them rows of other agents," if behind else ""
             raise fail(
                 "RM501",
                 f"record {self._record.id!r}: the prompt of agent {agent!r} takes {positions} "
-                f"positions, the bundle allows {limit}",
+                f"positions{rows or ','} the bundle allows {limit}",
                 hint="Shorten the question, or build with a larger build.max_prompt_tokens.",
             )
-        return prompt
+
+    def _check_messages(self) -> None:
+        """Refuse prompts that messages make too long, whose lengths this record decides.
+
+        Texts are as long as they come out; those of written tokens count with the most.
+        """
+        plan = self._plan
+        if all(link.carries in ("thoughts", "text") for link in plan.links.values()):
+            return  # as long in every record
+        sizes: dict[tuple[str, int], int] = {}
+        turns: dict[str, tuple[Prompt, dict[str, int]]] = {}
+        for step in plan.steps:
+            if isinstance(step, SendStep):
+                for link in step.links:
+                    form = plan.links[link]
+                    steps = plan.agents[step.source].latent_steps
+                    sizes[link, step.round] = num_positions(form, *turns[step.source], steps)
+            if not isinstance(step, PrefillStep):
+                continue
+            for agent, variant in zip(step.agents, step.variants, strict=True):
+                received = [m for m in step.messages if m.agent == agent]
+                slots = {
+                    m.slot: sizes[m.link, m.round]
+                    for m in received
+                    if plan.links[m.link].has_vectors
+                }
+                rows = sum(
+                    sizes[m.link, m.round]
+                    for m in received
+                    if plan.links[m.link].carries == "cache"
+                )
+                turns[agent] = prompt, slots = self._built[agent, variant], slots
+                self._check_length(agent, prompt.num_positions(slots) + rows, rows)
 
     def _check_tokens(self, prompt: Prompt, agent: str) -> None:
         """Refuse tokens that a tokenizer knows and its backbone does not: engines would fail."""
@@ -128,10 +177,46 @@ class RecordPrompts:
             )
 
 
-def _as_text(part: PromptPart) -> PromptPart:
-    """Return a field in place of a slot, so that its text never becomes control tokens."""
-    return PromptPart(kind="field", value=_field_of(part.value)) if part.kind == "slot" else part
+def num_positions(
+    form: MessageForm, prompt: Prompt, slots: Mapping[str, int], latent_steps: int
+) -> int:
+    """Return how many vectors or rows a message has at most, given its sender's prompt.
+
+    Args:
+        slots: How many positions vectors take in the slots of that prompt.
+        latent_steps: Of the sender.
+    """
+    match form.carries:
+        case "thoughts":
+            return latent_steps
+        case "context":
+            places = prompt.context_positions(form.of, slots)
+            return len(message_spans(form, len(places), latent_steps))
+        case "written":
+            return form.max_tokens or 0
+        case "text":
+            return 0
+    rows = {
+        "context": prompt.num_turn_positions(slots),
+        "thoughts": latent_steps - 1,
+        "written": form.max_tokens or 0,
+    }
+    return sum(rows[kind] for kind in form.rows)
 
 
-def _field_of(slot: str) -> str:
+def with_texts(parts: Sequence[PromptPart], texts: Container[str]) -> list[PromptPart]:
+    """Return a prompt with fields in place of the slots that texts fill.
+
+    So their text never becomes control tokens.
+    """
+    return [
+        PromptPart(kind="field", value=field_of_slot(part.value))
+        if part.kind == "slot" and part.value in texts
+        else part
+        for part in parts
+    ]
+
+
+def field_of_slot(slot: str) -> str:
+    """Return the field that stands in place of a slot."""
     return f"latent.{slot}"  # no field of a record can have a dot in its name

@@ -12,12 +12,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from recmas_runtime.engines.interface import Backbone, Floats, Indices, KeyValueRows, Operands
 from recmas_runtime.engines.onnx.caches import Cache
-from recmas_runtime.formats.layers import has_states
+from recmas_runtime.formats.layers import cache_tensors, has_states
 from recmas_runtime.formats.plan import cache_capacity
 from recmas_runtime.prompts.render import common_prefix
+from recmas_runtime.sequences.moved_keys import moved_keys
 
 # Of a prompt: behind cached rows a batch's prompts may run row by row, at four fifths of the speed,
 # so a copy must spare more than that.
@@ -41,6 +43,24 @@ class SavedRow:
     row: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows of one sequence's cache.
+
+    Attributes:
+        tensors: [H, P, D], in the order of `formats.layers.cache_tensors`.
+        position: Where the first of them was computed; keys know their place.
+    """
+
+    tensors: tuple[NDArray[Any], ...]
+    position: int
+
+    @property
+    def count(self) -> int:
+        """How many rows there are, P."""
+        return int(self.tensors[0].shape[1])
+
+
 @dataclass(kw_only=True)
 class SequenceBatch:
     """Rows that go through a backbone together. Its cache outlives it, for another batch.
@@ -55,6 +75,9 @@ class SequenceBatch:
         thought: [R, 1, d], the hidden state at the last real position.
         next_embeds: [R, 1, d], its inner link's output.
         owner: The batch in whose cache this one's lies; None if it has a cache of its own.
+        hidden: For each row the states [T, d] at the positions of its last prompt, where they are
+            kept.
+        num_foreign: For each row, how many rows of other sequences come before its prompt.
     """
 
     cache: KeyValueRows
@@ -65,6 +88,9 @@ class SequenceBatch:
     thought: Floats
     next_embeds: Floats
     owner: SequenceBatch | None = None
+    # Of each row the states at all its positions, and how many rows of others come first.
+    hidden: list[Floats] = field(default_factory=list)
+    num_foreign: list[int] = field(default_factory=list)
     # Of each row, the positions that its layer states have seen, and what it began with.
     _stand: Indices = field(init=False)
     _begun: list[SavedRow | None] = field(init=False)
@@ -73,6 +99,7 @@ class SequenceBatch:
     def __post_init__(self) -> None:
         self._stand = self.lengths
         self._begun = []
+        self.num_foreign = self.num_foreign or [0] * len(self.lengths)
         if self.owner is None:
             self._hold(self.cache)
 
@@ -109,7 +136,7 @@ class SequenceBatch:
         """
         kept = np.array([0 if row is None else len(row.ids) for row in saved], np.int64)
         if source is not self and kept.any():
-            self._make_room(int(kept.max()))
+            self.make_room(int(kept.max()))
             places = [0 if row is None else row.row for row in saved]
             self.cache.copy_rows(source.cache, places, int(kept.max()))
         # The engine begins sequences anew that are written from their first position on.
@@ -128,10 +155,14 @@ class SequenceBatch:
         embeds: Sequence[Floats],
         kept: Sequence[int],
         stops: Mapping[str, Sequence[int]] | None = None,
+        *,
+        keep_hidden: bool = False,
     ) -> dict[str, list[SavedRow | None]]:
         """Run prompts [T, d]; of each row, fewer than T leading positions are in the cache.
 
         Args:
+            keep_hidden: Leave the states at all positions in `hidden`; those of positions that are
+                in the cache are still there from before.
             stops: By name, for each row the number of leading positions behind which its states are
                 saved; 0 for none. None of them is less than what is kept of that row.
 
@@ -139,6 +170,12 @@ class SequenceBatch:
         """
         named = {} if stops is None else stops
         rows = range(len(embeds))
+        before = self.hidden or [row[:0] for row in embeds]
+        self.hidden = (
+            [states[:count] for states, count in zip(before, kept, strict=True)]
+            if keep_hidden
+            else []
+        )
         saved: dict[str, list[SavedRow | None]] = {name: [None for _ in rows] for name in named}
         # Every row comes to its stops in ascending order, whatever their order in others.
         order = [sorted(named, key=lambda name: named[name][row]) for row in rows]
@@ -171,15 +208,73 @@ class SequenceBatch:
         positions = max(end - start for start, end in zip(starts, ends, strict=True))
         if self.keeps_states:
             assert self._stand.tolist() == list(starts), "states stand behind other positions"
+        if self.keeps_states or any(self.num_foreign):
             # A row that started earlier than it must would run positions a second time.
-            self._make_room(max(starts) + positions)
-        self._make_room(max(ends))
+            self.make_room(max(starts) + positions)
+        self.make_room(max(ends))
         parts = [sequence[:end] for sequence, end in zip(embeds, ends, strict=True)]
         inputs, first, last = ragged_window(parts, starts, self.cache.capacity)
-        _, self.thought, self.next_embeds = self.engine.forward(
+        hidden, self.thought, self.next_embeds = self.engine.forward(
             self.cache, inputs, first, last, self.inner
         )
         self.lengths = self._stand = np.array(ends, np.int64)
+        self.hidden = [
+            np.concatenate([known[:start], states[: end - start]])
+            for known, states, start, end in zip(self.hidden, hidden, first, ends, strict=False)
+        ]
+
+    def begin_own(self) -> None:
+        """Note that the next prompts begin with nothing of other sequences."""
+        if any(self.num_foreign):
+            self.num_foreign = [0] * len(self.num_foreign)
+            self.prefixes = [()] * len(self.prefixes)
+
+    @property
+    def end(self) -> tuple[Indices, Floats, Floats]:
+        """Where each row's prompt ends, and what came out there, to go back to."""
+        return self.lengths, self.thought, self.next_embeds
+
+    @end.setter
+    def end(self, end: tuple[Indices, Floats, Floats]) -> None:
+        self.lengths, self.thought, self.next_embeds = end
+        if not self.keeps_states:
+            self._stand = self.lengths
+
+    def take_rows(self, rows: Sequence[Sequence[Rows]]) -> None:
+        """Begin each sequence with rows of others, one piece behind the other.
+
+        What was in the cache is gone. Prompts are prefilled behind `num_foreign` positions.
+        """
+        self.num_foreign = [sum(piece.count for piece in pieces) for pieces in rows]
+        self.prefixes = [()] * len(rows)
+        most = max(self.num_foreign)
+        self.make_room(most)
+        values = []
+        for index, tensor in enumerate(cache_tensors(self.engine.entry.layers)):
+            whole = np.zeros(tensor.whole(len(rows), most), np.float32)
+            for row, pieces in enumerate(rows):
+                at = 0
+                for piece in pieces:
+                    turned = self._turned(tensor.name, piece.tensors[index], piece, at)
+                    whole[row, :, at : at + piece.count] = turned
+                    at += piece.count
+            values.append(whole)
+        self.cache.write_rows(values)
+        self.lengths = self._stand = np.array(self.num_foreign, np.int64)
+
+    def _turned(self, name: str, rows: NDArray[Any], piece: Rows, position: int) -> NDArray[Any]:
+        """Return one tensor of a piece of rows as it is at another position."""
+        offset = position - piece.position
+        if offset == 0:
+            return rows
+        positions = self.engine.entry.row_positions
+        assert positions is not None, "a bundle whose rows move tells how"
+        return moved_keys(rows, positions.of_tensor(name), offset)
+
+    def read_rows(self, row: int, first: int, last: int) -> Rows:
+        """Return a copy of some rows of one sequence."""
+        tensors = self.cache.read_rows([row], last)
+        return Rows(tensors=tuple(array[0, :, first:last] for array in tensors), position=first)
 
     def copy_shared_prefix(
         self,
@@ -206,24 +301,40 @@ class SequenceBatch:
         if not any(common):
             return
         # Whole prompts, for what is copied now would not move along before they have run.
-        self._make_room(max(lengths))
+        self.make_room(max(lengths))
         self.cache.copy_rows(other.cache, sources, max(common))
         self.prefixes = [tuple(ids[:count]) for ids, count in zip(prompts, common, strict=True)]
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> None:
         """Run one or more token ids of every row behind what is there."""
-        assert not self.keeps_states or (self._stand == self.lengths).all(), "states went on alone"
         counts = np.array([len(ids) for ids in tokens], np.int64)
-        self._make_room(int(self.lengths.max() + counts.max()))
+        _, self.thought, self.next_embeds = self._read(tokens, counts)
+        self.lengths = self._stand = self.lengths + counts
+
+    def look_ahead(self, tokens: Sequence[Sequence[int]]) -> Floats:
+        """Return the hidden states [R, S, d] of one or more token ids of every row.
+
+        The sequences stay as they are: what these tokens write is overwritten by what follows.
+        """
+        counts = np.array([len(ids) for ids in tokens], np.int64)
+        saved = self.cache.save_states() if self.keeps_states else None
+        hidden, _, _ = self._read(tokens, counts)
+        if saved is not None:
+            self.cache.restore_states(saved, {row: row for row in range(len(tokens))})
+        return hidden
+
+    def _read(
+        self, tokens: Sequence[Sequence[int]], counts: Indices
+    ) -> tuple[Floats, Floats, Floats]:
+        """Run token ids of every row behind what is there; returns what `forward` gives."""
+        assert not self.keeps_states or (self._stand == self.lengths).all(), "states went on alone"
+        self.make_room(int(self.lengths.max() + counts.max()))
         # What a shorter row writes behind its own tokens is overwritten before it is ever read.
-        padded = np.zeros((len(tokens), int(counts.max())), np.int64)
+        padded = np.zeros((len(tokens), max(1, int(counts.max()))), np.int64)
         for row, ids in enumerate(tokens):
             padded[row, : len(ids)] = ids
         embeds = self.engine.embed(padded)
-        _, self.thought, self.next_embeds = self.engine.forward(
-            self.cache, embeds, self.lengths, counts - 1, self.inner
-        )
-        self.lengths = self._stand = self.lengths + counts
+        return self.engine.forward(self.cache, embeds, self.lengths, counts - 1, self.inner)
 
     def went_on(self, positions: int) -> None:
         """Note that a rollout has run positions behind each row, which no text follows."""
@@ -256,7 +367,7 @@ class SequenceBatch:
             owner=None if moved is None else self,
         )
 
-    def _make_room(self, positions: int) -> None:
+    def make_room(self, positions: int) -> None:
         """Move to a larger cache if a row needs `positions` and this one has less."""
         if positions <= self.cache.capacity:
             return

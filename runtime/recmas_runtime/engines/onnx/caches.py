@@ -397,6 +397,14 @@ class Cache:
             for tensor in self._tensors
         ]
 
+    def write_rows(self, values: Sequence[NDArray[Any]]) -> None:
+        """Overwrite the beginning of all sequences with [R, H, positions, D], as tensors come."""
+        host = Memory("cpu", shared=True)
+        for tensor, array in zip(self._tensors, values, strict=True):
+            store = self._layers[tensor.name]
+            part = part_of(tensor, array.shape[2])
+            store.copy_part(host.hold(array, store.kind), range(self.rows), part)
+
     def save_states(self) -> dict[str, DeviceArray]:
         """Return a copy of the states of all sequences; it stays on the device."""
         return {name: self._layers[name].clone() for name in self._states}

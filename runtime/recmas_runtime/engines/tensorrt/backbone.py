@@ -105,6 +105,10 @@ class TensorrtCache:
         """Return copies [n, H, positions, D] on the host: keys, values of each layer in turn."""
         return self.workspace.read_rows(rows, positions)
 
+    def write_rows(self, values: Sequence[NDArray[Any]]) -> None:
+        """Overwrite the beginning of all sequences with [R, H, positions, D], as tensors come."""
+        self.workspace.write_rows(values)
+
     def save_states(self) -> Any:
         """Refuse: there are none."""
         raise keeps_rows_only("TensorRT")
@@ -162,8 +166,12 @@ class TensorrtBackbone:
 
     def logits(self, hidden: Floats) -> Floats:
         """Return the logits [R, V] of final hidden states [R, d]."""
-        if len(hidden) > self._plans.max_rows:
-            return self._beyond().logits(hidden)
+        most = self._plans.max_rows
+        parts = [hidden[first : first + most] for first in range(0, len(hidden), most)]
+        return np.concatenate([self._logits(np.ascontiguousarray(part)) for part in parts])
+
+    def _logits(self, hidden: Floats) -> Floats:
+        """Return the logits of no more rows than the engine takes."""
         shape = (len(hidden), self._head.engine.tensors["logits"].shape[1])
         (logits,) = self._head.run({"hidden": hidden}, {"logits": shape})
         return logits

@@ -1,0 +1,131 @@
+"""What agents hand to each other while a plan runs: made of a turn, put before or into a prompt.
+
+Shape legend: B records, T positions of a prompt, M latent steps, n vectors of one message, d width,
+H heads, P rows, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from recmas_runtime.engines.interface import Floats
+from recmas_runtime.formats.messages import MessageForm, RowsOf, message_spans
+from recmas_runtime.formats.plan import Plan
+from recmas_runtime.prompts.render import Prompt
+from recmas_runtime.sequences.sequence_batch import Rows, SequenceBatch
+
+# Of each record, in order: thoughts [B, M, d]; or a list of vectors [n, d], of texts, or of the
+# pieces of rows that one message is made of.
+Messages = Floats | list[Floats] | list[str] | list[tuple[Rows, ...]]
+
+
+@dataclass(kw_only=True)
+class Received:
+    """What one prompt of one record receives, by slot.
+
+    Attributes:
+        rows: They come before the prompt, in the order of its slots.
+    """
+
+    vectors: dict[str, Floats] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    rows: list[Rows] = field(default_factory=list)
+
+    def add(self, slot: str, sent: Floats | str | tuple[Rows, ...]) -> None:
+        """Take a message for a slot."""
+        if isinstance(sent, str):
+            self.texts[slot] = sent
+        elif isinstance(sent, tuple):
+            self.rows += sent
+        else:
+            self.vectors[slot] = sent
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """How many positions vectors take in each slot."""
+        return {slot: len(vectors) for slot, vectors in self.vectors.items()}
+
+
+@dataclass(kw_only=True)
+class Turn:
+    """What an agent's turn in a round has left, of which its messages are made.
+
+    Attributes:
+        first_row: The row of the first record within the sequences.
+        prompts: Of each record, and by slot how many positions vectors took in it.
+        embeds: Input embeddings [T, d] of the prompts, where layers keep states.
+        texts: What it has written, and the states [n, d] at the tokens of that, if they are kept.
+    """
+
+    sequences: SequenceBatch
+    first_row: int
+    prompts: Sequence[Prompt]
+    slots: Sequence[Mapping[str, int]]
+    embeds: Sequence[Floats]
+    texts: list[str] = field(default_factory=list)
+    written: list[Floats] = field(default_factory=list)
+    _rows: dict[RowsOf, list[Rows]] = field(default_factory=dict)
+
+    def keep_rows(self, kind: RowsOf, counts: Sequence[int]) -> None:
+        """Copy rows that lie behind the prompts now, and that what comes next may overwrite."""
+        self._rows[kind] = [
+            self.sequences.read_rows(row, end, end + count)
+            for row, end, count in zip(*self._ends(), counts, strict=True)
+        ]
+
+    def _ends(self) -> tuple[range, list[int]]:
+        rows = range(self.first_row, self.first_row + len(self.prompts))
+        return rows, [int(self.sequences.lengths[row]) for row in rows]
+
+    def rows_sent(self, form: MessageForm) -> list[tuple[Rows, ...]]:
+        """Return the rows of a message, by record."""
+        kinds: dict[RowsOf, list[Rows]] = dict(self._rows)
+        if "context" in form.rows:
+            kinds["context"] = [
+                self.sequences.read_rows(row, first, first + prompt.num_turn_positions(slots))
+                for row, first, prompt, slots in self._placed()
+            ]
+        return [tuple(kinds[kind][b] for kind in form.rows) for b in range(len(self.prompts))]
+
+    def states_sent(self, form: MessageForm, latent_steps: int) -> list[Floats]:
+        """Return the states [n, d] that become a message's vectors, by record."""
+        if form.carries == "written":
+            return self.written
+        found: list[Floats] = []
+        for row, first, prompt, slots in self._placed():
+            places = prompt.context_positions(form.of, slots)
+            states = self.sequences.hidden[row][[first + place for place in places]]
+            found.append(pooled(states, message_spans(form, len(places), latent_steps)))
+        return found
+
+    def _placed(self) -> list[tuple[int, int, Prompt, Mapping[str, int]]]:
+        """Return for each record its row, where its prompt begins there, and the prompt."""
+        rows = range(self.first_row, self.first_row + len(self.prompts))
+        starts = self.sequences.num_foreign[rows.start : rows.stop]
+        return list(zip(rows, starts, self.prompts, self.slots, strict=True))
+
+
+def pooled(states_TD: Floats, spans: Sequence[tuple[int, int]]) -> Floats:
+    """Return the mean of states over each span of positions, [n, d]."""
+    means = [states_TD[first:last].mean(axis=0, dtype=np.float32) for first, last in spans]
+    return np.stack(means) if means else states_TD[:0]
+
+
+def set_message(messages: Messages, row: int, sent: Any) -> None:
+    """Replace what one record sends."""
+    messages[row] = sent
+
+
+def sends_states(plan: Plan, agent: str) -> bool:
+    """Tell whether states at the positions of an agent's prompt are sent."""
+    links = (link for link in plan.links.values() if link.source == agent)
+    return any(link.carries == "context" for link in links)
+
+
+def sends_rows(plan: Plan, agent: str, kind: RowsOf) -> bool:
+    """Tell whether rows of this kind are handed over by an agent."""
+    return any(kind in link.rows for link in plan.links.values() if link.source == agent)
