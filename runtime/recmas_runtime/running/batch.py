@@ -17,7 +17,7 @@ from recmas_runtime.running.generation import RowDecoder
 from recmas_runtime.running.records import Answer, Record, Timing, Usage
 from recmas_runtime.running.run_trace import StepEvent, Trace, reads_thoughts
 from recmas_runtime.running.scoring import Scores, check_room, score_candidates
-from recmas_runtime.running.thoughts import RecordReadings, ThoughtReader, Vectors
+from recmas_runtime.sequences.thoughts import RecordReadings, ThoughtReader, Vectors
 
 PHASES = ("prefill", "think", "send", "write", "decode", "tools")
 

@@ -34,7 +34,8 @@ from recmas_runtime.formats.plan import (
 from recmas_runtime.prompts.render import Prompt, PromptSource, Tokens, common_prefix
 from recmas_runtime.running.controls import MeanMessages
 from recmas_runtime.running.generation import AnswerTools, DecoderSettings, TextGenerator
-from recmas_runtime.running.messages import (
+from recmas_runtime.running.run_trace import StepEvent
+from recmas_runtime.sequences.messages import (
     Messages,
     Received,
     Turn,
@@ -42,7 +43,6 @@ from recmas_runtime.running.messages import (
     sends_states,
     set_message,
 )
-from recmas_runtime.running.run_trace import StepEvent
 from recmas_runtime.sequences.sequence_batch import DECODE_HEADROOM, SequenceBatch
 from recmas_runtime.sequences.snapshots import Snapshots
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Self, TypedDict, TypeVar, Unpack, overload
+from typing import Self, TypeVar, Unpack, overload
 
 from msgspec import structs
 
@@ -17,7 +17,7 @@ from recmas_runtime.engines.interface import FREE_MEMORY, Floats, OutOfMemoryErr
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.plan import Plan, PrefillStep, SamplingPlan, Variant, field_place
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Prompt, PromptSource, Tokens
-from recmas_runtime.prompts.sampler import check_sampling
+from recmas_runtime.prompts.sampler import SamplingSettings, check_sampling
 from recmas_runtime.prompts.tool_turns import PLAIN_RESULTS, answer_chat, result_form
 from recmas_runtime.running.baselines import apply_baseline
 from recmas_runtime.running.batch import AnswerStream, Batch
@@ -54,19 +54,6 @@ from recmas_runtime.running.scoring import Scores, candidate_ids
 from recmas_runtime.tools.toolbox import Toolbox
 
 Result = TypeVar("Result")
-
-
-class SamplingSettings(TypedDict, total=False):
-    """Settings of `SamplingPlan`, some of them."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    seed: int
-    stop: tuple[str, ...]
 
 
 def load(
