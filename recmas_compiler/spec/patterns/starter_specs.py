@@ -37,8 +37,8 @@ _TASK_LINE: Final = "  task: general "
 # What a starter has from here on belongs to `--train`.
 _TRAIN_LINE: Final = "\n# --- train\n"
 # Rows of a cache go through no weights, so a starter that trains hands over vectors.
-_UNTRAINED: Final = "{carries: cache}"
-_TRAINED: Final = "{carries: thoughts}"
+_UNTRAINED: Final = "carries: cache"
+_TRAINED: Final = "carries: thoughts"
 
 
 def schema_line(schema: str) -> str:
@@ -47,7 +47,12 @@ def schema_line(schema: str) -> str:
 
 
 def starter_spec(
-    pattern: str, *, task: str | None = None, train: bool = False, schema: str = SCHEMA_FILE
+    pattern: str,
+    *,
+    task: str | None = None,
+    train: bool = False,
+    paper: bool = False,
+    schema: str = SCHEMA_FILE,
 ) -> str:
     """Return a commented spec to begin with.
 
@@ -55,7 +60,9 @@ def starter_spec(
         pattern: The name of a pattern, `relay`, `split`, or `custom` for a graph of one's own.
         task: What the pattern's prompts ask for, or which of `SPLIT_TASKS`; None leaves it as the
             starter has it.
-        train: With the section `train`, which takes the records of `starter_data`.
+        train: With the section `train`, which takes the records of `starter_data`. Links then carry
+            thoughts, which learn.
+        paper: With links that carry thoughts, as the paper's do.
         schema: Where editors find the JSON schema, relative to the spec.
 
     Raises:
@@ -67,10 +74,12 @@ def starter_spec(
             "RM118", f"there is no pattern `{pattern}`.", hint=did_you_mean(pattern, STARTERS)
         )
     name = f"split_{_split_task(task)}" if pattern == "split" else pattern
+    if pattern == "custom" and (train or paper):
+        name = "custom_thoughts"  # its prompts are written out, and slots of vectors stand inside
     text = (Path(__file__).parent / "starters" / f"{name}.yaml").read_text("utf-8")
     text, _, section = text.partition(_TRAIN_LINE)
-    if train:
-        text = text.replace(_UNTRAINED, _TRAINED)
+    if train or paper:
+        text = text.replace(f"{_UNTRAINED}   ", _TRAINED).replace(_UNTRAINED, _TRAINED)
     if task is not None and pattern != "split":
         text = _with_task(text, pattern, task)
     return schema_line(schema) + text + (f"\n{section}" if train else "")
