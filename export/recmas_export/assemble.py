@@ -318,7 +318,7 @@ class _Stages:
                     continue
                 ends = self.plan.links[link]
                 source, target = agents[ends.source], agents[ends.target]
-                if target.backbone == backbone:
+                if target.backbone == backbone and ends.has_vectors:
                     return make_message(
                         self.loaded[source.backbone],
                         inner=self.modules[source.inner],

@@ -171,7 +171,7 @@ class Batch:
             (row, inner_link_id(agent), round_): execution.thoughts[agent, round_][1][:, row]
             for row, agent, round_ in thoughts
         } | {
-            (row, link, round_): message[row]
+            (row, link, round_): np.asarray(message[row])
             for (link, round_), message in execution.messages.items()
             if execution.plan.links[link].has_vectors
             for row in range(len(self._records))
