@@ -195,3 +195,55 @@ def test_a_space_is_put_before_candidates_in_the_middle_of_a_line(build_tiny: Bu
         read((*tokenizer.encode_piece("Answer:"), next(iter(tokenizer.special_texts)))) == without
     )
     assert read(()) == without
+
+
+SPLIT = """
+recmas: 1
+name: split
+latent_steps: 3
+backbones: {{tiny: {{source: llama}}}}
+agents:
+  reader: {{backbone: tiny, inner: {{init: random}}, prompt: "Read: {{{{ context }}}}"}}
+  solver:
+    {{backbone: tiny, inner: {{init: random}}, prompt: "{{{{ latent.reader }}}}{{{{ question }}}}"}}
+links:
+  reader -> solver: {link}
+answer: {{agent: solver, max_new_tokens: 12}}
+build: {{max_prompt_tokens: 384, max_batch: 8}}
+"""
+LINKS = {
+    "thoughts": "{init: random}",
+    "context": "{init: random, carries: context}",
+    "text": "{carries: text, max_tokens: 5}",
+    "cache": "{carries: cache}",
+}
+
+
+@pytest.mark.parametrize("carries", LINKS)
+def test_shuffled_is_the_question_with_another_records_passage(
+    build_tiny: BuildTiny, carries: str
+) -> None:
+    """Whatever a message is, and however long."""
+    system = build_tiny(SPLIT.format(link=LINKS[carries])).system
+    passages = ["an orange is red", "x", "three plans and a long train to Rome"]
+    asked = [
+        rt.Record(id=str(i), fields={"context": c, "question": f"What {i}?"}, index=i)
+        for i, c in enumerate(passages)
+    ]
+    shuffled = system.baseline("shuffled").over(asked, answers=[["a"], ["b"], ["c"]])
+    texts = [["an orange", "x"]] * 3
+    found = shuffled.score_batch(asked, texts)
+    assert shuffled.covered is not None
+    spliced = [
+        {**one.fields, "context": shuffled.covered.sender(one).fields["context"]} for one in asked
+    ]
+    expected = system.score_batch(spliced, texts)
+    for one, other in zip(found, expected, strict=True):
+        assert isinstance(one, Scores)
+        assert isinstance(other, Scores)
+        assert one.losses == pytest.approx(other.losses, rel=TOLERANCES["text_loss_relative"])
+    if carries in ("text", "cache"):
+        with pytest.raises(rt.RecmasError, match=rf"RM508.*carries {carries}, which has no mean"):
+            system.baseline("mean")
+    else:
+        assert all(isinstance(s, Scores) for s in system.baseline("mean").score_batch(asked, texts))
