@@ -98,9 +98,12 @@ def test_engines_and_reference_agree(name: str, build_mixed: BuildTiny, tmp_path
     built = build_mixed(SPECS[name])
     single, messages = run_traced(built.system, tmp_path / "one", RECORDS, batch=1)
     ragged, _ = run_traced(built.system, tmp_path / "many", RECORDS, batch=len(RECORDS))
-    reference = built.reference(RECORDS)
+    reference, naive = built.reference(RECORDS), built.naive(RECORDS)
     texts = [answer.answer for answer in single]
     assert texts == [answer.answer for answer in ragged]
     assert texts == reference.texts
     assert [a.usage for a in single] == [a.usage for a in ragged]
     assert_messages_agree(messages, reference)
+    assert texts == naive.texts
+    assert reference.handover_texts == naive.handover_texts
+    assert_messages_agree(messages, naive)
