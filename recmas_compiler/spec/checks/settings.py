@@ -38,17 +38,18 @@ def check_settings(declared: Declared) -> Iterator[Problem]:
     limit = document.build.max_prompt_tokens
     for name, prompts in declared.prompts.items():
         slots = [slot.agent for slot in prompts.then.slots if slot.agent in document.agents]
-        positions = sum(
-            declared.latent_steps(agent)
-            for agent in slots
-            if (link := declared.links.get((agent, name))) and link.carries == "thoughts"
-        )
+        sent = [
+            (agent, link.form) for agent in slots if (link := declared.links.get((agent, name)))
+        ]
+        positions = sum(form.fixed_positions(declared.latent_steps(agent)) for agent, form in sent)
         if positions >= limit:
             message = (
                 f"the messages to `{name}` alone take {positions} positions, "
                 f"but `build.max_prompt_tokens` is {limit}."
             )
-            hint = "Raise the limit, or lower `latent_steps`."
+            writes = any(form.needs_written_states for _, form in sent)
+            less = "`latent_steps` or `max_tokens`" if writes else "`latent_steps`"
+            hint = f"Raise the limit, or lower {less}."
             yield problem_at(places.key(("agents", name)), "RM105", message, hint=hint)
 
 

@@ -331,7 +331,7 @@ class SequenceBatch:
         The sequences stay as they are: what these tokens write is overwritten by what follows.
         """
         saved = self.cache.save_states() if self.keeps_states else None
-        longest = max(map(len, tokens))
+        longest = max(1, *map(len, tokens))
         # All at once: a move to a larger cache takes nothing along that lies ahead.
         self.make_room(int(self.lengths.max()) + longest)
         if len(tokens) == 1:
@@ -340,7 +340,7 @@ class SequenceBatch:
             # Behind cached rows a batch may run row by row, but never for one position.
             parts = []
             for place in range(longest):
-                column = [[ids[min(place, len(ids) - 1)]] for ids in tokens]
+                column = [ids[place : place + 1] or ids[-1:] or [0] for ids in tokens]
                 parts.append(self._read(column, self.lengths + place)[0])
             hidden = np.concatenate(parts, axis=1)
         if saved is not None:
