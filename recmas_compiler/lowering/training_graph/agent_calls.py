@@ -194,6 +194,42 @@ class AgentCalls:
 
         return recomputed(run, _columns(padded.embeds_NSD, start), checkpointed=self._checkpoint)
 
+    @torch.no_grad()
+    def write(
+        self, rows: Sequence[Row], max_tokens: int, constants: ConstantRows
+    ) -> list[tuple[int, ...]]:
+        """Return the likeliest tokens behind each row, one by one, without the one that ends them.
+
+        Args:
+            max_tokens: Of each text, at least 1.
+        """
+        padded, cache = self._begin(rows, constants, more=max_tokens - 1)
+        mask_NS, positions_NR = padded.mask_NS, padded.positions_NS[:, padded.num_constant :]
+        embeds_NRD = padded.embeds_NSD[:, padded.num_constant :]
+        written: list[list[int]] = [[] for _ in rows]
+        has_ended = [False] * len(rows)
+        for step in range(max_tokens):
+            if step:
+                positions_NR = positions_NR[:, -1:] + 1
+                mask_NS = None if mask_NS is None else pad(mask_NS, (0, 1), value=1)
+            hidden_NRD, cache = self._eager_extend(embeds_NRD, mask_NS, positions_NR, *cache)
+            chosen_N = self._backbone.logits(hidden_NRD[:, -1]).float().argmax(-1)
+            for row, token_id in enumerate(chosen_N.tolist()):
+                has_ended[row] = has_ended[row] or token_id in self._backbone.eos_token_ids
+                if not has_ended[row]:
+                    written[row].append(token_id)
+            if all(has_ended):
+                break
+            embeds_NRD = self._embed(chosen_N)[:, None]
+        return [tuple(ids) for ids in written]
+
+    @property
+    def no_states(self) -> Tensor:
+        """The hidden states [0, D] of no position."""
+        weight = next(self._backbone.embedding.parameters())
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return torch.zeros(0, self._backbone.facts.width, device=weight.device, dtype=dtype)
+
     def _begin(
         self, rows: Sequence[Row], constants: ConstantRows, *, more: int = 0
     ) -> tuple[Padded, Rows]:
@@ -303,6 +339,11 @@ class Row:
         return sum(len(piece) for piece in self.pieces)
 
     @property
+    def is_constant(self) -> bool:
+        """Whether it holds no message, so that nothing which learns changes it."""
+        return not any(isinstance(piece, Tensor) for piece in self.pieces)
+
+    @property
     def leading_ids(self) -> tuple[int, ...]:
         """Token ids before the first message."""
         ids: tuple[int, ...] = ()
@@ -394,7 +435,7 @@ def _shared_ids(rows: Sequence[Row], multiple: int) -> tuple[int, ...]:
 
 
 def _num_constant(rows: Sequence[Row], num_columns: int, num_shared: int, multiple: int) -> int:
-    if not any(isinstance(piece, Tensor) for row in rows for piece in row.pieces):
+    if all(row.is_constant for row in rows):
         return 0  # a call without messages runs once, there is nothing to split off
     ends = (
         num_columns - row.length + min(len(row.leading_ids), row.length - row.num_wanted)

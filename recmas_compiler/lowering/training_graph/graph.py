@@ -25,15 +25,19 @@ from recmas_compiler.lowering.training_graph.calls import (
     Form,
     TrainExample,
 )
+from recmas_compiler.lowering.training_graph.frozen_states import FrozenStates
 from recmas_compiler.lowering.training_graph.latents import (
     AgentTurn,
     Control,
+    Given,
     GradientTaps,
     Latents,
     Mode,
     agent_turns,
+    context_places,
+    sent_links,
 )
-from recmas_runtime.formats.plan import PrefillStep
+from recmas_runtime.formats.plan import LinkPlan, PrefillStep
 from recmas_runtime.prompts.render import Tokens
 
 # What `supervise: all` gives the rounds before the last one, all together.
@@ -85,6 +89,8 @@ class TrainingGraph(ProgramModule):
         }
         self._run_link = Compiled(_run_link, name="a link") if compile_calls else _run_link
         self._taps = GradientTaps()
+        self._sent = sent_links(self.plan)
+        self._frozen_states = FrozenStates()
 
     @property
     def thinking(self) -> tuple[AgentTurn, ...]:
@@ -94,12 +100,17 @@ class TrainingGraph(ProgramModule):
     @property
     def used_links(self) -> frozenset[str]:
         """The ids of the links that messages pass on their way to the answer."""
-        outer = {m.link for turn in (*self.thinking, self.answer) for m in turn.messages}
+        messages = (m.link for turn in (*self.thinking, self.answer) for m in turn.messages)
+        outer = {link for link in messages if self.plan.links[link].has_vectors}
         sources = (self.plan.links[link].source for link in outer)
         return frozenset(outer | {self.plan.agents[source].inner for source in sources})
 
-    def prepare(self, examples: Sequence[TrainExample]) -> Batch:
+    def prepare(self, examples: Sequence[TrainExample], *, num_counted: int | None = None) -> Batch:
         """Render and tokenize every call of some records, for the graph's mode and for rollouts.
+
+        Args:
+            num_counted: So many of the first records have a loss, the others only send messages;
+                None for all.
 
         Raises:
             RecmasError: With agent and record, RM500 for a field that prompts cannot use, RM206
@@ -107,8 +118,9 @@ class TrainingGraph(ProgramModule):
         """
         written = [self._write(example) for example in examples]
         return Batch(
-            ids=tuple(example.id for example in examples),
+            examples=tuple(examples),
             calls={key: tuple(calls[key] for calls in written) for key in written[0]},
+            num_counted=len(examples) if num_counted is None else num_counted,
         )
 
     def lengths(self, example: TrainExample) -> dict[tuple[str, int], int]:
@@ -125,23 +137,57 @@ class TrainingGraph(ProgramModule):
         lengths: dict[tuple[str, int], int] = {}
         for turn in (*self.thinking, self.answer):
             slots = {
-                message.slot: messages[self.plan.links[message.link].source, message.round]
-                for message in turn.messages
+                message.slot: messages[message.link, message.round] for message in turn.messages
             }
-            num_steps = self.plan.agents[turn.agent].latent_steps
-            forms = self._forms(turn, self.mode)
-            key = turn.agent, turn.round
-            if "turn" in forms:
-                call = calls[turn.agent, turn.variant, "turn"]
-                messages[key] = min(num_steps, call.num_target_tokens)
-                lengths[key] = call.num_positions(slots)
-            if "prompt" in forms:
-                call = calls[turn.agent, turn.variant, "prompt"]
-                messages[key] = num_steps
-                # The last thought is not read any more.
-                thought = call.num_positions(slots) + num_steps - 1
-                lengths[key] = max(thought, lengths.get(key, 0))
+            sent = self._sent.get((turn.agent, turn.round), ())
+            longest = 0
+            for form in self._forms(turn, self.mode):
+                call = calls[turn.agent, turn.variant, form]
+                behind = 0 if form == "turn" else self._behind_prompt(turn, example)
+                longest = max(longest, call.num_positions(slots) + behind)
+            lengths[turn.agent, turn.round] = longest
+            for link in sent:
+                messages[link, turn.round] = self._message_length(link, turn, example, calls, slots)
         return lengths
+
+    def _behind_prompt(self, turn: AgentTurn, example: TrainExample) -> int:
+        """Return how many positions run behind a turn's prompt."""
+        forms = [self.plan.links[link] for link in self._sent.get((turn.agent, turn.round), ())]
+        thought = 0
+        if self.mode == "rollout" and any(form.needs_thoughts for form in forms):
+            # The last thought is not read any more.
+            thought = self.plan.agents[turn.agent].latent_steps - 1
+        written = max((self._num_written(form, example) for form in forms), default=0)
+        return max(thought, written)
+
+    def _num_written(self, form: LinkPlan, example: TrainExample) -> int:
+        """Return at most how many tokens a sender writes for a link."""
+        if not form.needs_text:
+            return 0
+        if self.mode == "teacher_forced" and form.source in example.targets:
+            return len(self.writer.written_ids(form.source, example, form.max_tokens))
+        return form.max_tokens or 0
+
+    def _message_length(
+        self,
+        link_id: str,
+        turn: AgentTurn,
+        example: TrainExample,
+        calls: Mapping[CallKey, Call],
+        slots: Mapping[str, int],
+    ) -> int:
+        """Return how many positions a message takes, that of a text nearly."""
+        form, num_steps = self.plan.links[link_id], self.plan.agents[turn.agent].latent_steps
+        match form.carries:
+            case "thoughts":
+                if self.mode == "rollout":
+                    return num_steps
+                return min(num_steps, calls[turn.agent, turn.variant, "turn"].num_target_tokens)
+            case "context":
+                prompt = calls[turn.agent, turn.variant, "prompt"]
+                return len(context_places(prompt, form, slots, num_steps))
+            case _:
+                return self._num_written(form, example)
 
     def forward(self, batch: Batch, *, watch: bool = False) -> Loss:
         """Return the loss that training lowers, in the graph's mode.
@@ -154,8 +200,8 @@ class TrainingGraph(ProgramModule):
         for turn in self._supervised:
             turns_TD = latents.turns_TD.get((turn.agent, turn.round))
             if turns_TD is None:
-                turns_TD = latents.read_turns((turn,))[turn]
-            earlier[turn.round] = self._turn_loss(turn, batch, turns_TD)
+                turns_TD = latents.read_turns((turn,), count=batch.num_counted)[turn]
+            earlier[turn.round] = self._turn_loss(turn, batch, turns_TD[: batch.num_counted])
         final = self._answer_loss(latents, batch, "none")
         return weighted_loss(final, last_round=self.answer.round, earlier=earlier)
 
@@ -186,11 +232,13 @@ class TrainingGraph(ProgramModule):
             batch=batch,
             mode=self.mode if mode is None else mode,
             agent_calls=self._agent_calls,
+            writer=self.writer,
+            frozen=self._frozen_states,
             apply_link=lambda link_id, states: self._run_link(self.link(link_id), states),
             taps=self._taps if watch else None,
         )
         for turns in self.batches:
-            latents.think(turns, whole=any(turn in self._supervised for turn in turns))
+            latents.run(turns, whole=any(turn in self._supervised for turn in turns))
         return latents
 
     def round_gradients(self) -> Mapping[tuple[str, int], float]:
@@ -214,19 +262,27 @@ class TrainingGraph(ProgramModule):
 
     def _forms(self, turn: AgentTurn, mode: Mode) -> tuple[Form, ...]:
         """Return the calls that a turn makes."""
-        if mode == "teacher_forced" or turn is self.answer:
+        if turn is self.answer:
             return ("turn",)
-        return ("prompt", "turn") if turn in self._supervised else ("prompt",)
+        links = [self.plan.links[link] for link in self._sent.get((turn.agent, turn.round), ())]
+        is_forced = mode == "teacher_forced" and any(link.needs_thoughts for link in links)
+        reads_prompt = mode == "rollout" or any(
+            link.needs_context or link.needs_text for link in links
+        )
+        forms: tuple[Form, ...] = ("prompt",) if reads_prompt else ()
+        return (*forms, "turn") if is_forced or turn in self._supervised else forms
 
-    def _answer_loss(self, latents: Latents, batch: Batch, control: Control) -> RoundLoss:
-        turns_TD = latents.read_turns((self.answer,), control=control)[self.answer]
+    def _answer_loss(self, latents: Latents, batch: Batch, control: Given) -> RoundLoss:
+        turns_TD = latents.read_turns((self.answer,), control=control, count=batch.num_counted)[
+            self.answer
+        ]
         return self._turn_loss(self.answer, batch, turns_TD)
 
     def _turn_loss(self, turn: AgentTurn, batch: Batch, turns_TD: Sequence[Tensor]) -> RoundLoss:
         return turn_loss(
             self.backbones[self.plan.agents[turn.agent].backbone],
             turns_TD,
-            batch.calls[turn.agent, turn.variant, "turn"],
+            batch.calls[turn.agent, turn.variant, "turn"][: batch.num_counted],
             checkpointed=self._checkpoint_calls,
         )
 

@@ -7,16 +7,18 @@ the target, N rows (agents x records), S columns, T target tokens of a record.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls, ConstantRows, Row
-from recmas_compiler.lowering.training_graph.calls import Batch, Call
-from recmas_runtime.formats.plan import Message, Plan, PrefillStep, Variant
+from recmas_compiler.lowering.training_graph.calls import Batch, Call, CallWriter, Form
+from recmas_compiler.lowering.training_graph.frozen_states import FrozenStates, Places, Reading
+from recmas_runtime.formats.messages import Carries, MessageForm, message_spans
+from recmas_runtime.formats.plan import Message, Plan, PrefillStep, SendStep, Variant
 from recmas_runtime.prompts.render import Tokens
 
 Mode = Literal["teacher_forced", "rollout"]
@@ -26,6 +28,11 @@ _ByTurn = dict[tuple[str, int], list[Tensor]]
 
 Control = Literal["none", "null", "shuffled", "mean"]
 """What the answer agent gets instead of its messages, to see what the messages are worth."""
+
+Given = Control | tuple[int, ...]
+"""The same, or for each record the place of the one whose messages it gets."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,38 +80,107 @@ class GradientTaps:
         self._squares[key] = self._squares[key] + gradient.detach().float().square().sum()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """Messages that are text in part, to begin with.
+
+    Attributes:
+        share: The part of each message, from its end, that is the embeddings of what it should say.
+        said: Gives these embeddings [T, E] by link and record.
+    """
+
+    share: float
+    said: Callable[[str, int], Tensor]
+
+
 @dataclass(eq=False, kw_only=True)
 class Latents:
     """Runs turns on a batch and keeps what they yield.
 
     Attributes:
         apply_link: Maps [..., in_dim] to [..., out_dim] by a link's id.
+        frozen: What no link can change, of this batch and of earlier ones.
         thoughts_MD: By agent and round, per record.
         turns_TD: By agent and round, per record: hidden states of a turn from the position before
             its first target token. Only in mode `teacher_forced`.
+        texts: By agent and round, per record: what it wrote for others.
     """
 
     plan: Plan
     batch: Batch
     mode: Mode
     agent_calls: Mapping[str, AgentCalls]
+    writer: CallWriter
     apply_link: Callable[[str, Tensor], Tensor]
+    frozen: FrozenStates
     taps: GradientTaps | None
+    mix: Mix | None = None
     thoughts_MD: _ByTurn = field(default_factory=dict, init=False)
     turns_TD: _ByTurn = field(default_factory=dict, init=False)
+    texts: dict[tuple[str, int], list[str]] = field(default_factory=dict, init=False)
+    _states_KD: _ByTurn = field(default_factory=dict, init=False)
     _inputs_MD: _ByTurn = field(default_factory=dict, init=False)
     _messages_ME: _ByTurn = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._constants: dict[str, ConstantRows] = {name: {} for name in self.agent_calls}
+        self._sent = sent_links(self.plan)
 
-    def think(self, turns: Sequence[AgentTurn], *, whole: bool) -> None:
+    def run(self, turns: Sequence[AgentTurn], *, whole: bool) -> None:
         """Run a batch of turns; those that send them messages must have run before.
 
         Args:
             turns: Of agents that share a backbone and take equally many latent steps.
             whole: Read targets to their end, not only as far as the agents think.
         """
+        if thinking := [turn for turn in turns if self._any(turn, "needs_thoughts")]:
+            self._think(thinking, whole=whole)
+        if reading := [turn for turn in turns if self._links(turn, "context")]:
+            self._read_prompts(reading)
+        for turn in turns:
+            if self._any(turn, "needs_text"):
+                self._write(turn)
+
+    def read_turns(
+        self,
+        turns: Sequence[AgentTurn],
+        *,
+        limit: int | None = None,
+        control: Given = "none",
+        count: int | None = None,
+    ) -> dict[AgentTurn, list[Tensor]]:
+        """Read prompts and targets; return what `turns_TD` describes, by turn.
+
+        Args:
+            limit: Read so many tokens of the targets only.
+            count: Read so many of the first records only.
+        """
+        rows: list[Row] = []
+        size = len(self.batch) if count is None else count
+        for turn in turns:
+            calls = self._calls(turn, "turn", control)[:size]
+            cut = [call if limit is None else call.cut(limit) for call in calls]
+            rows += self._rows(turn, cut, control)
+        name = self._backbone(turns[0].agent)
+        hidden_NSD = self.agent_calls[name].read(rows, self._constants[name])
+        states = [h_SD[-row.num_wanted :] for h_SD, row in zip(hidden_NSD, rows, strict=True)]
+        return {turn: states[i * size : (i + 1) * size] for i, turn in enumerate(turns)}
+
+    def message(self, link_id: str, round_: int) -> list[Tensor]:
+        """Return a link's message [M, E] of a round, per record; its source must have run."""
+        key = link_id, round_
+        if key not in self._messages_ME:
+            source = self.plan.links[link_id].source
+            if self.plan.links[link_id].carries == "thoughts":
+                inputs_MD = self._inputs(source, round_)
+            else:
+                inner = self.plan.agents[source].inner
+                inputs_MD = self._map(inner, round_, self._states_KD[key])
+            message_ME = self._map(link_id, round_, inputs_MD)
+            self._messages_ME[key] = self._mixed(link_id, message_ME)
+        return self._messages_ME[key]
+
+    def _think(self, turns: Sequence[AgentTurn], *, whole: bool) -> None:
         num_steps = self.plan.agents[turns[0].agent].latent_steps
         if self.mode == "rollout":
             self._roll_out(turns, num_steps)
@@ -116,34 +192,10 @@ class Latents:
             self.turns_TD[key] = turns_TD
             self.thoughts_MD[key] = [turn_TD[1:][:num_steps] for turn_TD in turns_TD]
 
-    def read_turns(
-        self, turns: Sequence[AgentTurn], *, limit: int | None = None, control: Control = "none"
-    ) -> dict[AgentTurn, list[Tensor]]:
-        """Read prompts and targets; return what `turns_TD` describes, by turn."""
-        rows: list[Row] = []
-        for turn in turns:
-            calls = self.batch.calls[turn.agent, turn.variant, "turn"]
-            cut = [call if limit is None else call.cut(limit) for call in calls]
-            rows += self._rows(turn, cut, control)
-        name = self.plan.agents[turns[0].agent].backbone
-        hidden_NSD = self.agent_calls[name].read(rows, self._constants[name])
-        states = [h_SD[-row.num_wanted :] for h_SD, row in zip(hidden_NSD, rows, strict=True)]
-        size = len(self.batch)
-        return {turn: states[i * size : (i + 1) * size] for i, turn in enumerate(turns)}
-
-    def message(self, link_id: str, round_: int) -> list[Tensor]:
-        """Return a link's message [M, E] of a round, per record; its source must have thought."""
-        key = link_id, round_
-        if key not in self._messages_ME:
-            inputs_MD = self._inputs(self.plan.links[link_id].source, round_)
-            self._messages_ME[key] = self._map(link_id, round_, inputs_MD)
-        return self._messages_ME[key]
-
     def _roll_out(self, turns: Sequence[AgentTurn], num_steps: int) -> None:
         rows: list[Row] = []
         for turn in turns:
-            calls = self.batch.calls[turn.agent, turn.variant, "prompt"]
-            rows += self._rows(turn, calls, "none")
+            rows += self._rows(turn, self._calls(turn, "prompt"))
 
         def inner(hidden_ND: Tensor) -> Tensor:
             parts_BD = torch.split(hidden_ND, len(self.batch))
@@ -154,7 +206,7 @@ class Latents:
                 ]
             )
 
-        name = self.plan.agents[turns[0].agent].backbone
+        name = self._backbone(turns[0].agent)
         thoughts_NMD, inputs_NMD = self.agent_calls[name].roll_out(
             rows, num_steps, inner, self._constants[name]
         )
@@ -163,10 +215,87 @@ class Latents:
             self.thoughts_MD[turn.agent, turn.round] = list(thoughts_NMD[of_turn])
             self._inputs_MD[turn.agent, turn.round] = list(inputs_NMD[of_turn])
 
-    def _rows(self, turn: AgentTurn, calls: Sequence[Call], control: Control) -> list[Row]:
-        messages_ME = {
-            message.slot: controlled(self.message(message.link, message.round), control)
+    def _read_prompts(self, turns: Sequence[AgentTurn]) -> None:
+        """Read prompts to their end, for messages of their own states."""
+        readings: list[Reading] = []
+        keys: list[tuple[str, int]] = []
+        for turn in turns:
+            calls = self._calls(turn, "prompt")
+            rows = self._rows(turn, calls)
+            for link_id in self._links(turn, "context"):
+                keys.append((link_id, turn.round))
+                for record, (call, row) in enumerate(zip(calls, rows, strict=True)):
+                    slots = self._slot_lengths(turn, record)
+                    places = context_places(
+                        call,
+                        self.plan.links[link_id],
+                        slots,
+                        self.plan.agents[turn.agent].latent_steps,
+                    )
+                    whole = replace(row, num_wanted=row.length)
+                    readings.append(Reading(row=whole, places=places))
+        found = self._read(turns[0].agent, readings)
+        size = len(self.batch)
+        for i, key in enumerate(keys):
+            self._states_KD[key] = found[i * size : (i + 1) * size]
+
+    def _write(self, turn: AgentTurn) -> None:
+        """Write for others: the target where it may be read and there is one, else greedily."""
+        links = [*self._links(turn, "written"), *self._links(turn, "text")]
+        most = max(self.plan.links[link].max_tokens or 0 for link in links)
+        rows = self._rows(turn, self._calls(turn, "prompt"))
+        name = self._backbone(turn.agent)
+        if self.mode == "teacher_forced" and turn.agent in self.batch.examples[0].targets:
+            examples = self.batch.examples
+            ids = [self.writer.written_ids(turn.agent, example, most) for example in examples]
+        else:
+            ids = self.frozen.write(name, self.agent_calls[name], rows, most, self._constants[name])
+        key = turn.agent, turn.round
+        self.texts[key] = [self.writer.text_of(turn.agent, written) for written in ids]
+        if not self._links(turn, "written"):
+            return
+        readings = []
+        for row, written in zip(rows, ids, strict=True):
+            whole = Row(pieces=(*row.pieces, written), num_wanted=len(written))
+            places = range(row.length, whole.length)
+            readings.append(Reading(row=whole, places=tuple((place,) for place in places)))
+        found = self._read(turn.agent, readings)
+        for link_id in self._links(turn, "written"):
+            self._states_KD[link_id, turn.round] = found
+
+    def _read(self, agent: str, readings: Sequence[Reading]) -> list[Tensor]:
+        name = self._backbone(agent)
+        return self.frozen.read(name, self.agent_calls[name], readings, self._constants[name])
+
+    def _calls(self, turn: AgentTurn, form: Form, control: Given = "none") -> list[Call]:
+        """Return a turn's calls, with the texts that it receives in their slots."""
+        calls = list(self.batch.calls[turn.agent, turn.variant, form])
+        if control == "null":
+            return calls
+        texts = {
+            message.slot: exchanged(self._sent_texts(message), control)
             for message in turn.messages
+            if self.plan.links[message.link].carries == "text"
+        }
+        if not texts:
+            return calls
+        return [
+            self.writer.write(
+                turn.agent,
+                turn.variant,
+                form,
+                example,
+                {slot: received[record] for slot, received in texts.items()},
+            )
+            for record, example in enumerate(self.batch.examples)
+        ]
+
+    def _sent_texts(self, message: Message) -> list[str]:
+        return self.texts[self.plan.links[message.link].source, message.round]
+
+    def _rows(self, turn: AgentTurn, calls: Sequence[Call], control: Given = "none") -> list[Row]:
+        messages_ME = {
+            slot: controlled(messages, control) for slot, messages in self._vectors(turn).items()
         }
         rows = []
         for record, call in enumerate(calls):
@@ -178,6 +307,29 @@ class Latents:
                     pieces.append(messages_ME[item.agent][record])
             rows.append(Row(pieces=tuple(pieces), num_wanted=call.num_target_tokens + 1))
         return rows
+
+    def _vectors(self, turn: AgentTurn) -> dict[str, list[Tensor]]:
+        """Return the messages of vectors that a turn receives, by slot and record."""
+        return {
+            message.slot: self.message(message.link, message.round)
+            for message in turn.messages
+            if self.plan.links[message.link].has_vectors
+        }
+
+    def _slot_lengths(self, turn: AgentTurn, record: int) -> dict[str, int]:
+        return {slot: len(messages[record]) for slot, messages in self._vectors(turn).items()}
+
+    def _links(self, turn: AgentTurn, carries: Carries) -> list[str]:
+        """Return the links of one kind over which a turn sends."""
+        sent = self._sent.get((turn.agent, turn.round), ())
+        return [link for link in sent if self.plan.links[link].carries == carries]
+
+    def _any(self, turn: AgentTurn, need: str) -> bool:
+        sent = self._sent.get((turn.agent, turn.round), ())
+        return any(getattr(self.plan.links[link], need) for link in sent)
+
+    def _backbone(self, agent: str) -> str:
+        return self.plan.agents[agent].backbone
 
     def _inputs(self, agent: str, round_: int) -> list[Tensor]:
         """Return R_k of an agent's thoughts, per record."""
@@ -199,33 +351,81 @@ class Latents:
             self.taps.tap(output_NE, link_id, round_)
         return output_NE
 
+    def _mixed(self, link_id: str, messages_ME: list[Tensor]) -> list[Tensor]:
+        """Put text in the place of the last part of each message, as the curriculum has it."""
+        if self.mix is None or self.mix.share == 0:
+            return messages_ME
+        mixed = []
+        for record, message_ME in enumerate(messages_ME):
+            said_TE = self.mix.said(link_id, record).to(message_ME)
+            num_kept = round((1 - self.mix.share) * len(message_ME))
+            num_text = round(self.mix.share * len(said_TE))
+            mixed.append(torch.cat([message_ME[:num_kept], said_TE[len(said_TE) - num_text :]]))
+        return mixed
 
-def controlled(messages_ME: Sequence[Tensor], control: Control) -> list[Tensor]:
-    """Return what a slot gets under a control, per record of a batch.
 
-    - `none`: the record's own message;
-    - `null`: nothing;
-    - `shuffled`: the message of the next record, the last one gets the first one's;
-    - `mean`: for all records the same, position by position the mean over the messages that have
-      the position. The record's own message is one of them, so in small batches this says a good
-      part of what it says, and what `none` gains over it understates communication.
+def sent_links(plan: Plan) -> dict[tuple[str, int], tuple[str, ...]]:
+    """Return the links over which an agent sends in a round, by agent and round."""
+    sent: dict[tuple[str, int], tuple[str, ...]] = {}
+    for step in plan.steps:
+        if isinstance(step, SendStep):
+            key = step.source, step.round
+            sent[key] = sent.get(key, ()) + step.links
+    return sent
+
+
+def context_places(
+    call: Call, form: MessageForm, slots: Mapping[str, int], latent_steps: int
+) -> Places:
+    """Return the positions of a prompt that each vector of a message is the mean of.
 
     Args:
+        slots: Positions that messages take in the prompt's slots.
+        latent_steps: Of the sender.
+    """
+    assert call.placed is not None, "the prompt of an agent that hands it over"
+    places = call.placed.context_positions(form.of, slots)
+    spans = message_spans(form, len(places), latent_steps) if places else ()
+    return tuple(tuple(places[begin:end]) for begin, end in spans)
+
+
+def controlled(messages_ME: Sequence[Tensor], control: Given) -> list[Tensor]:
+    """Return what a slot gets under a control, per record of a batch.
+
+    - `null`: nothing;
+    - `mean`: for all records the same, position by position the mean over the messages that have
+      the position. The record's own message is one of them, so in small batches this says a good
+      part of what it says, and what `none` gains over it understates communication;
+    - the others as `exchanged` says.
+    """
+    if control == "null":
+        return [message_ME[:0] for message_ME in messages_ME]
+    if control != "mean":
+        return exchanged(messages_ME, control)
+    longest = max(len(message_ME) for message_ME in messages_ME)
+    means_1E = [
+        torch.stack([m[i] for m in messages_ME if len(m) > i]).mean(dim=0, keepdim=True)
+        for i in range(longest)
+    ]
+    mean_ME = torch.cat(means_1E) if means_1E else messages_ME[0]
+    return [mean_ME] * len(messages_ME)
+
+
+def exchanged(messages: Sequence[T], control: Given) -> list[T]:
+    """Return whose message each record of a batch gets.
+
+    - `none`: the record's own message;
+    - `shuffled`: the message of the next record, the last one gets the first one's;
+    - places: for each record the message of the record at this place.
+
+    Args:
+        messages: Of any kind.
         control: Which one. `shuffled` needs two records or more.
     """
-    match control:
-        case "none":
-            return list(messages_ME)
-        case "null":
-            return [message_ME[:0] for message_ME in messages_ME]
-        case "shuffled":
-            assert len(messages_ME) > 1, "one record has no other record's message"
-            return [*messages_ME[1:], messages_ME[0]]
-        case "mean":
-            longest = max(len(message_ME) for message_ME in messages_ME)
-            means_1E = [
-                torch.stack([m[i] for m in messages_ME if len(m) > i]).mean(dim=0, keepdim=True)
-                for i in range(longest)
-            ]
-            mean_ME = torch.cat(means_1E) if means_1E else messages_ME[0]
-            return [mean_ME] * len(messages_ME)
+    if isinstance(control, tuple):
+        return [messages[place] for place in control]
+    if control == "none":
+        return list(messages)
+    assert control == "shuffled", f"texts and rows have no {control}"
+    assert len(messages) > 1, "one record has no other record's message"
+    return [*messages[1:], messages[0]]
