@@ -41,7 +41,7 @@ class PlainTraining:
     links: Mapping[str, nn.Module]
     mode: str
     weight: float = 0.0
-    last_slots: Mapping[str, Tensor] | None = None
+    last_slots: Mapping[str, Message] | None = None
     messages: dict[tuple[str, int], Tensor | str] = field(default_factory=dict)
 
     def loss(self, example: TrainExample) -> tuple[Tensor, int]:

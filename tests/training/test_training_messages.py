@@ -17,9 +17,13 @@ from recmas_compiler.ir.graph import Graph
 from recmas_compiler.lowering.reference import TorchSystem
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.passes.pipeline import run_pipeline
+from recmas_compiler.training.loop.distributed import World
+from recmas_compiler.training.tasks.outer import CONTROLS, chosen_senders, control_losses
 from recmas_runtime.formats.messages import MessageForm
 from test_training_loss import MODES, assert_losses
 from training_tolerances import TOLERANCES
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 CONTEXT = MessageForm(carries="context")
 FIELD = MessageForm(carries="context", of="question", every=3)
@@ -170,6 +174,30 @@ def test_what_no_link_changes_is_read_once(tiny: LoadTiny, monkeypatch: pytest.M
     assert torch.allclose(again[:2], first, rtol=TOLERANCES["loss_relative"], atol=0.0)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_controls_of_every_kind(tiny: LoadTiny, name: str) -> None:
+    graph, plain = on_both(system(name, tiny), tiny, "rollout")
+    records = examples(plain.topology)
+    found: dict[str, Tensor] = {}
+    for control, places, loss in control_losses(graph, records, batch_size=2, world=ALONE):
+        found.setdefault(control, torch.zeros(len(records)))[places] = loss.per_record_sum
+    has_text = any(graph.plan.links[m.link].carries == "text" for m in graph.answer.messages)
+    assert list(found) == [c for c in CONTROLS if c != "mean" or not has_text]
+    chosen = chosen_senders(graph, records)
+    assert chosen is not None
+    sent = []
+    for record in records:
+        plain.loss(record)
+        answer = plain.topology.system.answer_agent
+        sent.append(plain._seen(answer, plain.topology.system.rounds))
+    for number, record in enumerate(records):
+        plain.last_slots = sent[chosen.senders[number]]
+        expected = plain.loss(record)[0].item()
+        plain.last_slots = None
+        error = abs(found["shuffled"][number].item() - expected)
+        assert error <= TOLERANCES["loss_relative"] * expected
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", NAMES)
 def test_lengths_are_those_of_the_calls(tiny: LoadTiny, name: str, mode: str) -> None:
@@ -178,9 +206,9 @@ def test_lengths_are_those_of_the_calls(tiny: LoadTiny, name: str, mode: str) ->
     received = [graph.plan.links[message.link].carries for message in graph.answer.messages]
     for record in examples(graph.program):
         batch = graph.prepare([record])
-        (row,) = graph.latents(batch)._rows(
-            graph.answer, graph.latents(batch)._calls(graph.answer, "turn")
-        )
+        latents = graph.latents(batch)
+        own = latents.received(graph.answer)
+        (row,) = latents._rows(latents._calls(graph.answer, "turn", own), own)
         bound = graph.lengths(record)[answer]
         if mode == "teacher_forced" and "text" not in received:
             assert row.length == bound

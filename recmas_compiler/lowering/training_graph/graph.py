@@ -5,8 +5,8 @@ Shape legend: B records, N target tokens of all records, D width of the agent, V
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 import torch
@@ -28,11 +28,11 @@ from recmas_compiler.lowering.training_graph.calls import (
 from recmas_compiler.lowering.training_graph.frozen_states import FrozenStates
 from recmas_compiler.lowering.training_graph.latents import (
     AgentTurn,
-    Control,
-    Given,
     GradientTaps,
     Latents,
+    Mix,
     Mode,
+    Received,
     agent_turns,
     context_places,
     sent_links,
@@ -81,7 +81,7 @@ class TrainingGraph(ProgramModule):
         self._supervised = tuple(
             turn for turn in self.thinking if supervise == "all" and turn.agent == self.answer.agent
         )
-        self._checkpoint_calls = checkpoint_calls
+        self.checkpoint_calls = checkpoint_calls
         self.writer = CallWriter(self.system, backbones)
         self._agent_calls = {
             name: AgentCalls(b, compile_calls=compile_calls, checkpoint_calls=checkpoint_calls)
@@ -196,38 +196,79 @@ class TrainingGraph(ProgramModule):
             watch: Count this pass in `round_gradients`.
         """
         latents = self.latents(batch, watch=watch)
+        final = self.turn_loss(self.answer, batch, self.read_answer(latents, batch))
+        return self.whole_loss(latents, batch, final)
+
+    def whole_loss(self, latents: Latents, batch: Batch, final: RoundLoss) -> Loss:
+        """Return the answer's loss with that of earlier rounds, where they count."""
         earlier: dict[int, RoundLoss] = {}
         for turn in self._supervised:
             turns_TD = latents.turns_TD.get((turn.agent, turn.round))
             if turns_TD is None:
                 turns_TD = latents.read_turns((turn,), count=batch.num_counted)[turn]
-            earlier[turn.round] = self._turn_loss(turn, batch, turns_TD[: batch.num_counted])
-        final = self._answer_loss(latents, batch, "none")
+            earlier[turn.round] = self.turn_loss(turn, batch, turns_TD[: batch.num_counted])
         return weighted_loss(final, last_round=self.answer.round, earlier=earlier)
 
-    def compare(
-        self, batch: Batch, *, controls: Sequence[Control], mode: Mode | None = None
-    ) -> dict[Control, Loss]:
-        """Return the loss of the answer's own round under each control.
+    def read_answer(
+        self, latents: Latents, batch: Batch, received: Received | None = None
+    ) -> list[Tensor]:
+        """Return the answer's hidden states, as `Latents.turns_TD` describes them.
 
-        The thinking part runs once for all of them. Earlier rounds do not count here: they would
-        add the same to every control.
+        Args:
+            received: What its slots get in place of the records' own messages.
+        """
+        found = latents.read_turns((self.answer,), received=received, count=batch.num_counted)
+        return found[self.answer]
+
+    def received(self, batch: Batch, *, mode: Mode | None = None) -> Received:
+        """Return the messages for the answer agent's slots in the last round.
 
         Args:
             mode: `rollout` where the graph's own is `teacher_forced`.
         """
-        latents = self.latents(batch, mode=mode)
-        last_round = self.answer.round
-        return {
-            control: weighted_loss(
-                self._answer_loss(latents, batch, control), last_round=last_round, earlier={}
-            )
-            for control in controls
-        }
+        return self.latents(batch, mode=mode).received(self.answer)
 
-    def latents(self, batch: Batch, *, mode: Mode | None = None, watch: bool = False) -> Latents:
-        """Run the thinking part: every thought and message that the answer needs."""
-        latents = Latents(
+    def answer_loss(self, batch: Batch, received: Received) -> Loss:
+        """Return the loss of the answer's own round from given messages, whosever they are.
+
+        Earlier rounds do not count here: they would add the same to every control.
+        """
+        turns_TD = self.read_answer(self._latents(batch), batch, received)
+        final = self.turn_loss(self.answer, batch, turns_TD)
+        return weighted_loss(final, last_round=self.answer.round, earlier={})
+
+    def latents(
+        self,
+        batch: Batch,
+        *,
+        mode: Mode | None = None,
+        watch: bool = False,
+        mix: Mix | None = None,
+        note: Callable[[str, Tensor], None] | None = None,
+    ) -> Latents:
+        """Run the thinking part: every thought and message that the answer needs.
+
+        Args:
+            mode: Another one than the graph's own.
+            watch: Count gradients in `round_gradients`.
+            mix: Messages that are text in part.
+            note: Is told the vectors [N, E] of every link's messages.
+        """
+        latents = self._latents(batch, mode=mode, watch=watch, mix=mix, note=note)
+        for turns in self.batches:
+            latents.run(turns, whole=any(turn in self._supervised for turn in turns))
+        return latents
+
+    def _latents(
+        self,
+        batch: Batch,
+        *,
+        mode: Mode | None = None,
+        watch: bool = False,
+        mix: Mix | None = None,
+        note: Callable[[str, Tensor], None] | None = None,
+    ) -> Latents:
+        return Latents(
             plan=self.plan,
             batch=batch,
             mode=self.mode if mode is None else mode,
@@ -236,10 +277,9 @@ class TrainingGraph(ProgramModule):
             frozen=self._frozen_states,
             apply_link=lambda link_id, states: self._run_link(self.link(link_id), states),
             taps=self._taps if watch else None,
+            mix=mix,
+            note=note,
         )
-        for turns in self.batches:
-            latents.run(turns, whole=any(turn in self._supervised for turn in turns))
-        return latents
 
     def round_gradients(self) -> Mapping[tuple[str, int], float]:
         """Return the norm of the gradient at each link's output, by link id and round.
@@ -272,19 +312,18 @@ class TrainingGraph(ProgramModule):
         forms: tuple[Form, ...] = ("prompt",) if reads_prompt else ()
         return (*forms, "turn") if is_forced or turn in self._supervised else forms
 
-    def _answer_loss(self, latents: Latents, batch: Batch, control: Given) -> RoundLoss:
-        turns_TD = latents.read_turns((self.answer,), control=control, count=batch.num_counted)[
-            self.answer
-        ]
-        return self._turn_loss(self.answer, batch, turns_TD)
-
-    def _turn_loss(self, turn: AgentTurn, batch: Batch, turns_TD: Sequence[Tensor]) -> RoundLoss:
+    def turn_loss(self, turn: AgentTurn, batch: Batch, turns_TD: Sequence[Tensor]) -> RoundLoss:
+        """Return the loss of a turn's targets, from its hidden states."""
         return turn_loss(
-            self.backbones[self.plan.agents[turn.agent].backbone],
+            self.backbone(turn.agent),
             turns_TD,
             batch.calls[turn.agent, turn.variant, "turn"][: batch.num_counted],
-            checkpointed=self._checkpoint_calls,
+            checkpointed=self.checkpoint_calls,
         )
+
+    def backbone(self, agent: str) -> TorchBackbone:
+        """Return the backbone that an agent runs on."""
+        return self.backbones[self.plan.agents[agent].backbone]
 
 
 def _run_link(link: nn.Module, states: Tensor) -> Tensor:
@@ -314,6 +353,8 @@ class Loss:
         per_record_exact: [B], whether greedy decoding would write the target in the last round, up
             to the token that ends it.
         rounds: Unweighted sum and number of tokens by round.
+        parts: By name, the answer's part of `total` and what was added to it, unweighted; empty
+            where nothing was. `per_record_sum` is the answer's.
     """
 
     total: Tensor
@@ -322,6 +363,7 @@ class Loss:
     per_record_tokens: Tensor
     per_record_exact: Tensor
     rounds: Mapping[int, tuple[Tensor, int]]
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def mean(self) -> Tensor:
@@ -344,7 +386,7 @@ def turn_loss(
     tokens = tuple(call.num_target_tokens for call in calls)
     # A token is seen from the position before it; from the last one there is nothing to see.
     states_ND = torch.cat([turn_TD[:-1] for turn_TD in turns_TD])
-    targets_N = torch.tensor([i for call in calls for i in _target_ids(call)])
+    targets_N = torch.tensor([i for call in calls for i in target_ids(call)])
 
     def run(states_ND: Tensor) -> tuple[Tensor, Tensor]:
         logits_NV = backbone.logits(states_ND)
@@ -384,7 +426,8 @@ def weighted_loss(final: RoundLoss, *, last_round: int, earlier: Mapping[int, Ro
     )
 
 
-def _target_ids(call: Call) -> tuple[int, ...]:
+def target_ids(call: Call) -> tuple[int, ...]:
+    """Return the tokens of a turn's target."""
     last = call.items[-1]
     assert isinstance(last, Tokens), "the target is text"
     return last.ids[-call.num_target_tokens :]
@@ -392,5 +435,5 @@ def _target_ids(call: Call) -> tuple[int, ...]:
 
 def _num_answered(call: Call, ends: Sequence[int]) -> int:
     """Return how many target tokens an answer has; what a template writes behind its end is not."""
-    ids = _target_ids(call)
+    ids = target_ids(call)
     return next((place + 1 for place, i in enumerate(ids) if i in ends), len(ids))

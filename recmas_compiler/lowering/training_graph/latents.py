@@ -6,10 +6,10 @@ the target, N rows (agents x records), S columns, T target tokens of a record.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,13 +26,11 @@ Mode = Literal["teacher_forced", "rollout"]
 _ByTurn = dict[tuple[str, int], list[Tensor]]
 """A tensor for each record, by agent (or link) and round."""
 
-Control = Literal["none", "null", "shuffled", "mean"]
-"""What the answer agent gets instead of its messages, to see what the messages are worth."""
+Sent = Tensor | str
+"""What a record sends: vectors [M, D] or a text."""
 
-Given = Control | tuple[int, ...]
-"""The same, or for each record the place of the one whose messages it gets."""
-
-T = TypeVar("T")
+Received = dict[str, list[Sent]]
+"""What a turn's slots get: by slot the message of each record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +98,7 @@ class Latents:
     Attributes:
         apply_link: Maps [..., in_dim] to [..., out_dim] by a link's id.
         frozen: What no link can change, of this batch and of earlier ones.
+        note: Is told the vectors [N, E] of every link's messages.
         thoughts_MD: By agent and round, per record.
         turns_TD: By agent and round, per record: hidden states of a turn from the position before
             its first target token. Only in mode `teacher_forced`.
@@ -115,6 +114,7 @@ class Latents:
     frozen: FrozenStates
     taps: GradientTaps | None
     mix: Mix | None = None
+    note: Callable[[str, Tensor], None] | None = None
     thoughts_MD: _ByTurn = field(default_factory=dict, init=False)
     turns_TD: _ByTurn = field(default_factory=dict, init=False)
     texts: dict[tuple[str, int], list[str]] = field(default_factory=dict, init=False)
@@ -146,21 +146,23 @@ class Latents:
         turns: Sequence[AgentTurn],
         *,
         limit: int | None = None,
-        control: Given = "none",
+        received: Received | None = None,
         count: int | None = None,
     ) -> dict[AgentTurn, list[Tensor]]:
         """Read prompts and targets; return what `turns_TD` describes, by turn.
 
         Args:
             limit: Read so many tokens of the targets only.
+            received: What the slots get in place of the records' own messages.
             count: Read so many of the first records only.
         """
         rows: list[Row] = []
         size = len(self.batch) if count is None else count
         for turn in turns:
-            calls = self._calls(turn, "turn", control)[:size]
+            given = self.received(turn) if received is None else received
+            calls = self._calls(turn, "turn", given)[:size]
             cut = [call if limit is None else call.cut(limit) for call in calls]
-            rows += self._rows(turn, cut, control)
+            rows += self._rows(cut, given)
         name = self._backbone(turns[0].agent)
         hidden_NSD = self.agent_calls[name].read(rows, self._constants[name])
         states = [h_SD[-row.num_wanted :] for h_SD, row in zip(hidden_NSD, rows, strict=True)]
@@ -176,8 +178,10 @@ class Latents:
             else:
                 inner = self.plan.agents[source].inner
                 inputs_MD = self._map(inner, round_, self._states_KD[key])
-            message_ME = self._map(link_id, round_, inputs_MD)
-            self._messages_ME[key] = self._mixed(link_id, message_ME)
+            messages_ME = self._map(link_id, round_, inputs_MD)
+            if self.note is not None:
+                self.note(link_id, torch.cat(messages_ME))
+            self._messages_ME[key] = self._mixed(link_id, messages_ME)
         return self._messages_ME[key]
 
     def _think(self, turns: Sequence[AgentTurn], *, whole: bool) -> None:
@@ -195,7 +199,8 @@ class Latents:
     def _roll_out(self, turns: Sequence[AgentTurn], num_steps: int) -> None:
         rows: list[Row] = []
         for turn in turns:
-            rows += self._rows(turn, self._calls(turn, "prompt"))
+            received = self.received(turn)
+            rows += self._rows(self._calls(turn, "prompt", received), received)
 
         def inner(hidden_ND: Tensor) -> Tensor:
             parts_BD = torch.split(hidden_ND, len(self.batch))
@@ -220,12 +225,13 @@ class Latents:
         readings: list[Reading] = []
         keys: list[tuple[str, int]] = []
         for turn in turns:
-            calls = self._calls(turn, "prompt")
-            rows = self._rows(turn, calls)
+            received = self.received(turn)
+            calls = self._calls(turn, "prompt", received)
+            rows = self._rows(calls, received)
             for link_id in self._links(turn, "context"):
                 keys.append((link_id, turn.round))
                 for record, (call, row) in enumerate(zip(calls, rows, strict=True)):
-                    slots = self._slot_lengths(turn, record)
+                    slots = _vector_lengths(received, record)
                     places = context_places(
                         call,
                         self.plan.links[link_id],
@@ -234,7 +240,7 @@ class Latents:
                     )
                     whole = replace(row, num_wanted=row.length)
                     readings.append(Reading(row=whole, places=places))
-        found = self._read(turns[0].agent, readings)
+        found = self.read(turns[0].agent, readings)
         size = len(self.batch)
         for i, key in enumerate(keys):
             self._states_KD[key] = found[i * size : (i + 1) * size]
@@ -243,7 +249,8 @@ class Latents:
         """Write for others: the target where it may be read and there is one, else greedily."""
         links = [*self._links(turn, "written"), *self._links(turn, "text")]
         most = max(self.plan.links[link].max_tokens or 0 for link in links)
-        rows = self._rows(turn, self._calls(turn, "prompt"))
+        received = self.received(turn)
+        rows = self._rows(self._calls(turn, "prompt", received), received)
         name = self._backbone(turn.agent)
         if self.mode == "teacher_forced" and turn.agent in self.batch.examples[0].targets:
             examples = self.batch.examples
@@ -259,65 +266,54 @@ class Latents:
             whole = Row(pieces=(*row.pieces, written), num_wanted=len(written))
             places = range(row.length, whole.length)
             readings.append(Reading(row=whole, places=tuple((place,) for place in places)))
-        found = self._read(turn.agent, readings)
+        found = self.read(turn.agent, readings)
         for link_id in self._links(turn, "written"):
             self._states_KD[link_id, turn.round] = found
 
-    def _read(self, agent: str, readings: Sequence[Reading]) -> list[Tensor]:
+    def read(self, agent: str, readings: Sequence[Reading]) -> list[Tensor]:
+        """Return what an agent's backbone reads, as `FrozenStates.read` does."""
         name = self._backbone(agent)
         return self.frozen.read(name, self.agent_calls[name], readings, self._constants[name])
 
-    def _calls(self, turn: AgentTurn, form: Form, control: Given = "none") -> list[Call]:
+    def received(self, turn: AgentTurn) -> Received:
+        """Return the records' own messages for a turn; their sources must have run."""
+        return {message.slot: self._sent_over(message) for message in turn.messages}
+
+    def _sent_over(self, message: Message) -> list[Sent]:
+        link = self.plan.links[message.link]
+        if link.carries == "text":
+            return list(self.texts[link.source, message.round])
+        return list(self.message(message.link, message.round))
+
+    def _calls(self, turn: AgentTurn, form: Form, received: Received) -> list[Call]:
         """Return a turn's calls, with the texts that it receives in their slots."""
-        calls = list(self.batch.calls[turn.agent, turn.variant, form])
-        if control == "null":
-            return calls
-        texts = {
-            message.slot: exchanged(self._sent_texts(message), control)
-            for message in turn.messages
-            if self.plan.links[message.link].carries == "text"
-        }
-        if not texts:
-            return calls
+        calls = self.batch.calls[turn.agent, turn.variant, form]
         return [
-            self.writer.write(
-                turn.agent,
-                turn.variant,
-                form,
-                example,
-                {slot: received[record] for slot, received in texts.items()},
+            self.writer.write(turn.agent, turn.variant, form, example, texts) if texts else call
+            for call, example, texts in zip(
+                calls, self.batch.examples, self._texts(received), strict=True
             )
-            for record, example in enumerate(self.batch.examples)
         ]
 
-    def _sent_texts(self, message: Message) -> list[str]:
-        return self.texts[self.plan.links[message.link].source, message.round]
+    def _texts(self, received: Received) -> Iterator[dict[str, str]]:
+        """Yield the texts that each record receives, by slot."""
+        for record in range(len(self.batch)):
+            sent = {slot: messages[record] for slot, messages in received.items()}
+            yield {slot: message for slot, message in sent.items() if isinstance(message, str)}
 
-    def _rows(self, turn: AgentTurn, calls: Sequence[Call], control: Given = "none") -> list[Row]:
-        messages_ME = {
-            slot: controlled(messages, control) for slot, messages in self._vectors(turn).items()
-        }
+    def _rows(self, calls: Sequence[Call], received: Received) -> list[Row]:
         rows = []
         for record, call in enumerate(calls):
             pieces: list[tuple[int, ...] | Tensor] = []
             for item in call.items:
                 if isinstance(item, Tokens):
                     pieces.append(item.ids)
-                elif item.agent in messages_ME and len(messages_ME[item.agent][record]):
-                    pieces.append(messages_ME[item.agent][record])
+                    continue
+                message = received[item.agent][record] if item.agent in received else ()
+                if isinstance(message, Tensor) and len(message):
+                    pieces.append(message)
             rows.append(Row(pieces=tuple(pieces), num_wanted=call.num_target_tokens + 1))
         return rows
-
-    def _vectors(self, turn: AgentTurn) -> dict[str, list[Tensor]]:
-        """Return the messages of vectors that a turn receives, by slot and record."""
-        return {
-            message.slot: self.message(message.link, message.round)
-            for message in turn.messages
-            if self.plan.links[message.link].has_vectors
-        }
-
-    def _slot_lengths(self, turn: AgentTurn, record: int) -> dict[str, int]:
-        return {slot: len(messages[record]) for slot, messages in self._vectors(turn).items()}
 
     def _links(self, turn: AgentTurn, carries: Carries) -> list[str]:
         """Return the links of one kind over which a turn sends."""
@@ -364,6 +360,12 @@ class Latents:
         return mixed
 
 
+def _vector_lengths(received: Received, record: int) -> dict[str, int]:
+    """Return how many positions vectors take in each slot."""
+    sent = {slot: messages[record] for slot, messages in received.items()}
+    return {slot: len(message) for slot, message in sent.items() if isinstance(message, Tensor)}
+
+
 def sent_links(plan: Plan) -> dict[tuple[str, int], tuple[str, ...]]:
     """Return the links over which an agent sends in a round, by agent and round."""
     sent: dict[tuple[str, int], tuple[str, ...]] = {}
@@ -387,45 +389,3 @@ def context_places(
     places = call.placed.context_positions(form.of, slots)
     spans = message_spans(form, len(places), latent_steps) if places else ()
     return tuple(tuple(places[begin:end]) for begin, end in spans)
-
-
-def controlled(messages_ME: Sequence[Tensor], control: Given) -> list[Tensor]:
-    """Return what a slot gets under a control, per record of a batch.
-
-    - `null`: nothing;
-    - `mean`: for all records the same, position by position the mean over the messages that have
-      the position. The record's own message is one of them, so in small batches this says a good
-      part of what it says, and what `none` gains over it understates communication;
-    - the others as `exchanged` says.
-    """
-    if control == "null":
-        return [message_ME[:0] for message_ME in messages_ME]
-    if control != "mean":
-        return exchanged(messages_ME, control)
-    longest = max(len(message_ME) for message_ME in messages_ME)
-    means_1E = [
-        torch.stack([m[i] for m in messages_ME if len(m) > i]).mean(dim=0, keepdim=True)
-        for i in range(longest)
-    ]
-    mean_ME = torch.cat(means_1E) if means_1E else messages_ME[0]
-    return [mean_ME] * len(messages_ME)
-
-
-def exchanged(messages: Sequence[T], control: Given) -> list[T]:
-    """Return whose message each record of a batch gets.
-
-    - `none`: the record's own message;
-    - `shuffled`: the message of the next record, the last one gets the first one's;
-    - places: for each record the message of the record at this place.
-
-    Args:
-        messages: Of any kind.
-        control: Which one. `shuffled` needs two records or more.
-    """
-    if isinstance(control, tuple):
-        return [messages[place] for place in control]
-    if control == "none":
-        return list(messages)
-    assert control == "shuffled", f"texts and rows have no {control}"
-    assert len(messages) > 1, "one record has no other record's message"
-    return [*messages[1:], messages[0]]
