@@ -169,8 +169,8 @@ def test_what_no_link_changes_is_read_once(tiny: LoadTiny, monkeypatch: pytest.M
     records = examples(pair)
     first = graph(graph.prepare(records[:2])).per_record_sum
     again = graph(graph.prepare(records)).per_record_sum
-    # Both senders' prompts and the answer's; then the one new record's, and the answer's.
-    assert num_read == [4, 2, 2, 3]
+    # Both senders' prompts one by one, and the answer's; then those of the one new record.
+    assert num_read == [1, 1, 1, 1, 2, 1, 1, 3]
     assert torch.allclose(again[:2], first, rtol=TOLERANCES["loss_relative"], atol=0.0)
 
 

@@ -9,7 +9,7 @@ Shape legend: S positions of a row, D width, K vectors of a message.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -24,6 +24,7 @@ Places = tuple[tuple[int, ...], ...]
 """Positions of a row by vector: each is the mean of the states at its positions."""
 
 _Key = tuple[str, tuple[int, ...], Places]
+_Batch = tuple[str, tuple[tuple[int, ...], ...], int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class FrozenStates:
     def __init__(self, *, max_bytes: int = MAX_BYTES) -> None:
         self._room = max_bytes
         self._kept: dict[_Key, Tensor] = {}
-        self._written: dict[tuple[str, tuple[int, ...], int], tuple[int, ...]] = {}
+        self._written: dict[_Batch, list[tuple[int, ...]]] = {}
 
     def read(
         self, backbone: str, calls: AgentCalls, readings: Sequence[Reading], constants: ConstantRows
@@ -56,20 +57,15 @@ class FrozenStates:
         """
         found: dict[int, Tensor] = {}
         for number, reading in enumerate(readings):
-            kept = self._kept.get(_key(backbone, reading))
             if not reading.places:
                 found[number] = calls.no_states
-            elif kept is not None and reading.row.is_constant:
-                found[number] = kept
+            elif reading.row.is_constant:
+                found[number] = self._constant(backbone, calls, reading)
         left = [number for number in range(len(readings)) if number not in found]
         if left:
             hidden_NSD = calls.read([readings[number].row for number in left], constants)
             for number, hidden_SD in zip(left, hidden_NSD, strict=True):
-                reading = readings[number]
-                vectors_KD = _means(hidden_SD[-reading.row.num_wanted :], reading)
-                found[number] = vectors_KD
-                if reading.row.is_constant:
-                    self._keep(_key(backbone, reading), vectors_KD.detach())
+                found[number] = _means(hidden_SD, readings[number])
         return [found[number] for number in range(len(readings))]
 
     def write(
@@ -85,36 +81,41 @@ class FrozenStates:
         Args:
             backbone: Name of what `calls` runs.
         """
-        found: dict[int, tuple[int, ...]] = {}
-        keys = [(backbone, row.leading_ids, max_tokens) for row in rows]
-        for number, row in enumerate(rows):
-            if row.is_constant and keys[number] in self._written:
-                found[number] = self._written[keys[number]]
-        left = [number for number in range(len(rows)) if number not in found]
-        if left:
-            texts = calls.write([rows[number] for number in left], max_tokens, constants)
-            for number, ids in zip(left, texts, strict=True):
-                found[number] = ids
-                if rows[number].is_constant:
-                    self._written[keys[number]] = ids
-        return [found[number] for number in range(len(rows))]
+        if not all(row.is_constant for row in rows):
+            return calls.write(rows, max_tokens, constants)
+        # Near ties may depend on the rows beside: only the very same batch is not run again.
+        key = backbone, tuple(row.leading_ids for row in rows), max_tokens
+        if key not in self._written:
+            self._written[key] = calls.write(rows, max_tokens, constants)
+        return self._written[key]
 
-    def _keep(self, key: _Key, vectors_KD: Tensor) -> None:
-        num_bytes = vectors_KD.numel() * vectors_KD.element_size()
-        if num_bytes <= self._room and key not in self._kept:
+    def _constant(self, backbone: str, calls: AgentCalls, reading: Reading) -> Tensor:
+        """Return the vectors of a row without messages, which runs alone.
+
+        With other rows beside it, its last bits would depend on the step in which it came first.
+        """
+        key = _key(backbone, reading)
+        if key not in self._kept:
+            whole = replace(reading.row, num_wanted=reading.row.length)
+            (hidden_SD,) = calls.read([whole], {})
+            vectors_KD = _means(hidden_SD, reading).detach()
+            num_bytes = vectors_KD.numel() * vectors_KD.element_size()
+            if num_bytes > self._room:
+                return vectors_KD
             self._room -= num_bytes
             self._kept[key] = vectors_KD
+        return self._kept[key]
 
 
 def _key(backbone: str, reading: Reading) -> _Key:
     return backbone, reading.row.leading_ids, reading.places
 
 
-def _means(hidden_WD: Tensor, reading: Reading) -> Tensor:
-    """Return the mean of the states at the positions of each vector."""
-    hidden_WD = hidden_WD.to(torch.promote_types(hidden_WD.dtype, torch.float32))
-    first = reading.row.length - reading.row.num_wanted
+def _means(hidden_SD: Tensor, reading: Reading) -> Tensor:
+    """Return the mean of the states at the positions of each vector; the last ones are a row's."""
+    hidden_SD = hidden_SD.to(torch.promote_types(hidden_SD.dtype, torch.float32))
+    first = reading.row.length - len(hidden_SD)
     if all(len(places) == 1 for places in reading.places):
-        return hidden_WD[[place - first for (place,) in reading.places]]
-    means = [hidden_WD[[p - first for p in places]].mean(0) for places in reading.places]
+        return hidden_SD[[place - first for (place,) in reading.places]]
+    means = [hidden_SD[[p - first for p in places]].mean(0) for places in reading.places]
     return torch.stack(means)

@@ -180,7 +180,7 @@ class Latents:
                 inputs_MD = self._map(inner, round_, self._states_KD[key])
             messages_ME = self._map(link_id, round_, inputs_MD)
             if self.note is not None:
-                self.note(link_id, torch.cat(messages_ME))
+                self.note(link_id, torch.cat(messages_ME[: self.batch.num_counted]))
             self._messages_ME[key] = self._mixed(link_id, messages_ME)
         return self._messages_ME[key]
 
