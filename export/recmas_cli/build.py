@@ -34,6 +34,7 @@ from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.codec import to_json
 from recmas_runtime.formats.manifest import MANIFEST_NAME, SPEC_NAME, ParityEntry
 from recmas_runtime.formats.precisions import TARGET_NAMES, TARGETS, buildable
+from recmas_runtime.running.records import field_option
 
 
 @click.command()
@@ -142,7 +143,7 @@ def _run_command(folder: Path, fields: Sequence[str]) -> str:
     """Return the command that asks a bundle, with what its prompts use."""
     if set(fields) <= {"question"}:
         return f'recmas run {folder} "..."'
-    return f"recmas run {folder} " + " ".join(f'--field {name}="..."' for name in fields)
+    return f"recmas run {folder} " + " ".join(field_option(name, value='"..."') for name in fields)
 
 
 def _losses_note(parity: Sequence[ParityEntry], program: Program) -> str:

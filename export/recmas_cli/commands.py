@@ -33,6 +33,7 @@ COMMANDS: Final = {
     "build": Entry("build", "build", "Export engines, check them, write a bundle."),
     "train": Entry("train", "train", "Train the links of a system."),
     "run": Entry("run", "run", "Run a bundle, or a spec that is built first."),
+    "data": Entry("data", "data", "Write a published data set as JSON lines."),
     "eval": Entry("evaluate", "evaluate", "Measure how often a system is right, and its cost."),
     "bench": Entry("bench", "bench", "Measure the time and tokens of a system or its engines."),
     "import": Entry("released", "import_", "Turn systems that others trained into specs."),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from recmas_compiler.evaluation.evaluate import Evaluated
 
 
-def _list_protocols(context: click.Context, _: click.Parameter, value: str) -> str:
+def list_protocols(context: click.Context, _: click.Parameter, value: str) -> str:
     """Print the protocols and end, if that is what was asked for."""
     if value != "list" or context.resilient_parsing:
         return value
@@ -43,7 +43,7 @@ def _list_protocols(context: click.Context, _: click.Parameter, value: str) -> s
     "--protocol",
     required=True,
     is_eager=True,
-    callback=_list_protocols,
+    callback=list_protocols,
     metavar="NAME|FILE|list",
     help="How to ask and to check; `list` names those that come with recmas.",
 )

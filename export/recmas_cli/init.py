@@ -26,7 +26,9 @@ from recmas_runtime.core.text import listed
     help="The spec to write; other files land beside it.",
 )
 @click.option(
-    "--task", metavar="TASK", help="What to ask for: general, math, choice, code or search."
+    "--task",
+    metavar="TASK",
+    help="What to ask for: general, math, choice, code or search; of split: qa or two-hop.",
 )
 @click.option(
     "--train",
@@ -38,12 +40,13 @@ from recmas_runtime.core.text import listed
 def init(pattern: str, out: Path, task: str | None, *, train: bool, force: bool) -> Outcome:
     """Write a commented spec to start from.
 
-    PATTERN is relay, sequential, mixture, distillation, deliberation, or custom for a graph of your
-    own. The relay is the smallest one that shows what messages do: train it and see.
+    PATTERN is relay, split, sequential, mixture, distillation, deliberation, or custom for a graph
+    of your own. The relay is the smallest one that shows what messages do: train it and see. In
+    split agents read what the one that is asked does not see.
     """
     if not out.name:
         raise fail("RM302", f"{out} is a folder", hint="Name a file, such as -o spec.yaml.")
-    files = starter_files(pattern, task=task) if train else {}
+    files = starter_files(pattern, task=task, train=train)
     files |= {SCHEMA_FILE: schema_text(), out.name: starter_spec(pattern, task=task, train=train)}
     theirs = [name for name in files if name != SCHEMA_FILE or not is_file(out.with_name(name))]
     check_free(out.parent, theirs, force=force)

@@ -294,7 +294,7 @@ class _Stages:
             for link in step.links if isinstance(step, SendStep) else ():
                 ends = self.plan.links[link]
                 source, target = agents[ends.source], agents[ends.target]
-                if target.backbone == backbone:
+                if target.backbone == backbone and ends.has_vectors:
                     return make_message(
                         self.loaded[source.backbone],
                         inner=self.modules[source.inner],

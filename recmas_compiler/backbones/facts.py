@@ -24,7 +24,6 @@ from recmas_compiler.backbones.config.layer_types import (
 from recmas_compiler.backbones.config.parameters import (
     count_expert_parameters,
     count_parameters,
-    count_state_parameters,
     experts_of,
 )
 from recmas_compiler.backbones.config.rotary import longest_fixed
@@ -197,7 +196,8 @@ class _Reader:
         most = self._dimension(
             values, "max_position_embeddings", default=None if attends else _NO_LIMIT
         )
-        experts = experts_of(values, num_layers)
+        self._dimension(values, "intermediate_size", default=1)
+        experts = experts_of(model_type, values, given, types)
         is_sliding = "sliding" in attention
         is_tied = bool(values.get("tie_word_embeddings", False))
         return BackboneFacts(
@@ -217,16 +217,14 @@ class _Reader:
             num_expert_parameters=count_expert_parameters(experts, width) if experts else 0,
             expert_width=experts.width if experts else 0,
             num_parameters=count_parameters(
+                model_type,
+                values,
+                types=types,
+                layers=layers,
+                num_heads=num_heads,
+                head_dim=head_dim,
+                num_tables=1 if is_tied else 2,
                 experts=experts,
-                width=width,
-                num_attending=num_layers - attention.count("linear") - attention.count("none"),
-                num_mlps=(attention.count("none") or num_layers) if attends else 0,
-                state_parameters=sum(count_state_parameters(lay.states, width) for lay in layers),
-                attention_width=num_heads * head_dim,
-                kv_width=num_kv_heads * head_dim,
-                mlp_width=self._dimension(values, "intermediate_size", default=4 * width),
-                vocab_size=vocab_size,
-                is_tied=is_tied,
             ),
             num_tables=1 if is_tied else 2,
         )
@@ -277,11 +275,12 @@ class _Reader:
         text = config.get("text_config", config)
         if not isinstance(text, dict):
             raise self._unusable("`text_config` of its config.json is not an object")
-        outer = {
-            "tie_word_embeddings": config.get("tie_word_embeddings"),
-            "outer_type": config.get("model_type"),
-        }
-        return text if text is config else outer | text
+        if text is config:
+            return text
+        # the head is the whole's, which says whether it is tied, if it says anything
+        tied = config.get("tie_word_embeddings")
+        told = {} if tied is None else {"tie_word_embeddings": tied}
+        return text | told | {"outer_type": config.get("model_type")}
 
     def _dimension(
         self,

@@ -36,6 +36,8 @@ _MODEL: Final = "model.onnx"
 ENGINES: Final = ("onnx", "torch", "huggingface", "naive", "genai")
 # Their caches grow with what is used: the capacity of a cell means nothing to them.
 WITHOUT_CAPACITY: Final = frozenset({"huggingface", "naive"})
+# A turn goes back behind the prompt, twice; theirs are caches of rows, or cut only those.
+ROWS_ONLY: Final = frozenset({"torch", "huggingface", "genai"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,11 +21,17 @@ from typing import Any, Final
 
 import numpy as np
 
-from recmas_compiler.bench.engine_worker import ENGINES, WITHOUT_CAPACITY, EngineKey
+from recmas_compiler.bench.engine_worker import (
+    ENGINES,
+    ROWS_ONLY,
+    WITHOUT_CAPACITY,
+    EngineKey,
+)
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.engines.onnx.session import physical_cores, resolve_device
-from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.formats.bundle import Bundle, open_bundle
+from recmas_runtime.formats.layers import has_states
 
 _MODULE: Final = "recmas_compiler.bench.engine_worker"
 _SECONDS_TO_END: Final = 5.0
@@ -300,9 +306,9 @@ def _cells(options: EngineOptions, engine: str) -> list[Cell]:
 
 def _keys(options: EngineOptions, *, device: str, threads: int) -> Iterator[EngineKey]:
     """Yield the engines to open: each bundle's own, then the others over the first bundle."""
-    others = [name for name in options.engines or ENGINES if name != "genai"]
-    wanted = (*others, "genai") if options.genai else others
     bundles = [open_bundle(path) for path in options.bundles]
+    others = [name for name in engines_of(options, bundles[0]) if name != "genai"]
+    wanted = (*others, "genai") if options.genai else others
     for engine in wanted:
         for number, bundle in enumerate(bundles if engine == "onnx" else bundles[:1]):
             for backbone in bundle.manifest.backbones:
@@ -315,6 +321,28 @@ def _keys(options: EngineOptions, *, device: str, threads: int) -> Iterator[Engi
                         device=device,
                         threads=threads,
                     )
+
+
+def engines_of(options: EngineOptions, bundle: Bundle) -> list[str]:
+    """Return the engines to measure: where none were asked for, those that can run the bundle.
+
+    Raises:
+        RecmasError: RM203 for one that was asked for and cannot.
+    """
+    asked = [*options.engines, *(["genai"] if options.genai else [])]
+    for name, entry in bundle.manifest.backbones.items():
+        if not has_states(entry.layers):
+            continue
+        unable = [engine for engine in asked if engine in ROWS_ONLY]
+        if unable:
+            raise fail(
+                "RM203",
+                f"engine {unable[0]!r} goes back to no layer states, which backbone {name!r} of "
+                f"{options.bundles[0]} keeps",
+                hint="Measure those that do: --engine onnx --engine naive.",
+            )
+        return asked or [engine for engine in ENGINES if engine not in ROWS_ONLY]
+    return asked or list(ENGINES)
 
 
 def _check(options: EngineOptions) -> None:

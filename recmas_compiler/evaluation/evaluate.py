@@ -13,7 +13,13 @@ from typing import Final, Self
 
 from recmas_compiler.evaluation.checks import make_check
 from recmas_compiler.evaluation.checks.verdict import Check, opened_thinking
-from recmas_compiler.evaluation.data.data_file import MAX_PROBLEMS, DataSet, Question, load_data
+from recmas_compiler.evaluation.data.data_file import (
+    MAX_PROBLEMS,
+    DataSet,
+    Question,
+    left_out_warnings,
+    load_data,
+)
 from recmas_compiler.evaluation.data.protocol import Protocol, load_protocol
 from recmas_compiler.evaluation.identity import (
     Identity,
@@ -29,7 +35,7 @@ from recmas_runtime.core.files import exclusive
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.core.text import counted, listed
 from recmas_runtime.formats.bundle import Bundle, keep_out, open_bundle
-from recmas_runtime.formats.plan import AgentPlan, DecodeStep
+from recmas_runtime.formats.plan import AgentPlan, DecodeStep, field_place
 from recmas_runtime.prompts.chat_template import ChatTemplate, read_template
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES, messages_of
 from recmas_runtime.running.baselines import LATENT, apply_baseline
@@ -151,7 +157,11 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
     return Evaluated(
         report=report,
         written=written,
-        warnings=(*_warnings(protocol, identity, broken), *warnings),
+        warnings=(
+            *left_out_warnings(data.left_out, file=str(options.data)),
+            *_warnings(protocol, identity, broken),
+            *warnings,
+        ),
         interrupted=evaluation.interrupted,
     )
 
@@ -292,7 +302,7 @@ def _untrained_bundle(options: EvalOptions, names: Sequence[str], bundle: Bundle
 def _check_fields(bundle: Bundle, data: DataSet) -> None:
     """Refuse data that lacks what every prompt shows; single records may still fail."""
     there = {"id"}.union(*(question.record.fields for question in data.questions))
-    missing = sorted(set(bundle.plan.fields) - there)
+    missing = sorted({field_place(shown).name for shown in bundle.plan.fields} - there)
     if missing:
         raise fail(
             "RM601",

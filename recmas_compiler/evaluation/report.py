@@ -88,6 +88,7 @@ def make_report(
             "digest": data.digest,
             "num_records": data.num_records,
             "num_questions": len(data.questions),
+            "left_out": dict(data.left_out),
         },
         bundle={
             "path": str(bundle.root),
@@ -145,6 +146,7 @@ def report_markdown(report: Report) -> str:
     steps = ", ".join(f"{name} {count}" for name, count in bundle["latent_steps"].items())
     drawn = f"temperature {protocol['temperature']:g}" if protocol["temperature"] else "greedy"
     seeds = ", ".join(map(str, protocol["seeds"]))
+    left_out = "".join(f"; {number} left out: {why}" for why, number in data["left_out"].items())
     parts = [
         f"# {bundle['name']} on {protocol['name']}",
         "" if report.is_complete else "**Partial: the run was interrupted.**",
@@ -157,7 +159,7 @@ def report_markdown(report: Report) -> str:
         f"- protocol {protocol['name']} version {protocol['version']}, `{protocol['digest']}`\n"
         f"- {drawn}, {report_limit(report)}, seeds {seeds}, {protocol['rollouts']} answers each\n"
         f"- {data['num_questions']} of {data['num_records']} records of `{data['file']}`, "
-        f"`{data['digest']}`\n"
+        f"`{data['digest']}`{left_out}\n"
         f"- bundle `{bundle['fingerprint']}`, prompts `{bundle['prompt_digest']}`\n"
         f"- {bundle['rounds']} rounds, latent steps: {steps}\n"
         f"- {made['date']}, {made['device']}, {made['machine']} with {made['cores']} cores, "

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from recmas_compiler.backbones.loaded.cache_argument import with_cache
 from recmas_compiler.backbones.loaded.own_cache import cache_of, positions_behind, tensors_of
@@ -25,7 +26,7 @@ from recmas_compiler.lowering.materialize import materialize_links
 from recmas_compiler.lowering.plan import agent_plan, build_plan
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_runtime.core.progress import Progress, Silent
-from recmas_runtime.formats.layers import has_states
+from recmas_runtime.formats.layers import Rotation, has_states
 from recmas_runtime.formats.messages import MessageForm, RowsOf, message_spans
 from recmas_runtime.formats.plan import (
     DecodeStep,
@@ -45,6 +46,7 @@ from recmas_runtime.running.generation import DecoderSettings, RowDecoder, visib
 from recmas_runtime.running.messages import sends_rows
 from recmas_runtime.running.record_prompts import field_of_slot, with_texts
 from recmas_runtime.running.records import FinishReason
+from recmas_runtime.sequences.moved_keys import turn_by
 
 Record = Mapping[str, object]
 
@@ -67,8 +69,8 @@ class ReferenceResult:
 
     Attributes:
         messages: By `SOURCE->TARGET@ROUND`, rounds from 1, each [B, M, e] with e the target's
-            width. Empty messages (of agents without latent steps) do not appear, nor those of
-            rounds that not every record ran.
+            width. Text and rows do not appear, nor messages of rounds that not every record ran.
+            Where records decide M, shorter messages are filled up with NaN.
         thoughts: By `AGENT@ROUND`, each [B, M, d], likewise.
         token_ids: Per record, the answer without the token that ended it.
         texts: Without special tokens.
@@ -530,7 +532,12 @@ def gather(records: Sequence[RecordResult]) -> ReferenceResult:
 def _stack(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     first = records[0] if records else {}
     names = [name for name in first if all(name in record for record in records)]
-    return {name: torch.stack([record[name] for record in records]) for name in names}
+    return {
+        name: pad_sequence(
+            [record[name] for record in records], batch_first=True, padding_value=torch.nan
+        )
+        for name in names
+    }
 
 
 def _extend(backbone: TorchBackbone, cache: Any, embeds_TD: Tensor) -> Tensor:
@@ -554,10 +561,27 @@ def join_rows(pieces: Sequence[Rows], backbone: TorchBackbone) -> tuple[Tensor, 
         return ()
     moved, at = [], 0
     for piece in pieces:
-        assert piece.position == at, "keys are turned"
-        moved.append(piece.tensors)
+        tensors = piece.tensors
+        if piece.position != at:
+            # Keys and values of one layer after the other: none of them keeps a state.
+            names = [
+                f"{kind}.{layer}" for layer in range(len(tensors) // 2) for kind in ("key", "value")
+            ]
+            tensors = tuple(
+                _turned(rows, backbone.row_positions.of_tensor(name), at - piece.position)
+                for name, rows in zip(names, tensors, strict=True)
+            )
+        moved.append(tensors)
         at += piece.count
     return tuple(torch.cat(parts, dim=2) for parts in zip(*moved, strict=True))
+
+
+def _turned(rows: Tensor, rotation: Rotation | None, offset: int) -> Tensor:
+    if rotation is None:
+        return rows
+    turn = turn_by(offset, rotation, width=rows.shape[-1])
+    cosine, sine = (torch.from_numpy(part).to(rows) for part in (turn.cosine, turn.sine))
+    return rows * cosine + rows[..., torch.from_numpy(turn.partner)] * sine
 
 
 def module_name(link_id: str) -> str:

@@ -16,14 +16,17 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from kit.bundles import BuildTiny
+from kit.hand_bundle import write_hand_bundle
 from kit.specs import SEQUENTIAL
 from recmas_cli.main import main
 from recmas_compiler.bench.engine_worker import (
+    ENGINES,
     peak_resident_bytes,
     restart_peak,
     weight_bytes,
     weight_precision,
 )
+from recmas_compiler.bench.engines import EngineOptions, engines_of
 from recmas_runtime.core.errors import Exit
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.safetensors_file import read_tensors
@@ -38,6 +41,12 @@ def bundle(project: Path, build_tiny: BuildTiny) -> Path:
     """The tiny bundle, its backbone named by an absolute path: other engines load it too."""
     text = SEQUENTIAL.replace("source: llama", f"source: {project / 'llama'}")
     return build_tiny(text).bundle
+
+
+@pytest.fixture(scope="module")
+def with_state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle written by hand, whose backbone keeps a state."""
+    return write_hand_bundle(tmp_path_factory.mktemp("by-hand") / "sums", with_state=True)
 
 
 def recmasc(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
@@ -229,6 +238,39 @@ def test_an_engine_that_cannot_open_says_why(
     body = recmasc(capsys, project / "bundle", *QUICK, *SMALL, "--engine", "huggingface")
     assert body["status"] == Exit.ENVIRONMENT
     assert body["problems"][0]["code"] == "RM200"
+
+
+@pytest.mark.parametrize(
+    "asked", [["--engine", "torch"], ["--engine", "huggingface"], ["--genai", "model"]]
+)
+def test_engines_that_keep_rows_only_are_refused(
+    with_state: Path, asked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before any engine opens: this bundle is of no model that torch could load."""
+    body = recmasc(capsys, with_state, *QUICK, *SMALL, *asked)
+    assert body["status"] == Exit.ENVIRONMENT
+    (problem,) = body["problems"]
+    engine = "genai" if "model" in asked else asked[1]
+    assert problem["code"] == "RM203"
+    assert problem["message"].startswith(f"engine {engine!r} goes back to no layer states")
+
+
+def test_all_that_are_there_are_those_that_can(with_state: Path, bundle: Path) -> None:
+    options = EngineOptions(
+        bundles=(with_state,),
+        engines=(),
+        genai=(),
+        batches=(1,),
+        capacities=(64,),
+        used=(8,),
+        steps=3,
+        warmup=0,
+        repeats=1,
+        device="cpu",
+        threads=1,
+    )
+    assert engines_of(options, open_bundle(with_state)) == ["onnx", "naive"]
+    assert engines_of(options, open_bundle(bundle)) == list(ENGINES)
 
 
 def test_an_interruption_keeps_what_was_measured(bundle: Path) -> None:

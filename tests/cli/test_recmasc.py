@@ -94,6 +94,25 @@ def test_init_with_records_to_learn_from(tmp_path: Path) -> None:
     assert not (tmp_path / "spec.yaml").exists()
 
 
+@pytest.mark.parametrize("task", ["qa", "two-hop"])
+def test_init_split_comes_with_questions(task: str, tmp_path: Path) -> None:
+    made = json.loads(recmasc("init", "split", "--task", task, "--json", cwd=tmp_path).stdout)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == set(made["data"]["files"])
+    assert "questions.jsonl" in names
+    assert "train.jsonl" not in names
+    checked = json.loads(recmasc("check", "spec.yaml", "--json", cwd=tmp_path).stdout)
+    assert (checked["problems"], checked["data"]["name"]) == ([], f"split-{task}")
+    questions = map(json.loads, (tmp_path / "questions.jsonl").read_text().splitlines())
+    assert all(one["answer"] and len(one["facts"]) == 2 for one in questions)
+    trained = recmasc("init", "split", "--task", task, "--train", "--force", cwd=tmp_path)
+    assert trained.returncode == Exit.OK
+    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 12
+    refused = recmasc("init", "split", "--task", "math", "--force", cwd=tmp_path)
+    assert refused.returncode == Exit.SPEC_INVALID
+    assert "`split` has no task `math`" in refused.stderr
+
+
 @pytest.mark.parametrize("place", ["", "/", ".", "..", "folder"])
 def test_init_does_not_write_over_a_folder(place: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()

@@ -408,6 +408,20 @@ def test_records_whose_own_solution_fails_are_refused_or_left_out(
     assert [problem.code for problem in outcome.problems] == ["RM651"]
 
 
+def test_records_that_are_no_questions_are_told(run: Evaluate, tmp_path: Path) -> None:
+    stories = tmp_path / "qa.txt"
+    stories.write_text(
+        "1 A is in B.\n2 C is in D.\n3 Where is A?\tB\t1\n4 Where are they?\tB,D\t1 2\n"
+    )
+    done = run(data=stories, protocol="babi_split", overrides=("max_new_tokens=4",))
+    (warning,) = done.problems
+    assert (warning.code, warning.file) == ("RM652", str(stories))
+    assert warning.message == "1 record left out: 1 needs 1 fact, not two"
+    assert [system["num_questions"] for system in done.data["systems"]] == [1]
+    assert done.data["data"]["left_out"] == {"needs 1 fact, not two": 1}
+    assert "`; 1 left out: needs 1 fact, not two" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_answers_of_something_else_are_not_resumed(run: Evaluate, tmp_path: Path) -> None:
     run(overrides=("n=2",))
     log = tmp_path / "out" / "answers-latent.jsonl"

@@ -32,18 +32,25 @@ def test_the_promised_protocols_are_there() -> None:
         "aqua_rat",
         "arc_challenge",
         "arc_easy",
+        "babi_split",
         "bamboogle",
         "commonsenseqa",
+        "countries",
         "gpqa",
         "gsm8k",
         "hotpotqa",
+        "hotpotqa_split",
         "humaneval",
         "livecodebench",
         "math500",
         "mbpp",
         "medqa",
         "mmlu",
+        "r4c",
+        "split_qa",
+        "squad",
         "strategyqa",
+        "tipsheets",
     )
 
 
@@ -85,6 +92,7 @@ MALFORMED = {
     "empty_names": replaced("answer: [answer]", "answer: []"),
     "names_as_text": replaced("answer: [answer]", "answer: answer"),
     "unknown_converter": replaced("  gold:", "  convert: after_hash\n  gold:"),
+    "unknown_reader": replaced("  gold:", "  reader: squat\n  gold:"),
     "append_of_nothing": replaced("  gold:", '  append: {choices: ""}\n  gold:'),
     "greedy_rollouts": replaced("check:", "rollouts: 4\ncheck:"),
     "greedy_seeds": replaced("check:", "seeds: [0, 1]\ncheck:"),
@@ -134,5 +142,7 @@ def test_the_page_about_evaluation_is_current() -> None:
     example = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert example is not None
     assert parse_protocol(example.group(1), file="evaluation.md").name == "capitals"
-    listed = re.findall(r"^\| (`[a-z0-9_`, ]+`) \| (?:math|choice|exact|F1|code) \|", page, re.M)
+    listed = re.findall(
+        r"^\| (`[a-z0-9_`, ]+`) \| (?:math|choice|exact|F1|SQuAD|code) \|", page, re.M
+    )
     assert sorted(re.findall(r"`(\w+)`", " ".join(listed))) == list(protocol_names())

@@ -37,7 +37,7 @@ holds what it says of every causal model type of transformers against a build.
 RIGHT: of a tiny random model of that type, hidden states and logits of a ragged batch were compared
 with transformers: prompt, parts of it and steps, past any window, over the portable decoder and
 that of the CPU, and the reference. The figure is the largest difference, relative to the
-largest number.
+largest number. Of models that also see or hear it is their text model.
 
 """
 
@@ -57,6 +57,13 @@ besides the embedding. A thought is no token. transformers takes the padding tok
 it has none (for the rows of an image), so thoughts would be read as padding in every layer: those
 models were not trained on that, and nothing measures what it costs. So they are refused until
 somebody has tried. Gemma 4 without such inputs is not concerned.
+
+## Keys that are chosen
+
+Layers that score keys and attend to the best of them (`indexed_attention` and its kin) choose by
+what was computed: no rule of positions says which rows of a cache a step reads, and the scores need
+rows of their own. They are refused. A MiniMax-M3 as released has such layers, by its
+`sparse_attention_config`; the row above is one without.
 
 ## Rotary scaling by length
 

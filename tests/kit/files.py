@@ -48,14 +48,18 @@ def lines(*records: object) -> str:
 
 
 def read_messages(folder: Path) -> dict[str, np.ndarray]:
-    """Return a trace's messages [records, m, d] by link and round; NaN where a record has none."""
+    """Return a trace's messages [records, m, d] by link and round, filled up with NaN."""
     lines = (folder / RECORDS_NAME).read_text(encoding="utf-8").splitlines()
     records = []
     for line in lines:
         with np.load(folder / json.loads(line)["file"], allow_pickle=False) as arrays:
             records.append(dict(arrays))
-    some = {name: message for record in records for name, message in record.items()}
-    return {
-        name: np.stack([record.get(name, np.full_like(message, np.nan)) for record in records])
-        for name, message in some.items()
-    }
+    found = {}
+    for name in dict.fromkeys(name for record in records for name in record):
+        widths = {record[name].shape[1] for record in records if name in record}
+        most = max(len(record[name]) for record in records if name in record)
+        found[name] = np.full((len(records), most, *widths), np.nan, np.float32)
+        for row, record in enumerate(records):
+            message = record.get(name, ())
+            found[name][row, : len(message)] = message if len(message) else np.nan
+    return found

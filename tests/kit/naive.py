@@ -235,7 +235,10 @@ def _text(part: PromptPart, record: Record) -> str:
         case "text":
             return part.value
         case "field":
-            value = record[part.value]
+            name, bracket, index = part.value.partition("[")
+            value = record[name]
+            if bracket:  # one fact of several
+                return str(value[int(index[:-1])])  # type: ignore[index]
             if isinstance(value, list | tuple):  # the choices of a question
                 return "\n".join(f"{chr(ord('A') + i)}. {item}" for i, item in enumerate(value))
             return str(value)

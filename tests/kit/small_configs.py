@@ -30,15 +30,6 @@ _SIZES: Final[Mapping[str, int]] = {
     "max_position_embeddings": 256,
 }
 
-_TEXT: Final = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "vocab_size": 300,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 256,
-}
 _IMAGES: Final = {
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -55,45 +46,9 @@ _OTHERS: Final[Mapping[str, dict[str, Any]]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
     },
     "falcon_h1": {"mamba_d_ssm": 128},
-    "fuyu": {"text_config": {"model_type": "persimmon", **_TEXT}},
     "git": {"vision_config": _IMAGES},
-    "got_ocr2": {
-        "text_config": {"model_type": "qwen2", **_TEXT},
-        "vision_config": {
-            "hidden_size": 32,
-            "mlp_dim": 64,
-            "num_hidden_layers": 1,
-            "image_size": 64,
-            "num_attention_heads": 2,
-            "patch_size": 16,
-            "output_channels": 16,
-            "global_attn_indexes": [0],
-            "window_size": 2,
-        },
-    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "moss_transcribe_diarize": {
-        "text_config": {"model_type": "qwen3", "head_dim": 16, **_TEXT},
-        "audio_config": {
-            "d_model": 32,
-            "encoder_layers": 1,
-            "encoder_attention_heads": 2,
-            "encoder_ffn_dim": 32,
-            "num_mel_bins": 8,
-        },
-    },
     "mpt": {"max_seq_len": 256},
-    "phi4_multimodal": {
-        "vision_config": {**_IMAGES, "crop_size": 28},
-        "audio_config": {
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_blocks": 1,
-            "num_attention_heads": 2,
-            "ext_pw_out_channel": 32,
-            "nemo_conv_channels": 32,
-        },
-    },
     "zaya": {"num_experts_per_tok": 1},
 }
 

@@ -1,23 +1,22 @@
 """Tiny random models of many model types, as Hugging Face folders: what each exercises, in a table.
 
-Weights are random but scaled so that every part matters; the tokenizer is that of a family in
-`kit.models`.
+The tokenizer is that of a family in `kit.models`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging
 
 from kit.models import COMMON_DIMS, FAMILIES, make_tokenizer
+from kit.random_weights import random_model
 
 _KIND: Final = "qwen2"  # whose tokenizer and template all have
 _WINDOW: Final = {"sliding_window": 12}
@@ -74,6 +73,9 @@ _LATENT: Final = {
     "num_key_value_heads": 4,
 }
 
+_VISION: Final = {"hidden_size": 32, "intermediate_size": 32, "patch_size": 14, "image_size": 28}
+_LAYERS: Final = {"num_hidden_layers": 1, "num_attention_heads": 2}
+
 # name -> entries of its config besides the common ones; the model type is the name's beginning
 ZOO: Final[Mapping[str, dict[str, Any]]] = {
     "gpt_neox": {"num_key_value_heads": _NOT_GIVEN, "rotary_pct": 0.5},
@@ -112,7 +114,7 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
     "granite_swa": {**_MIXED, "logits_scaling": 4.0},
     "granitemoe_swa": {**_MIXED, **_LOCAL_EXPERTS, "logits_scaling": 4.0},
     "granitemoeshared": {**_LOCAL_EXPERTS, "shared_intermediate_size": 48},
-    "cohere2_moe": {**_MIXED, **_EXPERTS, "logit_scale": 0.5},
+    "cohere2_moe": {**_MIXED, "num_experts": 8, "num_experts_per_tok": 2, "logit_scale": 0.5},
     "flex_olmo": {"num_experts": 8, "num_experts_per_tok": 2},
     "phimoe": {**_LOCAL_EXPERTS, **_WINDOW},
     "exaone_moe": {**_EXPERTS, **_MIXED, "first_k_dense_replace": 1, "n_group": 1},
@@ -130,7 +132,12 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
     "laguna": {**_EXPERTS, **_MIXED, "head_dim": 16, "shared_expert_intermediate_size": 48},
     "kolibri1": {**_EXPERTS, **_MIXED, "head_dim": 16, "shared_expert_intermediate_size": 48},
     "mellum": {**_EXPERTS, **_MIXED, "head_dim": 16},
-    "solar_open": {**_ROUTED_EXPERTS, "n_shared_experts": 1, "head_dim": 16},
+    "solar_open": {
+        **_ROUTED_EXPERTS,
+        "first_k_dense_replace": _NOT_GIVEN,  # all of its layers have experts
+        "n_shared_experts": 1,
+        "head_dim": 16,
+    },
     "afmoe": {**_EXPERTS, **_MIXED, "num_dense_layers": 1, "num_shared_experts": 1},
     "jetmoe": {**_LOCAL_EXPERTS, "kv_channels": 16, "num_attention_heads": _NOT_GIVEN},
     "gpt2": {**_OLD_NAMES},
@@ -360,19 +367,53 @@ ZOO: Final[Mapping[str, dict[str, Any]]] = {
         "intermediate_size": _NOT_GIVEN,
         "ffn_dim": 96,
     },
+    "gpt-sw3": {**_OLD_NAMES},
+    "moshi": {**_WINDOW, "intermediate_size": _NOT_GIVEN, "ffn_dim": 192},
+    "minimax_m3_vl_text full attention": {
+        **_LOCAL_EXPERTS,
+        "head_dim": 16,
+        "rotary_dim": 8,
+        "dense_intermediate_size": 112,
+        "shared_intermediate_size": 48,
+        "mlp_layer_types": ["dense", "sparse"],
+        "swiglu_limit": 0.7,
+    },
+    "phi4_multimodal": {
+        **_WINDOW,
+        "vision_config": {**_VISION, **_LAYERS, "crop_size": 28},
+        "audio_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_blocks": 1,
+            "num_attention_heads": 2,
+            "ext_pw_out_channel": 32,
+            "nemo_conv_channels": 32,
+        },
+    },
 }
 
 
 @dataclass(frozen=True)
 class Seeing:
-    """A model that also sees: entries of its text and its vision config besides the common ones."""
+    """A model that also sees or hears: entries of its text config besides the common ones.
+
+    Attributes:
+        vision: The config of what sees; None where nothing does.
+        audio: That of what hears.
+        others: Entries beside the parts.
+    """
 
     text: dict[str, Any]
-    vision: dict[str, Any]
+    vision: dict[str, Any] | None
+    audio: dict[str, Any] | None = None
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    def entries(self, text: dict[str, Any]) -> dict[str, Any]:
+        """Return the entries of the whole config around those of its text config."""
+        parts = {"text_config": text, "vision_config": self.vision, "audio_config": self.audio}
+        return {**self.others, **{name: part for name, part in parts.items() if part is not None}}
 
 
-_VISION: Final = {"hidden_size": 32, "intermediate_size": 32, "patch_size": 14, "image_size": 28}
-_LAYERS: Final = {"num_hidden_layers": 1, "num_attention_heads": 2}
 _BLOCKS: Final = {"depth": 1, "num_heads": 2, "out_hidden_size": 64}
 _SECTIONS: Final = {
     "rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]},
@@ -416,6 +457,40 @@ SEEING: Final[Mapping[str, Seeing]] = {
         },
         {**_VISION, **_BLOCKS},
     ),
+    "fuyu": Seeing(
+        {"model_type": "persimmon", "num_key_value_heads": _NOT_GIVEN},
+        None,
+        others={"patch_size": 4},
+    ),
+    "gemma4_unified": Seeing(
+        ZOO["gemma4_unified_text"],
+        {"patch_size": 4, "mm_embed_dim": 64, "mm_posemb_size": 16, "output_proj_dims": 64},
+        {"audio_embed_dim": 32},
+    ),
+    "got_ocr2": Seeing(
+        {"model_type": "qwen2"},
+        {
+            **_LAYERS,
+            "hidden_size": 32,
+            "mlp_dim": 64,
+            "image_size": 64,
+            "patch_size": 16,
+            "output_channels": 16,
+            "global_attn_indexes": [0],
+            "window_size": 2,
+        },
+    ),
+    "moss_transcribe_diarize": Seeing(
+        {"model_type": "qwen3", "head_dim": 16},
+        None,
+        {
+            "d_model": 32,
+            "encoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 32,
+            "num_mel_bins": 8,
+        },
+    ),
 }
 
 _WITH_SINKS: Final = ("gpt_oss", "flint", "granite_swa", "granitemoe_swa")
@@ -444,35 +519,40 @@ def exercised(name: str) -> tuple[str, ...]:
     return tuple(word for word, has in words.items() if has)
 
 
-def random_model(loader: Any, config: Any, *, seed: int = 0) -> Any:
-    """Return a model whose weights are scaled noise, the same in every process."""
-    with torch.random.fork_rng(devices=[]):
-        # Noise is added to what some models draw for themselves, such as decays of states; torch
-        # begins every process with another seed.
-        torch.manual_seed(seed)
-        model = loader.from_config(config, dtype=torch.float32)
-    scale_weights(model, seed=seed)
-    return model
-
-
-def write_zoo_model(folder: Path, name: str, *, seed: int = 0) -> Path:
-    """Write the tiny model of a row of `ZOO` with its tokenizer; returns its folder."""
+def zoo_config(name: str) -> tuple[Any, Any]:
+    """Return what loads the model of a row, and its config."""
     kind, tokenizer = FAMILIES[_KIND], make_tokenizer(_KIND)
     common = {**COMMON_DIMS, "num_hidden_layers": 2, "vocab_size": tokenizer.get_vocab_size()}
-    row = ZOO.get(name, {})
+    row = SEEING[name].text if name in SEEING else ZOO[name]
     entries = {key: v for key, v in {**common, **row}.items() if v is not _NOT_GIVEN}
     end, pad = tokenizer.token_to_id(kind.eos), tokenizer.token_to_id(kind.pad)
     tokens = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
     model_type, loader = name.partition(" ")[0], AutoModelForCausalLM
     if name in SEEING:
-        text = {**entries, **tokens, **SEEING[name].text}
-        entries = {"text_config": text, "vision_config": SEEING[name].vision}
-        loader = AutoModelForImageTextToText
-    config = AutoConfig.for_model(model_type, **{**tokens, **entries})
-    model = random_model(loader, config, seed=seed)
+        entries = SEEING[name].entries({**entries, **tokens})
+        if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            loader = AutoModelForImageTextToText
+    return loader, AutoConfig.for_model(model_type, **{**tokens, **entries})
+
+
+def write_zoo_config(folder: Path, name: str, config: Any, model: Any) -> None:
+    """Write the config of a row's model, with the name that its files have."""
     config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    path, model_type = folder / "config.json", name.partition(" ")[0]
+    # where an old name of another type's has its own files
+    written = json.loads(path.read_bytes()) | {"model_type": model_type}
+    path.write_text(json.dumps(written), encoding="utf-8")
+
+
+def write_zoo_model(folder: Path, name: str, *, seed: int = 0) -> Path:
+    """Write the tiny model of a row of `ZOO` with its tokenizer; returns its folder."""
+    kind, tokenizer = FAMILIES[_KIND], make_tokenizer(_KIND)
+    loader, config = zoo_config(name)
+    model = random_model(loader, config, seed=seed)
     logging.disable_progress_bar()
     model.save_pretrained(folder)
+    write_zoo_config(folder, name, config, model)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(kind.template, encoding="utf-8")
     settings = {
@@ -482,24 +562,3 @@ def write_zoo_model(folder: Path, name: str, *, seed: int = 0) -> Path:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
-
-
-@torch.no_grad()
-def scale_weights(model: Any, *, seed: int = 0) -> None:
-    """Give a model random weights that all matter."""
-    tables = {
-        id(table.weight)
-        for table in (model.get_input_embeddings(), model.get_output_embeddings())
-        if table is not None
-    }
-    generator = torch.Generator().manual_seed(seed)
-    for part, weight in sorted(model.named_parameters()):
-        noise = torch.randn(weight.shape, generator=generator)
-        if id(weight) in tables:
-            weight.copy_(noise * 0.6)
-        elif "sinks" in part:
-            weight.copy_(0.5 + 1.5 * noise)
-        elif weight.ndim == 1 or "bias" in part:
-            weight.add_(noise * 0.1)
-        else:
-            weight.copy_(noise * 0.7 / math.sqrt(weight.shape[-1]))

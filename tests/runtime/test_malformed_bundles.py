@@ -222,6 +222,8 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
     "slot for nobody": (
         plan("agents/solver/then/1/value", "ghost"), "RM404", "plan.json", "agent 'ghost'"),
     "field not declared": (plan("fields", []), "RM404", "plan.json", "field 'question'"),
+    "entry of no list": (
+        plan("fields", ["question", "facts[-1]"]), "RM404", "plan.json", "names neither"),
     "link of nobody": (
         plan("links/a->b", {"source": "a", "target": "solver", "carries": "thoughts"}),
         "RM404", "plan.json", "links.a->b: unknown agent 'a'"),

@@ -156,6 +156,33 @@ def test_fields_are_shown_as_text(value: object, expected: str) -> None:
     assert field_text("q", {"q": value}) == expected
 
 
+def test_an_entry_of_a_list_is_shown_by_itself() -> None:
+    record = {"facts": ["red", 3, "blue"]}
+    assert [field_text(f"facts[{i}]", record) for i in range(3)] == ["red", "3", "blue"]
+    assert field_text("facts", record) == "A. red\nB. 3\nC. blue"
+    assert field_text("facts[30]", {"facts": [str(i) for i in range(31)]}) == "30"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "record 'r1' has no field 'facts', which the prompts use"),
+        ("red", "record 'r1' field 'facts' is no list, and the prompts use facts[1]"),
+        ({"1": "red"}, "record 'r1' field 'facts' is no list, and the prompts use facts[1]"),
+        (["red"], "record 'r1' field 'facts' has 1 entry, and the prompts use facts[1]"),
+        ([], "record 'r1' field 'facts' has 0 entries, and the prompts use facts[1]"),
+        (["red", None], "record 'r1' field 'facts[1]' is neither text nor number"),
+        (["red", ["blue"]], "record 'r1' field 'facts[1]' is neither text nor number"),
+        (["red", "\ud800"], "record 'r1' field 'facts[1]' holds half a surrogate pair"),
+    ],
+)
+def test_a_list_that_lacks_an_entry_is_told_of_its_record(value: object, message: str) -> None:
+    with pytest.raises(RecmasError) as caught:
+        build(field("facts[1]"), record={"facts": value})
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.message) == ("RM500", message)
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

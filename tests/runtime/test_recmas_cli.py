@@ -709,6 +709,21 @@ def test_a_question_that_no_prompt_shows_is_refused(
     )
 
 
+def test_entries_of_a_list_are_given_in_order(
+    own_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.jsonl"
+    run = ["run", str(own_bundle), "7", "--field", "facts[0]=a=b"]
+    assert main([*run, "--output", str(out), "--quiet"]) == 0
+    assert json.loads(out.read_text())["record"] == {"facts": ["a=b"], "question": "7"}
+    for second in ("facts[0]=c", "facts[2]=c"):
+        assert main([*run, "--field", second, "--json"]) == 2
+        (problem,) = json_of(capsys)["problems"]
+        assert problem["code"] == "RM506"
+        assert problem["message"] == f"--field {second!r} does not give the next entry of 'facts'"
+    assert main(["run", str(own_bundle), "7", "--field", "facts=a", "--field", "facts[1]=b"]) == 2
+
+
 def test_a_name_given_twice_is_a_list(own_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     run = ["run", str(own_bundle), "7", "--field", "choices=a", "--field", "choices=b"]

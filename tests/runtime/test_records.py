@@ -119,6 +119,31 @@ def test_a_bad_line_does_not_cost_the_others(line: bytes, message: str) -> None:
     assert problem.message.startswith(message)
 
 
+def test_a_line_whose_list_is_too_short_does_not_cost_the_others() -> None:
+    lines = b'{"facts": ["a", "b"]}\n{"facts": ["a"]}\n{"facts": "ab"}\n{"facts": ["c", "d"]}\n'
+    first, short, text, last = read(lines, "facts[0]", "facts[1]")
+    assert isinstance(first, Record)
+    assert isinstance(last, Record)
+    assert isinstance(short, FailedRecord)
+    assert isinstance(text, FailedRecord)
+    assert (short.problem.line, text.problem.line) == (2, 3)
+    assert short.problem.message == (
+        "record '2' field 'facts' has 1 entry, and the prompts use facts[1]"
+    )
+    assert (
+        text.problem.message == "record '3' field 'facts' is no list, and the prompts use facts[0]"
+    )
+
+
+def test_what_the_prompts_use_is_named_with_lists_as_long_as_they_must_be() -> None:
+    with pytest.raises(RecmasError) as caught:
+        question_record("What?", ("question", "facts[0]", "facts[1]"))
+    (problem,) = caught.value.problems
+    assert problem.message == "record '1' has no field 'facts', which the prompts use"
+    assert "--field 'facts[0]'=... --field 'facts[1]'=..." in (problem.hint or "")
+    assert '{"question": "...", "facts": ["...", "..."]}' in (problem.hint or "")
+
+
 def test_lines_without_end_are_not_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "MAX_LINE_BYTES", 100)
     long = b'{"question": "' + b"x" * 1000 + b'"}'

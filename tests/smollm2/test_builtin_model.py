@@ -79,3 +79,11 @@ def test_a_thousand_texts_have_the_tokens_of_llama_cpp(smollm2: TorchBackbone) -
     assert [
         i for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)) if ours != theirs
     ] == []
+
+
+def test_rows_of_the_builtin_can_be_moved(smollm2: TorchBackbone) -> None:
+    positions = smollm2.row_positions
+    (rotation,) = positions.rotations
+    assert (rotation.layout, rotation.start, len(rotation.inv_freq)) == ("halves", 0, 32)
+    assert rotation.inv_freq[-1] == pytest.approx(1e5 ** (-31 / 32), rel=1e-6)
+    assert positions.tensors == {f"key.{i}": 0 for i in range(30)}

@@ -7,9 +7,11 @@ import json
 import pytest
 
 from kit.specs import CHAIN, PAIR
+from recmas_compiler.spec.patterns.starter_data import split_records
 from recmas_compiler.spec.patterns.starter_specs import STARTERS, starter_files, starter_spec
 from recmas_compiler.spec.spec import Spec, parse_spec
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.prompts.render import field_text
 
 
 def links_of(spec: Spec) -> dict[str, bool]:
@@ -106,6 +108,34 @@ def test_starters_train_on_records_that_fit(name: str) -> None:
     assert len(set(ids)) == len(ids)
     known = {record["question"] for record in learned}
     assert not [record for record in asked if record["question"] in known]
+
+
+def test_each_task_of_split_has_prompts_that_its_records_fill() -> None:
+    learned, asked = split_records()
+    assert (len(learned), len(asked)) == (12, 6)
+    for task, fields in (
+        ("qa", {"context", "question"}),
+        ("two-hop", {"facts[0]", "facts[1]", "question"}),
+    ):
+        spec = parse_spec(starter_spec("split", task=task, train=True))
+        assert spec.warnings == ()
+        assert spec.document.name == f"split-{task}"
+        untrained = parse_spec(starter_spec("split", task=task))
+        assert untrained.warnings == ()
+        assert {link.carries for link in untrained.document.links.values()} == {"cache"}
+        assert {link.carries for link in spec.document.links.values()} == {"thoughts"}
+        prompts = [prompt for each in spec.declared.prompts.values() for _, prompt in each.fields()]
+        used = {part.value for prompt in prompts for part in prompt.parts if part.kind == "field"}
+        assert used == fields
+        solver = spec.declared.prompts["solver"].then
+        assert [p.value for p in solver.parts if p.kind == "field"] == ["question"]
+        for record in (*learned, *asked):
+            assert all(field_text(name, record) for name in used)
+    assert starter_spec("split") == starter_spec("split", task="qa")
+    # No answer is learned by heart.
+    assert len({record["answer"] for record in (*learned, *asked)}) == len(learned) + len(asked)
+    with pytest.raises(RecmasError, match=r"RM118.*Did you mean `two-hop`"):
+        starter_spec("split", task="twohop")
 
 
 def test_a_task_without_records() -> None:

@@ -248,6 +248,75 @@ def test_a_date_that_is_none_is_refused(day: str) -> None:
     assert (problem.code, problem.line) == ("RM105", 3)
 
 
+# Entries of lists
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("{{ facts[0] }}", "facts[0]"),
+        ("{{facts[12]}}", "facts[12]"),
+        ("{{ facts [ 1 ] }}", "facts[1]"),
+        ("{{ facts[999] }}", "facts[999]"),
+    ],
+)
+def test_an_entry_of_a_list_is_a_field(written: str, value: str) -> None:
+    prompt = parse_prompt(f"Read {written} and {{{{ facts }}}}")
+    assert prompt.issues == ()
+    assert [(p.kind, p.value) for p in prompt.parts] == [
+        ("text", "Read "),
+        ("field", value),
+        ("text", " and "),
+        ("field", "facts"),
+    ]
+    assert parse_prompt(prompt_text(prompt.parts)).parts == prompt.parts
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("{{ facts[-1] }}", '"-1" is no entry of `facts`: not a whole number from 0.'),
+        ("{{ facts[] }}", '"" is no entry of `facts`: not a whole number from 0.'),
+        ("{{ facts[1.0] }}", '"1.0" is no entry of `facts`: not a whole number from 0.'),
+        ("{{ facts[01] }}", '"01" is no entry of `facts`: not a whole number from 0.'),
+        ("{{ facts[0:2] }}", '"0:2" is no entry of `facts`: not a whole number from 0.'),
+        ("{{ facts[n] }}", '"n" is no entry of `facts`: not a whole number from 0.'),
+        ("{{ facts['a'] }}", "\"'a'\" is no entry of `facts`: not a whole number from 0."),
+        ("{{ facts[0][1] }}", '"0][1" is no entry of `facts`: not a whole number from 0.'),
+        ("{{ facts[\u0661] }}", '"\u0661" is no entry of `facts`: not a whole number from 0.'),
+        ("{{ facts[1000] }}", "entry 1000 of `facts` is beyond 999."),
+        ("{{ facts[9999999999] }}", '"9999999999" is no entry of `facts`: not a whole number'),
+        ("{{ id[0] }}", "the `id` of a record is no list."),
+        ("{{ facts[0 }}", "`{{ facts[0 }}` is neither a field nor a slot."),
+        ("{{ facts.0 }}", "`{{ facts.0 }}` is neither a field nor a slot."),
+        ("{{ latent[0] }}", "`{{ latent[0] }}` is neither a field nor a slot."),
+        ("{{ latent.planner[0] }}", "`{{ latent.planner[0] }}` is neither a field nor a slot."),
+    ],
+)
+def test_entries_that_are_none_are_refused_where_they_stand(written: str, message: str) -> None:
+    quoted = json.dumps(f"{{{{ question }}}} {written} Plan.", ensure_ascii=False)
+    text = SPEC.replace('"{{ question }} Plan."', quoted)
+    with pytest.raises(RecmasError) as caught:
+        parse_spec(text, file="spec.yaml")
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.line, problem.column) == ("RM117", 9, 29)
+    assert problem.message.startswith(message)
+    assert "`{{ f" in (problem.hint or "") or "`{{ id" in (problem.hint or "")
+
+
+def test_a_link_may_carry_the_tokens_of_an_entry() -> None:
+    text = SPEC.replace("Plan.", "{{ facts[1] }}").replace(
+        "solver: {}", "solver: {carries: context, of: 'OF'}"
+    )
+    link = parse_spec(text.replace("OF", "facts[1]"), file="spec.yaml").document.links
+    assert [one.of for one in link.values()] == ["facts[1]"]
+    for other, code in (("facts[0]", "RM127"), ("facts", "RM127"), ("facts[-1]", "RM105")):
+        with pytest.raises(RecmasError) as caught:
+            parse_spec(text.replace("OF", other), file="spec.yaml")
+        (problem,) = caught.value.problems
+        assert (problem.code, problem.line) == (code, 16)
+
+
 # Braces, and fields that nobody shows
 
 
@@ -281,6 +350,12 @@ def test_escapes_that_are_none_are_refused_with_what_to_write(written: str) -> N
 def warned(prompt: str) -> list[str]:
     text = SPEC.replace('"{{ question }} Plan."', json.dumps(prompt))
     return [w.message for w in parse_spec(text, file="spec.yaml").warnings if w.code == "RM156"]
+
+
+def test_an_entry_in_single_braces_is_told_of() -> None:
+    assert warned("{facts[0]} Plan. {{ question }}") == [
+        "`{facts[0]}` is text: the model sees the braces and the name."
+    ]
 
 
 def test_a_field_in_single_braces_is_told_of() -> None:

@@ -18,6 +18,7 @@ from kit.models import write_tiny_backbone
 from kit.traced import run_traced
 from recmas_compiler.ir.ops import Prefill
 from recmas_runtime.formats.precisions import TOLERANCES
+from recmas_runtime.running.records import Answer
 
 HEAD = """
 recmas: 1
@@ -159,6 +160,29 @@ links:
 answer: {{agent: end, max_new_tokens: 10, stop_when: {{cosine: 0.01}}}}
 """
 
+# Each reader sees an entry of a list, and only the solver the question.
+SPLIT = f"""{HEAD}
+backbones: {{small: {{source: llama}}, third: {{source: gemma3}}}}
+agents:
+  first:
+    backbone: small
+    inner: {{init: random}}
+    prompt: "Read: {{{{ facts[0] }}}}"
+  second:
+    backbone: small
+    inner: {{init: random}}
+    system: "Beside {{{{ facts[0] }}}} there is more."
+    prompt: "Read: {{{{ facts[1] }}}}"
+  solver:
+    backbone: third
+    inner: {{init: random}}
+    prompt: "{{{{ latent.first }}}} {{{{ latent.second }}}} {{{{ question }}}} Answer."
+links:
+  first -> solver: {{init: random}}
+  second -> solver: {{init: random}}
+answer: {{agent: solver, max_new_tokens: 10}}
+"""
+
 SPECS = {
     "sequential": SEQUENTIAL,
     "mixture": MIXTURE,
@@ -166,11 +190,12 @@ SPECS = {
     "deliberation": DELIBERATION,
     "diamond": DIAMOND,
     "self_loop": LOOP,
+    "split": SPLIT,
 }
 
 CHOICES = ["four", "56", "none"]
 RECORDS = [
-    {"id": str(i), "question": question, "choices": CHOICES}
+    {"id": str(i), "question": question, "choices": CHOICES, "facts": [f"Fact {i}.", 7 - i, "x"]}
     for i, question in enumerate(
         ("What is 7 * 8?", "x", "Anna has three plans and an orange. Which plan is best, and why?")
     )
@@ -218,6 +243,19 @@ def test_messages_have_the_width_of_their_target(name: str, build_mixed: BuildTi
     for key, message in built.reference(RECORDS[:1]).messages.items():
         source, target = key.partition("@")[0].split("->")
         assert message.shape == (1, system.agents[source].latent_steps, widths[target])
+
+
+def test_a_record_that_lacks_an_entry_fails_alone(build_mixed: BuildTiny) -> None:
+    system = build_mixed(SPLIT).system
+    assert system.plan.fields == ("question", "facts[0]", "facts[1]")
+    whole = {"question": "x", "facts": ["a", "b"]}
+    short, text = {**whole, "facts": ["a"]}, {**whole, "facts": "a"}
+    answer, few, none, other = system.run_batch([whole, short, text, whole])
+    assert isinstance(answer, Answer)
+    assert isinstance(other, Answer)
+    assert answer.answer == other.answer
+    assert "record '2' field 'facts' has 1 entry, and the prompts use facts[1]" in str(few)
+    assert "record '3' field 'facts' is no list, and the prompts use facts[0]" in str(none)
 
 
 def test_only_specialists_that_share_a_backbone_are_a_batch(build_mixed: BuildTiny) -> None:

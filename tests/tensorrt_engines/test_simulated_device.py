@@ -18,6 +18,7 @@ import pytest
 from kit.files import read_messages
 from recmas_runtime.engines.tensorrt.own_engines import remember_engines
 from recmas_runtime.formats.precisions import TOLERANCES
+from recmas_runtime.running.run_trace import RECORDS_NAME
 from simulated_commands import SIMULATED, data_of, run_python, run_simulated
 
 QUESTIONS = ["What is seven times eight?", "Why?", "Three friends plan a garden."]
@@ -59,14 +60,24 @@ def test_batches_think_and_answer_as_on_onnx_runtime(
     runs = {"cpu": (), "tensorrt": (), "one-by-one": ("--batch", "1")}
     for name, more in runs.items():
         device = "cpu" if name == "cpu" else "tensorrt"
-        trace = ("--trace", str(tmp_path / name))
-        found[name] = texts(run(engine_bundle, records, "--device", device, *trace, *more))
+        trace = ("--trace", str(tmp_path / name), "--thoughts", "2")
+        body = run(engine_bundle, records, "--device", device, *trace, *more)
+        assert body["problems"] == []  # whatever is read of thoughts, the engines take it
+        found[name] = texts(body)
     assert found["tensorrt"] == found["one-by-one"] == found["cpu"]
     expected, messages = (read_messages(tmp_path / name) for name in ("cpu", "tensorrt"))
     assert set(messages) == set(expected)
     for name in expected:
         difference = np.abs(messages[name] - expected[name]).max()
         assert difference <= TOLERANCES["message_absolute"], name
+    assert nearest_tokens(tmp_path / "tensorrt") == nearest_tokens(tmp_path / "cpu")
+
+
+def nearest_tokens(folder: Path) -> list[int]:
+    """Return the tokens nearest to each thought of a trace through the head."""
+    records = map(json.loads, (folder / RECORDS_NAME).read_text(encoding="utf-8").splitlines())
+    thoughts = [thought for record in records for thought in record["thoughts"]]
+    return [token["id"] for thought in thoughts for token in thought["head"]["tokens"]]
 
 
 def test_what_is_too_long_for_the_engines_runs_on_onnx_runtime(

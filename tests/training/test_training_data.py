@@ -75,6 +75,24 @@ def test_a_wrong_record_is_refused_with_its_line(name: str, case: Path) -> None:
     assert problem.hint
 
 
+def test_a_target_may_be_an_entry_of_a_list(tmp_path: Path) -> None:
+    text = SPEC.replace("planner: plan,", "planner: 'plans[1]',")
+    assert text != SPEC
+    data = lines(*(record(n, plans=["No.", f"Plan {n}."]) for n in range(3)))
+    assert {one.targets["planner"] for one in load(tmp_path, text, data).train} <= {
+        "Plan 0.",
+        "Plan 1.",
+        "Plan 2.",
+    }
+    data = lines(*(record(n, plans=["No.", "Yes."][: 2 - n]) for n in range(3)))
+    with pytest.raises(RecmasError) as refused:
+        load(tmp_path, text, data)
+    assert [problem.message for problem in refused.value.problems] == [
+        "record 'r1' has no field 'plans[1]', which is the target of `planner`",
+        "record 'r2' has no field 'plans[1]', which is the target of `planner`",
+    ]
+
+
 def test_all_wrong_lines_are_named_up_to_a_bound(tmp_path: Path) -> None:
     with pytest.raises(RecmasError) as refused:
         load(tmp_path, data=lines(record(0, plan=None, solution=""), "{", record(2)))

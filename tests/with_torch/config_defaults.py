@@ -75,6 +75,18 @@ EXPERT_FIELDS = (
     "shared_expert_intermediate_size",
     "shared_intermediate_size",
 )
+# How wide MLPs are, and in which of a model's layers.
+MLP_FIELDS = (
+    "block_auto_adjust_ff_dim",
+    "block_multiple_of",
+    "dense_intermediate_size",
+    "dff",
+    "ffn_dim",
+    "intermediate_multiple_size",
+    "intermediate_size_mlp",
+    "interleave_moe_layer_step",
+    "is_moe",
+)
 # Names that files have besides those that classes map: their constructors take them.
 FURTHER_NAMES = {
     "bloom": {"hidden_size": "n_embed", "max_position_embeddings": "seq_length"},
@@ -117,6 +129,8 @@ STATE_FIELDS = (
 )
 # What the code of families that keep a state in some of their layers names.
 STATE_NAMES = ("Rglru", "rwkv", "mLSTM", "LightningAttention")
+# What makes masks with a window.
+WINDOW_NAMES = ("create_sliding_window", "create_masks_for_generate")
 # By which of them a config is told from one that calls something else so.
 STATE_ENTRIES = {name for name in STATE_FIELDS if name not in ("n_groups", "num_heads", "expand")}
 MANY_LAYERS = 61  # prime: no cycle ends with the last layer, which some families make another type
@@ -153,7 +167,7 @@ def _defaults(config_class: Any) -> dict[str, Any]:
     names |= FURTHER_NAMES.get(config_class.model_type, {})
     values = {name: declared.get(names.get(name), declared.get(name)) for name in FIELDS}
     # as they are named in a file: of two names for one value, only that of the file
-    values |= {name: declared.get(name) for name in EXPERT_FIELDS}
+    values |= {name: declared.get(name) for name in (*EXPERT_FIELDS, *MLP_FIELDS)}
     if STATE_ENTRIES & declared.keys():
         values |= {name: declared.get(name) for name in STATE_FIELDS}
     found = {name: value for name, value in values.items() if isinstance(value, int)}
@@ -172,20 +186,30 @@ def _defaults(config_class: Any) -> dict[str, Any]:
     return dict(sorted(found.items()))
 
 
-def _code(model_name: str | None) -> dict[str, str]:
+def _code(model_name: str | None) -> dict[str, Any]:
     """Return what the code of a causal model does that its config does not say."""
     if model_name is None:  # a text model that only exists inside another one
         return {"code": "no causal class"}
     model_class = getattr(transformers, model_name)
-    found = {} if model_name.endswith("ForCausalLM") else {"causal_class": model_name}
+    found: dict[str, Any] = {}
+    if not model_name.endswith("ForCausalLM"):
+        found["causal_class"] = model_name
     source = inspect.getsource(sys.modules[model_class.__module__])
     declared = {field.name: field.default for field in fields(model_class.config_class)}
     # Those of encoders and of decoders that read what an encoder made of another text.
     is_of_encoders = "is_decoder" in declared or declared.get("is_encoder_decoder") is True
     if is_of_encoders and "encoder_hidden_states" in source:
         return found | {"code": "encoder"}
+    # An entry that its code leaves alone: its masks have no window.
+    if "sliding_window" in declared and not any(name in source for name in WINDOW_NAMES):
+        found["layer_cycle"] = ["full_attention"]
     if any(name in source for name in STATE_NAMES):
         return found | {"code": "state"}
+    taken = inspect.signature(model_class.forward).parameters.keys()
+    if "past_key_values" not in taken and "shared_kv_states" in taken:
+        return found | {"code": "draft"}
+    if taken.isdisjoint(("past_key_values", "use_cache")):
+        return found | {"code": "no cache"}
     return found
 
 

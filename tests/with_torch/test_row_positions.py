@@ -14,7 +14,12 @@ from kit.models import load_folder, write_tiny_backbone
 from kit.zoo import SEEING, ZOO, write_zoo_model
 from recmas_compiler.backbones.config.rotary import why_rows_stay
 from recmas_compiler.backbones.loaded.cache_argument import with_cache
-from recmas_compiler.backbones.loaded.own_cache import cache_of, empty_cache, tensors_of
+from recmas_compiler.backbones.loaded.own_cache import (
+    cache_of,
+    empty_cache,
+    row_names,
+    tensors_of,
+)
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.layers import RowPositions, has_states
@@ -36,6 +41,7 @@ def tiny(family: str, **dims: object) -> Write:
     return lambda folder: write_tiny_backbone(folder, family, **dims)
 
 
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -50,6 +56,10 @@ CASES: dict[str, tuple[Write, dict[str, tuple[str, int, int]]]] = {
     "llama": (tiny("llama"), {f"key.{i}": ("halves", 0, 8) for i in range(3)}),
     "llama3 scaling": (
         tiny("llama", rope_parameters=LLAMA3),
+        {f"key.{i}": ("halves", 0, 8) for i in range(3)},
+    ),
+    "linear scaling": (
+        tiny("llama", rope_parameters=LINEAR),
         {f"key.{i}": ("halves", 0, 8) for i in range(3)},
     ),
     "yarn": (zoo("llama yarn"), {f"key.{i}": ("halves", 0, 8) for i in range(2)}),
@@ -83,7 +93,7 @@ def test_moved_rows_are_those_that_a_model_computes_there(
     case: tuple[TorchBackbone, dict[str, tuple[str, int, int]]],
 ) -> None:
     backbone, expected = case
-    positions = backbone.row_positions
+    positions, names = backbone.row_positions, row_names(backbone.facts.layers)
     assert forms(positions) == expected
     assert set(positions.tensors.values()) == set(range(len(positions.rotations)))
 
@@ -92,13 +102,13 @@ def test_moved_rows_are_those_that_a_model_computes_there(
     there, _ = run(backbone, first, OFFSET)
     moved = [
         torch.from_numpy(moved_keys(rows.numpy(), positions.of_tensor(name), OFFSET))
-        for name, rows in zip(names(backbone), here, strict=True)
+        for name, rows in zip(names, here, strict=True)
     ]
     for rows, wanted in zip(moved, there, strict=True):
         assert difference(rows, wanted) < LIMIT
-    turned = [name for name, old, new in zip(names(backbone), here, moved, strict=True)
+    turned = [name for name, old, new in zip(names, here, moved, strict=True)
               if difference(old, new) > 0.1]  # fmt: skip
-    assert turned == [name for name in names(backbone) if name in expected]
+    assert turned == [name for name in names if name in expected]
 
     # What is read behind them sees what it saw at its old place: all of it has moved.
     _, before = run(backbone, second, 5, behind=here)
@@ -151,12 +161,6 @@ def stays(backbone: TorchBackbone) -> bool:
 def forms(positions: RowPositions) -> dict[str, tuple[str, int, int]]:
     rotations = {name: positions.rotations[index] for name, index in positions.tensors.items()}
     return {name: (r.layout, r.start, len(r.inv_freq)) for name, r in rotations.items()}
-
-
-def names(backbone: TorchBackbone) -> list[str]:
-    """Return the names of tensors in the order of `tensors_of`."""
-    with_rows = [i for i, layer in enumerate(backbone.facts.layers) if layer.rows is not None]
-    return [f"{kind}.{i}" for i in with_rows for kind in ("key", "value")]
 
 
 def random_ids(backbone: TorchBackbone, count: int, *, seed: int = 0) -> Tensor:

@@ -75,6 +75,10 @@ def _by_index(values: Mapping[str, Any], num_layers: int) -> list[str] | None:
         attending, other = values["full_attn_idxs"], "conv"
     if isinstance(attending, list):
         return ["full_attention" if i + first in attending else other for i in range(num_layers)]
+    sparse = values.get("sparse_attention_config")
+    chosen = sparse.get("sparse_attention_freq") if isinstance(sparse, dict) else None
+    if isinstance(chosen, list):
+        return ["minimax_m3_sparse" if has else "full_attention" for has in chosen]
     every, offset = values.get("attn_layer_period"), values.get("attn_layer_offset")
     if isinstance(every, int) and isinstance(offset, int) and every > 0:
         return [

@@ -187,3 +187,9 @@ def tensors_of(cache: Any, layers: Sequence[LayerShape]) -> tuple[Tensor, ...]:
             found += [kept.keys, kept.values]
         found += [kept.state(state.name) for state in layer.states]
     return tuple(found)
+
+
+def row_names(layers: Sequence[LayerShape]) -> tuple[str, ...]:
+    """Return the names of what `tensors_of` returns for layers that keep rows, or nothing."""
+    with_rows = [i for i, layer in enumerate(layers) if layer.rows is not None]
+    return tuple(f"{kind}.{i}" for i in with_rows for kind in ("key", "value"))

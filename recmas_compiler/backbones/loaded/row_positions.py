@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from recmas_compiler.backbones.loaded.cache_argument import with_cache
-from recmas_compiler.backbones.loaded.own_cache import empty_cache
+from recmas_compiler.backbones.loaded.own_cache import empty_cache, row_names, tensors_of
 from recmas_compiler.backbones.loaded.own_head import body_of
 from recmas_runtime.formats.layers import LayerShape, Rotation, RowPositions, has_states
 from recmas_runtime.formats.precisions import TOLERANCES
@@ -46,7 +46,7 @@ def row_positions_of(
 
     Args:
         layers: What its layers keep.
-        max_positions: Its longest sequence; 4 or more.
+        max_positions: Its longest sequence, of 2 or more.
 
     Raises:
         RowsStayError: No rotation leads from one position to another.
@@ -110,11 +110,8 @@ class _Runs:
             position_ids=first + torch.arange(len(ids))[None],
             **with_cache(body, cache),
         )
-        kept = {}
-        for i, (layer, made) in enumerate(zip(layers, cache.layers, strict=False)):
-            if layer.rows is not None:
-                kept[f"key.{i}"], kept[f"value.{i}"] = made.keys.numpy(), made.values.numpy()
-        return kept
+        tensors = (tensor.numpy() for tensor in tensors_of(cache, layers))
+        return dict(zip(row_names(layers), tensors, strict=True))
 
 
 def _tables(body: nn.Module) -> Iterator[tuple[float, ...]]:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from recmas_compiler.evaluation.checks.math import MathCheck
-from recmas_compiler.evaluation.checks.text import ChoiceCheck, ExactCheck, F1Check
+from recmas_compiler.evaluation.checks.text import (
+    SQUAD,
+    ChoiceCheck,
+    ExactCheck,
+    F1Check,
+)
 from recmas_compiler.evaluation.checks.verdict import Check
 from recmas_compiler.evaluation.data.protocol import (
     CheckSection,
@@ -12,6 +17,7 @@ from recmas_compiler.evaluation.data.protocol import (
     ExactSection,
     F1Section,
     MathSection,
+    SquadSection,
 )
 
 
@@ -30,6 +36,8 @@ def make_check(section: CheckSection) -> Check:
             return ExactCheck(among=section.among)
         case F1Section():
             return F1Check()
+        case SquadSection():
+            return F1Check(SQUAD)
         case CodeSection():
             from recmas_compiler.evaluation.checks.code import CodeCheck
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from recmas_compiler.evaluation.checks.choice_statements import Statement, is_denied, stated_letters
@@ -52,8 +53,31 @@ class ExactCheck(Check):
         return verdict(correct=any(said == normalize(gold) for gold in golds), extracted=found)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """How the script of a data set compares words.
+
+    Attributes:
+        punctuation: What it takes out.
+        whole_words: Texts that share words with another by chance only; these must be equal.
+    """
+
+    punctuation: Mapping[int, int | None]
+    whole_words: frozenset[str] = frozenset()
+
+
+# SQuAD's script leaves the quotes of printed texts; HotpotQA's answers are often yes or no.
+SQUAD: Final = Script(punctuation=str.maketrans("", "", string.punctuation))
+HOTPOTQA: Final = Script(
+    punctuation=_NO_PUNCTUATION, whole_words=frozenset({"yes", "no", "noanswer"})
+)
+
+
 class F1Check(Check):
     """Scores the words that an answer shares with the nearest right one; correct is exact match."""
+
+    def __init__(self, script: Script = HOTPOTQA) -> None:
+        self._script = script
 
     def __call__(self, answer: str, question: Question) -> Verdict:
         """Judge an answer."""
@@ -61,24 +85,23 @@ class F1Check(Check):
         found = extract_words(answer)
         if found is None:
             return NO_ANSWER
-        said = normalize(found)
+        said, *right = (normalize(text, self._script) for text in (found, *golds))
         return Verdict(
-            correct=any(said == normalize(gold) for gold in golds),
+            correct=said in right,
             extracted=found,
-            score=max(f1(said, normalize(gold)) for gold in golds),
+            score=max(f1(said, gold, self._script) for gold in right),
         )
 
 
-def normalize(text: str) -> str:
-    """Return text as SQuAD's scorer compares it: no case, punctuation, articles, extra spaces."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+def normalize(text: str, script: Script = HOTPOTQA) -> str:
+    """Return text as it is compared: without case, punctuation, articles and extra spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(script.punctuation)).split())
 
 
-def f1(said: str, gold: str) -> float:
+def f1(said: str, gold: str, script: Script = HOTPOTQA) -> float:
     """Return the harmonic mean of precision and recall over the words of two normalized texts."""
     said_words, gold_words = said.split(), gold.split()
-    # One side is yes or no: a word in common with it by chance is worth nothing.
-    if said != gold and {said, gold} & {"yes", "no", "noanswer"}:
+    if said != gold and {said, gold} & script.whole_words:
         return 0.0
     shared = sum((Counter(said_words) & Counter(gold_words)).values())
     if not shared:

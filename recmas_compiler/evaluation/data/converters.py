@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
+from recmas_runtime.core.text import counted
+
 Values = dict[str, Any]
 Converter = Callable[[Values], Values]
 
@@ -148,6 +150,121 @@ def passages(values: Values) -> Values:
     return values
 
 
+def answers(values: Values) -> Values:
+    """SQuAD: several annotators' answers become texts, each once; one alone is a text itself."""
+    found = _listed(values["answer"])
+    if isinstance(found, Mapping):  # columns, as the hub has them
+        found = found["text"]
+    listed = found if isinstance(found, list) else [found]
+    texts = [one["text"] if isinstance(one, Mapping) else one for one in listed]
+    different = list(dict.fromkeys(texts))
+    values["answer"] = different[0] if len(different) == 1 else different
+    values["question"] = values["question"].strip()  # some end in spaces
+    return values
+
+
+def _without_answers(values: Values) -> str | None:
+    found = _listed(values.get("answer"))
+    found = found.get("text") if isinstance(found, Mapping) else found
+    return "no answer stands in the passage" if found == [] else None
+
+
+def supporting_facts(values: Values) -> Values:
+    """HotpotQA: the needed sentences of either article become a fact, its paragraph another text.
+
+    Both begin with the article's title and stand in the order in which the articles are needed.
+    """
+    needed = _needed_by_title(values)
+    if needed is not None:
+        values["facts"] = [f"{title}: {' '.join(texts)}" for title, texts in needed.items()]
+    if "supporting" in values:
+        paragraphs = _paragraphs(values["context"])
+        values["paragraphs"] = [f"{t}: {''.join(paragraphs[t]).strip()}" for t in needed or ()]
+    values.pop("supporting", None)
+    values.pop("titles", None)
+    return passages(values)
+
+
+def derived_facts(values: Values) -> Values:
+    """R4C: the facts that annotators wrote become two texts, one for each article."""
+    needed = _needed_by_title(values)
+    values.pop("titles", None)
+    if needed is not None:
+        values["facts"] = [" ".join(map(_as_sentence, texts)) for texts in needed.values()]
+    values["context"] = " ".join(values["facts"])
+    return values
+
+
+def _needed_by_title(values: Values) -> dict[str, list[str]] | None:
+    """Return what is needed of each article, in order; None of a record that has it so already."""
+    if "supporting" in values:
+        paragraphs = _paragraphs(values["context"])
+        pairs = [
+            (title, text)
+            for title, number in _places(values["supporting"])
+            for text in paragraphs[title][number : number + 1]  # a few are beyond the last one
+        ]
+    elif "titles" in values:
+        pairs = list(zip(_listed(values["titles"]), _listed(values["facts"]), strict=True))
+    else:
+        return None
+    needed: dict[str, list[str]] = {}
+    for title, text in pairs:
+        needed.setdefault(title, []).append(text.strip())
+    return needed
+
+
+def _places(supporting: Any) -> list[tuple[str, int]]:
+    """Return titles with numbers of sentences."""
+    supporting = _listed(supporting)
+    if isinstance(supporting, Mapping):  # columns, as the hub has them
+        supporting = zip(supporting["title"], supporting["sent_id"], strict=True)
+    return [(title, int(number)) for title, number in supporting]
+
+
+def _paragraphs(context: Any) -> dict[str, list[str]]:
+    """Return the sentences of paragraphs by title."""
+    context = _listed(context)
+    if isinstance(context, Mapping):
+        context = zip(context["title"], context["sentences"], strict=True)
+    return dict(context)
+
+
+def _as_sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _without_two_articles(values: Values) -> str | None:
+    if "question" not in values:
+        return "the file beside has no such question"
+    needed = _needed_by_title(values)
+    return _not_two(len(values["facts"] if needed is None else needed), "article")
+
+
+def _not_two(number: int, noun: str) -> str | None:
+    return None if number == 2 else f"needs {counted(number, noun)}, not two"
+
+
+def two_parts(values: Values) -> Values:
+    """Cut a story of bAbI in two, in order, with one needed fact in each part.
+
+    The cut is the one nearest to the middle. Without `support` the parts are there already.
+    """
+    facts, support = _listed(values["facts"]), _listed(values.pop("support", None))
+    if support is not None:
+        first, last = sorted(set(support))
+        cut = min(max(first + 1, round(len(facts) / 2)), last)
+        facts = [" ".join(facts[:cut]), " ".join(facts[cut:])]
+    values["facts"] = facts
+    values.setdefault("context", " ".join(facts))
+    return values
+
+
+def _without_two_needed(values: Values) -> str | None:
+    support = _listed(values.get("support"))
+    return _not_two(len(values["facts"] if support is None else set(support)), "fact")
+
+
 def assertions(values: Values) -> Values:
     """MBPP: imports, set-up code and assertions become tests; the assertions may be shown.
 
@@ -221,13 +338,26 @@ def _pickled_text(raw: bytes) -> str:
 
 CONVERTERS: Final[dict[str, Converter]] = {
     "after_hashes": after_hashes,
+    "answers": answers,
     "assertions": assertions,
     "checked_function": checked_function,
     "contest": contest,
+    "derived_facts": derived_facts,
     "labelled_choices": labelled_choices,
     "passages": passages,
     "shuffled_choices": shuffled_choices,
+    "supporting_facts": supporting_facts,
+    "two_parts": two_parts,
     "yes_or_no": yes_or_no,
+}
+
+# Why a record is no question of the protocol although it is of the form that is read; None if it is
+# one. Such records are left out and counted.
+LEAVES_OUT: Final[dict[str, Callable[[Values], str | None]]] = {
+    "answers": _without_answers,
+    "derived_facts": _without_two_articles,
+    "supporting_facts": _without_two_articles,
+    "two_parts": _without_two_needed,
 }
 
 # What a converter raises where a record is not of its form.

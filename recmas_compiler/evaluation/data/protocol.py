@@ -16,6 +16,7 @@ from pydantic import Field, StringConstraints, ValidationError
 from pydantic_core import ErrorDetails
 
 from recmas_compiler.evaluation.data.converters import CONVERTERS
+from recmas_compiler.evaluation.data.readers import READERS
 from recmas_compiler.spec.document.places import Places, SourcePosition
 from recmas_compiler.spec.document.problems import (
     Language,
@@ -61,6 +62,9 @@ class DataSection(Section):
 
     columns: list[str] | None = None
     """Names of the columns of a CSV file whose first line is a record already."""
+
+    reader: str | None = None
+    """What reads a published file that is no table of records, by name."""
 
     convert: str | None = None
     """What brings the values of a published form into ours, by name."""
@@ -108,6 +112,12 @@ class F1Section(Section):
     kind: Literal["f1"]
 
 
+class SquadSection(Section):
+    """Shared words as SQuAD's own script counts them; equal words are correct."""
+
+    kind: Literal["squad"]
+
+
 class CodeSection(Section):
     """Unit tests, in the sandbox."""
 
@@ -124,7 +134,7 @@ class CodeSection(Section):
 
 
 CheckSection = Annotated[
-    MathSection | ChoiceSection | ExactSection | F1Section | CodeSection,
+    MathSection | ChoiceSection | ExactSection | F1Section | SquadSection | CodeSection,
     Field(discriminator="kind"),
 ]
 
@@ -260,6 +270,9 @@ def _cross_checks(protocol: Protocol, places: Places) -> Iterator[Problem]:
     if data.convert is not None and data.convert not in CONVERTERS:
         place, hint = places.value(("data", "convert")), did_you_mean(data.convert, CONVERTERS)
         yield problem(place, f"no converter is called {show(data.convert)}.", hint)
+    if data.reader is not None and data.reader not in READERS:
+        place, hint = places.value(("data", "reader")), did_you_mean(data.reader, READERS)
+        yield problem(place, f"no reader is called {show(data.reader)}.", hint)
     if len(set(seeds)) < len(seeds):
         message = f"the seeds {seeds} are not distinct."
         yield problem(places.value(("seeds",)), message, "Drop one.")

@@ -9,11 +9,14 @@ from typing import Final
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.schema.declared import Declared
 from recmas_runtime.core.errors import Problem
+from recmas_runtime.formats.plan import field_place
 
 # As Python's templates have it. LaTeX and code put braces behind words and marks of their own.
-_SINGLE: Final = re.compile(r"(?<![\w\\\\{}^$])\{ ?([A-Za-z_][A-Za-z0-9_]*) ?\}(?!\})")
+_SINGLE: Final = re.compile(
+    r"(?<![\w\\\\{}^$])\{ ?([A-Za-z_][A-Za-z0-9_]*(?:\[[0-9]+\])?) ?\}(?!\})"
+)
 # What records usually hold, whatever the prompts show.
-_USUAL: Final = frozenset({"question", "choices", "problem", "context"})
+_USUAL: Final = frozenset({"question", "choices", "problem", "context", "facts"})
 
 
 def check_fields(declared: Declared) -> Iterator[Problem]:
@@ -25,7 +28,9 @@ def check_fields(declared: Declared) -> Iterator[Problem]:
     ]
     if any(prompt.issues for *_, prompt in texts):
         return  # which may be the fields that seem to be missing
-    shown = {p.value for *_, prompt in texts for p in prompt.parts if p.kind == "field"}
+    shown = {
+        field_place(p.value).name for *_, prompt in texts for p in prompt.parts if p.kind == "field"
+    }
     found = False
     for agent, field, prompt in texts:
         names = [
@@ -33,7 +38,7 @@ def check_fields(declared: Declared) -> Iterator[Problem]:
             for part in prompt.parts
             if part.kind == "text"
             for name in _SINGLE.findall(part.value)
-            if name in shown | _USUAL
+            if field_place(name).name in shown | _USUAL
         ]
         for name in dict.fromkeys(names):
             found = True

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 TRAIN_FILE: Final = "train.jsonl"
@@ -94,6 +94,139 @@ ANSWERS: Final[Mapping[str, Callable[[str, int], str]]] = {
     "general": lambda way, number: f"{way} = {number}\n{number}",
     "math": lambda way, number: f"{way} = {number}. The answer is \\boxed{{{number}}}.",
 }
+
+
+# Invented, so that no model knows them: two facts, and a question that needs both.
+_HOPS: Final = (
+    (
+        "Mira lives in the lighthouse of Garrow.",
+        "The lighthouse of Garrow is painted green.",
+        "What color is the house that Mira lives in?",
+        "green",
+    ),
+    (
+        "Old Tom repairs clocks in Fennick.",
+        "Fennick lies on the river Sade.",
+        "On which river is the town where Old Tom works?",
+        "Sade",
+    ),
+    (
+        "The ship Petrel belongs to Captain Rook.",
+        "Captain Rook comes from the island of Ulla.",
+        "From which island is the owner of the Petrel?",
+        "Ulla",
+    ),
+    (
+        "Nadia plays the cello in the Brigg Quartet.",
+        "The Brigg Quartet rehearses in a bakery.",
+        "Where does Nadia's quartet rehearse?",
+        "in a bakery",
+    ),
+    (
+        "The key to the archive hangs in room 12.",
+        "Room 12 is cleaned by Osman.",
+        "Who cleans the room with the key to the archive?",
+        "Osman",
+    ),
+    (
+        "Pim's horse is called Juniper.",
+        "Juniper won the race at Carrow in 1962.",
+        "In which year did Pim's horse win at Carrow?",
+        "1962",
+    ),
+    (
+        "The bridge at Tolle was designed by Ines Varga.",
+        "Ines Varga studied in Lund.",
+        "Where did the designer of the bridge at Tolle study?",
+        "Lund",
+    ),
+    (
+        "Uncle Bert collects stamps from Samoa.",
+        "His rarest stamp from Samoa shows a parrot.",
+        "What does Uncle Bert's rarest stamp show?",
+        "a parrot",
+    ),
+    (
+        "The mill at Sorn grinds barley.",
+        "All barley of Sorn is sold to the Halden brewery.",
+        "To whom is what the mill at Sorn grinds sold?",
+        "the Halden brewery",
+    ),
+    (
+        "Leah's telescope points at the star Keth.",
+        "The star Keth has three planets.",
+        "How many planets has the star that Leah watches?",
+        "three",
+    ),
+    (
+        "The choir of Dorn sings on Thursdays.",
+        "On Thursdays the hall is heated with peat.",
+        "With what is the hall heated when the choir of Dorn sings?",
+        "peat",
+    ),
+    (
+        "Arlo's grandfather was a cooper.",
+        "The coopers of the valley wore blue aprons.",
+        "What color was the apron of Arlo's grandfather?",
+        "blue",
+    ),
+)
+_ASKED_HOPS: Final = (
+    (
+        "Wilma's ferry crosses the strait of Ree.",
+        "The strait of Ree is nine miles wide.",
+        "How many miles does Wilma's ferry cross?",
+        "nine",
+    ),
+    (
+        "The painter Sol lives above a pharmacy.",
+        "The only pharmacy stands in Elm Street.",
+        "In which street does the painter Sol live?",
+        "Elm Street",
+    ),
+    (
+        "Professor Quill keeps bees of the breed Amber.",
+        "Bees of the breed Amber eat heather.",
+        "What do the bees of Professor Quill eat?",
+        "heather",
+    ),
+    (
+        "The village band is led by Greta Moss.",
+        "Greta Moss plays the tuba.",
+        "Which instrument does the leader of the village band play?",
+        "the tuba",
+    ),
+    (
+        "The north gate is guarded by a dog named Flint.",
+        "Flint is afraid of geese.",
+        "Of what is the guard of the north gate afraid?",
+        "geese",
+    ),
+    (
+        "Ruben's train leaves from platform 4.",
+        "Platform 4 is under the clock tower.",
+        "Under what does Ruben's train leave?",
+        "the clock tower",
+    ),
+)
+
+
+def split_records() -> tuple[list[Record], list[Record]]:
+    """Return what the starters `split` learn from and are asked: two facts, alone and together."""
+    return _hops("hop", _HOPS), _hops("asked", _ASKED_HOPS)
+
+
+def _hops(name: str, rows: Sequence[tuple[str, str, str, str]]) -> list[Record]:
+    return [
+        {
+            "id": f"{name}-{number}",
+            "facts": [first, second],
+            "context": f"{first} {second}",
+            "question": question,
+            "answer": answer,
+        }
+        for number, (first, second, question, answer) in enumerate(rows)
+    ]
 
 
 def as_lines(records: list[Record]) -> str:

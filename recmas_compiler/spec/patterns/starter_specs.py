@@ -20,19 +20,25 @@ from recmas_compiler.spec.patterns.starter_data import (
     as_lines,
     color_protocol,
     color_records,
+    split_records,
     sum_records,
 )
 from recmas_compiler.spec.schema.json_schema import SCHEMA_FILE, schema_text, with_tables
 from recmas_compiler.spec.schema.sections import PATTERN_NAMES, Task
 from recmas_runtime.core.errors import fail
 
-STARTERS: Final = ("relay", *PATTERN_NAMES, "custom")
+STARTERS: Final = ("relay", "split", *PATTERN_NAMES, "custom")
 TASK_NAMES: Final = get_args(Task)
+# Of the starter `split`, which has a file for each; the first one is what it is without `--task`.
+SPLIT_TASKS: Final = ("qa", "two-hop")
 
 # The line of a starter that `--task` changes.
 _TASK_LINE: Final = "  task: general "
 # What a starter has from here on belongs to `--train`.
 _TRAIN_LINE: Final = "\n# --- train\n"
+# Rows of a cache go through no weights, so a starter that trains hands over vectors.
+_UNTRAINED: Final = "{carries: cache}"
+_TRAINED: Final = "{carries: thoughts}"
 
 
 def schema_line(schema: str) -> str:
@@ -46,8 +52,9 @@ def starter_spec(
     """Return a commented spec to begin with.
 
     Args:
-        pattern: The name of a pattern, `relay`, or `custom` for a graph of one's own.
-        task: What the pattern's prompts ask for; None leaves it as the starter has it.
+        pattern: The name of a pattern, `relay`, `split`, or `custom` for a graph of one's own.
+        task: What the pattern's prompts ask for, or which of `SPLIT_TASKS`; None leaves it as the
+            starter has it.
         train: With the section `train`, which takes the records of `starter_data`.
         schema: Where editors find the JSON schema, relative to the spec.
 
@@ -59,21 +66,39 @@ def starter_spec(
         raise fail(
             "RM118", f"there is no pattern `{pattern}`.", hint=did_you_mean(pattern, STARTERS)
         )
-    text = (Path(__file__).parent / "starters" / f"{pattern}.yaml").read_text("utf-8")
+    name = f"split_{_split_task(task)}" if pattern == "split" else pattern
+    text = (Path(__file__).parent / "starters" / f"{name}.yaml").read_text("utf-8")
     text, _, section = text.partition(_TRAIN_LINE)
-    if task is not None:
+    if train:
+        text = text.replace(_UNTRAINED, _TRAINED)
+    if task is not None and pattern != "split":
         text = _with_task(text, pattern, task)
     return schema_line(schema) + text + (f"\n{section}" if train else "")
 
 
-def starter_files(pattern: str, *, task: str | None = None) -> dict[str, str]:
-    """Return what lies beside a starter that trains, by file name: records and questions.
+def _split_task(task: str | None) -> str:
+    if task is not None and task not in SPLIT_TASKS:
+        hint = did_you_mean(task, SPLIT_TASKS)
+        raise fail("RM118", f"`split` has no task `{task}`.", hint=hint)
+    return task or SPLIT_TASKS[0]
+
+
+def starter_files(pattern: str, *, task: str | None = None, train: bool = True) -> dict[str, str]:
+    """Return what lies beside a starter, by file name: records and questions.
+
+    Args:
+        train: Whether it trains; one that does not has questions only if it is `split`.
 
     Raises:
         RecmasError: RM118 for a task that recmas makes no records for.
     """
+    if not train:
+        is_split = pattern == "split"
+        return {QUESTIONS_FILE: as_lines(split_records()[1])} if is_split else {}
     if pattern == "relay":
         learned, asked = color_records()
+    elif pattern == "split":
+        learned, asked = split_records()
     elif (task or "general") in ANSWERS:
         learned, asked = sum_records(ANSWERS[task or "general"])
     else:

@@ -20,11 +20,12 @@ from recmas_compiler.spec.schema.document import SpecDocument
 from recmas_compiler.spec.schema.sections import LinkSection
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import SLUG_PATTERN, canonical_link_name, link_ends, link_name
-from recmas_runtime.formats.plan import PromptPart
+from recmas_runtime.formats.plan import MAX_FIELD_INDEX, PromptPart
 
 _OPENING = re.compile(r"\{\{|\{%|\{#")
 _CLOSING = {"{{": "}}", "{%": "%}", "{#": "#}"}
-_FIELD = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*\Z")
+_FIELD = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*)\s*(?:\[(.*)\]\s*)?\Z", re.DOTALL)
+_INDEX = re.compile(r"\s*(0|[1-9][0-9]{0,8})\s*")
 # Text that holds what would otherwise begin something, as Jinja has it.
 _QUOTED = re.compile(r"""\{\{\s*(?:"([^"]*)"|'([^']*)')\s*\}\}""")
 _RAW = re.compile(r"\{%\s*raw\s*%\}(.*?)\{%\s*endraw\s*%\}", re.DOTALL)
@@ -33,7 +34,8 @@ _SLOT = re.compile(rf"\s*latent\s*\.\s*({SLUG_PATTERN})\s*\Z")
 # A prompt in another language has an issue on every line; the first ones tell.
 _MOST_ISSUES = 10
 _ALLOWED = (
-    "Prompts know only `{{ field }}` and `{{ latent.AGENT }}`; braces as text go between "
+    "Prompts know only `{{ field }}`, `{{ field[0] }}` and `{{ latent.AGENT }}`; braces as text go "
+    "between "
     "`{% raw %}` and `{% endraw %}`."
 )
 
@@ -116,11 +118,27 @@ def parse_prompt(text: str) -> Prompt:
             parts.append(PromptPart(kind="slot", value=slot.group(1)))
             slots.append(Slot(agent=slot.group(1), start=start, length=length))
         elif mark == "{{" and (name := _FIELD.match(inner)) and name.group(1) != "latent":
-            parts.append(PromptPart(kind="field", value=name.group(1)))
+            field, index = name.groups()
+            if message := "" if index is None else _wrong_index(field, index):
+                hint = f"Entries count from 0: `{{{{ {field}[0] }}}}` is the first one."
+                issues.append(PromptIssue(start=start, length=length, message=message, hint=hint))
+            else:
+                value = field if index is None else f"{field}[{index.strip()}]"
+                parts.append(PromptPart(kind="field", value=value))
         else:
             issues.append(_issue(text[start:at], start))
     parts.append(PromptPart(kind="text", value=text[at:]))
     return Prompt(parts=_trimmed(parts), slots=tuple(slots), issues=tuple(issues))
+
+
+def _wrong_index(field: str, index: str) -> str:
+    """Return what is wrong with an entry of a field; empty if nothing is."""
+    if field == "id":
+        return "the `id` of a record is no list."
+    if _INDEX.fullmatch(index) is None:
+        return f"{show(index.strip())} is no entry of `{field}`: not a whole number from 0."
+    is_beyond = int(index) > MAX_FIELD_INDEX
+    return f"entry {index.strip()} of `{field}` is beyond {MAX_FIELD_INDEX}." if is_beyond else ""
 
 
 def _issue(piece: str, start: int) -> PromptIssue:

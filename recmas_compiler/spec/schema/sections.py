@@ -26,6 +26,7 @@ from recmas_runtime.formats.ids import LINK_PATTERN, SLUG_PATTERN
 from recmas_runtime.formats.link_kinds import DEFAULT_INIT, DEFAULT_KIND, LinkInit, LinkKind
 from recmas_runtime.formats.messages import MAX_EVERY, MAX_LAYERS, Carries, MessageForm, RowsOf
 from recmas_runtime.formats.plan import (
+    FIELD_PATTERN,
     MAX_LATENT_STEPS,
     MAX_NEW_TOKENS,
     MAX_REPETITION_PENALTY,
@@ -251,7 +252,7 @@ NO_TEMPLATE: Final = "none"
 RESERVED_TEMPLATE_VARIABLES: Final = frozenset({"messages", "add_generation_prompt"})
 
 LinkName = Annotated[str, StringConstraints(pattern=LINK_PATTERN)]
-FieldName = Annotated[str, StringConstraints(pattern="^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
+FieldName = Annotated[str, StringConstraints(pattern=f"^{FIELD_PATTERN}$", max_length=256)]
 TemplateVariable = Annotated[str, StringConstraints(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
 PromptText = Annotated[str, StringConstraints(min_length=1, max_length=100_000)]
 
@@ -373,7 +374,8 @@ class LinkSection(WeightsSection):
     receiver's whole prompt; both agents are on one backbone, and the slot stands first."""
 
     of: Given[FieldName] = None
-    """For `context`: only the tokens of this field, wherever the sender's prompt shows it."""
+    """For `context`: only the tokens of this field, or of `facts[0]`, an entry of a list, wherever
+    the sender's prompt shows it."""
 
     every: Given[Annotated[int, Field(ge=2, le=MAX_EVERY)]] = None
     """For `context`: only each so many-th position, counted back from the last."""
@@ -421,8 +423,8 @@ class LinkSection(WeightsSection):
 class PromptSection(Section):
     """What an agent is asked; a plain text means `then` alone.
 
-    `{{ field }}` is a field of the input record, `{{ latent.AGENT }}` a slot for that agent's
-    message. Nothing else of Jinja is allowed.
+    `{{ field }}` is a field of the input record, `{{ field[0] }}` the first entry of one that is a
+    list, `{{ latent.AGENT }}` a slot for that agent's message. Nothing else of Jinja is allowed.
     """
 
     first: Given[PromptText] = None
@@ -453,8 +455,8 @@ class AgentSection(Section):
     """Name of a backbone."""
 
     system: Given[Annotated[str, StringConstraints(max_length=100_000)]] = None
-    """System text. It may hold `{{ field }}`, but no slots. Without it there is no system
-    message."""
+    """System text. It may hold `{{ field }}` and `{{ field[0] }}`, but no slots. Without it there
+    is no system message."""
 
     prompt: PromptSection
     """Text, or a mapping of `first` and `then`."""

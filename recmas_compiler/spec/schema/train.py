@@ -237,8 +237,9 @@ class TrainSection(Section):
     0 measures nothing."""
 
     targets: dict[Slug, FieldName] = Field(min_length=1, max_length=MAX_AGENTS)
-    """Agent to the record field with the text that it should think or say. The answer agent needs
-    one; an agent without one can only be trained by `rollout`."""
+    """Agent to the record field with the text that it should think or say, or `facts[0]` for an
+    entry of a list. The answer agent needs one; an agent without one can only be trained by
+    `rollout`."""
 
     preset: Preset = "default"
     """Fills in defaults: `released` as the trainer of the published weights (links `ln_residual`),

@@ -16,6 +16,8 @@ from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.files import open_regular
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.core.tables import FORMATS, Row, read_rows
+from recmas_runtime.formats.plan import field_place, is_field
+from recmas_runtime.prompts.render import field_text
 from recmas_runtime.running.records import as_record, check_record
 
 # A file with one mistake often has it in every line.
@@ -165,7 +167,7 @@ class _Reader:
 
     def _example(self, row: Row) -> TrainExample:
         record = as_record(row.fields or {}, row.number - 1)
-        texts = {agent: str(record.fields[name]) for agent, name in self._targets.items()}
+        texts = {a: str(_target(record.fields, name)) for a, name in self._targets.items()}
         return TrainExample(
             id=str(record.id),
             index=record.index,
@@ -196,9 +198,9 @@ class _Reader:
 
 def _why_no_text(fields: Mapping[str, object], name: str) -> str | None:
     """Return why a field cannot be a target, or None if it can."""
-    if name not in fields:
+    value = _target(fields, name)
+    if value is _MISSING:
         return f"has no field {name!r}"
-    value = fields[name]
     if not isinstance(value, str):
         return f"has {show(value)} in field {name!r}, not text"
     if not value.strip():
@@ -208,6 +210,19 @@ def _why_no_text(fields: Mapping[str, object], name: str) -> str | None:
     except UnicodeEncodeError:
         return f"holds half a surrogate pair in field {name!r}"
     return None
+
+
+_MISSING: Final = object()
+
+
+def _target(fields: Mapping[str, object], name: str) -> object:
+    """Return what a field holds, or with `facts[0]` an entry of its list."""
+    if name in fields or not is_field(name):
+        return fields.get(name, _MISSING)
+    place = field_place(name)
+    value = fields.get(place.name)
+    has_entry = isinstance(value, list) and place.entry is not None and place.entry < len(value)
+    return value[place.entry] if has_entry else _MISSING  # type: ignore[index]
 
 
 def _first(problems: list[Problem], file: str) -> list[Problem]:
@@ -253,7 +268,7 @@ def _overlap(
     """
 
     def asked(example: TrainExample) -> str:
-        return repr([example.fields.get(name) for name in prompt_fields])
+        return repr([field_text(shown, example.fields) for shown in prompt_fields])
 
     known = {example.id: example for example in train}
     same = [

@@ -20,7 +20,7 @@ from recmas_runtime.core.progress import Progress
 from recmas_runtime.core.tables import FORMATS
 from recmas_runtime.core.text import listed
 from recmas_runtime.formats.bundle import keep_out, write_json_atomic
-from recmas_runtime.formats.plan import Plan
+from recmas_runtime.formats.plan import Plan, filled_fields
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.records import (
     Record,
@@ -155,7 +155,7 @@ def _gather_records(
                 "RM506",
                 f"the prompts of this bundle {uses}, and a question alone does not fill them",
                 hint=f"Give --data FILE with a record such as "
-                f"{json.dumps(dict.fromkeys(fields, '...'))} in each line.",
+                f"{json.dumps(filled_fields(fields, '...'))} in each line.",
             )
         texts = (options.questions or QUESTIONS)[: options.limit]
         return tuple(question_record(text, fields, index=i) for i, text in enumerate(texts))

@@ -30,6 +30,7 @@ from recmas_runtime.formats.bundle import Bundle, open_bundle, unlisted_files
 from recmas_runtime.formats.codec import malformed
 from recmas_runtime.formats.links import read_operands, stack_operands
 from recmas_runtime.formats.manifest import PARITY_ROWS, PLAN_NAME, Manifest, ParityEntry
+from recmas_runtime.formats.plan import filled_fields
 from recmas_runtime.formats.precisions import beyond_tolerance
 from recmas_runtime.formats.safetensors_file import read_tensors
 from recmas_runtime.prompts.samples import PromptDigests, prompt_digests, token_digest
@@ -178,7 +179,7 @@ def _prompt_problems(bundle: Bundle, loaded: LoadedBundle) -> list[Problem]:
         return problems
     # As tokens, too; what is of another kind than text is for records to say.
     # The shortest texts: a prompt that is too long with these fits no record.
-    record = Record(id="1", fields=dict.fromkeys(plan.fields, "1"))
+    record = Record(id="1", fields=filled_fields(plan.fields, "1"))
     try:
         System(plan, loaded).prompts(record)
         problems += _changed_prompts(bundle.manifest, prompt_digests(plan, chats))

@@ -189,7 +189,8 @@ def _parser() -> argparse.ArgumentParser:
         dest="fields",
         action="append",
         metavar="NAME=VALUE",
-        help="a field that the prompts use; may be repeated, a name too, for a list",
+        help="a field that the prompts use; may be repeated, a name too, for a list, whose entries "
+        "may also be given as NAME[0]=VALUE",
     )
     files = run.add_argument_group("many questions")
     files.add_argument(
@@ -207,6 +208,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     files.add_argument("--force", action="store_true", help="write over an output or trace")
     run.add_argument("--trace", type=Path, metavar="DIR", help="write messages and steps here")
+    run.add_argument(
+        "--thoughts",
+        type=_positive,
+        metavar="N",
+        help="and the N tokens nearest to each thought, for `recmas thoughts DIR`",
+    )
     run.add_argument(
         "--baseline",
         default="latent",
@@ -296,6 +303,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     engines.add_argument("--force", action="store_true", help="build even if they are there")
     engines.add_argument("--quiet", action="store_true", help="no progress")
+
+    thoughts = _command(
+        commands,
+        "thoughts",
+        "Print the tokens nearest to each thought of a run with --trace and --thoughts.",
+        _thoughts,
+        of_bundle=False,
+    )
+    thoughts.add_argument("trace", type=Path, metavar="TRACE", help="folder of the trace")
+    thoughts.add_argument("--record", metavar="ID", help="only the record with this id")
 
     _command(commands, "inspect", "Tell what is in a bundle.", _inspect)
     _command(commands, "doctor", "Tell what this machine has.", _doctor, of_bundle=False)
@@ -389,6 +406,12 @@ def _inspect(options: argparse.Namespace, outcome: Outcome) -> None:
     bundle = open_bundle(options.bundle)
     outcome.data |= bundle_facts(bundle)
     outcome.text = bundle_text(bundle)
+
+
+def _thoughts(options: argparse.Namespace, outcome: Outcome) -> None:
+    from recmas_runtime.cli.thoughts import print_thoughts
+
+    print_thoughts(options.trace, options.record, outcome.data, as_json=options.json)
 
 
 def _doctor(options: argparse.Namespace, outcome: Outcome) -> None:

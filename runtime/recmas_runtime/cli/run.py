@@ -21,7 +21,7 @@ from recmas_runtime.core.progress import LineProgress, Silent
 from recmas_runtime.core.text import counted, time_left
 from recmas_runtime.formats.bundle import keep_out
 from recmas_runtime.formats.codec import to_json
-from recmas_runtime.formats.plan import MAX_SEED, SamplingPlan
+from recmas_runtime.formats.plan import MAX_SEED, SamplingPlan, field_place, is_field
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.answer_file import IDENTITY_SUFFIX, AnswerWriter
 from recmas_runtime.running.records import (
@@ -127,7 +127,12 @@ class _Run:
             trace = None
             if options.trace is not None:
                 trace = stack.enter_context(
-                    TraceWriter(options.trace, resume=options.resume, force=options.force)
+                    TraceWriter(
+                        options.trace,
+                        resume=options.resume,
+                        force=options.force,
+                        thoughts=options.thoughts or 0,
+                    )
                 )
             if options.json:
                 self.data["answers"] = []
@@ -265,7 +270,7 @@ def _summary(answer: Answer) -> str:
 def _given_fields(options: argparse.Namespace) -> dict[str, object] | None:
     """Return the fields of the one record that the command line gives; None if it gives none.
 
-    A name that is given several times is a list.
+    A name that is given several times is a list; so is one whose entries are given, in order.
     """
     fields: dict[str, object] = {}
     for text in options.fields or ():
@@ -273,7 +278,17 @@ def _given_fields(options: argparse.Namespace) -> dict[str, object] | None:
         if not equals or not name:
             raise fail("RM506", f"--field {text!r} is not NAME=VALUE", hint=_HELP)
         before = fields.get(name)
-        if before is None:
+        if is_field(name) and (place := field_place(name)).entry is not None:
+            entries = fields.setdefault(place.name, [])
+            if not isinstance(entries, list) or len(entries) != place.entry:
+                message = f"--field {text!r} does not give the next entry of {place.name!r}"
+                raise fail(
+                    "RM506",
+                    message,
+                    hint=f"Begin with --field '{place.name}[0]'=... and go on from there.",
+                )
+            entries.append(value)
+        elif before is None:
             fields[name] = value
         else:
             fields[name] = [*(before if isinstance(before, list) else [before]), value]
@@ -296,6 +311,7 @@ def _check_usage(options: argparse.Namespace, fields: Mapping[str, object] | Non
         "give a QUESTION, --field or --input": not single and source is None,
         "--json already prints the answers on stdout": options.json and target == STANDARD_STREAM,
         "--resume needs --output FILE": options.resume and not to_file,
+        "--thoughts needs --trace DIR": options.thoughts is not None and options.trace is None,
         "give --resume or --force, not both": options.resume and options.force,
     }
     for message, is_wrong in wrong.items():

@@ -117,6 +117,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM603": (Exit.USAGE, "--resume with the answers of another evaluation"),
     "RM650": (Exit.OK, "warning: other prompts than those the protocol names"),
     "RM651": (Exit.OK, "warning: records left out that no answer could be judged by"),
+    "RM652": (Exit.OK, "warning: records left out that are no questions of the protocol"),
     # RM7xx: training
     "RM700": (Exit.RUN_FAILED, "training data that cannot be used"),
     "RM701": (Exit.RUN_FAILED, "the loss is no number any more, or it diverges"),

@@ -25,6 +25,7 @@ from recmas_runtime.formats.plan import (
     ThinkStep,
     WriteStep,
     form_of,
+    is_field,
 )
 from recmas_runtime.formats.precisions import DTYPE_BYTES, TOLERANCES, buildable
 
@@ -152,6 +153,9 @@ def prompts_use_what_exists(manifest: Manifest, plan: Plan) -> Iterator[tuple[st
         for part in (*agent.system, *(agent.first or ()), *agent.then):
             if part.kind == "field" and part.value not in plan.fields:
                 yield f"agents.{name}", f"field {part.value!r} is not among the plan's fields"
+    for value in plan.fields:
+        if not is_field(value):
+            yield "fields", f"{value!r} names neither a field nor an entry of one"
 
 
 def links_fit_their_agents(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:

@@ -7,8 +7,9 @@ format lives here once. A plan holds no tensors; names in it are resolved by the
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Iterable
-from typing import Annotated, ClassVar, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal, NamedTuple
 
 from msgspec import Meta, field
 
@@ -47,11 +48,46 @@ def cache_capacity(rows: int) -> int:
 class PromptPart(StrictStruct, frozen=True, kw_only=True):
     """A piece of a prompt: literal text, a field of the input record, or a slot.
 
-    Its value is the text, the field's name, or the agent whose message goes here.
+    Its value is the text, the field as prompts name it (see `field_place`), or the agent whose
+    message goes here.
     """
 
     kind: Literal["text", "field", "slot"]
     value: str
+
+
+# A longer list is no list of things that a prompt tells apart.
+MAX_FIELD_INDEX: Final = 999
+FIELD_PATTERN: Final = r"[A-Za-z_][A-Za-z0-9_]*(?:\[(?:0|[1-9][0-9]{0,2})\])?"
+
+
+class FieldPlace(NamedTuple):
+    """Where a record has what a prompt shows: a field, or an entry of one that is a list."""
+
+    name: str
+    entry: int | None
+
+
+def is_field(value: str) -> bool:
+    """Return whether this names a field, `facts`, or an entry of one, `facts[0]`."""
+    return re.fullmatch(FIELD_PATTERN, value) is not None
+
+
+def field_place(value: str) -> FieldPlace:
+    """Return which field a part shows, and which entry of it; None is all of it."""
+    name, bracket, index = value.partition("[")
+    return FieldPlace(name, int(index.removesuffix("]")) if bracket else None)
+
+
+def filled_fields(fields: Iterable[str], text: str) -> dict[str, object]:
+    """Return a record with a text in all that prompts use, lists as long as they must be."""
+    places = [field_place(value) for value in fields]
+    record: dict[str, object] = {name: text for name, _ in places}
+    for name, entry in places:
+        if entry is not None:
+            entries = [place.entry for place in places if place.name == name]
+            record[name] = [text] * (1 + max(e for e in entries if e is not None))
+    return record
 
 
 class AgentPlan(StrictStruct, frozen=True, kw_only=True):
@@ -429,7 +465,10 @@ def slot_positions(plan: Plan) -> dict[tuple[str, Variant], dict[str, int]]:
 
 
 def prompt_fields(agents: Iterable[AgentPlan]) -> tuple[str, ...]:
-    """Return the record fields that prompts use, `question` first where it is used."""
+    """Return the record fields that prompts use, `question` first where it is used.
+
+    Entries of a list stand by themselves: `facts[0]`, `facts[1]`.
+    """
     parts: list[PromptPart] = []
     for agent in agents:
         parts += (*agent.system, *(agent.first or ()), *agent.then)

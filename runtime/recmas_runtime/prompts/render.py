@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.formats.plan import PromptPart, Variant
+from recmas_runtime.formats.plan import PromptPart, Variant, field_place
 from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.prompts.marks import Marks, unused_salt
 from recmas_runtime.prompts.places import Places
@@ -178,21 +178,40 @@ def build_prompt(
     return Prompt(items, num_closing=num_closing, fields=fields)
 
 
-def field_text(name: str, record: Mapping[str, object]) -> str:
+def field_text(shown: str, record: Mapping[str, object]) -> str:
     """Return a record's field as the prompt shows it; a list becomes lettered lines.
 
+    Args:
+        shown: The field, or `facts[0]` for an entry of one that is a list.
+
     Raises:
-        RecmasError: RM500 if the field is missing or of a kind that prompts cannot show.
+        RecmasError: RM500 if the field is missing or of a kind that prompts cannot show, no list
+            where an entry is shown, or too short a list.
     """
+    name, index = field_place(shown)
     value = record.get(name)
     if value is None:
         raise _unusable(record, f"has no field {name!r}, which the prompts use")
+    if index is not None:
+        return _entry_text(shown, value, record)
     if isinstance(value, list | tuple):
         if len(value) > len(_LETTERS):
             raise _unusable(record, f"field {name!r} has {len(value)} entries, at most 26 fit")
         lines = [_scalar_text(name, item, record) for item in value]
         return "\n".join(f"{letter}. {line}" for letter, line in zip(_LETTERS, lines, strict=False))
     return _scalar_text(name, value, record)
+
+
+def _entry_text(shown: str, value: object, record: Mapping[str, object]) -> str:
+    name, index = field_place(shown)
+    if not isinstance(value, list | tuple):
+        raise _unusable(record, f"field {name!r} is no list, and the prompts use {shown}")
+    if index is None or index >= len(value):
+        has = "1 entry" if len(value) == 1 else f"{len(value)} entries"
+        raise _unusable(record, f"field {name!r} has {has}, and the prompts use {shown}")
+    if not isinstance(value[index], str | int | float):
+        raise _unusable(record, f"field {shown!r} is neither text nor number")
+    return _scalar_text(shown, value[index], record)
 
 
 def _scalar_text(name: str, value: object, record: Mapping[str, object]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from datetime import date
 from typing import Final, NamedTuple
 
-from recmas_runtime.formats.plan import Plan, PrefillStep, Variant
+from recmas_runtime.formats.plan import Plan, PrefillStep, Variant, filled_fields
 from recmas_runtime.prompts.exerciser import SAMPLES, sample_texts
 from recmas_runtime.prompts.render import Chat, Prompt, Tokens, build_prompt
 from recmas_runtime.prompts.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ class SamplePrompt(NamedTuple):
 
 def sample_record(plan: Plan, text: str = SAMPLE_FIELD) -> dict[str, object]:
     """Return a record with a text in every field that a plan's prompts show."""
-    return {"id": "sample", **dict.fromkeys(plan.fields, text)}
+    return {"id": "sample", **filled_fields(plan.fields, text)}
 
 
 def build_samples(

@@ -188,6 +188,13 @@ class Tokenizer:
         """Return a token as the vocabulary spells it; empty for none of it."""
         return self._tokenizer.id_to_token(token_id) or ""
 
+    def text_of(self, token_id: int) -> str:
+        """Return what a token adds to a text; as the vocabulary spells it where that is no text."""
+        # In the middle of a text: some tokenizers leave the first word's space out.
+        before = self.encode("x")
+        text = self.decode([*before, token_id])[len(self.decode(before)) :]
+        return self.token_text(token_id) if not text or _REPLACEMENT in text else text
+
     def _encode_plain(self, text: str) -> list[int]:
         """Spell `text` with ordinary tokens, as it would be in the middle of other text."""
         # SentencePiece tokenizers put a space before the first word, but not after a line break.

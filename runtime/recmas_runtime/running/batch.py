@@ -9,12 +9,14 @@ import numpy as np
 
 from recmas_runtime.core.errors import fail
 from recmas_runtime.engines.interface import Floats
+from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.plan import ThinkStep
 from recmas_runtime.running.engine_lock import EngineLock
 from recmas_runtime.running.executor import Execution, tool_events
 from recmas_runtime.running.generation import RowDecoder
 from recmas_runtime.running.records import Answer, Record, Timing, Usage
-from recmas_runtime.running.run_trace import StepEvent, Trace
+from recmas_runtime.running.run_trace import StepEvent, Trace, reads_thoughts
+from recmas_runtime.running.thoughts import RecordReadings, ThoughtReader, Vectors
 
 PHASES = ("prefill", "think", "send", "write", "decode", "tools")
 
@@ -87,10 +89,12 @@ class Batch:
         execution.events += [decoded, *called]
         # Not before: a record that proves too long in a round makes the others start over.
         if self._trace is not None:
-            rows = range(len(self._records))
-            self._trace.add_batch(
-                self._records, execution.events, [self._messages(row) for row in rows]
-            )
+            messages = [self._messages(row) for row in range(len(self._records))]
+            if reads_thoughts(self._trace):
+                readings = self._readings(self._trace.num_nearest)
+                self._trace.add_batch(self._records, execution.events, messages, readings)
+            else:
+                self._trace.add_batch(self._records, execution.events, messages)
 
     def answers(self) -> list[Answer]:
         """Return the answers in record order, once `pieces` has ended."""
@@ -146,3 +150,31 @@ class Batch:
             for (link, round_), messages in self._execution.messages.items()
             if self._execution.plan.links[link].has_vectors and self._ran(row, round_)
         }
+
+    def _readings(self, num_nearest: int) -> list[RecordReadings]:
+        """Return what was thought and sent in the rounds that each record ran, as tokens."""
+        execution = self._execution
+        engines = execution.engines
+        reader = ThoughtReader(
+            plan=execution.plan,
+            backbones=engines.backbones,
+            tokenizers={name: s.tokenizer for name, s in engines.decoder_settings.items()},
+            num_nearest=num_nearest,
+        )
+        thoughts: Vectors = {
+            (row, agent, round_): found[:, row]
+            for (agent, round_), (found, _) in execution.thoughts.items()
+            for row in range(len(self._records))
+            if self._ran(row, round_)
+        }
+        inputs: Vectors = {
+            (row, inner_link_id(agent), round_): execution.thoughts[agent, round_][1][:, row]
+            for row, agent, round_ in thoughts
+        } | {
+            (row, link, round_): np.asarray(message[row])
+            for (link, round_), message in execution.messages.items()
+            if execution.plan.links[link].has_vectors
+            for row in range(len(self._records))
+            if self._ran(row, round_)
+        }
+        return reader.read(thoughts, inputs, len(self._records))

@@ -84,6 +84,8 @@ class Execution:
         exchange: Give the answer agent, in the last round, the messages of the next record.
         messages: By link and round of sending, what each record sends, as `Messages` says.
         converged: [B], the round after which a record's recursion ended early; 0 if it did not.
+        keeps_thoughts: Whether `thoughts` fills, for a trace; else each is dropped once it is sent.
+        thoughts: By agent and round, the thoughts and their inner link's outputs, each [M, B, d].
     """
 
     plan: Plan
@@ -96,6 +98,8 @@ class Execution:
     messages: dict[tuple[str, int], Messages] = field(default_factory=dict)
     converged: Indices = field(init=False)
     events: list[StepEvent] = field(default_factory=list)
+    keeps_thoughts: bool = False
+    thoughts: dict[tuple[str, int], tuple[Floats, Floats]] = field(default_factory=dict)
     _sequences: dict[str, SequenceBatch] = field(default_factory=dict)
     _thoughts: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
     _turns: dict[str, Turn] = field(default_factory=dict)
@@ -276,6 +280,8 @@ class Execution:
     def _think(self, step: ThinkStep) -> None:
         sequences = self._sequences[step.cache]
         num_steps = self.plan.num_latent_steps(step)
+        # Messages whose length the record decides may have taken the room that was planned.
+        sequences.make_room(int(sequences.lengths.max()) + num_steps - 1)
         if step.fused:
             thoughts, embeds = sequences.engine.rollout(
                 sequences.cache,
@@ -295,6 +301,8 @@ class Execution:
             if sends_rows(self.plan, agent, "thoughts"):
                 # A text that is written next lies in the same place.
                 self._turns[agent].keep_rows("thoughts", [num_steps - 1] * batch)
+            if self.keeps_thoughts:
+                self.thoughts[agent, step.round] = self._thoughts[agent]
 
     def _think_unfused(
         self, sequences: SequenceBatch, groups: int, num_steps: int

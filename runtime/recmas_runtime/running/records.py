@@ -19,6 +19,7 @@ from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.files import reason_of
 from recmas_runtime.core.tables import FORMATS, MAX_ROW_BYTES, read_rows
 from recmas_runtime.core.text import listed
+from recmas_runtime.formats.plan import field_place, filled_fields
 from recmas_runtime.prompts.render import field_text
 from recmas_runtime.tools.calls import ToolResult
 
@@ -198,7 +199,8 @@ def question_record(
 def check_record(record: Record, fields: Sequence[str]) -> None:
     """Raise RM500 for an unusable id, and for fields of prompts that are missing or unusable."""
     _check_id(record.id, "Correct the record.")
-    missing = [name for name in fields if record.fields.get(name) is None]
+    names = dict.fromkeys(field_place(shown).name for shown in fields)
+    missing = [name for name in names if record.fields.get(name) is None]
     if missing:
         name = missing[0]
         how = f"has null in field {name!r}" if name in record.fields else f"has no field {name!r}"
@@ -207,8 +209,9 @@ def check_record(record: Record, fields: Sequence[str]) -> None:
             f"record {record.id!r} {how}, which the prompts use",
             hint=needed_fields(fields),
         )
-    for name in fields:
-        if not field_text(name, record.fields).strip() and name == "question":
+    for shown in fields:
+        text = field_text(shown, record.fields)
+        if not text.strip() and field_place(shown).name == "question":
             raise fail(
                 "RM500", f"record {record.id!r} has an empty question", hint="Write a question."
             )
@@ -216,11 +219,16 @@ def check_record(record: Record, fields: Sequence[str]) -> None:
 
 def needed_fields(fields: Sequence[str]) -> str:
     """Return how to give what the prompts use, as a hint."""
-    line = json.dumps(dict.fromkeys(fields, "..."))
-    options = " ".join(f"--field {name}=..." for name in fields)
+    line = json.dumps(filled_fields(fields, "..."))
+    options = " ".join(field_option(shown) for shown in fields)
     return (
         f"The prompts use {listed(fields)}: give {options}, or --input with lines such as {line}."
     )
+
+
+def field_option(shown: str, *, value: str = "...") -> str:
+    """Return how a command line gives a field, or an entry of a list; shells read brackets."""
+    return f"--field '{shown}'={value}" if "[" in shown else f"--field {shown}={value}"
 
 
 def _check_id(given: object, hint: str) -> None:

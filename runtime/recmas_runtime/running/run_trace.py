@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Protocol, Self, TypeGuard, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +16,14 @@ from numpy.typing import NDArray
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.core.files import exclusive, reason_of
 from recmas_runtime.core.jsonl import JsonLines
+from recmas_runtime.formats.codec import to_json
 from recmas_runtime.running.records import Record
+from recmas_runtime.running.thoughts import RecordReadings
 from recmas_runtime.tools.calls import ToolResult
 
 RECORDS_NAME: Final = "trace.jsonl"
+# Nearest tokens of a thought; the command line has the same bound.
+MAX_NEAREST: Final = 4096
 _MESSAGES: Final = re.compile(r"[0-9]{6,}\.npz")
 _FILE: Final = re.compile(rf'"file": "({_MESSAGES.pattern})"')
 
@@ -86,6 +90,29 @@ class Trace(Protocol):
         """
 
 
+@runtime_checkable
+class ThoughtTrace(Protocol):
+    """A trace that also receives what thoughts say, as `num_nearest` tokens each; 0 for none."""
+
+    @property
+    def num_nearest(self) -> int:
+        """Nearest tokens of each thought."""
+
+    def add_batch(
+        self,
+        records: Sequence[Record],
+        events: Sequence[StepEvent],
+        messages: Sequence[Mapping[str, NDArray[Any]]],
+        readings: Sequence[RecordReadings] | None = None,
+    ) -> None:
+        """Receive a batch as `Trace` does, and for each record what was thought and sent."""
+
+
+def reads_thoughts(trace: object) -> TypeGuard[ThoughtTrace]:
+    """Tell whether a trace receives what thoughts say, which takes time and memory."""
+    return isinstance(trace, ThoughtTrace) and trace.num_nearest > 0
+
+
 class TraceWriter:
     """Writes what batches did into a folder, record by record, as it comes.
 
@@ -93,15 +120,27 @@ class TraceWriter:
     `SOURCE->TARGET@ROUND` of shape [m, d]; `trace.jsonl` gets a line for it: its id, the file, the
     number of records it ran with, and the batch's steps. A line is written once its file is whole.
 
+    With `thoughts` the line also has the so many nearest tokens of every thought and of every
+    vector of a message: the keys of `RecordReadings`.
+
     A folder that holds a trace is kept unless `resume`, which adds to it, or `force`, which starts
     afresh, says otherwise.
 
     Raises:
-        RecmasError: RM503 if it cannot be written or another run writes there, RM520 if a trace is
-            there.
+        RecmasError: RM503 if it cannot be written or another run writes there, RM506 for a number
+            of tokens that is none, RM520 if a trace is there.
     """
 
-    def __init__(self, folder: str | Path, *, resume: bool = False, force: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        resume: bool = False,
+        force: bool = False,
+        thoughts: int = 0,
+    ) -> None:
+        _check_count(thoughts)
+        self.num_nearest = thoughts
         self._folder = folder = Path(folder)
         lines = folder / RECORDS_NAME
         try:
@@ -136,8 +175,9 @@ class TraceWriter:
         records: Sequence[Record],
         events: Sequence[StepEvent],
         messages: Sequence[Mapping[str, NDArray[Any]]],
+        readings: Sequence[RecordReadings] | None = None,
     ) -> None:
-        """Write a batch down; see `Trace`."""
+        """Write a batch down; see `Trace` and `ThoughtTrace`."""
         try:
             for row, (record, own) in enumerate(zip(records, messages, strict=True)):
                 name = messages_name(record)
@@ -150,6 +190,7 @@ class TraceWriter:
                         "file": name,
                         "batch_size": len(records),
                         "steps": [event.of_record(row) for event in events],
+                        **({} if readings is None else to_json(readings[row])),
                     }
                 )
         except OSError as error:
@@ -176,6 +217,13 @@ class TraceWriter:
             file=str(self._folder),
             hint="Give --trace a folder with room that you may write to.",
         )
+
+
+def _check_count(thoughts: int) -> None:
+    is_whole = isinstance(thoughts, int) and not isinstance(thoughts, bool)
+    if not (is_whole and 0 <= thoughts <= MAX_NEAREST):
+        hint = f"Give a whole number from 0 to {MAX_NEAREST}."
+        raise fail("RM506", f"thoughts is {thoughts!r}", hint=hint)
 
 
 def _traces_in(folder: Path) -> str:

@@ -19,7 +19,7 @@ from recmas_runtime.formats.bundle import Bundle, open_bundle
 from recmas_runtime.formats.codec import malformed
 from recmas_runtime.formats.links import read_operands
 from recmas_runtime.formats.manifest import PLAN_NAME, Manifest
-from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant, parse_day
+from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant, field_place, parse_day
 from recmas_runtime.prompts.chat_template import read_template
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Chat, Prompt
 from recmas_runtime.prompts.sampler import check_sampling
@@ -39,7 +39,7 @@ from recmas_runtime.running.records import (
     is_one,
     needed_fields,
 )
-from recmas_runtime.running.run_trace import Trace
+from recmas_runtime.running.run_trace import Trace, reads_thoughts
 from recmas_runtime.tools.toolbox import Toolbox
 
 Function = Callable[[str], str]
@@ -321,7 +321,8 @@ class System:
     def check_question(self, record: Record) -> None:
         """Raise RM500 for a question that no prompt shows: it would be answered unread."""
         fields = self.plan.fields
-        if "question" in record.given and "question" not in fields:
+        names = {field_place(shown).name for shown in fields}
+        if "question" in record.given and "question" not in names:
             uses = f"use {listed(fields)}" if fields else "show nothing of a record"
             raise fail(
                 "RM500",
@@ -419,6 +420,7 @@ class System:
             prompts=prompt,
             exchange=self._exchange,
             tools=self._tools,
+            keeps_thoughts=reads_thoughts(trace),
         )
         return Batch(execution, [ready.record for ready in part], trace)
 

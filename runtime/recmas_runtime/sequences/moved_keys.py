@@ -59,5 +59,8 @@ def moved_keys(keys: FloatArray, rotation: Rotation | None, offset: int) -> Floa
     if rotation is None or offset == 0:
         return keys
     cosine, sine, partner = turn_by(offset, rotation, width=keys.shape[-1])
-    moved: FloatArray = keys * cosine + keys[..., partner] * sine
+    # Not by an index, which puts the axis of width first in memory.
+    moved: FloatArray = np.take(keys, partner, axis=-1)
+    moved *= sine
+    moved += keys * cosine
     return moved

@@ -19,6 +19,7 @@ from recmas_runtime.engines.onnx.caches import Cache
 from recmas_runtime.formats.layers import cache_tensors, has_states
 from recmas_runtime.formats.plan import cache_capacity
 from recmas_runtime.prompts.render import common_prefix
+from recmas_runtime.sequences.moved_keys import moved_keys
 
 # Of a prompt: behind cached rows a batch's prompts may run row by row, at four fifths of the speed,
 # so a copy must spare more than that.
@@ -135,7 +136,7 @@ class SequenceBatch:
         """
         kept = np.array([0 if row is None else len(row.ids) for row in saved], np.int64)
         if source is not self and kept.any():
-            self._make_room(int(kept.max()))
+            self.make_room(int(kept.max()))
             places = [0 if row is None else row.row for row in saved]
             self.cache.copy_rows(source.cache, places, int(kept.max()))
         # The engine begins sequences anew that are written from their first position on.
@@ -209,8 +210,8 @@ class SequenceBatch:
             assert self._stand.tolist() == list(starts), "states stand behind other positions"
         if self.keeps_states or any(self.num_foreign):
             # A row that started earlier than it must would run positions a second time.
-            self._make_room(max(starts) + positions)
-        self._make_room(max(ends))
+            self.make_room(max(starts) + positions)
+        self.make_room(max(ends))
         parts = [sequence[:end] for sequence, end in zip(embeds, ends, strict=True)]
         inputs, first, last = ragged_window(parts, starts, self.cache.capacity)
         hidden, self.thought, self.next_embeds = self.engine.forward(
@@ -247,17 +248,28 @@ class SequenceBatch:
         self.num_foreign = [sum(piece.count for piece in pieces) for pieces in rows]
         self.prefixes = [()] * len(rows)
         most = max(self.num_foreign)
-        self._make_room(most)
+        self.make_room(most)
         values = []
         for index, tensor in enumerate(cache_tensors(self.engine.entry.layers)):
             whole = np.zeros(tensor.whole(len(rows), most), np.float32)
             for row, pieces in enumerate(rows):
                 at = 0
                 for piece in pieces:
-                    whole[row, :, at : at + piece.count] = piece.tensors[index]
+                    turned = self._turned(tensor.name, piece.tensors[index], piece, at)
+                    whole[row, :, at : at + piece.count] = turned
                     at += piece.count
             values.append(whole)
         self.cache.write_rows(values)
+        self.lengths = self._stand = np.array(self.num_foreign, np.int64)
+
+    def _turned(self, name: str, rows: NDArray[Any], piece: Rows, position: int) -> NDArray[Any]:
+        """Return one tensor of a piece of rows as it is at another position."""
+        offset = position - piece.position
+        if offset == 0:
+            return rows
+        positions = self.engine.entry.row_positions
+        assert positions is not None, "a bundle whose rows move tells how"
+        return moved_keys(rows, positions.of_tensor(name), offset)
 
     def read_rows(self, row: int, first: int, last: int) -> Rows:
         """Return a copy of some rows of one sequence."""
@@ -289,7 +301,7 @@ class SequenceBatch:
         if not any(common):
             return
         # Whole prompts, for what is copied now would not move along before they have run.
-        self._make_room(max(lengths))
+        self.make_room(max(lengths))
         self.cache.copy_rows(other.cache, sources, max(common))
         self.prefixes = [tuple(ids[:count]) for ids, count in zip(prompts, common, strict=True)]
 
@@ -316,7 +328,7 @@ class SequenceBatch:
     ) -> tuple[Floats, Floats, Floats]:
         """Run token ids of every row behind what is there; returns what `forward` gives."""
         assert not self.keeps_states or (self._stand == self.lengths).all(), "states went on alone"
-        self._make_room(int(self.lengths.max() + counts.max()))
+        self.make_room(int(self.lengths.max() + counts.max()))
         # What a shorter row writes behind its own tokens is overwritten before it is ever read.
         padded = np.zeros((len(tokens), max(1, int(counts.max()))), np.int64)
         for row, ids in enumerate(tokens):
@@ -355,7 +367,7 @@ class SequenceBatch:
             owner=None if moved is None else self,
         )
 
-    def _make_room(self, positions: int) -> None:
+    def make_room(self, positions: int) -> None:
         """Move to a larger cache if a row needs `positions` and this one has less."""
         if positions <= self.cache.capacity:
             return

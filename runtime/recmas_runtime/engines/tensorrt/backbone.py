@@ -166,8 +166,12 @@ class TensorrtBackbone:
 
     def logits(self, hidden: Floats) -> Floats:
         """Return the logits [R, V] of final hidden states [R, d]."""
-        if len(hidden) > self._plans.max_rows:
-            return self._beyond().logits(hidden)
+        most = self._plans.max_rows
+        parts = [hidden[first : first + most] for first in range(0, len(hidden), most)]
+        return np.concatenate([self._logits(np.ascontiguousarray(part)) for part in parts])
+
+    def _logits(self, hidden: Floats) -> Floats:
+        """Return the logits of no more rows than the engine takes."""
         shape = (len(hidden), self._head.engine.tensors["logits"].shape[1])
         (logits,) = self._head.run({"hidden": hidden}, {"logits": shape})
         return logits
