@@ -98,7 +98,7 @@ class OuterTask:
             "records": len(chosen.senders),
             "seed": SEED,
             "repeated": chosen.num_repeated,
-            "same_input": chosen.num_same_input,
+            "same_input": len(chosen.same_input),
         }
 
     def gradient_figures(self, tokens: float) -> Mapping[str, Any]:

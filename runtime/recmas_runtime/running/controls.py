@@ -42,13 +42,13 @@ class Exchange:
         senders: For each record the place of the one whose messages it gets, never its own.
         num_repeated: Records whose sender sends to another record too, because no permutation is
             left: more than half of the records have the same answer.
-        num_same_input: Records that get the messages of one that showed an agent the same text,
-            because every record with another answer did.
+        same_input: Places of records that get the messages of one that showed an agent the same
+            text, because every record with another answer did.
     """
 
     senders: tuple[int, ...]
     num_repeated: int
-    num_same_input: int
+    same_input: frozenset[int] = frozenset()
 
 
 def exchange(
@@ -95,13 +95,13 @@ def exchange(
                 senders[place], senders[other] = senders[other], senders[place]
                 break
     left = [place for place in order if not fit(place, senders[place])]
-    num_same_input = 0
+    same_input = set()
     for place in left:
         start = draw.randrange(num)
         rotated = [*order[start:], *order[:start]]
         found = next((other for other in rotated if fit(place, other)), None)
         if found is None:
-            num_same_input += 1
+            same_input.add(place)
             found = next((other for other in rotated if differ(place, other)), None)
         if found is None:
             said = next(iter(answers[place]), "")
@@ -110,7 +110,7 @@ def exchange(
     return Exchange(
         senders=tuple(senders),
         num_repeated=num - len(set(senders)),
-        num_same_input=num_same_input,
+        same_input=frozenset(same_input),
     )
 
 
@@ -134,12 +134,12 @@ class ControlledSet:
 
     Attributes:
         senders: By id and place in the input of a record, the one whose messages it gets.
-        exchange: How they were chosen.
+        same_input: Those of `senders` that showed an agent the same text, see `Exchange`.
         mean: The sums of all messages, for `mean`.
     """
 
     senders: Mapping[tuple[object, int], Record]
-    exchange: Exchange
+    same_input: frozenset[tuple[object, int]]
     mean: MeanMessages | None
 
     @classmethod
@@ -149,7 +149,8 @@ class ControlledSet:
             _key(record): records[place]
             for record, place in zip(records, found.senders, strict=True)
         }
-        return cls(senders=senders, exchange=found, mean=mean)
+        same_input = frozenset(_key(records[place]) for place in found.same_input)
+        return cls(senders=senders, same_input=same_input, mean=mean)
 
     def sender(self, record: Record) -> Record:
         """Return the record whose messages another one gets; RM508 if that is none of the set."""
@@ -160,6 +161,10 @@ class ControlledSet:
                 hint="Give `over` every record that is asked.",
             )
         return self.senders[_key(record)]
+
+    def has_same_input(self, record: Record) -> bool:
+        """Return whether the sender of a record showed an agent the same text."""
+        return _key(record) in self.same_input
 
 
 def _key(record: Record) -> tuple[object, int]:
