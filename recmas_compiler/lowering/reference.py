@@ -376,7 +376,7 @@ class TorchSystem(ProgramModule):
         if sends_rows(self.plan, agent, "thoughts"):
             end = sequence.end
             rows = tensors_of(sequence.cache, backbone.facts.layers)
-            sequence.rows["thoughts"] = _cut(rows, end, end + num_steps - 1)
+            sequence.rows["thoughts"] = cut_rows(rows, end, end + num_steps - 1)
 
     @torch.no_grad()
     def _write(self, agent: str, step: WriteStep, state: LatentState) -> None:
@@ -397,7 +397,7 @@ class TorchSystem(ProgramModule):
         if sends_rows(self.plan, agent, "written"):
             end = sequence.end
             rows = tensors_of(cache, layers)
-            sequence.rows["written"] = _cut(rows, end, end + len(ids))
+            sequence.rows["written"] = cut_rows(rows, end, end + len(ids))
 
     def _send(self, step: SendStep, state: LatentState) -> None:
         form, sequence = self.plan.links[step.links[0]], state.sequences[step.source]
@@ -437,7 +437,7 @@ class TorchSystem(ProgramModule):
         layers = self._backbone(agent).facts.layers
         first = sequence.num_front
         last = first + sequence.prompt.num_turn_positions(sequence.slots)
-        context = _cut(tensors_of(sequence.cache, layers), first, last)
+        context = cut_rows(tensors_of(sequence.cache, layers), first, last)
         return tuple(context if kind == "context" else sequence.rows[kind] for kind in form.rows)
 
     def _decode(
@@ -551,7 +551,8 @@ def _extend(backbone: TorchBackbone, cache: Any, embeds_TD: Tensor) -> Tensor:
     return hidden_TD
 
 
-def _cut(tensors: Sequence[Tensor], first: int, last: int) -> Rows:
+def cut_rows(tensors: Sequence[Tensor], first: int, last: int) -> Rows:
+    """Return some rows of a cache, [1, H, P, D] for each of its tensors."""
     return Rows(tensors=tuple(t[:, :, first:last] for t in tensors), position=first)
 
 

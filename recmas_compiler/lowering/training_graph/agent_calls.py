@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final, Generic, ParamSpec, TypeVar
 
@@ -139,17 +139,30 @@ class AgentCalls:
         self._eager_extend = extend
         self._shared_rows = lru_cache(MOST_SHARED_TEXTS)(self._run_shared)
         source = backbone.facts.source
-        self._read = Compiled(read, name=f"a call of {source}") if compile_calls else read
+        self._read_columns = Compiled(read, name=f"a call of {source}") if compile_calls else read
         self._extend = Compiled(extend, name=f"a rollout of {source}") if compile_calls else extend
 
-    def read(self, rows: Sequence[Row], constants: ConstantRows) -> Tensor:
-        """Return the hidden states [N, S - P, D] of the last columns; rows end together."""
+    def read(self, rows: Sequence[Row], constants: ConstantRows) -> list[Tensor]:
+        """Return for each row the hidden states [S - P, D] of the last columns; all end together.
+
+        Rows behind other ones run one by one: padding between the two would be counted by a window.
+        """
+        if any(row.front for row in rows):
+            return [hidden_SD for row in rows for hidden_SD in self._read([row], constants)]
+        return list(self._read(rows, constants))
+
+    def rows_of(self, row: Row) -> Rows:
+        """Return what all layers keep of a row and of what comes before it, [1, K, S, D] each."""
+        padded, kept = self._begin_alone(row)
+        return self._extend(padded.embeds_NSD, padded.mask_NS, padded.positions_NS, *kept)[1]
+
+    def _read(self, rows: Sequence[Row], constants: ConstantRows) -> Tensor:
         padded, kept = self._begin(rows, constants)
         start = padded.num_constant
 
         def run(embeds_NRD: Tensor) -> Tensor:
             positions_NR = _columns(padded.positions_NS, start)
-            return self._read(embeds_NRD, padded.mask_NS, positions_NR, *kept)
+            return self._read_columns(embeds_NRD, padded.mask_NS, positions_NR, *kept)
 
         return recomputed(run, _columns(padded.embeds_NSD, start), checkpointed=self._checkpoint)
 
@@ -234,6 +247,9 @@ class AgentCalls:
         self, rows: Sequence[Row], constants: ConstantRows, *, more: int = 0
     ) -> tuple[Padded, Rows]:
         """Pad rows and run their constant columns, unless an earlier round did."""
+        if any(row.front for row in rows):
+            (row,) = rows
+            return self._begin_alone(row)
         window = self._backbone.facts.sliding_window
         share_up_to = None if window is None else window - more
         if has_states(self._backbone.facts.layers):
@@ -265,6 +281,12 @@ class AgentCalls:
                 *kept,
             )
         return padded, constants[key]
+
+    def _begin_alone(self, row: Row) -> tuple[Padded, Rows]:
+        """Return a row without padding, to run behind what comes before it."""
+        padded = pad_rows([row], self._embed, multiple=1, always_mask=False, may_split=False)
+        num_before = row.front[0].shape[2] if row.front else 0
+        return replace(padded, positions_NS=padded.positions_NS + num_before), row.front
 
     @torch.no_grad()
     def _run_shared(self, ids: tuple[int, ...]) -> Rows:
@@ -328,10 +350,13 @@ class Row:
 
     Attributes:
         pieces: Token ids and messages [M, D] in order; messages are not empty.
+        front: What all layers keep of positions before it; empty for none. A row with a front runs
+            alone.
     """
 
     pieces: tuple[tuple[int, ...] | Tensor, ...]
     num_wanted: int
+    front: Rows = ()
 
     @property
     def length(self) -> int:
@@ -341,7 +366,7 @@ class Row:
     @property
     def is_constant(self) -> bool:
         """Whether it holds no message, so that nothing which learns changes it."""
-        return not any(isinstance(piece, Tensor) for piece in self.pieces)
+        return not self.front and not any(isinstance(piece, Tensor) for piece in self.pieces)
 
     @property
     def leading_ids(self) -> tuple[int, ...]:

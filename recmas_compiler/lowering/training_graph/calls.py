@@ -23,6 +23,7 @@ from recmas_runtime.prompts.render import (
 )
 from recmas_runtime.prompts.tool_turns import answer_chat
 from recmas_runtime.prompts.turn import build_turn
+from recmas_runtime.running.record_prompts import field_of_slot, with_texts
 
 if TYPE_CHECKING:  # what reads training data does not need torch
     from recmas_compiler.backbones.torch_model import TorchBackbone
@@ -121,7 +122,7 @@ class CallWriter:
         self._handing = {
             name
             for name in system.agents
-            if any(link.form.needs_context for link in system.sent_by(name))
+            if any(link.form.carries in ("context", "cache") for link in system.sent_by(name))
         }
         # Records, by agent, whose target the template does not write as it stands.
         self._changed: dict[str, dict[str, None]] = {}
@@ -181,8 +182,8 @@ class CallWriter:
         record = {**example.fields, "id": example.id}
         parts = declared.parts(variant)
         if texts:
-            record |= {_field_of(slot): text for slot, text in texts.items()}
-            parts = tuple(_as_text(part) if part.value in texts else part for part in parts)
+            record |= {field_of_slot(slot): text for slot, text in texts.items()}
+            parts = tuple(with_texts(parts, texts))
         is_placed = agent in self._handing
         try:
             if form == "prompt":
@@ -318,15 +319,6 @@ def _most_tokens(form: MessageForm, latent_steps: int) -> int:
     if form.carries == "thoughts":
         return latent_steps
     return (form.max_tokens or 0) if form.carries in ("written", "text") else 0
-
-
-def _field_of(slot: str) -> str:
-    return f"latent.{slot}"  # no field of a record can have a dot in its name
-
-
-def _as_text(part: PromptPart) -> PromptPart:
-    """Return a field in the place of a slot: its text never becomes control tokens."""
-    return PromptPart(kind="field", value=_field_of(part.value)) if part.kind == "slot" else part
 
 
 def _named(error: RecmasError, agent: str, example: TrainExample) -> RecmasError:

@@ -178,6 +178,11 @@ class TrainingGraph(ProgramModule):
     ) -> int:
         """Return how many positions a message takes, that of a text nearly."""
         form, num_steps = self.plan.links[link_id], self.plan.agents[turn.agent].latent_steps
+        taken = {
+            message.slot: slots[message.slot]
+            for message in turn.messages
+            if self.plan.links[message.link].has_vectors
+        }
         match form.carries:
             case "thoughts":
                 if self.mode == "rollout":
@@ -185,7 +190,16 @@ class TrainingGraph(ProgramModule):
                 return min(num_steps, calls[turn.agent, turn.variant, "turn"].num_target_tokens)
             case "context":
                 prompt = calls[turn.agent, turn.variant, "prompt"]
-                return len(context_places(prompt, form, slots, num_steps))
+                return len(context_places(prompt, form, taken, num_steps))
+            case "cache":
+                placed = calls[turn.agent, turn.variant, "prompt"].placed
+                assert placed is not None, "the prompt of an agent that hands it over"
+                lengths = {
+                    "context": placed.num_turn_positions(taken),
+                    "thoughts": num_steps - 1,
+                    "written": self._num_written(form, example),
+                }
+                return sum(lengths[kind] for kind in form.rows)
             case _:
                 return self._num_written(form, example)
 
@@ -272,6 +286,7 @@ class TrainingGraph(ProgramModule):
             plan=self.plan,
             batch=batch,
             mode=self.mode if mode is None else mode,
+            backbones=self.backbones,
             agent_calls=self._agent_calls,
             writer=self.writer,
             frozen=self._frozen_states,
@@ -307,7 +322,7 @@ class TrainingGraph(ProgramModule):
         links = [self.plan.links[link] for link in self._sent.get((turn.agent, turn.round), ())]
         is_forced = mode == "teacher_forced" and any(link.needs_thoughts for link in links)
         reads_prompt = mode == "rollout" or any(
-            link.needs_context or link.needs_text for link in links
+            link.carries in ("context", "cache") or link.needs_text for link in links
         )
         forms: tuple[Form, ...] = ("prompt",) if reads_prompt else ()
         return (*forms, "turn") if is_forced or turn in self._supervised else forms

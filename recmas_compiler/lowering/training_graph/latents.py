@@ -14,10 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from recmas_compiler.backbones.torch_model import TorchBackbone
+from recmas_compiler.lowering.reference import Rows, cut_rows, join_rows
 from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls, ConstantRows, Row
 from recmas_compiler.lowering.training_graph.calls import Batch, Call, CallWriter, Form
 from recmas_compiler.lowering.training_graph.frozen_states import FrozenStates, Places, Reading
-from recmas_runtime.formats.messages import Carries, MessageForm, message_spans
+from recmas_runtime.formats.messages import Carries, MessageForm, RowsOf, message_spans
 from recmas_runtime.formats.plan import Message, Plan, PrefillStep, SendStep, Variant
 from recmas_runtime.prompts.render import Tokens
 
@@ -26,8 +28,8 @@ Mode = Literal["teacher_forced", "rollout"]
 _ByTurn = dict[tuple[str, int], list[Tensor]]
 """A tensor for each record, by agent (or link) and round."""
 
-Sent = Tensor | str
-"""What a record sends: vectors [M, D] or a text."""
+Sent = Tensor | str | tuple[Rows, ...]
+"""What a record sends: vectors [M, D], a text, or pieces of rows."""
 
 Received = dict[str, list[Sent]]
 """What a turn's slots get: by slot the message of each record."""
@@ -108,6 +110,7 @@ class Latents:
     plan: Plan
     batch: Batch
     mode: Mode
+    backbones: Mapping[str, TorchBackbone]
     agent_calls: Mapping[str, AgentCalls]
     writer: CallWriter
     apply_link: Callable[[str, Tensor], Tensor]
@@ -118,6 +121,10 @@ class Latents:
     thoughts_MD: _ByTurn = field(default_factory=dict, init=False)
     turns_TD: _ByTurn = field(default_factory=dict, init=False)
     texts: dict[tuple[str, int], list[str]] = field(default_factory=dict, init=False)
+    _ids: dict[tuple[str, int], list[tuple[int, ...]]] = field(default_factory=dict, init=False)
+    _kept_rows: dict[tuple[str, int], list[tuple[Rows, ...]]] = field(
+        default_factory=dict, init=False
+    )
     _states_KD: _ByTurn = field(default_factory=dict, init=False)
     _inputs_MD: _ByTurn = field(default_factory=dict, init=False)
     _messages_ME: _ByTurn = field(default_factory=dict, init=False)
@@ -140,6 +147,8 @@ class Latents:
         for turn in turns:
             if self._any(turn, "needs_text"):
                 self._write(turn)
+            if self._links(turn, "cache"):
+                self._keep_rows(turn)
 
     def read_turns(
         self,
@@ -162,7 +171,7 @@ class Latents:
             given = self.received(turn) if received is None else received
             calls = self._calls(turn, "turn", given)[:size]
             cut = [call if limit is None else call.cut(limit) for call in calls]
-            rows += self._rows(cut, given)
+            rows += self._rows(turn, cut, given)
         name = self._backbone(turns[0].agent)
         hidden_NSD = self.agent_calls[name].read(rows, self._constants[name])
         states = [h_SD[-row.num_wanted :] for h_SD, row in zip(hidden_NSD, rows, strict=True)]
@@ -200,7 +209,10 @@ class Latents:
         rows: list[Row] = []
         for turn in turns:
             received = self.received(turn)
-            rows += self._rows(self._calls(turn, "prompt", received), received)
+            rows += self._rows(turn, self._calls(turn, "prompt", received), received)
+        if any(row.front for row in rows) and len(rows) > 1:
+            self._roll_out_alone(turns, rows, num_steps)
+            return
 
         def inner(hidden_ND: Tensor) -> Tensor:
             parts_BD = torch.split(hidden_ND, len(self.batch))
@@ -220,6 +232,56 @@ class Latents:
             self.thoughts_MD[turn.agent, turn.round] = list(thoughts_NMD[of_turn])
             self._inputs_MD[turn.agent, turn.round] = list(inputs_NMD[of_turn])
 
+    def _roll_out_alone(
+        self, turns: Sequence[AgentTurn], rows: Sequence[Row], num_steps: int
+    ) -> None:
+        """Roll out rows that run behind other ones, one by one."""
+        size = len(self.batch)
+        for i, turn in enumerate(turns):
+            found = [
+                self.agent_calls[self._backbone(turn.agent)].roll_out(
+                    [row],
+                    num_steps,
+                    partial(self._linked, self.plan.agents[turn.agent].inner, turn.round),
+                    {},
+                )
+                for row in rows[i * size : (i + 1) * size]
+            ]
+            key = turn.agent, turn.round
+            self.thoughts_MD[key] = [thoughts_1MD[0] for thoughts_1MD, _ in found]
+            self._inputs_MD[key] = [inputs_1MD[0] for _, inputs_1MD in found]
+
+    def _keep_rows(self, turn: AgentTurn) -> None:
+        """Read prompts and what stands behind them once more, for rows of their caches."""
+        forms = {link_id: self.plan.links[link_id] for link_id in self._links(turn, "cache")}
+        received = self.received(turn)
+        calls = self._calls(turn, "prompt", received)
+        agent_calls = self.agent_calls[self._backbone(turn.agent)]
+        sent: dict[str, list[tuple[Rows, ...]]] = {link_id: [] for link_id in forms}
+        key = turn.agent, turn.round
+        for record, row in enumerate(self._rows(turn, calls, received)):
+            first = row.front[0].shape[2] if row.front else 0
+            call = calls[record]
+            assert call.placed is not None, "the prompt of an agent that hands it over"
+            last = first + call.placed.num_turn_positions(_vector_lengths(received, record))
+            end = first + row.length
+            behind: dict[RowsOf, tuple[int, ...] | Tensor] = {}
+            if any("thoughts" in form.rows for form in forms.values()):
+                # The last thought is not read any more.
+                behind["thoughts"] = self._inputs(*key)[record][:-1]
+            if any("written" in form.rows for form in forms.values()):
+                behind["written"] = self._ids[key][record]
+            pieces: dict[RowsOf, Rows] = {}
+            for kind, piece in (behind or {"context": ()}).items():
+                whole = replace(row, pieces=(*row.pieces, *((piece,) if len(piece) else ())))
+                kept = agent_calls.rows_of(whole)
+                pieces[kind] = cut_rows(kept, end, end + len(piece))
+                pieces["context"] = cut_rows(kept, first, last)
+            for link_id, form in forms.items():
+                sent[link_id].append(tuple(pieces[kind] for kind in form.rows))
+        for link_id, messages in sent.items():
+            self._kept_rows[link_id, turn.round] = messages
+
     def _read_prompts(self, turns: Sequence[AgentTurn]) -> None:
         """Read prompts to their end, for messages of their own states."""
         readings: list[Reading] = []
@@ -227,7 +289,7 @@ class Latents:
         for turn in turns:
             received = self.received(turn)
             calls = self._calls(turn, "prompt", received)
-            rows = self._rows(calls, received)
+            rows = self._rows(turn, calls, received)
             for link_id in self._links(turn, "context"):
                 keys.append((link_id, turn.round))
                 for record, (call, row) in enumerate(zip(calls, rows, strict=True)):
@@ -247,10 +309,10 @@ class Latents:
 
     def _write(self, turn: AgentTurn) -> None:
         """Write for others: the target where it may be read and there is one, else greedily."""
-        links = [*self._links(turn, "written"), *self._links(turn, "text")]
-        most = max(self.plan.links[link].max_tokens or 0 for link in links)
+        sent = self._sent[turn.agent, turn.round]
+        most = max(self.plan.links[link].max_tokens or 0 for link in sent)
         received = self.received(turn)
-        rows = self._rows(self._calls(turn, "prompt", received), received)
+        rows = self._rows(turn, self._calls(turn, "prompt", received), received)
         name = self._backbone(turn.agent)
         if self.mode == "teacher_forced" and turn.agent in self.batch.examples[0].targets:
             examples = self.batch.examples
@@ -258,12 +320,13 @@ class Latents:
         else:
             ids = self.frozen.write(name, self.agent_calls[name], rows, most, self._constants[name])
         key = turn.agent, turn.round
+        self._ids[key] = ids
         self.texts[key] = [self.writer.text_of(turn.agent, written) for written in ids]
         if not self._links(turn, "written"):
             return
         readings = []
         for row, written in zip(rows, ids, strict=True):
-            whole = Row(pieces=(*row.pieces, written), num_wanted=len(written))
+            whole = replace(row, pieces=(*row.pieces, written), num_wanted=len(written))
             places = range(row.length, whole.length)
             readings.append(Reading(row=whole, places=tuple((place,) for place in places)))
         found = self.read(turn.agent, readings)
@@ -283,6 +346,8 @@ class Latents:
         link = self.plan.links[message.link]
         if link.carries == "text":
             return list(self.texts[link.source, message.round])
+        if link.carries == "cache":
+            return list(self._kept_rows[message.link, message.round])
         return list(self.message(message.link, message.round))
 
     def _calls(self, turn: AgentTurn, form: Form, received: Received) -> list[Call]:
@@ -301,7 +366,8 @@ class Latents:
             sent = {slot: messages[record] for slot, messages in received.items()}
             yield {slot: message for slot, message in sent.items() if isinstance(message, str)}
 
-    def _rows(self, calls: Sequence[Call], received: Received) -> list[Row]:
+    def _rows(self, turn: AgentTurn, calls: Sequence[Call], received: Received) -> list[Row]:
+        backbone = self.backbones[self._backbone(turn.agent)]
         rows = []
         for record, call in enumerate(calls):
             pieces: list[tuple[int, ...] | Tensor] = []
@@ -312,7 +378,15 @@ class Latents:
                 message = received[item.agent][record] if item.agent in received else ()
                 if isinstance(message, Tensor) and len(message):
                     pieces.append(message)
-            rows.append(Row(pieces=tuple(pieces), num_wanted=call.num_target_tokens + 1))
+            sent = [messages[record] for messages in received.values()]
+            before = [piece for message in sent if isinstance(message, tuple) for piece in message]
+            rows.append(
+                Row(
+                    pieces=tuple(pieces),
+                    num_wanted=call.num_target_tokens + 1,
+                    front=join_rows(before, backbone),
+                )
+            )
         return rows
 
     def _links(self, turn: AgentTurn, carries: Carries) -> list[str]:
