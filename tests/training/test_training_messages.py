@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import recmas_compiler as rc
 from kit.graphs import topology
 from kit.models import LoadTiny
 from kit.systems import declare, random_links
-from kit.training import carrying, examples, in_float64, on_one, training_graph
+from kit.training import (
+    carrying,
+    changed,
+    examples,
+    in_float64,
+    on_one,
+    training_graph,
+    write_case,
+)
 from plain_training import PlainTraining
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.lowering.reference import TorchSystem
@@ -221,3 +231,33 @@ def test_lengths_are_those_of_the_calls(tiny: LoadTiny, name: str, mode: str) ->
             assert row.length == bound
         else:  # what is written greedily may end early, and a text is other tokens elsewhere
             assert row.length <= bound + 3 * TEXT.max_tokens * received.count("text")
+
+
+def test_a_run_of_several_kinds(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both stages, with an agent that only reads and one whose inner link nothing passes."""
+    monkeypatch.chdir(case.parent)
+    reader = "  reader: {backbone: tiny, prompt: 'Read {{ question }}', inner: {init: random}}\n"
+    text = changed(
+        ("  planner:\n", f"{reader}  planner:\n"),
+        ("Use {{ latent.planner }}", "Use {{ latent.planner }} {{ latent.reader }}"),
+        ("  planner -> solver: {}\n", "  planner -> solver: {carries: written, max_tokens: 4}\n"
+         "  reader -> solver: {carries: context, of: question, every: 2, init: random}\n"),
+        ("{feedback: true}", "{carries: text, max_tokens: 3, feedback: true}"),
+        ("{steps: 12,", "{steps: 2,"),
+        ("{steps: 8,", "{mode: rollout, center: true, steps: 2,"),
+    )  # fmt: skip
+    write_case(case.parent, text=text)
+    report = rc.train(rc.compile(rc.load_spec(case)), "run", stage="outer")
+    assert set(report.trained) == {
+        "planner.inner", "reader.inner", "planner->solver", "reader->solver",
+    }  # fmt: skip
+    figures = report.stages["outer"]["after"]
+    assert figures.keys() == {"latent", "null", "shuffled", "mean"}
+    assert len({round(value, 6) for value in figures.values()}) == len(figures)
+    names = sorted(path.name for path in Path("links/pair").glob("*.safetensors"))
+    assert names == [
+        "inner.planner.safetensors",
+        "inner.reader.safetensors",
+        "outer.planner.solver.safetensors",
+        "outer.reader.solver.safetensors",
+    ]
