@@ -69,7 +69,6 @@ from recmas_runtime.formats.ids import (
     is_inner,
     link_ends,
     link_file_name,
-    link_name,
     outer_link_id,
 )
 from recmas_runtime.formats.link_kinds import FORMS, LinkKind
@@ -199,12 +198,6 @@ def run_method(session: Session, method: MethodName, options: RunOptions) -> Run
 
 def _check_learning(session: Session, stage: Stage) -> None:
     """Make sure that there is something to learn, before anything that takes long."""
-    for link_id, link in session.graph.plan.links.items():
-        if stage != "inner" and link.layers is not None:
-            place = session.spec.position("links", link_name(link.source, link.target), "layers")
-            message = f"`{link_id}` hands over rows of some layers, which cannot be trained."
-            hint = "Train with the rows of all layers, or freeze nothing that reads them."
-            raise RecmasError(problem_at(place, "RM127", message, hint=hint))
     reached = session.graph.used_links
     hint = "Take a link out of `train.outer.freeze`, or raise `latent_steps` or `rounds`."
     setting: tuple[str, ...] = ("outer", "freeze")

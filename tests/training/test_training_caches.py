@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-import recmas_compiler as rc
 from kit.models import LoadTiny
 from kit.systems import random_links
 from kit.training import (
     carrying,
-    changed,
     examples,
     in_float64,
     on_one,
     training_graph,
-    write_case,
 )
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.lowering.reference import TorchSystem, _extend
+from recmas_compiler.lowering.reference import TorchSystem
+from recmas_compiler.lowering.torch_rows import extend
 from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph, target_ids
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.training.loop.distributed import World
 from recmas_compiler.training.tasks.outer import chosen_senders, control_losses
-from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.messages import MessageForm, RowsOf
 from training_tolerances import TOLERANCES
 
@@ -48,6 +44,13 @@ SYSTEMS = {
     "two_senders": (
         "diamond",
         {"left->end": rows("context", "thoughts"), "right->end": rows("context")},
+    ),
+    "some_layers": (
+        "sequential",
+        {
+            "planner->critic": replace(rows("context"), layers=(1,)),
+            "critic->solver": rows("thoughts"),
+        },
     ),
     "written": ("diamond", {"left->end": rows("written"), "end->start": rows("context")}),
 }
@@ -83,7 +86,7 @@ def reference_loss(
     backbone: TorchBackbone = graph.backbone(answer.agent)
     (call,) = graph.prepare([record]).calls[answer.agent, answer.variant, "turn"]
     ids = torch.tensor(target_ids(call))
-    behind = _extend(backbone, sequence.cache, backbone.embed(ids[:-1]))
+    behind = extend(backbone, sequence.cache, backbone.embed(ids[:-1]), sequence.handed)
     logits = backbone.logits(torch.cat([sequence.hidden_11D[0], behind]))
     return cross_entropy(logits, ids, reduction="sum")
 
@@ -170,18 +173,3 @@ def test_lengths_count_rows(tiny: LoadTiny, name: str, mode: str) -> None:
         bound = graph.lengths(record)[graph.answer.agent, graph.answer.round]
         # What is written greedily may end early; thoughts of a target may be fewer than steps.
         assert taken == bound if name == "given_on" else bound - 8 <= taken <= bound
-
-
-def test_rows_of_some_layers_are_refused(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(case.parent)
-    text = changed(
-        ("backbone: other", "backbone: tiny"),
-        (", other: {source: qwen2}", ""),
-        ('"{{ question }} Use {{ latent.planner }} and', '"{{ latent.planner }} {{ question }}'),
-        ("planner -> solver: {}", "planner -> solver: {carries: cache, layers: [0]}"),
-    )
-    write_case(case.parent, text=text)
-    with pytest.raises(RecmasError) as refused:
-        rc.train(rc.compile(rc.load_spec(case)), "run", stage="outer")
-    (problem,) = refused.value.problems
-    assert (problem.code, problem.line) == ("RM127", 18)

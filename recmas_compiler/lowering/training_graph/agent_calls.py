@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final, Generic, ParamSpec, TypeVar
@@ -30,7 +31,9 @@ from torch.utils.checkpoint import checkpoint
 from recmas_compiler.backbones.loaded.cache_argument import cache_argument
 from recmas_compiler.backbones.loaded.own_cache import cache_of, goes_on, padding_mask, tensors_of
 from recmas_compiler.backbones.torch_model import TorchBackbone
+from recmas_compiler.lowering.hidden_rows import hidden_by_layer, rows_hidden
 from recmas_runtime.core.text import first_line
+from recmas_runtime.engines.interface import HandedRows
 from recmas_runtime.formats.layers import has_states
 
 P = ParamSpec("P")
@@ -136,7 +139,7 @@ class AgentCalls:
         self._multiple = COMPILED_COLUMNS if compile_calls else 1
         self._may_split = goes_on(backbone.model)
         read, extend = _bodies(backbone)
-        self._eager_extend = extend
+        self._eager_read, self._eager_extend = read, extend
         self._shared_rows = lru_cache(MOST_SHARED_TEXTS)(self._run_shared)
         source = backbone.facts.source
         self._read_columns = Compiled(read, name=f"a call of {source}") if compile_calls else read
@@ -154,7 +157,10 @@ class AgentCalls:
     def rows_of(self, row: Row) -> Rows:
         """Return what all layers keep of a row and of what comes before it, [1, K, S, D] each."""
         padded, kept = self._begin_alone(row)
-        return self._extend(padded.embeds_NSD, padded.mask_NS, padded.positions_NS, *kept)[1]
+        with self._hiding([row], row.num_before + row.length):
+            return self._eager_extend(
+                padded.embeds_NSD, padded.mask_NS, padded.positions_NS, *kept
+            )[1]
 
     def _read(self, rows: Sequence[Row], constants: ConstantRows) -> Tensor:
         padded, kept = self._begin(rows, constants)
@@ -162,6 +168,9 @@ class AgentCalls:
 
         def run(embeds_NRD: Tensor) -> Tensor:
             positions_NR = _columns(padded.positions_NS, start)
+            if rows[0].front:
+                with self._hiding(rows, rows[0].num_before + rows[0].length):
+                    return self._eager_read(embeds_NRD, None, positions_NR, *kept)
             return self._read_columns(embeds_NRD, padded.mask_NS, positions_NR, *kept)
 
         return recomputed(run, _columns(padded.embeds_NSD, start), checkpointed=self._checkpoint)
@@ -184,22 +193,26 @@ class AgentCalls:
 
         def run(embeds_NRD: Tensor) -> tuple[Tensor, Tensor]:
             mask_NS, positions_N1 = padded.mask_NS, padded.next_positions
-            hidden_NRD, cache = self._extend(
-                embeds_NRD,
-                mask_NS,
-                _columns(padded.positions_NS, start),
-                *kept,
-            )
+            length = rows[0].num_before + rows[0].length
+            extend = self._eager_extend if rows[0].front else self._extend
+            with self._hiding(rows, length):
+                hidden_NRD, cache = extend(
+                    embeds_NRD,
+                    mask_NS,
+                    _columns(padded.positions_NS, start),
+                    *kept,
+                )
             thoughts_ND = [hidden_NRD[:, -1].contiguous()]
             inputs_ND = [inner(thoughts_ND[0])]
-            for _ in range(num_steps - 1):
+            for step in range(1, num_steps):
                 mask_NS = None if mask_NS is None else pad(mask_NS, (0, 1), value=1)
-                hidden_N1D, cache = self._extend(
-                    inputs_ND[-1][:, None].to(embeds_NRD.dtype),
-                    mask_NS,
-                    positions_N1,
-                    *cache,
-                )
+                with self._hiding(rows, length + step):
+                    hidden_N1D, cache = extend(
+                        inputs_ND[-1][:, None].to(embeds_NRD.dtype),
+                        mask_NS,
+                        positions_N1,
+                        *cache,
+                    )
                 thoughts_ND.append(hidden_N1D[:, 0])
                 inputs_ND.append(inner(hidden_N1D[:, 0]))
                 positions_N1 = positions_N1 + 1
@@ -225,7 +238,8 @@ class AgentCalls:
             if step:
                 positions_NR = positions_NR[:, -1:] + 1
                 mask_NS = None if mask_NS is None else pad(mask_NS, (0, 1), value=1)
-            hidden_NRD, cache = self._eager_extend(embeds_NRD, mask_NS, positions_NR, *cache)
+            with self._hiding(rows, rows[0].num_before + rows[0].length + step):
+                hidden_NRD, cache = self._eager_extend(embeds_NRD, mask_NS, positions_NR, *cache)
             chosen_N = self._backbone.logits(hidden_NRD[:, -1]).float().argmax(-1)
             for row, token_id in enumerate(chosen_N.tolist()):
                 has_ended[row] = has_ended[row] or token_id in self._backbone.eos_token_ids
@@ -282,11 +296,20 @@ class AgentCalls:
             )
         return padded, constants[key]
 
+    def _hiding(self, rows: Sequence[Row], num_rows: int) -> AbstractContextManager[None]:
+        """Hide rows that come before from the layers that are not handed them, in one call.
+
+        Args:
+            num_rows: All rows that the call sees, its own included.
+        """
+        handed = rows[0].handed
+        hidden = hidden_by_layer(self._backbone.facts, handed, num_rows) if handed else {}
+        return rows_hidden(self._backbone.body, hidden)
+
     def _begin_alone(self, row: Row) -> tuple[Padded, Rows]:
         """Return a row without padding, to run behind what comes before it."""
         padded = pad_rows([row], self._embed, multiple=1, always_mask=False, may_split=False)
-        num_before = row.front[0].shape[2] if row.front else 0
-        return replace(padded, positions_NS=padded.positions_NS + num_before), row.front
+        return replace(padded, positions_NS=padded.positions_NS + row.num_before), row.front
 
     @torch.no_grad()
     def _run_shared(self, ids: tuple[int, ...]) -> Rows:
@@ -352,11 +375,18 @@ class Row:
         pieces: Token ids and messages [M, D] in order; messages are not empty.
         front: What all layers keep of positions before it; empty for none. A row with a front runs
             alone.
+        handed: Which layers see which rows of the front.
     """
 
     pieces: tuple[tuple[int, ...] | Tensor, ...]
     num_wanted: int
     front: Rows = ()
+    handed: tuple[HandedRows, ...] = ()
+
+    @property
+    def num_before(self) -> int:
+        """How many rows come before it."""
+        return self.front[0].shape[2] if self.front else 0
 
     @property
     def length(self) -> int:

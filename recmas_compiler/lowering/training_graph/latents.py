@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.lowering.reference import Rows, cut_rows, join_rows
+from recmas_compiler.lowering.torch_rows import Rows, cut_rows, join_rows, seen_rows
 from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls, ConstantRows, Row
 from recmas_compiler.lowering.training_graph.calls import Batch, Call, CallWriter, Form
 from recmas_compiler.lowering.training_graph.frozen_states import FrozenStates, Places, Reading
@@ -260,7 +260,7 @@ class Latents:
         sent: dict[str, list[tuple[Rows, ...]]] = {link_id: [] for link_id in forms}
         key = turn.agent, turn.round
         for record, row in enumerate(self._rows(turn, calls, received)):
-            first = row.front[0].shape[2] if row.front else 0
+            first = row.num_before
             call = calls[record]
             assert call.placed is not None, "the prompt of an agent that hands it over"
             last = first + call.placed.num_turn_positions(_vector_lengths(received, record))
@@ -278,7 +278,9 @@ class Latents:
                 pieces[kind] = cut_rows(kept, end, end + len(piece))
                 pieces["context"] = cut_rows(kept, first, last)
             for link_id, form in forms.items():
-                sent[link_id].append(tuple(pieces[kind] for kind in form.rows))
+                sent[link_id].append(
+                    tuple(replace(pieces[kind], seen_by=form.layers) for kind in form.rows)
+                )
         for link_id, messages in sent.items():
             self._kept_rows[link_id, turn.round] = messages
 
@@ -385,6 +387,7 @@ class Latents:
                     pieces=tuple(pieces),
                     num_wanted=call.num_target_tokens + 1,
                     front=join_rows(before, backbone),
+                    handed=seen_rows(before),
                 )
             )
         return rows

@@ -115,16 +115,21 @@ def exchange(
 
 
 def sender_inputs(plan: Plan, fields: Mapping[str, object]) -> tuple[str, ...]:
-    """Return what each agent but the answer agent reads of a record, for `exchange`."""
+    """Return what other agents read of a record and the answer agent does not, for `exchange`.
+
+    Where that is nothing, what they read. Fields count one by one: two questions about one passage
+    are not of different inputs.
+    """
+    answer = plan.agents[plan.answer_agent]
+    others = [agent for name, agent in plan.agents.items() if name != plan.answer_agent]
+    read = prompt_fields(others)
+    alone = [name for name in read if name not in prompt_fields([answer])]
     found = []
-    for name, agent in plan.agents.items():
-        if name == plan.answer_agent:
-            continue
+    for name in alone or read:
         try:
-            texts = [field_text(field, fields) for field in prompt_fields([agent])]
+            found.append(repr((name, field_text(name, fields))))
         except RecmasError:
             continue  # a record that cannot run sends nothing
-        found += [repr((name, texts))] if texts else []
     return tuple(found)
 
 
