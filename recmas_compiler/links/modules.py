@@ -63,6 +63,12 @@ class LinkModule(nn.Module):
         """The norm of the sum."""
         return self._norm(self.form.post)
 
+    @property
+    def offset(self) -> nn.Parameter | None:
+        """What is added last to whatever the link gives; None without biases."""
+        last = self.proj2 if self.post_norm is None else self.post_norm
+        return last.bias
+
     def _norm(self, name: str | None) -> nn.LayerNorm | None:
         norm: nn.LayerNorm | None = None if name is None else getattr(self, name)
         return norm
