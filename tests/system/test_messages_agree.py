@@ -1,4 +1,4 @@
-"""Every kind of message over several families at once: engines and reference agree."""
+"""Every kind of message: engines, reference and the naive form agree."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from kit.bundles import BuildTiny, tiny_builder
+from kit.bundles import BuildTiny, Built, tiny_builder
 from kit.files import MadeOnce
 from kit.models import write_tiny_backbone
 from kit.traced import assert_messages_agree, run_traced
+from kit.zoo import write_zoo_model
 
 HEAD = """
 recmas: 1
@@ -75,7 +76,134 @@ links:
 answer: {{agent: loop, max_new_tokens: 10}}
 """
 
-SPECS = {"every kind": EVERY_KIND, "rows": ROWS}
+# Two who write as one batch, of whom one takes rows itself from the second round on; the solver has
+# rows of both before its prompt, in windows of eight.
+SENDERS = f"""{HEAD}
+backbones: {{third: {{source: gemma3}}}}
+rounds: 3
+agents:
+  left:
+    backbone: third
+    inner: {{init: random}}
+    prompt:
+      first: "Left {{{{ question }}}}"
+      then: "{{{{ latent.solver }}}} Left {{{{ question }}}}"
+  right:
+    backbone: third
+    inner: {{init: random}}
+    system: "Read {{{{ context }}}}"
+    prompt:
+      first: "Right {{{{ question }}}}"
+      then: "Right {{{{ question }}}} {{{{ latent.solver }}}}"
+  solver:
+    backbone: third
+    latent_steps: 2
+    inner: {{init: random}}
+    prompt: "{{{{ latent.right }}}}{{{{ latent.left }}}} Then {{{{ question }}}}"
+links:
+  left -> solver: {{carries: cache, rows: [context, written], max_tokens: 5}}
+  right -> solver: {{carries: cache, rows: written, max_tokens: 5}}
+  solver -> left: {{carries: cache, feedback: true}}
+  solver -> right: {{carries: context, pool: true, feedback: true, init: random}}
+answer: {{agent: solver, max_new_tokens: 10}}
+"""
+
+# Nothing but rows; nobody thinks, so no state of a latent step is ever there.
+ONLY_ROWS = f"""{HEAD.replace("latent_steps: 3", "latent_steps: 0")}
+backbones: {{small: {{source: llama}}}}
+rounds: 2
+agents:
+  reader: {{backbone: small, prompt: "Read {{{{ context }}}}"}}
+  judge:
+    backbone: small
+    prompt:
+      first: "{{{{ latent.reader }}}} Judge {{{{ question }}}}"
+      then: "{{{{ latent.reader }}}} {{{{ latent.solver }}}} Judge {{{{ question }}}}"
+  solver: {{backbone: small, prompt: "{{{{ latent.judge }}}} Solve {{{{ question }}}}"}}
+links:
+  reader -> judge: {{carries: cache}}
+  judge -> solver: {{carries: cache}}
+  solver -> judge: {{carries: cache, feedback: true}}
+answer: {{agent: solver, max_new_tokens: 10}}
+"""
+
+# A recursion that ends early, with rows, texts and contexts beside the thoughts that decide it.
+EARLY = f"""{HEAD}
+backbones: {{small: {{source: llama}}}}
+rounds: 5
+agents:
+  reader:
+    backbone: small
+    inner: {{init: random}}
+    prompt:
+      first: "Read {{{{ context }}}}"
+      then: "{{{{ latent.solver }}}} Read {{{{ context }}}} {{{{ latent.judge }}}}"
+  judge:
+    backbone: small
+    inner: {{init: random}}
+    prompt:
+      first: "Judge {{{{ question }}}} {{{{ latent.reader }}}}"
+      then: "Judge {{{{ question }}}} {{{{ latent.reader }}}} {{{{ latent.judge }}}}"
+  solver:
+    backbone: small
+    inner: {{init: random}}
+    prompt:
+      first: "{{{{ question }}}} {{{{ latent.judge }}}}"
+      then: "{{{{ question }}}} {{{{ latent.judge }}}} {{{{ latent.solver }}}}"
+links:
+  reader -> judge: {{carries: text, max_tokens: 5}}
+  judge -> solver: {{carries: written, max_tokens: 5, init: random}}
+  judge -> judge: {{carries: context, every: 4, init: random, feedback: true}}
+  judge -> reader: {{carries: text, max_tokens: 5, feedback: true}}
+  solver -> reader: {{carries: cache, feedback: true}}
+  solver -> solver: {{init: random, feedback: true}}
+answer: {{agent: solver, max_new_tokens: 10, stop_when: {{cosine: 0.9}}}}
+"""
+
+# Layers that keep a state cannot go back: two that write as one batch run their prompts again.
+STATES = f"""{HEAD}
+backbones:
+  state: {{source: state}}
+  small: {{source: llama}}
+rounds: 2
+agents:
+  reader:
+    backbone: state
+    inner: {{init: random}}
+    prompt:
+      first: "Read {{{{ context }}}} for {{{{ question }}}}"
+      then: "Read {{{{ context }}}} for {{{{ question }}}} {{{{ latent.solver }}}}"
+  scribe:
+    backbone: state
+    inner: {{init: random}}
+    prompt: "Write of {{{{ question }}}}"
+  solver:
+    backbone: small
+    inner: {{init: random}}
+    prompt: "{{{{ question }}}} {{{{ latent.reader }}}} and {{{{ latent.scribe }}}}"
+  keeper:
+    backbone: small
+    inner: {{init: random}}
+    prompt: |-
+      {{{{ latent.solver }}}} {{{{ question }}}} {{{{ latent.reader }}}} {{{{ latent.scribe }}}}
+links:
+  reader -> solver: {{carries: context, of: context, init: random}}
+  scribe -> solver: {{carries: written, max_tokens: 5, init: random}}
+  reader -> keeper: {{carries: text, max_tokens: 5}}
+  scribe -> keeper: {{init: random}}
+  solver -> keeper: {{carries: cache, rows: thoughts}}
+  solver -> reader: {{carries: written, max_tokens: 4, init: random, feedback: true}}
+answer: {{agent: keeper, max_new_tokens: 10}}
+"""
+
+SPECS = {
+    "every kind": EVERY_KIND,
+    "rows": ROWS,
+    "senders of rows": SENDERS,
+    "only rows": ONLY_ROWS,
+    "an early end": EARLY,
+    "layer states": STATES,
+}
 CONTEXTS = ("Seven times eight is 56.", "", "Anna reads. " * 6, "x y")
 QUESTIONS = ("What is 7 * 8?", "x", "Which plan is best, and why?", "Hm?")
 RECORDS = [
@@ -84,26 +212,46 @@ RECORDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def build_mixed(made_once: MadeOnce, tmp_path_factory: pytest.TempPathFactory) -> BuildTiny:
-    """Build a spec over `llama`, `qwen3` and `gemma3` of widths 64, 48 and 32; once per text."""
-    folder = tmp_path_factory.mktemp("mixed")
-    for seed, (family, width) in enumerate((("llama", 64), ("qwen3", 48), ("gemma3", 32))):
-        write_tiny_backbone(folder / family, family, seed=seed, hidden_size=width)
-    return tiny_builder(folder, made_once, lambda: tmp_path_factory.mktemp("bundles") / "bundle")
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, families: Path) -> Path:
+    """A folder with the tiny families, and `state` of gated DeltaNet."""
+    root = tmp_path_factory.mktemp("messages")
+    write_zoo_model(root / "state", "qwen3_5_text")
+    for family in families.iterdir():
+        (root / family.name).symlink_to(family)
+    return root
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_engines_and_reference_agree(name: str, build_mixed: BuildTiny, tmp_path: Path) -> None:
-    built = build_mixed(SPECS[name])
-    single, messages = run_traced(built.system, tmp_path / "one", RECORDS, batch=1)
-    ragged, _ = run_traced(built.system, tmp_path / "many", RECORDS, batch=len(RECORDS))
+def test_engines_and_reference_agree(
+    name: str, build_tiny: BuildTiny, folder: Path, tmp_path: Path
+) -> None:
+    assert_all_forms_agree(build_tiny(SPECS[name], base_dir=folder), tmp_path)
+
+
+@pytest.mark.families
+def test_backbones_of_different_widths(
+    made_once: MadeOnce, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    folder = tmp_path_factory.mktemp("mixed")
+    for seed, (family, width) in enumerate((("llama", 64), ("qwen3", 48), ("gemma3", 32))):
+        write_tiny_backbone(folder / family, family, seed=seed, hidden_size=width)
+    build = tiny_builder(folder, made_once, lambda: tmp_path_factory.mktemp("bundles") / "bundle")
+    assert_all_forms_agree(build(EVERY_KIND), tmp_path)
+
+
+def assert_all_forms_agree(built: Built, folder: Path) -> None:
+    single, messages = run_traced(built.system, folder / "one", RECORDS, batch=1)
+    ragged, others = run_traced(built.system, folder / "many", RECORDS, batch=len(RECORDS))
     reference, naive = built.reference(RECORDS), built.naive(RECORDS)
     texts = [answer.answer for answer in single]
     assert texts == [answer.answer for answer in ragged]
-    assert texts == reference.texts
     assert [a.usage for a in single] == [a.usage for a in ragged]
-    assert_messages_agree(messages, reference)
-    assert texts == naive.texts
-    assert reference.handover_texts == naive.handover_texts
-    assert_messages_agree(messages, naive)
+    assert len(set(texts)) > 1, "texts that prove nothing"
+    for result in (reference, naive):
+        assert texts == result.texts
+        assert [answer.rounds for answer in single] == result.rounds
+        assert_messages_agree(messages, result)
+        assert_messages_agree(others, result)
+    for found, expected in zip(reference.handover_texts, naive.handover_texts, strict=True):
+        assert found == {name: expected[name] for name in found}

@@ -211,7 +211,10 @@ class Execution:
             np.concatenate([np.zeros((count, row.shape[1]), row.dtype), row])
             for count, row in zip(sequences.num_foreign, embeds, strict=True)
         ]
-        sequences.hidden = []
+        # Nobody asks for the states of rows of others, but those of prompts stand behind them.
+        sequences.hidden = [
+            row[:count] for count, row in zip(sequences.num_foreign, behind, strict=True)
+        ]
         sequences.prefill(behind, sequences.num_foreign, keep_hidden=keep_hidden)
         return [0] * len(embeds)
 
@@ -419,10 +422,11 @@ class Execution:
         """Run the prompts once more, from their beginning: layer states went on behind them."""
         sequences = self._sequences[step.cache]
         embeds = [row for agent in step.agents for row in self._turns[agent].embeds]
-        prefixes = sequences.prefixes
+        prefixes, hidden = sequences.prefixes, sequences.hidden
         sequences.begin([None] * len(embeds), sequences)
         sequences.prefixes = prefixes
         sequences.prefill(embeds, [0] * len(embeds))
+        sequences.hidden = hidden
 
     def _find_converged(self, round_: int) -> None:
         """Find the records whose messages no longer change; what they are sent stays as it is."""
