@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,8 @@ from kit.files import MadeOnce
 from kit.models import write_tiny_backbone
 from kit.traced import assert_messages_agree, run_traced
 from kit.zoo import write_zoo_model
+from recmas_runtime.cli.thoughts import handover_texts
+from recmas_runtime.running.run_trace import RECORDS_NAME
 
 HEAD = """
 recmas: 1
@@ -255,3 +259,21 @@ def assert_all_forms_agree(built: Built, folder: Path) -> None:
         assert_messages_agree(others, result)
     for found, expected in zip(reference.handover_texts, naive.handover_texts, strict=True):
         assert found == {name: expected[name] for name in found}
+    alone, together = read_trace(folder / "one"), read_trace(folder / "many")
+    for line, found in zip(alone, reference.handover_texts, strict=True):
+        texts = handover_texts(line)
+        for message, text in found.items():
+            link, _, round_ = message.partition("@")
+            assert texts[int(round_), link.partition("->")[0]] == text
+    assert [handover_texts(line) for line in alone] == [handover_texts(line) for line in together]
+    hands = any(link.carries == "cache" for link in built.system.plan.links.values())
+    assert all(bool(rows_of(line)) == hands for line in (*alone, *together))
+
+
+def read_trace(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / RECORDS_NAME).read_text().splitlines()]
+
+
+def rows_of(line: dict[str, Any]) -> list[int]:
+    """Return how many rows each step handed over that handed over any."""
+    return [step["handed_rows"] for step in line["steps"] if step.get("handed_bytes")]
