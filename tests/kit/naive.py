@@ -150,15 +150,18 @@ class _Naive:
         system = self.topology.system
         if system.stop_when is None or not 2 <= round_ < system.rounds:
             return False
+        awaited = [
+            link
+            for link in system.links.values()
+            if link.feedback and f"{link.id}@{system.rounds - 1}" in required
+        ]
+        if not all(f"{link.id}@{round_}" in required for link in awaited):
+            return False  # the last round could not follow this one
+        if all(link.form.carries != "thoughts" for link in awaited):
+            return False  # nothing that goes from round to round can be compared
         cosines: list[float] = []
         for link in system.links.values():
             now, before = f"{link.id}@{round_}", f"{link.id}@{round_ - 1}"
-            if (
-                link.feedback
-                and f"{link.id}@{system.rounds - 1}" in required
-                and now not in required
-            ):
-                return False  # the last round could not follow this one
             if link.form.carries == "thoughts" and {now, before} <= required:
                 cosine_M = torch.cosine_similarity(messages[now], messages[before], dim=-1)
                 cosines.append(float(cosine_M.mean()))

@@ -70,6 +70,11 @@ class Rows:
         """How many rows there are, P."""
         return int(self.tensors[0].shape[1])
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
 
 @dataclass(kw_only=True)
 class SequenceBatch:
