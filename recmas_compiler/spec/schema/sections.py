@@ -23,7 +23,13 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from recmas_runtime.formats.ids import LINK_PATTERN, SLUG_PATTERN
-from recmas_runtime.formats.link_kinds import DEFAULT_INIT, DEFAULT_KIND, LinkInit, LinkKind
+from recmas_runtime.formats.link_kinds import (
+    DEFAULT_INIT,
+    DEFAULT_KIND,
+    LATENTMAS_KIND,
+    LinkInit,
+    LinkKind,
+)
 from recmas_runtime.formats.messages import MAX_EVERY, MAX_LAYERS, Carries, MessageForm, RowsOf
 from recmas_runtime.formats.plan import (
     FIELD_PATTERN,
@@ -304,13 +310,15 @@ class WeightsSection(Section):
     """Where a link's weights come from: a file, or a start."""
 
     kind: Given[LinkKind] = None
-    """Form of the link: `projected`, `residual` (the paper), `ln_residual` (the released weights)
-    or `biased_residual` (the released trainer's default; a file of it may stand where the spec says
-    `residual`). Without it: `projected`, or with `weights` the kind of the file."""
+    """Form of the link: `projected`, `residual` (the paper), `ln_residual` (the released weights),
+    `biased_residual` (the released trainer's default; a file of it may stand where the spec says
+    `residual`) or `rescaled` (results of one length). Without it: `projected`, with `init:
+    latentmas` `rescaled`, or with `weights` the kind of the file."""
 
     init: Given[LinkInit] = None
     """Start of a link without `weights`: `aligned` (the default) solves for it in closed form when
-    the system is built, `random` is for training."""
+    the system is built, `latentmas` does so for an inner link by the rule of LatentMAS, `random` is
+    for training."""
 
     weights: Given[FilePath] = None
     """A safetensors file with the link's weights, relative to the spec."""
@@ -324,7 +332,8 @@ class WeightsSection(Section):
     def with_start(data: object) -> object:
         """Write out the defaults, so that the resolved spec says what is meant."""
         if isinstance(data, dict) and "weights" not in data:
-            return {"kind": DEFAULT_KIND, "init": DEFAULT_INIT} | data
+            kind = LATENTMAS_KIND if data.get("init") == "latentmas" else DEFAULT_KIND
+            return {"kind": kind, "init": DEFAULT_INIT} | data
         return data
 
 
