@@ -294,7 +294,8 @@ class _Stages:
             for link in step.links if isinstance(step, SendStep) else ():
                 ends = self.plan.links[link]
                 source, target = agents[ends.source], agents[ends.target]
-                if target.backbone == backbone:
+                # text and rows go through no link
+                if target.backbone == backbone and link in self.modules:
                     return make_message(
                         self.loaded[source.backbone],
                         inner=self.modules[source.inner],

@@ -436,9 +436,12 @@ class TorchSystem(ProgramModule):
     def _rows_sent(self, agent: str, form: MessageForm, sequence: _Sequence) -> tuple[Rows, ...]:
         layers = self._backbone(agent).facts.layers
         first = sequence.num_front
-        last = first + sequence.prompt.num_turn_positions(sequence.slots)
-        context = _cut(tensors_of(sequence.cache, layers), first, last)
-        return tuple(context if kind == "context" else sequence.rows[kind] for kind in form.rows)
+        rows = dict(sequence.rows)
+        if form.needs_context:
+            kind = form.rows[0]
+            last = first + sequence.prompt.num_rows(kind, sequence.slots)
+            rows[kind] = _cut(tensors_of(sequence.cache, layers), first, last)
+        return tuple(rows[kind] for kind in form.rows)
 
     def _decode(
         self, state: LatentState, sampling: SamplingPlan, *, seed: int

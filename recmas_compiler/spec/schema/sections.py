@@ -399,7 +399,8 @@ class LinkSection(WeightsSection):
 
     rows: Given[Annotated[Rows, WithJsonSchema(_ROWS_SCHEMA)]] = None
     """For `cache`: `context` (the sender's prompt without the generation prompt; the default),
-    `thoughts`, `written`, or `context` with one of the two as a list."""
+    `prompt` (all of it), `thoughts`, `written`, or one of the first two with one of the others as a
+    list."""
 
     layers: Given[Annotated[Layers | Literal["all"], WithJsonSchema(_LAYERS_SCHEMA)]] = None
     """For `cache`: `all` (the default), or a list of the layers whose rows are handed over, the
