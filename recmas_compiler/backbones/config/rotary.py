@@ -16,7 +16,7 @@ _NORMED: Final = "norms its keys after turning them for their position"
 # Families whose cached rows no rotation leads to another position. A build finds that out for every
 # model; these are known before.
 _ROWS_STAY: Final[Mapping[str, str]] = {
-    **dict.fromkeys(("biogpt", "ctrl", "gpt2", "gpt_bigcode", "opt", "xglm"), _ADDED),
+    **dict.fromkeys(("biogpt", "ctrl", "gpt-sw3", "gpt2", "gpt_bigcode", "opt", "xglm"), _ADDED),
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe"), _NORMED),
 }
 
