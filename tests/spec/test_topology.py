@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -143,7 +144,7 @@ WITH_FILE = PAIR.replace(
 )
 
 
-@pytest.mark.parametrize("kind", ["projected", "residual", "ln_residual", "biased_residual"])
+@pytest.mark.parametrize("kind", get_args(LinkKind))
 @pytest.mark.parametrize("said", [True, False])
 def test_link_files(kind: LinkKind, said: bool, tmp_path: Path) -> None:
     says = {"kind": kind, "in_dim": "32", "out_dim": "32"} if said else None

@@ -26,7 +26,7 @@ from recmas_compiler.spec.schema.train import (
 )
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import canonical_link_name, link_name
-from recmas_runtime.formats.link_kinds import FORMS
+from recmas_runtime.formats.link_kinds import FORMS, LATENTMAS_KIND
 from recmas_runtime.formats.precisions import PRECISIONS, PrecisionName, precision_hint
 
 
@@ -38,6 +38,14 @@ def check_settings(declared: Declared) -> Iterator[Problem]:
             place = places.key((*loc, "init"))
             message = f"`init: {weights.init}` has no effect, because `weights` is given."
             yield problem_at(place, "RM105", message, hint="Remove one of the two.")
+        elif weights.init == "latentmas" and loc[0] == "links":
+            message = "`init: latentmas` is a rule for inner links, and this one leads to an agent."
+            hint = "Let the link carry `cache`, as LatentMAS does, or use `init: aligned`."
+            yield problem_at(places.key((*loc, "init")), "RM105", message, hint=hint)
+        elif weights.init == "latentmas" and weights.kind != LATENTMAS_KIND:
+            message = f"`init: latentmas` does not lead to a link of kind `{weights.kind}`."
+            hint = f"Leave `kind` out, which is `{LATENTMAS_KIND}` then."
+            yield problem_at(places.key((*loc, "kind")), "RM105", message, hint=hint)
     for name, agent in document.agents.items():
         for variable in sorted(agent.chat_template.keys() & RESERVED_TEMPLATE_VARIABLES):
             place = places.key(("agents", name, "chat_template", variable))
