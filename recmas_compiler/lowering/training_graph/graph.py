@@ -195,7 +195,8 @@ class TrainingGraph(ProgramModule):
                 placed = calls[turn.agent, turn.variant, "prompt"].placed
                 assert placed is not None, "the prompt of an agent that hands it over"
                 lengths = {
-                    "context": placed.num_turn_positions(taken),
+                    "context": placed.num_rows("context", taken),
+                    "prompt": placed.num_rows("prompt", taken),
                     "thoughts": num_steps - 1,
                     "written": self._num_written(form, example),
                 }

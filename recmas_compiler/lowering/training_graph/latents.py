@@ -263,7 +263,7 @@ class Latents:
             first = row.num_before
             call = calls[record]
             assert call.placed is not None, "the prompt of an agent that hands it over"
-            last = first + call.placed.num_turn_positions(_vector_lengths(received, record))
+            lengths = _vector_lengths(received, record)
             end = first + row.length
             behind: dict[RowsOf, tuple[int, ...] | Tensor] = {}
             if any("thoughts" in form.rows for form in forms.values()):
@@ -276,7 +276,10 @@ class Latents:
                 whole = replace(row, pieces=(*row.pieces, *((piece,) if len(piece) else ())))
                 kept = agent_calls.rows_of(whole)
                 pieces[kind] = cut_rows(kept, end, end + len(piece))
-                pieces["context"] = cut_rows(kept, first, last)
+                beginnings: tuple[RowsOf, ...] = ("context", "prompt")
+                for beginning in beginnings:
+                    count = call.placed.num_rows(beginning, lengths)
+                    pieces[beginning] = cut_rows(kept, first, first + count)
             for link_id, form in forms.items():
                 sent[link_id].append(
                     tuple(replace(pieces[kind], seen_by=form.layers) for kind in form.rows)

@@ -113,6 +113,8 @@ def message_spans(form: MessageForm, positions: int, latent_steps: int) -> list[
         positions: How many states there are.
         latent_steps: Of the sender.
     """
+    if positions == 0:
+        return []
     if form.pool:
         count = min(latent_steps, positions)
         ends = [index * positions // count for index in range(count + 1)]
