@@ -137,7 +137,7 @@ class RecordPrompts:
                     form = plan.links[link]
                     steps = plan.agents[step.source].latent_steps
                     sizes[link, step.round] = num_positions(form, *turns[step.source], steps)
-                    if form.rows[:1] == ("context",) and step.source not in follows:
+                    if form.needs_context and step.source not in follows:
                         begins.add((link, step.round))
             if not isinstance(step, PrefillStep):
                 continue
@@ -214,7 +214,8 @@ def num_positions(
         case "text":
             return 0
     rows = {
-        "context": prompt.num_turn_positions(slots),
+        "context": prompt.num_rows("context", slots),
+        "prompt": prompt.num_rows("prompt", slots),
         "thoughts": latent_steps - 1,
         "written": form.max_tokens or 0,
     }
