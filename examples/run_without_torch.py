@@ -14,7 +14,7 @@ import recmas_runtime as rt
 
 def main(bundle: str) -> None:
     system = rt.load(bundle)
-    print(f"{system.plan.name}: {len(system.plan.agents)} agents, {system.plan.rounds} rounds")
+    print(f"{system.plan.name}: {len(system.plan.agents)} agents, rounds: {system.plan.rounds}")
 
     stream = system.stream("A pen costs 3 dollars. What do 4 pens cost?")
     for piece in stream:

@@ -47,7 +47,7 @@ TITLES = ("engines: ", "reference")
 
 def test_run_without_torch(quickstart: Path) -> None:
     shown = run_example("run_without_torch.py", str(quickstart / "bundle"))
-    assert "sequential: 3 agents, 3 rounds" in shown
+    assert "sequential: 3 agents, rounds: 1" in shown
     assert "error: error[RM500]" in shown
     assert "answer: Answer(id='ok'" in shown
 

@@ -145,7 +145,7 @@ def test_every_ready_spec_is_sound(path: Path) -> None:
 def test_the_demo() -> None:
     spec = load_spec(SPECS / "sequential.yaml")
     document = spec.document
-    assert (len(document.agents), document.rounds, document.latent_steps) == (3, 3, 16)
+    assert (len(document.agents), document.rounds, document.latent_steps) == (3, 1, 16)
     assert document.answer.max_new_tokens == 128
     assert spec.warnings == ()
     assert {link.carries for link in document.links.values()} == {"cache"}, "of use untrained"

@@ -135,6 +135,21 @@ def test_every_agent_of_latentmas_has_what_all_before_it_have() -> None:
     assert starter_files("latentmas", train=False) == {}
 
 
+@pytest.mark.parametrize(
+    "name", ["sequential", "mixture", "distillation", "deliberation", "custom"]
+)
+def test_untrained_starters_hand_over_rows_and_others_thoughts(name: str) -> None:
+    untrained = parse_spec(starter_spec(name)).document
+    assert {link.carries for link in untrained.links.values()} == {"cache"}
+    for document in (
+        parse_spec(starter_spec(name, paper=True)).document,
+        parse_spec(starter_spec(name, train=True)).document,
+    ):
+        assert {link.carries for link in document.links.values()} == {"thoughts"}
+        assert document.rounds > 1
+    assert parse_spec(starter_spec(name, paper=True)).warnings == ()
+
+
 def test_each_task_of_split_has_prompts_that_its_records_fill() -> None:
     learned, asked = split_records()
     assert (len(learned), len(asked)) == (12, 6)

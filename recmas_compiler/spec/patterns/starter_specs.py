@@ -7,6 +7,7 @@ current.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +46,8 @@ _TRAIN_LINE: Final = "\n# --- train\n"
 # Rows of a cache go through no weights, so a starter that trains hands over vectors.
 _UNTRAINED: Final = "carries: cache"
 _TRAINED: Final = "carries: thoughts"
+# More rounds of rows that say the same again make answers a little less likely.
+_ROUNDS: Final = re.compile(r"^rounds: 1(.*); (\d) once links have learned$", re.MULTILINE)
 
 
 def schema_line(schema: str) -> str:
@@ -89,6 +92,7 @@ def starter_spec(
     text, _, section = text.partition(_TRAIN_LINE)
     if (train or paper) and pattern not in _TRAINING_FREE:
         text = text.replace(f"{_UNTRAINED}   ", _TRAINED).replace(_UNTRAINED, _TRAINED)
+        text = _ROUNDS.sub(r"rounds: \2\1", text)
     if task is not None and pattern not in VARIANTS:
         text = _with_task(text, pattern, task)
     return schema_line(schema) + text + (f"\n{section}" if train else "")
