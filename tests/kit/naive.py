@@ -225,7 +225,11 @@ class _Naive:
             {slot: sent for slot in slots if isinstance(sent := seen[slot], str)},
         )
         rows = [sent for slot in slots if isinstance(sent := seen[slot], tuple)]
-        return prompt, [piece for sent in rows for piece in sent]
+        pieces = [piece for sent in rows for piece in sent]
+        if pieces and pieces[0].first > 0:
+            # None of them was the first of a sequence, and a model needs one that was.
+            pieces.insert(0, Piece(sequence=pieces[0].sequence, first=0, last=1))
+        return prompt, pieces
 
     def _seen(
         self,
