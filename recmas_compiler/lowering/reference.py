@@ -27,7 +27,7 @@ from recmas_compiler.lowering.plan import agent_plan, build_plan
 from recmas_compiler.lowering.torch_rows import Rows, cut_rows, extend, join_rows, seen_rows
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_runtime.core.progress import Progress, Silent
-from recmas_runtime.engines.interface import HandedRows
+from recmas_runtime.engines.interface import HandedRows, behind_sink
 from recmas_runtime.formats.layers import has_states
 from recmas_runtime.formats.messages import MessageForm, RowsOf, message_spans
 from recmas_runtime.formats.plan import (
@@ -323,7 +323,8 @@ class TorchSystem(ProgramModule):
         }
         texts = {slot: sent for slot, sent in received.items() if isinstance(sent, str)}
         vectors_ME = {slot: sent for slot, sent in received.items() if isinstance(sent, Tensor)}
-        pieces = [rows for sent in received.values() if isinstance(sent, tuple) for rows in sent]
+        sent = [rows for each in received.values() if isinstance(each, tuple) for rows in each]
+        pieces = behind_sink(sent)
         prompt = self.prompt(agent, variant, record, texts)
         embeds_TD = torch.cat(list(self._embedded(backbone, prompt, vectors_ME)))
         prefix = prompt.leading_ids

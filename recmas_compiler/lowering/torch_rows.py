@@ -26,12 +26,14 @@ from recmas_runtime.sequences.moved_keys import turn_by
 class Rows:
     """Rows of a cache, [1, H, P, D] for each of its tensors, and where the first was computed.
 
-    They are handed over to the layers that they are seen by; None for all.
+    They are handed over to the layers that they are seen by; None for all. The sink is the first
+    row of that cache, if they do not begin with it.
     """
 
     tensors: tuple[Tensor, ...]
     position: int
     seen_by: Layers | None = None
+    sink: Rows | None = None
 
     @property
     def count(self) -> int:
@@ -57,7 +59,8 @@ def extend(
 
 def cut_rows(tensors: Sequence[Tensor], first: int, last: int) -> Rows:
     """Return rows `first` to `last` of the tensors of a cache, which begin at position 0."""
-    return Rows(tensors=tuple(t[:, :, first:last] for t in tensors), position=first)
+    top = Rows(tensors=tuple(t[:, :, :1] for t in tensors), position=0) if first else None
+    return Rows(tensors=tuple(t[:, :, first:last] for t in tensors), position=first, sink=top)
 
 
 def join_rows(pieces: Sequence[Rows], backbone: TorchBackbone) -> tuple[Tensor, ...]:

@@ -43,8 +43,8 @@ _TASK_LINE: Final = "  task: general "
 # What a starter has from here on belongs to `--train`.
 _TRAIN_LINE: Final = "\n# --- train\n"
 # Rows of a cache go through no weights, so a starter that trains hands over vectors.
-_UNTRAINED: Final = "{carries: cache}"
-_TRAINED: Final = "{carries: thoughts}"
+_UNTRAINED: Final = "carries: cache"
+_TRAINED: Final = "carries: thoughts"
 
 
 def schema_line(schema: str) -> str:
@@ -53,7 +53,12 @@ def schema_line(schema: str) -> str:
 
 
 def starter_spec(
-    pattern: str, *, task: str | None = None, train: bool = False, schema: str = SCHEMA_FILE
+    pattern: str,
+    *,
+    task: str | None = None,
+    train: bool = False,
+    paper: bool = False,
+    schema: str = SCHEMA_FILE,
 ) -> str:
     """Return a commented spec to begin with.
 
@@ -61,7 +66,9 @@ def starter_spec(
         pattern: One of `STARTERS`; `custom` is for a graph of one's own.
         task: What the pattern's prompts ask for, or which of `VARIANTS`; None leaves it as the
             starter has it.
-        train: With the section `train`, which takes the records of `starter_data`.
+        train: With the section `train`, which takes the records of `starter_data`. Links then carry
+            thoughts, which learn.
+        paper: With links that carry thoughts, as the paper's do.
         schema: Where editors find the JSON schema, relative to the spec.
 
     Raises:
@@ -76,10 +83,12 @@ def starter_spec(
         hint = "Leave `--train` out; docs/training.md says what links of other kinds learn."
         raise fail("RM118", f"nothing of `{pattern}` is trained.", hint=hint)
     name = f"{pattern}_{_variant(pattern, task)}" if pattern in VARIANTS else pattern
+    if pattern == "custom" and (train or paper):
+        name = "custom_thoughts"  # its prompts are written out, and slots of vectors stand inside
     text = (Path(__file__).parent / "starters" / f"{name}.yaml").read_text("utf-8")
     text, _, section = text.partition(_TRAIN_LINE)
-    if train:
-        text = text.replace(_UNTRAINED, _TRAINED)
+    if (train or paper) and pattern not in _TRAINING_FREE:
+        text = text.replace(f"{_UNTRAINED}   ", _TRAINED).replace(_UNTRAINED, _TRAINED)
     if task is not None and pattern not in VARIANTS:
         text = _with_task(text, pattern, task)
     return schema_line(schema) + text + (f"\n{section}" if train else "")

@@ -141,6 +141,11 @@ class PatternSection(Section):
     (`math`), the letter of one of the record's `choices` (`choice`), a block of Python (`code`), a
     short answer (`search`)."""
 
+    carries: Carries = "thoughts"
+    """What its links carry, unless they say so themselves. Untrained `thoughts`, `context` and
+    `written` mislead the answer agent; `cache` does not, needs one backbone, and adds a link from
+    each agent to all that come after it in a round."""
+
     @model_validator(mode="after")
     def _name_one_pattern(self) -> Self:
         if len(self.given) != 1:
@@ -153,7 +158,9 @@ class PatternSection(Section):
         return tuple(name for name in PATTERN_NAMES if getattr(self, name) is not None)
 
 
-PATTERN_NAMES: Final = tuple(name for name in PatternSection.model_fields if name != "task")
+PATTERN_NAMES: Final = tuple(
+    name for name in PatternSection.model_fields if name not in ("task", "carries")
+)
 
 
 class StopSection(Section):

@@ -20,6 +20,7 @@ from recmas_runtime.engines.interface import (
     Indices,
     KeyValueRows,
     Operands,
+    behind_sink,
     handed_rows,
 )
 from recmas_runtime.engines.onnx.caches import Cache
@@ -59,11 +60,13 @@ class Rows:
         tensors: [H, P, D], in the order of `formats.layers.cache_tensors`.
         position: Where the first of them was computed; keys know their place.
         seen_by: The layers that they are handed over to; None for all.
+        sink: The first row of that cache, if they do not begin with it.
     """
 
     tensors: tuple[NDArray[Any], ...]
     position: int
     seen_by: Layers | None = None
+    sink: Rows | None = None
 
     @property
     def count(self) -> int:
@@ -260,6 +263,7 @@ class SequenceBatch:
 
         What was in the cache is gone. Prompts are prefilled behind `num_foreign` positions.
         """
+        rows = [behind_sink(pieces) for pieces in rows]
         self.num_foreign = [sum(piece.count for piece in pieces) for pieces in rows]
         self.prefixes = [()] * len(rows)
         most = max(self.num_foreign)
@@ -292,7 +296,9 @@ class SequenceBatch:
     def read_rows(self, row: int, first: int, last: int) -> Rows:
         """Return a copy of some rows of one sequence."""
         tensors = self.cache.read_rows([row], last)
-        return Rows(tensors=tuple(array[0, :, first:last] for array in tensors), position=first)
+        cut = tuple(array[0, :, first:last] for array in tensors)
+        top = Rows(tensors=tuple(array[0, :, :1] for array in tensors), position=0)
+        return Rows(tensors=cut, position=first, sink=top if first else None)
 
     def copy_shared_prefix(
         self,
