@@ -33,7 +33,7 @@ demo: setup
 	$(BIN)/recmas run $(DEMO)/bundle --field note="$(NOTE)" --field question="$(QUESTION)"
 	rm -rf $(DEMO)/evaluation
 	$(BIN)/recmasc eval $(DEMO)/bundle --data $(DEMO)/questions.jsonl --protocol $(DEMO)/protocol.yaml \
-	  --baseline latent --baseline shuffled-latents --out $(DEMO)/evaluation
+	  --baseline latent --baseline shuffled --out $(DEMO)/evaluation
 
 # A process for each core, four at most: each may hold a real model. Files stay whole, slow ones first.
 test: setup

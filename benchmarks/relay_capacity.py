@@ -6,7 +6,7 @@
 Trains the links of one relay per cell by rollout, from aligned links or, with --inner-steps, from
 those of an inner stage, and measures on held-out records how often greedy decoding writes the code
 exactly: with the record's own messages (latent), with none (null), with those of another record
-(shuffled), with the batch's mean (mean). A code that the last agent could only guess is right once
+(shuffled), with the others' mean (mean). A code that the last agent could only guess is right once
 in 10^digits.
 
 Relays: one, two, three links in a row; feedback (two agents, two rounds, the code is shown in the
@@ -30,7 +30,7 @@ from typing import Any
 from relay_specs import SMOL, relay_spec, relay_targets, write_codes
 
 import recmas_compiler as rc
-from recmas_compiler.evaluation.summary import wilson
+from recmas_compiler.evaluation.intervals import wilson
 from recmas_compiler.training.loop.distributed import joined_world
 from recmas_compiler.training.loop.metrics import read_cost
 from recmas_compiler.training.run import RunOptions, run_stages

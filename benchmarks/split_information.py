@@ -16,7 +16,7 @@ Studies:
     find: as numbers, but the reader has to find them in the question itself.
 
 Every study prints its held-out loss in nats per token with the record's own messages (latent), with
-none (null), another record's (shuffled) and the batch's mean (mean). Only what `latent` gains over
+none (null), another record's (shuffled) and the others' mean (mean). Only what `latent` gains over
 `shuffled` and `mean` is communication.
 
 A study that was stopped goes on. Writes OUT/split.json and split.md.

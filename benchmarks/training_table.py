@@ -35,7 +35,7 @@ from recmas_runtime.core.progress import Silent
 
 RECMASC = (sys.executable, "-m", "recmas_cli.main")
 # How the runtime calls what the slots hold; it has no `mean`.
-BASELINES = {"latent": "latent", "null": "null-latents", "shuffled": "shuffled-latents"}
+BASELINES = {"latent": "latent", "null": "null", "shuffled": "shuffled"}
 
 
 @dataclass(frozen=True, kw_only=True)

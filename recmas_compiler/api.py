@@ -287,6 +287,7 @@ def evaluate(
     untrained_bundle: str | Path | None = None,
     limit: int | None = None,
     seeds: Sequence[int] = (),
+    score: str | None = None,
     overrides: Sequence[str] = (),
     batch: int | None = None,
     out: str | Path | None = None,
@@ -305,6 +306,7 @@ def evaluate(
         untrained_bundle: The same system with untrained links, for `untrained-links`.
         limit: Records to ask, in place of the protocol's.
         seeds: In place of the protocol's.
+        score: `text`, `candidates` or `likelihood`, in place of the protocol's.
         overrides: `KEY=VALUE` of the protocol.
         batch: Records per batch; None for the most that the bundle takes.
         out: Folder for answers and report; None for `out/SYSTEM-PROTOCOL`.
@@ -327,7 +329,7 @@ def evaluate(
         protocol=protocol,
         baselines=(baselines,) if isinstance(baselines, str) else tuple(baselines),
         untrained_bundle=None if untrained_bundle is None else Path(untrained_bundle),
-        overrides=(*overrides, *option_overrides(limit, listed_seeds)),
+        overrides=(*overrides, *option_overrides(limit, listed_seeds, score)),
         batch=batch,
         out=None if out is None else Path(out),
         resume=resume,

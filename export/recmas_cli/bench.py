@@ -78,7 +78,7 @@ def bench() -> None:
     "baselines",
     multiple=True,
     metavar="NAME",
-    help="single, text, text@N, moa, moa@N, null-latents or shuffled-latents; may be repeated  "
+    help="single, all-context, text, text@N, moa, moa@N, null, shuffled or mean; may be repeated  "
     "[default: text].",
 )
 @click.option(

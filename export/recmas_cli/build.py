@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -106,11 +106,17 @@ def build(
     how = "is current" if built.reused else "written"
     engines = "" if built.engines is None else f"{built.engines.text}\n"
     bundle = open_bundle(folder)
+    chosen = {
+        name: list(bundle.plan.links[name].layers or ())
+        for name, link in program.graph.system.links.items()
+        if link.layer_share is not None and name in bundle.plan.links
+    }
     size_bytes = sum(entry.size_bytes for entry in bundle.manifest.files.values())
     load_s = _load_seconds(folder, progress)
     return Outcome(
         text=f"Bundle {folder} {how}.\n{engines}{_losses_note(built.parity, program)}"
-        f"{_terms_note(program)}{_trained_note(program)}{_parity_note(built.parity)}"
+        f"{_terms_note(program)}{_trained_note(program)}{_layers_note(chosen)}"
+        f"{_parity_note(built.parity)}"
         f"Size {human_bytes(size_bytes)}, loads in {load_s:.1f} s.\n"
         f"Next: {_run_command(folder, bundle.plan.fields)}",
         data={
@@ -122,6 +128,7 @@ def build(
             "size_bytes": size_bytes,
             "load_seconds": load_s,
             "parity": [to_json(entry) for entry in built.parity],
+            "chosen_layers": chosen,
             "trained_links": [] if program.trained is None else list(program.trained.used),
             "untrained_links": _untrained_links(program),
         },
@@ -173,6 +180,14 @@ def _parity_note(parity: Sequence[ParityEntry]) -> str:
             f"{case.backbone} against the reference: {', '.join(named)}; greedy text {greedy}.\n"
         )
     return "".join(lines)
+
+
+def _layers_note(chosen: Mapping[str, Sequence[int]]) -> str:
+    """Say which layers get rows, where the spec says only how many."""
+    return "".join(
+        f"Layers with the rows of {link}, chosen by attention: {', '.join(map(str, layers))}.\n"
+        for link, layers in chosen.items()
+    )
 
 
 def _trained_note(program: Program) -> str:

@@ -23,7 +23,13 @@ from recmas_runtime.core.text import counted
     multiple=True,
     help="Leave the questions of this file out, such as those to be tested on; may be repeated.",
 )
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Questions to take.")
+@click.option(
+    "--max-words",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Leave questions out with more words to read.",
+)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Most questions to write.")
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
 @command
 def data(
@@ -33,6 +39,7 @@ def data(
     out: Path,
     beside: Path | None,
     without: tuple[Path, ...],
+    max_words: int | None,
     limit: int | None,
     force: bool,
 ) -> Outcome:
@@ -44,11 +51,16 @@ def data(
     from recmas_compiler.evaluation.data.data_file import left_out_warnings
     from recmas_compiler.evaluation.data.data_writer import write_questions
     from recmas_compiler.evaluation.data.protocol import load_protocol
-    from recmas_compiler.evaluation.evaluate import option_overrides
 
     check_free(out.parent, [out.name], force=force)
-    asked = load_protocol(protocol, overrides=option_overrides(limit, None))
-    written = write_questions(file, asked, beside=beside, without=without)
+    written = write_questions(
+        file,
+        load_protocol(protocol),
+        beside=beside,
+        without=without,
+        max_words=max_words,
+        limit=limit,
+    )
     with placed_together(out.parent, [out.name]) as staging:
         (staging / out.name).write_text(written.text, encoding="utf-8")
     return Outcome(

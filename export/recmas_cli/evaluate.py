@@ -52,14 +52,20 @@ def list_protocols(context: click.Context, _: click.Parameter, value: str) -> st
     "baselines",
     multiple=True,
     metavar="NAME",
-    help="latent (the system itself), single, text, text@N, moa, moa@N, null-latents, "
-    "shuffled-latents or untrained-links; may be repeated  [default: latent].",
+    help="latent (the system itself), single, all-context, text, text@N, moa, moa@N, null, "
+    "shuffled, mean or untrained-links; may be repeated  [default: latent].",
 )
 @click.option(
     "--untrained-bundle",
     "--frozen-bundle",  # the name of version 0.1
     type=FILE,
     help="The system with untrained links, for untrained-links.",
+)
+@click.option(
+    "--score",
+    type=click.Choice(["text", "candidates", "likelihood"]),
+    help="What is judged: written text, the right answer's rank among candidates by likelihood, or "
+    "its loss alone  [default: the protocol's].",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Records to ask.")
 @click.option("--batch", type=int, metavar="N", help="Records per batch  [default: the most].")
@@ -89,6 +95,7 @@ def evaluate(
     *,
     limit: int | None,
     seeds: str | None,
+    score: str | None,
     overrides: tuple[str, ...],
     quiet: bool,
     **options: Any,
@@ -100,7 +107,7 @@ def evaluate(
     from recmas_compiler.evaluation.evaluate import EvalOptions, option_overrides
     from recmas_compiler.evaluation.evaluate import evaluate as run_evaluation
 
-    found = (*overrides, *option_overrides(limit, seeds))
+    found = (*overrides, *option_overrides(limit, seeds, score))
     asked = EvalOptions(bundle=bundle, overrides=found, **options)
     return shown(run_evaluation(asked, progress=shown_progress(quiet=quiet)))
 

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from recmas_compiler.backbones.own_tokenizer import other_ids, own_tokenizer_file
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
+from recmas_compiler.lowering.choose_layers import choose_layers
 from recmas_compiler.lowering.materialize import MaterializedLink, materialize_links
+from recmas_compiler.lowering.plan import build_plan
 from recmas_compiler.lowering.prompt_parity import other_prompts
 from recmas_compiler.lowering.prompt_trial import check_prompts
 from recmas_compiler.lowering.reference import load_backbones
@@ -55,7 +57,13 @@ from recmas_runtime.engines.onnx.session import Device
 from recmas_runtime.formats.ids import link_file_name
 from recmas_runtime.formats.layers import RowPositions
 from recmas_runtime.formats.links import load_operands, read_operands
-from recmas_runtime.formats.manifest import BackboneEntry, LinkEntry, LossEntry, ParityEntry
+from recmas_runtime.formats.manifest import (
+    BackboneEntry,
+    LayerScores,
+    LinkEntry,
+    LossEntry,
+    ParityEntry,
+)
 from recmas_runtime.formats.plan import Plan, SendStep
 from recmas_runtime.formats.precisions import (
     PRECISIONS,
@@ -87,6 +95,8 @@ class Parts(NamedTuple):
     parity: tuple[ParityEntry, ...]
     prompt_digests: PromptDigests
     token_digests: dict[str, str]
+    layer_scores: dict[str, LayerScores]
+    plan: Plan
 
 
 @contextmanager
@@ -98,7 +108,6 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 def assemble(
     program: Graph,
-    plan: Plan,
     folder: Path,
     *,
     spec: Spec,
@@ -110,8 +119,9 @@ def assemble(
 ) -> Parts:
     """Write everything a bundle holds but plan, spec and manifest, and check it against torch.
 
-    What is not given as backbones and links, by shared name and by id, is loaded and made.
-    `seconds` gets the wall time by stage.
+    Layers that links say only the number of are chosen first, so that the plan is known then. What
+    is not given as backbones and links, by shared name and by id, is loaded and made. `seconds`
+    gets the wall time by stage.
 
     Raises:
         RecmasError: RM202 where rows are moved that cannot be, RM203 or RM300 where a backbone
@@ -124,6 +134,8 @@ def assemble(
     with _timed(seconds, "load"):
         loaded = backbones or load_backbones(program, progress=progress)
         _refuse_prompts(spec, program, loaded)
+        program, scores = choose_layers(program, loaded)
+        plan = build_plan(program)
         positions = positions_of_moved_rows(program, loaded)
     with _timed(seconds, "links"):
         made = links or materialize_links(program, loaded, progress=progress)
@@ -145,7 +157,7 @@ def assemble(
     with _timed(seconds, "parity"):
         digests = stages.compare_prompts(exported)
         cases = stages.measure(exported, stages.compare(exported))
-    return Parts(exported, entries, tuple(cases), *digests)
+    return Parts(exported, entries, tuple(cases), *digests, scores, plan)
 
 
 def _refuse_prompts(spec: Spec, program: Graph, loaded: Mapping[str, TorchBackbone]) -> None:
@@ -188,10 +200,19 @@ class _Stages:
         with self.progress.stage("Exporting engines", len(self.loaded)) as advance:
             for name, backbone in self.loaded.items():
                 precision, path = system.backbones[name].precision, self.folder / "backbones" / name
+                masked = self.plan.masked_layers(name, backbone.facts.num_layers)
                 with rounded_layers(backbone, precision=precision, progress=self.progress):
-                    export_backbone(backbone, path, precision=precision, decoders=decoders)
+                    export_backbone(
+                        backbone,
+                        path,
+                        precision=precision,
+                        decoders=decoders,
+                        masked_layers=masked,
+                    )
                 entry = _entry(backbone, self.folder, f"backbones/{name}", precision)
-                exported[name] = structs.replace(entry, row_positions=self.positions.get(name))
+                exported[name] = structs.replace(
+                    entry, masked_layers=masked, row_positions=self.positions.get(name)
+                )
                 advance()
             write_link_graph(self.folder / LINK_ENGINE)
         return exported
@@ -263,6 +284,7 @@ class _Stages:
             inner=inner[first_inner],
             message_Md=self._message_to(name),
             capacity=max(c.capacity for c in self.plan.caches.values() if c.backbone == name),
+            masked_layers=entry.masked_layers,
         )
         case |= link_cases(case["hidden"][0, -4:], inner=inner, outer=outer)
         file = f"parity/{name}.safetensors"
@@ -292,6 +314,8 @@ class _Stages:
         agents = self.plan.agents
         for step in self.plan.steps:
             for link in step.links if isinstance(step, SendStep) else ():
+                if link not in self.modules:
+                    continue
                 ends = self.plan.links[link]
                 source, target = agents[ends.source], agents[ends.target]
                 if target.backbone == backbone and ends.has_vectors:

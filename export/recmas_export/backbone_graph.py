@@ -1,7 +1,8 @@
 """A backbone becomes ONNX graphs over one weights file.
 
 decoder.onnx      inputs_embeds, write_index, last_index, caches, inner link
-                  -> hidden, thought, next_embeds, caches
+                  -> hidden, thought, next_embeds, caches; with `hidden_rows` behind the caches
+                  where rows can be hidden from layers
 decoder.cpu.onnx  the same in operators of ONNX Runtime's CPU provider, where there are any for it
 embed.onnx        input_ids -> inputs_embeds
 head.onnx         hidden -> logits
@@ -38,12 +39,13 @@ def export_backbone(
     *,
     precision: str = "float32",
     decoders: Sequence[DecoderForm] = TARGETS["onnx"].decoders,
+    masked_layers: Sequence[Sequence[int]] = (),
 ) -> None:
     """Write a backbone's graphs, weights, tokenizer and chat template into `folder`.
 
     The model is left as it was. Equal weights give equal bytes. Blocks of integers are in the form
     that ONNX Runtime's CPU provider runs fastest; a decoder for the CPU is written besides the
-    portable one where it has layers for it.
+    portable one where it has layers for it. Decoders have a mask for each group of masked layers.
 
     Raises:
         RecmasError: RM300 where the model cannot be traced.
@@ -51,7 +53,7 @@ def export_backbone(
     """
     model, facts = backbone.model, backbone.facts
     _refuse_unsupported(model, facts)
-    decoder = trace_body(model, facts)
+    decoder = trace_body(model, facts, masked_layers)
     graphs = {DECODER: decoder, EMBED: trace_embed(model, facts), HEAD: trace_head(model, facts)}
     portable = {DECODER: pipeline.DECODER, EMBED: pipeline.EMBED, HEAD: pipeline.HEAD}
     for name, graph in graphs.items():

@@ -28,7 +28,7 @@ from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Backbone
 from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.links.files import LinkWeights
-from recmas_compiler.lowering.plan import build_plan, live_agents, live_backbones
+from recmas_compiler.lowering.plan import live_agents, live_backbones
 from recmas_compiler.passes.pipeline import PIPELINE
 from recmas_compiler.spec.spec import Spec
 from recmas_export.attachments import (
@@ -190,14 +190,12 @@ def build(
     present = _bundle_with(identity, out) if reuse else None
     manifest = present
     if manifest is None:
-        plan = build_plan(program)
         with staged_bundle(out, needed_bytes=_estimated_bytes(inputs)) as staged:
             # Torch and transformers take seconds to import.
             from recmas_export.assemble import LINK_ENGINE, PROBE, assemble
 
             parts = assemble(
                 program,
-                plan,
                 staged.folder,
                 spec=spec,
                 names=tuple(inputs.backbones),
@@ -223,10 +221,11 @@ def build(
                 files={},
                 prompt_digests=parts.prompt_digests,
                 token_digests=parts.token_digests,
+                layer_scores=parts.layer_scores,
             )
             started = time.perf_counter()
             with watcher.stage("Writing the bundle"):
-                staged.commit(manifest, plan=plan, spec_yaml=spec.system_yaml())
+                staged.commit(manifest, plan=parts.plan, spec_yaml=spec.system_yaml())
             seconds["write"] = time.perf_counter() - started
     engines = None
     if target.machine_engines is not None:

@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.loaded.cache_argument import cache_argument
 from recmas_compiler.backbones.loaded.own_head import body_of, head_of
+from recmas_compiler.lowering.hidden_rows import rows_hidden
 from recmas_compiler.lowering.static_cache import (
     RowsSeen,
     StaticRows,
@@ -41,7 +42,12 @@ from recmas_export.passes.tidy import OPSET, TRACED
 from recmas_export.trace.capture import capture
 from recmas_export.trace.states import PortableStates, StateCache, StateTrace, portable_kernels
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.formats.layers import LayerShape, cache_tensors, has_states
+from recmas_runtime.formats.layers import (
+    LayerShape,
+    cache_tensors,
+    has_states,
+    hidden_rows_tensor,
+)
 from recmas_runtime.formats.plan import cache_capacity
 
 BATCH, POSITIONS, CAPACITY = "batch", "positions", "capacity"
@@ -57,18 +63,25 @@ _WITHOUT_EFFECT = frozenset({"dropout", "is_causal", "position_ids", "sliding_wi
 _B, _S, _C = 2, 3, 64
 
 
-def trace_body(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
+def trace_body(
+    model: PreTrainedModel, facts: BackboneFacts, masked_layers: Sequence[Sequence[int]] = ()
+) -> ir.Model:
     """Return the raw graph of the decoder layers over a static cache.
 
     inputs_embeds [B,S,d], write_index [B], caches -> hidden [B,S,d], caches; B, S and C are free.
-    Where layers keep states, last_index [B] comes after write_index. The model is left as it was.
+    Where layers keep states, last_index [B] comes after write_index. Where rows can be hidden from
+    M groups of layers, hidden_rows [B,M,C,1] comes last. The model is left as it was.
 
     Raises:
         RecmasError: RM300 where the model cannot be traced.
     """
-    tensors = cache_tensors(facts.layers)
+    kept = cache_tensors(facts.layers)
+    masks = [hidden_rows_tensor(len(masked_layers))] if masked_layers else []
+    tensors = [*kept, *masks]
     # Every cache is a tensor of its own: the exporter merges inputs that are the same object.
-    caches = [torch.zeros(tensor.whole(_B, _C)) for tensor in tensors]
+    caches = [
+        torch.zeros(t.whole(_B, _C), dtype=torch.bool if t in masks else None) for t in tensors
+    ]
     batch = Dim(BATCH, min=1)
     # Models have tables of positions, which end: so do the sequences of a bundle.
     positions = Dim(POSITIONS, min=1, max=max(facts.max_positions, _S))
@@ -80,12 +93,12 @@ def trace_body(model: PreTrainedModel, facts: BackboneFacts) -> ir.Model:
     indices = [torch.zeros(_B, dtype=torch.long) for _ in ("write_index", *counts)]
     with portable_attention(model), portable_kernels(model) as states:
         return _trace(
-            _Body(model, facts.layers, states),
+            _Body(model, facts, states, masked_layers),
             (torch.zeros(_B, _S, facts.width), indices, caches),
             facts=facts,
             dynamic_shapes=({0: batch, 1: positions}, [{0: batch} for _ in indices], cache_dims),
             inputs=["inputs_embeds", "write_index", *counts, *names],
-            outputs=["hidden", *(f"present_{name}" for name in names)],
+            outputs=["hidden", *(f"present_{tensor.name}" for tensor in kept)],
         )
 
 
@@ -378,15 +391,26 @@ def _fixed(rope_type: Any) -> Any:
 
 
 class _Body(torch.nn.Module):
-    """inputs_embeds [B,S,d], indices [B], caches -> hidden [B,S,d], caches."""
+    """inputs_embeds [B,S,d], indices [B], caches and masks -> hidden [B,S,d], caches."""
 
     def __init__(
-        self, model: PreTrainedModel, layers: Sequence[LayerShape], states: StateTrace
+        self,
+        model: PreTrainedModel,
+        facts: BackboneFacts,
+        states: StateTrace,
+        masked_layers: Sequence[Sequence[int]],
     ) -> None:
         super().__init__()
         self.body = body_of(model)
-        self._layers = layers
+        self._layers = facts.layers
         self._states = states
+        # A layer without attention sees no rows anyway.
+        self._masked = {
+            layer: number
+            for number, group in enumerate(masked_layers)
+            for layer in group
+            if facts.attention[layer] != "none"
+        }
         self._cache_argument = cache_argument(self.body)
 
     def forward(
@@ -400,14 +424,17 @@ class _Body(torch.nn.Module):
         for last_index in last:
             self._states.length_B = last_index + 1
         states = self._states if last else None
-        cache = PortableCache(self._layers, tensors, write_index, states)
-        hidden = self.body(
-            inputs_embeds=inputs_embeds,
-            position_ids=write_index[:, None] + torch.arange(inputs_embeds.shape[1])[None],
-            use_cache=True,
-            **{self._cache_argument: cache.cache},
-            **self._whole_mask(tensors[0]),
-        ).last_hidden_state
+        count = len(cache_tensors(self._layers))
+        cache = PortableCache(self._layers, tensors[:count], write_index, states)
+        masks = {layer: tensors[-1][:, number, :, 0] for layer, number in self._masked.items()}
+        with rows_hidden(self.body, masks):
+            hidden = self.body(
+                inputs_embeds=inputs_embeds,
+                position_ids=write_index[:, None] + torch.arange(inputs_embeds.shape[1])[None],
+                use_cache=True,
+                **{self._cache_argument: cache.cache},
+                **self._whole_mask(tensors[0]),
+            ).last_hidden_state
         return hidden, cache.tensors()
 
     def _whole_mask(self, rows_BKCD: torch.Tensor) -> dict[str, torch.Tensor]:

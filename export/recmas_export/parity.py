@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from recmas_compiler.backbones.loaded.cache_argument import with_cache
+from recmas_compiler.backbones.loaded.own_cache import empty_cache
 from recmas_compiler.backbones.torch_model import TorchBackbone
+from recmas_compiler.lowering.hidden_rows import rows_hidden
+from recmas_runtime.checking.parity import hidden_groups
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.engines.interface import Operands
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
@@ -70,6 +73,7 @@ def make_case(
     inner: nn.Module,
     message_Md: Tensor | None = None,
     capacity: int | None = None,
+    masked_layers: Sequence[Sequence[int]] = (),
 ) -> Case:
     """Return a case of one backbone, computed by the reference: see `measure_backbone_parity`.
 
@@ -79,6 +83,7 @@ def make_case(
     Args:
         message_Md: What an outer link sends to the backbone; None where there is no such link.
         capacity: Positions of the longest sequence of the system; None for the backbone's own.
+        masked_layers: Groups of layers that rows can be hidden from.
     """
     prompt_P = _prompt(backbone, capacity or backbone.facts.max_positions)
     lengths_NR = _first_lengths(len(prompt_P))
@@ -100,7 +105,15 @@ def make_case(
     ends_MRd = feedback_RUd[torch.arange(PARITY_ROWS), torch.from_numpy(last_MR)]
     logits_hidden = hidden_1Td[0, -_NUM_LOGITS:]
     greedy_prompt = torch.tensor(prompt_P[:_NUM_GREEDY_PROMPT])
-    return {
+    masked: Case = {}
+    if masked_layers:
+        rows = zip(lengths_NR[0], hidden_groups(masked_layers), strict=True)
+        behind = [
+            _hidden_behind(backbone, embeds_1Td[:, :kept], feedback_1Ud, groups)
+            for kept, groups in rows
+        ]
+        masked["masked_hidden"] = _array(torch.cat(behind))
+    return masked | {
         "inputs_embeds": _array(embeds_1Td),
         "lengths": lengths_NR,
         "hidden": _array(hidden_1Td),
@@ -250,6 +263,22 @@ def _feedback(backbone: TorchBackbone, message_1Md: Tensor, latent_1Md: Tensor) 
 
 def _hidden(backbone: TorchBackbone, embeds_1Td: Tensor) -> Tensor:
     hidden: Tensor = backbone.body(inputs_embeds=embeds_1Td, use_cache=False).last_hidden_state
+    return hidden
+
+
+def _hidden_behind(
+    backbone: TorchBackbone, kept_1Kd: Tensor, embeds_1Ud: Tensor, groups: Sequence[Sequence[int]]
+) -> Tensor:
+    """Return hidden states [1, U, d] behind positions that some layers do not see."""
+    cache = empty_cache(backbone.facts.layers)
+    given = with_cache(backbone.body, cache)
+    backbone.body(inputs_embeds=kept_1Kd, **given)
+    num_kept, num_rows = kept_1Kd.shape[1], kept_1Kd.shape[1] + embeds_1Ud.shape[1]
+    is_kept_1C = torch.arange(num_rows)[None] < num_kept
+    attending = backbone.facts.attention
+    masks = {i: is_kept_1C for group in groups for i in group if attending[i] != "none"}
+    with rows_hidden(backbone.body, masks):
+        hidden: Tensor = backbone.body(inputs_embeds=embeds_1Ud, **given).last_hidden_state
     return hidden
 
 

@@ -17,6 +17,7 @@ from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.ops import SEARCH_CORPUS
 from recmas_compiler.links.trained import without_link_files
+from recmas_compiler.lowering.named_layers import name_layers
 from recmas_compiler.lowering.plan import build_plan
 from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.spec import Spec, load_spec
@@ -86,7 +87,8 @@ class Replanner:
         # The text that the build measured losses over is in no bundle.
         build = known.document.build.model_copy(update={"loss_text": None})
         known = replace(known, document=known.document.model_copy(update={"build": build}))
-        return build_plan(run_pipeline(build_topology(known, known=self._facts(spec))))
+        program = run_pipeline(build_topology(known, known=self._facts(spec)))
+        return build_plan(name_layers(program, self._bundle.manifest.layer_scores))
 
     def _facts(self, spec: Spec) -> Mapping[str, BackboneFacts]:
         """Return the dimensions of the spec's backbones.

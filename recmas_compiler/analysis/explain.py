@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from recmas_compiler.backbones.facts import weights_bytes
+from recmas_compiler.backbones.facts import BackboneFacts, weights_bytes
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import (
     Agent,
@@ -15,6 +15,7 @@ from recmas_compiler.ir.ops import (
     System,
     Think,
     Write,
+    chosen_count,
     prefill_id,
     send_id,
 )
@@ -107,12 +108,10 @@ def _carried(system: System, link: Link) -> str:
             "thoughts": f"its thoughts, {system.agents[link.source].latent_steps - 1}",
             "written": f"what it writes, at most {form.max_tokens}",
         }
-        layers = range(facts.num_layers) if form.layers is None else form.layers
-        size = human_bytes(sequence_bytes([facts.layers[layer] for layer in layers], 1))
-        of = "every layer" if form.layers is None else f"{counted(len(layers), 'layer')}"
+        size, of = _handed_layers(link, facts)
         rows = listed(what[kind] for kind in form.rows)
         return (
-            f"{link.id} copies rows of {rows}, of {of}: {size} a row. "
+            f"{link.id} copies rows of {rows}, of {of}: {human_bytes(size)} a row. "
             f"{link.target} computes its prompt again in every round."
         )
     if form.carries == "text":
@@ -123,6 +122,18 @@ def _carried(system: System, link: Link) -> str:
         return f"{link.id} sends the states of the tokens that {link.source} writes: {vectors}."
     of = "its prompt" if form.of is None else f"the field {form.of}"
     return f"{link.id} sends the states that {link.source} has at {of}, without a step: {vectors}."
+
+
+def _handed_layers(link: Link, facts: BackboneFacts) -> tuple[int, str]:
+    """Return the bytes of a row that is handed over, and the layers it is of, in words."""
+    of_layers, chosen = [sequence_bytes([layer], 1) for layer in facts.layers], link.form.layers
+    if link.layer_share is not None:
+        count = chosen_count(link.layer_share, facts.num_layers)
+        size = count * sum(of_layers) // facts.num_layers
+        return size, f"{counted(count, 'layer')} (a share of {link.layer_share}, chosen when built)"
+    if chosen is None:
+        return sum(of_layers), "every layer"
+    return sum(of_layers[layer] for layer in chosen), counted(len(chosen), "layer")
 
 
 def _remove_dead_steps(record: Record, count_tokens: CountTokens) -> Iterator[str]:

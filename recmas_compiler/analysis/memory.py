@@ -246,7 +246,8 @@ def _cache_bytes(system: System, cache: Cache, prompt_tokens: int | None) -> int
     appended = max(steps, min(appended, DECODE_HEADROOM))  # text gets room as it grows
     layers = system.backbones[cache.backbone].facts.layers
     capacity = cache_capacity(prompt_tokens + appended)
-    return len(cache.agents) * sequence_bytes(layers, capacity)
+    num_masks = system.num_masks(cache.backbone)
+    return len(cache.agents) * sequence_bytes(layers, capacity, num_masks=num_masks)
 
 
 def _links_used(program: Graph) -> Iterator[tuple[str, int]]:

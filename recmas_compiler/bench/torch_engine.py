@@ -22,7 +22,14 @@ from torch.nn.functional import gelu, layer_norm
 from recmas_compiler.backbones.loaded.cache_argument import cache_argument
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.lowering.static_cache import static_cache, use_static_attention
-from recmas_runtime.engines.interface import Floats, Indices, Operands, keeps_rows_only
+from recmas_runtime.engines.interface import (
+    Floats,
+    HandedRows,
+    Indices,
+    Operands,
+    keeps_rows_only,
+    sees_all_rows,
+)
 from recmas_runtime.formats.layers import cache_tensors
 from recmas_runtime.formats.link_kinds import LAYER_NORM_EPSILON
 
@@ -173,6 +180,11 @@ class TorchCache:
         """Return copies [n, K, positions, D] on the host: keys, values of each layer in turn."""
         chosen = list(rows)
         return [to_numpy(layer[chosen, :, :positions]) for layer in self._layers()]
+
+    def hide_rows(self, row: int, handed: Sequence[HandedRows]) -> None:
+        """Refuse rows that not every layer sees."""
+        if any(rows.seen_by is not None for rows in handed):
+            raise sees_all_rows("torch's engine")
 
     def write_rows(self, values: Sequence[NDArray[Any]]) -> None:
         """Overwrite the beginning of all sequences with [R, K, positions, D], as layers come."""

@@ -11,6 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Final, Self
 
+from recmas_compiler.evaluation.candidates import candidates_of
 from recmas_compiler.evaluation.checks import make_check
 from recmas_compiler.evaluation.checks.verdict import Check, opened_thinking
 from recmas_compiler.evaluation.data.data_file import (
@@ -27,7 +28,7 @@ from recmas_compiler.evaluation.identity import (
     made_folder,
     prompt_digest,
 )
-from recmas_compiler.evaluation.report import Report, limit_text, make_report, write_report
+from recmas_compiler.evaluation.report import Report, asked_text, make_report, write_report
 from recmas_compiler.evaluation.runner import run_systems
 from recmas_runtime.checking.machine import package_versions
 from recmas_runtime.core.errors import Problem, RecmasError, fail
@@ -38,7 +39,7 @@ from recmas_runtime.formats.bundle import Bundle, keep_out, open_bundle
 from recmas_runtime.formats.plan import AgentPlan, DecodeStep, field_place
 from recmas_runtime.prompts.chat_template import ChatTemplate, read_template
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES, messages_of
-from recmas_runtime.running.baselines import LATENT, apply_baseline
+from recmas_runtime.running.baselines import LATENT, apply_baseline, baseline_name
 from recmas_runtime.running.open_engines import choose_device
 from recmas_runtime.running.system import System, check_batch, load
 
@@ -93,7 +94,9 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
     """
     protocol = load_protocol(options.protocol, overrides=options.overrides)
     bundle = open_bundle(options.bundle, verify_hashes=False)
-    asked = (UNTRAINED if name == OLD_UNTRAINED else name for name in options.baselines)
+    asked = (
+        UNTRAINED if name == OLD_UNTRAINED else baseline_name(name) for name in options.baselines
+    )
     names = tuple(dict.fromkeys(asked)) or (LATENT,)
     for name in names:
         if name != UNTRAINED:
@@ -116,6 +119,7 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
         if not questions:
             raise RecmasError([problem for _, problem in broken[:MAX_PROBLEMS]])
         opening = AnswerOpening.of(bundle)
+        _check_scored(protocol, opening, questions)
         identity = Identity(
             protocol=protocol.digest(),
             data=data.digest,
@@ -140,7 +144,7 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
                 folder=folder,
                 resume=resumed,
                 opening=opening.thinking,
-                title=f"{protocol.name}, {limit_text(protocol.max_new_tokens, bundle.plan)}",
+                title=f"{protocol.name}, {asked_text(protocol.model_dump(), bundle.plan)}",
                 progress=progress,
             )
             report = make_report(
@@ -255,9 +259,12 @@ def _judge_text(protocol: Protocol) -> str:
     return ", ".join(f"{name} {versions[name] or 'not installed'}" for name in names)
 
 
-def option_overrides(limit: int | None, seeds: str | None) -> tuple[str, ...]:
-    """Return `--limit` and `--seeds` as overrides of the protocol."""
+def option_overrides(
+    limit: int | None, seeds: str | None, score: str | None = None
+) -> tuple[str, ...]:
+    """Return `--limit`, `--seeds` and `--score` as overrides of the protocol."""
     found = [f"n={limit}"] if limit is not None else []
+    found += [f"score.by={score}"] if score is not None else []
     found += [f"seeds=[{seeds}]"] if seeds is not None else []
     return tuple(found)
 
@@ -297,6 +304,22 @@ def _untrained_bundle(options: EvalOptions, names: Sequence[str], bundle: Bundle
             hint="Build both from the same spec; only the links may differ.",
         )
     return untrained
+
+
+def _check_scored(
+    protocol: Protocol, opening: AnswerOpening, questions: Sequence[Question]
+) -> None:
+    """Refuse to score texts where that would say nothing, before a system is loaded."""
+    if protocol.score.by == "text":
+        return
+    if opening.thinking:
+        raise fail(
+            "RM506",
+            f"the answer agent's prompt ends with {opening.thinking!r}, so that a right answer's "
+            f"likelihood would be that of its thoughts (score.by is {protocol.score.by})",
+            hint="Build with `chat_template: {enable_thinking: false}`, or score by text.",
+        )
+    candidates_of(questions, protocol.score)
 
 
 def _check_fields(bundle: Bundle, data: DataSet) -> None:

@@ -6,19 +6,21 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from recmas_compiler.analysis.plots import COLOURS, save_figure
 from recmas_compiler.evaluation.data.data_file import DataSet
 from recmas_compiler.evaluation.data.protocol import Protocol
+from recmas_compiler.evaluation.intervals import Interval
 from recmas_compiler.evaluation.runner import Evaluation
 from recmas_compiler.evaluation.summary import (
     Comparison,
+    Difference,
     Saving,
     SystemSummary,
     compare,
@@ -33,6 +35,10 @@ from recmas_runtime.formats.bundle import Bundle
 from recmas_runtime.formats.plan import Plan
 
 REPORT_VERSION = 1
+# An answer of so many tokens has no room to work anything out.
+MOST_ANSWER_ONLY_TOKENS: Final = 32
+
+Receiver = Literal["answer-only", "free-writing"]
 MAX_COLUMNS: Final = 100  # of a terminal
 
 
@@ -42,6 +48,7 @@ class Report:
 
     Attributes:
         is_complete: Whether every system answered everything.
+        receiver: Whether the answer agent could do more than say the answer.
         protocol: The protocol, overrides included, and its digest.
         made: When, where, with what.
         comparisons: Every other system against the first.
@@ -50,6 +57,7 @@ class Report:
 
     version: int = REPORT_VERSION
     is_complete: bool
+    receiver: Receiver
     protocol: dict[str, Any]
     data: dict[str, Any]
     bundle: dict[str, Any]
@@ -82,6 +90,7 @@ def make_report(
     versions = package_versions(("recmas", "onnxruntime", "onnxruntime-gpu", "math-verify"))
     return Report(
         is_complete=not evaluation.interrupted and all(s.is_complete for s in summaries),
+        receiver=receiver_of(protocol, bundle.plan),
         protocol={**protocol.model_dump(mode="json"), "digest": protocol.digest()},
         data={
             "file": str(data_file),
@@ -116,14 +125,35 @@ def make_report(
     )
 
 
-def limit_text(protocol: int | None, plan: Plan) -> str:
-    """Return how many tokens an answer may have, and whose limit that is."""
-    return _limit(protocol, plan.sampling.max_new_tokens)
+def receiver_of(protocol: Protocol, plan: Plan) -> Receiver:
+    """Return whether the answer agent says the answer only, or writes freely.
+
+    One that writes at length can work out again what it was not sent, and a message then seems to
+    be worth less than it is.
+    """
+    most = protocol.max_new_tokens or plan.sampling.max_new_tokens
+    is_short = protocol.score.by != "text" or most <= MOST_ANSWER_ONLY_TOKENS
+    return "answer-only" if is_short else "free-writing"
+
+
+def asked_text(protocol: Mapping[str, Any], plan: Plan) -> str:
+    """Return what was asked for: texts, and whose limit they have, or what is scored."""
+    return _asked(protocol, plan.sampling.max_new_tokens)
 
 
 def report_limit(report: Report) -> str:
     """Return the same of a report."""
-    return _limit(report.protocol["max_new_tokens"], report.bundle["max_new_tokens"])
+    return _asked(report.protocol, report.bundle["max_new_tokens"])
+
+
+def _asked(protocol: Mapping[str, Any], bundle: int) -> str:
+    score = protocol["score"]
+    match score["by"]:
+        case "candidates":
+            return f"ranked among {score['candidates']} candidates, or the choices"
+        case "likelihood":
+            return "the right answer's likelihood"
+    return _limit(protocol["max_new_tokens"], bundle)
 
 
 def _limit(protocol: int | None, bundle: int) -> str:
@@ -136,7 +166,8 @@ def report_head(report: Report) -> str:
     """Return the line that says what was asked of what."""
     return (
         f"{report.bundle['name']} on {report.protocol['name']}: "
-        f"{counted(report.data['num_questions'], 'question')}, {report_limit(report)}"
+        f"{counted(report.data['num_questions'], 'question')}, {report_limit(report)}, "
+        f"{report.receiver} receiver"
     )
 
 
@@ -158,6 +189,7 @@ def report_markdown(report: Report) -> str:
         "## How",
         f"- protocol {protocol['name']} version {protocol['version']}, `{protocol['digest']}`\n"
         f"- {drawn}, {report_limit(report)}, seeds {seeds}, {protocol['rollouts']} answers each\n"
+        f"- {_RECEIVERS[report.receiver]}\n"
         f"- {data['num_questions']} of {data['num_records']} records of `{data['file']}`, "
         f"`{data['digest']}`{left_out}\n"
         f"- bundle `{bundle['fingerprint']}`, prompts `{bundle['prompt_digest']}`\n"
@@ -170,28 +202,44 @@ def report_markdown(report: Report) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+_RECEIVERS: Final[dict[Receiver, str]] = {
+    "answer-only": "answer-only receiver: the answer agent has no room to work anything out",
+    "free-writing": "free-writing receiver: the answer agent may work out again what it was not "
+    "sent, so messages can be worth more than is seen here",
+}
+
+
 def report_table(report: Report) -> str:
     """Return the main tables: how often each system is right, and what that took."""
+    by = report.protocol["score"]["by"]
     has_degrees = any(abs(s.score - s.accuracy) > 1e-9 for s in report.systems)
     has_seeds = any(s.sd is not None for s in report.systems)
-    head = ["system", "right", "accuracy", "95 % interval"]
+    is_ranked, has_loss = by == "candidates", by != "text"
+    head = ["system"] if by == "likelihood" else ["system", "right", "accuracy", "95 % interval"]
+    head += ["by chance"] if is_ranked else []
+    head += ["nats/token", "95 % interval of it"] if has_loss else []
     head += ["sd over seeds"] if has_seeds else []
     head += ["score"] if has_degrees else []
     passes = list(dict.fromkeys(k for s in report.systems for k in s.pass_at))
     head += [f"pass@{k}" for k in passes]
-    head += ["no answer", "cut off", "failed"]
+    head += ["failed"] if has_loss else ["no answer", "cut off", "failed"]
     costs = ["system", "prompt tokens", "hand-over tokens", "answer tokens", "latent steps"]
     costs += ["rounds", "s/question"]
     rows, cost_rows = [], []
     for system in report.systems:
         low, high = system.interval.low, system.interval.high
         name = system.name if system.is_complete else f"{system.name} (partial)"
-        row = [name, f"{system.num_right}/{system.num_answers}"]
-        row += [f"{system.accuracy:.1%}", f"{low:.1%} to {high:.1%}"]
+        row = [name]
+        if by != "likelihood":
+            row += [f"{system.num_right}/{system.num_answers}"]
+            row += [f"{system.accuracy:.1%}", f"{low:.1%} to {high:.1%}"]
+        row += [_figure(system.chance, ".1%")] if is_ranked else []
+        row += [_figure(system.loss, ".3f"), _between(system.loss_interval)] if has_loss else []
         row += [_figure(system.sd, ".1%")] if has_seeds else []
         row += [f"{system.score:.3f}"] if has_degrees else []
         row += [_figure(system.pass_at.get(k), ".1%") for k in passes]
-        row += [str(system.num_no_answer), str(system.num_cut_off), str(len(system.failed))]
+        row += [] if has_loss else [str(system.num_no_answer), str(system.num_cut_off)]
+        row += [str(len(system.failed))]
         rows.append(row)
         names = ("prompt_tokens", "handover_tokens", "completion_tokens", "latent_steps")
         cost = [_figure(system.usage.get(key), ".0f") for key in names]
@@ -215,13 +263,35 @@ def fitted_tables(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def comparison_text(report: Report) -> str:
-    """Return a sentence for every pair of systems that is compared."""
-    lines = [
-        f"- {c.system} against {c.against}, {c.num_questions} questions: only {c.system} right "
-        f"{c.num_only_system} times, only {c.against} {c.num_only_against} times "
-        f"(McNemar, exact p = {c.p:.3g})"
-        for c in report.comparisons
-    ]
+    """Return sentences for every pair of systems that is compared."""
+    lines = []
+    by = report.protocol["score"]["by"]
+    for c in report.comparisons:
+        head = f"- {c.system} against {c.against}, {c.num_questions} questions: "
+        parts = []
+        if by != "likelihood":
+            parts.append(
+                f"only {c.system} right {c.num_only_system} times, only {c.against} "
+                f"{c.num_only_against} times (McNemar, exact p = {c.p:.3g}), "
+                f"{_difference(c.accuracy, '+.1%')} right"
+            )
+        parts += [f"{_difference(c.score, '+.3f')} score"] if c.score is not None else []
+        parts += [f"{_difference(c.loss, '+.3f')} nats/token"] if c.loss is not None else []
+        lines.append(head + "; ".join(parts))
+    for system in report.systems:
+        if system.num_repeated:
+            lines.append(
+                f"- {system.name}: {counted(system.num_repeated, 'question')} with the messages of "
+                "a record that sends to another one too: most records have one answer"
+            )
+        if system.num_same_input:
+            lines.append(
+                f"- {system.name}: {counted(system.num_same_input, 'question')} with the messages "
+                "of a record that showed an agent the same text"
+            )
+    other = max((s.num_other_kind for s in report.systems), default=0)
+    if other:
+        lines.append(f"- {counted(other, 'candidate')} of another kind than the right answer")
     for saving in report.savings:
         parts = [f"{saving.speed_up:.2f} times as fast"] if saving.speed_up is not None else []
         if saving.written_tokens is not None:
@@ -248,6 +318,16 @@ def _failures(systems: Sequence[SystemSummary]) -> list[str]:
         for failed in system.failed
     ]
     return ["## Records that could not be run", "\n".join(lines)] if lines else []
+
+
+def _difference(difference: Difference, form: str) -> str:
+    """Return a difference with its interval."""
+    low, high = (format(end, form) for end in (difference.interval.low, difference.interval.high))
+    return f"{format(difference.mean, form)} ({low} to {high})"
+
+
+def _between(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{interval.low:.3f} to {interval.high:.3f}"
 
 
 def _figure(value: float | None, form: str, *, scale: float = 1.0) -> str:
@@ -284,10 +364,10 @@ def draw_report(report: Report, path: Path) -> bool:
     """Draw accuracy with its interval against time, and the tokens that were written.
 
     Returns:
-        Whether there is a picture: not without matplotlib, and not without answers.
+        Whether there is a picture: not without matplotlib, answers, and something right or wrong.
     """
     systems = [system for system in report.systems if system.ms]
-    if not systems:
+    if not systems or report.protocol["score"]["by"] == "likelihood":
         return False
     interrupted = "" if report.is_complete else ", partial"
     return save_figure(

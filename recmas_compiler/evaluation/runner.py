@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Self
 
 from msgspec import structs
 
-from recmas_compiler.evaluation.checks.verdict import NO_ANSWER, Check, Verdict
+from recmas_compiler.evaluation.candidates import Candidates, candidates_of
+from recmas_compiler.evaluation.checks.verdict import NO_ANSWER, Check, Verdict, gold_texts
 from recmas_compiler.evaluation.data.data_file import Question
 from recmas_compiler.evaluation.data.protocol import MAX_ROLLOUTS, Protocol
+from recmas_compiler.evaluation.intervals import mean
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.core.jsonl import JsonLines
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.formats.plan import SamplingPlan
+from recmas_runtime.running.controls import SEED
 from recmas_runtime.running.records import Answer
+from recmas_runtime.running.scoring import Scores
 from recmas_runtime.running.system import System
 
 # Record i of a run draws from stream seed + i. Runs whose seeds lie this far apart share none.
@@ -78,6 +82,12 @@ class ScoredAnswer:
         batch_size: Records that shared its batch, and the batch's time.
         answer: The whole answer as `recmas run --json` has it; None if the record failed.
         target: The right answer, or several that count as right; None for unit tests.
+        sender: The record whose messages the answer agent got; None for its own.
+        same_input: Whether that one showed an agent the same text, because nothing else was left.
+        loss: Of the right answer's text in nats per token, where that is scored.
+        rank: Its place among the candidates, 1 for the likeliest.
+        num_candidates: Itself included.
+        num_other_kind: Candidates of another kind than it.
     """
 
     id: str
@@ -90,6 +100,12 @@ class ScoredAnswer:
     answer: dict[str, Any] | None
     failure: str | None
     target: Any = None
+    sender: str | None = None
+    same_input: bool = False
+    loss: float | None = None
+    rank: int | None = None
+    num_candidates: int = 0
+    num_other_kind: int = 0
 
 
 class AnswerLog:
@@ -211,6 +227,7 @@ def run_systems(
     resume: bool,
     opening: str,
     title: str,
+    seed: int = SEED,
     progress: Progress,
 ) -> Evaluation:
     """Ask all systems batch by batch in turn, so that a machine's busy times fall on all of them.
@@ -221,6 +238,7 @@ def run_systems(
         folder: Gets `answers-NAME.jsonl`.
         opening: What the prompt has begun of the answer, such as a mark that opens thinking.
         title: Of the progress.
+        seed: Of the permutation of `shuffled`.
 
     Raises:
         RecmasError: What concerns the whole run, such as sampling settings out of bounds or an
@@ -229,6 +247,11 @@ def run_systems(
     jobs = plan_jobs(questions, protocol, batch_size=batch_size)
     num_wanted = sum(len(job.questions) for job in jobs)
     judge = _Judge(check, opening)
+    scored_by = protocol.score.by
+    drawn: dict[str, Candidates] = {}
+    if scored_by != "text":
+        found = candidates_of(questions, protocol.score)
+        drawn = {str(q.record.id): one for q, one in zip(questions, found, strict=True)}
     with ExitStack() as stack:
         logs = {
             name: stack.enter_context(
@@ -246,9 +269,12 @@ def run_systems(
             with progress.stage(title, num_wanted * len(systems), done=before) as advance:
                 for name, job in left:
                     if name not in made:
-                        made[name] = systems[name]()
-                    scored = _run_job(made[name], job, protocol, judge)
-                    logs[name].append(scored)
+                        made[name] = _over(systems[name](), questions, protocol, seed)
+                    if scored_by == "text":
+                        scored = _run_job(made[name], job, protocol, judge)
+                    else:
+                        scored = _score_job(made[name], job, drawn)
+                    logs[name].append(scored := _with_senders(scored, made[name], job))
                     advance(len(scored), note=_shares(logs))
         except KeyboardInterrupt:
             interrupted = True
@@ -268,6 +294,13 @@ def _shares(logs: Mapping[str, AnswerLog]) -> str:
         for name, log in logs.items()
         if log.scored
     }
+    losses = {
+        name: f"{mean(told):.3f}"
+        for name, log in logs.items()
+        if (told := [one.loss for one in log.scored if one.loss is not None])
+    }
+    if losses:
+        return "nats per token: " + ", ".join(f"{name} {loss}" for name, loss in losses.items())
     if len(logs) == 1:
         return f"{next(iter(shares.values()))} right"
     return "right: " + ", ".join(f"{name} {share}" for name, share in shares.items())
@@ -284,16 +317,81 @@ class _Judge:
         return self.check(self.opening + answer, question)
 
 
+def _over(system: System, questions: Sequence[Question], protocol: Protocol, seed: int) -> System:
+    """Return a control over the whole set, whatever batches it is asked in."""
+    has_texts = protocol.check.kind != "code"
+    answers = [gold_texts(question) if has_texts else () for question in questions]
+    return system.over([question.record for question in questions], answers=answers, seed=seed)
+
+
+def _with_senders(scored: list[ScoredAnswer], system: System, job: Job) -> list[ScoredAnswer]:
+    """Note whose messages the answers were written from, where these were of another record."""
+    covered = system.covered
+    if covered is None or covered.mean is not None:
+        return scored
+    records = [question.record for question in job.questions]
+    return [
+        replace(one, sender=str(covered.sender(r).id), same_input=covered.has_same_input(r))
+        if one.failure is None
+        else one
+        for one, r in zip(scored, records, strict=True)
+    ]
+
+
+def _score_job(system: System, job: Job, drawn: Mapping[str, Candidates]) -> list[ScoredAnswer]:
+    candidates = [drawn[str(question.record.id)] for question in job.questions]
+    results = system.score_batch(
+        [question.record for question in job.questions], [one.texts for one in candidates]
+    )
+    batch_size = sum(isinstance(result, Scores) for result in results)
+    return [
+        _ranked(result, question, job, one, batch_size)
+        for result, question, one in zip(results, job.questions, candidates, strict=True)
+    ]
+
+
+def _ranked(
+    result: Scores | RecmasError,
+    question: Question,
+    job: Job,
+    candidates: Candidates,
+    batch_size: int,
+) -> ScoredAnswer:
+    unscored = ScoredAnswer(
+        id=str(question.record.id),
+        seed=job.seed,
+        rollout=job.rollout,
+        correct=False,
+        extracted=None,
+        score=0.0,
+        batch_size=0,
+        answer=None,
+        failure=result.problems[0].message if isinstance(result, RecmasError) else None,
+        target=question.gold.get("answer"),
+        num_candidates=len(candidates.texts),
+        num_other_kind=candidates.num_other_kind,
+    )
+    if isinstance(result, RecmasError):
+        return unscored
+    means, has_others = result.mean_losses, len(candidates.texts) > 1
+    likeliest = candidates.texts[min(range(len(means)), key=means.__getitem__)]
+    rank = result.rank(candidates.gold)
+    is_right = has_others and rank == 1
+    return replace(
+        unscored,
+        correct=is_right,
+        extracted=likeliest if has_others else None,
+        score=float(is_right),
+        batch_size=batch_size,
+        answer=result.to_json(),
+        loss=means[candidates.gold],
+        rank=rank if has_others else None,
+    )
+
+
 def _run_job(system: System, job: Job, protocol: Protocol, judge: _Judge) -> list[ScoredAnswer]:
     sampling = sampling_of(job, protocol, system.plan.sampling)
-    results: list[Answer | RecmasError]
-    try:
-        results = system.run_batch([q.record for q in job.questions], sampling=sampling)
-    except RecmasError as error:
-        # Of this batch, only one record is left for a baseline that needs two.
-        if error.problems[0].code != "RM508":
-            raise
-        results = [error for _ in job.questions]
+    results = system.run_batch([q.record for q in job.questions], sampling=sampling)
     # Records that cannot be run share neither the batch nor its time.
     batch_size = sum(isinstance(result, Answer) for result in results)
     return [

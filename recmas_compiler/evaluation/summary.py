@@ -2,69 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, stdev
+from statistics import stdev
 from typing import Any, Final
 
+from recmas_compiler.evaluation.intervals import (
+    Interval,
+    bootstrap,
+    mcnemar,
+    mean,
+    pass_at,
+    wilson,
+)
 from recmas_compiler.evaluation.runner import ScoredAnswer, SystemAnswers
-
-CONFIDENCE: Final = 0.95
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Bounds of a share, from 0 to 1."""
-
-    low: float
-    high: float
-
-
-def wilson(num_right: float, num: int, *, confidence: float = CONFIDENCE) -> Interval:
-    """Return Wilson's score interval of a share.
-
-    Args:
-        num_right: May be fractional: the mean over repeated answers to the same questions.
-        num: Questions, not answers: several answers to one question are no new questions.
-        confidence: Share of such intervals that hold the true value.
-
-    Source: Wilson 1927; Brown, Cai and DasGupta 2001 recommend it for small samples.
-    """
-    if num == 0:
-        return Interval(0.0, 1.0)
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share = num_right / num
-    center = (share + z * z / (2 * num)) / (1 + z * z / num)
-    half = z / (1 + z * z / num) * math.sqrt(share * (1 - share) / num + z * z / (4 * num * num))
-    # The bounds enclose the share; rounding must not deny it at 0 and 1.
-    return Interval(max(0.0, min(share, center - half)), min(1.0, max(share, center + half)))
-
-
-def pass_at(k: int, *, num_answers: int, num_right: int) -> float:
-    """Return the chance that at least one of `k` answers to a question is right, without bias.
-
-    Source: Chen et al. 2021, arXiv 2107.03374, equation 1.
-    """
-    assert 1 <= k <= num_answers
-    return 1.0 - math.comb(num_answers - num_right, k) / math.comb(num_answers, k)
-
-
-def mcnemar(num_only_first: int, num_only_second: int) -> float:
-    """Return the exact two-sided p of McNemar's test: could chance alone divide them so?"""
-    num = num_only_first + num_only_second
-    fewer = min(num_only_first, num_only_second)
-    tail = sum(math.comb(num, i) for i in range(fewer + 1))
-    # Both may be larger than any float; the division of integers is exact until its end.
-    return min(1.0, 2 * tail / (1 << num))
-
-
-def mean(values: Iterable[float]) -> float:
-    """Return the mean; 0 of nothing."""
-    listed = list(values)
-    return math.fsum(listed) / len(listed) if listed else 0.0
-
 
 # Generated tokens, which a latent system saves.
 _WRITTEN: Final = ("handover_tokens", "completion_tokens")
@@ -84,6 +36,14 @@ class SystemSummary:
         pass_at: Chance that one of k answers is right, by k; empty for single answers.
         num_no_answer: Texts that hold no answer; they count as wrong.
         num_cut_off: Texts that ended at the limit of tokens.
+        loss: Mean loss of the right answers' texts in nats per token, over questions; None where
+            that is not scored.
+        loss_interval: Bootstrap 95 % interval of it.
+        chance: Share of right answers by chance, where candidates are ranked.
+        num_other_kind: Candidates of another kind than the right answer, over all questions.
+        num_repeated: Questions answered from messages of a record that sent to another one too.
+        num_same_input: Questions answered from messages of a record that showed an agent the same
+            text.
         failed: Records that could not be run, with the reason; they count as wrong.
         usage: Means per answer: tokens, latent steps.
         rounds: Mean rounds that ran; None if no record did.
@@ -103,6 +63,12 @@ class SystemSummary:
     pass_at: dict[str, float]
     num_no_answer: int
     num_cut_off: int
+    loss: float | None
+    loss_interval: Interval | None
+    chance: float | None
+    num_other_kind: int
+    num_repeated: int
+    num_same_input: int
     failed: tuple[dict[str, str], ...]
     usage: dict[str, float]
     rounds: float | None
@@ -110,16 +76,34 @@ class SystemSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A mean difference over questions, and its interval."""
+
+    mean: float
+    interval: Interval
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Difference:
+        """Return the mean of differences, one a question."""
+        return cls(mean=mean(values), interval=bootstrap(values))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """A system beside the first one, on the questions that both answered.
 
     A question counts for the system that has it right more often; with one answer each that is
-    McNemar's test.
+    McNemar's test. Differences are this system's figure minus the first one's, with paired
+    bootstrap intervals of 95 %.
 
     Attributes:
         num_only_system: Questions that only it has right (more often).
         num_only_against: Questions that only the first has right (more often).
         p: Exact, two-sided: the chance of such a split between equally good systems.
+        accuracy: Difference of the shares of right answers.
+        score: Difference of the scores, where a check knows degrees; else None.
+        loss: Difference of the losses of right answers, on the questions that both could run; None
+            where that is not scored.
     """
 
     system: str
@@ -128,6 +112,9 @@ class Comparison:
     num_only_system: int
     num_only_against: int
     p: float
+    accuracy: Difference
+    score: Difference | None
+    loss: Difference | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +144,9 @@ def summarize(answers: SystemAnswers) -> SystemSummary:
         for seed in dict.fromkeys(one.seed for one in scored)
     }
     ran = [(one, one.answer) for one in scored if one.answer is not None]
+    losses = list(losses_by_question(scored).values())
+    senders = {one.id: one.sender for one in scored if one.sender is not None}
+    ranked = [one for one in scored if one.num_candidates > 1]
     return SystemSummary(
         name=answers.name,
         is_complete=answers.is_complete,
@@ -170,7 +160,13 @@ def summarize(answers: SystemAnswers) -> SystemSummary:
         sd=stdev(by_seed.values()) if len(by_seed) > 1 else None,
         pass_at=_pass_at(scored),
         num_no_answer=sum(one.extracted is None for one, _ in ran),
-        num_cut_off=sum(answer["finish_reason"] == "length" for _, answer in ran),
+        num_cut_off=sum(answer.get("finish_reason") == "length" for _, answer in ran),
+        loss=mean(losses) if losses else None,
+        loss_interval=bootstrap(losses) if losses else None,
+        chance=mean(1 / one.num_candidates for one in ranked) if ranked else None,
+        num_repeated=len(senders) - len(set(senders.values())),
+        num_same_input=len({one.id for one in scored if one.same_input}),
+        num_other_kind=sum(one.num_other_kind for one in ranked),
         failed=tuple(
             {"id": one.id, "reason": one.failure} for one in scored if one.failure is not None
         ),
@@ -188,13 +184,17 @@ def compare(systems: Sequence[SystemAnswers]) -> tuple[Comparison, ...]:
     if not systems:
         return ()
     first, *others = systems
-    base = right_by_question(first.scored)
+    base, base_scores = right_by_question(first.scored), _scores_by_question(first.scored)
+    base_losses = losses_by_question(first.scored)
     found = []
     for other in others:
-        right = right_by_question(other.scored)
+        right, scores = right_by_question(other.scored), _scores_by_question(other.scored)
+        losses = losses_by_question(other.scored)
         shared = [question for question in base if question in right]
         only_system = sum(right[question] > base[question] for question in shared)
         only_against = sum(right[question] < base[question] for question in shared)
+        has_degrees = (scores, base_scores) != (right, base)
+        both = [question for question in base_losses if question in losses]
         found.append(
             Comparison(
                 system=other.name,
@@ -203,6 +203,11 @@ def compare(systems: Sequence[SystemAnswers]) -> tuple[Comparison, ...]:
                 num_only_system=only_system,
                 num_only_against=only_against,
                 p=mcnemar(only_system, only_against),
+                accuracy=Difference.of([right[q] - base[q] for q in shared]),
+                score=Difference.of([scores[q] - base_scores[q] for q in shared])
+                if has_degrees
+                else None,
+                loss=Difference.of([losses[q] - base_losses[q] for q in both]) if both else None,
             )
         )
     return tuple(found)
@@ -230,7 +235,23 @@ def savings(systems: Sequence[SystemSummary]) -> tuple[Saving, ...]:
 
 def right_by_question(scored: Iterable[ScoredAnswer]) -> dict[str, float]:
     """Return the share of right answers to every question, in the order of the questions."""
-    return {question: mean(verdicts) for question, verdicts in _by_question(scored).items()}
+    return _mean_by_question((one.id, one.correct) for one in scored)
+
+
+def losses_by_question(scored: Iterable[ScoredAnswer]) -> dict[str, float]:
+    """Return the loss of every question's right answer, in nats per token, where it was scored."""
+    return _mean_by_question((one.id, one.loss) for one in scored if one.loss is not None)
+
+
+def _scores_by_question(scored: Iterable[ScoredAnswer]) -> dict[str, float]:
+    return _mean_by_question((one.id, one.score) for one in scored)
+
+
+def _mean_by_question(values: Iterable[tuple[str, float]]) -> dict[str, float]:
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    for question, value in values:
+        found[question].append(value)
+    return {question: mean(listed) for question, listed in found.items()}
 
 
 def _by_question(scored: Iterable[ScoredAnswer]) -> Mapping[str, list[bool]]:

@@ -30,7 +30,7 @@ from recmas_compiler.links.files import (
 )
 from recmas_compiler.spec.document.places import Loc, is_file, is_folder, path_of
 from recmas_compiler.spec.document.problems import in_reading_order, problem_at
-from recmas_compiler.spec.schema.sections import ToolsSection, WeightsSection
+from recmas_compiler.spec.schema.sections import LinkSection, ToolsSection, WeightsSection
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.formats.ids import link_name
@@ -211,12 +211,14 @@ def _link(
         is_moved = (source, target) in _moved(spec)
         backbone = agents[source].backbone
         problems += _refused_rows(spec, loc, form, backbone, read_from, is_moved=is_moved)
+        problems += _refused_layers(spec, loc, section, backbone, read_from)
     return Link(
         source=source,
         target=target,
         feedback=section.feedback,
         weights=weights,
         form=form,
+        layer_share=section.layer_share,
         where=spec.position(*loc),
     )
 
@@ -253,11 +255,31 @@ def _refused_rows(
             f"and those of `{backbone}` cannot be moved: `{facts.model_type}` {why}."
         )
         yield problem_at(spec.position(*loc, "carries"), "RM127", message, hint=ROWS_STAY_HINT)
-    beyond = [layer for layer in form.layers or () if layer >= facts.num_layers]
+
+
+def _refused_layers(
+    spec: Spec, loc: Loc, section: LinkSection, backbone: str, facts: BackboneFacts
+) -> Iterator[Problem]:
+    """Yield why rows cannot be handed over to these layers of a backbone alone."""
+    place, layers = spec.position(*loc, "layers"), section.form.layers or ()
+    if section.layers in (None, "all"):
+        return
+    target = spec.document.build.target
+    if TARGETS[target].machine_engines is not None:
+        message = f"engines of target `{target}` show rows to every layer, not to some."
+        hint = "Hand them to all layers (`layers: all`), or use target `onnx`."
+        yield problem_at(place, "RM121", message, hint=hint)
+    beyond = [layer for layer in layers if layer >= facts.num_layers]
     if beyond:
         message = f"`{backbone}` has layers 0 to {facts.num_layers - 1}, not {beyond[0]}."
         hint = "Name layers that are there, or `all`."
-        yield problem_at(spec.position(*loc, "layers"), "RM127", message, hint=hint)
+        yield problem_at(place, "RM127", message, hint=hint)
+        return
+    without = [layer for layer in layers if facts.layers[layer].rows is None]
+    if without:
+        message = f"layer {without[0]} of `{backbone}` ({facts.model_type}) has no rows of its own."
+        hint = "Name layers that have, or `all`."
+        yield problem_at(place, "RM127", message, hint=hint)
 
 
 def _weights(

@@ -16,7 +16,7 @@ from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.spec.document.places import SourcePosition
 from recmas_runtime.formats.ids import inner_link_id, outer_link_id
-from recmas_runtime.formats.messages import THOUGHTS, MessageForm, moved_links
+from recmas_runtime.formats.messages import THOUGHTS, MessageForm, masked_layers, moved_links
 from recmas_runtime.formats.plan import (
     Limits,
     PromptPart,
@@ -103,6 +103,8 @@ class Link:
         feedback: Its message is seen in the next round.
         weights: None where messages are no vectors.
         form: What its messages are made of.
+        layer_share: Where rows are handed over: to how many of all layers. The layers of the form
+            are chosen, and this is None, once the backbone is loaded.
     """
 
     source: str
@@ -110,6 +112,7 @@ class Link:
     feedback: bool
     weights: LinkWeights | None
     form: MessageForm = THOUGHTS
+    layer_share: float | None = None
     where: SourcePosition
 
     @property
@@ -347,10 +350,29 @@ class System:
         outer = {link.id: link.weights for link in self.links.values() if link.weights is not None}
         return inner | outer
 
+    def num_masks(self, backbone: str) -> int:
+        """Return how many masks the decoder of a backbone has to hide rows that are handed over.
+
+        Layers that are not chosen yet count as one group.
+        """
+        links = [
+            link
+            for link in self.links.values()
+            if link.form.carries == "cache" and self.backbone_of(link.target).name == backbone
+        ]
+        chosen = {link.layer_share for link in links if link.layer_share is not None}
+        num_layers = self.backbones[backbone].facts.num_layers
+        return len(masked_layers(num_layers, [link.form.layers for link in links])) + len(chosen)
+
     def backbone_of(self, agent: str) -> Backbone:
         """Return the backbone whose weights and engine `agent` uses, after sharing."""
         declared = self.backbones[self.agents[agent].backbone]
         return self.backbones[declared.shared_as]
+
+
+def chosen_count(share: float, num_layers: int) -> int:
+    """Return how many layers a share of them is: at least one."""
+    return max(1, round(share * num_layers))
 
 
 # Ids of program steps: `ROUND/WHO/WHAT`, so that a printed program reads without a legend.

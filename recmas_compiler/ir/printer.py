@@ -171,6 +171,8 @@ def _agent_row(agent: Agent, system: System) -> Row:
 def _link_row(link: Link) -> Row:
     weights = ("", "", "") if link.weights is None else _weights(link.weights)
     form = "" if link.form == THOUGHTS else form_text(link.form)
+    if link.layer_share is not None:
+        form += f" layers={link.layer_share} of all"
     return (link.id, *weights, "feedback" if link.feedback else "", form)
 
 

@@ -131,11 +131,15 @@ def _impossible_rows(graph: Graph) -> Iterator[str]:
     for link in system.links.values():
         form = link.form
         if form.carries != "cache":
+            if link.layer_share is not None:
+                yield link.id
             continue
         backbones = [system.backbone_of(name) for name in (link.source, link.target)]
         layers = backbones[0].facts.layers
         beyond = [layer for layer in form.layers or () if layer >= len(layers)]
-        if backbones[0] != backbones[1] or not form.rows or beyond or has_states(layers):
+        said_twice = form.layers is not None and link.layer_share is not None
+        is_off = backbones[0] != backbones[1] or not form.rows or has_states(layers)
+        if is_off or beyond or said_twice:
             yield link.id
 
 

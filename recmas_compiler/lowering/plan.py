@@ -44,6 +44,8 @@ def build_plan(program: Graph) -> Plan:
     """
     assert program.level >= Level.UNROLLED, "only programs have a plan"
     system = program.system
+    shares = [link.id for link in system.links.values() if link.layer_share is not None]
+    assert not shares, f"the layers of {shares} are not chosen yet"
     steps = tuple(
         _step(program, step, op) for step, op in program.in_order() if not isinstance(op, Agent)
     )

@@ -10,7 +10,7 @@ Shape legend: T positions, M latent steps, D width of the agent, E width of a ta
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Self
 
@@ -18,15 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from recmas_compiler.backbones.loaded.cache_argument import with_cache
-from recmas_compiler.backbones.loaded.own_cache import cache_of, positions_behind, tensors_of
+from recmas_compiler.backbones.loaded.own_cache import cache_of, tensors_of
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.ir.graph import Graph
+from recmas_compiler.lowering.choose_layers import choose_layers
 from recmas_compiler.lowering.materialize import materialize_links
 from recmas_compiler.lowering.plan import agent_plan, build_plan
+from recmas_compiler.lowering.torch_rows import Rows, cut_rows, extend, join_rows, seen_rows
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_runtime.core.progress import Progress, Silent
-from recmas_runtime.formats.layers import Rotation, has_states
+from recmas_runtime.engines.interface import HandedRows
+from recmas_runtime.formats.layers import has_states
 from recmas_runtime.formats.messages import MessageForm, RowsOf, message_spans
 from recmas_runtime.formats.plan import (
     DecodeStep,
@@ -43,10 +45,9 @@ from recmas_runtime.prompts.render import Chat, Prompt, Tokens, build_prompt, co
 from recmas_runtime.prompts.sampler import Sampler
 from recmas_runtime.prompts.tool_turns import answer_chat
 from recmas_runtime.running.generation import DecoderSettings, RowDecoder, visible_specials
-from recmas_runtime.running.messages import sends_rows
 from recmas_runtime.running.record_prompts import field_of_slot, with_texts
 from recmas_runtime.running.records import FinishReason
-from recmas_runtime.sequences.moved_keys import turn_by
+from recmas_runtime.sequences.messages import sends_rows
 
 Record = Mapping[str, object]
 
@@ -88,19 +89,6 @@ class ReferenceResult:
     rounds: list[int]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Rows of a cache, [1, H, P, D] for each of its tensors, and where the first was computed."""
-
-    tensors: tuple[Tensor, ...]
-    position: int
-
-    @property
-    def count(self) -> int:
-        """How many rows there are, P."""
-        return self.tensors[0].shape[2]
-
-
 # What one record sends over a link: vectors [M, E], a text, or pieces of rows.
 Message = Tensor | str | tuple[Rows, ...]
 
@@ -115,6 +103,7 @@ class _Sequence:
         states_TD: At the positions of the prompt.
         slots: How many positions vectors take in each slot of the prompt.
         front: The rows of others that come before the prompt.
+        handed: Which layers see them.
         text: What it has written, and the states and rows of that.
     """
 
@@ -126,6 +115,7 @@ class _Sequence:
     states_TD: Tensor
     slots: dict[str, int]
     front: tuple[Tensor, ...] = ()
+    handed: tuple[HandedRows, ...] = ()
     text: str = ""
     written_ND: Tensor | None = None
     rows: dict[RowsOf, Rows] = field(default_factory=dict)
@@ -338,7 +328,7 @@ class TorchSystem(ProgramModule):
         embeds_TD = torch.cat(list(self._embedded(backbone, prompt, vectors_ME)))
         prefix = prompt.leading_ids
         layers = backbone.facts.layers
-        front = join_rows(pieces, backbone)
+        front, handed = join_rows(pieces, backbone), seen_rows(pieces)
         cache, states_TD, kept = cache_of(layers, front), embeds_TD[:0], 0
         # States cannot be cropped, and a copy of them would be one more thing to trust.
         if step.reuse_prefix and not has_states(layers):
@@ -347,7 +337,7 @@ class TorchSystem(ProgramModule):
             kept = min(common_prefix(sequence.prefix, prefix), len(embeds_TD) - 1)
             cache, states_TD = sequence.cache, sequence.states_TD[:kept]
             cache.crop(kept - cache.get_seq_length())  # negative: how many rows to remove
-        hidden_TD = _extend(backbone, cache, embeds_TD[kept:])
+        hidden_TD = extend(backbone, cache, embeds_TD[kept:], handed)
         state.sequences[agent] = _Sequence(
             cache=cache,
             prefix=prefix,
@@ -357,6 +347,7 @@ class TorchSystem(ProgramModule):
             states_TD=torch.cat([states_TD, hidden_TD]),
             slots={slot: len(vectors) for slot, vectors in vectors_ME.items()},
             front=front,
+            handed=handed,
         )
 
     def _embedded(
@@ -374,7 +365,7 @@ class TorchSystem(ProgramModule):
         num_steps = self.plan.agents[agent].latent_steps
         thoughts_1D, embeds_1D = [sequence.hidden_11D[0]], [inner(sequence.hidden_11D[0])]
         for _ in range(num_steps - 1):
-            hidden_1D = _extend(backbone, sequence.cache, embeds_1D[-1])
+            hidden_1D = extend(backbone, sequence.cache, embeds_1D[-1], sequence.handed)
             thoughts_1D.append(hidden_1D)
             embeds_1D.append(inner(hidden_1D))
         sequence.hidden_11D = thoughts_1D[-1][None]
@@ -384,7 +375,7 @@ class TorchSystem(ProgramModule):
         if sends_rows(self.plan, agent, "thoughts"):
             end = sequence.end
             rows = tensors_of(sequence.cache, backbone.facts.layers)
-            sequence.rows["thoughts"] = _cut(rows, end, end + num_steps - 1)
+            sequence.rows["thoughts"] = cut_rows(rows, end, end + num_steps - 1)
 
     @torch.no_grad()
     def _write(self, agent: str, step: WriteStep, state: LatentState) -> None:
@@ -393,19 +384,21 @@ class TorchSystem(ProgramModule):
         layers = backbone.facts.layers
         assert step.greedy, "hand-over texts of a latent plan are greedy"
         cache = cache_of(layers, sequence.front)
-        hidden_TD = _extend(backbone, cache, sequence.embeds_TD)
+        hidden_TD = extend(backbone, cache, sequence.embeds_TD, sequence.handed)
         sampling = SamplingPlan(max_new_tokens=step.max_new_tokens or 1)
-        ids, sequence.text, _ = self._text(agent, cache, hidden_TD[-1:], sampling, seed=0)
+        ids, sequence.text, _ = self._text(
+            agent, cache, hidden_TD[-1:], sampling, seed=0, handed=sequence.handed
+        )
         if not step.keeps_states:
             return
         cache = cache_of(layers, sequence.front)
         whole_TD = torch.cat([sequence.embeds_TD, backbone.embed(self._ids(ids))])
-        hidden_TD = _extend(backbone, cache, whole_TD)
+        hidden_TD = extend(backbone, cache, whole_TD, sequence.handed)
         sequence.written_ND = hidden_TD[len(sequence.embeds_TD) :]
         if sends_rows(self.plan, agent, "written"):
             end = sequence.end
             rows = tensors_of(cache, layers)
-            sequence.rows["written"] = _cut(rows, end, end + len(ids))
+            sequence.rows["written"] = cut_rows(rows, end, end + len(ids))
 
     def _send(self, step: SendStep, state: LatentState) -> None:
         form, sequence = self.plan.links[step.links[0]], state.sequences[step.source]
@@ -445,8 +438,9 @@ class TorchSystem(ProgramModule):
         layers = self._backbone(agent).facts.layers
         first = sequence.num_front
         last = first + sequence.prompt.num_turn_positions(sequence.slots)
-        context = _cut(tensors_of(sequence.cache, layers), first, last)
-        return tuple(context if kind == "context" else sequence.rows[kind] for kind in form.rows)
+        context = cut_rows(tensors_of(sequence.cache, layers), first, last)
+        kinds = sequence.rows | {"context": context}
+        return tuple(replace(kinds[kind], seen_by=form.layers) for kind in form.rows)
 
     def _decode(
         self, state: LatentState, sampling: SamplingPlan, *, seed: int
@@ -454,10 +448,24 @@ class TorchSystem(ProgramModule):
         """Return the answer's ids, its text and why it ended."""
         agent = self.plan.answer_agent
         sequence = state.sequences[agent]
-        return self._text(agent, sequence.cache, sequence.hidden_11D[0], sampling, seed=seed)
+        return self._text(
+            agent,
+            sequence.cache,
+            sequence.hidden_11D[0],
+            sampling,
+            seed=seed,
+            handed=sequence.handed,
+        )
 
     def _text(
-        self, agent: str, cache: Any, hidden_1D: Tensor, sampling: SamplingPlan, *, seed: int
+        self,
+        agent: str,
+        cache: Any,
+        hidden_1D: Tensor,
+        sampling: SamplingPlan,
+        *,
+        seed: int,
+        handed: Sequence[HandedRows],
     ) -> tuple[list[int], str, FinishReason]:
         """Write behind what is in a cache, whose last position has the given state."""
         backbone = self._backbone(agent)
@@ -480,7 +488,7 @@ class TorchSystem(ProgramModule):
                 ids.append(chosen)
             if writer.finish_reason is not None:
                 return ids, writer.text, writer.finish_reason
-            hidden_1D = _extend(backbone, cache, backbone.embed(self._ids([chosen])))
+            hidden_1D = extend(backbone, cache, backbone.embed(self._ids([chosen])), handed)
         writer.finish("length")
         return ids, writer.text, "length"
 
@@ -509,6 +517,7 @@ def to_torch(
     """
     watcher = Silent() if progress is None else progress
     loaded = load_backbones(program, progress=watcher) if backbones is None else backbones
+    program, _ = choose_layers(program, loaded)
     if links is None:
         made = materialize_links(program, loaded, progress=watcher)
         links = {link_id: link.module for link_id, link in made.items()}
@@ -547,50 +556,6 @@ def _stack(records: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         )
         for name in names
     }
-
-
-def _extend(backbone: TorchBackbone, cache: Any, embeds_TD: Tensor) -> Tensor:
-    """Run positions behind those in the cache; return their hidden states [T, D]."""
-    positions = positions_behind(cache, len(embeds_TD))
-    positions = {name: value.to(embeds_TD.device) for name, value in positions.items()}
-    out = backbone.body(
-        inputs_embeds=embeds_TD[None], **with_cache(backbone.body, cache), **positions
-    )
-    hidden_TD: Tensor = out.last_hidden_state[0]
-    return hidden_TD
-
-
-def _cut(tensors: Sequence[Tensor], first: int, last: int) -> Rows:
-    return Rows(tensors=tuple(t[:, :, first:last] for t in tensors), position=first)
-
-
-def join_rows(pieces: Sequence[Rows], backbone: TorchBackbone) -> tuple[Tensor, ...]:
-    """Return pieces of rows one behind the other, keys turned to their new positions."""
-    if not pieces:
-        return ()
-    moved, at = [], 0
-    for piece in pieces:
-        tensors = piece.tensors
-        if piece.position != at:
-            # Keys and values of one layer after the other: none of them keeps a state.
-            names = [
-                f"{kind}.{layer}" for layer in range(len(tensors) // 2) for kind in ("key", "value")
-            ]
-            tensors = tuple(
-                _turned(rows, backbone.row_positions.of_tensor(name), at - piece.position)
-                for name, rows in zip(names, tensors, strict=True)
-            )
-        moved.append(tensors)
-        at += piece.count
-    return tuple(torch.cat(parts, dim=2) for parts in zip(*moved, strict=True))
-
-
-def _turned(rows: Tensor, rotation: Rotation | None, offset: int) -> Tensor:
-    if rotation is None:
-        return rows
-    turn = turn_by(offset, rotation, width=rows.shape[-1])
-    cosine, sine = (torch.from_numpy(part).to(rows) for part in (turn.cosine, turn.sine))
-    return rows * cosine + rows[..., torch.from_numpy(turn.partner)] * sine
 
 
 def module_name(link_id: str) -> str:

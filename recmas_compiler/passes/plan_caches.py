@@ -54,7 +54,10 @@ def _cache(system: System, agents: tuple[str, ...], steps: list[str]) -> Cache:
         backbone=backbone.name,
         agents=agents,
         capacity=capacity,
-        bytes_per_sample=len(agents) * sequence_bytes(backbone.facts.layers, capacity),
+        bytes_per_sample=len(agents)
+        * sequence_bytes(
+            backbone.facts.layers, capacity, num_masks=system.num_masks(backbone.name)
+        ),
         first_step=steps[0],  # 3
         last_step=steps[-1],
     )

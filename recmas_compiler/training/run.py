@@ -307,7 +307,7 @@ def _outer_stage(session: Session, options: RunOptions, report: RunReport) -> No
         batch_size=settings.outer.batch_size,
     )
     result = _run_loop(session, task, settings.outer, options, report, place=OUTER)
-    report.stages[OUTER] = result.figures
+    report.stages[OUTER] = {**result.figures, "shuffled": task.control_figures()}
     report.interrupted = result.interrupted
     if not result.interrupted:
         report.trained = tuple(dict.fromkeys((*learned, *learning)))

@@ -17,6 +17,7 @@ from recmas_compiler.ir.ops import System
 from recmas_compiler.links.calibration import Calibration
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.links.modules import make_link
+from recmas_compiler.lowering.choose_layers import choose_layers
 from recmas_compiler.lowering.materialize import (
     MaterializedLink,
     declared_links,
@@ -164,6 +165,7 @@ def open_session(
     if examples is None:
         examples = settings.examples(spec)  # before anything that takes long
     backbones = load_backbones(program, progress=progress)
+    program, _ = choose_layers(program, backbones)
     widest = max(backbone.facts.width for backbone in backbones.values())
     wanted: str = section.backbone_dtype
     if wanted == "auto" and kept_dtype is not None and kept_dtype in _DTYPES:

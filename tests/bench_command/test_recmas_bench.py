@@ -113,11 +113,11 @@ def test_data_in_batches(
     lines = [json.dumps({"question": f"Is it {i}"}) for i in range(7)]
     data.write_text("\n".join([lines[0], "{broken", *lines[1:]]) + "\n")
     arguments = ["--data", data, "--batch", "3", "--limit", "5", "--repeats", "1"]
-    body = bench_json(capsys, hand_bundle, *arguments, "--baseline", "shuffled-latents")
+    body = bench_json(capsys, hand_bundle, *arguments, "--baseline", "shuffled")
     assert [(p["code"], p["line"]) for p in body["problems"]] == [("RM500", 2)]
     assert body["data"]["questions"] == 5
     assert body["data"]["batch"] == 3
-    assert only(body["data"], "shuffled-latents")["against"] is None
+    assert only(body["data"], "shuffled")["against"] is None
 
 
 def test_questions_without_an_answer_are_left_out_for_all(
@@ -194,7 +194,7 @@ def test_what_either_bundle_warns_of_is_reported_once(
         (["--batch", "0"], "RM506", "--batch 0"),
         (["--max-new-tokens", "0"], "RM505", "max_new_tokens is 0"),
         (["--baseline", "texts"], "RM508", "there is no baseline 'texts'"),
-        (["--baseline", "shuffled-latents"], "RM508", "there is only one"),
+        (["--baseline", "shuffled", "--question", "7"], "RM508", "there is only one"),
         (["--data", "/nowhere.jsonl"], "RM502", "cannot be read"),
         (["--question", " "], "RM500", "empty question"),
         (["--untrained-bundle", "/nowhere"], "RM400", "not a bundle"),

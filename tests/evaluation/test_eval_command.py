@@ -190,12 +190,128 @@ def test_records_that_cannot_run_count_and_are_listed(
     assert "the bundle allows" in failed["reason"]
 
 
-def test_shuffled_latents_with_one_usable_record(
+def test_controls_need_two_usable_records_with_different_answers(
     run: Evaluate, write_records: WriteRecords
 ) -> None:
-    records = [{"question": "Q0", "answer": "x"}, {"question": "x" * 4000, "answer": "x"}]
-    (system,) = run(data=write_records(records), baselines=("shuffled-latents",)).data["systems"]
-    assert len(system["failed"]) == 2
+    records = [{"question": "Q0", "answer": "x"}, {"question": "x" * 4000, "answer": "y"}]
+    with pytest.raises(RecmasError, match=r"RM508.*there is only one"):
+        run(data=write_records(records), baselines=("shuffled",))
+    records = [{"question": f"Q{i}", "answer": "Yes"} for i in range(3)]
+    with pytest.raises(RecmasError, match=r"RM508.*all others have the answer 'Yes'"):
+        run(data=write_records(records), baselines=("shuffled",), out="same")
+
+
+def test_shuffled_is_over_the_whole_set_in_any_batches(
+    run: Evaluate, tmp_path: Path, answers: Sequence[str], write_records: WriteRecords
+) -> None:
+    records = [
+        {"id": f"q{i}", "question": f"Q{i}", "answer": said or "x"}
+        for i, said in enumerate(answers)
+    ]
+    data = write_records(records)
+    whole = run(data=data, baselines=("shuffled-latents",), batch=8).data["systems"]
+    parts = run(data=data, baselines=("shuffled",), batch=3, out="parts").data["systems"]
+    assert whole[0]["name"] == parts[0]["name"] == "shuffled"
+    texts = [
+        [one["answer"]["answer"] for one in lines(tmp_path / out / "answers-shuffled.jsonl")]
+        for out in ("out", "parts")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_whose_messages_were_used_is_told(
+    run: Evaluate, tmp_path: Path, write_records: WriteRecords
+) -> None:
+    given = ["yes", "yes", "yes", "no", "yes"]
+    records = [{"id": f"q{i}", "question": f"Q{i}", "answer": a} for i, a in enumerate(given)]
+    outcome = run(data=write_records(records), baselines=("shuffled", "latent"), batch=2)
+    scored = lines(tmp_path / "out" / "answers-shuffled.jsonl")
+    senders = [given[int(one["sender"].removeprefix("q"))] for one in scored]
+    assert senders == ["no", "no", "no", "yes", "no"]
+    (shuffled, latent) = outcome.data["systems"]
+    assert (shuffled["num_repeated"], shuffled["num_same_input"]) == (3, 0)
+    assert "shuffled: 3 questions with the messages of a record that sends" in outcome.text
+    assert lines(tmp_path / "out" / "answers-latent.jsonl")[0]["sender"] is None
+    assert latent["num_repeated"] == 0
+
+
+CANDIDATES = ("score.by=candidates", "score.candidates=3")
+
+
+def test_right_answers_are_ranked_among_candidates(
+    run: Evaluate, tmp_path: Path, tiny_bundle: Path, data: Path, write_records: WriteRecords
+) -> None:
+    names = ["Paris", "Rome", "Oslo", "Berlin", "Madrid"]
+    records = [{"id": f"q{i}", "question": f"Q{i}", "answer": n} for i, n in enumerate(names)]
+    baselines = ("latent", "null", "shuffled", "mean", "single", "all-context")
+    outcome = run(data=write_records(records), overrides=CANDIDATES, baselines=baselines, batch=2)
+    report = outcome.data
+    assert report["receiver"] == "answer-only"
+    assert [one["name"] for one in report["systems"]] == list(baselines)
+    system = rt.load(tiny_bundle, threads=1)
+    for summary in report["systems"]:
+        scored = lines(tmp_path / "out" / f"answers-{summary['name']}.jsonl")
+        assert [one["id"] for one in scored] == [f"q{i}" for i in range(5)]
+        for one in scored:
+            drawn = one["answer"]["candidates"]
+            assert len(drawn) == one["num_candidates"] == 3
+            assert drawn[0] == one["target"] in names
+            means = [
+                loss / count
+                for loss, count in zip(
+                    one["answer"]["losses"], one["answer"]["num_tokens"], strict=True
+                )
+            ]
+            assert one["loss"] == pytest.approx(means[0], abs=1e-5)
+            assert one["rank"] == 1 + sum(mean < means[0] for mean in means)
+            assert one["correct"] == (one["rank"] == 1)
+        assert summary["loss"] == pytest.approx(sum(one["loss"] for one in scored) / 5)
+        low, high = summary["loss_interval"]["low"], summary["loss_interval"]["high"]
+        assert low < summary["loss"] < high
+        assert summary["chance"] == pytest.approx(1 / 3)
+        assert summary["usage"]["completion_tokens"] == 0
+    first = lines(tmp_path / "out" / "answers-latent.jsonl")[0]
+    (alone,) = system.score_batch([{"question": "Q0"}], [first["answer"]["candidates"]])
+    assert first["answer"]["losses"] == pytest.approx(alone.losses, rel=1e-4)
+    for comparison in report["comparisons"]:
+        assert comparison["loss"]["interval"]["low"] <= comparison["loss"]["mean"]
+    assert "by chance" in outcome.text
+    assert "nats/token" in outcome.text
+    assert "answer-only receiver" in outcome.text
+    assert "McNemar" in outcome.text
+
+
+def test_scores_are_resumed(run: Evaluate, tmp_path: Path, write_records: WriteRecords) -> None:
+    records = [{"question": f"Q{i}", "answer": f"Name{i}"} for i in range(5)]
+    data = write_records(records)
+    given = {"data": data, "overrides": CANDIDATES, "baselines": ("shuffled", "mean"), "batch": 2}
+    whole = run(out="whole", **given).data
+    run(**given)
+    for name in ("shuffled", "mean"):
+        path = tmp_path / "out" / f"answers-{name}.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    resumed = run(resume=True, **given).data
+    assert timeless(resumed) == timeless(whole)
+    with pytest.raises(RecmasError, match=r"RM603.*the protocol"):
+        run(resume=True, **given | {"overrides": (*CANDIDATES, "score.seed=1")})
+
+
+def test_the_likelihood_of_right_answers_alone(run: Evaluate) -> None:
+    outcome = run(overrides=("score.by=likelihood",), baselines=("latent", "null"))
+    latent, null = outcome.data["systems"]
+    assert latent["loss"] > 0
+    assert latent["chance"] is None
+    (comparison,) = outcome.data["comparisons"]
+    assert comparison["loss"]["mean"] == pytest.approx(null["loss"] - latent["loss"])
+    assert "accuracy" not in outcome.text
+    assert "McNemar" not in outcome.text
+
+
+def test_receivers_that_write_at_length_are_told_apart(run: Evaluate) -> None:
+    assert run(overrides=("n=2",)).data["receiver"] == "answer-only"
+    free = run(overrides=("n=2", "max_new_tokens=33"), out="free")
+    assert free.data["receiver"] == "free-writing"
+    assert "free-writing receiver" in free.text
 
 
 def test_killed_and_resumed_is_as_if_never_killed(
@@ -325,7 +441,7 @@ def test_whose_limit_of_tokens_holds_is_said_first(run: Evaluate) -> None:
 
 def test_tables_fit_a_terminal(run: Evaluate) -> None:
     sampled = ("n=2", "temperature=1.0", "rollouts=8")
-    text = run(overrides=sampled, baselines=("latent", "shuffled-latents")).text
+    text = run(overrides=sampled, baselines=("latent", "shuffled")).text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert "pass@8" in text
     assert max(map(len, table)) <= 100
@@ -435,8 +551,8 @@ def test_answers_of_something_else_are_not_resumed(run: Evaluate, tmp_path: Path
 
 def test_another_baseline_may_join_later(run: Evaluate) -> None:
     run(overrides=("n=2",))
-    report = run(resume=True, overrides=("n=2",), baselines=("latent", "null-latents")).data
-    assert [system["name"] for system in report["systems"]] == ["latent", "null-latents"]
+    report = run(resume=True, overrides=("n=2",), baselines=("latent", "null")).data
+    assert [system["name"] for system in report["systems"]] == ["latent", "null"]
 
 
 def test_other_prompts_than_the_protocol_names_are_told(run: Evaluate) -> None:

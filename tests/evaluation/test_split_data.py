@@ -492,6 +492,10 @@ def test_questions_of_another_file_are_left_out(tmp_path: Path) -> None:
     nameless = written(tmp_path / "n.jsonl", {"question": "Which one is long?"})
     with pytest.raises(RecmasError, match="the record has no id, by which it could be left out"):
         write_questions(path, protocol, without=[nameless])
+    # The limit counts what is left.
+    first = written(tmp_path / "f.jsonl", {"id": "q1", "question": "Other?"})
+    made = write_questions(path, protocol, without=[first], limit=1)
+    assert [json.loads(line)["id"] for line in made.text.splitlines()] == ["q3"]
     broken = written(tmp_path / "b.jsonl", "{")
     with pytest.raises(RecmasError, match="not valid JSON"):
         write_questions(path, protocol, without=[broken])
@@ -502,6 +506,12 @@ def test_the_command_tells_what_it_left_out_and_overwrites_nothing(tmp_path: Pat
     ran = run_recmasc("data", "babi_split", path, "-o", out, "--limit", "1")
     assert "Wrote 1 question" in ran.output
     assert "warning[RM652]: 2 records left out: 1 needs 1 fact, not two; 1 needs" in ran.output
+    short = tmp_path / "short.jsonl"
+    ran = run_recmasc("data", "babi_split", path, "-o", short, "--max-words", "11")
+    assert [json.loads(line)["id"] for line in short.read_text().splitlines()] == ["qa2_test-5"]
+    assert "2 more than 11 words to read" in ran.output
+    ran = run_recmasc("data", "babi_split", path, "-o", short, "--max-words", "9", "--force")
+    assert (ran.exit_code, "no question is left" in ran.output) == (1, True)
     assert run_recmasc("data", "babi_split", path, "-o", out).exit_code == 2
     assert len(out.read_text().splitlines()) == 1
     assert run_recmasc("data", "babi_split", path, "-o", out, "--force").exit_code == 0

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from recmas_compiler.evaluation.summary import mcnemar, mean, pass_at, wilson
+from recmas_compiler.evaluation.intervals import Interval, bootstrap, mcnemar, mean, pass_at, wilson
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,24 @@ def test_mcnemar_of_thousands() -> None:
 def test_mean() -> None:
     assert mean([]) == 0.0
     assert mean([True, False]) == 0.5
+
+
+def test_bootstrap_of_equal_values_and_of_nothing() -> None:
+    assert bootstrap([0.25] * 10) == Interval(0.25, 0.25)
+    assert bootstrap([]) == Interval(-math.inf, math.inf)
+
+
+def test_bootstrap_is_that_of_two_values() -> None:
+    # The mean of two draws from {0, 1} is 0, 1/2 or 1 with 1/4, 1/2, 1/4.
+    assert bootstrap([0.0, 1.0]) == Interval(0.0, 1.0)
+    assert bootstrap([0.0, 1.0], confidence=0.4) == Interval(0.5, 0.5)
+
+
+def test_bootstrap_of_many_values_is_nearly_normal() -> None:
+    values = [math.sin(i) for i in range(400)]
+    error = math.sqrt(sum((v - mean(values)) ** 2 for v in values)) / 400
+    interval = bootstrap(values)
+    assert interval == bootstrap(values)
+    # Ten thousand resamples give the bounds to a few hundredths of an error.
+    assert interval.low == pytest.approx(mean(values) - 1.96 * error, abs=0.1 * error)
+    assert interval.high == pytest.approx(mean(values) + 1.96 * error, abs=0.1 * error)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from recmas_cli.console import LINE_EVERY_S, RichProgress
+from recmas_compiler.evaluation.intervals import Interval, bootstrap, wilson
 from recmas_compiler.evaluation.runner import ScoredAnswer, SystemAnswers
-from recmas_compiler.evaluation.summary import compare, savings, summarize, wilson
+from recmas_compiler.evaluation.summary import compare, savings, summarize
 from recmas_runtime.core.text import markdown_table
 
 
@@ -103,6 +106,31 @@ def test_comparison_of_a_partial_system_uses_shared_questions() -> None:
     second = [scored(i, correct=False) for i in range(4)]
     (comparison,) = compare([system("latent", first), system("single", second, wanted=10)])
     assert (comparison.num_questions, comparison.num_only_against) == (4, 4)
+
+
+def test_losses_are_compared_question_by_question() -> None:
+    first = [replace(scored(i, correct=True), loss=1.0 + i, num_candidates=4) for i in range(3)]
+    second = [replace(scored(i, correct=False), loss=1.5 + i, num_candidates=4) for i in range(3)]
+    second += [replace(scored(3, correct=False, failure="too long"), num_candidates=4)]
+    summary = summarize(system("latent", first))
+    assert (summary.loss, summary.chance, summary.num_other_kind) == (2.0, 0.25, 0)
+    assert summary.loss_interval == bootstrap([1.0, 2.0, 3.0])
+    (comparison,) = compare([system("latent", first), system("shuffled", second)])
+    assert comparison.loss is not None
+    assert (comparison.loss.mean, comparison.loss.interval) == (0.5, Interval(0.5, 0.5))
+    assert (comparison.accuracy.mean, comparison.accuracy.interval) == (-1.0, Interval(-1.0, -1.0))
+    assert comparison.score is None
+    without = summarize(system("latent", [scored(0, correct=True)]))
+    assert (without.loss, without.loss_interval, without.chance) == (None, None, None)
+
+
+def test_degrees_are_compared_where_a_check_knows_them() -> None:
+    first = [replace(scored(i, correct=False), score=0.5) for i in range(4)]
+    second = [scored(i, correct=False) for i in range(4)]
+    (comparison,) = compare([system("latent", first), system("null", second)])
+    assert comparison.score is not None
+    assert comparison.score.interval == Interval(-0.5, -0.5)
+    assert comparison.loss is None
 
 
 def test_several_answers_count_as_one_question() -> None:

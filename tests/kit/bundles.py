@@ -19,6 +19,7 @@ from recmas_compiler.backbones.torch_model import TorchBackbone, weights_digest
 from recmas_compiler.ir.build_topology import build_topology
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.links.modules import load_link
+from recmas_compiler.lowering.named_layers import name_layers
 from recmas_compiler.lowering.reference import ReferenceResult, TorchSystem, load_backbones
 from recmas_compiler.passes.pass_base import Pass
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
@@ -113,8 +114,12 @@ def tiny_builder(folder: Path, made_once: MadeOnce, new_bundle: Callable[[], Pat
             bundle = out or new_bundle()
             with each_backbone_exported_once(made_once):
                 build(program, spec=spec, out=bundle)
+            system = rt.load(bundle, threads=1)
             made[key] = Built(
-                bundle=bundle, topology=topology, program=program, system=rt.load(bundle, threads=1)
+                bundle=bundle,
+                topology=topology,
+                program=name_layers(program, system.manifest.layer_scores),
+                system=system,
             )
         return made[key]
 

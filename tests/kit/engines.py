@@ -115,7 +115,13 @@ class Exported:
         return np.asarray(hidden.last_hidden_state.numpy())
 
 
-def make_engine(case: Exported, *, shared: bool = True, for_cpu: bool = False) -> BackboneEngine:
+def make_engine(
+    case: Exported,
+    *,
+    shared: bool = True,
+    for_cpu: bool = False,
+    masked_layers: tuple[tuple[int, ...], ...] = (),
+) -> BackboneEngine:
     """Return a backbone's engines, over the portable decoder or over the one for the CPU."""
     facts = case.backbone.facts
     entry = BackboneEntry(
@@ -136,6 +142,7 @@ def make_engine(case: Exported, *, shared: bool = True, for_cpu: bool = False) -
         weights="",
         tokenizer="",
         chat_template="",
+        masked_layers=masked_layers,
     )
     engine = BackboneEngine(entry, case.folder, threads=1)
     if not shared:

@@ -12,8 +12,8 @@ from recmas_compiler.bench.torch_engine import TorchEngine
 from recmas_runtime.engines.interface import Backbone
 from recmas_runtime.engines.onnx.backbone import LinkEngine
 from recmas_runtime.formats.bundle import open_bundle
-from recmas_runtime.running.open_engines import OpenedEngines
-from recmas_runtime.running.system import System, load_parts
+from recmas_runtime.running.open_engines import OpenedEngines, load_parts
+from recmas_runtime.running.system import System
 
 
 def load_torch_system(

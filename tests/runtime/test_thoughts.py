@@ -15,7 +15,7 @@ from kit.hand_bundle import CHAT_TEMPLATE, make_tokenizer
 from recmas_runtime.cli.main import main
 from recmas_runtime.prompts.tokenizer import Tokenizer
 from recmas_runtime.running.run_trace import RECORDS_NAME, TraceWriter
-from recmas_runtime.running.thoughts import RecordReadings, _Nearest
+from recmas_runtime.sequences.thoughts import RecordReadings, _Nearest
 
 NUM_NEAREST = 3
 

@@ -336,3 +336,52 @@ def test_rows_that_stay_where_they_are_need_not_be_moved(tmp_path: Path) -> None
 def test_rows_of_two_senders_are_moved(tmp_path: Path) -> None:
     graph = topology(TWO_READERS, tmp_path)
     assert graph.system.moved_links == ("left->solver", "right->solver")
+
+
+TO_SOME_LAYERS = """\
+recmas: 1
+name: some
+rounds: 1
+backbones: {b: {source: small}}
+agents:
+  reader: {backbone: b, prompt: "{{ question }}"}
+  solver: {backbone: b, prompt: "{{ latent.reader }} {{ question }}"}
+links:
+  reader -> solver: {carries: cache, layers: LAYERS}
+answer: {agent: solver}
+build: {target: TARGET}
+"""
+
+
+def to_layers(layers: str, folder: Path, *, target: str = "onnx") -> Link:
+    text = TO_SOME_LAYERS.replace("LAYERS", layers).replace("TARGET", target)
+    return topology(text, folder).system.links["reader->solver"]
+
+
+def test_layers_get_rows_by_name_or_as_a_share(tmp_path: Path) -> None:
+    for layers, named, share in (("all", None, None), ("[1]", (1,), None), ("0.5", None, 0.5)):
+        link = to_layers(layers, tmp_path)
+        assert (link.form.layers, link.layer_share) == (named, share)
+
+
+@pytest.mark.parametrize(
+    ("layers", "target", "code", "message"),
+    [
+        ("[0, 9]", "onnx", "RM127", "`b` has layers 0 to 1, not 9."),
+        ("[0]", "tensorrt", "RM121", "engines of target `tensorrt` show rows to every layer"),
+        ("0.5", "tensorrt", "RM121", "engines of target `tensorrt` show rows to every layer"),
+        ("1.0", "onnx", "RM105", "`links.reader -> solver.layers` should be less than 1"),
+        ("0", "onnx", "RM105", "`links.reader -> solver.layers` should be more than 0"),
+        ("true", "onnx", "RM105", "`links.reader -> solver.layers` should be a list"),
+        ("most", "onnx", "RM105", "`links.reader -> solver.layers` should be 'all'"),
+        ("[2, 2]", "onnx", "RM127", "`layers` names a layer twice."),
+    ],
+)
+def test_layers_that_cannot_have_rows_are_refused(
+    layers: str, target: str, code: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RecmasError) as caught:
+        to_layers(layers, tmp_path, target=target)
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.line, problem.column) == (code, 9, 38)
+    assert problem.message.startswith(message)

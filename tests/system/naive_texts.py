@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recmas_compiler.ir.graph import Graph
@@ -70,6 +71,50 @@ class NaiveTexts:
             reuse: Whether a prefix that an earlier prompt of the agent began with is not counted.
             inserted: Embeddings [M, d] for each `EMPTY`, in order; nothing if None.
         """
+        model, tokenizer = self._backbone(self.topology.system.agents[agent])
+        embeds = self._embeds(agent, user, record, reuse=reuse, inserted=inserted)
+        with torch.no_grad():
+            ids = model.generate(
+                inputs_embeds=embeds[None],
+                attention_mask=torch.ones(1, len(embeds), dtype=torch.long),
+                max_new_tokens=cap,
+                do_sample=False,
+                pad_token_id=0,
+            )[0].tolist()
+        self.written.append(len(ids))
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def losses(
+        self,
+        agent: str,
+        user: str,
+        record: Mapping[str, object],
+        candidates: Sequence[str],
+        *,
+        inserted: list[torch.Tensor] | None = None,
+    ) -> list[float]:
+        """Return the negative log likelihood of texts behind a prompt, one forward pass each."""
+        model, tokenizer = self._backbone(self.topology.system.agents[agent])
+        before = self._embeds(agent, user, record, reuse=False, inserted=inserted)
+        found = []
+        for text in candidates:
+            ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+            embeds = torch.cat([before, model.get_input_embeddings()(ids)])
+            with torch.no_grad():
+                logits = model(inputs_embeds=embeds[None]).logits[0, len(before) - 1 : -1]
+            found.append(float(cross_entropy(logits, ids, reduction="sum")))
+        return found
+
+    def _embeds(
+        self,
+        agent: str,
+        user: str,
+        record: Mapping[str, object],
+        *,
+        reuse: bool,
+        inserted: list[torch.Tensor] | None,
+    ) -> torch.Tensor:
         declared = self.topology.system.agents[agent]
         model, tokenizer = self._backbone(declared)
         system = "".join(text_of(part, record) for part in declared.system)
@@ -105,17 +150,7 @@ class NaiveTexts:
             if inserted is not None:
                 embeds.append(inserted[index])
             embeds.append(embed(torch.tensor(piece, dtype=torch.long)))
-        with torch.no_grad():
-            ids = model.generate(
-                inputs_embeds=torch.cat(embeds)[None],
-                attention_mask=torch.ones(1, sum(map(len, embeds)), dtype=torch.long),
-                max_new_tokens=cap,
-                do_sample=False,
-                pad_token_id=0,
-            )[0].tolist()
-        self.written.append(len(ids))
-        text: str = tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+        return torch.cat(embeds)
 
     def loop(self, record: Mapping[str, object], *, cap: int, answer_cap: int) -> str:
         """Answer with every agent writing text into the slots of the others, round by round."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from msgspec import structs
 
 import recmas_runtime as rt
@@ -120,10 +119,10 @@ def test_lines_about_a_slot_alone_are_left_out(build_tiny: BuildTiny, families: 
     assert answer.usage.prompt_tokens == naive.prompt_tokens
 
 
-def test_null_latents_leaves_the_slots_empty(built: Built, families: Path) -> None:
+def test_null_leaves_the_slots_empty(built: Built, families: Path) -> None:
     system = built.topology.system
     agent = system.agents[system.answer_agent]
-    for record, answer in zip(RECORDS, answers(built.system.baseline("null-latents")), strict=True):
+    for record, answer in zip(RECORDS, answers(built.system.baseline("null")), strict=True):
         naive = NaiveTexts(built.topology, families)
         user = "".join(
             EMPTY
@@ -210,36 +209,7 @@ def test_mixture_of_agents_is_layers_of_plain_generation(
         )
 
 
-def test_shuffled_latents_answers_from_the_next_record(built: Built, families: Path) -> None:
-    system = built.topology.system
-    agent = system.agents[system.answer_agent]
-    messages = built.naive([dict(record.fields) for record in RECORDS]).messages
-    found = answers(built.system.baseline("shuffled-latents"))
-    latent = answers(built.system)
-    assert [a.answer for a in found] != [a.answer for a in latent]
-    assert [a.usage.prompt_tokens for a in found] == [a.usage.prompt_tokens for a in latent]
-    assert [a.usage.latent_steps for a in found] == [a.usage.latent_steps for a in latent]
-    for index, (record, answer) in enumerate(zip(RECORDS, found, strict=True)):
-        user, inserted = "", []
-        for part in agent.then:
-            if part.kind != "slot":
-                user += part.value if part.kind == "text" else str(record.fields[part.value])
-                continue
-            user += EMPTY
-            link = system.links[f"{part.value}->{agent.name}"]
-            sent_in = system.rounds - 1 if link.feedback else system.rounds
-            if system.agents[part.value].latent_steps == 0:
-                inserted.append(torch.zeros(0, link.weights.out_dim))
-            else:
-                message = messages[f"{link.id}@{sent_in}"]
-                inserted.append(message[(index + 1) % len(RECORDS)])
-        naive = NaiveTexts(built.topology, families)
-        assert answer.answer == naive.write(
-            agent.name, user, record.fields, cap=ANSWER_TOKENS, inserted=inserted
-        )
-
-
-@pytest.mark.parametrize("name", [n for n in BASELINES if n != "shuffled-latents"])
+@pytest.mark.parametrize("name", [n for n in BASELINES if n not in ("shuffled", "mean")])
 @pytest.mark.parametrize("spec", ["mixture", "heterogeneous"])
 @pytest.mark.parametrize(
     "sampling",
@@ -325,33 +295,26 @@ def test_baselines_that_cannot_be(build_tiny: BuildTiny, name: str, told: str) -
         system.baseline(name)
     (problem,) = caught.value.problems
     assert (problem.code, problem.message) == ("RM508", told)
-    assert "latent, single, text, moa, null-latents, shuffled-latents, text@N" in problem.hint
+    assert "latent, single, all-context, text, moa, null, shuffled, mean, text@N" in problem.hint
 
 
-def test_shuffled_latents_needs_slots_and_two_records(build_tiny: BuildTiny) -> None:
-    slotless = """
-recmas: 1
-name: alone
-backbones: {tiny: {source: llama}}
-agents: {solver: {backbone: tiny, prompt: "{{ question }}", inner: {init: random}}}
-answer: {agent: solver, max_new_tokens: 4}
-"""
-    with pytest.raises(rt.RecmasError, match=r"RM508.*the answer agent has no slot"):
-        build_tiny(slotless).system.baseline("shuffled-latents")
-    shuffled = build_tiny(SPECS["loop"]).system.baseline("shuffled-latents")
-    with pytest.raises(rt.RecmasError, match=r"RM508.*there is only one"):
-        shuffled.run("What?")
-    with pytest.raises(rt.RecmasError, match=r"RM508.*there is only one"):
-        shuffled.stream("What?")
-    # Cut into batches of at most two, three records leave one alone.
-    limits = structs.replace(shuffled.plan.limits, max_batch=2)
-    pairs = build_tiny(SPECS["loop"]).system.with_plan(
-        structs.replace(shuffled.plan, limits=limits)
+def test_all_context_is_the_answer_agent_with_every_field(
+    build_tiny: BuildTiny, families: Path
+) -> None:
+    built = build_tiny(
+        SPECS["sequential"]
+        .replace(
+            '"{{ question }} Judge {{ latent.planner }}."', '"{{ rule }} {{ latent.planner }}"'
+        )
+        .replace("system: Plan well.", 'system: "Plan well, {{ name }}."')
     )
-    pairs = pairs.baseline("shuffled-latents")
-    assert len(pairs.run(["a", "b", "c", "d"])) == 4
-    with pytest.raises(rt.RecmasError, match=r"RM508.*there is only one"):
-        pairs.run(["a", "b", "c"])
+    fields = {"question": "What is 7 * 8?", "rule": "Count twice.", "name": "Anna"}
+    naive = NaiveTexts(built.topology, families)
+    answer = built.system.baseline("all-context").run(fields)
+    user = "Anna\n\nCount twice.\n\nWhat is 7 * 8? Use  and answer."
+    assert answer.answer == naive.write("solver", user, fields, cap=ANSWER_TOKENS)
+    assert answer.usage.prompt_tokens == naive.prompt_tokens
+    assert answer.usage.latent_steps == 0
 
 
 def test_the_latent_baseline_is_the_system_itself(build_tiny: BuildTiny) -> None:

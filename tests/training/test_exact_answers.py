@@ -64,7 +64,7 @@ def test_by_control(tiny: LoadTiny) -> None:
         run_pipeline(topology), backbones=backbones, links=random_links(topology), mode="rollout"
     )
     examples = [
-        TrainExample(id=str(i), index=i, fields={"question": q}, targets={"solver": "No way."})
+        TrainExample(id=str(i), index=i, fields={"question": q}, targets={"solver": f"No way {i}."})
         for i, q in enumerate(QUESTIONS)
     ]
     found = exact_answers(graph, examples, batch_size=2)

@@ -74,6 +74,7 @@ def test_both_stages(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert outer["before"].keys() == outer["after"].keys() == {
         "latent", "null", "shuffled", "mean",
     }  # fmt: skip
+    assert outer["shuffled"] == {"records": 4, "seed": 0, "repeated": 0, "same_input": 0}
     assert outer["after"]["latent"] < outer["before"]["latent"]
     assert outer["after"]["null"] == pytest.approx(outer["before"]["null"]), "no link is in it"
 

@@ -20,7 +20,7 @@ from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.bench.open_torch import TransformersEngine
 from recmas_compiler.bench.torch_engine import TorchEngine
 from recmas_compiler.links.calibration import sample_answers
-from recmas_compiler.lowering.reference import _extend
+from recmas_compiler.lowering.torch_rows import extend
 from recmas_compiler.lowering.training_graph.agent_calls import _bodies
 from recmas_export.backbone_graph import export_backbone
 from recmas_export.parity import _greedy
@@ -83,10 +83,10 @@ def test_the_reference_remembers(usual: TorchBackbone, renamed: TorchBackbone) -
     found = []
     for backbone in (usual, renamed):
         cache = DynamicCache()
-        _extend(backbone, cache, embeds[:, :4])
-        found.append(_extend(backbone, cache, embeds[:, 4:]))
+        extend(backbone, cache, embeds[0, :4], ())
+        found.append(extend(backbone, cache, embeds[0, 4:], ()))
     assert torch.equal(*found)
-    assert not torch.allclose(found[0], _extend(usual, DynamicCache(), embeds[:, 4:]))
+    assert not torch.allclose(found[0], extend(usual, DynamicCache(), embeds[0, 4:], ()))
 
 
 @torch.no_grad()

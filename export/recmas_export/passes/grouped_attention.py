@@ -3,13 +3,14 @@
 Its GroupQueryAttention splits heads, rotates them, writes the cache in place and attends over the
 rows that are in use, where the standard operators attend over all of the capacity. It takes tables
 instead of angles, and knows the causal rule instead of a mask. Whether a graph's mask is that is
-computed, not read off its nodes, and so are the tables.
+computed, not read off its nodes, and so are the tables. Rows that are hidden besides become a bias.
 
 Shape legend: B samples, S positions, C cache rows, D head width, P positions of a table.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -21,6 +22,7 @@ from onnxscript.rewriter import MatchResult, RewriteRuleClassBase, RewriteRuleSe
 
 from recmas_export.passes.tidy import MICROSOFT, integers, take_over
 from recmas_runtime.engines.onnx.session import onnx_runtime
+from recmas_runtime.formats.layers import HIDDEN_ROWS
 from recmas_runtime.formats.precisions import HEAD_MULTIPLE, MOST_TABLE_POSITIONS
 
 _HEADS_FIRST: Final = [0, 2, 1, 3]
@@ -29,6 +31,13 @@ _TABLE_MULTIPLE: Final = 8
 # Positions that are computed at a time.
 _CHUNK: Final = 1024
 _ERRORS_ONLY: Final = 3
+# What parts of a graph are computed with, from the first position: inputs with other numbers than
+# indices lend them their sizes only.
+_OF_INPUTS: Final[dict[str, Callable[[int], Any]]] = {
+    "tensor(int64)": np.int64,
+    "tensor(float)": lambda _: np.float32(0),
+    "tensor(bool)": lambda _: np.bool_(False),
+}
 
 
 class UseGroupedAttention(InPlacePass):
@@ -38,6 +47,8 @@ class UseGroupedAttention(InPlacePass):
        from its packed product to the input of the next product (`GroupedAttention`).
     2. Angles become tables of P rows, computed once for every position.
     3. Where a table would be too large, all layers stay as they are.
+    4. Of a mask that is the causal one and another of hidden rows, the latter becomes a bias: the
+       lowest number for rows that are not seen, beside which a score is as good as none.
 
     A call of several samples and several positions must then begin at row 0 of each sample's cache:
     behind cached rows, the operator takes a longer call of one sample only.
@@ -111,7 +122,8 @@ class GroupedAttention(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscrip
             return result.fail("the kernel does not take this head width")
         if attention is None or attention.attributes.keys() - {"scale", "softcap"}:
             return result.fail("the attention has other attributes")
-        if write_index.name != "write_index" or not self._parts.is_causal(mask):
+        rule, _ = split_mask(mask)
+        if write_index.name != "write_index" or not self._parts.is_causal(rule):
             return result.fail("the mask is not the causal one")
         if not _is_multiple(self._parts.width(cos), _TABLE_MULTIPLE):
             return result.fail("the kernel does not take this width of angles")
@@ -126,6 +138,7 @@ class GroupedAttention(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscrip
         sin: ir.Value,
         keys: ir.Value,
         values: ir.Value,
+        mask: ir.Value,
         new_keys: ir.Value,
         new_values: ir.Value,
         out: ir.Value,
@@ -138,8 +151,10 @@ class GroupedAttention(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscrip
         # Layers are visited in order, so what the first one computes is there for the others.
         self._lengths = self._lengths or self._parts.lengths(op)
         tables = self._parts.tables(cos, sin)
+        _, seen = split_mask(mask)
+        bias = () if seen is None else (None, self._parts.bias(op, seen))  # 4
         joined, *cache = op.GroupQueryAttention(
-            *(packed, None, None, keys, values, *self._lengths, *tables),
+            *(packed, None, None, keys, values, *self._lengths, *tables, *bias),
             **{name: value.value for name, value in attention.attributes.items()},
             num_heads=counts[0],
             kv_num_heads=counts[1],
@@ -162,6 +177,7 @@ class _Parts:
         self._max_positions = max_positions
         self._is_causal: dict[ir.Value, bool] = {}
         self._tables: dict[ir.Value, ir.Value] = {}
+        self._biases: dict[ir.Value, ir.Value] = {}
 
     def lengths(self, op: Any) -> tuple[ir.Value, ir.Value]:
         """Return the last row that each sample writes [B] and the rows of the longest one."""
@@ -171,8 +187,28 @@ class _Parts:
         last_B = op.Cast(op.Sub(rows_B, one), to=ir.DataType.INT32)
         return last_B, op.Cast(op.ReduceMax(rows_B, keepdims=0), to=ir.DataType.INT32)
 
+    def bias(self, op: Any, seen_B11C: ir.Value) -> ir.Value:
+        """Return what hides rows from all new positions, [B, 1, S, T]: T is the longest length."""
+        if seen_B11C not in self._biases:
+            numbers = {"zero": [0], "one": [1], "axis": [3]}
+            zero, one, axis = (
+                self._constant(np.array(number), f"bias.{name}.{len(self._biases)}")
+                for name, number in numbers.items()
+            )
+            lowest = np.array(np.finfo(np.float32).min, np.float32)
+            hides = self._constant(lowest, f"bias.lowest.{len(self._biases)}")
+            shows = self._constant(np.array(0, np.float32), f"bias.none.{len(self._biases)}")
+            positions = op.Shape(self._inputs["inputs_embeds"], start=1, end=2)
+            longest = op.ReduceMax(op.Add(self._inputs["write_index"], positions), keepdims=1)
+            cut = op.Slice(seen_B11C, zero, longest, axis)
+            shape = op.Concat(one, one, positions, one, axis=0)
+            self._biases[seen_B11C] = op.Expand(op.Where(cut, shows, hides), shape)
+        return self._biases[seen_B11C]
+
     def is_causal(self, mask_B1SC: ir.Value) -> bool:
         """Whether each position sees all rows up to its own, and none after it."""
+        if _numbers_in(mask_B1SC) & {HIDDEN_ROWS}:
+            return False  # what it is depends on what a run hides
         if mask_B1SC not in self._is_causal:
             self._is_causal[mask_B1SC] = all(
                 np.array_equal(
@@ -220,14 +256,29 @@ class _Parts:
         feeds = {}
         for given in session.get_inputs():
             shape = [size if isinstance(size, int) else sizes[size] for size in given.shape]
-            is_index = given.type == "tensor(int64)"
-            feeds[given.name] = np.full(shape, start) if is_index else np.zeros(shape, np.float32)
+            feeds[given.name] = np.full(shape, _OF_INPUTS[given.type](start))
         (array,) = session.run(None, feeds)
         return np.asarray(array)
 
 
-def _inputs_of(value: ir.Value) -> list[ir.Value]:
-    """Return the graph inputs that a value is computed from."""
+def split_mask(mask_B1SC: ir.Value) -> tuple[ir.Value, ir.Value | None]:
+    """Return a mask without what is hidden, and the mask of that; None where there is none."""
+    node = mask_B1SC.producer()
+    if node is None or node.op_type != "And":
+        return mask_B1SC, None
+    parts = [(value, _numbers_in(value)) for value in node.inputs if value is not None]
+    seen = [value for value, inputs in parts if inputs == {HIDDEN_ROWS}]
+    others = [value for value, inputs in parts if HIDDEN_ROWS not in inputs]
+    return (others[0], seen[0]) if seen and others else (mask_B1SC, None)
+
+
+def _numbers_in(value: ir.Value) -> set[str | None]:
+    """Return the names of the graph inputs whose numbers, and not sizes alone, a value has."""
+    return {found.name for found in _inputs_of(value, beside=("Shape", "Size"))}
+
+
+def _inputs_of(value: ir.Value, *, beside: Sequence[str] = ()) -> list[ir.Value]:
+    """Return the graph inputs that a value is computed from, not through operators `beside`."""
     seen, waiting = set[ir.Value](), [value]
     while waiting:
         current = waiting.pop()
@@ -235,7 +286,8 @@ def _inputs_of(value: ir.Value) -> list[ir.Value]:
             continue
         seen.add(current)
         node = current.producer()
-        waiting += [i for i in node.inputs if i is not None] if node is not None else []
+        if node is not None and node.op_type not in beside:
+            waiting += [i for i in node.inputs if i is not None]
     return [v for v in seen if v.is_graph_input()]
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 from recmas_compiler.evaluation.data.data_file import Question, load_data, rows_of, value_at
 from recmas_compiler.evaluation.data.protocol import DataSection, Protocol
 from recmas_runtime.core.errors import fail
+from recmas_runtime.core.text import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ def write_questions(
     *,
     beside: Path | None = None,
     without: Sequence[Path] = (),
+    max_words: int | None = None,
+    limit: int | None = None,
 ) -> Written:
     """Return the questions of a data file, and their answers, as JSON lines.
 
@@ -45,6 +48,8 @@ def write_questions(
         beside: The file with the questions, for data sets that are published without them.
         without: Files whose questions are not to be in it: a record with the same id, or with the
             same question about the same text, is left out.
+        max_words: Longer texts to read, `context` or all `facts`, are left out.
+        limit: Most questions, the first ones that are not left out.
 
     Raises:
         RecmasError: As `load_data`; RM601 also if nothing is left.
@@ -54,15 +59,19 @@ def write_questions(
     data = load_data(path, protocol, shown=shown, beside=beside)
     known = {name for other in without for name in _names_in(other, protocol.data)}
     kept = [one for one in data.questions if not _names(one.record.id, one.record.fields) & known]
-    if not kept:
-        hint = "Give other files with --without."
-        raise fail("RM601", "no question is left", file=str(path), hint=hint)
     left_out = Counter(data.left_out)
-    if len(kept) < len(data.questions):
-        left_out["asked in a file of --without"] = len(data.questions) - len(kept)
+    left_out["asked in a file of --without"] = len(data.questions) - len(kept)
+    if max_words is not None:
+        short = [one for one in kept if len(_text(one.record.fields).split()) <= max_words]
+        left_out[f"more than {counted(max_words, 'word')} to read"] = len(kept) - len(short)
+        kept = short
+    kept = kept[:limit]
+    if not kept:
+        hint = "Give other files with --without, or a higher --max-words."
+        raise fail("RM601", "no question is left", file=str(path), hint=hint)
     lines = [json.dumps(_record(one, shown), ensure_ascii=False, default=str) for one in kept]
     return Written(
-        text="".join(f"{line}\n" for line in lines), num_written=len(kept), left_out=left_out
+        text="".join(f"{line}\n" for line in lines), num_written=len(kept), left_out=+left_out
     )
 
 
@@ -88,13 +97,19 @@ _WITHOUT: Final = "Give --without a file that `recmasc data` wrote, or one of th
 
 def _names(record_id: str | int, fields: Mapping[str, Any]) -> set[str]:
     """Return by what a question is known: its id, and its words with the text they are about."""
-    question, text, facts = (fields.get(name) for name in ("question", "context", "facts"))
-    if text is None and isinstance(facts, list):
-        text = " ".join(map(str, facts))
+    question, text = fields.get("question"), _text(fields)
     names = {str(record_id)}
-    if isinstance(question, str) and isinstance(text, str):
+    if isinstance(question, str) and text:
         names.add(json.dumps([question.strip(), text]))
     return names
+
+
+def _text(fields: Mapping[str, Any]) -> str:
+    """Return what there is to read: `context`, or the facts one after the other."""
+    context, facts = fields.get("context"), fields.get("facts")
+    if context is None and isinstance(facts, list):
+        return " ".join(map(str, facts))
+    return context if isinstance(context, str) else ""
 
 
 def _record(question: Question, names: Sequence[str]) -> dict[str, Any]:

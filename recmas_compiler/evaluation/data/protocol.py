@@ -139,6 +139,23 @@ CheckSection = Annotated[
 ]
 
 
+class ScoreSection(Section):
+    """What is judged: the text that is written, or how likely the right answer's text is."""
+
+    by: Literal["text", "candidates", "likelihood"] = "text"
+    """The written text, by the check; the right answer's rank among candidates; or the loss of the
+    right answer alone, in nats per token. The last two write nothing."""
+
+    candidates: int = Field(default=10, ge=2, le=64)
+    """The right answer and others of its kind; where records have choices, these are they."""
+
+    seed: Seed = 0
+    """What the others are drawn from."""
+
+    choices: Literal["text", "letter"] = "text"
+    """Whether the text of a choice is scored or its letter."""
+
+
 class Protocol(Section):
     """A whole protocol."""
 
@@ -177,6 +194,8 @@ class Protocol(Section):
     """Most tokens of an answer; the bundle's own limit if not given."""
 
     check: CheckSection
+
+    score: ScoreSection = ScoreSection()
 
     prompt_digest: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")] | None = None
     """sha256 of the prompts that published figures were made with; others give a warning."""
@@ -280,6 +299,13 @@ def _cross_checks(protocol: Protocol, places: Places) -> Iterator[Problem]:
         key = "rollouts" if protocol.rollouts > 1 else "seeds"
         message = f"`{key}` asks for several answers, and at temperature 0 all are the same."
         yield problem(places.key((key,)), message, "Set `temperature`, or ask once.")
+    elif protocol.score.by != "text" and (protocol.rollouts > 1 or len(seeds) > 1):
+        key = "rollouts" if protocol.rollouts > 1 else "seeds"
+        message = f"`{key}` asks for several answers, and `score.by` has none written."
+        yield problem(places.key((key,)), message, "Score by text, or ask once.")
+    if protocol.score.by != "text" and protocol.check.kind == "code":
+        message = "programs have no right text that could be scored."
+        yield problem(places.key(("check",)), message, "Leave `score.by` at `text`.")
 
 
 def _with_check(check: Value) -> Language:

@@ -27,10 +27,10 @@ from recmas_compiler.lowering.training_graph.calls import (
 )
 from recmas_compiler.lowering.training_graph.latents import (
     AgentTurn,
-    Control,
     GradientTaps,
     Latents,
     Mode,
+    Received,
     agent_turns,
 )
 from recmas_runtime.formats.plan import PrefillStep
@@ -156,32 +156,34 @@ class TrainingGraph(ProgramModule):
             if turns_TD is None:
                 turns_TD = latents.read_turns((turn,))[turn]
             earlier[turn.round] = self._turn_loss(turn, batch, turns_TD)
-        final = self._answer_loss(latents, batch, "none")
+        final = self._answer_loss(latents, batch, None)
         return weighted_loss(final, last_round=self.answer.round, earlier=earlier)
 
-    def compare(
-        self, batch: Batch, *, controls: Sequence[Control], mode: Mode | None = None
-    ) -> dict[Control, Loss]:
-        """Return the loss of the answer's own round under each control.
-
-        The thinking part runs once for all of them. Earlier rounds do not count here: they would
-        add the same to every control.
+    def received(self, batch: Batch, *, mode: Mode | None = None) -> Received:
+        """Return the messages for the answer agent's slots in the last round.
 
         Args:
             mode: `rollout` where the graph's own is `teacher_forced`.
         """
-        latents = self.latents(batch, mode=mode)
-        last_round = self.answer.round
-        return {
-            control: weighted_loss(
-                self._answer_loss(latents, batch, control), last_round=last_round, earlier={}
-            )
-            for control in controls
-        }
+        return self.latents(batch, mode=mode).received(self.answer)
+
+    def answer_loss(self, batch: Batch, received: Received) -> Loss:
+        """Return the loss of the answer's own round from given messages, whosever they are.
+
+        Earlier rounds do not count here: they would add the same to every control.
+        """
+        final = self._answer_loss(self._latents(batch), batch, received)
+        return weighted_loss(final, last_round=self.answer.round, earlier={})
 
     def latents(self, batch: Batch, *, mode: Mode | None = None, watch: bool = False) -> Latents:
         """Run the thinking part: every thought and message that the answer needs."""
-        latents = Latents(
+        latents = self._latents(batch, mode=mode, watch=watch)
+        for turns in self.batches:
+            latents.think(turns, whole=any(turn in self._supervised for turn in turns))
+        return latents
+
+    def _latents(self, batch: Batch, *, mode: Mode | None = None, watch: bool = False) -> Latents:
+        return Latents(
             plan=self.plan,
             batch=batch,
             mode=self.mode if mode is None else mode,
@@ -189,9 +191,6 @@ class TrainingGraph(ProgramModule):
             apply_link=lambda link_id, states: self._run_link(self.link(link_id), states),
             taps=self._taps if watch else None,
         )
-        for turns in self.batches:
-            latents.think(turns, whole=any(turn in self._supervised for turn in turns))
-        return latents
 
     def round_gradients(self) -> Mapping[tuple[str, int], float]:
         """Return the norm of the gradient at each link's output, by link id and round.
@@ -218,8 +217,8 @@ class TrainingGraph(ProgramModule):
             return ("turn",)
         return ("prompt", "turn") if turn in self._supervised else ("prompt",)
 
-    def _answer_loss(self, latents: Latents, batch: Batch, control: Control) -> RoundLoss:
-        turns_TD = latents.read_turns((self.answer,), control=control)[self.answer]
+    def _answer_loss(self, latents: Latents, batch: Batch, received: Received | None) -> RoundLoss:
+        turns_TD = latents.read_turns((self.answer,), received=received)[self.answer]
         return self._turn_loss(self.answer, batch, turns_TD)
 
     def _turn_loss(self, turn: AgentTurn, batch: Batch, turns_TD: Sequence[Tensor]) -> RoundLoss:

@@ -24,8 +24,8 @@ Mode = Literal["teacher_forced", "rollout"]
 _ByTurn = dict[tuple[str, int], list[Tensor]]
 """A tensor for each record, by agent (or link) and round."""
 
-Control = Literal["none", "null", "shuffled", "mean"]
-"""What the answer agent gets instead of its messages, to see what the messages are worth."""
+Received = dict[str, list[Tensor]]
+"""What a turn's slots get: by slot the message [M, D] of each record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +117,22 @@ class Latents:
             self.thoughts_MD[key] = [turn_TD[1:][:num_steps] for turn_TD in turns_TD]
 
     def read_turns(
-        self, turns: Sequence[AgentTurn], *, limit: int | None = None, control: Control = "none"
+        self,
+        turns: Sequence[AgentTurn],
+        *,
+        limit: int | None = None,
+        received: Received | None = None,
     ) -> dict[AgentTurn, list[Tensor]]:
-        """Read prompts and targets; return what `turns_TD` describes, by turn."""
+        """Read prompts and targets; return what `turns_TD` describes, by turn.
+
+        Args:
+            received: What the slots get in place of the records' own messages.
+        """
         rows: list[Row] = []
         for turn in turns:
             calls = self.batch.calls[turn.agent, turn.variant, "turn"]
             cut = [call if limit is None else call.cut(limit) for call in calls]
-            rows += self._rows(turn, cut, control)
+            rows += self._rows(turn, cut, self.received(turn) if received is None else received)
         name = self.plan.agents[turns[0].agent].backbone
         hidden_NSD = self.agent_calls[name].read(rows, self._constants[name])
         states = [h_SD[-row.num_wanted :] for h_SD, row in zip(hidden_NSD, rows, strict=True)]
@@ -143,7 +151,7 @@ class Latents:
         rows: list[Row] = []
         for turn in turns:
             calls = self.batch.calls[turn.agent, turn.variant, "prompt"]
-            rows += self._rows(turn, calls, "none")
+            rows += self._rows(turn, calls, self.received(turn))
 
         def inner(hidden_ND: Tensor) -> Tensor:
             parts_BD = torch.split(hidden_ND, len(self.batch))
@@ -163,11 +171,13 @@ class Latents:
             self.thoughts_MD[turn.agent, turn.round] = list(thoughts_NMD[of_turn])
             self._inputs_MD[turn.agent, turn.round] = list(inputs_NMD[of_turn])
 
-    def _rows(self, turn: AgentTurn, calls: Sequence[Call], control: Control) -> list[Row]:
-        messages_ME = {
-            message.slot: controlled(self.message(message.link, message.round), control)
-            for message in turn.messages
+    def received(self, turn: AgentTurn) -> Received:
+        """Return the records' own messages for a turn; their sources must have thought."""
+        return {
+            message.slot: self.message(message.link, message.round) for message in turn.messages
         }
+
+    def _rows(self, turn: AgentTurn, calls: Sequence[Call], messages_ME: Received) -> list[Row]:
         rows = []
         for record, call in enumerate(calls):
             pieces: list[tuple[int, ...] | Tensor] = []
@@ -198,34 +208,3 @@ class Latents:
         if self.taps is not None:
             self.taps.tap(output_NE, link_id, round_)
         return output_NE
-
-
-def controlled(messages_ME: Sequence[Tensor], control: Control) -> list[Tensor]:
-    """Return what a slot gets under a control, per record of a batch.
-
-    - `none`: the record's own message;
-    - `null`: nothing;
-    - `shuffled`: the message of the next record, the last one gets the first one's;
-    - `mean`: for all records the same, position by position the mean over the messages that have
-      the position. The record's own message is one of them, so in small batches this says a good
-      part of what it says, and what `none` gains over it understates communication.
-
-    Args:
-        control: Which one. `shuffled` needs two records or more.
-    """
-    match control:
-        case "none":
-            return list(messages_ME)
-        case "null":
-            return [message_ME[:0] for message_ME in messages_ME]
-        case "shuffled":
-            assert len(messages_ME) > 1, "one record has no other record's message"
-            return [*messages_ME[1:], messages_ME[0]]
-        case "mean":
-            longest = max(len(message_ME) for message_ME in messages_ME)
-            means_1E = [
-                torch.stack([m[i] for m in messages_ME if len(m) > i]).mean(dim=0, keepdim=True)
-                for i in range(longest)
-            ]
-            mean_ME = torch.cat(means_1E) if means_1E else messages_ME[0]
-            return [mean_ME] * len(messages_ME)

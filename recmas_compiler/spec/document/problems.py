@@ -19,6 +19,8 @@ from recmas_runtime.core.errors import Problem
 
 # Values given on the command line have no line; their "file" is the argument itself.
 SET_PREFIX = "--set "
+# No key of a file begins so.
+_FORM: Final = "\0"
 _SHOWN_CHARACTERS = 40
 _SHOWN_NAMES = 8
 
@@ -178,8 +180,19 @@ def matches(loc: Loc, pattern: tuple[str, ...]) -> bool:
 def schema_errors(error: ValidationError) -> list[ErrorDetails]:
     """Return what pydantic found; a list or mapping with nothing but wrong items is not empty."""
     details = error.errors(include_url=False)
+    for detail in details:
+        detail["loc"] = tuple(part for part in detail["loc"] if not _is_form(part))
     around = {detail["loc"][:end] for detail in details for end in range(len(detail["loc"]))}
     return [d for d in details if d["type"] != "too_short" or d["loc"] not in around]
+
+
+def form_tag(name: str) -> str:
+    """Return pydantic's tag of one form of a value that has several; no key of a file is so."""
+    return f"{_FORM}{name}"
+
+
+def _is_form(part: int | str) -> bool:
+    return isinstance(part, str) and part.startswith(_FORM)
 
 
 def schema_problem(detail: ErrorDetails, places: Places, language: Language) -> Problem:

@@ -14,14 +14,17 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     WithJsonSchema,
     model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from recmas_compiler.spec.document.problems import form_tag
 from recmas_runtime.formats.ids import LINK_PATTERN, SLUG_PATTERN
 from recmas_runtime.formats.link_kinds import DEFAULT_INIT, DEFAULT_KIND, LinkInit, LinkKind
 from recmas_runtime.formats.messages import MAX_EVERY, MAX_LAYERS, Carries, MessageForm, RowsOf
@@ -343,6 +346,7 @@ _LAYER: Final = {"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_LAYERS
 _LAYERS_SCHEMA: Final[dict[str, Any]] = {
     "anyOf": [
         {"const": "all", "type": "string"},
+        {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
         {"items": _LAYER, "minItems": 1, "maxItems": MAX_LAYERS, "type": "array"},
     ]
 }
@@ -358,6 +362,23 @@ Rows = Annotated[
 Layers = Annotated[
     tuple[Annotated[int, Field(ge=0, lt=MAX_LAYERS)], ...],
     Field(strict=False, min_length=1, max_length=MAX_LAYERS),
+]
+# Of all layers, those that a build chooses.
+LayerShare = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _which_layers(value: object) -> str:
+    """Tell which of its forms `layers` has, so that errors are about that one alone."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return form_tag("share" if is_number else "all" if isinstance(value, str) else "list")
+
+
+LayersKey = Annotated[
+    Annotated[Layers, Tag(form_tag("list"))]
+    | Annotated[LayerShare, Tag(form_tag("share"))]
+    | Annotated[Literal["all"], Tag(form_tag("all"))],
+    Discriminator(_which_layers),
+    WithJsonSchema(_LAYERS_SCHEMA),
 ]
 
 
@@ -392,9 +413,11 @@ class LinkSection(WeightsSection):
     """For `cache`: `context` (the sender's prompt without the generation prompt; the default),
     `thoughts`, `written`, or `context` with one of the two as a list."""
 
-    layers: Given[Annotated[Layers | Literal["all"], WithJsonSchema(_LAYERS_SCHEMA)]] = None
-    """For `cache`: `all` (the default), or a list of the layers whose rows are handed over, the
-    first of which is 0."""
+    layers: Given[LayersKey] = None
+    """For `cache`: `all` (the default), or a list of the layers that get the rows, the first of
+    which is 0, or a share such as `0.3`: the build then chooses so many, by how much attention each
+    pays to a text it has read. Of a prompt the others see the first row alone, and positions go on
+    behind all of them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -404,8 +427,13 @@ class LinkSection(WeightsSection):
         return WeightsSection.with_start(data)
 
     @property
+    def layer_share(self) -> float | None:
+        """The share of layers whose rows are handed over; None where it says which."""
+        return self.layers if isinstance(self.layers, float) else None
+
+    @property
     def form(self) -> MessageForm:
-        """What its messages are made of, with every default in place."""
+        """What its messages are made of, with every default in place but layers that are chosen."""
         rows = self.rows or (("context",) if self.carries == "cache" else ())
         form = MessageForm(
             carries=self.carries,
@@ -413,7 +441,7 @@ class LinkSection(WeightsSection):
             every=self.every or 1,
             pool=self.pool is True,
             rows=rows,
-            layers=None if self.layers == "all" else self.layers,
+            layers=self.layers if isinstance(self.layers, tuple) else None,
         )
         if not form.needs_text:
             return form

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Final
 
@@ -11,19 +11,24 @@ from torch import nn
 
 from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.lowering.training_graph.graph import Loss, TrainingGraph
-from recmas_compiler.lowering.training_graph.latents import Control
+from recmas_compiler.lowering.training_graph.latents import Received
 from recmas_compiler.training.loop.distributed import World
+from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Advance
+from recmas_runtime.running.baselines import LATENT
+from recmas_runtime.running.controls import (
+    MEAN,
+    NULL,
+    SEED,
+    SHUFFLED,
+    Exchange,
+    MeanMessages,
+    exchange,
+    sender_inputs,
+)
 
-# What the answer agent's slots hold in the last round, by the name that figures have.
-CONTROLS: Final[Mapping[str, Control]] = {
-    "latent": "none",
-    "null": "null",
-    "shuffled": "shuffled",
-    "mean": "mean",
-}
-# With fewer records in a batch nothing can be shuffled, and a mean is the message itself.
-_FEWEST: Final = 2
+# The records' own messages, and the controls, by the names that figures have.
+CONTROLS: Final = (LATENT, NULL, SHUFFLED, MEAN)
 
 
 @dataclass(eq=False)
@@ -60,20 +65,28 @@ class OuterTask:
         """
         if not self.held_out:
             return {}
-        names = [
-            name for name in CONTROLS if name in ("latent", "null") or len(self.held_out) >= _FEWEST
-        ]
-        sums = torch.zeros(len(names), 2, dtype=torch.float64, device=world.device)
-        for places in world.share(_batches(len(self.held_out), self.batch_size)):
-            batch = self.graph.prepare([self.held_out[place] for place in places])
-            # A gold text's hidden states carry the answer: thoughts are always generated here.
-            controls = [CONTROLS[name] for name in names]
-            found = self.graph.compare(batch, controls=controls, mode="rollout")
-            for row, control in enumerate(controls):
-                sums[row, 0] += found[control].total.double()
-                sums[row, 1] += found[control].tokens
+        sums = torch.zeros(len(CONTROLS), 2, dtype=torch.float64, device=world.device)
+        for name, _, loss in control_losses(
+            self.graph, self.held_out, batch_size=self.batch_size, world=world
+        ):
+            row = CONTROLS.index(name)
+            sums[row, 0] += loss.total.double()
+            sums[row, 1] += loss.tokens
         world.add_up(sums)
-        return {name: float(sums[row, 0] / sums[row, 1]) for row, name in enumerate(names)}
+        figures = zip(CONTROLS, sums.tolist(), strict=True)
+        return {name: total / tokens for name, (total, tokens) in figures if tokens}
+
+    def control_figures(self) -> Mapping[str, Any]:
+        """Return how `shuffled` chose among the held-out records; empty where it could not."""
+        chosen = chosen_senders(self.graph, self.held_out)
+        if chosen is None:
+            return {}
+        return {
+            "records": len(chosen.senders),
+            "seed": SEED,
+            "repeated": chosen.num_repeated,
+            "same_input": len(chosen.same_input),
+        }
 
     def gradient_figures(self, tokens: float) -> Mapping[str, Any]:
         """Return the gradient norm at each link's output by round, of this process's records."""
@@ -85,7 +98,87 @@ class OuterTask:
         }
 
 
+def chosen_senders(graph: TrainingGraph, examples: Sequence[TrainExample]) -> Exchange | None:
+    """Return which record's messages each gets; None where no two answers differ."""
+    answerer = graph.answer.agent
+    try:
+        return exchange(
+            [(example.targets[answerer],) for example in examples],
+            [sender_inputs(graph.plan, {**e.fields, "id": e.id}) for e in examples],
+        )
+    except RecmasError:
+        return None
+
+
 @torch.no_grad()
+def control_losses(
+    graph: TrainingGraph, examples: Sequence[TrainExample], *, batch_size: int, world: World
+) -> Iterator[tuple[str, list[int], Loss]]:
+    """Yield the loss of every batch under every control, with the places of its records.
+
+    Controls are over all records, whatever the batches. With a single record there are no other
+    messages, and no `shuffled` and `mean`; nor is there `shuffled` where all answers agree.
+    """
+    batches = world.share(_batches(len(examples), batch_size))
+    own: list[dict[str, torch.Tensor]] = [{} for _ in examples]
+    for places in batches:
+        batch = graph.prepare([examples[place] for place in places])
+        # A gold text's hidden states carry the answer: thoughts are always generated here.
+        received = graph.received(batch, mode="rollout")
+        for slot, messages_ME in received.items():
+            for place, message_ME in zip(places, messages_ME, strict=True):
+                own[place][slot] = message_ME
+        yield LATENT, places, graph.answer_loss(batch, received)
+        empty = {slot: [m[:0] for m in messages_ME] for slot, messages_ME in received.items()}
+        yield NULL, places, graph.answer_loss(batch, empty)
+    if len(examples) < 2:
+        return
+    _gather(graph, own, world)
+    mean = MeanMessages()
+    for messages in own:
+        mean.add({slot: message_ME.cpu().numpy() for slot, message_ME in messages.items()})
+    chosen = chosen_senders(graph, examples)
+    for places in batches:
+        batch = graph.prepare([examples[place] for place in places])
+        if chosen is not None:
+            senders = [own[chosen.senders[place]] for place in places]
+            yield SHUFFLED, places, graph.answer_loss(batch, _by_slot(senders))
+        means = [
+            {
+                slot: torch.from_numpy(mean.of_others(slot, message_ME.cpu().numpy())).to(
+                    message_ME
+                )
+                for slot, message_ME in own[place].items()
+            }
+            for place in places
+        ]
+        yield MEAN, places, graph.answer_loss(batch, _by_slot(means))
+
+
+def _by_slot(records: Sequence[Mapping[str, torch.Tensor]]) -> Received:
+    return {slot: [messages[slot] for messages in records] for slot in records[0]}
+
+
+def _gather(graph: TrainingGraph, own: list[dict[str, torch.Tensor]], world: World) -> None:
+    """Give every process the messages of all records; each has those of its own batches."""
+    if world.size == 1:
+        return
+    width = graph.backbones[graph.plan.agents[graph.answer.agent].backbone].facts.width
+    for slot in (message.slot for message in graph.answer.messages):
+        lengths_N = torch.zeros(len(own), dtype=torch.float64, device=world.device)
+        for place, messages in enumerate(own):
+            lengths_N[place] = len(messages[slot]) if slot in messages else 0
+        world.add_up(lengths_N)
+        counts = [int(length) for length in lengths_N.tolist()]
+        whole_NME = torch.zeros(len(own), max(counts), width, device=world.device)
+        for place, messages in enumerate(own):
+            if slot in messages:
+                whole_NME[place, : counts[place]] = messages[slot]
+        world.add_up(whole_NME)
+        for place, messages in enumerate(own):
+            messages[slot] = whole_NME[place, : counts[place]]
+
+
 def exact_answers(
     graph: TrainingGraph, examples: Sequence[TrainExample], *, batch_size: int
 ) -> dict[str, list[bool]]:
@@ -93,13 +186,14 @@ def exact_answers(
 
     Thoughts are generated, as in a running system.
     """
-    found: dict[str, list[bool]] = {name: [] for name in CONTROLS}
-    for places in _batches(len(examples), batch_size):
-        batch = graph.prepare([examples[place] for place in places])
-        losses = graph.compare(batch, controls=list(CONTROLS.values()), mode="rollout")
-        for name, control in CONTROLS.items():
-            found[name] += losses[control].per_record_exact.tolist()
-    return found
+    alone = World(rank=0, size=1, device=torch.device("cpu"))
+    found: dict[str, dict[int, bool]] = {}
+    for name, places, loss in control_losses(graph, examples, batch_size=batch_size, world=alone):
+        exact = loss.per_record_exact.tolist()
+        found.setdefault(name, {}).update(zip(places, exact, strict=True))
+    return {
+        name: [by_place[place] for place in sorted(by_place)] for name, by_place in found.items()
+    }
 
 
 @torch.no_grad()
@@ -123,14 +217,9 @@ def record_losses(
     return found
 
 
-def _batches(num_examples: int, batch_size: int) -> list[list[int]]:
-    """Return places in batches, none of a single record unless there is only one."""
-    size = max(batch_size, _FEWEST)
-    batches = [
+def _batches(num_examples: int, size: int) -> list[list[int]]:
+    """Return places in batches."""
+    return [
         list(range(first, min(first + size, num_examples)))
         for first in range(0, num_examples, size)
     ]
-    if len(batches) > 1 and len(batches[-1]) < _FEWEST:
-        single = batches.pop()
-        batches[-1] += single
-    return batches

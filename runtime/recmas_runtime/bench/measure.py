@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Final
 
 from recmas_runtime.core.errors import Problem, RecmasError
@@ -137,9 +137,11 @@ def measure(
     keeps them.
 
     Raises:
-        RecmasError: RM508 for a batch that a baseline cannot run.
+        RecmasError: RM508 for records that a control cannot be over.
     """
     places = distinct_places(cases)
+    # Controls are over all records, whatever the batches.
+    over = {p: replace(cases[p], system=cases[p].system.over(settings.records)) for p in places}
     batches = settings.batches
     total = (settings.warmup + settings.repeats) * len(batches) * len(places)
     with progress.stage("Measuring", total) as advance:
@@ -147,7 +149,7 @@ def measure(
             for number, batch in enumerate(batches):
                 first = (repeat + number) % len(places)
                 for place in (*places[first:], *places[:first]):
-                    run = run_once(cases[place], batch, settings.sampling)
+                    run = run_once(over[place], batch, settings.sampling)
                     if repeat >= 0:
                         runs[place, repeat, number] = run
                     advance()

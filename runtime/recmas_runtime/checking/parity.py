@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from recmas_runtime.engines.interface import Backbone, Operands
+from recmas_runtime.engines.interface import Backbone, HandedRows, Operands
 from recmas_runtime.engines.onnx.backbone import LinkEngine
 from recmas_runtime.engines.onnx.probe import difference, largest
 from recmas_runtime.formats.layers import has_states
@@ -58,6 +58,9 @@ def measure_backbone_parity(engine: Backbone[Any], case: Case, inner: Operands) 
     with `feedback_embeds` [1, U, d] in calls of `feedback_lengths` [M, R]. Two rows can go wrong
     where one does not: in what fills up the shorter one, and where each writes; and a second round
     where the first does not: in what it reads of kept rows, and of those that it overwrites.
+
+    Where rows can be hidden from layers, the second round is run once more behind rows that are
+    (`hidden_groups`), and `masked_hidden` [R, U, d] is expected.
 
     Expected are `hidden` [1, T, d], `feedback_hidden` [R, U, d] and, at the end of each call, the
     inner link's `thought_next` [N + M, R, d]; for `logits_hidden` [n, d] `logits` [n, V]; for
@@ -139,7 +142,25 @@ def _rounds_difference(engine: Backbone[Any], case: Case, inner: Operands) -> fl
         found = np.concatenate([beginning.hidden[row], rest.hidden[row]])
         pairs.append((found, case["hidden"][0, : len(found)]))
         pairs.append((again.hidden[row], case["feedback_hidden"][row, : len(again.hidden[row])]))
+    if engine.entry.masked_layers:
+        for row, groups in enumerate(hidden_groups(engine.entry.masked_layers)):
+            hidden = {layer for group in groups for layer in group}
+            seen_by = set(range(engine.entry.num_layers)) - hidden
+            cache.hide_rows(row, [HandedRows(0, int(kept[row]), seen_by)])
+        behind = run([case["feedback_embeds"][0]] * PARITY_ROWS, case["feedback_lengths"], kept)
+        pairs += [
+            (states, expected[: len(states)])
+            for states, expected in zip(behind.hidden, case["masked_hidden"], strict=True)
+        ]
     return max(relative_difference(found, expected) for found, expected in pairs)
+
+
+def hidden_groups(masked_layers: Sequence[Sequence[int]]) -> list[Sequence[Sequence[int]]]:
+    """Return for each row of a case the groups of layers that do not see what it keeps.
+
+    In the first row these are all groups, in the second the last one alone.
+    """
+    return [masked_layers, masked_layers[-1:]]
 
 
 class _Ran(NamedTuple):

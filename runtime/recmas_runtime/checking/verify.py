@@ -35,9 +35,9 @@ from recmas_runtime.formats.precisions import beyond_tolerance
 from recmas_runtime.formats.safetensors_file import read_tensors
 from recmas_runtime.prompts.samples import PromptDigests, prompt_digests, token_digest
 from recmas_runtime.prompts.trial import render_once
-from recmas_runtime.running.open_engines import open_engines
+from recmas_runtime.running.open_engines import LoadedBundle, load_parts, open_engines
 from recmas_runtime.running.records import Record
-from recmas_runtime.running.system import LoadedBundle, System, load_parts
+from recmas_runtime.running.system import System
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +311,8 @@ def _wrong_tensor(
         "logits_hidden": (None, width),
         "logits": (None, None),
     }
+    if backbone.masked_layers:
+        floats["masked_hidden"] = (PARITY_ROWS, None, None)
     for link in case_links(case):
         floats[f"link.{link}.x"] = (None, manifest.links[link].in_dim)
         floats[f"link.{link}.y"] = (None, None)

@@ -218,8 +218,8 @@ def _parser() -> argparse.ArgumentParser:
         "--baseline",
         default="latent",
         metavar="NAME",
-        help="run an alternative on the same engines: single, text, text@N, moa, moa@N, "
-        "null-latents, shuffled-latents",
+        help="run an alternative on the same engines: single, all-context, text, text@N, moa, "
+        "moa@N, null, shuffled, mean",
     )
     run.add_argument(
         "--date",

@@ -15,7 +15,7 @@ from recmas_runtime.core.text import aligned, counted
 from recmas_runtime.formats.codec import from_json
 from recmas_runtime.formats.ids import link_ends, path_text
 from recmas_runtime.running.run_trace import RECORDS_NAME
-from recmas_runtime.running.thoughts import NearToken, Reading, RecordReadings, ThoughtReading
+from recmas_runtime.sequences.thoughts import NearToken, Reading, RecordReadings, ThoughtReading
 
 _KEYS: Final = RecordReadings.__struct_fields__
 _THE_SAME: Final = "sent as it was fed back"

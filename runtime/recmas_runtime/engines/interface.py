@@ -6,8 +6,8 @@ width, d model width, V vocabulary, G groups of rows with one link each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol, TypeVar
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,63 @@ def keeps_rows_only(engine: str) -> RecmasError:
     )
 
 
+def sees_all_rows(engine: str) -> RecmasError:
+    """Return RM203 for an engine that hides no rows from any layer."""
+    return fail(
+        "RM203",
+        f"{engine} shows the rows of a cache to every layer, and here some must not see them",
+        hint="Run it on ONNX Runtime: device `cpu` or `cuda`.",
+    )
+
+
+class HandedRows(NamedTuple):
+    """Rows of a sequence, positions `start` to `stop`; None of `seen_by` means all layers."""
+
+    start: int
+    stop: int
+    seen_by: Collection[int] | None
+
+
+def handed_rows(
+    pieces: Iterable[tuple[int, int, Collection[int] | None]],
+) -> tuple[HandedRows, ...]:
+    """Return which layers have which rows of pieces that come one behind the other, from 0 on.
+
+    The first row of a sequence counts as every layer's if it was the first where it was computed,
+    too. Models turn attention that belongs nowhere to it (attention sinks, arXiv 2309.17453), and a
+    layer that misses it is worse off than with nothing handed over.
+
+    Args:
+        pieces: For each how many rows it has, at which position the first of them was computed, and
+            the layers that they are handed over to; None for all.
+    """
+    found, at = [], 0
+    for count, position, seen_by in pieces:
+        is_sink = at == 0 and position == 0
+        found.append(HandedRows(min(1, count) if is_sink else at, at + count, seen_by))
+        at += count
+    return tuple(found)
+
+
+def masks_of(
+    masked_layers: Sequence[Sequence[int]], handed: Sequence[HandedRows], capacity: int
+) -> NDArray[np.bool_]:
+    """Return the masks of one sequence, [masks, C]: True for rows that a group does not see.
+
+    Args:
+        masked_layers: Of the backbone's entry in the manifest.
+        handed: Rows whose layers see them as groups, all of one or none.
+        capacity: C.
+    """
+    masks = np.zeros((len(masked_layers), capacity), np.bool_)
+    for start, stop, seen_by in handed:
+        for mask_C, group in zip(masks, masked_layers, strict=True):
+            seeing = {seen_by is None or layer in seen_by for layer in group}
+            assert len(seeing) == 1, f"layers {group} have one mask and see different rows"
+            mask_C[start:stop] = not seeing.pop()
+    return masks
+
+
 class KeyValueRows(Protocol):
     """The keys and values of R sequences, each with room for `capacity` positions."""
 
@@ -75,6 +132,17 @@ class KeyValueRows(Protocol):
         """Return copies on the host, in the order of `formats.layers.cache_tensors`.
 
         Keys and values are [n, H, positions, D]; states are whole.
+        """
+
+    def hide_rows(self, row: int, handed: Sequence[HandedRows]) -> None:
+        """Let no later position of a sequence see rows from layers that do not have them.
+
+        What is written there for these layers never matters, so long as it is finite. It holds
+        until this is called again, or the sequence begins anew; the rows take it along.
+
+        Args:
+            row: The sequence.
+            handed: All of its rows that were handed over; what was said before is forgotten.
         """
 
     def write_rows(self, values: Sequence[NDArray[Any]]) -> None:

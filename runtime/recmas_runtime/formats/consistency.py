@@ -158,6 +158,30 @@ def prompts_use_what_exists(manifest: Manifest, plan: Plan) -> Iterator[tuple[st
             yield "fields", f"{value!r} names neither a field nor an entry of one"
 
 
+def rows_are_hidden_where_links_say(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
+    """A decoder has masks for all groups of layers that do not see all rows."""
+    for name, backbone in manifest.backbones.items():
+        needed = plan.masked_layers(name, backbone.num_layers)
+        if not _are_parts(backbone.masked_layers, needed):
+            what = f"{_groups(backbone.masked_layers)}, and the links need {_groups(needed)}"
+            yield f"backbones.{name}.masked_layers", what
+
+
+def _are_parts(groups: Sequence[Sequence[int]], needed: Sequence[Sequence[int]]) -> bool:
+    """Tell whether distinct layers make up each of the needed groups, and maybe more."""
+    layers = [layer for group in groups for layer in group]
+    wanted = {layer: number for number, group in enumerate(needed) for layer in group}
+    return (
+        len(set(layers)) == len(layers)
+        and wanted.keys() <= set(layers)
+        and all(len({wanted.get(layer) for layer in group}) == 1 for group in groups)
+    )
+
+
+def _groups(groups: Sequence[Sequence[int]]) -> str:
+    return "; ".join(", ".join(map(str, group)) for group in groups) or "none"
+
+
 def links_fit_their_agents(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
     """Vectors go through an outer link from one width to another, rows stay on one backbone."""
     for name, link in plan.links.items():
@@ -466,6 +490,7 @@ STAGES: Final[tuple[tuple[str, tuple[Rule, ...]], ...]] = (
     (
         PLAN_NAME,
         (
+            rows_are_hidden_where_links_say,
             sends_use_their_links,
             moved_rows_can_be_moved,
             snapshots_are_of_states,

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Final, Literal, NamedTuple
 
 from msgspec import Meta
 
 from recmas_runtime.formats.codec import Dim, Finite, StrictStruct
 
 MOST_LAYERS = 4096
+
+# The decoder's input that says which rows of a cache no new position sees.
+HIDDEN_ROWS: Final = "hidden_rows"
 
 # Engines compute in float32, and so do caches.
 _ELEMENT_BYTES = 4
@@ -149,6 +152,14 @@ def cache_tensors(layers: Sequence[LayerShape]) -> tuple[CacheTensor, ...]:
     return (*keys, *values, *states)
 
 
+def hidden_rows_tensor(num_masks: int) -> CacheTensor:
+    """Return the masks of a cache, [R, masks, C, 1], True for rows that are not seen.
+
+    They go where rows go, and are an input of the decoder only.
+    """
+    return CacheTensor(HIDDEN_ROWS, (num_masks, 1), is_state=False)
+
+
 def is_rows(name: str) -> bool:
     """Tell by its name whether a tensor of a cache has rows."""
     return name.startswith(("key.", "value."))
@@ -169,12 +180,13 @@ def states_bytes(layers: Iterable[LayerShape]) -> int:
     return _ELEMENT_BYTES * elements_of_states(layers)
 
 
-def sequence_bytes(layers: Sequence[LayerShape], capacity: int) -> int:
+def sequence_bytes(layers: Sequence[LayerShape], capacity: int, *, num_masks: int = 0) -> int:
     """Return the bytes that a cache of so many positions takes for one sequence.
 
-    A state is there twice: as it was, which a call reads, and as it is made.
+    A state is there twice: as it was, which a call reads, and as it is made. Each of the masks that
+    hide rows has one byte for a position.
     """
-    rows = _ELEMENT_BYTES * elements_per_position(layers) * capacity
+    rows = (_ELEMENT_BYTES * elements_per_position(layers) + num_masks) * capacity
     return rows + 2 * states_bytes(layers)
 
 

@@ -8,6 +8,7 @@ from msgspec import Meta, field
 
 from recmas_runtime.formats.codec import Count, Dim, Finite, Size, StrictStruct
 from recmas_runtime.formats.layers import MOST_LAYERS, LayerShape, RowPositions
+from recmas_runtime.formats.messages import Layers
 
 # A parity case runs as a batch of sequences of unequal length.
 PARITY_ROWS: Final = 2
@@ -47,6 +48,9 @@ class BackboneEntry(StrictStruct, frozen=True, kw_only=True):
         head: `head.onnx`: hidden -> logits.
         weights: The one file with the weights all three graphs point into.
         special_tokens: Named special tokens that the chat template may refer to.
+        masked_layers: Groups of layers from which rows of a cache can be hidden, see
+            `messages.masked_layers`; the decoder has a mask for each in its input `hidden_rows`.
+            Empty where it has no such input.
         row_positions: How rows of its cache are moved to other positions; None where none is.
     """
 
@@ -69,6 +73,7 @@ class BackboneEntry(StrictStruct, frozen=True, kw_only=True):
     special_tokens: dict[str, str] = field(default_factory=dict)
     precision: str = "float32"
     cpu_decoder: str | None = None
+    masked_layers: Annotated[tuple[Layers, ...], Meta(max_length=MOST_LAYERS)] = ()
     row_positions: RowPositions | None = None
 
     @property
@@ -136,6 +141,19 @@ class ParityEntry(StrictStruct, frozen=True, kw_only=True):
     loss: LossEntry | None = None
 
 
+class LayerScores(StrictStruct, frozen=True, kw_only=True):
+    """What layers were chosen by that get handed rows, where a spec says only how many.
+
+    Attributes:
+        attention: By layer, the attention that a question's positions pay to a text before it, the
+            mean over heads and positions; None for a layer without rows.
+        scores: What they were ranked by, likewise.
+    """
+
+    attention: Annotated[tuple[Finite | None, ...], Meta(max_length=MOST_LAYERS)]
+    scores: Annotated[tuple[Finite | None, ...], Meta(max_length=MOST_LAYERS)]
+
+
 class Manifest(StrictStruct, frozen=True, kw_only=True):
     """The whole manifest.
 
@@ -168,3 +186,4 @@ class Manifest(StrictStruct, frozen=True, kw_only=True):
     files: dict[str, FileEntry]
     prompt_digests: dict[str, dict[str, str]] = field(default_factory=dict)
     token_digests: dict[str, str] = field(default_factory=dict)
+    layer_scores: dict[str, LayerScores] = field(default_factory=dict)

@@ -26,6 +26,8 @@ KINDS_OF_ROWS: Final[tuple[tuple[RowsOf, ...], ...]] = (
 MAX_EVERY: Final = 1024
 MAX_LAYERS: Final = 4096
 
+Layers = tuple[Annotated[int, Meta(ge=0, lt=MAX_LAYERS)], ...]
+
 
 class MessageForm(StrictStruct, frozen=True, kw_only=True, omit_defaults=True):
     """What a link carries. H are hidden states of the sender after its final norm.
@@ -52,7 +54,7 @@ class MessageForm(StrictStruct, frozen=True, kw_only=True, omit_defaults=True):
     pool: bool = False
     max_tokens: Count | None = None
     rows: tuple[RowsOf, ...] = ()
-    layers: tuple[Annotated[int, Meta(ge=0, lt=MAX_LAYERS)], ...] | None = None
+    layers: Layers | None = None
 
     @property
     def has_vectors(self) -> bool:
@@ -113,6 +115,26 @@ def message_spans(form: MessageForm, positions: int, latent_steps: int) -> list[
         return list(pairwise(ends))
     first = (positions - 1) % form.every
     return [(at, at + 1) for at in range(first, positions, form.every)]
+
+
+def masked_layers(
+    num_layers: int, seen_by: Iterable[Iterable[int] | None]
+) -> tuple[tuple[int, ...], ...]:
+    """Return the layers from which handed rows are hidden, in groups that see the same rows.
+
+    A decoder has one mask for each group. Layers that see all rows are in none.
+
+    Args:
+        num_layers: Of the backbone.
+        seen_by: For each link that hands rows over on it, the layers that see them; None for all.
+    """
+    links = list(dict.fromkeys(frozenset(seen) for seen in seen_by if seen is not None))
+    groups: dict[tuple[bool, ...], list[int]] = {}
+    for layer in range(num_layers):
+        sees = tuple(layer in seen for seen in links)
+        if not all(sees):
+            groups.setdefault(sees, []).append(layer)
+    return tuple(tuple(group) for group in groups.values())
 
 
 def moved_links(

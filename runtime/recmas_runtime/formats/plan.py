@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Final, Literal, NamedTuple
 from msgspec import Meta, field
 
 from recmas_runtime.formats.codec import Count, Finite, Size, StrictStruct, Whole
-from recmas_runtime.formats.messages import MessageForm
+from recmas_runtime.formats.messages import MessageForm, masked_layers
 
 PLAN_VERSION = 2
 
@@ -410,6 +410,12 @@ class Plan(StrictStruct, frozen=True, kw_only=True):
             ValueError: It is none.
         """
         return None if self.date is None else parse_day(self.date)
+
+    def masked_layers(self, backbone: str, num_layers: int) -> tuple[tuple[int, ...], ...]:
+        """Return the groups of a backbone's layers from which its agents' rows are hidden."""
+        links = [link for link in self.links.values() if link.carries == "cache"]
+        on_it = [link for link in links if self.agents[link.target].backbone == backbone]
+        return masked_layers(num_layers, [link.layers for link in on_it])
 
     def num_latent_steps(self, step: ThinkStep) -> int:
         """Return the length of a rollout, which is that of each of its agents."""

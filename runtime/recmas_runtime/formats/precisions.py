@@ -52,6 +52,8 @@ TOLERANCES: Final[Mapping[str, float]] = {
     # Messages of whole programs, absolute, after rounds x steps of free-running recursion.
     # Rounding differences feed back through the recursion, so this is looser than one step.
     "message_absolute": 1e-3,
+    # How unlikely a text is behind a prompt: float32 logits of a hidden state per token.
+    "text_loss_relative": 1e-4,
     # The attention probe has an answer that is exact in float32 but for the softmax.
     "probe_absolute": 1e-6,
     # Rows moved by up to 1000 positions beside those that a model computes there. Its angles are

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,19 @@ from recmas_runtime.formats.plan import (
 Floats = NDArray[np.float32]
 Scores = NDArray[np.float64]
 Indices = NDArray[np.int64]
+
+
+class SamplingSettings(TypedDict, total=False):
+    """Settings of `SamplingPlan`, some of them."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    seed: int
+    stop: tuple[str, ...]
 
 
 def check_sampling(sampling: SamplingPlan) -> None:

@@ -35,18 +35,23 @@ from recmas_runtime.formats.plan import (
     cache_capacity,
     prompt_fields,
 )
+from recmas_runtime.running.controls import MEAN, NULL, SHUFFLED
 
-LATENT: Final = "latent"
+LATENT: Final = "latent"  # the system itself, with each record's own messages
 
 Parts = tuple[PromptPart, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """A plan to compare with; exchanged are messages, with the next record of the batch."""
+    """A plan to compare with.
+
+    Attributes:
+        control: `shuffled` or `mean` where the answer agent's messages depend on other records.
+    """
 
     plan: Plan
-    exchanges_messages: bool = False
+    control: str | None = None
 
 
 def apply_baseline(plan: Plan, name: str, manifest: Manifest) -> Baseline:
@@ -60,12 +65,18 @@ def apply_baseline(plan: Plan, name: str, manifest: Manifest) -> Baseline:
     if name == LATENT:
         return Baseline(plan=plan)
     found = re.fullmatch(r"([a-z-]+)(?:@([1-9][0-9]{0,5}))?", str(name))
-    if found is None or found[1] not in BASELINES:
+    kind = baseline_name(found[1]) if found else ""
+    if found is None or kind not in BASELINES:
         raise _unusable(f"there is no baseline {name!r}")
-    kind, limit = found[1], found[2]
+    limit = found[2]
     if limit is not None and kind not in _WITH_LIMIT:
         raise _unusable(f"{name!r}: only {' and '.join(_WITH_LIMIT)} take a limit of tokens")
     return _CHANGES[kind](plan, manifest, None if limit is None else int(limit))
+
+
+def baseline_name(name: str) -> str:
+    """Return the name of a baseline that may be given by its name of version 0.1."""
+    return _OLD_NAMES.get(name, name)
 
 
 def _single(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
@@ -74,7 +85,27 @@ def _single(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
     return Baseline(plan=_only_answer(plan, manifest, _without_slots(agent)))
 
 
-def _null_latents(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
+def _all_context(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
+    """The answer agent alone, and it sees everything: the ceiling of what messages can bring.
+
+    The fields that only other agents' prompts show come first, a paragraph each, in the order of
+    the agents; then its prompt without the lines that hold a slot.
+    """
+    agent = _without_slots(plan.agents[plan.answer_agent])
+    shown = prompt_fields([agent])
+    others = [a for name, a in plan.agents.items() if name != plan.answer_agent]
+    parts = [part for a in others for text in (a.system, a.first or (), a.then) for part in text]
+    fields = dict.fromkeys(part.value for part in parts if part.kind == "field")
+    before: list[PromptPart] = []
+    for name in fields:
+        if name not in shown:
+            before.append(PromptPart(kind="field", value=name))
+            before.append(PromptPart(kind="text", value="\n\n"))
+    whole = structs.replace(agent, then=(*before, *agent.then))
+    return Baseline(plan=_with_room(_only_answer(plan, manifest, whole), manifest))
+
+
+def _null(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
     """The answer agent's prompt as it is, all its slots empty.
 
     Nothing that the other agents do can reach its text, so they do not run.
@@ -83,11 +114,28 @@ def _null_latents(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
     return Baseline(plan=_only_answer(plan, manifest, agent))
 
 
-def _shuffled_latents(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
-    """The same run, but the answer is written from another record's messages."""
+def _shuffled(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
+    """The same run, but the answer is written from the messages of another record."""
+    _demand_slots(plan, SHUFFLED)
+    return Baseline(plan=plan, control=SHUFFLED)
+
+
+def _mean(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
+    """The same run, but the answer is written from the mean of all other records' messages."""
+    _demand_slots(plan, MEAN)
+    answer = next(step for step in reversed(plan.steps) if isinstance(step, PrefillStep))
+    for message in answer.messages:
+        carries = plan.links[message.link].carries
+        if carries not in _WITH_MEAN:
+            raise _unusable(
+                f"{MEAN}: the link {message.link!r} carries {carries}, which has no mean"
+            )
+    return Baseline(plan=plan, control=MEAN)
+
+
+def _demand_slots(plan: Plan, name: str) -> None:
     if not plan.agents[plan.answer_agent].slots("then"):
-        raise _unusable("shuffled-latents: the answer agent has no slot")
-    return Baseline(plan=structs.replace(plan, stop_when=None), exchanges_messages=True)
+        raise _unusable(f"{name}: the answer agent has no slot")
 
 
 def _text(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
@@ -235,18 +283,23 @@ def _with_text(
     links: Mapping[str, LinkPlan],
     steps: Sequence[Step],
 ) -> Plan:
-    """Return a plan whose prompts may grow: half of a backbone's positions are left to text."""
-    positions = min(manifest.backbones[agent.backbone].max_positions for agent in agents.values())
-    longest = max(plan.limits.max_prompt_tokens, positions // 2)
-    return structs.replace(
+    whole = structs.replace(
         plan,
         agents=dict(agents),
         links=dict(links),
         steps=tuple(steps),
         fields=prompt_fields(agents.values()),
-        limits=structs.replace(plan.limits, max_prompt_tokens=longest),
         stop_when=None,
     )
+    return _with_room(whole, manifest)
+
+
+def _with_room(plan: Plan, manifest: Manifest) -> Plan:
+    """Return a plan whose prompts may grow: half of a backbone's positions are left to text."""
+    backbones = {agent.backbone for agent in plan.agents.values()}
+    positions = min(manifest.backbones[backbone].max_positions for backbone in backbones)
+    longest = max(plan.limits.max_prompt_tokens, positions // 2)
+    return structs.replace(plan, limits=structs.replace(plan.limits, max_prompt_tokens=longest))
 
 
 def _cache(plan: Plan, manifest: Manifest, agents: tuple[str, ...]) -> CachePlan:
@@ -258,7 +311,8 @@ def _cache(plan: Plan, manifest: Manifest, agents: tuple[str, ...]) -> CachePlan
         backbone=backbone,
         agents=agents,
         capacity=capacity,
-        bytes_per_sample=len(agents) * sequence_bytes(entry.layers, capacity),
+        bytes_per_sample=len(agents)
+        * sequence_bytes(entry.layers, capacity, num_masks=len(entry.masked_layers)),
     )
 
 
@@ -304,11 +358,16 @@ def _unusable(message: str) -> RecmasError:
 
 _CHANGES: Final[dict[str, Callable[[Plan, Manifest, int | None], Baseline]]] = {
     "single": _single,
+    "all-context": _all_context,
     "text": _text,
     "moa": _moa,
-    "null-latents": _null_latents,
-    "shuffled-latents": _shuffled_latents,
+    NULL: _null,
+    SHUFFLED: _shuffled,
+    MEAN: _mean,
 }
 _WITH_LIMIT: Final = ("text", "moa")
+# Of what links carry: vectors, whose mean is one.
+_WITH_MEAN: Final = ("thoughts", "context", "written")
+_OLD_NAMES: Final = {"null-latents": NULL, "shuffled-latents": SHUFFLED}
 
 BASELINES: Final = tuple(_CHANGES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -16,7 +16,8 @@ from recmas_runtime.running.executor import Execution, tool_events
 from recmas_runtime.running.generation import RowDecoder
 from recmas_runtime.running.records import Answer, Record, Timing, Usage
 from recmas_runtime.running.run_trace import StepEvent, Trace, reads_thoughts
-from recmas_runtime.running.thoughts import RecordReadings, ThoughtReader, Vectors
+from recmas_runtime.running.scoring import Scores, check_room, score_candidates
+from recmas_runtime.sequences.thoughts import RecordReadings, ThoughtReader, Vectors
 
 PHASES = ("prefill", "think", "send", "write", "decode", "tools")
 
@@ -98,9 +99,7 @@ class Batch:
 
     def answers(self) -> list[Answer]:
         """Return the answers in record order, once `pieces` has ended."""
-        events = self._execution.events
-        ms = {op: sum(event.ms for event in events if event.op == op) for op in PHASES}
-        timing = Timing(**ms, total=self._total_ms)
+        timing = self._timing()
         return [
             Answer(
                 id=record.id,
@@ -116,6 +115,53 @@ class Batch:
             for row, (record, writer) in enumerate(zip(self._records, self._writers, strict=True))
         ]
 
+    def score(self, candidates: Sequence[Mapping[str, tuple[int, ...]]]) -> list[Scores]:
+        """Run everything before the answer, then read each record's candidates in its place.
+
+        Args:
+            candidates: By record, texts and their tokens.
+
+        Raises:
+            RecordError: RM501 for a candidate that is too long.
+        """
+        start = time.perf_counter()
+        execution = self._execution
+        read = [list(texts.values()) for texts in candidates]
+        execution.run_rounds()
+        begin = time.perf_counter()
+        sequences = execution.answer_sequences
+        for row, record in enumerate(self._records):
+            check_room(sequences, row, read[row], record)
+        losses = score_candidates(sequences, read)
+        now = time.perf_counter()
+        self._total_ms = (now - start) * 1e3
+        plan = execution.plan
+        execution.events.append(
+            StepEvent(
+                op="decode", round=plan.rounds, agents=(plan.answer_agent,), ms=(now - begin) * 1e3
+            )
+        )
+        timing = self._timing()
+        return [
+            Scores(
+                id=record.id,
+                record=record.given,
+                candidates=tuple(candidates[row]),
+                losses=tuple(losses[row]),
+                num_tokens=tuple(map(len, read[row])),
+                rounds=self._rounds(row),
+                usage=self._usage(row, None),
+                timing_ms=timing,
+                batch_size=len(self._records),
+            )
+            for row, record in enumerate(self._records)
+        ]
+
+    def _timing(self) -> Timing:
+        events = self._execution.events
+        ms = {op: sum(event.ms for event in events if event.op == op) for op in PHASES}
+        return Timing(**ms, total=self._total_ms)
+
     def _rounds(self, row: int) -> int:
         converged = int(self._execution.converged[row])
         return converged + 1 if converged else self._execution.plan.rounds
@@ -124,20 +170,20 @@ class Batch:
         """Return whether a record took part in a round; some run for its neighbours only."""
         return round_ < self._rounds(row) or round_ == self._execution.plan.rounds
 
-    def _usage(self, row: int, writer: RowDecoder) -> Usage:
+    def _usage(self, row: int, writer: RowDecoder | None) -> Usage:
         """Count what a record took; rounds that only its neighbours needed are not among it."""
         plan = self._execution.plan
         events = [event for event in self._execution.events if self._ran(row, event.round)]
         prefilled = sum(event.prefilled_tokens[row] for event in events if event.prefilled_tokens)
         return Usage(
-            prompt_tokens=prefilled + writer.num_result_tokens,
+            prompt_tokens=prefilled + (writer.num_result_tokens if writer else 0),
             latent_steps=sum(
                 plan.num_latent_steps(step) * len(step.agents)
                 for step in plan.steps
                 if isinstance(step, ThinkStep) and self._ran(row, step.round)
             ),
             handover_tokens=sum(e.written_tokens[row] for e in events if e.written_tokens),
-            completion_tokens=writer.num_tokens,
+            completion_tokens=writer.num_tokens if writer else 0,
         )
 
     def _messages(self, row: int) -> dict[str, Floats]:

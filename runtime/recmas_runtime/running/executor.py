@@ -32,8 +32,10 @@ from recmas_runtime.formats.plan import (
     slot_positions,
 )
 from recmas_runtime.prompts.render import Prompt, PromptSource, Tokens, common_prefix
+from recmas_runtime.running.controls import MeanMessages
 from recmas_runtime.running.generation import AnswerTools, DecoderSettings, TextGenerator
-from recmas_runtime.running.messages import (
+from recmas_runtime.running.run_trace import StepEvent
+from recmas_runtime.sequences.messages import (
     Messages,
     Received,
     Turn,
@@ -41,7 +43,6 @@ from recmas_runtime.running.messages import (
     sends_states,
     set_message,
 )
-from recmas_runtime.running.run_trace import StepEvent
 from recmas_runtime.sequences.sequence_batch import DECODE_HEADROOM, Rows, SequenceBatch
 from recmas_runtime.sequences.snapshots import Snapshots
 
@@ -84,7 +85,9 @@ class Execution:
     """One batch on its way through the plan.
 
     Attributes:
-        exchange: Give the answer agent, in the last round, the messages of the next record.
+        answer_prompts: The answer agent's in the last round, where they are of other records than
+            `prompts`: their answers are then written from the messages of these.
+        mean: Fills the answer agent's slots in the last round with the mean of other records.
         messages: By link and round of sending, what each record sends, as `Messages` says.
         converged: [B], the round after which a record's recursion ended early; 0 if it did not.
         keeps_thoughts: Whether `thoughts` fills, for a trace; else each is dropped once it is sent.
@@ -96,7 +99,8 @@ class Execution:
     seeds: Sequence[int]
     sampling: SamplingPlan
     prompts: PromptSource
-    exchange: bool = False
+    answer_prompts: PromptSource | None = None
+    mean: MeanMessages | None = None
     tools: AnswerTools | None = None
     messages: dict[tuple[str, int], Messages] = field(default_factory=dict)
     converged: Indices = field(init=False)
@@ -131,13 +135,27 @@ class Execution:
                 self.events += self._run(step)
             self._find_converged(round_)
 
+    def received(self) -> list[dict[str, Floats]]:
+        """Return by record the messages [M, d] for the answer agent's slots, after the rounds."""
+        step = self._answer_step
+        agent = self.plan.answer_agent
+        return [self._received(step, agent, b).vectors for b in range(self.num_records)]
+
+    @property
+    def answer_sequences(self) -> SequenceBatch:
+        """The answer agent's sequences, one a record, prefilled for its answer."""
+        return self._sequences[self._answer_step.cache]
+
+    @property
+    def _answer_step(self) -> PrefillStep:
+        """The prefill of the answer itself, the last one."""
+        return next(s for s in reversed(self.plan.steps) if isinstance(s, PrefillStep))
+
     def answer(self) -> TextGenerator:
         """Return what decodes the answers, one a record; their sequences are then used up."""
-        step = self.plan.steps[-1]
-        assert isinstance(step, DecodeStep), "a plan ends with its decode"
         return TextGenerator(
-            self._sequences[step.cache],
-            settings=self._decoder_settings(step.agent),
+            self.answer_sequences,
+            settings=self._decoder_settings(self.plan.answer_agent),
             sampling=self.sampling,
             seeds=self.seeds,
             tools=self.tools,
@@ -175,8 +193,12 @@ class Execution:
         for agent, variant in zip(step.agents, step.variants, strict=True):
             for b in range(batch):
                 received.append(self._received(step, agent, b))
-                prompts.append(self.prompts(b, agent, variant, received[-1].texts))
-                embeds.append(_splice(sequences.engine, prompts[-1], received[-1].vectors))
+                vectors = received[-1].vectors
+                if self.mean is not None and step is self._answer_step:
+                    vectors = {s: self.mean.of_others(s, own) for s, own in vectors.items()}
+                    received[-1].vectors = vectors
+                prompts.append(self._prompts_of(step)(b, agent, variant, received[-1].texts))
+                embeds.append(_splice(sequences.engine, prompts[-1], vectors))
         leading = [prompt.leading_ids for prompt in prompts]
         other = self._sequences.get(step.prefix_from or "")  # None if an early exit left it out
         keep_hidden = any(sends_states(self.plan, agent) for agent in step.agents)
@@ -267,14 +289,16 @@ class Execution:
 
     def _received(self, step: PrefillStep, agent: str, b: int) -> Received:
         """Return what fills the slots of one prompt, and what comes before it."""
-        is_answer = agent == self.plan.answer_agent and step.round == self.plan.rounds
-        sender = (b + 1) % self.num_records if self.exchange and is_answer else b
         received = Received()
         for message in step.messages:
             if message.agent == agent:
-                sent = self._sent(message.link, message.round)[sender]
-                received.add(message.slot, sent)
+                received.add(message.slot, self._sent(message.link, message.round)[b])
         return received
+
+    def _prompts_of(self, step: PrefillStep) -> PromptSource:
+        if self.answer_prompts is not None and step is self._answer_step:
+            return self.answer_prompts
+        return self.prompts
 
     def _sent(self, link: str, round_: int) -> Messages:
         """Return the messages of a round; of the latest one if an exit left it out."""
@@ -492,11 +516,10 @@ class Execution:
                 continue
             match step:
                 case PrefillStep():
+                    prompt = self._prompts_of(step)
                     for agent, variant in zip(step.agents, step.variants, strict=True):
                         filled = slots.get((agent, variant), {})
-                        prompts = (
-                            self.prompts(b, agent, variant, {}) for b in range(self.num_records)
-                        )
+                        prompts = (prompt(b, agent, variant, {}) for b in range(self.num_records))
                         longest = max(longest, *(p.num_positions(filled) for p in prompts))
                 case ThinkStep():
                     after = max(after, self.plan.num_latent_steps(step))

@@ -1,11 +1,12 @@
-"""A bundle's engines on this machine: the device, the kind, and that it computes right there."""
+"""A bundle opened on this machine: the device, the engines, and all that its systems share."""
 
 from __future__ import annotations
 
 import ctypes
+import datetime
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,8 +22,20 @@ from recmas_runtime.engines.tensorrt.engine_cache import (
     find_engines_or_say_why,
 )
 from recmas_runtime.formats.bundle import Bundle
-from recmas_runtime.formats.manifest import BackboneEntry
+from recmas_runtime.formats.codec import malformed
+from recmas_runtime.formats.links import read_operands
+from recmas_runtime.formats.manifest import PLAN_NAME, BackboneEntry, Manifest
+from recmas_runtime.formats.plan import Plan, parse_day
 from recmas_runtime.formats.precisions import TENSORRT, TOLERANCES
+from recmas_runtime.prompts.chat_template import read_template
+from recmas_runtime.prompts.render import Chat
+from recmas_runtime.running.engine_lock import EngineLock
+from recmas_runtime.running.executor import Engines
+from recmas_runtime.running.generation import DecoderSettings
+
+Function = Callable[[str], str]
+# More is a mistake: the command line has the same bound.
+MAX_THREADS: Final = 4096
 
 _DRIVER: Final = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
@@ -175,3 +188,90 @@ def _find_engines(bundle: Bundle, device: str, problems: list[Problem]) -> Engin
     if device == TENSORRT:
         return find_engines(bundle)
     return find_engines_or_say_why(bundle, problems) if device == "auto" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedBundle:
+    """What a bundle loads once and every system on it shares; problems say why on which device."""
+
+    manifest: Manifest
+    day: datetime.date
+    device: str
+    problems: list[Problem]
+    engines: Engines
+    chats: Mapping[str, Chat]
+    lock: EngineLock = field(default_factory=EngineLock)
+
+
+def _day_of(plan: Plan) -> datetime.date | None:
+    try:
+        return plan.day
+    except ValueError as error:
+        raise malformed(PLAN_NAME, f"the date is none: {error}") from error
+
+
+def load_parts(
+    bundle: Bundle, opened: OpenedEngines, *, day: datetime.date | None = None
+) -> LoadedBundle:
+    """Load what systems of a bundle share, around open engines; RM40x for files that are wrong.
+
+    Args:
+        day: For chat templates that write the date; None for that of the bundle, or else today.
+    """
+    manifest = bundle.manifest
+    day = day or _day_of(bundle.plan) or datetime.date.today()
+    chats, decoder_settings = {}, {}
+    for name, entry in manifest.backbones.items():
+        template = read_template(bundle.file(entry.chat_template), file=entry.chat_template)
+        chats[name] = Chat.load(
+            bundle.file(entry.tokenizer), template, entry.special_tokens, day=day
+        )
+        decoder_settings[name] = DecoderSettings(
+            tokenizer=chats[name].tokenizer,
+            eos_token_ids=frozenset(entry.eos_token_ids),
+            max_positions=entry.max_positions,
+            num_rows=entry.vocab_size,
+        )
+    engines = Engines(
+        backbones=opened.backbones,
+        link=opened.link,
+        operands=read_operands(bundle.file, manifest.links),
+        decoder_settings=decoder_settings,
+    )
+    return LoadedBundle(
+        manifest=manifest,
+        day=day,
+        device=opened.device,
+        problems=opened.problems,
+        engines=engines,
+        chats=chats,
+    )
+
+
+def check_arguments(
+    threads: object, functions: Mapping[str, Function] | None, ask: Function | None
+) -> None:
+    """Refuse arguments of `load` that would fail later, or be passed over."""
+    if threads is not None and (
+        not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= MAX_THREADS
+    ):
+        hint = f"Give a whole number from 1 to {MAX_THREADS}, or None."
+        raise fail("RM506", f"threads is {threads!r}", hint=hint)
+    if functions is not None and not isinstance(functions, Mapping):
+        hint = "Give a mapping of names to functions."
+        raise fail("RM506", f"functions is of the type {type(functions).__name__}", hint=hint)
+    tools = {f"the function {name!r}": function for name, function in (functions or {}).items()}
+    for what, function in {**tools, "ask": ask}.items():
+        if function is not None and not callable(function):
+            hint = "Give a function from a text to a text."
+            kind = type(function).__name__
+            raise fail("RM506", f"{what} is of the type {kind}, which cannot be called", hint=hint)
+
+
+def given_day(text: str) -> datetime.date:
+    """Return the day that a caller gave; RM506 if it is none."""
+    try:
+        return parse_day(text)
+    except ValueError as error:
+        hint = "Write it as 2026-01-31."
+        raise fail("RM506", f"{text!r} is no day as YYYY-MM-DD", hint=hint) from error

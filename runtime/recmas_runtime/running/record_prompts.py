@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.messages import MessageForm, message_spans
@@ -25,6 +26,18 @@ class RecordError(RecmasError):
     def __init__(self, record: int, error: RecmasError) -> None:
         super().__init__(error.problems)
         self.record = record
+
+
+def named_failure(failure: RecmasError, record: Record) -> RecmasError:
+    """Return an engine's failure as that of a record."""
+    if isinstance(failure, RecordError):
+        return failure
+    named = RecmasError(
+        replace(problem, message=f"record {record.id!r}: {problem.message}")
+        for problem in failure.problems
+    )
+    named.__cause__ = failure
+    return named
 
 
 class RecordPrompts:

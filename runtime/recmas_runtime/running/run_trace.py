@@ -18,7 +18,7 @@ from recmas_runtime.core.files import exclusive, reason_of
 from recmas_runtime.core.jsonl import JsonLines
 from recmas_runtime.formats.codec import to_json
 from recmas_runtime.running.records import Record
-from recmas_runtime.running.thoughts import RecordReadings
+from recmas_runtime.sequences.thoughts import RecordReadings
 from recmas_runtime.tools.calls import ToolResult
 
 RECORDS_NAME: Final = "trace.jsonl"

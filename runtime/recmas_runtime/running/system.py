@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Final, Self, TypedDict, Unpack, overload
+from typing import Self, TypeVar, Unpack, overload
 
 from msgspec import structs
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.core.text import counted, listed
-from recmas_runtime.engines.interface import FREE_MEMORY, OutOfMemoryError
-from recmas_runtime.formats.bundle import Bundle, open_bundle
-from recmas_runtime.formats.codec import malformed
-from recmas_runtime.formats.links import read_operands
-from recmas_runtime.formats.manifest import PLAN_NAME, Manifest
-from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant, field_place, parse_day
-from recmas_runtime.prompts.chat_template import read_template
-from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Chat, Prompt
-from recmas_runtime.prompts.sampler import check_sampling
+from recmas_runtime.engines.interface import FREE_MEMORY, Floats, OutOfMemoryError
+from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.formats.plan import Plan, PrefillStep, SamplingPlan, Variant, field_place
+from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Prompt, PromptSource, Tokens
+from recmas_runtime.prompts.sampler import SamplingSettings, check_sampling
 from recmas_runtime.prompts.tool_turns import PLAIN_RESULTS, answer_chat, result_form
 from recmas_runtime.running.baselines import apply_baseline
 from recmas_runtime.running.batch import AnswerStream, Batch
-from recmas_runtime.running.engine_lock import EngineLock
-from recmas_runtime.running.executor import Engines, Execution
-from recmas_runtime.running.generation import AnswerTools, DecoderSettings
-from recmas_runtime.running.open_engines import OpenedEngines, open_engines
-from recmas_runtime.running.record_prompts import RecordError, RecordPrompts
+from recmas_runtime.running.controls import (
+    MEAN,
+    SEED,
+    SHUFFLED,
+    ControlledSet,
+    MeanMessages,
+    exchange,
+    sender_inputs,
+)
+from recmas_runtime.running.executor import Execution
+from recmas_runtime.running.generation import AnswerTools
+from recmas_runtime.running.open_engines import (
+    Function,
+    LoadedBundle,
+    check_arguments,
+    given_day,
+    load_parts,
+    open_engines,
+)
+from recmas_runtime.running.record_prompts import RecordError, RecordPrompts, named_failure
 from recmas_runtime.running.records import (
     Answer,
     Question,
@@ -40,24 +50,10 @@ from recmas_runtime.running.records import (
     needed_fields,
 )
 from recmas_runtime.running.run_trace import Trace, reads_thoughts
+from recmas_runtime.running.scoring import Scores, candidate_ids
 from recmas_runtime.tools.toolbox import Toolbox
 
-Function = Callable[[str], str]
-# More is a mistake: the command line has the same bound.
-MAX_THREADS: Final = 4096
-
-
-class SamplingSettings(TypedDict, total=False):
-    """Settings of `SamplingPlan`, some of them."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    seed: int
-    stop: tuple[str, ...]
+Result = TypeVar("Result")
 
 
 def load(
@@ -86,8 +82,8 @@ def load(
         RecmasError: RM40x for a bundle that is not whole, RM504 for a device that is not there,
             RM506 for a date that is none, threads out of bounds, and tools that nobody can call.
     """
-    _check_arguments(threads, functions, ask)
-    day = None if date is None else _given_day(date)
+    check_arguments(threads, functions, ask)
+    day = None if date is None else given_day(date)
     bundle = open_bundle(Path(path), verify_hashes=False)
     tools = bundle.plan.tools
     toolbox = None
@@ -106,24 +102,11 @@ def load(
         raise OutOfMemoryError("the bundle cannot be loaded", FREE_MEMORY) from None
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadedBundle:
-    """What a bundle loads once and every system on it shares; problems say why on which device."""
-
-    manifest: Manifest
-    day: datetime.date
-    device: str
-    problems: list[Problem]
-    engines: Engines
-    chats: Mapping[str, Chat]
-    lock: EngineLock = field(default_factory=EngineLock)
-
-
 class System:
     """A multi-agent system, ready to answer. One caller at a time runs; others wait.
 
-    It may be used in a `with` statement, which closes it. With `exchange` the answer agent sees the
-    messages of another record; see `baseline`.
+    It may be used in a `with` statement, which closes it. With a `control` the answer agent sees
+    messages that are not the record's own; see `baseline` and `over`, whose set is `covered`.
     """
 
     def __init__(
@@ -132,7 +115,8 @@ class System:
         loaded: LoadedBundle,
         toolbox: Toolbox | None = None,
         *,
-        exchange: bool = False,
+        control: str | None = None,
+        covered: ControlledSet | None = None,
     ) -> None:
         self.plan = plan
         self.manifest = loaded.manifest
@@ -141,7 +125,8 @@ class System:
         self._toolbox = toolbox
         self._answer_chat = answer_chat(loaded.chats, plan.agents[plan.answer_agent], plan.tools)
         self._tools = None if toolbox is None else self._answer_tools(toolbox)
-        self._exchange = exchange
+        self._control = control
+        self.covered = covered
 
     @property
     def _loaded(self) -> LoadedBundle:
@@ -191,13 +176,71 @@ class System:
             RecmasError: RM508 for a name that is none, or that this system has no use for.
         """
         baseline = apply_baseline(self.plan, name, self.manifest)
-        return System(
-            baseline.plan, self._loaded, self._toolbox, exchange=baseline.exchanges_messages
+        return System(baseline.plan, self._loaded, self._toolbox, control=baseline.control)
+
+    def over(
+        self,
+        records: Sequence[Question],
+        *,
+        answers: Sequence[Collection[str]] | None = None,
+        seed: int = SEED,
+    ) -> System:
+        """Return the baseline `shuffled` or `mean` over a whole set; other systems as they are.
+
+        Without it, a set is what one call of `run` or `run_batch` is given. Records that cannot run
+        are no part of it. For `mean` the other agents run once for every record.
+
+        Args:
+            answers: By record the texts that count as right, to shuffle between other answers.
+            seed: Of the permutation.
+
+        Raises:
+            RecmasError: RM508 if there are no two records with different answers.
+        """
+        if self._control is None:
+            return self
+        places, ready = [], []
+        for place, question in enumerate(records):
+            try:
+                record = as_record(question, place)
+                ready.append(_Ready(place, record, self.prompts(record)))
+            except (RecmasError, MemoryError):
+                continue
+            places.append(place)
+        chosen = _records(ready)
+        is_mean = self._control == MEAN
+        found = exchange(
+            [() if answers is None or is_mean else answers[place] for place in places],
+            [sender_inputs(self.plan, record.fields) for record in chosen],
+            seed=seed,
         )
+        mean = self._mean_of(ready) if is_mean else None
+        return System(
+            self.plan,
+            self._loaded,
+            self._toolbox,
+            control=self._control,
+            covered=ControlledSet.of(chosen, found, mean),
+        )
+
+    def _mean_of(self, ready: Sequence[_Ready]) -> MeanMessages:
+        """Run the other agents for all records; returns the sums of what they send."""
+        mean = MeanMessages()
+
+        def received(part: Sequence[_Ready]) -> list[dict[str, Floats]]:
+            execution = self._execution(part, self.plan.sampling)
+            execution.run_rounds()
+            return execution.received()
+
+        for part in self._parts(ready):
+            for _, messages in self._run(part, received):
+                if not isinstance(messages, RecmasError):
+                    mean.add(messages)
+        return mean
 
     def with_plan(self, plan: Plan) -> System:
         """Return a system that runs another plan, which fits the manifest, on the same engines."""
-        return System(plan, self._loaded, self._toolbox, exchange=self._exchange)
+        return System(plan, self._loaded, self._toolbox, control=self._control)
 
     @overload  # a text is a sequence too, but the first signature comes first
     def run(  # type: ignore[overload-overlap]
@@ -258,28 +301,96 @@ class System:
         """
         chosen = self._settings(sampling, settings)
         records = [records] if is_one(records) else list(records)  # type: ignore[list-item]
-        results: list[Answer | RecmasError | None] = [None] * len(records)
+        if self._control is not None and self.covered is None:
+            system = self.over(records)
+            return system.run_batch(records, sampling=chosen, trace=trace, progress=progress)
+
+        def answers(part: Sequence[_Ready]) -> list[Answer]:
+            return Batch(self._execution(part, chosen, trace), _records(part), trace).run()
+
+        return self._run_all([(record, ()) for record in records], answers, "answering", progress)
+
+    def score_batch(
+        self,
+        records: Sequence[Question],
+        candidates: Sequence[Sequence[str]],
+        *,
+        progress: Progress | None = None,
+    ) -> list[Scores | RecmasError]:
+        """Return for each record how likely its candidates are as answers, or why that is unknown.
+
+        The other agents run once for a record, and every candidate is read behind the answer
+        agent's prompt. Batches and controls are those of `run_batch`.
+
+        Args:
+            candidates: By record, texts that could be the answer.
+        """
+        if self._control is not None and self.covered is None:
+            return self.over(records).score_batch(records, candidates, progress=progress)
+
+        def scores(part: Sequence[_Ready]) -> list[Scores]:
+            batch = Batch(self._execution(part, self.plan.sampling), _records(part), None)
+            return batch.score([ready.candidates for ready in part])
+
+        asked = list(zip(records, candidates, strict=True))
+        return self._run_all(asked, scores, "scoring", progress)
+
+    def _run_all(
+        self,
+        asked: Sequence[tuple[Question, Sequence[str]]],
+        run: Callable[[Sequence[_Ready]], list[Result]],
+        title: str,
+        progress: Progress | None,
+    ) -> list[Result | RecmasError]:
+        """Run records, each with its candidates, in batches; those that cannot run say why."""
+        results: list[Result | RecmasError | None] = [None] * len(asked)
         ready: list[_Ready] = []
-        for index, question in enumerate(records):
+        for index, (question, candidates) in enumerate(asked):
             try:
                 record = as_record(question, index)
             except RecmasError as error:
                 results[index] = error
                 continue
             try:
-                ready.append(_Ready(index, record, self._prompts_of(question, record)))
+                prompts = self._prompts_of(question, record)
+                read = self._read_candidates(candidates, prompts, record)
+                ready.append(_Ready(index, record, prompts, self._sender(record), read))
             except RecmasError as error:
                 results[index] = error
             except MemoryError:
                 what = f"record {record.id!r} is too long"
                 results[index] = OutOfMemoryError(what, "Shorten the record.")
-        with (progress or Silent()).stage("answering", len(records)) as advance:
-            advance(len(records) - len(ready))
+        with (progress or Silent()).stage(title, len(asked)) as advance:
+            advance(len(asked) - len(ready))
             for part in self._parts(ready):
-                for index, result in self._answer(part, chosen, trace):
+                for index, result in self._run(part, run):
                     results[index] = result
                 advance(len(part))
         return [result for result in results if result is not None]
+
+    def _read_candidates(
+        self, texts: Sequence[str], prompts: RecordPrompts, record: Record
+    ) -> dict[str, tuple[int, ...]]:
+        """Return candidates with their tokens behind the answer agent's prompt."""
+        step = next(s for s in reversed(self.plan.steps) if isinstance(s, PrefillStep))
+        agent = self.plan.answer_agent
+        last = prompts.get(agent, step.variants[0], {}).items[-1]
+        before = last.ids if isinstance(last, Tokens) else ()
+        num_rows = self.manifest.backbones[self.plan.agents[agent].backbone].vocab_size
+        return {
+            text: candidate_ids(
+                text, before, self._answer_chat.tokenizer, record=record, num_rows=num_rows
+            )
+            for text in texts
+        }
+
+    def _sender(self, record: Record) -> RecordPrompts | None:
+        """Return the prompts of the record whose messages this one gets; None for its own."""
+        if self._control is None:
+            return None
+        assert self.covered is not None, "a control is over a set"
+        sender = self.covered.sender(record)
+        return self.prompts(sender) if self._control == SHUFFLED else None
 
     def stream(
         self,
@@ -295,8 +406,11 @@ class System:
         """
         chosen = self._settings(sampling, settings)
         record = as_record(question, 0)
-        (part,) = self._parts([_Ready(0, record, self._prompts_of(question, record))])
-        return AnswerStream(self._batch(part, chosen, None), self._loaded.lock)
+        if self._control is not None and self.covered is None:
+            return self.over([record]).stream(question, sampling=chosen)
+        ready = _Ready(0, record, self._prompts_of(question, record), self._sender(record))
+        execution = self._execution([ready], chosen)
+        return AnswerStream(Batch(execution, [record], None), self._loaded.lock)
 
     def _prompts_of(self, question: Question, record: Record) -> RecordPrompts:
         if isinstance(question, str):
@@ -351,22 +465,14 @@ class System:
         return AnswerTools(toolbox=toolbox, lock=self._loaded.lock, results=results)
 
     def _parts(self, ready: Sequence[_Ready]) -> list[list[_Ready]]:
-        """Cut records into batches of about the same size; RM508 if one would run alone."""
+        """Cut records into batches of about the same size."""
         num_parts = -(-len(ready) // self.plan.limits.max_batch)
         bounds = [len(ready) * i // num_parts for i in range(num_parts + 1)] if ready else [0]
-        parts = [list(ready[a:b]) for a, b in pairwise(bounds)]
-        if self._exchange and any(len(part) == 1 for part in parts):
-            raise fail(
-                "RM508",
-                "shuffled-latents needs the messages of another record of the batch, and there is "
-                "only one",
-                hint="Ask at least two questions; an odd number needs a build.max_batch of 3.",
-            )
-        return parts
+        return [list(ready[a:b]) for a, b in pairwise(bounds)]
 
-    def _answer(
-        self, part: Sequence[_Ready], settings: SamplingPlan, trace: Trace | None
-    ) -> list[tuple[int, Answer | RecmasError]]:
+    def _run(
+        self, part: Sequence[_Ready], run: Callable[[Sequence[_Ready]], list[Result]]
+    ) -> list[tuple[int, Result | RecmasError]]:
         """Run a batch; a record that fails leaves it, and the others run again.
 
         Where it is not known whose failure it is, or memory runs out, the batch runs in two halves.
@@ -375,8 +481,7 @@ class System:
         # Before the handlers: a run that must not begin is nobody's failure.
         with self._loaded.lock.held():
             try:
-                answers = self._batch(part, settings, trace).run()
-                return [(ready.index, answer) for ready, answer in zip(part, answers, strict=True)]
+                return [(ready.index, one) for ready, one in zip(part, run(part), strict=True)]
             except RecordError as error:
                 failure, failed = error, [part[error.record]]
                 parts = [[*part[: error.record], *part[error.record + 1 :]]]
@@ -387,16 +492,15 @@ class System:
                 else:
                     failure = error
                 middle = len(part) // 2
-                # A record is never alone where messages are exchanged.
-                whole = middle < (2 if self._exchange else 1)
-                failed = list(part) if whole else []
-                parts = [] if whole else [list(part[:middle]), list(part[middle:])]
+                failed = [] if middle else list(part)
+                parts = [list(part[:middle]), list(part[middle:])] if middle else []
         if isinstance(failure, OutOfMemoryError):
             self._release_memory()
-        results: list[tuple[int, Answer | RecmasError]] = []
-        results += ((ready.index, _of_record(failure, ready.record)) for ready in failed)
+        results: list[tuple[int, Result | RecmasError]] = []
+        results += ((ready.index, named_failure(failure, ready.record)) for ready in failed)
         for smaller in filter(None, parts):
-            results += self._answer(smaller, settings, trace)
+            again = self._run(smaller, run)
+            results += again
         return results
 
     def _release_memory(self) -> None:
@@ -405,24 +509,29 @@ class System:
             for backbone in self._loaded.engines.backbones.values():
                 backbone.drop_idle()
 
-    def _batch(self, part: Sequence[_Ready], settings: SamplingPlan, trace: Trace | None) -> Batch:
-        def prompt(b: int, agent: str, variant: Variant, texts: Mapping[str, str]) -> Prompt:
-            try:
-                return part[b].prompts.get(agent, variant, texts)
-            except RecmasError as error:
-                raise RecordError(b, error) from error
+    def _execution(
+        self, part: Sequence[_Ready], settings: SamplingPlan, trace: Trace | None = None
+    ) -> Execution:
+        def prompts(of: Callable[[_Ready], RecordPrompts]) -> PromptSource:
+            def prompt(b: int, agent: str, variant: Variant, texts: Mapping[str, str]) -> Prompt:
+                try:
+                    return of(part[b]).get(agent, variant, texts)
+                except RecmasError as error:
+                    raise RecordError(b, error) from error
 
-        execution = Execution(
+            return prompt
+
+        return Execution(
             plan=self.plan,
             engines=self._loaded.engines,
             seeds=[settings.seed + ready.record.index for ready in part],
             sampling=settings,
-            prompts=prompt,
-            exchange=self._exchange,
+            prompts=prompts(lambda ready: ready.sender or ready.prompts),
+            answer_prompts=prompts(lambda ready: ready.prompts),
+            mean=None if self.covered is None else self.covered.mean,
             tools=self._tools,
             keeps_thoughts=reads_thoughts(trace),
         )
-        return Batch(execution, [ready.record for ready in part], trace)
 
     def _settings(self, sampling: SamplingPlan | None, over: SamplingSettings) -> SamplingPlan:
         assert self._loaded, "raises where the system was closed"
@@ -451,18 +560,6 @@ def _without_memory(error: OutOfMemoryError | MemoryError) -> OutOfMemoryError:
     return OutOfMemoryError("the caches and inputs of a batch do not fit")
 
 
-def _of_record(failure: RecmasError, record: Record) -> RecmasError:
-    """Return an engine's failure as that of a record."""
-    if isinstance(failure, RecordError):
-        return failure
-    named = RecmasError(
-        replace(problem, message=f"record {record.id!r}: {problem.message}")
-        for problem in failure.problems
-    )
-    named.__cause__ = failure
-    return named
-
-
 def check_batch(batch: int, plan: Plan) -> None:
     """Raise RM506 for a batch that is more than a bundle takes."""
     if not 1 <= batch <= plan.limits.max_batch:
@@ -475,81 +572,18 @@ def check_batch(batch: int, plan: Plan) -> None:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A record that can run, and its place in the input."""
+    """A record that can run, and its place in the input.
+
+    Attributes:
+        sender: The prompts of the record whose messages it gets; None for its own.
+    """
 
     index: int
     record: Record
     prompts: RecordPrompts
+    sender: RecordPrompts | None = None
+    candidates: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def _check_arguments(
-    threads: object, functions: Mapping[str, Function] | None, ask: Function | None
-) -> None:
-    """Refuse arguments of `load` that would fail later, or be passed over."""
-    if threads is not None and (
-        not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= MAX_THREADS
-    ):
-        hint = f"Give a whole number from 1 to {MAX_THREADS}, or None."
-        raise fail("RM506", f"threads is {threads!r}", hint=hint)
-    if functions is not None and not isinstance(functions, Mapping):
-        hint = "Give a mapping of names to functions."
-        raise fail("RM506", f"functions is of the type {type(functions).__name__}", hint=hint)
-    tools = {f"the function {name!r}": function for name, function in (functions or {}).items()}
-    for what, function in {**tools, "ask": ask}.items():
-        if function is not None and not callable(function):
-            hint = "Give a function from a text to a text."
-            kind = type(function).__name__
-            raise fail("RM506", f"{what} is of the type {kind}, which cannot be called", hint=hint)
-
-
-def _given_day(text: str) -> datetime.date:
-    try:
-        return parse_day(text)
-    except ValueError as error:
-        hint = "Write it as 2026-01-31."
-        raise fail("RM506", f"{text!r} is no day as YYYY-MM-DD", hint=hint) from error
-
-
-def _day_of(plan: Plan) -> datetime.date | None:
-    try:
-        return plan.day
-    except ValueError as error:
-        raise malformed(PLAN_NAME, f"the date is none: {error}") from error
-
-
-def load_parts(
-    bundle: Bundle, opened: OpenedEngines, *, day: datetime.date | None = None
-) -> LoadedBundle:
-    """Load what systems of a bundle share, around open engines; RM40x for files that are wrong.
-
-    Args:
-        day: For chat templates that write the date; None for that of the bundle, or else today.
-    """
-    manifest = bundle.manifest
-    day = day or _day_of(bundle.plan) or datetime.date.today()
-    chats, decoder_settings = {}, {}
-    for name, entry in manifest.backbones.items():
-        template = read_template(bundle.file(entry.chat_template), file=entry.chat_template)
-        chats[name] = Chat.load(
-            bundle.file(entry.tokenizer), template, entry.special_tokens, day=day
-        )
-        decoder_settings[name] = DecoderSettings(
-            tokenizer=chats[name].tokenizer,
-            eos_token_ids=frozenset(entry.eos_token_ids),
-            max_positions=entry.max_positions,
-            num_rows=entry.vocab_size,
-        )
-    engines = Engines(
-        backbones=opened.backbones,
-        link=opened.link,
-        operands=read_operands(bundle.file, manifest.links),
-        decoder_settings=decoder_settings,
-    )
-    return LoadedBundle(
-        manifest=manifest,
-        day=day,
-        device=opened.device,
-        problems=opened.problems,
-        engines=engines,
-        chats=chats,
-    )
+def _records(part: Sequence[_Ready]) -> list[Record]:
+    return [ready.record for ready in part]

@@ -14,9 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recmas_runtime.engines.interface import Backbone, Floats, Indices, KeyValueRows, Operands
+from recmas_runtime.engines.interface import (
+    Backbone,
+    Floats,
+    Indices,
+    KeyValueRows,
+    Operands,
+    handed_rows,
+)
 from recmas_runtime.engines.onnx.caches import Cache
 from recmas_runtime.formats.layers import cache_tensors, has_states
+from recmas_runtime.formats.messages import Layers
 from recmas_runtime.formats.plan import cache_capacity
 from recmas_runtime.prompts.render import common_prefix
 from recmas_runtime.sequences.moved_keys import moved_keys
@@ -50,10 +58,12 @@ class Rows:
     Attributes:
         tensors: [H, P, D], in the order of `formats.layers.cache_tensors`.
         position: Where the first of them was computed; keys know their place.
+        seen_by: The layers that they are handed over to; None for all.
     """
 
     tensors: tuple[NDArray[Any], ...]
     position: int
+    seen_by: Layers | None = None
 
     @property
     def count(self) -> int:
@@ -266,6 +276,9 @@ class SequenceBatch:
             values.append(whole)
         self.cache.write_rows(values)
         self.lengths = self._stand = np.array(self.num_foreign, np.int64)
+        for row, pieces in enumerate(rows):
+            told = ((piece.count, piece.position, piece.seen_by) for piece in pieces)
+            self.cache.hide_rows(row, handed_rows(told))
 
     def _turned(self, name: str, rows: NDArray[Any], piece: Rows, position: int) -> NDArray[Any]:
         """Return one tensor of a piece of rows as it is at another position."""

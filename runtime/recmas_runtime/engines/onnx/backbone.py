@@ -17,7 +17,7 @@ from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.engines.interface import Floats, Indices, Operands
 from recmas_runtime.engines.onnx.caches import Cache, CachePool, Memory, Series
 from recmas_runtime.engines.onnx.session import Device, call_onnx, make_session
-from recmas_runtime.formats.layers import cache_tensors, is_rows
+from recmas_runtime.formats.layers import HIDDEN_ROWS, cache_tensors, is_rows
 from recmas_runtime.formats.manifest import BackboneEntry
 
 if TYPE_CHECKING:
@@ -238,6 +238,15 @@ def _check_caches(decoder: onnxruntime.InferenceSession, entry: BackboneEntry, f
             "RM404",
             f"the manifest tells of {len(told)} cache tensors in {entry.num_layers} layers, the "
             f"decoder has others, such as {others[0]!r}",
+            file=file,
+            hint="Build the bundle again with one version of recmas.",
+        )
+    masks = [value.shape[1] for value in decoder.get_inputs() if value.name == HIDDEN_ROWS]
+    if masks != ([len(entry.masked_layers)] if entry.masked_layers else []):
+        raise fail(
+            "RM404",
+            f"the manifest tells of {len(entry.masked_layers)} groups of layers that rows can be "
+            f"hidden from, the decoder has {masks[0] if masks else 'none'}",
             file=file,
             hint="Build the bundle again with one version of recmas.",
         )

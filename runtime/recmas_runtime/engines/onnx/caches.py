@@ -16,9 +16,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from recmas_runtime.engines.interface import Operands
+from recmas_runtime.engines.interface import HandedRows, Operands, masks_of
 from recmas_runtime.engines.onnx.session import NO_GRAPH, call_onnx, onnx_runtime, run_options
-from recmas_runtime.formats.layers import CacheTensor, cache_tensors
+from recmas_runtime.formats.layers import (
+    HIDDEN_ROWS,
+    CacheTensor,
+    cache_tensors,
+    hidden_rows_tensor,
+)
 from recmas_runtime.formats.manifest import BackboneEntry
 
 if TYPE_CHECKING:
@@ -258,13 +263,14 @@ class Cache:
         self._memory = memory
         self._of_row: dict[int, Cache] = {}
         self._tensors = cache_tensors(entry.layers)
+        masks = [hidden_rows_tensor(len(entry.masked_layers))] if entry.masked_layers else []
         self._states = [tensor.name for tensor in self._tensors if tensor.is_state]
         if stores is None:
             kinds = {value.name: value.type for value in session.get_inputs()}
             first, second = (
                 {
                     t.name: memory.zeros(t.whole(rows, capacity), kinds[t.name])
-                    for t in self._tensors
+                    for t in (*self._tensors, *masks)
                     if t.is_state or is_first
                 }
                 for is_first in (True, False)
@@ -300,7 +306,8 @@ class Cache:
             for binding in (self._steps[turn], self._calls[turn]):
                 for name in read:
                     read[name].bind_input(binding, name)
-                    written[name].bind_output(binding, f"present_{name}")
+                    if name != HIDDEN_ROWS:
+                        written[name].bind_output(binding, f"present_{name}")
             self.embeds.bind_input(self._steps[turn], "inputs_embeds")
 
     @property
@@ -316,9 +323,26 @@ class Cache:
         return [*first.values(), *(store[name] for store in others for name in self._states)]
 
     def begin(self, rows: Sequence[int]) -> None:
-        """Let sequences begin anew: rows are written over, but states would go on."""
+        """Let sequences begin anew: rows are written over, but states and masks would go on."""
         for name in self._states:
             self._layers[name].clear_rows(rows)
+        if self._masks is not None and rows:
+            self._masks.clear_rows(rows)
+
+    def hide_rows(self, row: int, handed: Sequence[HandedRows]) -> None:
+        """Hide rows of a sequence from layers, see `KeyValueRows`."""
+        hidden = masks_of(self._entry.masked_layers, handed, self.capacity)
+        if self._masks is None:
+            assert all(rows.seen_by is None for rows in handed), "no layer of this one has a mask"
+            return
+        masks = self._masks.numpy()
+        masks[row] = hidden[:, :, None]
+        self._masks.write(masks)
+
+    @property
+    def _masks(self) -> DeviceArray | None:
+        """The masks [R, masks, C, 1]: True for rows that are hidden."""
+        return self._stores[0].get(HIDDEN_ROWS)
 
     def of_row(self, row: int) -> Cache:
         """Return one sequence's rows as a cache of its own, over the same memory.
@@ -351,6 +375,8 @@ class Cache:
             return None
         for tensor in self._tensors:
             self._layers[tensor.name].move(rows, part_of(tensor, positions))
+        if self._masks is not None:
+            self._masks.move(rows, ())  # whole: what is left of others would hide rows to come
         return self._part(0, len(rows))
 
     def _part(self, start: int, stop: int) -> Cache:
@@ -378,6 +404,12 @@ class Cache:
 
     def copy_rows(self, source: Any, rows: Sequence[int], positions: int) -> None:
         """Take the first `positions` of the given sequences of another cache, in this order."""
+        if self._masks is not None:
+            whole = np.zeros(self._masks.shape, np.bool_)
+            if isinstance(source, Cache) and source._masks is not None:
+                part = slice(None), slice(positions)
+                whole[(slice(None), *part)] = source._masks.read_part(rows, part)
+            self._masks.write(whole)
         if isinstance(source, Cache):
             for tensor in self._tensors:
                 store, other = self._layers[tensor.name], source._layers[tensor.name]

@@ -23,10 +23,12 @@ from recmas_runtime.core.errors import Problem
 from recmas_runtime.engines.interface import (
     Backbone,
     Floats,
+    HandedRows,
     Indices,
     KeyValueRows,
     Operands,
     keeps_rows_only,
+    sees_all_rows,
 )
 from recmas_runtime.engines.onnx.session import call_onnx, make_session
 from recmas_runtime.engines.tensorrt.engine_cache import BackbonePlans, EngineFolder, no_engine
@@ -104,6 +106,11 @@ class TensorrtCache:
     def read_rows(self, rows: Sequence[int], positions: int) -> list[NDArray[Any]]:
         """Return copies [n, H, positions, D] on the host: keys, values of each layer in turn."""
         return self.workspace.read_rows(rows, positions)
+
+    def hide_rows(self, row: int, handed: Sequence[HandedRows]) -> None:
+        """Refuse rows that not every layer sees: its engines have no masks."""
+        if any(rows.seen_by is not None for rows in handed):
+            raise sees_all_rows("TensorRT")
 
     def write_rows(self, values: Sequence[NDArray[Any]]) -> None:
         """Overwrite the beginning of all sequences with [R, H, positions, D], as tensors come."""

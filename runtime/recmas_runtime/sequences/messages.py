@@ -7,7 +7,7 @@ H heads, P rows, D head width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,10 @@ class Turn:
                 self.sequences.read_rows(row, first, first + prompt.num_turn_positions(slots))
                 for row, first, prompt, slots in self._placed()
             ]
-        return [tuple(kinds[kind][b] for kind in form.rows) for b in range(len(self.prompts))]
+        return [
+            tuple(replace(kinds[kind][b], seen_by=form.layers) for kind in form.rows)
+            for b in range(len(self.prompts))
+        ]
 
     def states_sent(self, form: MessageForm, latent_steps: int) -> list[Floats]:
         """Return the states [n, d] that become a message's vectors, by record."""
