@@ -261,7 +261,7 @@ class _Naive:
             case "text":
                 return turn.text
             case "cache":
-                assert link.form.layers is link.layer_share is None, "every layer sees the same here"
+                assert link.form.layers is link.layer_share is None, "all layers see the same"
                 return tuple(self._rows(kind, turn) for kind in link.form.rows)
         inner, outer = self.links[f"{link.source}.inner"], self.links[link.id]
         message: Tensor = outer(inner(states_ND))

@@ -18,6 +18,7 @@ from recmas_compiler.lowering.choose_layers import score_layers
 from recmas_compiler.lowering.named_layers import best_layers
 from recmas_compiler.lowering.reference import load_backbones
 from recmas_export.replan import Replanner
+from recmas_runtime.cli.inspect import bundle_text, form_text
 from recmas_runtime.cli.thoughts import handover_texts
 from recmas_runtime.core.progress import Silent
 from recmas_runtime.formats.bundle import open_bundle
@@ -268,7 +269,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, families: Path) -> Path:
 def test_engines_and_reference_agree(
     name: str, build_tiny: BuildTiny, folder: Path, tmp_path: Path
 ) -> None:
-    assert_all_forms_agree(build_tiny(SPECS[name], base_dir=folder), tmp_path)
+    built = build_tiny(SPECS[name], base_dir=folder)
+    rounds = assert_all_forms_agree(built, tmp_path)
+    assert (min(rounds) < built.system.plan.rounds) == (name == "an early end")
+    shown = bundle_text(open_bundle(built.bundle))
+    assert all(form_text(link) in shown for link in built.system.plan.links.values())
 
 
 def test_a_build_chooses_layers_and_says_by_what(build_tiny: BuildTiny, folder: Path) -> None:
@@ -299,7 +304,8 @@ def test_backbones_of_different_widths(
     assert_all_forms_agree(build(EVERY_KIND), tmp_path)
 
 
-def assert_all_forms_agree(built: Built, folder: Path) -> None:
+def assert_all_forms_agree(built: Built, folder: Path) -> list[int]:
+    """Compare engines, one by one and together, with both other forms; returns rounds."""
     single, messages = run_traced(built.system, folder / "one", RECORDS, batch=1)
     ragged, others = run_traced(built.system, folder / "many", RECORDS, batch=len(RECORDS))
     reference = built.reference(RECORDS)
@@ -326,6 +332,7 @@ def assert_all_forms_agree(built: Built, folder: Path) -> None:
     assert [handover_texts(line) for line in alone] == [handover_texts(line) for line in together]
     hands = any(link.carries == "cache" for link in built.system.plan.links.values())
     assert all(bool(rows_of(line)) == hands for line in (*alone, *together))
+    return reference.rounds
 
 
 def read_trace(folder: Path) -> list[dict[str, Any]]:
