@@ -28,7 +28,8 @@ from recmas_runtime.core.text import listed
 @click.option(
     "--task",
     metavar="TASK",
-    help="What to ask for: general, math, choice, code or search; of split: qa or two-hop.",
+    help="What to ask for: general, math, choice, code or search; of split: qa or two-hop; of "
+    "latentmas: sequential or hierarchical.",
 )
 @click.option(
     "--train",
@@ -40,9 +41,10 @@ from recmas_runtime.core.text import listed
 def init(pattern: str, out: Path, task: str | None, *, train: bool, force: bool) -> Outcome:
     """Write a commented spec to start from.
 
-    PATTERN is relay, split, sequential, mixture, distillation, deliberation, or custom for a graph
-    of your own. The relay is the smallest one that shows what messages do: train it and see. In
-    split agents read what the one that is asked does not see.
+    PATTERN is relay, split, sequential, mixture, distillation, deliberation, latentmas, or custom
+    for a graph of your own. The relay is the smallest one that shows what messages do: train it and
+    see. In split agents read what the one that is asked does not see. Of latentmas nothing is
+    trained.
     """
     if not out.name:
         raise fail("RM302", f"{out} is a folder", hint="Name a file, such as -o spec.yaml.")

@@ -437,9 +437,11 @@ class TorchSystem(ProgramModule):
     def _rows_sent(self, agent: str, form: MessageForm, sequence: _Sequence) -> tuple[Rows, ...]:
         layers = self._backbone(agent).facts.layers
         first = sequence.num_front
-        last = first + sequence.prompt.num_turn_positions(sequence.slots)
-        context = cut_rows(tensors_of(sequence.cache, layers), first, last)
-        kinds = sequence.rows | {"context": context}
+        kinds = dict(sequence.rows)
+        if form.needs_context:
+            kind = form.rows[0]
+            last = first + sequence.prompt.num_rows(kind, sequence.slots)
+            kinds[kind] = cut_rows(tensors_of(sequence.cache, layers), first, last)
         return tuple(replace(kinds[kind], seen_by=form.layers) for kind in form.rows)
 
     def _decode(

@@ -290,6 +290,8 @@ class _Naive:
             case "context":
                 last = turn.num_before + turn.prompt.num_turn
                 return Piece(sequence=turn.sequence, first=turn.num_before, last=last)
+            case "prompt":
+                return Piece(sequence=turn.sequence, first=turn.num_before, last=end)
             case "thoughts":
                 sequence = turn.thinking
             case _:

@@ -30,7 +30,7 @@ def declare(name: str, backbone: TorchBackbone) -> Backbone:
 
 
 def random_links(graph: Graph) -> dict[str, nn.Module]:
-    """Return a link of the declared kind for every agent and edge."""
+    """Return a link of the declared kind for every agent, and for every edge of vectors."""
     links = {}
     for name, agent in graph.system.agents.items():
         inner = agent.inner
@@ -38,7 +38,7 @@ def random_links(graph: Graph) -> dict[str, nn.Module]:
     for link_id, link in graph.system.links.items():
         outer = link.weights
         if outer is None:
-            continue  # text and rows go through no link
+            continue
         links[link_id] = make_link(outer.kind, "outer", outer.in_dim, outer.out_dim)
     for link_id, module in links.items():
         randomize(module, link_id=link_id)

@@ -158,7 +158,7 @@ CASES: dict[str, tuple[str, Edits, str]] = {
     "layer_twice": ("RM127", reader("carries: cache, layers: @@[0, 1, 0]"), "twice"),
     "layer_that_is_not_there": (
         "RM127",
-        reader("carries: cache, @@layers: [0, 2]"),
+        reader("carries: cache, layers: @@[0, 2]"),
         "layers 0 to 1, not 2",
     ),
     "tokens_differ": (

@@ -8,7 +8,12 @@ import pytest
 
 from kit.specs import CHAIN
 from recmas_compiler.spec.patterns.layouts import ROLES, TASKS
-from recmas_compiler.spec.patterns.starter_specs import STARTERS, TASK_NAMES, starter_spec
+from recmas_compiler.spec.patterns.starter_specs import (
+    STARTERS,
+    TASK_NAMES,
+    VARIANTS,
+    starter_spec,
+)
 from recmas_compiler.spec.spec import Spec, parse_spec
 from recmas_runtime.core.errors import RecmasError
 
@@ -164,8 +169,8 @@ def test_starters_take_a_task(name: str, task: str) -> None:
         with pytest.raises(RecmasError, match=r"RM118.*takes no task"):
             starter_spec(name, task=task)
         return
-    if name == "split":
-        with pytest.raises(RecmasError, match=r"RM118.*`split` has no task"):
+    if name in VARIANTS:
+        with pytest.raises(RecmasError, match=rf"RM118.*`{name}` has no task"):
             starter_spec(name, task=task)
         return
     text = starter_spec(name, task=task)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from kit.bundles import BuildTiny, Built, tiny_builder
@@ -14,13 +13,8 @@ from kit.files import MadeOnce
 from kit.models import write_tiny_backbone
 from kit.traced import assert_messages_agree, run_traced
 from kit.zoo import write_zoo_model
-from recmas_compiler.lowering.choose_layers import score_layers
-from recmas_compiler.lowering.named_layers import best_layers
-from recmas_compiler.lowering.reference import load_backbones
-from recmas_export.replan import Replanner
 from recmas_runtime.cli.inspect import bundle_text, form_text
 from recmas_runtime.cli.thoughts import handover_texts
-from recmas_runtime.core.progress import Silent
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.running.run_trace import RECORDS_NAME
 
@@ -213,31 +207,6 @@ links:
 answer: {{agent: keeper, max_new_tokens: 10}}
 """
 
-# Rows of two links that other layers see, of one those that the build chooses; the receiver thinks
-# and writes behind them.
-LAYERS = f"""{HEAD}
-backbones: {{small: {{source: llama}}}}
-rounds: 2
-agents:
-  left:
-    backbone: small
-    inner: {{init: random}}
-    prompt:
-      first: "Left {{{{ context }}}}"
-      then: "Left {{{{ context }}}} {{{{ latent.solver }}}}"
-  solver:
-    backbone: small
-    inner: {{init: random}}
-    prompt:
-      first: "{{{{ latent.left }}}} {{{{ question }}}}"
-      then: "{{{{ latent.left }}}} {{{{ latent.solver }}}} {{{{ question }}}}"
-links:
-  left -> solver: {{carries: cache, layers: 0.4}}
-  solver -> solver: {{carries: cache, rows: [context, thoughts], layers: [0, 2], feedback: true}}
-  solver -> left: {{carries: written, max_tokens: 4, feedback: true, init: random}}
-answer: {{agent: solver, max_new_tokens: 10}}
-"""
-
 SPECS = {
     "every kind": EVERY_KIND,
     "rows": ROWS,
@@ -245,7 +214,6 @@ SPECS = {
     "only rows": ONLY_ROWS,
     "an early end": EARLY,
     "layer states": STATES,
-    "layers": LAYERS,
 }
 CONTEXTS = ("Seven times eight is 56.", "", "Anna reads. " * 6, "x y")
 QUESTIONS = ("What is 7 * 8?", "x", "Which plan is best, and why?", "Hm?")
@@ -276,23 +244,6 @@ def test_engines_and_reference_agree(
     assert all(form_text(link) in shown for link in built.system.plan.links.values())
 
 
-def test_a_build_chooses_layers_and_says_by_what(build_tiny: BuildTiny, folder: Path) -> None:
-    built = build_tiny(LAYERS, base_dir=folder)
-    (scores,) = built.system.manifest.layer_scores.values()
-    layers = built.system.plan.links["left->solver"].layers
-    assert layers == best_layers(scores, 0.4)
-    entry = built.system.manifest.backbones["small"]
-    assert {layer for group in entry.masked_layers for layer in group} == {0, 1, 2} - (
-        {0, 2} & set(layers)
-    )
-    assert Replanner(open_bundle(built.bundle)).plan(rounds=2) == built.system.plan
-    # Chosen again, they are the same: nothing is drawn.
-    backbones = load_backbones(built.program, progress=Silent())
-    again = score_layers(backbones["small"])
-    assert best_layers(again, 0.4) == layers
-    np.testing.assert_allclose(again.attention, scores.attention, atol=1e-5)
-
-
 @pytest.mark.families
 def test_backbones_of_different_widths(
     made_once: MadeOnce, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
@@ -308,10 +259,7 @@ def assert_all_forms_agree(built: Built, folder: Path) -> list[int]:
     """Compare engines, one by one and together, with both other forms; returns rounds."""
     single, messages = run_traced(built.system, folder / "one", RECORDS, batch=1)
     ragged, others = run_traced(built.system, folder / "many", RECORDS, batch=len(RECORDS))
-    reference = built.reference(RECORDS)
-    # Rows that some layers do not see are held against another form in tests/export.
-    all_layers = all(link.layers is None for link in built.system.plan.links.values())
-    naive = built.naive(RECORDS) if all_layers else reference
+    reference, naive = built.reference(RECORDS), built.naive(RECORDS)
     texts = [answer.answer for answer in single]
     assert texts == [answer.answer for answer in ragged]
     assert [a.usage for a in single] == [a.usage for a in ragged]

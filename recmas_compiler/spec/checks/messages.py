@@ -121,9 +121,12 @@ def _check_rows(declared: Declared, ends: tuple[str, str], link: LinkSection) ->
     elif {"thoughts", "written"} <= set(rows):
         message = "`rows` has `thoughts` and `written`, which lie in the same place of the cache."
         yield problem_at(place, "RM127", message, hint="Keep one of the two.")
-    elif len(rows) == 2 and rows[0] != "context":
+    elif set(rows) == {"context", "prompt"}:
+        message = "`rows` has `context` and `prompt`, and the first is the beginning of the second."
+        yield problem_at(place, "RM127", message, hint="Keep one of the two.")
+    elif len(rows) == 2 and rows[1] in ("context", "prompt"):
         message = f"`rows` has `{rows[0]}` before `{rows[1]}`, which lie the other way round."
-        yield problem_at(place, "RM127", message, hint=f"Write `[context, {rows[0]}]`.")
+        yield problem_at(place, "RM127", message, hint=f"Write `[{rows[1]}, {rows[0]}]`.")
     if "thoughts" in rows and declared.latent_steps(source) < 2:
         message = (
             f"`{source}` leaves no rows of thoughts: every latent step but the first leaves one, "

@@ -101,6 +101,7 @@ NAMED: Final[dict[tuple[str, ...], str]] = {
     ("links",): "link",
     ("agents", "*", "chat_template"): "template variable",
     ("train", "targets"): "agent",
+    ("train", "outer", "rates"): "link",
 }
 
 _SLUG_RULE: Final = "lower-case letters, digits, `-` and `_`, beginning with a letter or digit"

@@ -210,7 +210,8 @@ def num_positions(
         case "text":
             return 0
     rows = {
-        "context": prompt.num_turn_positions(slots),
+        "context": prompt.num_rows("context", slots),
+        "prompt": prompt.num_rows("prompt", slots),
         "thoughts": latent_steps - 1,
         "written": form.max_tokens or 0,
     }
