@@ -275,6 +275,10 @@ def _carried(link: Link) -> str:
     return "" if link.form.carries == "thoughts" else link.form.carries
 
 
+def _when(link: Link) -> str:
+    return "next round: " if link.feedback else ""
+
+
 def _labels(system: System, layout: Layout) -> Iterator[str]:
     """Yield what links carry: above the first stretch of an arrow, or its lane below the boxes."""
     for link_id, points in (*layout.curves.items(), *layout.lanes.items()):
@@ -295,10 +299,9 @@ def topology_mermaid(topology: Graph) -> str:
         label = f"<b>{name}</b><br/>{_note(agent)}"
         lines.append(f'  {ids[name]}(["{label}"])' if answers else f'  {ids[name]}["{label}"]')
     for link in (edge.op for edge in topology.edges() if isinstance(edge.op, Link)):
-        carried = _carried(link)
-        arrow = f"-- {carried} -->" if carried else "-->"
-        if link.feedback:
-            arrow = f"-. next round{': ' if carried else ''}{carried} .->"
+        arrow = "-. next round .->" if link.feedback else "-->"
+        if carried := _carried(link):
+            arrow = f"{'-.->' if link.feedback else '-->'}|{_when(link)}{carried}|"
         lines.append(f"  {ids[link.source]} {arrow} {ids[link.target]}")
     lines.append(f"  answer((answer))\n  {ids[system.answer_agent]} ==> answer")
     return "\n".join(lines) + "\n"

@@ -98,9 +98,9 @@ def test_what_links_carry_is_drawn_where_it_is_not_thoughts() -> None:
         solver_planner=MessageForm(carries="text", max_tokens=8),
     )
     mermaid = topology_mermaid(graph)
-    assert "a0 -- cache --> a1" in mermaid
+    assert "a0 -->|cache| a1" in mermaid
     assert "a1 --> a2" in mermaid
-    assert "a2 -. next round: text .-> a0" in mermaid
+    assert "a2 -.->|next round: text| a0" in mermaid
     root = ElementTree.fromstring(topology_svg(graph))
     labels = [t.text for t in root.findall(".//{*}text") if t.get("class") == "carried"]
     assert sorted(labels) == ["cache", "text"]
