@@ -150,7 +150,7 @@ def bundle_text(bundle: Bundle) -> str:
 
 def form_text(form: MessageForm) -> str:
     """Return in a few words what a link carries."""
-    words = [form.carries]
+    words: list[str] = [form.carries]
     if form.of is not None:
         words.append(f"of {form.of}")
     if form.every > 1:
