@@ -261,6 +261,7 @@ class _Naive:
             case "text":
                 return turn.text
             case "cache":
+                assert link.form.layers is link.layer_share is None, "all layers see the same"
                 return tuple(self._rows(kind, turn) for kind in link.form.rows)
         inner, outer = self.links[f"{link.source}.inner"], self.links[link.id]
         message: Tensor = outer(inner(states_ND))
@@ -289,6 +290,8 @@ class _Naive:
             case "context":
                 last = turn.num_before + turn.prompt.num_turn
                 return Piece(sequence=turn.sequence, first=turn.num_before, last=last)
+            case "prompt":
+                return Piece(sequence=turn.sequence, first=turn.num_before, last=end)
             case "thoughts":
                 sequence = turn.thinking
             case _:
