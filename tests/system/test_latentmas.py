@@ -36,7 +36,7 @@ def spec_text(form: str, family: str) -> str:
     text = starter_spec("latentmas", task=form)
     text = text.replace("source: builtin:smollm2-135m-instruct", f"source: {family}")
     text = text.replace("max_new_tokens: 256", f"max_new_tokens: {MAX_NEW_TOKENS}")
-    return text + "build: {max_prompt_tokens: 640}\n"
+    return text.replace("max_prompt_tokens: 2048", "max_prompt_tokens: 640")
 
 
 @pytest.fixture(scope="module")
