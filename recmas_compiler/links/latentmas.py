@@ -71,6 +71,8 @@ def realignment(backbone: TorchBackbone) -> tuple[Tensor, float]:
             "no table of as many rows and columns as its input embeddings have",
             hint="Use `init: aligned`.",
         )
+    assert isinstance(table_VD, Tensor), "a table of weights"
+    assert isinstance(head_VD, Tensor), "a table of weights"
     count, width = table_VD.shape
     gram_DD, products_DD = (torch.zeros(width, width, dtype=torch.float64) for _ in range(2))
     lengths = 0.0

@@ -67,6 +67,12 @@ class LinkModule(nn.Module):
         norm: nn.LayerNorm | nn.RMSNorm | None = self._norm(self.form.post)
         return norm
 
+    @property
+    def offset(self) -> nn.Parameter | None:
+        """What is added last to whatever the link gives; None without biases."""
+        last = self.proj2 if self.post_norm is None else self.post_norm
+        return None if isinstance(last, nn.RMSNorm) else last.bias
+
     def _norm(self, name: str | None) -> Any:
         return None if name is None else getattr(self, name)
 

@@ -57,6 +57,7 @@ class RecordResult:
     """One record's way through a system, its values as in `ReferenceResult` but without B."""
 
     messages: dict[str, Tensor]
+    handover_texts: dict[str, str]
     thoughts: dict[str, Tensor]
     token_ids: list[int]
     text: str
@@ -72,6 +73,7 @@ class ReferenceResult:
         messages: By `SOURCE->TARGET@ROUND`, rounds from 1, each [B, M, e] with e the target's
             width. Text and rows do not appear, nor messages of rounds that not every record ran.
             Where records decide M, shorter messages are filled up with NaN.
+        handover_texts: Per record, by `SOURCE->TARGET@ROUND`, what one agent wrote for another.
         thoughts: By `AGENT@ROUND`, each [B, M, d], likewise.
         token_ids: Per record, the answer without the token that ended it.
         texts: Without special tokens.
@@ -79,6 +81,7 @@ class ReferenceResult:
     """
 
     messages: dict[str, Tensor]
+    handover_texts: list[dict[str, str]]
     thoughts: dict[str, Tensor]
     token_ids: list[list[int]]
     texts: list[str]
@@ -267,6 +270,11 @@ class TorchSystem(ProgramModule):
         ids, text, finish_reason = self._decode(state, sampling, seed=sampling.seed + index)
         return RecordResult(
             messages={f"{link}@{round_}": m for (link, round_), m in state.messages_ME.items()},
+            handover_texts={
+                f"{link}@{round_}": sent
+                for (link, round_), sent in state.messages.items()
+                if isinstance(sent, str)
+            },
             thoughts={f"{agent}@{round_}": t for (agent, round_), t in state.thoughts_MD.items()},
             token_ids=ids,
             text=text,
@@ -532,6 +540,7 @@ def gather(records: Sequence[RecordResult]) -> ReferenceResult:
     """Stack the results of single records into one."""
     return ReferenceResult(
         messages=_stack([record.messages for record in records]),
+        handover_texts=[record.handover_texts for record in records],
         thoughts=_stack([record.thoughts for record in records]),
         token_ids=[record.token_ids for record in records],
         texts=[record.text for record in records],

@@ -384,5 +384,5 @@ def test_layers_that_cannot_have_rows_are_refused(
     with pytest.raises(RecmasError) as caught:
         to_layers(layers, tmp_path, target=target)
     (problem,) = caught.value.problems
-    assert (problem.code, problem.line, problem.column) == (code, 9, 38)
+    assert (problem.code, problem.line, problem.column) == (code, 9, 46)
     assert problem.message.startswith(message)

@@ -85,6 +85,16 @@ class MessageForm(StrictStruct, frozen=True, kw_only=True, omit_defaults=True):
         """Whether the states or rows of written tokens are handed over."""
         return self.carries == "written" or "written" in self.rows
 
+    def fixed_positions(self, latent_steps: int) -> int:
+        """Return how many positions it takes at the receiver, those left out that a record decides.
+
+        Written tokens count with the most.
+        """
+        if self.carries == "thoughts":
+            return latent_steps
+        written = (self.max_tokens or 0) if self.needs_written_states else 0
+        return written + (max(0, latent_steps - 1) if "thoughts" in self.rows else 0)
+
     def is_sent(self, latent_steps: int) -> bool:
         """Tell whether a sender of so many latent steps has anything to send."""
         return self.carries != "thoughts" or latent_steps > 0
@@ -103,6 +113,8 @@ def message_spans(form: MessageForm, positions: int, latent_steps: int) -> list[
         positions: How many states there are.
         latent_steps: Of the sender.
     """
+    if positions == 0:
+        return []
     if form.pool:
         count = min(latent_steps, positions)
         ends = [index * positions // count for index in range(count + 1)]

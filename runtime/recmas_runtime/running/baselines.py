@@ -126,10 +126,10 @@ def _mean(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
     _demand_slots(plan, MEAN)
     answer = next(step for step in reversed(plan.steps) if isinstance(step, PrefillStep))
     for message in answer.messages:
-        carries = plan.links[message.link].carries
-        if carries not in _WITH_MEAN:
+        link = plan.links[message.link]
+        if not link.has_vectors:
             raise _unusable(
-                f"{MEAN}: the link {message.link!r} carries {carries}, which has no mean"
+                f"{MEAN}: the link {message.link!r} carries {link.carries}, which has no mean"
             )
     return Baseline(plan=plan, control=MEAN)
 
@@ -449,8 +449,6 @@ _CHANGES: Final[dict[str, Callable[[Plan, Manifest, int | None], Baseline]]] = {
     MEAN: _mean,
 }
 _WITH_LIMIT: Final = ("text", "moa")
-# Of what links carry: vectors, whose mean is one.
-_WITH_MEAN: Final = ("thoughts", "context", "written")
 _OLD_NAMES: Final = {"null-latents": NULL, "shuffled-latents": SHUFFLED}
 
 BASELINES: Final = tuple(_CHANGES)
