@@ -61,7 +61,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/recmasc build specs/sequential.yaml --out out/bench --set latent_steps=32
+	$(BIN)/recmasc build benchmarks/specs/sequential.yaml --out out/bench --set latent_steps=32
 	$(BIN)/recmasc build benchmarks/one_agent.yaml --out out/one-agent
 	$(BIN)/recmasc bench engines out/bench
 	$(BIN)/python benchmarks/latent_phase.py out/bench --beside naive,cached

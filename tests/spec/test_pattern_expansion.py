@@ -102,6 +102,34 @@ def test_links_of_every_pattern() -> None:
     assert links("deliberation") == {"reflector -> caller", "~caller -> reflector"}
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_rows_of_caches_come_before_prompts(pattern: str) -> None:
+    written = f"{{{PATTERNS[pattern]}, carries: cache}}"
+    spec = parse_spec(CHAIN.replace("{sequential: [planner, critic, solver]}", written))
+    assert spec.warnings == ()
+    assert {link.carries for link in spec.document.links.values()} == {"cache"}
+    for name, agent in spec.document.agents.items():
+        slots, _, asked = agent.prompt.then.partition("\n")
+        senders = [ends for ends in spec.document.links if ends.endswith(f" -> {name}")]
+        if senders:
+            assert slots == " ".join(f"{{{{ latent.{ends.split(' ')[0]} }}}}" for ends in senders)
+            assert agent.prompt.first in (None, asked)
+
+
+def test_whoever_reads_rows_reads_those_before_them() -> None:
+    spec = parse_spec(CHAIN.replace("critic, solver]", "critic, solver], carries: cache"))
+    assert [name for name, link in spec.document.links.items() if not link.feedback] == [
+        "planner -> critic",
+        "planner -> solver",
+        "critic -> solver",
+    ]
+    own = parse_spec(
+        CHAIN.replace("critic, solver]", "critic, solver], carries: cache")
+        + "links: {critic -> solver: {carries: text}}\n"
+    )
+    assert own.document.links["critic -> solver"].carries == "text"
+
+
 def test_task_stands_beside_any_pattern() -> None:
     before = "{task: math, sequential: [planner, critic, solver]}"
     text = CHAIN.replace("{sequential: [planner, critic, solver]}", before)
