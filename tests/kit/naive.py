@@ -12,7 +12,7 @@ Shape legend: T positions, M latent steps, D width of the agent, E width of a ta
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -225,7 +225,11 @@ class _Naive:
             {slot: sent for slot in slots if isinstance(sent := seen[slot], str)},
         )
         rows = [sent for slot in slots if isinstance(sent := seen[slot], tuple)]
-        return prompt, [piece for sent in rows for piece in sent]
+        pieces = [piece for sent in rows for piece in sent]
+        if pieces and pieces[0].first > 0:
+            # Rows that were computed behind others bring the first row of their sequence along.
+            pieces.insert(0, replace(pieces[0], first=0, last=1))
+        return prompt, pieces
 
     def _seen(
         self,
