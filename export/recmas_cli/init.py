@@ -51,8 +51,8 @@ def init(
     PATTERN is relay, split, sequential, mixture, distillation, deliberation, latentmas, or custom
     for a graph of your own. The relay is the smallest one that shows what messages do: train it and
     see. In split agents read what the one that is asked does not see. Of latentmas nothing is
-    trained. Untrained systems of the others hand over rows of caches, which do no harm; with
-    --train, or --paper, thoughts.
+    trained. The others hand over rows of caches, which do no harm untrained; with --train or
+    --paper thoughts.
     """
     if not out.name:
         raise fail("RM302", f"{out} is a folder", hint="Name a file, such as -o spec.yaml.")
