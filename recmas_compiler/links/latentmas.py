@@ -61,7 +61,8 @@ def realignment(backbone: TorchBackbone) -> tuple[Tensor, float]:
     Raises:
         RecmasError: RM121 as `realign`.
     """
-    table_VD, head = backbone.embedding.weight, backbone.model.get_output_embeddings()
+    head = backbone.model.get_output_embeddings()
+    table_VD = backbone.model.get_input_embeddings().weight
     head_VD = None if head is None else head.weight
     if head_VD is None or head_VD.shape != table_VD.shape:
         raise fail(

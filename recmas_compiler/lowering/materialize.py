@@ -115,8 +115,14 @@ def _unused_links(
         if link_id in used:
             continue
         module = make_link(agent.inner.kind, "inner", agent.inner.in_dim, agent.inner.out_dim)
-        randomize(module, link_id=link_id)
-        end = end_of(backbones[system.backbone_of(name).name].facts)
+        backbone = backbones[system.backbone_of(name).name]
+        # A baseline takes steps where the system takes none.
+        is_wanted = agent.inner.init == "latentmas" and agent.inner.file is None
+        if is_wanted:
+            realign(module, backbone, link_id=link_id)
+        else:
+            randomize(module, link_id=link_id)
+        end = end_of(backbone.facts)
         yield (
             link_id,
             MaterializedLink(
@@ -125,7 +131,7 @@ def _unused_links(
                 role="inner",
                 source=end.identity,
                 target=end.identity,
-                init="unused",
+                init="latentmas" if is_wanted else "unused",
             ),
         )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recmas_compiler.backbones.loaded.cache_argument import with_cache
-from recmas_compiler.backbones.loaded.own_cache import positions_behind
+from recmas_compiler.backbones.loaded.own_cache import positions_behind, row_names
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.lowering.hidden_rows import hidden_by_layer, rows_hidden
 from recmas_runtime.engines.interface import HandedRows, handed_rows
@@ -71,10 +71,8 @@ def join_rows(pieces: Sequence[Rows], backbone: TorchBackbone) -> tuple[Tensor, 
     for piece in pieces:
         tensors = piece.tensors
         if piece.position != at:
-            # Keys and values of one layer after the other: none of them keeps a state.
-            names = [
-                f"{kind}.{layer}" for layer in range(len(tensors) // 2) for kind in ("key", "value")
-            ]
+            # None of the layers keeps a state, but some may keep nothing.
+            names = row_names(backbone.facts.layers)
             tensors = tuple(
                 _turned(rows, backbone.row_positions.of_tensor(name), at - piece.position)
                 for name, rows in zip(names, tensors, strict=True)

@@ -12,7 +12,7 @@ Shape legend: T positions, M latent steps, D width of the agent, E width of a ta
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -227,8 +227,8 @@ class _Naive:
         rows = [sent for slot in slots if isinstance(sent := seen[slot], tuple)]
         pieces = [piece for sent in rows for piece in sent]
         if pieces and pieces[0].first > 0:
-            # None of them was the first of a sequence, and a model needs one that was.
-            pieces.insert(0, Piece(sequence=pieces[0].sequence, first=0, last=1))
+            # Rows that were computed behind others bring the first row of their sequence along.
+            pieces.insert(0, replace(pieces[0], first=0, last=1))
         return prompt, pieces
 
     def _seen(
@@ -265,6 +265,7 @@ class _Naive:
             case "text":
                 return turn.text
             case "cache":
+                assert link.form.layers is link.layer_share is None, "all layers see the same"
                 return tuple(self._rows(kind, turn) for kind in link.form.rows)
         inner, outer = self.links[f"{link.source}.inner"], self.links[link.id]
         message: Tensor = outer(inner(states_ND))
@@ -293,6 +294,8 @@ class _Naive:
             case "context":
                 last = turn.num_before + turn.prompt.num_turn
                 return Piece(sequence=turn.sequence, first=turn.num_before, last=last)
+            case "prompt":
+                return Piece(sequence=turn.sequence, first=turn.num_before, last=end)
             case "thoughts":
                 sequence = turn.thinking
             case _:

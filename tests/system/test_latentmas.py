@@ -36,7 +36,7 @@ def spec_text(form: str, family: str) -> str:
     text = starter_spec("latentmas", task=form)
     text = text.replace("source: builtin:smollm2-135m-instruct", f"source: {family}")
     text = text.replace("max_new_tokens: 256", f"max_new_tokens: {MAX_NEW_TOKENS}")
-    return text + "build: {max_prompt_tokens: 640}\n"
+    return text.replace("max_prompt_tokens: 2048", "max_prompt_tokens: 640")
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +180,29 @@ def test_rows_and_text_are_those_of_the_published_rule(
     batch = [rt.Record(id=str(i), fields=dict(r), index=i) for i, r in enumerate(records)]
     monkeypatch.undo()
     assert [answer.answer for answer in built.system.run_batch(batch)] == texts
+
+
+@pytest.mark.parametrize("form", ["sequential", "hierarchical"])
+def test_the_baseline_hands_every_turn_to_all_later_agents(
+    form: str, build_tiny: BuildTiny, folder: Path
+) -> None:
+    """So it is the sequential system itself, and of experts the chain of the published code."""
+    text = spec_text(form, "untied")
+    system = build_tiny(text).system.baseline("latentmas")
+    agents = parse_spec(text).document.agents
+    prompts = {name: agent.prompt.then for name, agent in agents.items()}
+    plain = Plain(folder / "untied")
+    texts = [plainly(plain, prompts, question, form="sequential")[1] for question in QUESTIONS]
+    records = [
+        rt.Record(id=str(i), fields={"question": question}, index=i)
+        for i, question in enumerate(QUESTIONS)
+    ]
+    assert [answer.answer for answer in system.run_batch(records)] == texts
+    assert len(set(texts)) > 1, "texts that are all equal prove nothing"
+
+
+def test_the_baseline_needs_the_rule_of_latentmas(build_tiny: BuildTiny) -> None:
+    text = spec_text("sequential", "untied").replace("inner: {init: latentmas}", "inner: {}", 1)
+    with pytest.raises(rt.RecmasError, match=r"RM508.*inner link of 'planner' is not") as caught:
+        build_tiny(text).system.baseline("latentmas")
+    assert "`inner: {init: latentmas}`" in caught.value.problems[0].hint

@@ -13,7 +13,9 @@ from kit.files import MadeOnce
 from kit.models import write_tiny_backbone
 from kit.traced import assert_messages_agree, run_traced
 from kit.zoo import write_zoo_model
+from recmas_runtime.cli.inspect import bundle_text, form_text
 from recmas_runtime.cli.thoughts import handover_texts
+from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.running.run_trace import RECORDS_NAME
 
 HEAD = """
@@ -46,18 +48,23 @@ agents:
     backbone: other
     inner: {{init: random}}
     prompt: "{{{{ latent.scribe }}}} Go on: {{{{ question }}}}"
+  holder:
+    backbone: third
+    inner: {{init: random}}
+    prompt: "Not {{{{ facts[0] }}}} but {{{{ facts[1] }}}} alone"
   solver:
     backbone: small
     inner: {{init: random}}
     prompt: |-
       {{{{ question }}}} {{{{ latent.reader }}}} and {{{{ latent.scribe }}}},
-      {{{{ latent.twin }}}} end
+      {{{{ latent.twin }}}} {{{{ latent.holder }}}} end
 links:
   reader -> scribe: {{carries: context, of: context, every: 3, init: random}}
   reader -> solver: {{carries: context, pool: true, init: random}}
   scribe -> twin: {{carries: cache, rows: [context, thoughts]}}
   scribe -> solver: {{carries: written, max_tokens: 5, init: random}}
   twin -> solver: {{carries: text, max_tokens: 6}}
+  holder -> solver: {{carries: context, of: 'facts[1]', init: random}}
   solver -> scribe: {{carries: context, feedback: true, init: random}}
 answer: {{agent: solver, max_new_tokens: 10}}
 """
@@ -211,7 +218,7 @@ SPECS = {
 CONTEXTS = ("Seven times eight is 56.", "", "Anna reads. " * 6, "x y")
 QUESTIONS = ("What is 7 * 8?", "x", "Which plan is best, and why?", "Hm?")
 RECORDS = [
-    {"id": str(i), "question": question, "context": context}
+    {"id": str(i), "question": question, "context": context, "facts": [question, context]}
     for i, (question, context) in enumerate(zip(QUESTIONS, CONTEXTS, strict=True))
 ]
 
@@ -230,7 +237,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, families: Path) -> Path:
 def test_engines_and_reference_agree(
     name: str, build_tiny: BuildTiny, folder: Path, tmp_path: Path
 ) -> None:
-    assert_all_forms_agree(build_tiny(SPECS[name], base_dir=folder), tmp_path)
+    built = build_tiny(SPECS[name], base_dir=folder)
+    rounds = assert_all_forms_agree(built, tmp_path)
+    assert (min(rounds) < built.system.plan.rounds) == (name == "an early end")
+    shown = bundle_text(open_bundle(built.bundle))
+    assert all(form_text(link) in shown for link in built.system.plan.links.values())
 
 
 @pytest.mark.families
@@ -244,7 +255,8 @@ def test_backbones_of_different_widths(
     assert_all_forms_agree(build(EVERY_KIND), tmp_path)
 
 
-def assert_all_forms_agree(built: Built, folder: Path) -> None:
+def assert_all_forms_agree(built: Built, folder: Path) -> list[int]:
+    """Compare engines, one by one and together, with both other forms; returns rounds."""
     single, messages = run_traced(built.system, folder / "one", RECORDS, batch=1)
     ragged, others = run_traced(built.system, folder / "many", RECORDS, batch=len(RECORDS))
     reference, naive = built.reference(RECORDS), built.naive(RECORDS)
@@ -268,6 +280,7 @@ def assert_all_forms_agree(built: Built, folder: Path) -> None:
     assert [handover_texts(line) for line in alone] == [handover_texts(line) for line in together]
     hands = any(link.carries == "cache" for link in built.system.plan.links.values())
     assert all(bool(rows_of(line)) == hands for line in (*alone, *together))
+    return reference.rounds
 
 
 def read_trace(folder: Path) -> list[dict[str, Any]]:

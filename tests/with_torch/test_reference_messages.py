@@ -60,7 +60,7 @@ def test_every_family_hands_over_rows(tiny: LoadTiny, family: str) -> None:
         backbones=[declare("tiny", backbone)],
     )
     graph = with_forms(graph, a_b=rows("context", "thoughts"))
-    graph = with_forms(graph, a_c=rows("context"), b_c=rows("context", "written", max_tokens=4))
+    graph = with_forms(graph, a_c=rows("prompt"), b_c=rows("context", "written", max_tokens=4))
     assert_all_agree(graph, backbone)
 
 

@@ -19,6 +19,7 @@ from recmas_compiler.lowering.torch_rows import Rows, cut_rows, join_rows, seen_
 from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls, ConstantRows, Row
 from recmas_compiler.lowering.training_graph.calls import Batch, Call, CallWriter, Form
 from recmas_compiler.lowering.training_graph.frozen_states import FrozenStates, Places, Reading
+from recmas_runtime.engines.interface import behind_sink
 from recmas_runtime.formats.messages import Carries, MessageForm, RowsOf, message_spans
 from recmas_runtime.formats.plan import Message, Plan, PrefillStep, SendStep, Variant
 from recmas_runtime.prompts.render import Tokens
@@ -384,7 +385,8 @@ class Latents:
                 if isinstance(message, Tensor) and len(message):
                     pieces.append(message)
             sent = [messages[record] for messages in received.values()]
-            before = [piece for message in sent if isinstance(message, tuple) for piece in message]
+            handed = [piece for message in sent if isinstance(message, tuple) for piece in message]
+            before = behind_sink(handed)
             rows.append(
                 Row(
                     pieces=tuple(pieces),

@@ -122,7 +122,7 @@ def _check_rows(declared: Declared, ends: tuple[str, str], link: LinkSection) ->
         message = "`rows` has `thoughts` and `written`, which lie in the same place of the cache."
         yield problem_at(place, "RM127", message, hint="Keep one of the two.")
     elif set(rows) == {"context", "prompt"}:
-        message = "`rows` has `context` and `prompt`, and the first is the beginning of the second."
+        message = "`rows` has `context` and `prompt`; the first is the beginning of the second."
         yield problem_at(place, "RM127", message, hint="Keep one of the two.")
     elif len(rows) == 2 and rows[1] in ("context", "prompt"):
         message = f"`rows` has `{rows[0]}` before `{rows[1]}`, which lie the other way round."

@@ -131,7 +131,8 @@ def _check(
 
 
 def _centred(rows: NDArray[Any]) -> NDArray[Any]:
-    return np.asarray(rows - rows.mean(axis=-1, keepdims=True, dtype=np.float64))
+    centred: NDArray[Any] = rows - rows.mean(axis=-1, keepdims=True, dtype=np.float64)
+    return centred
 
 
 def _widen_hidden(link: Mapping[str, NDArray[Any]], hidden: int) -> Operands:
