@@ -44,7 +44,7 @@ test-heavy: setup
 
 # Every model type of tests/kit/zoo.py; `make test` has one of each mechanism.
 test-families: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "families or not families" tests/export/test_model_types.py tests/export/test_every_type.py tests/system/test_layer_states.py tests/with_torch/test_parameter_counts.py tests/released/test_released_architectures.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "families or not families" tests/export/test_model_types.py tests/export/test_every_type.py tests/system/test_layer_states.py tests/system/test_messages_agree.py tests/with_torch/test_parameter_counts.py tests/released/test_released_architectures.py tests/training/test_training_messages.py
 
 # The lowest and the newest versions that pyproject.toml allows; torch is that of `make setup`.
 VERSION_TESTS ?= tests/runtime tests/spec tests/ir tests/with_torch tests/export
@@ -61,7 +61,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/recmasc build specs/sequential.yaml --out out/bench --set latent_steps=32
+	$(BIN)/recmasc build benchmarks/specs/sequential.yaml --out out/bench --set latent_steps=32
 	$(BIN)/recmasc build benchmarks/one_agent.yaml --out out/one-agent
 	$(BIN)/recmasc bench engines out/bench
 	$(BIN)/python benchmarks/latent_phase.py out/bench --beside naive,cached

@@ -2,9 +2,10 @@
 
     python benchmarks/parallel_agents.py BUNDLE [--latent-steps N] [--repeats N] [--json FILE]
 
-BUNDLE is one whose specialists share a backbone, such as that of specs/mixture.yaml. One plan is
-what the compiler makes of its spec, the other what it makes without BatchParallelAgents; both run
-on the same engines, in turn, so that both see the same machine. Prints a Markdown table of medians.
+BUNDLE is one whose specialists share a backbone, such as that of benchmarks/specs/mixture.yaml. One
+plan is what the compiler makes of its spec, the other what it makes without BatchParallelAgents;
+both run on the same engines, in turn, so that both see the same machine. Prints a Markdown table of
+medians.
 """
 
 from __future__ import annotations

@@ -131,6 +131,7 @@ def build(
             "chosen_layers": chosen,
             "trained_links": [] if program.trained is None else list(program.trained.used),
             "untrained_links": _untrained_links(program),
+            "held_out": {} if program.trained is None else dict(program.trained.held_out),
         },
         problems=(*program.spec.warnings, *(() if untrained else _untrained_warning(program))),
     )
@@ -191,11 +192,19 @@ def _layers_note(chosen: Mapping[str, Sequence[int]]) -> str:
 
 
 def _trained_note(program: Program) -> str:
-    """Say which links are trained."""
+    """Say which links are trained, and what their messages are worth."""
     trained = program.trained
     if trained is None or not trained.used:
-        return ""
-    return f"Trained links from {trained.folder}: {', '.join(trained.used)}.\n"
+        learned = any(link.file for link in _all_links(program).values())
+        return f"What messages bring: {'' if learned else 'untrained, '}not measured.\n"
+    named = {"own": "latent", "shuffled": "shuffled", "null": "null"}
+    losses = trained.held_out
+    told = [f"{name} {losses[key]:.3f}" for name, key in named.items() if key in losses]
+    worth = f"{', '.join(told)} nats per token of held-out answers" if told else "not measured"
+    return (
+        f"Trained links from {trained.folder}: {', '.join(trained.used)}.\n"
+        f"What messages bring: {worth}.\n"
+    )
 
 
 def _untrained_links(program: Program) -> list[str]:

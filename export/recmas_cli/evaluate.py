@@ -52,8 +52,8 @@ def list_protocols(context: click.Context, _: click.Parameter, value: str) -> st
     "baselines",
     multiple=True,
     metavar="NAME",
-    help="latent (the system itself), single, all-context, text, text@N, moa, moa@N, null, "
-    "shuffled, mean or untrained-links; may be repeated  [default: latent].",
+    help="latent (the system itself), single, all-context, text, text@N, moa, moa@N, "
+    "latentmas, null, shuffled, mean or untrained-links; may be repeated  [default: latent].",
 )
 @click.option(
     "--untrained-bundle",

@@ -28,26 +28,37 @@ from recmas_runtime.core.text import listed
 @click.option(
     "--task",
     metavar="TASK",
-    help="What to ask for: general, math, choice, code or search; of split: qa or two-hop.",
+    help="What to ask for: general, math, choice, code or search; of split: qa or two-hop; of "
+    "latentmas: sequential or hierarchical.",
 )
 @click.option(
     "--train",
     is_flag=True,
     help="With a section `train`, records to learn from and questions to ask.",
 )
+@click.option(
+    "--paper",
+    is_flag=True,
+    help="With links that carry thoughts, as the paper's do, in place of rows of caches.",
+)
 @click.option("--force", is_flag=True, help="Overwrite existing files.")
 @command
-def init(pattern: str, out: Path, task: str | None, *, train: bool, force: bool) -> Outcome:
+def init(
+    pattern: str, out: Path, task: str | None, *, train: bool, paper: bool, force: bool
+) -> Outcome:
     """Write a commented spec to start from.
 
-    PATTERN is relay, split, sequential, mixture, distillation, deliberation, or custom for a graph
-    of your own. The relay is the smallest one that shows what messages do: train it and see. In
-    split agents read what the one that is asked does not see.
+    PATTERN is relay, split, sequential, mixture, distillation, deliberation, latentmas, or custom
+    for a graph of your own. The relay is the smallest one that shows what messages do: train it and
+    see. In split agents read what the one that is asked does not see. Of latentmas nothing is
+    trained. Untrained systems of the others hand over rows of caches, which do no harm; with
+    --train, or --paper, thoughts.
     """
     if not out.name:
         raise fail("RM302", f"{out} is a folder", hint="Name a file, such as -o spec.yaml.")
     files = starter_files(pattern, task=task, train=train)
-    files |= {SCHEMA_FILE: schema_text(), out.name: starter_spec(pattern, task=task, train=train)}
+    text = starter_spec(pattern, task=task, train=train, paper=paper)
+    files |= {SCHEMA_FILE: schema_text(), out.name: text}
     theirs = [name for name in files if name != SCHEMA_FILE or not is_file(out.with_name(name))]
     check_free(out.parent, theirs, force=force)
     with placed_together(out.parent, list(files)) as staging:

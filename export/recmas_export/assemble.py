@@ -314,8 +314,6 @@ class _Stages:
         agents = self.plan.agents
         for step in self.plan.steps:
             for link in step.links if isinstance(step, SendStep) else ():
-                if link not in self.modules:
-                    continue
                 ends = self.plan.links[link]
                 source, target = agents[ends.source], agents[ends.target]
                 if target.backbone == backbone and ends.has_vectors:

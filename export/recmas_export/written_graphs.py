@@ -4,6 +4,9 @@ Links have one general form that every kind of link is a special case of:
 
     y = post?( W3 x + W2 gelu(W1 pre?(x) + b1) + bias )
 
+where `pre` is a layer norm and `post` an RMS norm with a bias, which is a layer norm where W2, W3
+and `bias` have the mean taken from their results (`recmas_runtime.formats.links`).
+
 The weights are inputs ("operands"), so one graph serves all links of a bundle, several at a time,
 and the decoder's fused inner link serves all agents that share the backbone.
 
@@ -25,7 +28,7 @@ from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.tape import Tape
 
 from recmas_export.passes.tidy import IR_VERSION, OPSET, Strip, constant
-from recmas_runtime.formats.link_kinds import LAYER_NORM_EPSILON
+from recmas_runtime.formats.link_kinds import NORM_EPSILON
 
 # Names of the latent step's inputs begin so.
 INNER_PREFIX: Final = "inner."
@@ -83,26 +86,27 @@ def append_link(
     tape: Tape, x_GNI: ir.Value, operand: dict[str, ir.Value], *, prefix: str = ""
 ) -> ir.Value:
     """Append the nodes of the general link; returns y [G, N, do]. New constants get the prefix."""
-    epsilon = constant(tape, LAYER_NORM_EPSILON, prefix + "epsilon")
+    epsilon = constant(tape, NORM_EPSILON, prefix + "epsilon")
     last_axis = constant(tape, [-1], prefix + "last_axis")
 
     def op(kind: str, *inputs: ir.Value) -> ir.Value:
         return tape.op(kind, inputs)
 
-    def normed_if(x: ir.Value, place: str) -> ir.Value:
+    def normed(x: ir.Value, place: str) -> ir.Value:
         # Not LayerNormalization: its scale is one vector, here every group has its own.
-        centred = op("Sub", x, op("ReduceMean", x, last_axis))
-        variance = op("ReduceMean", op("Mul", centred, centred), last_axis)
-        unit = op("Div", centred, op("Sqrt", op("Add", variance, epsilon)))
+        square = op("ReduceMean", op("Mul", x, x), last_axis)
+        unit = op("Div", x, op("Sqrt", op("Add", square, epsilon)))
         scaled = op("Mul", unit, operand[f"{place}_scale"])
-        shifted = op("Add", scaled, operand[f"{place}_bias"])
-        return op("Where", operand[f"{place}_norm"], shifted, x)
+        return op("Add", scaled, operand[f"{place}_bias"])
 
-    inner = op("Add", op("MatMul", normed_if(x_GNI, "pre"), operand["w1"]), operand["b1"])
+    centred = op("Sub", x_GNI, op("ReduceMean", x_GNI, last_axis))
+    read = op("Where", operand["pre_norm"], normed(centred, "pre"), x_GNI)
+    inner = op("Add", op("MatMul", read, operand["w1"]), operand["b1"])
     hidden = tape.op("Gelu", (inner,), {"approximate": "none"})
     curved = op("MatMul", hidden, operand["w2"])
     straight = op("MatMul", x_GNI, operand["w3"])
-    return normed_if(op("Add", op("Add", straight, curved), operand["bias"]), "post")
+    y = op("Add", op("Add", straight, curved), operand["bias"])
+    return op("Where", operand["post_norm"], normed(y, "post"), y)
 
 
 class AddLatentStep(InPlacePass):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 from xml.sax.saxutils import escape
@@ -60,6 +60,10 @@ STYLE = """
   .feedback { fill: none; stroke: #c2410c; stroke-width: 1.5; stroke-dasharray: 5 3;
     marker-end: url(#feedback); }
 """
+LABEL_STYLE = """  .carried { font-size: 10px; fill: #475569; text-anchor: middle;
+    paint-order: stroke; stroke: #ffffff; stroke-width: 3px; }
+"""
+LABEL_RISE = 3.0  # over its line
 ARROWHEAD = (
     '<marker id="{0}" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="8" markerHeight="8" '
     'orient="auto" markerUnits="userSpaceOnUse"><path d="M 0 1 L 10 5 L 0 9 z" fill="{1}"/>'
@@ -189,8 +193,10 @@ def topology_svg(topology: Graph) -> str:
     lines = [
         *(_path("feedback", _rounded(lane)) for lane in layout.lanes.values()),
         *(_path("forward", _curved(curve)) for curve in layout.curves.values()),
+        *_labels(system, layout),
         *(_agent(system.agents[name], box, system) for name, box in layout.boxes.items()),
     ]
+    style = LABEL_STYLE if any(map(_carried, system.links.values())) else ""
     x, y = MARGIN, layout.height + 6
     for kind, meaning, used in (
         ("forward", "read in the same round", layout.curves),
@@ -205,7 +211,7 @@ def topology_svg(topology: Graph) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}" role="img">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n<defs>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style>\n<defs>\n"
         f"{ARROWHEAD.format('forward', '#334155')}{ARROWHEAD.format('feedback', '#c2410c')}"
         '</defs>\n<rect width="100%" height="100%" fill="#ffffff"/>\n'
         f"{_text('title', MARGIN, 30, title)}{''.join(lines)}</svg>\n"
@@ -264,6 +270,24 @@ def _n(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
+def _carried(link: Link) -> str:
+    """Return what a link carries; nothing for thoughts, which every arrow is for otherwise."""
+    return "" if link.form.carries == "thoughts" else link.form.carries
+
+
+def _when(link: Link) -> str:
+    return "next round: " if link.feedback else ""
+
+
+def _labels(system: System, layout: Layout) -> Iterator[str]:
+    """Yield what links carry: above the first stretch of an arrow, or its lane below the boxes."""
+    for link_id, points in (*layout.curves.items(), *layout.lanes.items()):
+        if carried := _carried(system.links[link_id]):
+            start, end = points[2:4] if link_id in layout.lanes else points[:2]
+            x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2 - LABEL_RISE
+            yield _text("carried", x, y, carried)
+
+
 def topology_mermaid(topology: Graph) -> str:
     """Return the declared graph as a flow chart; dotted arrows are feedback links."""
     system = topology.system
@@ -274,10 +298,11 @@ def topology_mermaid(topology: Graph) -> str:
         answers = name == system.answer_agent
         label = f"<b>{name}</b><br/>{_note(agent)}"
         lines.append(f'  {ids[name]}(["{label}"])' if answers else f'  {ids[name]}["{label}"]')
-    for edge in topology.edges():
-        dotted = isinstance(edge.op, Link) and edge.op.feedback
-        arrow = "-. next round .->" if dotted else "-->"
-        lines.append(f"  {ids[edge.source]} {arrow} {ids[edge.target]}")
+    for link in (edge.op for edge in topology.edges() if isinstance(edge.op, Link)):
+        arrow = "-. next round .->" if link.feedback else "-->"
+        if carried := _carried(link):
+            arrow = f"{'-.->' if link.feedback else '-->'}|{_when(link)}{carried}|"
+        lines.append(f"  {ids[link.source]} {arrow} {ids[link.target]}")
     lines.append(f"  answer((answer))\n  {ids[system.answer_agent]} ==> answer")
     return "\n".join(lines) + "\n"
 

@@ -105,6 +105,7 @@ def _carried(system: System, link: Link) -> str:
     if form.carries == "cache":
         what = {
             "context": f"its prompt, at most {most}",
+            "prompt": f"its prompt with the generation prompt, at most {most}",
             "thoughts": f"its thoughts, {system.agents[link.source].latent_steps - 1}",
             "written": f"what it writes, at most {form.max_tokens}",
         }

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import gelu, layer_norm
+from torch.nn.functional import gelu, rms_norm
 
 from recmas_compiler.backbones.loaded.cache_argument import cache_argument
 from recmas_compiler.backbones.torch_model import TorchBackbone
@@ -31,7 +31,7 @@ from recmas_runtime.engines.interface import (
     sees_all_rows,
 )
 from recmas_runtime.formats.layers import cache_tensors
-from recmas_runtime.formats.link_kinds import LAYER_NORM_EPSILON
+from recmas_runtime.formats.link_kinds import NORM_EPSILON
 
 
 # Weights in the layout of oneDNN's kernels, packed once for all shapes. `torch.compile` packs them
@@ -126,7 +126,8 @@ def apply_inner(hidden_R1d: Tensor, links: Inner) -> Tensor:
     """
     width = hidden_R1d.shape[-1]
     x = hidden_R1d.reshape(links["w1"].shape[0], -1, width)
-    normed = torch.where(links["pre_norm"], _norm(x, "pre", links), x)
+    centred = x - x.mean(dim=-1, keepdim=True)
+    normed = torch.where(links["pre_norm"], _norm(centred, "pre", links), x)
     y = torch.bmm(gelu(torch.bmm(normed, links["w1"]) + links["b1"]), links["w2"])
     y = y + torch.bmm(x, links["w3"]) + links["bias"]
     y = torch.where(links["post_norm"], _norm(y, "post", links), y)
@@ -134,7 +135,7 @@ def apply_inner(hidden_R1d: Tensor, links: Inner) -> Tensor:
 
 
 def _norm(x: Tensor, name: str, links: Inner) -> Tensor:
-    normed = layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPSILON)
+    normed = rms_norm(x, x.shape[-1:], eps=NORM_EPSILON)
     return normed * links[f"{name}_scale"] + links[f"{name}_bias"]
 
 

@@ -261,7 +261,7 @@ def _refused_layers(
     spec: Spec, loc: Loc, section: LinkSection, backbone: str, facts: BackboneFacts
 ) -> Iterator[Problem]:
     """Yield why rows cannot be handed over to these layers of a backbone alone."""
-    place, layers = spec.position(*loc, "layers"), section.form.layers or ()
+    place, layers = spec.places.value((*loc, "layers")), section.form.layers or ()
     if section.layers in (None, "all"):
         return
     target = spec.document.build.target

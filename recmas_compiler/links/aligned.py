@@ -286,8 +286,14 @@ def _express_in_normed_branch(
     _set_affine(link.proj2, *ridge(branch_ND, scale * wanted_ND - x_ND, EXACT, has_bias=has_bias))
 
 
-def _fit_norm(norm: nn.LayerNorm, x_NE: Tensor, y_NE: Tensor) -> None:
-    """Set a norm's scale and bias to the least-squares ones, each dimension on its own."""
+def _fit_norm(norm: nn.LayerNorm | nn.RMSNorm, x_NE: Tensor, y_NE: Tensor) -> None:
+    """Set a norm's scale and bias to the least-squares ones, each dimension on its own.
+
+    An RMS norm gets the mean length as its scale, so that directions stay.
+    """
+    if isinstance(norm, nn.RMSNorm):
+        norm.weight.fill_(y_NE.double().norm(dim=1).mean() / y_NE.shape[1] ** 0.5)
+        return
     nn.init.ones_(norm.weight)
     nn.init.zeros_(norm.bias)
     x, y = norm(x_NE).double(), y_NE.double()

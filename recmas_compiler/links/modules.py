@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +29,7 @@ from recmas_compiler.spec.document.places import SourcePosition
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.files import write_whole
-from recmas_runtime.formats.link_kinds import FORMS, LAYER_NORM_EPSILON, LinkKind, LinkRole
+from recmas_runtime.formats.link_kinds import FORMS, NORM_EPSILON, LinkKind, LinkRole
 
 
 class LinkModule(nn.Module):
@@ -47,25 +48,33 @@ class LinkModule(nn.Module):
         }
         # Random starts and optimizers go through the parts in this order.
         if self.form.pre is not None:
-            self.add_module(self.form.pre, nn.LayerNorm(in_dim, eps=LAYER_NORM_EPSILON))
+            self.add_module(self.form.pre, nn.LayerNorm(in_dim, eps=NORM_EPSILON))
         self.proj1, self.proj2 = layers["proj1"], layers["proj2"]
         self.residual_proj = layers.get("residual_proj")
         if self.form.post is not None:
-            self.add_module(self.form.post, nn.LayerNorm(out_dim, eps=LAYER_NORM_EPSILON))
+            norm = nn.LayerNorm if self.form.post_centres else nn.RMSNorm
+            self.add_module(self.form.post, norm(out_dim, eps=NORM_EPSILON))
 
     @property
     def pre_norm(self) -> nn.LayerNorm | None:
         """The norm of what W1 reads."""
-        return self._norm(self.form.pre)
+        norm: nn.LayerNorm | None = self._norm(self.form.pre)
+        return norm
 
     @property
-    def post_norm(self) -> nn.LayerNorm | None:
+    def post_norm(self) -> nn.LayerNorm | nn.RMSNorm | None:
         """The norm of the sum."""
-        return self._norm(self.form.post)
-
-    def _norm(self, name: str | None) -> nn.LayerNorm | None:
-        norm: nn.LayerNorm | None = None if name is None else getattr(self, name)
+        norm: nn.LayerNorm | nn.RMSNorm | None = self._norm(self.form.post)
         return norm
+
+    @property
+    def offset(self) -> nn.Parameter | None:
+        """What is added last to whatever the link gives; None without biases."""
+        last = self.proj2 if self.post_norm is None else self.post_norm
+        return None if isinstance(last, nn.RMSNorm) else last.bias
+
+    def _norm(self, name: str | None) -> Any:
+        return None if name is None else getattr(self, name)
 
     def branch(self, h: Tensor) -> Tensor:
         """Return the hidden units, gelu(W1 pre?(h))."""

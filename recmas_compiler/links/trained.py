@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -55,12 +55,15 @@ class TrainedLinks:
             if their receipt cannot be read.
         used: Ids of the links that learned, in order of declaration.
         untrained: Ids of the links that lie there as they started: no stage has trained them yet.
+        held_out: After the last outer stage: nats per token of held-out answers, by what the answer
+            agent's slots got (`latent`, `shuffled`, `null`, `mean`). Empty without that stage.
     """
 
     spec: Spec
     folder: Path
     used: tuple[str, ...]
     untrained: tuple[str, ...]
+    held_out: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -154,6 +157,7 @@ def find_trained_links(
         folder=folder,
         used=tuple(used),
         untrained=tuple(untrained),
+        held_out={} if receipt is None or not used else receipt.held_out,
     )
 
 
@@ -176,11 +180,20 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         learned_with: What the links were trained in, as `learned_with` gives it; older receipts do
             not say.
+        stages: The figures of each stage.
     """
 
     receipt: Literal[1]
     links: dict[str, LinkEntry]
     learned_with: dict[str, str] = {}
+    stages: dict[str, dict[str, Any]] = {}
+
+    @property
+    def held_out(self) -> dict[str, float]:
+        """The losses on held-out records after the outer stage, if there was one."""
+        after = self.stages.get("outer", {}).get("after")
+        figures = after.items() if isinstance(after, dict) else ()
+        return {name: value for name, value in figures if isinstance(value, float)}
 
 
 class ReceiptError(Exception):

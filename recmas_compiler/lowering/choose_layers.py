@@ -44,8 +44,10 @@ _TEXTS: Final = (
     ),
 )
 
-# The share of attention in a score; the rest is the preference for the middle.
-_ATTENTION: Final = 0.5
+# The share of attention in a score; the rest is the preference for the middle. On SmolLM2 135M the
+# first layers attend to everything and their rows alone are worth nothing: with 0.3 of the layers,
+# attention by itself closes 0.06 of the gap to reading the text, the layers of the middle 0.21.
+_ATTENTION: Final = 0.2
 # Of that preference, in layers of a model of 30: its width grows with the model.
 _WIDTH: Final = 1 / 3
 

@@ -14,6 +14,7 @@ from recmas_compiler.ir.ops import System
 from recmas_compiler.links.aligned import Alignment, align_inner, align_outer
 from recmas_compiler.links.calibration import Calibration, calibrate
 from recmas_compiler.links.files import LinkWeights, end_of
+from recmas_compiler.links.latentmas import realign
 from recmas_compiler.links.modules import load_declared_link, make_link, randomize
 from recmas_compiler.spec.document.places import SourcePosition
 from recmas_runtime.core.progress import Progress
@@ -37,7 +38,7 @@ class MaterializedLink:
     role: LinkRole
     source: str
     target: str
-    init: Literal["file", "aligned", "random", "unused"]
+    init: Literal["file", "aligned", "latentmas", "random", "unused"]
     alignment: Alignment | None = None
 
     @property
@@ -89,6 +90,8 @@ def materialize_links(
             module = make_link(weights.kind, role, weights.in_dim, weights.out_dim)
             if weights.init == "random":
                 randomize(module, link_id=link_id)
+            elif weights.init == "latentmas":
+                realign(module, backbones[system.backbone_of(ends[0]).name], link_id=link_id)
             else:
                 alignment = align(link_id, module, ends, role)
         made[link_id] = MaterializedLink(
@@ -112,8 +115,14 @@ def _unused_links(
         if link_id in used:
             continue
         module = make_link(agent.inner.kind, "inner", agent.inner.in_dim, agent.inner.out_dim)
-        randomize(module, link_id=link_id)
-        end = end_of(backbones[system.backbone_of(name).name].facts)
+        backbone = backbones[system.backbone_of(name).name]
+        # A baseline takes steps where the system takes none.
+        is_wanted = agent.inner.init == "latentmas" and agent.inner.file is None
+        if is_wanted:
+            realign(module, backbone, link_id=link_id)
+        else:
+            randomize(module, link_id=link_id)
+        end = end_of(backbone.facts)
         yield (
             link_id,
             MaterializedLink(
@@ -122,7 +131,7 @@ def _unused_links(
                 role="inner",
                 source=end.identity,
                 target=end.identity,
-                init="unused",
+                init="latentmas" if is_wanted else "unused",
             ),
         )
 

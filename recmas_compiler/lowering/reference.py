@@ -27,7 +27,7 @@ from recmas_compiler.lowering.plan import agent_plan, build_plan
 from recmas_compiler.lowering.torch_rows import Rows, cut_rows, extend, join_rows, seen_rows
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
 from recmas_runtime.core.progress import Progress, Silent
-from recmas_runtime.engines.interface import HandedRows
+from recmas_runtime.engines.interface import HandedRows, behind_sink
 from recmas_runtime.formats.layers import has_states
 from recmas_runtime.formats.messages import MessageForm, RowsOf, message_spans
 from recmas_runtime.formats.plan import (
@@ -57,6 +57,7 @@ class RecordResult:
     """One record's way through a system, its values as in `ReferenceResult` but without B."""
 
     messages: dict[str, Tensor]
+    handover_texts: dict[str, str]
     thoughts: dict[str, Tensor]
     token_ids: list[int]
     text: str
@@ -72,6 +73,7 @@ class ReferenceResult:
         messages: By `SOURCE->TARGET@ROUND`, rounds from 1, each [B, M, e] with e the target's
             width. Text and rows do not appear, nor messages of rounds that not every record ran.
             Where records decide M, shorter messages are filled up with NaN.
+        handover_texts: Per record, by `SOURCE->TARGET@ROUND`, what one agent wrote for another.
         thoughts: By `AGENT@ROUND`, each [B, M, d], likewise.
         token_ids: Per record, the answer without the token that ended it.
         texts: Without special tokens.
@@ -79,6 +81,7 @@ class ReferenceResult:
     """
 
     messages: dict[str, Tensor]
+    handover_texts: list[dict[str, str]]
     thoughts: dict[str, Tensor]
     token_ids: list[list[int]]
     texts: list[str]
@@ -267,6 +270,11 @@ class TorchSystem(ProgramModule):
         ids, text, finish_reason = self._decode(state, sampling, seed=sampling.seed + index)
         return RecordResult(
             messages={f"{link}@{round_}": m for (link, round_), m in state.messages_ME.items()},
+            handover_texts={
+                f"{link}@{round_}": sent
+                for (link, round_), sent in state.messages.items()
+                if isinstance(sent, str)
+            },
             thoughts={f"{agent}@{round_}": t for (agent, round_), t in state.thoughts_MD.items()},
             token_ids=ids,
             text=text,
@@ -315,7 +323,8 @@ class TorchSystem(ProgramModule):
         }
         texts = {slot: sent for slot, sent in received.items() if isinstance(sent, str)}
         vectors_ME = {slot: sent for slot, sent in received.items() if isinstance(sent, Tensor)}
-        pieces = [rows for sent in received.values() if isinstance(sent, tuple) for rows in sent]
+        sent = [rows for each in received.values() if isinstance(each, tuple) for rows in each]
+        pieces = behind_sink(sent)
         prompt = self.prompt(agent, variant, record, texts)
         embeds_TD = torch.cat(list(self._embedded(backbone, prompt, vectors_ME)))
         prefix = prompt.leading_ids
@@ -429,9 +438,11 @@ class TorchSystem(ProgramModule):
     def _rows_sent(self, agent: str, form: MessageForm, sequence: _Sequence) -> tuple[Rows, ...]:
         layers = self._backbone(agent).facts.layers
         first = sequence.num_front
-        last = first + sequence.prompt.num_turn_positions(sequence.slots)
-        context = cut_rows(tensors_of(sequence.cache, layers), first, last)
-        kinds = sequence.rows | {"context": context}
+        kinds = dict(sequence.rows)
+        if form.needs_context:
+            kind = form.rows[0]
+            last = first + sequence.prompt.num_rows(kind, sequence.slots)
+            kinds[kind] = cut_rows(tensors_of(sequence.cache, layers), first, last)
         return tuple(replace(kinds[kind], seen_by=form.layers) for kind in form.rows)
 
     def _decode(
@@ -530,6 +541,7 @@ def gather(records: Sequence[RecordResult]) -> ReferenceResult:
     """Stack the results of single records into one."""
     return ReferenceResult(
         messages=_stack([record.messages for record in records]),
+        handover_texts=[record.handover_texts for record in records],
         thoughts=_stack([record.thoughts for record in records]),
         token_ids=[record.token_ids for record in records],
         texts=[record.text for record in records],

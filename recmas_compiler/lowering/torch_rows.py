@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from recmas_compiler.backbones.loaded.cache_argument import with_cache
-from recmas_compiler.backbones.loaded.own_cache import positions_behind
+from recmas_compiler.backbones.loaded.own_cache import positions_behind, row_names
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.lowering.hidden_rows import hidden_by_layer, rows_hidden
 from recmas_runtime.engines.interface import HandedRows, handed_rows
@@ -26,12 +26,14 @@ from recmas_runtime.sequences.moved_keys import turn_by
 class Rows:
     """Rows of a cache, [1, H, P, D] for each of its tensors, and where the first was computed.
 
-    They are handed over to the layers that they are seen by; None for all.
+    They are handed over to the layers that they are seen by; None for all. The sink is the first
+    row of that cache, if they do not begin with it.
     """
 
     tensors: tuple[Tensor, ...]
     position: int
     seen_by: Layers | None = None
+    sink: Rows | None = None
 
     @property
     def count(self) -> int:
@@ -57,7 +59,8 @@ def extend(
 
 def cut_rows(tensors: Sequence[Tensor], first: int, last: int) -> Rows:
     """Return rows `first` to `last` of the tensors of a cache, which begin at position 0."""
-    return Rows(tensors=tuple(t[:, :, first:last] for t in tensors), position=first)
+    top = Rows(tensors=tuple(t[:, :, :1] for t in tensors), position=0) if first else None
+    return Rows(tensors=tuple(t[:, :, first:last] for t in tensors), position=first, sink=top)
 
 
 def join_rows(pieces: Sequence[Rows], backbone: TorchBackbone) -> tuple[Tensor, ...]:
@@ -68,10 +71,8 @@ def join_rows(pieces: Sequence[Rows], backbone: TorchBackbone) -> tuple[Tensor, 
     for piece in pieces:
         tensors = piece.tensors
         if piece.position != at:
-            # Keys and values of one layer after the other: none of them keeps a state.
-            names = [
-                f"{kind}.{layer}" for layer in range(len(tensors) // 2) for kind in ("key", "value")
-            ]
+            # None of the layers keeps a state, but some may keep nothing.
+            names = row_names(backbone.facts.layers)
             tensors = tuple(
                 _turned(rows, backbone.row_positions.of_tensor(name), at - piece.position)
                 for name, rows in zip(names, tensors, strict=True)

@@ -95,7 +95,9 @@ def _receipt(session: Session, report: RunReport) -> dict[str, Any]:
             "held_out": len(examples.held_out),
             "left_out": dict(examples.left_out),
         },
-        "settings": settings.model_dump(mode="json", exclude={"data", "links_dir"}),
+        "settings": settings.model_dump(
+            mode="json", exclude={"data", "links_dir"}, exclude_none=True
+        ),
         "stages": {name: dict(figures) for name, figures in report.stages.items()},
         "processes": session.world.size,
         "device": session.world.device.type,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,7 +17,14 @@ from recmas_compiler.links.trained import ReceiptError, read_receipt
 from recmas_compiler.lowering.materialize import MaterializedLink
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.schema.sections import Section
-from recmas_compiler.spec.schema.train import MethodName, Stage
+from recmas_compiler.spec.schema.train import (
+    BIAS_HINT,
+    LINK_GROUPS,
+    MethodName,
+    OuterStageSection,
+    Stage,
+    no_bias,
+)
 from recmas_compiler.spec.spec import Spec
 from recmas_compiler.training.data.examples import Examples
 from recmas_compiler.training.data.hidden_state_cache import HiddenStates, cached_hidden_states
@@ -44,6 +51,7 @@ from recmas_compiler.training.receipt import RunReport, keep_links
 from recmas_compiler.training.session import Session, open_session
 from recmas_compiler.training.settings import TrainSettings
 from recmas_compiler.training.starts import started
+from recmas_compiler.training.tasks.additions import Additions
 from recmas_compiler.training.tasks.finetuning import (
     METHODS,
     SingleAgentTask,
@@ -58,10 +66,12 @@ from recmas_runtime.core.text import first_line
 from recmas_runtime.formats.ids import (
     canonical_link_name,
     inner_link_id,
+    is_inner,
     link_ends,
     link_file_name,
     outer_link_id,
 )
+from recmas_runtime.formats.link_kinds import FORMS, LinkKind
 
 LINKS: Final = "links"
 BASELINES: Final = "baselines.json"
@@ -198,11 +208,25 @@ def _check_learning(session: Session, stage: Stage) -> None:
         why = "no message is on its way to the answer"
     elif stage != "inner" and reached.isdisjoint(_learning(session)):
         why = "all links that the answer depends on are frozen"
+    elif stage != "inner" and (unfit := _without_offset(session)) is not None:
+        link_id, kind = unfit
+        place = session.spec.position("train", "outer", "center")
+        raise RecmasError(problem_at(place, "RM105", no_bias(link_id, kind), hint=BIAS_HINT))
     else:
         return
     message = f"the {'inner' if stage == 'inner' else 'outer'} stage has nothing to learn: {why}."
     place = session.spec.position("train", *setting)
     raise RecmasError(problem_at(place, "RM705", message, hint=hint))
+
+
+def _without_offset(session: Session) -> tuple[str, LinkKind] | None:
+    """Return a link that is to be centred and has no bias, with its kind."""
+    if not session.settings.section.outer.center:
+        return None
+    weights = session.system.link_weights
+    outer = [link for link in _learning(session) if link in session.system.links]
+    kinds = ((link, weights[link].kind) for link in outer)
+    return next(((link, k) for link, k in kinds if not FORMS[k, "outer"].has_biases), None)
 
 
 def _inner_stage(
@@ -305,6 +329,16 @@ def _outer_stage(session: Session, options: RunOptions, report: RunReport) -> No
         train=session.examples.train,
         held_out=session.examples.held_out[: settings.eval_records],
         batch_size=settings.outer.batch_size,
+        rates=_rates(settings.outer, learning),
+        additions=Additions(
+            session.graph,
+            settings.outer,
+            learning=learning,
+            train=session.examples.train,
+            seed=settings.seed,
+        )
+        if settings.outer.has_additions
+        else None,
     )
     result = _run_loop(session, task, settings.outer, options, report, place=OUTER)
     report.stages[OUTER] = {**result.figures, "shuffled": task.control_figures()}
@@ -365,7 +399,20 @@ def _learning(session: Session) -> tuple[str, ...]:
     outer, system = session.settings.section.outer, session.system
     frozen = {_link_id(name) for name in outer.freeze}
     inner = () if outer.freeze_inner else map(inner_link_id, system.agents)
-    return tuple(link_id for link_id in (*inner, *system.links) if link_id not in frozen)
+    learning = (link_id for link_id in (*inner, *system.links) if link_id not in frozen)
+    return tuple(link_id for link_id in learning if link_id in system.link_weights)
+
+
+def _rates(stage: OuterStageSection, learning: Collection[str]) -> dict[str, float]:
+    """Return the highest learning rate of every link that has one of its own."""
+    given = stage.rates or {}
+    by_link = {_link_id(name): rate for name, rate in given.items() if name not in LINK_GROUPS}
+    found: dict[str, float] = {}
+    for link_id in learning:
+        group = "inner" if is_inner(link_id) else "outer"
+        if link_id in by_link or group in given:
+            found[link_id] = by_link.get(link_id, given.get(group, 0.0))
+    return found
 
 
 def _link_id(name: str) -> str:

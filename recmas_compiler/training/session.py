@@ -134,6 +134,8 @@ class Session:
             return found if can_align(found) else None
 
         made = materialize_links(program, self.backbones, progress=self.progress, targets=target)
+        applied = self.system.link_weights  # of the others nothing is learned or kept
+        made = {link_id: link for link_id, link in made.items() if link_id in applied}
         for link_id, link in made.items():
             self.graph.link(link_id).load_state_dict(link.module.state_dict())
         return made

@@ -62,7 +62,7 @@ class TrainSettings:
             own: The stage's section, and that of the method if it is not links that learn.
         """
         values = self.section.model_dump(mode="json", exclude=set(_WITHOUT_EFFECT))
-        values["own"] = [section.model_dump(mode="json") for section in own]
+        values["own"] = [s.model_dump(mode="json", exclude_none=True) for s in own]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

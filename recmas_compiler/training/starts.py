@@ -33,7 +33,7 @@ Links = dict[str, MaterializedLink]
 
 class _Start(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
-    init: Literal["file", "aligned", "random"]
+    init: Literal["file", "aligned", "latentmas", "random"]
 
 
 class _Starts(msgspec.Struct, frozen=True, kw_only=True):

@@ -32,10 +32,9 @@ from recmas_runtime.formats.precisions import TOLERANCES
 
 # Rotated attention alone; sinks and windows in one layer; other windows. What has a decoder of its
 # own for the CPU comes first.
-FOR_CPU = ("llama",)
+FOR_CPU = ("llama", "gpt_oss")
 NAMES = (
     *FOR_CPU,
-    "gpt_oss",
     pytest.param("gemma3", marks=pytest.mark.families),
     pytest.param("mistral-all-slide", marks=pytest.mark.families),
 )

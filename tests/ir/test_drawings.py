@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, settings
 
-from kit.graphs import EXAMPLES, sequential, topology
+from kit.graphs import EXAMPLES, sequential, topology, with_forms
 from recmas_compiler.analysis.draw import (
     Box,
     Point,
@@ -20,6 +20,7 @@ from recmas_compiler.analysis.draw import (
 )
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.passes.pipeline import run_pipeline
+from recmas_runtime.formats.messages import MessageForm
 from test_scheduler import topologies
 
 
@@ -88,3 +89,18 @@ def crosses(box: Box, points: Iterator[Point]) -> bool:
         box.x + 0.5 < x < box.x + box.width - 0.5 and box.y + 0.5 < y < box.y + box.height - 0.5
         for x, y in points
     )
+
+
+def test_what_links_carry_is_drawn_where_it_is_not_thoughts() -> None:
+    graph = with_forms(
+        sequential(),
+        planner_critic=MessageForm(carries="cache", rows=("context",)),
+        solver_planner=MessageForm(carries="text", max_tokens=8),
+    )
+    mermaid = topology_mermaid(graph)
+    assert "a0 -->|cache| a1" in mermaid
+    assert "a1 --> a2" in mermaid
+    assert "a2 -.->|next round: text| a0" in mermaid
+    root = ElementTree.fromstring(topology_svg(graph))
+    labels = [t.text for t in root.findall(".//{*}text") if t.get("class") == "carried"]
+    assert sorted(labels) == ["cache", "text"]

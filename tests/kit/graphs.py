@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.ir.graph import Edge, Graph
@@ -10,6 +11,7 @@ from recmas_compiler.ir.ops import Agent, Backbone, BuildOptions, Level, Link, S
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.spec.document.places import UNKNOWN
 from recmas_runtime.formats.layers import LayerShape, StateShape, uniform_layers
+from recmas_runtime.formats.messages import MessageForm
 from recmas_runtime.formats.plan import PromptPart, SamplingPlan
 
 
@@ -132,6 +134,19 @@ def topology(
         system=system,
         nodes=dict(all_agents),
         edges=tuple(Edge(link.source, link.target, link) for link in all_links.values()),
+    )
+
+
+def with_forms(graph: Graph, **forms: MessageForm) -> Graph:
+    """Return a topology whose links carry something else; keys are `SOURCE_TARGET`."""
+    links = dict(graph.system.links)
+    for ends, form in forms.items():
+        link_id = ends.replace("_", "->")
+        weights = links[link_id].weights if form.has_vectors else None
+        links[link_id] = replace(links[link_id], form=form, weights=weights)
+    return graph.replaced(
+        system=replace(graph.system, links=links),
+        edges=tuple(Edge(link.source, link.target, link) for link in links.values()),
     )
 
 

@@ -1,7 +1,8 @@
 """The numeric oracle: a topology run the way its meaning is written down, and no faster.
 
-No passes, no cache, no plan: every latent step and every token recomputes the whole sequence.
-Prompts go through Hugging Face's own template and tokenizer. Nothing here is shared with the
+No passes, no cache, no plan: every latent step and every token recomputes the whole sequence, and
+so does a prompt behind rows of other agents. Prompts go through Hugging Face's own template and
+tokenizer. Nothing here is shared with the
 reference but the links and the weights: which message is seen, which prompt is used and when the
 rounds end is stated here once more, in the words of the specs.
 
@@ -10,20 +11,21 @@ Shape legend: T positions, M latent steps, D width of the agent, E width of a ta
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from kit.long_sequence import LongSequence, Piece
+from kit.naive_prompt import NaivePrompt, Record, naive_prompt
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import Agent, Level
+from recmas_compiler.ir.ops import Agent, Level, Link
 from recmas_compiler.lowering.reference import FinishReason, RecordResult, ReferenceResult, gather
-from recmas_runtime.formats.plan import PromptPart
 
-Record = Mapping[str, object]
+# What one record sends over a link: vectors [M, E], a text, or rows.
+Message = Tensor | str | tuple[Piece, ...]
 
 
 @torch.no_grad()
@@ -50,6 +52,21 @@ def run_naive(
     return gather([naive.run(record, max_new_tokens) for record in records])
 
 
+@dataclass(kw_only=True)
+class _Turn:
+    """What an agent has of a round: its prompt, behind rows of others, and what it made of it."""
+
+    agent: Agent
+    prompt: NaivePrompt
+    sequence: LongSequence
+    num_before: int
+    thoughts_MD: Tensor
+    # The prompt with thoughts behind it, but for the last one; with what was written behind it.
+    thinking: LongSequence
+    writing: LongSequence | None = None
+    text: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Naive:
     topology: Graph
@@ -62,7 +79,7 @@ class _Naive:
         needed = within_round.ancestors(system.answer_agent)
         required = self._required()
         thoughts: dict[str, Tensor] = {}
-        messages: dict[str, Tensor] = {}
+        messages: dict[str, Message] = {}
         converged_in: int | None = None
         for round_ in range(1, system.rounds + 1):
             if converged_in is not None and round_ < system.rounds:
@@ -71,28 +88,37 @@ class _Naive:
                 agent = system.agents[name]
                 if round_ == system.rounds and name not in needed:
                     continue  # the answer agent itself decodes below
-                if agent.latent_steps == 0:
+                links = [
+                    link
+                    for link in system.links.values()
+                    if link.source == name and self._is_sent(link)
+                ]
+                if agent.latent_steps == 0 and not links:
                     continue  # says nothing, and nobody else sees its state
-                embeds_TD = self._embed(agent, record, round_, messages, converged_in)
-                thoughts_MD = self._think(agent, embeds_TD)
-                thoughts[f"{name}@{round_}"] = thoughts_MD
-                for link in system.links.values():
-                    if link.source == name:
-                        inner, outer = self.links[f"{name}.inner"], self.links[link.id]
-                        messages[f"{link.id}@{round_}"] = outer(inner(thoughts_MD))
+                turn = self._turn(agent, record, round_, messages, converged_in)
+                if agent.latent_steps > 0:
+                    thoughts[f"{name}@{round_}"] = turn.thoughts_MD
+                for link in links:
+                    messages[f"{link.id}@{round_}"] = self._message(link, turn)
             if converged_in is None and self._has_converged(round_, messages, required):
                 converged_in = round_
         answerer = system.agents[system.answer_agent]
-        embeds_TD = self._embed(answerer, record, system.rounds, messages, converged_in)
-        ids, finish_reason = self._decode(answerer, embeds_TD, max_new_tokens)
+        prompt, before = self._prompt(answerer, record, system.rounds, messages, converged_in)
+        sequence = LongSequence.behind(before, prompt.embeds_TD)
+        ids, _, finish_reason = self._write(answerer, sequence, max_new_tokens)
         return RecordResult(
-            messages=messages,
+            messages={name: sent for name, sent in messages.items() if isinstance(sent, Tensor)},
+            handover_texts={name: sent for name, sent in messages.items() if isinstance(sent, str)},
             thoughts=thoughts,
             token_ids=ids,
             text=self._backbone(answerer).tokenizer.decode(ids, skip_special_tokens=True),
             finish_reason=finish_reason,
             rounds=system.rounds if converged_in is None else converged_in + 1,
         )
+
+    def _is_sent(self, link: Link) -> bool:
+        steps = self.topology.system.agents[link.source].latent_steps
+        return link.form.carries != "thoughts" or steps > 0
 
     def _required(self) -> set[str]:
         """Return `LINK@ROUND` of every message that the answer depends on, from its end back."""
@@ -107,29 +133,36 @@ class _Naive:
                 slots = system.agents[name].slots("first")
             for slot in slots:
                 message = f"{slot}->{name}@{sent_in[slot]}"
-                is_sent = sent_in[slot] >= 1 and system.agents[slot].latent_steps > 0
+                link = system.links[f"{slot}->{name}"]
+                is_sent = sent_in[slot] >= 1 and self._is_sent(link)
                 if is_sent and message not in required:
                     required.add(message)
                     turns.append((slot, sent_in[slot]))
         return required
 
     def _has_converged(
-        self, round_: int, messages: Mapping[str, Tensor], required: set[str]
+        self, round_: int, messages: Mapping[str, Message], required: set[str]
     ) -> bool:
-        """Tell whether the messages of a round are those of the round before, nearly."""
+        """Tell whether the thoughts of a round are those of the round before, nearly.
+
+        Of other messages there need not be equally many in both, nor are texts and rows compared.
+        """
         system = self.topology.system
         if system.stop_when is None or not 2 <= round_ < system.rounds:
             return False
+        awaited = [
+            link
+            for link in system.links.values()
+            if link.feedback and f"{link.id}@{system.rounds - 1}" in required
+        ]
+        if not all(f"{link.id}@{round_}" in required for link in awaited):
+            return False  # the last round could not follow this one
+        if all(link.form.carries != "thoughts" for link in awaited):
+            return False  # nothing that goes from round to round can be compared
         cosines: list[float] = []
         for link in system.links.values():
             now, before = f"{link.id}@{round_}", f"{link.id}@{round_ - 1}"
-            if (
-                link.feedback
-                and f"{link.id}@{system.rounds - 1}" in required
-                and now not in required
-            ):
-                return False  # the last round could not follow this one
-            if now in required and before in required:
+            if link.form.carries == "thoughts" and {now, before} <= required:
                 cosine_M = torch.cosine_similarity(messages[now], messages[before], dim=-1)
                 cosines.append(float(cosine_M.mean()))
         return bool(cosines) and min(cosines) >= system.stop_when.cosine
@@ -139,51 +172,74 @@ class _Naive:
         feedback = self.topology.system.links[f"{source}->{target}"].feedback
         return round_ - 1 if feedback else round_
 
-    def _embed(
+    def _turn(
         self,
         agent: Agent,
         record: Record,
         round_: int,
-        messages: Mapping[str, Tensor],
+        messages: Mapping[str, Message],
         converged_in: int | None,
-    ) -> Tensor:
-        """Return the prompt's input embeddings [T, D] with the messages of this round in place."""
-        backbone = self._backbone(agent)
+    ) -> _Turn:
+        """Run an agent in a round: its prompt, its thoughts and, behind the prompt, its text."""
+        prompt, before = self._prompt(agent, record, round_, messages, converged_in)
+        sequence = LongSequence.behind(before, prompt.embeds_TD)
+        thinking, thoughts_MD = self._think(agent, sequence)
+        turn = _Turn(
+            agent=agent,
+            prompt=prompt,
+            sequence=sequence,
+            num_before=len(sequence.members) - len(prompt.embeds_TD),
+            thoughts_MD=thoughts_MD,
+            thinking=thinking,
+        )
+        forms = [
+            link.form for link in self.topology.system.links.values() if link.source == agent.name
+        ]
+        most = {form.max_tokens for form in forms if form.max_tokens is not None}
+        if most:
+            ids, turn.writing, _ = self._write(agent, sequence, *most)
+            turn.text = self._backbone(agent).tokenizer.decode(ids, skip_special_tokens=True)
+        return turn
+
+    def _prompt(
+        self,
+        agent: Agent,
+        record: Record,
+        round_: int,
+        messages: Mapping[str, Message],
+        converged_in: int | None,
+    ) -> tuple[NaivePrompt, list[Piece]]:
+        """Return the prompt with the messages of this round in place, and the rows before it."""
         follows = converged_in if round_ == self.topology.system.rounds else None
         seen = {
-            slot: self._message(slot, agent, round_, messages, follows)
-            for slot in agent.slots("then")
+            slot: self._seen(slot, agent, round_, messages, follows) for slot in agent.slots("then")
         }
-        is_first = agent.first is not None and any(m is None for m in seen.values())
-        parts = agent.first if is_first and agent.first is not None else agent.then
-        system_text = "".join(_text(part, record) for part in agent.system)
-        user_text = "".join(_text(part, record) for part in parts)
-        chat = [{"role": "system", "content": system_text}] if system_text else []
-        rendered = backbone.tokenizer.apply_chat_template(
-            [*chat, {"role": "user", "content": user_text}],
-            tokenize=False,
-            add_generation_prompt=True,
-            **{"enable_thinking": False, **agent.chat_template},
+        variant = "first" if any(message is None for message in seen.values()) else "then"
+        slots = agent.slots(variant)
+        prompt = naive_prompt(
+            self._backbone(agent),
+            agent,
+            variant,
+            record,
+            {slot: sent for slot in slots if isinstance(sent := seen[slot], Tensor)},
+            {slot: sent for slot in slots if isinstance(sent := seen[slot], str)},
         )
-        pieces_TD: list[Tensor] = []
-        # Splitting at a pattern with one group gives text, slot, text, slot, ..., text.
-        for i, piece in enumerate(re.split(r"\[\[slot ([^\]]+)\]\]", rendered)):
-            if i % 2 == 0 and piece:
-                ids = backbone.tokenizer(piece, add_special_tokens=False).input_ids
-                pieces_TD.append(backbone.embed(torch.tensor(ids, dtype=torch.long)))
-            elif i % 2 == 1 and (message := seen.get(piece)) is not None:
-                pieces_TD.append(message)
-        return torch.cat(pieces_TD)
+        rows = [sent for slot in slots if isinstance(sent := seen[slot], tuple)]
+        pieces = [piece for sent in rows for piece in sent]
+        if pieces and pieces[0].first > 0:
+            # Rows that were computed behind others bring the first row of their sequence along.
+            pieces.insert(0, replace(pieces[0], first=0, last=1))
+        return prompt, pieces
 
-    def _message(
+    def _seen(
         self,
         source: str,
         agent: Agent,
         round_: int,
-        messages: Mapping[str, Tensor],
+        messages: Mapping[str, Message],
         follows: int | None,
-    ) -> Tensor | None:
-        """Return the message [M, E] that `agent` sees this round, None if there is none yet.
+    ) -> Message | None:
+        """Return the message that `agent` sees this round, None if there is none yet.
 
         `follows` is the round before this one where rounds were skipped.
         """
@@ -193,54 +249,87 @@ class _Naive:
             sent_in = follows
         if sent_in < 1:
             return None
-        if self.topology.system.agents[source].latent_steps == 0:
-            return torch.zeros(0, link.weights.out_dim)
+        if not self._is_sent(link):
+            return torch.zeros(0, self._backbone(agent).facts.width)
         return messages[f"{link.id}@{sent_in}"]
 
-    def _think(self, agent: Agent, embeds_TD: Tensor) -> Tensor:
-        """Roll out from a prompt; return the thoughts [M, D]."""
+    def _message(self, link: Link, turn: _Turn) -> Message:
+        """Return what an agent sends over a link after its turn."""
+        match link.form.carries:
+            case "thoughts":
+                states_ND = turn.thoughts_MD
+            case "context":
+                states_ND = self._context(link, turn)
+            case "written":
+                states_ND = self._states_behind(turn.writing, turn)
+            case "text":
+                return turn.text
+            case "cache":
+                assert link.form.layers is link.layer_share is None, "all layers see the same"
+                return tuple(self._rows(kind, turn) for kind in link.form.rows)
+        inner, outer = self.links[f"{link.source}.inner"], self.links[link.id]
+        message: Tensor = outer(inner(states_ND))
+        return message
+
+    def _context(self, link: Link, turn: _Turn) -> Tensor:
+        form, prompt = link.form, turn.prompt
+        places = prompt.text_positions if form.of is None else prompt.fields.get(form.of, ())
+        states_TD = turn.sequence.states(self._backbone(turn.agent))[turn.num_before :]
+        if form.pool:
+            count = min(turn.agent.latent_steps, len(places))
+            means = [
+                states_TD[list(places[i * len(places) // count : (i + 1) * len(places) // count])]
+                for i in range(count)
+            ]
+            return torch.stack([m.mean(dim=0) for m in means]) if means else states_TD[:0]
+        return states_TD[list(places[::-1][:: form.every][::-1])]
+
+    def _states_behind(self, sequence: LongSequence | None, turn: _Turn) -> Tensor:
+        assert sequence is not None, "the agent has written"
+        return sequence.states(self._backbone(turn.agent))[len(turn.sequence.members) :]
+
+    def _rows(self, kind: str, turn: _Turn) -> Piece:
+        end = len(turn.sequence.members)
+        match kind:
+            case "context":
+                last = turn.num_before + turn.prompt.num_turn
+                return Piece(sequence=turn.sequence, first=turn.num_before, last=last)
+            case "prompt":
+                return Piece(sequence=turn.sequence, first=turn.num_before, last=end)
+            case "thoughts":
+                sequence = turn.thinking
+            case _:
+                assert turn.writing is not None, "the agent has written"
+                sequence = turn.writing
+        return Piece(sequence=sequence, first=end, last=len(sequence.members))
+
+    def _think(self, agent: Agent, sequence: LongSequence) -> tuple[LongSequence, Tensor]:
+        """Roll out; return what went through the backbone so far, and the thoughts [M, D]."""
         inner = self.links[f"{agent.name}.inner"]
         thoughts_D: list[Tensor] = []
         for _ in range(agent.latent_steps):
-            h_D = self._last_hidden(agent, embeds_TD)
-            thoughts_D.append(h_D)
-            embeds_TD = torch.cat([embeds_TD, inner(h_D)[None]])
-        return torch.stack(thoughts_D)
+            if thoughts_D:
+                sequence = sequence.grown(inner(thoughts_D[-1])[None])
+            thoughts_D.append(self._last_hidden(agent, sequence))
+        return sequence, torch.stack(thoughts_D) if thoughts_D else sequence.embeds_ND[:0]
 
-    def _decode(
-        self, agent: Agent, embeds_TD: Tensor, max_new_tokens: int
-    ) -> tuple[list[int], FinishReason]:
+    def _write(
+        self, agent: Agent, sequence: LongSequence, max_new_tokens: int
+    ) -> tuple[list[int], LongSequence, FinishReason]:
+        """Write greedily; returns the tokens, what they stand behind with them, and the end."""
         backbone = self._backbone(agent)
         ids: list[int] = []
         while len(ids) < max_new_tokens:
-            chosen = int(backbone.logits(self._last_hidden(agent, embeds_TD)).argmax())
+            chosen = int(backbone.logits(self._last_hidden(agent, sequence)).argmax())
             if chosen in backbone.eos_token_ids:
-                return ids, "stop"
+                return ids, sequence, "stop"
             ids.append(chosen)
-            embeds_TD = torch.cat([embeds_TD, backbone.embed(torch.tensor([chosen]))])
-        return ids, "length"
+            sequence = sequence.grown(backbone.embed(torch.tensor([chosen])))
+        return ids, sequence, "length"
 
-    def _last_hidden(self, agent: Agent, embeds_TD: Tensor) -> Tensor:
-        """Run a whole sequence; return the hidden state [D] at its last position."""
-        out = self._backbone(agent).body(inputs_embeds=embeds_TD[None], use_cache=False)
-        hidden_D: Tensor = out.last_hidden_state[0, -1]
-        return hidden_D
+    def _last_hidden(self, agent: Agent, sequence: LongSequence) -> Tensor:
+        """Return the hidden state [D] at the last position."""
+        return sequence.states(self._backbone(agent))[-1]
 
     def _backbone(self, agent: Agent) -> TorchBackbone:
         return self.backbones[self.topology.system.backbones[agent.backbone].facts.identity]
-
-
-def _text(part: PromptPart, record: Record) -> str:
-    match part.kind:
-        case "text":
-            return part.value
-        case "field":
-            name, bracket, index = part.value.partition("[")
-            value = record[name]
-            if bracket:  # one fact of several
-                return str(value[int(index[:-1])])  # type: ignore[index]
-            if isinstance(value, list | tuple):  # the choices of a question
-                return "\n".join(f"{chr(ord('A') + i)}. {item}" for i, item in enumerate(value))
-            return str(value)
-        case "slot":
-            return f"[[slot {part.value}]]"

@@ -16,9 +16,11 @@ from kit.graphs import topology
 from kit.systems import declare, random_links
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
+from recmas_compiler.ir.ops import Link
 from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.lowering.training_graph.graph import TrainingGraph
 from recmas_compiler.passes.pipeline import run_pipeline
+from recmas_runtime.formats.messages import MessageForm
 
 # Two agents on tiny backbones; `write_case` writes it with data beside it.
 SPEC = """\
@@ -141,6 +143,18 @@ def examples(graph: Graph) -> list[TrainExample]:
 def on_one(name: str, backbone: TorchBackbone, **changes: object) -> Graph:
     """Return a topology whose agents all have one backbone."""
     return TOPOLOGIES[name](**{"steps": STEPS, "backbones": [declare("tiny", backbone)], **changes})
+
+
+def carrying(graph: Graph, forms: Mapping[str, MessageForm]) -> Graph:
+    """Return a topology whose links of these ids carry something else."""
+
+    def changed_link(link: Link) -> Link:
+        form = forms.get(link.id, link.form)
+        return replace(link, form=form, weights=link.weights if form.has_vectors else None)
+
+    links = {link_id: changed_link(link) for link_id, link in graph.system.links.items()}
+    edges = tuple(replace(edge, op=links[edge.op.id]) for edge in graph.edges())
+    return graph.replaced(system=replace(graph.system, links=links), edges=edges)
 
 
 def changed_agents(graph: Graph, **changes: object) -> Graph:

@@ -28,11 +28,15 @@ def layer_norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> np.ndarray
     return centred / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5) * scale + bias
 
 
+def rms_norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-5) * scale
+
+
 def unified(x: np.ndarray, o: Mapping[str, np.ndarray]) -> np.ndarray:
     """The unified form, as the engines compute it."""
     normed = np.where(o["pre_norm"], layer_norm(x, o["pre_scale"], o["pre_bias"]), x)
     y = x @ o["w3"] + gelu(normed @ o["w1"] + o["b1"]) @ o["w2"] + o["bias"]
-    return np.where(o["post_norm"], layer_norm(y, o["post_scale"], o["post_bias"]), y)
+    return np.where(o["post_norm"], rms_norm(y, o["post_scale"]) + o["post_bias"], y)
 
 
 def declared(x: np.ndarray, kind: str, role: str, w: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -57,6 +61,9 @@ def declared(x: np.ndarray, kind: str, role: str, w: Mapping[str, np.ndarray]) -
         case "projected", _:
             pre = "pre_ln" if role == "inner" else "ln_source"
             return linear("residual_proj", x) + linear("proj2", gelu(linear("proj1", norm(pre, x))))
+        case "rescaled", _:
+            y = linear("residual_proj", x) + linear("proj2", gelu(linear("proj1", x)))
+            return rms_norm(y, w["post_rms.weight" if role == "inner" else "rms_target.weight"])
     raise AssertionError
 
 

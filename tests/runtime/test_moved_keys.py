@@ -69,6 +69,11 @@ LINKS: dict[str, tuple[dict[str, MessageForm], set[str]]] = {
     "in a ring": ({"a->b": CONTEXT, "b->a": CONTEXT}, {"a->b", "b->a"}),
     "a sender that takes vectors": ({"a->b": THOUGHTS, "b->c": CONTEXT}, set()),
     "thoughts, which lie behind the prompt": ({"a->c": cache("thoughts")}, {"a->c"}),
+    "a whole turn": ({"a->c": cache("prompt", "thoughts")}, set()),
+    "whole turns of two": (
+        {"a->c": cache("prompt"), "b->c": cache("prompt", "written")},
+        {"a->c", "b->c"},
+    ),
     "text behind the generation prompt": ({"a->c": cache("context", "written")}, {"a->c"}),
 }
 

@@ -65,7 +65,8 @@ def test_context_is_the_text_without_slots_and_opening() -> None:
         "<|user|>Read  and why<|end|>"
     )
     assert prompt.num_closing == len("answer:")
-    assert prompt.num_turn_positions(slots) == prompt.num_positions(slots) - len("answer:")
+    assert prompt.num_rows("context", slots) == prompt.num_positions(slots) - len("answer:")
+    assert prompt.num_rows("prompt", slots) == prompt.num_positions(slots)
 
 
 @pytest.mark.parametrize(

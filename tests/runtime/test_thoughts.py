@@ -140,12 +140,19 @@ def test_records_without_thoughts_are_counted(
     assert json.loads(printed(capsys, traced, "--json"))["data"]["records_without_thoughts"] == 1
 
 
-def test_a_system_that_writes_has_no_thoughts(
+def test_of_a_system_that_writes_the_texts_are_printed(
     hand_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["run", str(hand_bundle), "4", "--baseline", "text", "--quiet"]
     assert main([*command, "--trace", str(tmp_path / "t"), "--thoughts", "2"]) == 0
-    assert printed(capsys, tmp_path / "t") == "record 1: no agent thought or sent vectors\n"
+    line = json.loads((tmp_path / "t" / RECORDS_NAME).read_text())
+    written = [(s["agents"], s["round"], s["texts"]) for s in line["steps"] if s["op"] == "write"]
+    assert written
+    expected = "record 1\n"
+    for (agent,), round_, (text,) in written:
+        wrote = json.dumps(text, ensure_ascii=False)
+        expected += f"\n{agent}, round {round_}\nwrote {wrote}\n"
+    assert printed(capsys, tmp_path / "t") == expected
 
 
 def test_a_trace_of_ones_own_may_ask_for_readings(hand_bundle: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
@@ -20,6 +20,7 @@ from recmas_compiler.spec.schema.json_schema import (
     with_tables,
 )
 from recmas_compiler.spec.spec import load_spec, parse_spec
+from recmas_runtime.formats.messages import Carries
 from test_malformed_specs import CASES
 
 SPECS = Path(__file__).parents[2] / "specs"
@@ -98,6 +99,38 @@ def test_specs_of_the_readme_are_sound() -> None:
     assert parse_spec(more + others).document.agents["planner"].backbone == "small"
 
 
+MESSAGES = """\
+recmas: 1
+name: messages
+rounds: 2
+backbones: {smol: {source: ./smol}}
+agents:
+  reader:
+    backbone: smol
+    prompt:
+      first: Read {{ passage }}
+      then: Read {{ passage }} {{ latent.solver }}
+  critic: {backbone: smol, prompt: "Judge {{ question }}"}
+  scribe: {backbone: smol, prompt: "Note {{ question }}"}
+  judge: {backbone: smol, prompt: "Rate {{ question }}"}
+  memory: {backbone: smol, prompt: "Recall {{ question }}"}
+  solver:
+    backbone: smol
+    prompt: >-
+      {{ latent.memory }} {{ question }} {{ latent.reader }} {{ latent.critic }}
+      {{ latent.scribe }} {{ latent.judge }}
+"""
+
+
+def test_messages_of_the_readme_are_sound() -> None:
+    blocks = (SPECS / "README.md").read_text().split("```yaml\n")[1:]
+    (links,) = [block.split("```")[0] for block in blocks if block.startswith("links:")]
+    spec = parse_spec(f"{MESSAGES}{links}answer: {{agent: solver}}\n")
+    assert spec.warnings == ()
+    carried = {link.carries for link in spec.document.links.values()}
+    assert carried == set(get_args(Carries))
+
+
 @pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_ready_spec_is_sound(path: Path) -> None:
     text = path.read_text()
@@ -115,8 +148,7 @@ def test_the_demo() -> None:
     assert (len(document.agents), document.rounds, document.latent_steps) == (3, 3, 16)
     assert document.answer.max_new_tokens == 128
     assert spec.warnings == ()
-    forms = [agent.inner for agent in document.agents.values()] + list(document.links.values())
-    assert {(form.kind, form.init) for form in forms} == {("projected", "aligned")}
+    assert {link.carries for link in document.links.values()} == {"cache"}, "of use untrained"
 
 
 def test_checking_imports_no_framework() -> None:

@@ -8,7 +8,12 @@ import pytest
 
 from kit.specs import CHAIN
 from recmas_compiler.spec.patterns.layouts import ROLES, TASKS
-from recmas_compiler.spec.patterns.starter_specs import STARTERS, TASK_NAMES, starter_spec
+from recmas_compiler.spec.patterns.starter_specs import (
+    STARTERS,
+    TASK_NAMES,
+    VARIANTS,
+    starter_spec,
+)
 from recmas_compiler.spec.spec import Spec, parse_spec
 from recmas_runtime.core.errors import RecmasError
 
@@ -97,6 +102,34 @@ def test_links_of_every_pattern() -> None:
     assert links("deliberation") == {"reflector -> caller", "~caller -> reflector"}
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_rows_of_caches_come_before_prompts(pattern: str) -> None:
+    written = f"{{{PATTERNS[pattern]}, carries: cache}}"
+    spec = parse_spec(CHAIN.replace("{sequential: [planner, critic, solver]}", written))
+    assert spec.warnings == ()
+    assert {link.carries for link in spec.document.links.values()} == {"cache"}
+    for name, agent in spec.document.agents.items():
+        slots, _, asked = agent.prompt.then.partition("\n")
+        senders = [ends for ends in spec.document.links if ends.endswith(f" -> {name}")]
+        if senders:
+            assert slots == " ".join(f"{{{{ latent.{ends.split(' ')[0]} }}}}" for ends in senders)
+            assert agent.prompt.first in (None, asked)
+
+
+def test_whoever_reads_rows_reads_those_before_them() -> None:
+    spec = parse_spec(CHAIN.replace("critic, solver]", "critic, solver], carries: cache"))
+    assert [name for name, link in spec.document.links.items() if not link.feedback] == [
+        "planner -> critic",
+        "planner -> solver",
+        "critic -> solver",
+    ]
+    own = parse_spec(
+        CHAIN.replace("critic, solver]", "critic, solver], carries: cache")
+        + "links: {critic -> solver: {carries: text}}\n"
+    )
+    assert own.document.links["critic -> solver"].carries == "text"
+
+
 def test_task_stands_beside_any_pattern() -> None:
     before = "{task: math, sequential: [planner, critic, solver]}"
     text = CHAIN.replace("{sequential: [planner, critic, solver]}", before)
@@ -164,8 +197,8 @@ def test_starters_take_a_task(name: str, task: str) -> None:
         with pytest.raises(RecmasError, match=r"RM118.*takes no task"):
             starter_spec(name, task=task)
         return
-    if name == "split":
-        with pytest.raises(RecmasError, match=r"RM118.*`split` has no task"):
+    if name in VARIANTS:
+        with pytest.raises(RecmasError, match=rf"RM118.*`{name}` has no task"):
             starter_spec(name, task=task)
         return
     text = starter_spec(name, task=task)

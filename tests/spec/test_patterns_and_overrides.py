@@ -11,6 +11,7 @@ from recmas_compiler.spec.patterns.starter_data import split_records
 from recmas_compiler.spec.patterns.starter_specs import STARTERS, starter_files, starter_spec
 from recmas_compiler.spec.spec import Spec, parse_spec
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.formats.messages import MessageForm
 from recmas_runtime.prompts.render import field_text
 
 
@@ -86,7 +87,7 @@ def test_starters_are_sound(name: str) -> None:
     assert parse_spec(text).warnings == ()
 
 
-@pytest.mark.parametrize("name", STARTERS)
+@pytest.mark.parametrize("name", [name for name in STARTERS if name != "latentmas"])
 def test_starters_train_on_records_that_fit(name: str) -> None:
     spec = parse_spec(starter_spec(name, train=True))
     assert spec.warnings == ()
@@ -108,6 +109,30 @@ def test_starters_train_on_records_that_fit(name: str) -> None:
     assert len(set(ids)) == len(ids)
     known = {record["question"] for record in learned}
     assert not [record for record in asked if record["question"] in known]
+
+
+def test_every_agent_of_latentmas_has_what_all_before_it_have() -> None:
+    spec = parse_spec(starter_spec("latentmas"))
+    assert starter_spec("latentmas") == starter_spec("latentmas", task="sequential")
+    agents = list(spec.document.agents)
+    assert spec.declared.links.keys() == {
+        (before, agent) for i, agent in enumerate(agents) for before in agents[:i]
+    }
+    for i, agent in enumerate(agents):
+        assert [slot.agent for slot in spec.declared.prompts[agent].then.slots] == agents[:i]
+    beside = parse_spec(starter_spec("latentmas", task="hierarchical"))
+    assert beside.warnings == ()
+    *experts, summarizer = beside.document.agents
+    assert beside.declared.links.keys() == {(expert, summarizer) for expert in experts}
+    for each in (spec, beside):
+        forms = {link.form for link in each.document.links.values()}
+        assert forms == {MessageForm(carries="cache", rows=("prompt", "thoughts"))}
+        assert each.document.agents[agents[0] if each is spec else experts[0]].inner.init == (
+            "latentmas"
+        )
+    with pytest.raises(RecmasError, match=r"RM118.*nothing of `latentmas` is trained"):
+        starter_spec("latentmas", train=True)
+    assert starter_files("latentmas", train=False) == {}
 
 
 def test_each_task_of_split_has_prompts_that_its_records_fill() -> None:

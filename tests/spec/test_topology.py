@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -143,7 +144,7 @@ WITH_FILE = PAIR.replace(
 )
 
 
-@pytest.mark.parametrize("kind", ["projected", "residual", "ln_residual", "biased_residual"])
+@pytest.mark.parametrize("kind", get_args(LinkKind))
 @pytest.mark.parametrize("said", [True, False])
 def test_link_files(kind: LinkKind, said: bool, tmp_path: Path) -> None:
     says = {"kind": kind, "in_dim": "32", "out_dim": "32"} if said else None
@@ -383,5 +384,5 @@ def test_layers_that_cannot_have_rows_are_refused(
     with pytest.raises(RecmasError) as caught:
         to_layers(layers, tmp_path, target=target)
     (problem,) = caught.value.problems
-    assert (problem.code, problem.line, problem.column) == (code, 9, 38)
+    assert (problem.code, problem.line, problem.column) == (code, 9, 46)
     assert problem.message.startswith(message)

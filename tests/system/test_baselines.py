@@ -24,6 +24,8 @@ QUESTIONS = [
     "x",
 ]
 RECORDS = [rt.Record(id=str(i), fields={"question": q}, index=i) for i, q in enumerate(QUESTIONS)]
+# Over a whole set; and for other bundles, in test_latentmas.py.
+OF_OTHER_TESTS = ("shuffled", "mean", "latentmas")
 ANSWER_TOKENS = 12  # of every spec in kit.specs
 
 # Prompts with lines of every kind: text alone, a slot alone, a slot in text, a slot beside a field.
@@ -209,7 +211,7 @@ def test_mixture_of_agents_is_layers_of_plain_generation(
         )
 
 
-@pytest.mark.parametrize("name", [n for n in BASELINES if n not in ("shuffled", "mean")])
+@pytest.mark.parametrize("name", [n for n in BASELINES if n not in OF_OTHER_TESTS])
 @pytest.mark.parametrize("spec", ["mixture", "heterogeneous"])
 @pytest.mark.parametrize(
     "sampling",
@@ -287,6 +289,7 @@ def test_the_limit_of_text_is_half_of_the_positions(build_tiny: BuildTiny) -> No
         ("single@5", "'single@5': only text and moa take a limit of tokens"),
         ("untrained-links", "there is no baseline 'untrained-links'"),
         ("moa", "moa: there is no agent besides the answer agent"),
+        ("latentmas", "latentmas: there is no agent besides the answer agent"),
     ],
 )
 def test_baselines_that_cannot_be(build_tiny: BuildTiny, name: str, told: str) -> None:
@@ -295,7 +298,10 @@ def test_baselines_that_cannot_be(build_tiny: BuildTiny, name: str, told: str) -
         system.baseline(name)
     (problem,) = caught.value.problems
     assert (problem.code, problem.message) == ("RM508", told)
-    assert "latent, single, all-context, text, moa, null, shuffled, mean, text@N" in problem.hint
+    assert (
+        "latent, single, all-context, text, moa, latentmas, null, shuffled, mean, text@N"
+        in problem.hint
+    )
 
 
 def test_all_context_is_the_answer_agent_with_every_field(

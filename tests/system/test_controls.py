@@ -15,7 +15,7 @@ from kit.specs import SPECS
 from naive_texts import EMPTY, NaiveTexts
 from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.running.controls import exchange
-from recmas_runtime.running.scoring import Scores
+from recmas_runtime.running.scoring import Scores, read_candidates
 from recmas_runtime.running.system import System
 
 QUESTIONS = ["What is 7 * 8?", "Anna has three plans and an orange.", "Hm?", "How long?", "x"]
@@ -166,8 +166,84 @@ def test_text_that_is_handed_over_has_no_mean(build_tiny: BuildTiny) -> None:
 
 def test_candidates_that_cannot_be_read(build_tiny: BuildTiny) -> None:
     system = build_tiny(SPECS["loop"]).system
-    found = system.score_batch(["a", "b"], [["x", " "], ["x", "y " * 2000]])
-    problems = [one.problems[0] for one in found if isinstance(one, rt.RecmasError)]
-    assert [problem.code for problem in problems] == ["RM500", "RM501"]
-    assert "the candidate '' is empty" in problems[0].message
-    assert "a candidate of" in problems[1].message
+    asked = [["x", " "], ["x", "y " * 2000], ["x", "y", "x"], [], ["x"]]
+    *refused, scored = system.score_batch(["a", "b", "c", "d", "e"], asked)
+    assert isinstance(scored, Scores)
+    problems = [one.problems[0] for one in refused if isinstance(one, rt.RecmasError)]
+    assert [problem.code for problem in problems] == ["RM500", "RM501", "RM500", "RM500"]
+    for problem, told in zip(
+        problems,
+        ["candidate ' ' is empty", "a candidate of", "'x' is there twice", "no candidates"],
+        strict=True,
+    ):
+        assert told in problem.message
+
+
+def test_a_space_is_put_before_candidates_in_the_middle_of_a_line(build_tiny: BuildTiny) -> None:
+    tokenizer = build_tiny(SPECS["loop"]).system._answer_chat.tokenizer
+    record = RECORDS[0]
+
+    def read(before: tuple[int, ...]) -> tuple[int, ...]:
+        found = read_candidates([" x y\n"], before, tokenizer, record=record, num_rows=10**6)
+        return found[" x y\n"]
+
+    with_space, without = (tokenizer.encode_piece(t, continues=True) for t in (" x y", "x y"))
+    assert with_space != without
+    assert read(tokenizer.encode_piece("Answer:")) == with_space
+    assert read(tokenizer.encode_piece("Answer:\n")) == without
+    assert (
+        read((*tokenizer.encode_piece("Answer:"), next(iter(tokenizer.special_texts)))) == without
+    )
+    assert read(()) == without
+
+
+SPLIT = """
+recmas: 1
+name: split
+latent_steps: 3
+backbones: {{tiny: {{source: llama}}}}
+agents:
+  reader: {{backbone: tiny, inner: {{init: random}}, prompt: "Read: {{{{ context }}}}"}}
+  solver:
+    {{backbone: tiny, inner: {{init: random}}, prompt: "{{{{ latent.reader }}}}{{{{ question }}}}"}}
+links:
+  reader -> solver: {link}
+answer: {{agent: solver, max_new_tokens: 12}}
+build: {{max_prompt_tokens: 384, max_batch: 8}}
+"""
+LINKS = {
+    "thoughts": "{init: random}",
+    "context": "{init: random, carries: context}",
+    "text": "{carries: text, max_tokens: 5}",
+    "cache": "{carries: cache}",
+}
+
+
+@pytest.mark.parametrize("carries", LINKS)
+def test_shuffled_is_the_question_with_another_records_passage(
+    build_tiny: BuildTiny, carries: str
+) -> None:
+    """Whatever a message is, and however long."""
+    system = build_tiny(SPLIT.format(link=LINKS[carries])).system
+    passages = ["an orange is red", "x", "three plans and a long train to Rome"]
+    asked = [
+        rt.Record(id=str(i), fields={"context": c, "question": f"What {i}?"}, index=i)
+        for i, c in enumerate(passages)
+    ]
+    shuffled = system.baseline("shuffled").over(asked, answers=[["a"], ["b"], ["c"]])
+    texts = [["an orange", "x"]] * 3
+    found = shuffled.score_batch(asked, texts)
+    assert shuffled.covered is not None
+    spliced = [
+        {**one.fields, "context": shuffled.covered.sender(one).fields["context"]} for one in asked
+    ]
+    expected = system.score_batch(spliced, texts)
+    for one, other in zip(found, expected, strict=True):
+        assert isinstance(one, Scores)
+        assert isinstance(other, Scores)
+        assert one.losses == pytest.approx(other.losses, rel=TOLERANCES["text_loss_relative"])
+    if carries in ("text", "cache"):
+        with pytest.raises(rt.RecmasError, match=rf"RM508.*carries {carries}, which has no mean"):
+            system.baseline("mean")
+    else:
+        assert all(isinstance(s, Scores) for s in system.baseline("mean").score_batch(asked, texts))

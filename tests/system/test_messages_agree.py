@@ -1,22 +1,22 @@
-"""Every kind of message over several families at once: engines and reference agree."""
+"""Every kind of message: engines, reference and the naive form agree."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 
-from kit.bundles import BuildTiny, tiny_builder
+from kit.bundles import BuildTiny, Built, tiny_builder
 from kit.files import MadeOnce
 from kit.models import write_tiny_backbone
 from kit.traced import assert_messages_agree, run_traced
-from recmas_compiler.lowering.choose_layers import score_layers
-from recmas_compiler.lowering.named_layers import best_layers
-from recmas_compiler.lowering.reference import load_backbones
-from recmas_export.replan import Replanner
-from recmas_runtime.core.progress import Silent
+from kit.zoo import write_zoo_model
+from recmas_runtime.cli.inspect import bundle_text, form_text
+from recmas_runtime.cli.thoughts import handover_texts
 from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.running.run_trace import RECORDS_NAME
 
 HEAD = """
 recmas: 1
@@ -87,32 +87,134 @@ links:
 answer: {{agent: loop, max_new_tokens: 10}}
 """
 
-# Rows of two links that other layers see, of one those that the build chooses; the receiver thinks
-# and writes behind them.
-LAYERS = f"""{HEAD}
+# Two who write as one batch, of whom one takes rows itself from the second round on; the solver has
+# rows of both before its prompt, in windows of eight.
+SENDERS = f"""{HEAD}
+backbones: {{third: {{source: gemma3}}}}
+rounds: 3
+agents:
+  left:
+    backbone: third
+    inner: {{init: random}}
+    prompt:
+      first: "Left {{{{ question }}}}"
+      then: "{{{{ latent.solver }}}} Left {{{{ question }}}}"
+  right:
+    backbone: third
+    inner: {{init: random}}
+    system: "Read {{{{ context }}}}"
+    prompt:
+      first: "Right {{{{ question }}}}"
+      then: "Right {{{{ question }}}} {{{{ latent.solver }}}}"
+  solver:
+    backbone: third
+    latent_steps: 2
+    inner: {{init: random}}
+    prompt: "{{{{ latent.right }}}}{{{{ latent.left }}}} Then {{{{ question }}}}"
+links:
+  left -> solver: {{carries: cache, rows: [context, written], max_tokens: 5}}
+  right -> solver: {{carries: cache, rows: written, max_tokens: 5}}
+  solver -> left: {{carries: cache, feedback: true}}
+  solver -> right: {{carries: context, pool: true, feedback: true, init: random}}
+answer: {{agent: solver, max_new_tokens: 10}}
+"""
+
+# Nothing but rows; nobody thinks, so no state of a latent step is ever there.
+ONLY_ROWS = f"""{HEAD.replace("latent_steps: 3", "latent_steps: 0")}
 backbones: {{small: {{source: llama}}}}
 rounds: 2
 agents:
-  left:
+  reader: {{backbone: small, prompt: "Read {{{{ context }}}}"}}
+  judge:
+    backbone: small
+    prompt:
+      first: "{{{{ latent.reader }}}} Judge {{{{ question }}}}"
+      then: "{{{{ latent.reader }}}} {{{{ latent.solver }}}} Judge {{{{ question }}}}"
+  solver: {{backbone: small, prompt: "{{{{ latent.judge }}}} Solve {{{{ question }}}}"}}
+links:
+  reader -> judge: {{carries: cache}}
+  judge -> solver: {{carries: cache}}
+  solver -> judge: {{carries: cache, feedback: true}}
+answer: {{agent: solver, max_new_tokens: 10}}
+"""
+
+# A recursion that ends early, with rows, texts and contexts beside the thoughts that decide it.
+EARLY = f"""{HEAD}
+backbones: {{small: {{source: llama}}}}
+rounds: 5
+agents:
+  reader:
     backbone: small
     inner: {{init: random}}
     prompt:
-      first: "Left {{{{ context }}}}"
-      then: "Left {{{{ context }}}} {{{{ latent.solver }}}}"
+      first: "Read {{{{ context }}}}"
+      then: "{{{{ latent.solver }}}} Read {{{{ context }}}} {{{{ latent.judge }}}}"
+  judge:
+    backbone: small
+    inner: {{init: random}}
+    prompt:
+      first: "Judge {{{{ question }}}} {{{{ latent.reader }}}}"
+      then: "Judge {{{{ question }}}} {{{{ latent.reader }}}} {{{{ latent.judge }}}}"
   solver:
     backbone: small
     inner: {{init: random}}
     prompt:
-      first: "{{{{ latent.left }}}} {{{{ question }}}}"
-      then: "{{{{ latent.left }}}} {{{{ latent.solver }}}} {{{{ question }}}}"
+      first: "{{{{ question }}}} {{{{ latent.judge }}}}"
+      then: "{{{{ question }}}} {{{{ latent.judge }}}} {{{{ latent.solver }}}}"
 links:
-  left -> solver: {{carries: cache, layers: 0.4}}
-  solver -> solver: {{carries: cache, rows: [context, thoughts], layers: [0, 2], feedback: true}}
-  solver -> left: {{carries: written, max_tokens: 4, feedback: true, init: random}}
-answer: {{agent: solver, max_new_tokens: 10}}
+  reader -> judge: {{carries: text, max_tokens: 5}}
+  judge -> solver: {{carries: written, max_tokens: 5, init: random}}
+  judge -> judge: {{carries: context, every: 4, init: random, feedback: true}}
+  judge -> reader: {{carries: text, max_tokens: 5, feedback: true}}
+  solver -> reader: {{carries: cache, feedback: true}}
+  solver -> solver: {{init: random, feedback: true}}
+answer: {{agent: solver, max_new_tokens: 10, stop_when: {{cosine: 0.9}}}}
 """
 
-SPECS = {"every kind": EVERY_KIND, "rows": ROWS, "layers": LAYERS}
+# Layers that keep a state cannot go back: two that write as one batch run their prompts again.
+STATES = f"""{HEAD}
+backbones:
+  state: {{source: state}}
+  small: {{source: llama}}
+rounds: 2
+agents:
+  reader:
+    backbone: state
+    inner: {{init: random}}
+    prompt:
+      first: "Read {{{{ context }}}} for {{{{ question }}}}"
+      then: "Read {{{{ context }}}} for {{{{ question }}}} {{{{ latent.solver }}}}"
+  scribe:
+    backbone: state
+    inner: {{init: random}}
+    prompt: "Write of {{{{ question }}}}"
+  solver:
+    backbone: small
+    inner: {{init: random}}
+    prompt: "{{{{ question }}}} {{{{ latent.reader }}}} and {{{{ latent.scribe }}}}"
+  keeper:
+    backbone: small
+    inner: {{init: random}}
+    prompt: |-
+      {{{{ latent.solver }}}} {{{{ question }}}} {{{{ latent.reader }}}} {{{{ latent.scribe }}}}
+links:
+  reader -> solver: {{carries: context, of: context, init: random}}
+  scribe -> solver: {{carries: written, max_tokens: 5, init: random}}
+  reader -> keeper: {{carries: text, max_tokens: 5}}
+  scribe -> keeper: {{init: random}}
+  solver -> keeper: {{carries: cache, rows: thoughts}}
+  solver -> reader: {{carries: written, max_tokens: 4, init: random, feedback: true}}
+answer: {{agent: keeper, max_new_tokens: 10}}
+"""
+
+SPECS = {
+    "every kind": EVERY_KIND,
+    "rows": ROWS,
+    "senders of rows": SENDERS,
+    "only rows": ONLY_ROWS,
+    "an early end": EARLY,
+    "layer states": STATES,
+}
 CONTEXTS = ("Seven times eight is 56.", "", "Anna reads. " * 6, "x y")
 QUESTIONS = ("What is 7 * 8?", "x", "Which plan is best, and why?", "Hm?")
 RECORDS = [
@@ -121,40 +223,70 @@ RECORDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def build_mixed(made_once: MadeOnce, tmp_path_factory: pytest.TempPathFactory) -> BuildTiny:
-    """Build a spec over `llama`, `qwen3` and `gemma3` of widths 64, 48 and 32; once per text."""
-    folder = tmp_path_factory.mktemp("mixed")
-    for seed, (family, width) in enumerate((("llama", 64), ("qwen3", 48), ("gemma3", 32))):
-        write_tiny_backbone(folder / family, family, seed=seed, hidden_size=width)
-    return tiny_builder(folder, made_once, lambda: tmp_path_factory.mktemp("bundles") / "bundle")
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, families: Path) -> Path:
+    """A folder with the tiny families, and `state` of gated DeltaNet."""
+    root = tmp_path_factory.mktemp("messages")
+    write_zoo_model(root / "state", "qwen3_5_text")
+    for family in families.iterdir():
+        (root / family.name).symlink_to(family)
+    return root
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_engines_and_reference_agree(name: str, build_mixed: BuildTiny, tmp_path: Path) -> None:
-    built = build_mixed(SPECS[name])
-    single, messages = run_traced(built.system, tmp_path / "one", RECORDS, batch=1)
-    ragged, _ = run_traced(built.system, tmp_path / "many", RECORDS, batch=len(RECORDS))
-    reference = built.reference(RECORDS)
+def test_engines_and_reference_agree(
+    name: str, build_tiny: BuildTiny, folder: Path, tmp_path: Path
+) -> None:
+    built = build_tiny(SPECS[name], base_dir=folder)
+    rounds = assert_all_forms_agree(built, tmp_path)
+    assert (min(rounds) < built.system.plan.rounds) == (name == "an early end")
+    shown = bundle_text(open_bundle(built.bundle))
+    assert all(form_text(link) in shown for link in built.system.plan.links.values())
+
+
+@pytest.mark.families
+def test_backbones_of_different_widths(
+    made_once: MadeOnce, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    folder = tmp_path_factory.mktemp("mixed")
+    for seed, (family, width) in enumerate((("llama", 64), ("qwen3", 48), ("gemma3", 32))):
+        write_tiny_backbone(folder / family, family, seed=seed, hidden_size=width)
+    build = tiny_builder(folder, made_once, lambda: tmp_path_factory.mktemp("bundles") / "bundle")
+    assert_all_forms_agree(build(EVERY_KIND), tmp_path)
+
+
+def assert_all_forms_agree(built: Built, folder: Path) -> list[int]:
+    """Compare engines, one by one and together, with both other forms; returns rounds."""
+    single, messages = run_traced(built.system, folder / "one", RECORDS, batch=1)
+    ragged, others = run_traced(built.system, folder / "many", RECORDS, batch=len(RECORDS))
+    reference, naive = built.reference(RECORDS), built.naive(RECORDS)
     texts = [answer.answer for answer in single]
     assert texts == [answer.answer for answer in ragged]
-    assert texts == reference.texts
     assert [a.usage for a in single] == [a.usage for a in ragged]
-    assert_messages_agree(messages, reference)
+    assert len(set(texts)) > 1, "texts that prove nothing"
+    for result in (reference, naive):
+        assert texts == result.texts
+        assert [answer.rounds for answer in single] == result.rounds
+        assert_messages_agree(messages, result)
+        assert_messages_agree(others, result)
+    for found, expected in zip(reference.handover_texts, naive.handover_texts, strict=True):
+        assert found == {name: expected[name] for name in found}
+    alone, together = read_trace(folder / "one"), read_trace(folder / "many")
+    for line, found in zip(alone, reference.handover_texts, strict=True):
+        texts = handover_texts(line)
+        for message, text in found.items():
+            link, _, round_ = message.partition("@")
+            assert texts[int(round_), link.partition("->")[0]] == text
+    assert [handover_texts(line) for line in alone] == [handover_texts(line) for line in together]
+    hands = any(link.carries == "cache" for link in built.system.plan.links.values())
+    assert all(bool(rows_of(line)) == hands for line in (*alone, *together))
+    return reference.rounds
 
 
-def test_a_build_chooses_layers_and_says_by_what(build_mixed: BuildTiny) -> None:
-    built = build_mixed(LAYERS)
-    (scores,) = built.system.manifest.layer_scores.values()
-    layers = built.system.plan.links["left->solver"].layers
-    assert layers == best_layers(scores, 0.4)
-    entry = built.system.manifest.backbones["small"]
-    assert {layer for group in entry.masked_layers for layer in group} == {0, 1, 2} - (
-        {0, 2} & set(layers)
-    )
-    assert Replanner(open_bundle(built.bundle)).plan(rounds=2) == built.system.plan
-    # Chosen again, they are the same: nothing is drawn.
-    backbones = load_backbones(built.program, progress=Silent())
-    again = score_layers(backbones["small"])
-    assert best_layers(again, 0.4) == layers
-    np.testing.assert_allclose(again.attention, scores.attention, atol=1e-5)
+def read_trace(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / RECORDS_NAME).read_text().splitlines()]
+
+
+def rows_of(line: dict[str, Any]) -> list[int]:
+    """Return how many rows each step handed over that handed over any."""
+    return [step["handed_rows"] for step in line["steps"] if step.get("handed_bytes")]

@@ -126,11 +126,13 @@ def test_the_build_takes_trained_links(here: Path, capsys: pytest.CaptureFixture
     first = recmasc(capsys, "build", here, "--quiet", "-o", "before")
     untrained = first["data"]
     assert untrained["trained_links"] == []
+    assert untrained["held_out"] == {}
     assert [p["code"] for p in first["problems"]].count("RM152") == 3, "each random start, and all"
     recmasc(capsys, "train", here, "--quiet", "--steps", "3")
     second = recmasc(capsys, "build", here, "--quiet", "-o", "bundle")
     built = second["data"]
     assert len(built["trained_links"]) == 4
+    assert {"latent", "shuffled", "null"} <= built["held_out"].keys()
     assert "RM152" not in [p["code"] for p in second["problems"]], "they are trained by now"
     assert built["fingerprint"] != untrained["fingerprint"]
     manifest = json.loads(Path("bundle/manifest.json").read_text())

@@ -35,6 +35,16 @@ REFUSED = {
                        '{freeze: [planner, @@"planer -> solver"], steps: 8,'),
     "frozen_number": ("RM105", "{steps: 8,", "{freeze: [@@7], steps: 8,"),
     "frozen_no_list": ("RM105", "{steps: 8,", "{freeze: @@planner, steps: 8,"),
+    "unknown_rate": ("RM111", "{steps: 8,", "{rates: {inner: 0.1, @@planer: 0.1}, steps: 8,"),
+    "rate_too_large": ("RM105", "{steps: 8,", "{rates: {inner: @@2}, steps: 8,"),
+    "lone_mismatch": ("RM105", "{steps: 8, lr: 1e-3, batch_size: 4}",
+                      "{@@mismatch: {}, batch_size: 1}"),
+    "no_margin": ("RM105", "{steps: 8,", "{mismatch: {margin: @@0}, steps: 8,"),
+    "unknown_teacher_key": ("RM103", "{steps: 8,", "{teacher: {@@warmth: 2}, steps: 8,"),
+    "rising_mix": ("RM105", "{steps: 8,", "{@@mix: {start: 0.1, end: 0.5}, steps: 8,"),
+    "mix_above_one": ("RM105", "{steps: 8,", "{mix: {start: @@1.5}, steps: 8,"),
+    "negative_reconstruct": ("RM105", "{steps: 8,", "{reconstruct: @@-1, steps: 8,"),
+    "blank_center": ("RM105", "{steps: 8,", "{center: @@, steps: 8,"),
     "unknown_preset": ("RM105", "  warmup_steps: 2", "  preset: @@papper"),
     "preset_not_text": ("RM105", "  warmup_steps: 2", "  preset: @@[paper]"),
     "preset_kinds": ("RM125", "  warmup_steps: 2", "  preset: @@paper"),
@@ -69,6 +79,30 @@ def test_what_users_read(golden: Callable[..., None]) -> None:
             parse_spec(text, file="spec.yaml")
         shown += f"# {name}\n{refused.value}\n"
     golden(shown)
+
+
+def test_a_link_without_biases_cannot_be_centred() -> None:
+    text = changed(
+        ("planner -> solver: {}", "planner -> solver: {kind: residual}"),
+        ("{steps: 8,", "{center: true, steps: 8,"),
+    )
+    with pytest.raises(RecmasError) as refused:
+        parse_spec(text)
+    (problem,) = [p for p in refused.value.problems if p.severity == "error"]
+    assert problem.code == "RM105"
+    assert "`residual` has none" in problem.message
+    parse_spec(text.replace("center: true", "center: false"))
+
+
+def test_additions_are_off_by_default() -> None:
+    train = parse_spec(SPEC).document.train
+    assert train is not None
+    assert not train.outer.has_additions
+    added = ("mismatch: {}", "teacher: {}", "reconstruct: 1", "mix: {}", "center: true")
+    for addition in added:
+        train = parse_spec(changed(("{steps: 8,", f"{{{addition}, steps: 8,"))).document.train
+        assert train is not None
+        assert train.outer.has_additions, addition
 
 
 def test_rollout_needs_only_the_answers_text() -> None:

@@ -25,6 +25,7 @@ from recmas_compiler.training.loop.checkpoint import load_checkpoint, save_check
 from recmas_compiler.training.loop.checkpoint_head import CHECKPOINTS, Health, latest_checkpoint
 from recmas_compiler.training.loop.distributed import World
 from recmas_compiler.training.loop.loop import (
+    AtStep,
     Loop,
     LoopResult,
     batch_of,
@@ -74,10 +75,11 @@ class Line:
         self.idle = nn.Linear(1, 1)
         self.links = {"line": self.link, "idle": self.idle}
         self.num_examples = 10
+        self.rates: dict[str, float] = {}
         self._spoil = spoil
         self._calls = 0
 
-    def loss(self, places: Sequence[int]) -> Sum:
+    def loss(self, places: Sequence[int], at: AtStep) -> Sum:
         self._calls += 1
         x = torch.tensor([[float(place)] for place in places]) / 10
         weight = torch.tensor([[2.0 if place % 3 == 0 else 1.0] for place in places])
@@ -85,6 +87,9 @@ class Line:
         if self._spoil is not None:
             total = total * self._spoil(self._calls)
         return Sum(total=total, tokens=int(weight.sum()))
+
+    def finish_step(self, at: AtStep, world: World) -> None:
+        pass
 
     def measure(self, world: World) -> Mapping[str, Any]:
         return {"slope": self.link.weight.item()}

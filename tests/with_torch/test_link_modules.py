@@ -39,7 +39,7 @@ def made(kind: str, role: str, in_dim: int = 6, out_dim: int = 6, link_id: str =
     randomize(link, link_id=link_id)
     with torch.no_grad():
         for name, parameter in link.named_parameters():
-            if "ln" in name:  # norms that do nothing would hide mistakes
+            if "ln" in name or "rms" in name:  # norms that do nothing would hide mistakes
                 parameter.add_(torch.linspace(-0.5, 0.5, len(parameter)))
     return link
 
@@ -58,12 +58,15 @@ def test_numbers_are_those_of_the_formula(kind: str, role: str) -> None:
         return layer_norm(x, w[f"{name}.weight"], w[f"{name}.bias"])
 
     before, after = ("pre_ln", "post_ln") if role == "inner" else ("ln_source", "ln_target")
-    x = h if kind in ("residual", "biased_residual") else norm(before, h)
+    x = h if kind in ("residual", "biased_residual", "rescaled") else norm(before, h)
     update = linear("proj2", gelu(linear("proj1", x)))
-    is_plain = role == "inner" and kind != "projected"
+    is_plain = role == "inner" and kind not in ("projected", "rescaled")
     expected = (h if is_plain else linear("residual_proj", h)) + update
     if kind == "ln_residual":
         expected = norm(after, expected)
+    if kind == "rescaled":
+        scale = w["post_rms.weight" if role == "inner" else "rms_target.weight"]
+        expected = expected / (expected.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * scale
     torch.testing.assert_close(link(h), expected)
 
 

@@ -20,7 +20,7 @@ from recmas_runtime.formats.links import Operands, load_operands, stack_operands
 from recmas_runtime.formats.manifest import LinkEntry
 from recmas_runtime.formats.precisions import TOLERANCES
 
-LENGTHS = np.array([5, 11, 8, 7])
+LENGTHS = np.array([5, 11, 8, 7, 9])
 CAPACITY, NUM_STEPS = 64, 4
 
 KINDS = get_args(LinkKind)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final, Generic, ParamSpec, TypeVar
 
@@ -30,7 +31,9 @@ from torch.utils.checkpoint import checkpoint
 from recmas_compiler.backbones.loaded.cache_argument import cache_argument
 from recmas_compiler.backbones.loaded.own_cache import cache_of, goes_on, padding_mask, tensors_of
 from recmas_compiler.backbones.torch_model import TorchBackbone
+from recmas_compiler.lowering.hidden_rows import hidden_by_layer, rows_hidden
 from recmas_runtime.core.text import first_line
+from recmas_runtime.engines.interface import HandedRows
 from recmas_runtime.formats.layers import has_states
 
 P = ParamSpec("P")
@@ -136,20 +139,39 @@ class AgentCalls:
         self._multiple = COMPILED_COLUMNS if compile_calls else 1
         self._may_split = goes_on(backbone.model)
         read, extend = _bodies(backbone)
-        self._eager_extend = extend
+        self._eager_read, self._eager_extend = read, extend
         self._shared_rows = lru_cache(MOST_SHARED_TEXTS)(self._run_shared)
         source = backbone.facts.source
-        self._read = Compiled(read, name=f"a call of {source}") if compile_calls else read
+        self._read_columns = Compiled(read, name=f"a call of {source}") if compile_calls else read
         self._extend = Compiled(extend, name=f"a rollout of {source}") if compile_calls else extend
 
-    def read(self, rows: Sequence[Row], constants: ConstantRows) -> Tensor:
-        """Return the hidden states [N, S - P, D] of the last columns; rows end together."""
+    def read(self, rows: Sequence[Row], constants: ConstantRows) -> list[Tensor]:
+        """Return for each row the hidden states [S - P, D] of the last columns; all end together.
+
+        Rows behind other ones run one by one: padding between the two would be counted by a window.
+        """
+        if any(row.front for row in rows):
+            return [hidden_SD for row in rows for hidden_SD in self._read([row], constants)]
+        return list(self._read(rows, constants))
+
+    def rows_of(self, row: Row) -> Rows:
+        """Return what all layers keep of a row and of what comes before it, [1, K, S, D] each."""
+        padded, kept = self._begin_alone(row)
+        with self._hiding([row], row.num_before + row.length):
+            return self._eager_extend(
+                padded.embeds_NSD, padded.mask_NS, padded.positions_NS, *kept
+            )[1]
+
+    def _read(self, rows: Sequence[Row], constants: ConstantRows) -> Tensor:
         padded, kept = self._begin(rows, constants)
         start = padded.num_constant
 
         def run(embeds_NRD: Tensor) -> Tensor:
             positions_NR = _columns(padded.positions_NS, start)
-            return self._read(embeds_NRD, padded.mask_NS, positions_NR, *kept)
+            if rows[0].front:
+                with self._hiding(rows, rows[0].num_before + rows[0].length):
+                    return self._eager_read(embeds_NRD, None, positions_NR, *kept)
+            return self._read_columns(embeds_NRD, padded.mask_NS, positions_NR, *kept)
 
         return recomputed(run, _columns(padded.embeds_NSD, start), checkpointed=self._checkpoint)
 
@@ -171,22 +193,26 @@ class AgentCalls:
 
         def run(embeds_NRD: Tensor) -> tuple[Tensor, Tensor]:
             mask_NS, positions_N1 = padded.mask_NS, padded.next_positions
-            hidden_NRD, cache = self._extend(
-                embeds_NRD,
-                mask_NS,
-                _columns(padded.positions_NS, start),
-                *kept,
-            )
+            length = rows[0].num_before + rows[0].length
+            extend = self._eager_extend if rows[0].front else self._extend
+            with self._hiding(rows, length):
+                hidden_NRD, cache = extend(
+                    embeds_NRD,
+                    mask_NS,
+                    _columns(padded.positions_NS, start),
+                    *kept,
+                )
             thoughts_ND = [hidden_NRD[:, -1].contiguous()]
             inputs_ND = [inner(thoughts_ND[0])]
-            for _ in range(num_steps - 1):
+            for step in range(1, num_steps):
                 mask_NS = None if mask_NS is None else pad(mask_NS, (0, 1), value=1)
-                hidden_N1D, cache = self._extend(
-                    inputs_ND[-1][:, None].to(embeds_NRD.dtype),
-                    mask_NS,
-                    positions_N1,
-                    *cache,
-                )
+                with self._hiding(rows, length + step):
+                    hidden_N1D, cache = extend(
+                        inputs_ND[-1][:, None].to(embeds_NRD.dtype),
+                        mask_NS,
+                        positions_N1,
+                        *cache,
+                    )
                 thoughts_ND.append(hidden_N1D[:, 0])
                 inputs_ND.append(inner(hidden_N1D[:, 0]))
                 positions_N1 = positions_N1 + 1
@@ -194,10 +220,50 @@ class AgentCalls:
 
         return recomputed(run, _columns(padded.embeds_NSD, start), checkpointed=self._checkpoint)
 
+    @torch.no_grad()
+    def write(
+        self, rows: Sequence[Row], max_tokens: int, constants: ConstantRows
+    ) -> list[tuple[int, ...]]:
+        """Return the likeliest tokens behind each row, one by one, without the one that ends them.
+
+        Args:
+            max_tokens: Of each text, at least 1.
+        """
+        padded, cache = self._begin(rows, constants, more=max_tokens - 1)
+        mask_NS, positions_NR = padded.mask_NS, padded.positions_NS[:, padded.num_constant :]
+        embeds_NRD = padded.embeds_NSD[:, padded.num_constant :]
+        written: list[list[int]] = [[] for _ in rows]
+        has_ended = [False] * len(rows)
+        for step in range(max_tokens):
+            if step:
+                positions_NR = positions_NR[:, -1:] + 1
+                mask_NS = None if mask_NS is None else pad(mask_NS, (0, 1), value=1)
+            with self._hiding(rows, rows[0].num_before + rows[0].length + step):
+                hidden_NRD, cache = self._eager_extend(embeds_NRD, mask_NS, positions_NR, *cache)
+            chosen_N = self._backbone.logits(hidden_NRD[:, -1]).float().argmax(-1)
+            for row, token_id in enumerate(chosen_N.tolist()):
+                has_ended[row] = has_ended[row] or token_id in self._backbone.eos_token_ids
+                if not has_ended[row]:
+                    written[row].append(token_id)
+            if all(has_ended):
+                break
+            embeds_NRD = self._embed(chosen_N)[:, None]
+        return [tuple(ids) for ids in written]
+
+    @property
+    def no_states(self) -> Tensor:
+        """The hidden states [0, D] of no position."""
+        weight = next(self._backbone.embedding.parameters())
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return torch.zeros(0, self._backbone.facts.width, device=weight.device, dtype=dtype)
+
     def _begin(
         self, rows: Sequence[Row], constants: ConstantRows, *, more: int = 0
     ) -> tuple[Padded, Rows]:
         """Pad rows and run their constant columns, unless an earlier round did."""
+        if any(row.front for row in rows):
+            (row,) = rows
+            return self._begin_alone(row)
         window = self._backbone.facts.sliding_window
         share_up_to = None if window is None else window - more
         if has_states(self._backbone.facts.layers):
@@ -229,6 +295,21 @@ class AgentCalls:
                 *kept,
             )
         return padded, constants[key]
+
+    def _hiding(self, rows: Sequence[Row], num_rows: int) -> AbstractContextManager[None]:
+        """Hide rows that come before from the layers that are not handed them, in one call.
+
+        Args:
+            num_rows: All rows that the call sees, its own included.
+        """
+        handed = rows[0].handed
+        hidden = hidden_by_layer(self._backbone.facts, handed, num_rows) if handed else {}
+        return rows_hidden(self._backbone.body, hidden)
+
+    def _begin_alone(self, row: Row) -> tuple[Padded, Rows]:
+        """Return a row without padding, to run behind what comes before it."""
+        padded = pad_rows([row], self._embed, multiple=1, always_mask=False, may_split=False)
+        return replace(padded, positions_NS=padded.positions_NS + row.num_before), row.front
 
     @torch.no_grad()
     def _run_shared(self, ids: tuple[int, ...]) -> Rows:
@@ -292,15 +373,30 @@ class Row:
 
     Attributes:
         pieces: Token ids and messages [M, D] in order; messages are not empty.
+        front: What all layers keep of positions before it; empty for none. A row with a front runs
+            alone.
+        handed: Which layers see which rows of the front.
     """
 
     pieces: tuple[tuple[int, ...] | Tensor, ...]
     num_wanted: int
+    front: Rows = ()
+    handed: tuple[HandedRows, ...] = ()
+
+    @property
+    def num_before(self) -> int:
+        """How many rows come before it."""
+        return self.front[0].shape[2] if self.front else 0
 
     @property
     def length(self) -> int:
         """Number of positions."""
         return sum(len(piece) for piece in self.pieces)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it holds no message, so that nothing which learns changes it."""
+        return not self.front and not any(isinstance(piece, Tensor) for piece in self.pieces)
 
     @property
     def leading_ids(self) -> tuple[int, ...]:
@@ -394,7 +490,7 @@ def _shared_ids(rows: Sequence[Row], multiple: int) -> tuple[int, ...]:
 
 
 def _num_constant(rows: Sequence[Row], num_columns: int, num_shared: int, multiple: int) -> int:
-    if not any(isinstance(piece, Tensor) for row in rows for piece in row.pieces):
+    if all(row.is_constant for row in rows):
         return 0  # a call without messages runs once, there is nothing to split off
     ends = (
         num_columns - row.length + min(len(row.leading_ids), row.length - row.num_wanted)

@@ -11,7 +11,7 @@ from typing import Final
 from recmas_compiler.spec.document.places import Loc
 from recmas_compiler.spec.document.problems import did_you_mean, problem_at
 from recmas_compiler.spec.schema.declared import Declared, Prompt
-from recmas_compiler.spec.schema.sections import LinkSection
+from recmas_compiler.spec.schema.sections import DEFAULT_MAX_TOKENS, LinkSection
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.core.text import listed
 from recmas_runtime.formats.ids import link_name
@@ -28,6 +28,13 @@ _BELONGS_TO: Final[dict[str, tuple[Carries, ...]]] = {
     "kind": ("thoughts", "context", "written"),
     "init": ("thoughts", "context", "written"),
     "weights": ("thoughts", "context", "written"),
+}
+_KINDS: Final[dict[Carries, str]] = {
+    "thoughts": "vectors",
+    "context": "vectors",
+    "written": "vectors",
+    "text": "text",
+    "cache": "rows",
 }
 
 
@@ -60,8 +67,10 @@ def _misplaced(declared: Declared, ends: tuple[str, str], link: LinkSection) -> 
             continue
         place = declared.places.key((*_loc(ends), key))
         if link.carries not in kinds:
-            message = f"`{key}` means nothing for a link that carries `{link.carries}`."
-            hint = f"It belongs to links that carry {listed(f'`{kind}`' for kind in kinds)}."
+            is_written = (*_loc(ends), "carries") in declared.places.values
+            carried = f"`{link.carries}`" if is_written else f"`{link.carries}`, the default"
+            message = f"`{key}` means nothing for a link that carries {carried}."
+            hint = f"Remove it; it is for links that carry {listed(f'`{kind}`' for kind in kinds)}."
             yield problem_at(place, "RM127", message, hint=hint)
         elif key == "max_tokens" and not link.form.needs_text:
             message = "`max_tokens` means nothing for a link whose sender does not write for it."
@@ -93,9 +102,10 @@ def _check_context(
         place = declared.places.value((*_loc(ends), "of"))
         title = "prompt" if prompts.first is None else f"prompt `{name}`"
         message = f"the {title} of `{source}` does not show the field `{link.of}`."
-        hint = did_you_mean(link.of, _fields(prompt))
-        hint += f" Or write `{{{{ {link.of} }}}}` into the prompt."
-        yield problem_at(place, "RM127", message, hint=hint.strip())
+        shown = _fields(prompts.system) + _fields(prompt)
+        write = f"rite `{{{{ {link.of} }}}}` into the prompt, or leave `of` out."
+        hint = f"{did_you_mean(link.of, shown)} Or w{write}" if shown else f"W{write}"
+        yield problem_at(place, "RM127", message, hint=hint)
 
 
 def _fields(prompt: Prompt) -> list[str]:
@@ -111,9 +121,12 @@ def _check_rows(declared: Declared, ends: tuple[str, str], link: LinkSection) ->
     elif {"thoughts", "written"} <= set(rows):
         message = "`rows` has `thoughts` and `written`, which lie in the same place of the cache."
         yield problem_at(place, "RM127", message, hint="Keep one of the two.")
-    elif len(rows) == 2 and rows[0] != "context":
+    elif set(rows) == {"context", "prompt"}:
+        message = "`rows` has `context` and `prompt`; the first is the beginning of the second."
+        yield problem_at(place, "RM127", message, hint="Keep one of the two.")
+    elif len(rows) == 2 and rows[1] in ("context", "prompt"):
         message = f"`rows` has `{rows[0]}` before `{rows[1]}`, which lie the other way round."
-        yield problem_at(place, "RM127", message, hint=f"Write `[context, {rows[0]}]`.")
+        yield problem_at(place, "RM127", message, hint=f"Write `[{rows[1]}, {rows[0]}]`.")
     if "thoughts" in rows and declared.latent_steps(source) < 2:
         message = (
             f"`{source}` leaves no rows of thoughts: every latent step but the first leaves one, "
@@ -141,49 +154,61 @@ def _check_cache(declared: Declared, ends: tuple[str, str]) -> Iterator[Problem]
         hint = "Let both run on one backbone, or let the link carry `context`, `written` or `text`."
         yield problem_at(place, "RM127", message, hint=hint)
     for field, prompt in declared.prompts[target].fields():
+        seen: set[str] = set()
         for slot in prompt.slots:
+            is_repeated = slot.agent in seen
+            seen.add(slot.agent)
             if field == "system" or slot.agent != source:
                 continue
-            if _is_behind_something(declared, target, prompt, slot.start):
-                place = declared.inside_prompt(target, field, slot.start, slot.length)
+            before = _before_slot(declared, target, prompt, slot.start)
+            if before is None and not is_repeated:
+                continue
+            if is_repeated:
+                message = (
+                    f"the slot for `{source}` stands here once more, but the rows that "
+                    f"`{link_name(source, target)}` brings come once, before the whole prompt."
+                )
+                hint = "Keep the one at the beginning of the prompt."
+            else:
                 message = (
                     f"the rows that `{link_name(source, target)}` brings come before the whole "
-                    f"prompt, but the slot for `{source}` stands behind something."
+                    f"prompt, but the slot for `{source}` stands behind {before}."
                 )
                 hint = f"Put `{{{{ latent.{source} }}}}` first in the prompt; it shows nothing."
-                yield problem_at(place, "RM127", message, hint=hint)
+            place = declared.inside_prompt(target, field, slot.start, slot.length)
+            yield problem_at(place, "RM127", message, hint=hint)
 
 
-def _is_behind_something(declared: Declared, target: str, prompt: Prompt, start: int) -> bool:
-    """Tell whether anything but rows of other agents, or the same again, stands before a slot."""
+def _before_slot(declared: Declared, target: str, prompt: Prompt, start: int) -> str | None:
+    """Return what stands before a slot but slots of other rows; None if nothing does."""
     number = [slot.start for slot in prompt.slots].index(start)
-    before = [slot.agent for slot in prompt.slots[:number]]
-    rows = {
-        source
-        for (source, end), link in declared.known_links.items()
-        if end == target and link.carries == "cache"
-    }
-    leading = [part for part in prompt.parts if part.kind != "text" or part.value.strip()]
-    slots = [part.value for part in leading[: number + 1] if part.kind == "slot"]
-    is_repeated = prompt.slots[number].agent in before
-    return is_repeated or not rows.issuperset(before) or len(slots) != number + 1
+    slots_before = 0
+    for part in prompt.parts:
+        if part.kind != "slot":
+            if part.kind == "field":
+                return f"the field `{part.value}`"
+            if part.value.strip():
+                return "text"
+            continue
+        if slots_before == number:
+            return None
+        slots_before += 1
+        link = declared.known_links.get((part.value, target))
+        if link is not None and link.carries != "cache":
+            return f"the message of `{part.value}`, which is {_KINDS[link.carries]}"
+    return None
 
 
 def _check_text(declared: Declared, ends: tuple[str, str], link: LinkSection) -> Iterator[Problem]:
     source, _ = ends
-    others = [other.form for other in declared.sent_by(source).values() if other.form.needs_text]
-    if others[0].max_tokens != link.form.max_tokens:
+    sent = declared.sent_by(source).items()
+    first, other = next((end, other.form) for end, other in sent if other.form.needs_text)
+    if other.max_tokens != link.form.max_tokens:
         key = "max_tokens" if link.max_tokens is not None else "carries"
         place = declared.places.value((*_loc(ends), key))
         message = (
-            f"`{source}` writes one text for all its links, of at most {others[0].max_tokens} "
-            f"tokens for one and {link.form.max_tokens} for this one."
+            f"`{source}` writes one text for all its links, but `{link_name(*first)}` takes at "
+            f"most {other.max_tokens} tokens of it, and this one {link.form.max_tokens}."
         )
-        yield problem_at(place, "RM127", message, hint="Give them the same `max_tokens`.")
-    limit = declared.document.build.max_prompt_tokens
-    most = link.form.max_tokens or 0
-    if link.form.carries == "written" and most >= limit:
-        place = declared.places.value((*_loc(ends), "max_tokens"))
-        message = f"a message of {most} vectors does not fit into prompts of {limit} positions."
-        hint = "Raise `build.max_prompt_tokens`, or lower `max_tokens`."
+        hint = f"Give both the same `max_tokens`; without it, it is {DEFAULT_MAX_TOKENS}."
         yield problem_at(place, "RM127", message, hint=hint)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from recmas_compiler.spec.document.places import Loc, Places
+from recmas_compiler.spec.document.places import Loc, Places, SourcePosition
 from recmas_compiler.spec.document.problems import did_you_mean, problem_at, show
 from recmas_compiler.spec.schema.declared import Declared
 from recmas_compiler.spec.schema.sections import (
@@ -16,9 +16,17 @@ from recmas_compiler.spec.schema.sections import (
     SearchSection,
     WeightsSection,
 )
-from recmas_compiler.spec.schema.train import PRESET_KINDS, TrainSection
+from recmas_compiler.spec.schema.train import (
+    BIAS_HINT,
+    LINK_GROUPS,
+    PRESET_KINDS,
+    OuterStageSection,
+    TrainSection,
+    no_bias,
+)
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import canonical_link_name, link_name
+from recmas_runtime.formats.link_kinds import FORMS, LATENTMAS_KIND
 from recmas_runtime.formats.precisions import PRECISIONS, PrecisionName, precision_hint
 
 
@@ -30,6 +38,14 @@ def check_settings(declared: Declared) -> Iterator[Problem]:
             place = places.key((*loc, "init"))
             message = f"`init: {weights.init}` has no effect, because `weights` is given."
             yield problem_at(place, "RM105", message, hint="Remove one of the two.")
+        elif weights.init == "latentmas" and loc[0] == "links":
+            message = "`init: latentmas` is a rule for inner links, and this one leads to an agent."
+            hint = "Let the link carry `cache`, as LatentMAS does, or use `init: aligned`."
+            yield problem_at(places.key((*loc, "init")), "RM105", message, hint=hint)
+        elif weights.init == "latentmas" and weights.kind != LATENTMAS_KIND:
+            message = f"`init: latentmas` does not lead to a link of kind `{weights.kind}`."
+            hint = f"Leave `kind` out, which is `{LATENTMAS_KIND}` then."
+            yield problem_at(places.key((*loc, "kind")), "RM105", message, hint=hint)
     for name, agent in document.agents.items():
         for variable in sorted(agent.chat_template.keys() & RESERVED_TEMPLATE_VARIABLES):
             place = places.key(("agents", name, "chat_template", variable))
@@ -38,17 +54,18 @@ def check_settings(declared: Declared) -> Iterator[Problem]:
     limit = document.build.max_prompt_tokens
     for name, prompts in declared.prompts.items():
         slots = [slot.agent for slot in prompts.then.slots if slot.agent in document.agents]
-        positions = sum(
-            declared.latent_steps(agent)
-            for agent in slots
-            if (link := declared.links.get((agent, name))) and link.carries == "thoughts"
-        )
+        sent = [
+            (agent, link.form) for agent in slots if (link := declared.links.get((agent, name)))
+        ]
+        positions = sum(form.fixed_positions(declared.latent_steps(agent)) for agent, form in sent)
         if positions >= limit:
             message = (
                 f"the messages to `{name}` alone take {positions} positions, "
                 f"but `build.max_prompt_tokens` is {limit}."
             )
-            hint = "Raise the limit, or lower `latent_steps`."
+            writes = any(form.needs_written_states for _, form in sent)
+            less = "`latent_steps` or `max_tokens`" if writes else "`latent_steps`"
+            hint = f"Raise the limit, or lower {less}."
             yield problem_at(places.key(("agents", name)), "RM105", message, hint=hint)
 
 
@@ -155,6 +172,7 @@ def check_train(declared: Declared) -> Iterator[Problem]:
         return
     yield from _check_targets(declared, train)
     yield from _check_freeze(declared, train)
+    yield from _check_outer(declared, train.outer)
     yield from _check_preset(declared, train)
     if train.held_out == train.data:
         message = f"`train.held_out` is the training data itself, `{train.data}`."
@@ -193,15 +211,51 @@ def _check_targets(declared: Declared, train: TrainSection) -> Iterator[Problem]
 
 
 def _check_freeze(declared: Declared, train: TrainSection) -> Iterator[Problem]:
-    agents = declared.document.agents
-    links = [link_name(*ends) for ends in declared.known_links]
     for i, name in enumerate(train.outer.freeze):
-        if name in agents or canonical_link_name(name) in links:
+        if not _is_link_or_agent(declared, name):
+            place = declared.places.value(("train", "outer", "freeze", i))
+            yield _no_link(declared, "freeze", name, place)
+
+
+def _is_link_or_agent(declared: Declared, name: str) -> bool:
+    links = [link_name(*ends) for ends in declared.known_links]
+    return name in declared.document.agents or canonical_link_name(name) in links
+
+
+def _no_link(declared: Declared, key: str, name: str, place: SourcePosition) -> Problem:
+    message = f"`train.outer.{key}` names {show(name)}, which is no link and no agent."
+    links = [link_name(*ends) for ends in declared.known_links]
+    hint = did_you_mean(name, [*declared.document.agents, *links])
+    return problem_at(place, "RM111", message, hint=hint)
+
+
+def _check_outer(declared: Declared, outer: OuterStageSection) -> Iterator[Problem]:
+    """Additions to the outer stage's loss that cannot be had."""
+    loc: Loc = ("train", "outer")
+    for name in outer.rates or ():
+        if name not in LINK_GROUPS and not _is_link_or_agent(declared, name):
+            yield _no_link(declared, "rates", name, declared.places.key((*loc, "rates", name)))
+    if outer.mismatch is not None and outer.batch_size == 1:
+        message = "`mismatch` needs another record's messages, and a batch has one record."
+        hint = "Raise `train.outer.batch_size`."
+        yield problem_at(declared.places.key((*loc, "mismatch")), "RM105", message, hint=hint)
+    if outer.mix is not None and outer.mix.end > outer.mix.start:
+        message = (
+            f"`mix` goes from messages to text: its share rises from {outer.mix.start:g} to "
+            f"{outer.mix.end:g}."
+        )
+        hint = "Let `end` be at most `start`."
+        yield problem_at(declared.places.key((*loc, "mix")), "RM105", message, hint=hint)
+    if not outer.center:
+        return
+    for name, link in declared.document.links.items():  # in their canonical form
+        if link.kind is None or link.weights is not None:  # the file knows
             continue
-        message = f"`train.outer.freeze` names {show(name)}, which is no link and no agent."
-        hint = did_you_mean(name, [*agents, *links])
-        place = declared.places.value(("train", "outer", "freeze", i))
-        yield problem_at(place, "RM111", message, hint=hint)
+        if link.form.has_vectors and not FORMS[link.kind, "outer"].has_biases:
+            message = no_bias(name, link.kind)
+            hint = BIAS_HINT
+            yield problem_at(declared.places.key((*loc, "center")), "RM105", message, hint=hint)
+            return
 
 
 def _check_preset(declared: Declared, train: TrainSection) -> Iterator[Problem]:

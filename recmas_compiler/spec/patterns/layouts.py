@@ -10,7 +10,7 @@ slots is the same in every round and computed once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from string import Template
@@ -33,6 +33,7 @@ from recmas_compiler.spec.schema.sections import (
 )
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import link_name
+from recmas_runtime.formats.messages import Carries
 
 RoleName = Literal[
     "plan",
@@ -82,24 +83,34 @@ _CALLS: Final = (
 
 
 def role_prompts(
-    role: RoleName, task: Task, *, agent: str, senders: Sequence[str], tools: ToolsSection | None
+    role: RoleName,
+    task: Task,
+    *,
+    agent: str,
+    senders: Sequence[str],
+    tools: ToolsSection | None,
+    carries: Carries = "thoughts",
 ) -> tuple[str, str]:
     """Return what an agent is asked without and with slots.
 
     Args:
-        senders: The agents whose messages it has slots for; several are named in the text.
+        senders: The agents whose messages it has slots for; several are named in the text, but
+            slots of caches, which stand first and show nothing.
         tools: What it may call, if it answers.
     """
     asked, wanted = ROLES[role], TASKS[task]
     slots = [f"{{{{ latent.{sender} }}}}" for sender in senders]
-    if len(senders) > 1:
+    if len(senders) > 1 and carries != "cache":
         slots = [f"{sender} {slot}" for sender, slot in zip(senders, slots, strict=True)]
     names = {"aim": wanted.aim, "agent": agent, "slots": ", ".join(slots)}
     ask, thoughts = (Template(text).substitute(names) for text in (asked.ask, asked.thoughts))
     calls = calls_text(tools) if asked.answers and tools is not None else ""
     answer = wanted.answer if asked.answers else ""
+    without = _joined(wanted.question, ask, calls, answer)
+    if carries == "cache":
+        return without, f"{' '.join(slots)}\n{without}"
     return (
-        _joined(wanted.question, ask, calls, answer),
+        without,
         _joined(wanted.question, ask, calls, thoughts, answer),
     )
 
@@ -148,6 +159,20 @@ class Layout:
     roles: tuple[Role, ...]
     forward: tuple[tuple[str, str], ...]
     feedback: tuple[tuple[str, str], ...]
+
+    def with_rows(self) -> Layout:
+        """Return the layout where agents also read the rows of those that their senders read.
+
+        Rows of a cache were computed knowing those before them. A receiver that has both reads one
+        text, and the first row of all.
+        """
+        read: dict[str, list[str]] = {}
+        for role in self.roles:
+            sources = [source for source, target in self.forward if target == role.agent]
+            all_read = [earlier for source in sources for earlier in (*read[source], source)]
+            read[role.agent] = list(dict.fromkeys(all_read))
+        forward = [(source, agent) for agent, sources in read.items() for source in sources]
+        return replace(self, forward=tuple(forward))
 
     @property
     def answer_agent(self) -> str:
@@ -241,6 +266,8 @@ def expand_pattern(root: dict[str, Value], places: Places) -> list[Problem]:
         return []  # the schema says what is wrong with them
     (name,) = section.given
     layout = LAYOUTS[name](getattr(section, name))
+    if section.carries == "cache":
+        layout = layout.with_rows()
     problems: list[Problem] = []
     declared_at: dict[str, SourcePosition] = {}
     for role in layout.roles:
@@ -257,12 +284,12 @@ def expand_pattern(root: dict[str, Value], places: Places) -> list[Problem]:
     known = list(backbones) if isinstance(backbones, dict) else []
     if len(known) > 1:
         problems += _without_backbone(agents, known, declared_at)
-    defaults = _agents(layout, section.task, tools=_tools(answer, layout), backbones=known)
+    defaults = _agents(layout, section, tools=_tools(answer, layout), backbones=known)
     root["agents"] = {
         agent: default | own if isinstance(own := agents.get(agent, {}), dict) else own
         for agent, default in defaults.items()
     } | {agent: own for agent, own in agents.items() if agent not in defaults}
-    _add_links(layout, links, places, declared_at)
+    _add_links(layout, section.carries, links, places, declared_at)
     if isinstance(answer, dict):
         if ("answer",) not in places.values:
             places.overwrite(("answer",), pattern_place)
@@ -284,13 +311,18 @@ def _without_backbone(
 
 
 def _agents(
-    layout: Layout, task: Task, *, tools: ToolsSection | None, backbones: list[str]
+    layout: Layout, section: PatternSection, *, tools: ToolsSection | None, backbones: list[str]
 ) -> dict[str, dict[str, Value]]:
     """Return what a pattern says of its agents."""
     agents: dict[str, dict[str, Value]] = {}
     for role in layout.roles:
         without, with_slots = role_prompts(
-            role.name, task, agent=role.agent, senders=layout.senders(role.agent), tools=tools
+            role.name,
+            section.task,
+            agent=role.agent,
+            senders=layout.senders(role.agent),
+            tools=tools,
+            carries=section.carries,
         )
         prompt: Value = with_slots
         if layout.waits(role.agent):
@@ -314,6 +346,7 @@ def _tools(answer: Value, layout: Layout) -> ToolsSection | None:
 
 def _add_links(
     layout: Layout,
+    carries: Carries,
     links: dict[str, Value],
     places: Places,
     declared_at: dict[str, SourcePosition],
@@ -326,4 +359,7 @@ def _add_links(
             places.overwrite(("links", name), declared_at[target])
         own = links.get(name)
         if own is None or isinstance(own, dict):
-            links[name] = {"feedback": is_feedback} | (own or {})
+            default: dict[str, Value] = {"feedback": is_feedback}
+            if carries != "thoughts":
+                default["carries"] = carries
+            links[name] = default | (own or {})

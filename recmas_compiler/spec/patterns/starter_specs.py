@@ -8,6 +8,7 @@ current.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, get_args
 
@@ -27,18 +28,23 @@ from recmas_compiler.spec.schema.json_schema import SCHEMA_FILE, schema_text, wi
 from recmas_compiler.spec.schema.sections import PATTERN_NAMES, Task
 from recmas_runtime.core.errors import fail
 
-STARTERS: Final = ("relay", "split", *PATTERN_NAMES, "custom")
+STARTERS: Final = ("relay", "split", *PATTERN_NAMES, "latentmas", "custom")
 TASK_NAMES: Final = get_args(Task)
-# Of the starter `split`, which has a file for each; the first one is what it is without `--task`.
-SPLIT_TASKS: Final = ("qa", "two-hop")
+# Of starters that have a file for each; the first one is what they are without `--task`.
+VARIANTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "split": ("qa", "two-hop"),
+    "latentmas": ("sequential", "hierarchical"),
+}
+# Nothing in them learns.
+_TRAINING_FREE: Final = ("latentmas",)
 
 # The line of a starter that `--task` changes.
 _TASK_LINE: Final = "  task: general "
 # What a starter has from here on belongs to `--train`.
 _TRAIN_LINE: Final = "\n# --- train\n"
 # Rows of a cache go through no weights, so a starter that trains hands over vectors.
-_UNTRAINED: Final = "{carries: cache}"
-_TRAINED: Final = "{carries: thoughts}"
+_UNTRAINED: Final = "carries: cache"
+_TRAINED: Final = "carries: thoughts"
 
 
 def schema_line(schema: str) -> str:
@@ -47,40 +53,52 @@ def schema_line(schema: str) -> str:
 
 
 def starter_spec(
-    pattern: str, *, task: str | None = None, train: bool = False, schema: str = SCHEMA_FILE
+    pattern: str,
+    *,
+    task: str | None = None,
+    train: bool = False,
+    paper: bool = False,
+    schema: str = SCHEMA_FILE,
 ) -> str:
     """Return a commented spec to begin with.
 
     Args:
-        pattern: The name of a pattern, `relay`, `split`, or `custom` for a graph of one's own.
-        task: What the pattern's prompts ask for, or which of `SPLIT_TASKS`; None leaves it as the
+        pattern: One of `STARTERS`; `custom` is for a graph of one's own.
+        task: What the pattern's prompts ask for, or which of `VARIANTS`; None leaves it as the
             starter has it.
-        train: With the section `train`, which takes the records of `starter_data`.
+        train: With the section `train`, which takes the records of `starter_data`. Links then carry
+            thoughts, which learn.
+        paper: With links that carry thoughts, as the paper's do.
         schema: Where editors find the JSON schema, relative to the spec.
 
     Raises:
         RecmasError: RM118 for a pattern or task that this version does not know, and for a task
-            of a graph that is written out.
+            of a graph that is written out; for training of what does not learn.
     """
     if pattern not in STARTERS:
         raise fail(
             "RM118", f"there is no pattern `{pattern}`.", hint=did_you_mean(pattern, STARTERS)
         )
-    name = f"split_{_split_task(task)}" if pattern == "split" else pattern
+    if train and pattern in _TRAINING_FREE:
+        hint = "Leave `--train` out; docs/training.md says what links of other kinds learn."
+        raise fail("RM118", f"nothing of `{pattern}` is trained.", hint=hint)
+    name = f"{pattern}_{_variant(pattern, task)}" if pattern in VARIANTS else pattern
+    if pattern == "custom" and (train or paper):
+        name = "custom_thoughts"  # its prompts are written out, and slots of vectors stand inside
     text = (Path(__file__).parent / "starters" / f"{name}.yaml").read_text("utf-8")
     text, _, section = text.partition(_TRAIN_LINE)
-    if train:
-        text = text.replace(_UNTRAINED, _TRAINED)
-    if task is not None and pattern != "split":
+    if (train or paper) and pattern not in _TRAINING_FREE:
+        text = text.replace(f"{_UNTRAINED}   ", _TRAINED).replace(_UNTRAINED, _TRAINED)
+    if task is not None and pattern not in VARIANTS:
         text = _with_task(text, pattern, task)
     return schema_line(schema) + text + (f"\n{section}" if train else "")
 
 
-def _split_task(task: str | None) -> str:
-    if task is not None and task not in SPLIT_TASKS:
-        hint = did_you_mean(task, SPLIT_TASKS)
-        raise fail("RM118", f"`split` has no task `{task}`.", hint=hint)
-    return task or SPLIT_TASKS[0]
+def _variant(pattern: str, task: str | None) -> str:
+    known = VARIANTS[pattern]
+    if task is not None and task not in known:
+        raise fail("RM118", f"`{pattern}` has no task `{task}`.", hint=did_you_mean(task, known))
+    return task or known[0]
 
 
 def starter_files(pattern: str, *, task: str | None = None, train: bool = True) -> dict[str, str]:
@@ -92,7 +110,7 @@ def starter_files(pattern: str, *, task: str | None = None, train: bool = True) 
     Raises:
         RecmasError: RM118 for a task that recmas makes no records for.
     """
-    if not train:
+    if not train or pattern in _TRAINING_FREE:
         is_split = pattern == "split"
         return {QUESTIONS_FILE: as_lines(split_records()[1])} if is_split else {}
     if pattern == "relay":

@@ -40,7 +40,7 @@ from recmas_compiler.spec.schema.sections import (
 from recmas_compiler.spec.schema.train import TrainSection
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import SLUG_PATTERN
-from recmas_runtime.formats.plan import MAX_LATENT_STEPS, MAX_ROUNDS
+from recmas_runtime.formats.plan import FIELD_PATTERN, MAX_LATENT_STEPS, MAX_ROUNDS
 from recmas_runtime.formats.precisions import buildable
 
 LANGUAGE_VERSION: Final = 1
@@ -101,6 +101,7 @@ NAMED: Final[dict[tuple[str, ...], str]] = {
     ("links",): "link",
     ("agents", "*", "chat_template"): "template variable",
     ("train", "targets"): "agent",
+    ("train", "outer", "rates"): "link",
 }
 
 _SLUG_RULE: Final = "lower-case letters, digits, `-` and `_`, beginning with a letter or digit"
@@ -118,7 +119,11 @@ SPECS: Final = Language(
         ("train", "data"): "Add `data: FILE.jsonl`, relative to the spec.",
         ("train", "targets"): "Add `targets: {AGENT: FIELD}` with the texts to learn.",
     },
-    text_rules={f"^{SLUG_PATTERN}$": f"a name ({_SLUG_RULE})", PATH_PATTERN: "a path"},
+    text_rules={
+        f"^{SLUG_PATTERN}$": f"a name ({_SLUG_RULE})",
+        f"^{FIELD_PATTERN}$": "a field (such as `question`, or `facts[0]` for an entry of a list)",
+        PATH_PATTERN: "a path",
+    },
 )
 
 # Settings that have a default and that no check between sections looks at: without a wrong one the

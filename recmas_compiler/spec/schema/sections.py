@@ -26,7 +26,13 @@ from pydantic_core import PydanticCustomError
 
 from recmas_compiler.spec.document.problems import form_tag
 from recmas_runtime.formats.ids import LINK_PATTERN, SLUG_PATTERN
-from recmas_runtime.formats.link_kinds import DEFAULT_INIT, DEFAULT_KIND, LinkInit, LinkKind
+from recmas_runtime.formats.link_kinds import (
+    DEFAULT_INIT,
+    DEFAULT_KIND,
+    LATENTMAS_KIND,
+    LinkInit,
+    LinkKind,
+)
 from recmas_runtime.formats.messages import MAX_EVERY, MAX_LAYERS, Carries, MessageForm, RowsOf
 from recmas_runtime.formats.plan import (
     FIELD_PATTERN,
@@ -135,6 +141,11 @@ class PatternSection(Section):
     (`math`), the letter of one of the record's `choices` (`choice`), a block of Python (`code`), a
     short answer (`search`)."""
 
+    carries: Carries = "thoughts"
+    """What its links carry, unless they say so themselves. Untrained `thoughts`, `context` and
+    `written` mislead the answer agent; `cache` does not, needs one backbone, and adds a link from
+    each agent to all that come after it in a round."""
+
     @model_validator(mode="after")
     def _name_one_pattern(self) -> Self:
         if len(self.given) != 1:
@@ -147,7 +158,9 @@ class PatternSection(Section):
         return tuple(name for name in PATTERN_NAMES if getattr(self, name) is not None)
 
 
-PATTERN_NAMES: Final = tuple(name for name in PatternSection.model_fields if name != "task")
+PATTERN_NAMES: Final = tuple(
+    name for name in PatternSection.model_fields if name not in ("task", "carries")
+)
 
 
 class StopSection(Section):
@@ -307,13 +320,15 @@ class WeightsSection(Section):
     """Where a link's weights come from: a file, or a start."""
 
     kind: Given[LinkKind] = None
-    """Form of the link: `projected`, `residual` (the paper), `ln_residual` (the released weights)
-    or `biased_residual` (the released trainer's default; a file of it may stand where the spec says
-    `residual`). Without it: `projected`, or with `weights` the kind of the file."""
+    """Form of the link: `projected`, `residual` (the paper), `ln_residual` (the released weights),
+    `biased_residual` (the released trainer's default; a file of it may stand where the spec says
+    `residual`) or `rescaled` (results of one length). Without it: `projected`, with `init:
+    latentmas` `rescaled`, or with `weights` the kind of the file."""
 
     init: Given[LinkInit] = None
     """Start of a link without `weights`: `aligned` (the default) solves for it in closed form when
-    the system is built, `random` is for training."""
+    the system is built, `latentmas` does so for an inner link by the rule of LatentMAS, `random` is
+    for training."""
 
     weights: Given[FilePath] = None
     """A safetensors file with the link's weights, relative to the spec."""
@@ -327,7 +342,8 @@ class WeightsSection(Section):
     def with_start(data: object) -> object:
         """Write out the defaults, so that the resolved spec says what is meant."""
         if isinstance(data, dict) and "weights" not in data:
-            return {"kind": DEFAULT_KIND, "init": DEFAULT_INIT} | data
+            kind = LATENTMAS_KIND if data.get("init") == "latentmas" else DEFAULT_KIND
+            return {"kind": kind, "init": DEFAULT_INIT} | data
         return data
 
 
@@ -411,7 +427,8 @@ class LinkSection(WeightsSection):
 
     rows: Given[Annotated[Rows, WithJsonSchema(_ROWS_SCHEMA)]] = None
     """For `cache`: `context` (the sender's prompt without the generation prompt; the default),
-    `thoughts`, `written`, or `context` with one of the two as a list."""
+    `prompt` (all of it), `thoughts`, `written`, or one of the first two with one of the others as a
+    list."""
 
     layers: Given[LayersKey] = None
     """For `cache`: `all` (the default), or a list of the layers that get the rows, the first of

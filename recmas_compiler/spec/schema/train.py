@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import BeforeValidator, Field, Strict, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from recmas_compiler.spec.schema.sections import MAX_AGENTS, FilePath, Given, Section, Slug
-from recmas_runtime.formats.link_kinds import PAPER_KIND, RELEASED_KIND, LinkKind
+from recmas_runtime.core.text import listed
+from recmas_runtime.formats.link_kinds import (
+    FORMS,
+    PAPER_KIND,
+    RELEASED_KIND,
+    LinkKind,
+    LinkRole,
+)
 
 Preset = Literal["default", "released", "paper"]
 Stage = Literal["inner", "outer", "all"]  # what `recmasc train --stage` takes
@@ -19,8 +26,15 @@ Supervise = Literal["final", "all"]
 BackboneDtype = Literal["auto", "float32", "bfloat16"]
 
 FieldName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+RateName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 LARGEST_HELD_OUT: Final = 0.5
+
+# What `outer.rates` may name besides single links: links by role.
+LINK_GROUPS: Final[tuple[LinkRole, ...]] = get_args(LinkRole)
+
+_WITH_BIASES: Final = [kind for kind in get_args(LinkKind) if FORMS[kind, "outer"].has_biases]
+BIAS_HINT: Final = f"Links of kind {listed(f'`{kind}`' for kind in _WITH_BIASES)} have one."
 
 # What a preset says instead of the defaults below; keys that the spec writes win over both.
 PRESETS: Final[Mapping[Preset, Mapping[str, Any]]] = {
@@ -43,6 +57,11 @@ PRESET_KINDS: Final[Mapping[Preset, LinkKind | None]] = {
     "released": RELEASED_KIND,
     "paper": PAPER_KIND,
 }
+
+
+def no_bias(link: str, kind: str) -> str:
+    """Say why the messages of a link cannot be centred."""
+    return f"`center` needs a bias, and the link `{link}` of kind `{kind}` has none."
 
 
 def _fraction_or_file(value: object) -> object:
@@ -85,6 +104,43 @@ class InnerStageSection(Section):
     """Weight of the mean squared error that is added to the cosine loss, which forgets lengths."""
 
 
+Rate = Annotated[float, Field(gt=0.0, le=1.0)]
+Weight = Annotated[float, Field(gt=0.0, le=1e3)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class MismatchSection(Section):
+    """The answer should be less likely with the messages of a record that has another answer."""
+
+    weight: Weight = 1.0
+    """Weight of the hinge beside the cross-entropy."""
+
+    margin: float = Field(default=1.0, gt=0.0, le=100.0)
+    """How much larger the mean loss of the answer's tokens should be with the other messages; where
+    it is, nothing more is asked."""
+
+
+class TeacherSection(Section):
+    """The answer agent should say what it would say if it read text in the place of messages."""
+
+    weight: Weight = 0.5
+    """Weight of the divergence beside the cross-entropy."""
+
+    temperature: float = Field(default=1.0, ge=0.1, le=100.0)
+    """What both distributions are softened by; the divergence counts its square times."""
+
+
+class MixSection(Section):
+    """Messages are text in part, to begin with."""
+
+    start: Share = 0.9
+    """In the first step, this part of each message, from its end, is the embeddings of the text
+    that it should say."""
+
+    end: Share = 0.0
+    """The same in the last step; in between it falls evenly."""
+
+
 class OuterStageSection(Section):
     """The outer stage: the unrolled program, all links at once, toward the answer's text."""
 
@@ -113,6 +169,35 @@ class OuterStageSection(Section):
     )
     """Links that stay as they are, by their names in `links`; an agent's name stands for its inner
     link."""
+
+    rates: Given[dict[RateName, Rate]] = None
+    """Learning rates at their highest of some links: of all `inner` ones, all `outer` ones, or one,
+    named as in `freeze`, which wins. The others have `lr`."""
+
+    mismatch: Given[MismatchSection] = None
+    """Adds a hinge: the answer's loss with another record's messages should be `margin` larger."""
+
+    teacher: Given[TeacherSection] = None
+    """Adds the divergence from the answer agent that reads text in the place of its messages: the
+    field that a message is made of, the sender's target, or what the sender reads."""
+
+    reconstruct: Given[Weight] = None
+    """Adds, with this weight, the loss of that text when the receiver writes it from a message
+    alone, over all links of vectors."""
+
+    mix: Given[MixSection] = None
+    """A curriculum from text to messages."""
+
+    center: Given[bool] = None
+    """Subtract the running mean of each outer link's messages, which becomes part of the link's
+    last bias: no constant is left that could be a soft prompt. Not for links `residual`, which have
+    no biases."""
+
+    @property
+    def has_additions(self) -> bool:
+        """Whether a step does more than lower the answer's cross-entropy."""
+        added = self.mismatch, self.teacher, self.reconstruct, self.mix, self.center or None
+        return any(addition is not None for addition in added)
 
 
 class LoraSection(Section):

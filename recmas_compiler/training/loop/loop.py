@@ -62,6 +62,21 @@ class StepLoss(Protocol):
         """What to divide it by for the mean."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AtStep:
+    """Where a loop stands.
+
+    Attributes:
+        step: Steps done before this one.
+        steps: All of the loop.
+        places: The step's records, of all processes and pieces.
+    """
+
+    step: int
+    steps: int
+    places: tuple[int, ...]
+
+
 class Task(Protocol):
     """What a loop trains.
 
@@ -69,14 +84,19 @@ class Task(Protocol):
         name: For messages.
         links: What learns, by link id.
         num_examples: Records to learn from.
+        rates: Highest learning rates by link id, where they are not the stage's.
     """
 
     name: str
     links: Mapping[str, nn.Module]
     num_examples: int
+    rates: Mapping[str, float]
 
-    def loss(self, places: Sequence[int]) -> StepLoss:
-        """Return the loss of the records at these places."""
+    def loss(self, places: Sequence[int], at: AtStep) -> StepLoss:
+        """Return the loss of the records at these places, some of the step's."""
+
+    def finish_step(self, at: AtStep, world: World) -> None:
+        """Do what comes after the optimizer's step."""
 
     def measure(self, world: World) -> Mapping[str, Any]:
         """Return figures on what is held out; empty if nothing is."""
@@ -207,7 +227,7 @@ class Loop:
         self._log: JsonLines | None = None
         self._weights = [w for link in task.links.values() for w in link.parameters()]
         self._optimizer = torch.optim.AdamW(
-            [{"params": self._weights, "initial_lr": stage.lr}],
+            _groups(task, stage.lr),
             lr=stage.lr,
             betas=section.betas,
             weight_decay=section.weight_decay,
@@ -295,8 +315,9 @@ class Loop:
             batch_size=self._stage.batch_size,
             seed=section.seed,
         )
+        at_step = AtStep(step=self._step_done, steps=self._stage.steps, places=places)
         self._optimizer.zero_grad()
-        total, tokens = self._backward(world.share(places))
+        total, tokens = self._backward(world.share(places), at_step)
         # One sum for all that the processes have to agree on.
         sums = world.add_up(
             torch.tensor(
@@ -315,8 +336,9 @@ class Loop:
             for weight in self._weights:
                 assert weight.grad is not None
                 weight.grad *= section.clip / norm
-        (rate,) = rates.get_last_lr()
+        rate = self._stage.lr * rates.lr_lambdas[0](self._step_done)
         self._optimizer.step()
+        self._task.finish_step(at_step, world)
         rates.step()
         at.health = at.health.after(loss)
         seconds = time.perf_counter() - started
@@ -335,12 +357,12 @@ class Loop:
         )
         return loss, num_stopping > 0
 
-    def _backward(self, places: Sequence[int]) -> tuple[float, int]:
+    def _backward(self, places: Sequence[int], at: AtStep) -> tuple[float, int]:
         """Add the gradients of this process's records, piece by piece; return loss and tokens."""
         num_pieces = min(self._section.accumulation, len(places))
         total, tokens = 0.0, 0
         for piece in range(num_pieces):
-            found = self._task.loss(places[piece::num_pieces])
+            found = self._task.loss(places[piece::num_pieces], at)
             found.total.backward()  # type: ignore[no-untyped-call]
             total += found.total.item()
             tokens += found.tokens
@@ -412,6 +434,14 @@ class Loop:
             f"in step {self._step_done + 1} of {self._task.name}, with batches of "
             f"{self._stage.batch_size} in {self._section.accumulation} pieces"
         )
+
+
+def _groups(task: Task, lr: float) -> list[dict[str, Any]]:
+    """Return the weights by their highest learning rate."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for link_id, link in task.links.items():
+        groups.setdefault(task.rates.get(link_id, lr), []).extend(link.parameters())
+    return [{"params": weights, "lr": rate, "initial_lr": rate} for rate, weights in groups.items()]
 
 
 def other_machine(

@@ -28,6 +28,7 @@ from recmas_compiler.lowering.training_graph.calls import Call, CallWriter, Trai
 from recmas_compiler.lowering.training_graph.graph import Loss, turn_loss, weighted_loss
 from recmas_compiler.spec.schema.train import LoraSection, MethodName, SftSection, TrainSection
 from recmas_compiler.training.loop.distributed import World
+from recmas_compiler.training.loop.loop import AtStep
 from recmas_runtime.core.errors import fail
 from recmas_runtime.core.files import sync_folder, write_whole
 from recmas_runtime.prompts.render import Tokens
@@ -61,10 +62,14 @@ class SingleAgentTask:
     def __post_init__(self) -> None:
         self.name = f"`{self.agent}` alone"
         self.num_examples = len(self.train)
+        self.rates: Mapping[str, float] = {}
 
-    def loss(self, places: Sequence[int]) -> Loss:
+    def loss(self, places: Sequence[int], at: AtStep | None = None) -> Loss:
         """Return the loss of the records at these places."""
         return self._loss([self.train[place] for place in places])
+
+    def finish_step(self, at: AtStep, world: World) -> None:
+        """Do nothing: a step is the optimizer's."""
 
     @torch.no_grad()
     def measure(self, world: World) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from recmas_compiler.links.calibration import HELD_OUT_EVERY, Calibration
 from recmas_compiler.links.modules import make_link, randomize
 from recmas_compiler.training.data.hidden_state_cache import HiddenStates
 from recmas_compiler.training.loop.distributed import World
+from recmas_compiler.training.loop.loop import AtStep
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.link_kinds import LinkKind
 
@@ -57,8 +58,9 @@ class InnerTask:
         self.name = f"the inner link of `{self.agent}`"
         self.links: Mapping[str, nn.Module] = {inner_link_id(self.agent): self.link}
         self.num_examples = len(self.train)
+        self.rates: Mapping[str, float] = {}
 
-    def loss(self, places: Sequence[int]) -> InnerLoss:
+    def loss(self, places: Sequence[int], at: AtStep | None = None) -> InnerLoss:
         """Return one minus the cosine, and the weighted squared error, summed over tokens."""
         hidden_ND, next_N = self.train.pairs(places)
         wanted_ND = embeddings(self.train.backbone, next_N)
@@ -67,6 +69,9 @@ class InnerTask:
         if self.mse_weight:
             total = total + self.mse_weight * (answer_ND - wanted_ND).square().mean(-1).sum()
         return InnerLoss(total=total, tokens=len(next_N))
+
+    def finish_step(self, at: AtStep, world: World) -> None:
+        """Do nothing: a step is the optimizer's."""
 
     def measure(self, world: World) -> Mapping[str, Any]:
         """Return the mean cosine on held-out tokens."""

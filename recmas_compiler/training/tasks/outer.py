@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Final
 
 import torch
@@ -13,6 +13,8 @@ from recmas_compiler.lowering.training_graph.calls import TrainExample
 from recmas_compiler.lowering.training_graph.graph import Loss, TrainingGraph
 from recmas_compiler.lowering.training_graph.latents import Received
 from recmas_compiler.training.loop.distributed import World
+from recmas_compiler.training.loop.loop import AtStep
+from recmas_compiler.training.tasks.additions import Additions
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Advance
 from recmas_runtime.running.baselines import LATENT
@@ -38,6 +40,8 @@ class OuterTask:
     Attributes:
         links: What learns, by link id; the graph's other links stay as they are.
         batch_size: Records of a measurement's batch.
+        rates: Highest learning rates by link id, where they are not the stage's.
+        additions: What the stage does besides the answer's cross-entropy; None for nothing.
     """
 
     graph: TrainingGraph
@@ -46,16 +50,25 @@ class OuterTask:
     train: Sequence[TrainExample]
     held_out: Sequence[TrainExample]
     batch_size: int
+    rates: Mapping[str, float] = field(default_factory=dict)
+    additions: Additions | None = None
 
     def __post_init__(self) -> None:
         self.name = "the outer stage"
         self.num_examples = len(self.train)
 
-    def loss(self, places: Sequence[int]) -> Loss:
+    def loss(self, places: Sequence[int], at: AtStep | None = None) -> Loss:
         """Return the loss of the records at these places."""
+        if self.additions is not None and at is not None:
+            return self.additions.loss(places, at)
         batch = self.graph.prepare([self.train[place] for place in places])
         loss: Loss = self.graph(batch, watch=True)
         return loss
+
+    def finish_step(self, at: AtStep, world: World) -> None:
+        """Do what was asked for besides learning."""
+        if self.additions is not None:
+            self.additions.finish_step(at, world)
 
     @torch.no_grad()
     def measure(self, world: World) -> Mapping[str, Any]:
@@ -89,12 +102,17 @@ class OuterTask:
         }
 
     def gradient_figures(self, tokens: float) -> Mapping[str, Any]:
-        """Return the gradient norm at each link's output by round, of this process's records."""
+        """Return the gradient norm at each link's output by round, of this process's records.
+
+        Also, where something was added to the loss, the means of its parts.
+        """
         norms = self.graph.round_gradients()
+        added = {} if self.additions is None else self.additions.figures(tokens)
         return {
             "round_grad_norm": {
                 f"{link_id}@{round_}": norm / tokens for (link_id, round_), norm in norms.items()
-            }
+            },
+            **added,
         }
 
 
@@ -117,7 +135,8 @@ def control_losses(
     """Yield the loss of every batch under every control, with the places of its records.
 
     Controls are over all records, whatever the batches. With a single record there are no other
-    messages, and no `shuffled` and `mean`; nor is there `shuffled` where all answers agree.
+    messages, and no `shuffled` and `mean`; nor is there `shuffled` where all answers agree, nor
+    `mean` where a slot of the answer agent holds a text or rows.
     """
     batches = world.share(_batches(len(examples), batch_size))
     own: list[dict[str, torch.Tensor]] = [{} for _ in examples]
@@ -127,17 +146,28 @@ def control_losses(
         received = graph.received(batch, mode="rollout")
         for slot, messages_ME in received.items():
             for place, message_ME in zip(places, messages_ME, strict=True):
-                own[place][slot] = message_ME
+                if isinstance(message_ME, torch.Tensor):
+                    own[place][slot] = message_ME
         yield LATENT, places, graph.answer_loss(batch, received)
         empty = {slot: [m[:0] for m in messages_ME] for slot, messages_ME in received.items()}
         yield NULL, places, graph.answer_loss(batch, empty)
     if len(examples) < 2:
         return
+    chosen = chosen_senders(graph, examples)
+    if not all(graph.plan.links[message.link].has_vectors for message in graph.answer.messages):
+        for places in batches:
+            if chosen is None:
+                return
+            batch = graph.prepare([examples[place] for place in places])
+            # These messages are too large to keep: the other records' agents run again.
+            senders_of = [examples[chosen.senders[place]] for place in places]
+            received = graph.received(graph.prepare(senders_of), mode="rollout")
+            yield SHUFFLED, places, graph.answer_loss(batch, received)
+        return
     _gather(graph, own, world)
     mean = MeanMessages()
     for messages in own:
         mean.add({slot: message_ME.cpu().numpy() for slot, message_ME in messages.items()})
-    chosen = chosen_senders(graph, examples)
     for places in batches:
         batch = graph.prepare([examples[place] for place in places])
         if chosen is not None:
@@ -156,6 +186,7 @@ def control_losses(
 
 
 def _by_slot(records: Sequence[Mapping[str, torch.Tensor]]) -> Received:
+    # Of their own type: a list of vectors is not one of messages of any kind.
     return {slot: [messages[slot] for messages in records] for slot in records[0]}
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from recmas_runtime.core.text import aligned, counted, human_bytes
+from recmas_runtime.core.text import aligned, counted, human_bytes, listed
 from recmas_runtime.engines.tensorrt.engine_cache import engines_text
 from recmas_runtime.formats.bundle import Bundle
 from recmas_runtime.formats.codec import to_json
 from recmas_runtime.formats.manifest import LinkEntry, LossEntry
+from recmas_runtime.formats.messages import MessageForm
 from recmas_runtime.formats.plan import (
     DecodeStep,
     Plan,
@@ -19,6 +20,7 @@ from recmas_runtime.formats.plan import (
     ThinkStep,
     WriteStep,
     feedback_links,
+    form_of,
 )
 from recmas_runtime.formats.precisions import PRECISIONS
 
@@ -61,6 +63,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
             name: {**to_json(link), "feedback": name in fed_back}
             for name, link in manifest.links.items()
         },
+        "messages": {name: to_json(form_of(link)) for name, link in plan.links.items()},
         "steps": [{**to_json(step), "text": step_text(plan, step)} for step in plan.steps],
         "caches": to_json(plan.caches),
         "cache_bytes_per_sample": sum(c.bytes_per_sample for c in plan.caches.values()),
@@ -118,6 +121,9 @@ def bundle_text(bundle: Bundle) -> str:
         )
         for name, link in manifest.links.items()
     )
+    if any(link.carries != "thoughts" for link in plan.links.values()):
+        lines += ["", "messages"]
+        lines += _indented((name, form_text(link)) for name, link in plan.links.items())
     for number in range(1, plan.rounds + 1):
         lines += ["", f"round {number}"]
         lines += [f"  {step_text(plan, step)}" for step in plan.steps if step.round == number]
@@ -140,6 +146,24 @@ def bundle_text(bundle: Bundle) -> str:
         if case.loss is not None:
             lines.append(f"loss        {case.backbone}: {loss_text(case.loss, precision)}")
     return "\n".join(lines)
+
+
+def form_text(form: MessageForm) -> str:
+    """Return in a few words what a link carries."""
+    words: list[str] = [form.carries]
+    if form.of is not None:
+        words.append(f"of {form.of}")
+    if form.every > 1:
+        words.append(f"every {form.every}")
+    if form.pool:
+        words.append("pooled")
+    if form.rows:
+        words.append(f"rows of {listed(form.rows)}")
+    if form.layers is not None:
+        words.append(f"layers {', '.join(map(str, form.layers))}")
+    if form.max_tokens is not None:
+        words.append(f"at most {counted(form.max_tokens, 'token')}")
+    return ", ".join(words)
 
 
 def step_text(plan: Plan, step: Step) -> str:

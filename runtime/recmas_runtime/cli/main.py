@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
         default="latent",
         metavar="NAME",
         help="run an alternative on the same engines: single, all-context, text, text@N, moa, "
-        "moa@N, null, shuffled, mean",
+        "moa@N, latentmas, null, shuffled, mean",
     )
     run.add_argument(
         "--date",

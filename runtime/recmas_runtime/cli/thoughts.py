@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,7 +47,8 @@ def print_thoughts(
             data.setdefault("records", []).append({"id": line.get("id"), **own})
         else:
             gap = "\n" if num_found > 1 else ""
-            write_out(f"{gap}{readings_text(line.get('id'), readings)}\n")
+            told = readings_text(line.get("id"), readings, handover_texts(line))
+            write_out(f"{gap}{told}\n")
     if num_found == 0:
         raise _nothing(folder, record, num_records)
     if as_json:
@@ -57,8 +58,24 @@ def print_thoughts(
         note(f"{left} left out: traced without --thoughts")
 
 
-def readings_text(record: object, readings: RecordReadings) -> str:
-    """Return tables of what each agent thought for a record, round by round, and what it sent."""
+def handover_texts(line: Mapping[str, Any]) -> dict[tuple[int, str], str]:
+    """Return what agents wrote for others, by round and agent, as a line of a trace has it."""
+    return {
+        (step["round"], agent): text
+        for step in line.get("steps", ())
+        for agent, text in zip(step["agents"], step.get("texts", ()), strict=False)
+    }
+
+
+def readings_text(
+    record: object, readings: RecordReadings, written: Mapping[tuple[int, str], str] | None = None
+) -> str:
+    """Return tables of what each agent thought for a record, round by round, and what it sent.
+
+    Args:
+        written: What agents wrote for others, by round and agent.
+    """
+    texts = {} if written is None else written
     thoughts: dict[tuple[int, str], list[ThoughtReading]] = {}
     for thought in readings.thoughts:
         thoughts.setdefault((thought.round, thought.agent), []).append(thought)
@@ -67,7 +84,7 @@ def readings_text(record: object, readings: RecordReadings) -> str:
         by_link = sent.setdefault((message.round, link_ends(message.link)[0]), {})
         by_link.setdefault(message.link, []).append(message.embedding)
     parts = [f"record {record}"]
-    for key in sorted({**thoughts, **sent}, key=lambda key: key[0]):
+    for key in sorted({**thoughts, **sent, **texts}, key=lambda key: key[0]):
         steps = thoughts.get(key, [])
         fed_back = _table([step.fed_back for step in steps])
         parts.append(f"\n{key[1]}, round {key[0]}")
@@ -78,12 +95,16 @@ def readings_text(record: object, readings: RecordReadings) -> str:
                 "fed back to itself, among input embeddings (cosine)",
                 *fed_back,
             ]
+        if key in texts:
+            parts.append(f"wrote {json.dumps(texts[key], ensure_ascii=False)}")
         for link, vectors in sent.get(key, {}).items():
             table, path = _table(vectors), path_text(*link_ends(link))
             is_same = table == fed_back
             parts.append(f"{path}: {_THE_SAME if is_same else _AMONG}")
             parts += [] if is_same else table
-    return "\n".join(parts if len(parts) > 1 else [f"{parts[0]}: no agent thought or sent vectors"])
+    return "\n".join(
+        parts if len(parts) > 1 else [f"{parts[0]}: no agent thought, wrote or sent vectors"]
+    )
 
 
 def _table(readings: Sequence[Reading], befores: Sequence[float | None] = ()) -> list[str]:

@@ -7,7 +7,7 @@ width, d model width, V vocabulary, G groups of rows with one link each.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,33 @@ def sees_all_rows(engine: str) -> RecmasError:
         f"{engine} shows the rows of a cache to every layer, and here some must not see them",
         hint="Run it on ONNX Runtime: device `cpu` or `cuda`.",
     )
+
+
+class PieceOfRows(Protocol):
+    """Rows of one cache that are handed over together."""
+
+    @property
+    def position(self) -> int:
+        """Where the first of them was computed."""
+
+    @property
+    def sink(self) -> Self | None:
+        """The first row of that cache, if it is not among them."""
+
+
+_Piece = TypeVar("_Piece", bound=PieceOfRows)
+
+
+def behind_sink(pieces: Sequence[_Piece]) -> list[_Piece]:
+    """Return pieces of rows that come one behind the other, with a first row that may be one.
+
+    A model learns to turn attention that belongs nowhere to the first row of a sequence (attention
+    sinks, arXiv 2309.17453). Rows that were computed behind others do not hold one; behind them
+    alone a model writes nonsense. So if they come first, the first row of the cache they are from
+    comes before them.
+    """
+    sink = pieces[0].sink if pieces else None
+    return [*pieces] if sink is None else [sink, *pieces]
 
 
 class HandedRows(NamedTuple):

@@ -4,8 +4,9 @@ Every link is a case of one form, which has W1 and W2 always and the rest as its
 
     y = post?( S x + W2 gelu(W1 pre?(x) + b1?) + b2? )        S x is x itself, or W3 x + b3?
 
-Norms are layer norms with scale and bias. GELU is exact (erf). Tensors have the released names;
-those of linear layers are [out, in].
+Norms are layer norms with scale and bias. The last one may be an RMS norm, which has a scale and
+nothing else: with the same number everywhere it gives every result one length. GELU is exact (erf).
+Tensors have the released names, where there are any; those of linear layers are [out, in].
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal, get_args
 
-LinkKind = Literal["residual", "biased_residual", "ln_residual", "projected"]
-LinkInit = Literal["aligned", "random"]
+LinkKind = Literal["residual", "biased_residual", "ln_residual", "projected", "rescaled"]
+LinkInit = Literal["aligned", "latentmas", "random"]
 LinkRole = Literal["inner", "outer"]
 
 DEFAULT_KIND: Final[LinkKind] = "projected"
@@ -26,8 +27,10 @@ DEFAULT_INIT: Final[LinkInit] = "aligned"
 RELEASED_KIND: Final[LinkKind] = "ln_residual"
 TRAINER_KIND: Final[LinkKind] = "biased_residual"
 PAPER_KIND: Final[LinkKind] = "residual"
+# That of LatentMAS (arXiv:2511.20639): a matrix, and results of one length.
+LATENTMAS_KIND: Final[LinkKind] = "rescaled"
 
-LAYER_NORM_EPSILON: Final = 1e-5
+NORM_EPSILON: Final = 1e-5  # of the mean square
 
 PROJ1: Final = "proj1"  # W1
 PROJ2: Final = "proj2"  # W2
@@ -37,6 +40,7 @@ _NORMS: Final[Mapping[LinkRole, tuple[str, str]]] = {
     "inner": ("pre_ln", "post_ln"),
     "outer": ("ln_source", "ln_target"),
 }
+_RMS_NORMS: Final[Mapping[LinkRole, str]] = {"inner": "post_rms", "outer": "rms_target"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,7 @@ class _Row:
     """
 
     pre_norm: bool = False
-    post_norm: bool = False
+    post_norm: Literal["layer", "rms"] | None = None
     biases: bool = True
     inner_skip: Literal["identity", "matrix"] = "identity"
     outer_hidden: int = 1
@@ -62,9 +66,11 @@ _KINDS: Final[Mapping[LinkKind, _Row]] = {
     # What the released trainer makes unless it is told otherwise.
     "biased_residual": _Row(),
     # That of the released weights.
-    "ln_residual": _Row(pre_norm=True, post_norm=True, outer_hidden=2),
+    "ln_residual": _Row(pre_norm=True, post_norm="layer", outer_hidden=2),
     # For new links: it can be any affine map, which is what the closed form solves for.
     "projected": _Row(pre_norm=True, inner_skip="matrix"),
+    # A matrix, and results of one length.
+    "rescaled": _Row(biases=False, inner_skip="matrix", post_norm="rms"),
 }
 
 
@@ -72,12 +78,13 @@ _KINDS: Final[Mapping[LinkKind, _Row]] = {
 class LinkForm:
     """What links of one kind and role are made of.
 
-    Their norms are named `pre` and `post`, None for none; with a skip matrix S is W3, not the
-    identity.
+    Their norms are named `pre` and `post`, None for none; `post` is an RMS norm where it does not
+    centre. With a skip matrix S is W3, not the identity.
     """
 
     pre: str | None
     post: str | None
+    post_centres: bool
     has_skip_matrix: bool
     has_biases: bool
     hidden_per_out: int
@@ -102,7 +109,9 @@ class LinkForm:
             if self.has_biases:
                 shapes[f"{name}.bias"] = shape[:1]
         if self.post is not None:
-            shapes |= {f"{self.post}.weight": (out_dim,), f"{self.post}.bias": (out_dim,)}
+            shapes[f"{self.post}.weight"] = (out_dim,)
+            if self.post_centres:
+                shapes[f"{self.post}.bias"] = (out_dim,)
         return shapes
 
     def num_parameters(self, in_dim: int, out_dim: int) -> int:
@@ -114,7 +123,8 @@ def _form(kind: LinkKind, role: LinkRole) -> LinkForm:
     row, (pre, post) = _KINDS[kind], _NORMS[role]
     return LinkForm(
         pre=pre if row.pre_norm else None,
-        post=post if row.post_norm else None,
+        post={None: None, "layer": post, "rms": _RMS_NORMS[role]}[row.post_norm],
+        post_centres=row.post_norm == "layer",
         has_skip_matrix=role == "outer" or row.inner_skip == "matrix",
         has_biases=row.biases,
         hidden_per_out=row.outer_hidden if role == "outer" else 1,
@@ -138,11 +148,13 @@ def kind_of_tensors(names: Set[str], role: LinkRole) -> LinkKind:
     Norms count first, the output's before the input's: they tell more than biases do of what a file
     that fits no kind was meant to be.
     """
+    pre, post = _NORMS[role]
+    posts = [name for name in (post, _RMS_NORMS[role]) if f"{name}.weight" in names]
 
     def distance(kind: LinkKind) -> tuple[bool, bool, int]:
-        form, (pre, post) = FORMS[kind, role], _NORMS[role]
+        form = FORMS[kind, role]
         return (
-            (form.post is None) == (f"{post}.weight" in names),
+            posts != [form.post] if form.post is not None else bool(posts),
             (form.pre is None) == (f"{pre}.weight" in names),
             len(form.shapes(1, 1).keys() ^ names),
         )

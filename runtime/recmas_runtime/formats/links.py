@@ -2,8 +2,10 @@
 
     y = post?( W3 x + W2 gelu(W1 pre?(x) + b1) + bias )
 
-Where a kind has no norm, bias or W3 of its own, neutral values stand in: the graph is the same for
-all. Shape legend: G links of one call, I input width, H hidden width, O output width.
+`pre` is a layer norm and `post` an RMS norm with a bias. A layer norm is one of numbers from which
+their mean was taken, and what takes it is linear: it is part of W2, W3 and `bias`. Where a kind has
+no norm, bias or W3 of its own, neutral values stand in: the graph is the same for all. Shape
+legend: G links of one call, I input width, H hidden width, O output width.
 """
 
 from __future__ import annotations
@@ -48,6 +50,10 @@ def load_operands(path: Path, entry: LinkEntry) -> Operands:
     bias = np.zeros(target, np.float32)
     for layer in (PROJ2, SKIP):
         bias = bias + values.get(f"{layer}.bias", np.float32(0))
+    curved = values[f"{PROJ2}.weight"].T
+    bias = bias[None]
+    if form.post_centres:
+        curved, skip, bias = (_centred(rows) for rows in (curved, skip, bias))
     hidden = form.hidden_dim(target)
     operands: Operands = {
         "pre_norm": np.array([[form.pre is not None]]),
@@ -55,9 +61,9 @@ def load_operands(path: Path, entry: LinkEntry) -> Operands:
         "pre_bias": values.get(f"{form.pre}.bias", np.zeros(source))[None],
         "w1": values[f"{PROJ1}.weight"].T,
         "b1": values.get(f"{PROJ1}.bias", np.zeros(hidden))[None],
-        "w2": values[f"{PROJ2}.weight"].T,
+        "w2": curved,
         "w3": skip,
-        "bias": bias[None],
+        "bias": bias,
         "post_norm": np.array([[form.post is not None]]),
         "post_scale": values.get(f"{form.post}.weight", np.ones(target))[None],
         "post_bias": values.get(f"{form.post}.bias", np.zeros(target))[None],
@@ -122,6 +128,11 @@ def _check(
             )
         if not np.isfinite(found).all():
             raise _wrong(path, f"{name} holds values that are not finite")
+
+
+def _centred(rows: NDArray[Any]) -> NDArray[Any]:
+    centred: NDArray[Any] = rows - rows.mean(axis=-1, keepdims=True, dtype=np.float64)
+    return centred
 
 
 def _widen_hidden(link: Mapping[str, NDArray[Any]], hidden: int) -> Operands:

@@ -12,15 +12,18 @@ from msgspec import Meta
 from recmas_runtime.formats.codec import Count, StrictStruct
 
 Carries = Literal["thoughts", "context", "written", "text", "cache"]
-RowsOf = Literal["context", "thoughts", "written"]
+RowsOf = Literal["context", "prompt", "thoughts", "written"]
 
 # What may be handed over together, as it lies in a cache: thoughts and texts begin at one place.
 KINDS_OF_ROWS: Final[tuple[tuple[RowsOf, ...], ...]] = (
     ("context",),
+    ("prompt",),
     ("thoughts",),
     ("written",),
     ("context", "thoughts"),
     ("context", "written"),
+    ("prompt", "thoughts"),
+    ("prompt", "written"),
 )
 
 MAX_EVERY: Final = 1024
@@ -44,7 +47,8 @@ class MessageForm(StrictStruct, frozen=True, kw_only=True, omit_defaults=True):
         pool: For `context`: means over as many equal spans of these positions as the sender has
             latent steps.
         max_tokens: Most tokens that the sender writes, where it writes.
-        rows: For `cache`: which rows, in the order in which they lie in the sender's cache.
+        rows: For `cache`: which rows, in the order in which they lie in the sender's cache;
+            `context` is the prompt without the generation prompt, `prompt` all of it.
         layers: For `cache`: the layers whose rows are handed over; None for all.
     """
 
@@ -64,7 +68,12 @@ class MessageForm(StrictStruct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def needs_context(self) -> bool:
         """Whether it is made of what the sender's prompt has left."""
-        return self.carries == "context" or "context" in self.rows
+        return self.carries == "context" or not {"context", "prompt"}.isdisjoint(self.rows)
+
+    @property
+    def begins_at_prompt(self) -> bool:
+        """Whether rows that are handed over begin with the first of the sender's prompt."""
+        return self.rows[:1] in (("context",), ("prompt",))
 
     @property
     def needs_thoughts(self) -> bool:
@@ -80,6 +89,16 @@ class MessageForm(StrictStruct, frozen=True, kw_only=True, omit_defaults=True):
     def needs_written_states(self) -> bool:
         """Whether the states or rows of written tokens are handed over."""
         return self.carries == "written" or "written" in self.rows
+
+    def fixed_positions(self, latent_steps: int) -> int:
+        """Return how many positions it takes at the receiver, those left out that a record decides.
+
+        Written tokens count with the most.
+        """
+        if self.carries == "thoughts":
+            return latent_steps
+        written = (self.max_tokens or 0) if self.needs_written_states else 0
+        return written + (max(0, latent_steps - 1) if "thoughts" in self.rows else 0)
 
     def is_sent(self, latent_steps: int) -> bool:
         """Tell whether a sender of so many latent steps has anything to send."""
@@ -99,6 +118,8 @@ def message_spans(form: MessageForm, positions: int, latent_steps: int) -> list[
         positions: How many states there are.
         latent_steps: Of the sender.
     """
+    if positions == 0:
+        return []
     if form.pool:
         count = min(latent_steps, positions)
         ends = [index * positions // count for index in range(count + 1)]
@@ -134,7 +155,7 @@ def moved_links(
 
     The rows of a receiver's only such link land at its first positions. There they were computed,
     too, if they are the beginning of what the sender has read, and no rows came before that.
-    Thoughts and written tokens lie behind the sender's generation prompt, which is not handed over.
+    Thoughts and written tokens lie behind the sender's generation prompt, which `prompt` has.
 
     Args:
         links: Source, target and form of each.
@@ -142,5 +163,6 @@ def moved_links(
     handed = [(source, target, form) for source, target, form in links if form.carries == "cache"]
     num_senders = Counter(target for _, target, _ in handed)
     for source, target, form in handed:
-        if num_senders[target] > 1 or num_senders[source] > 0 or form.rows != ("context",):
+        is_beginning = form.rows == ("context",) or form.rows[:1] == ("prompt",)
+        if num_senders[target] > 1 or num_senders[source] > 0 or not is_beginning:
             yield source, target

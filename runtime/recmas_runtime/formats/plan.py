@@ -431,23 +431,21 @@ def feedback_links(plan: Plan) -> frozenset[str]:
 def compared_links(plan: Plan) -> dict[int, frozenset[str]]:
     """Return, by round, the links that decide whether a record has converged in it.
 
-    These are the links that sent a message in the round and in the one before. Rounds that the last
-    one cannot follow, because it would lack a message, do not appear.
+    These are the links that sent thoughts in the round and in the one before: of these alone are
+    there equally many in every round. Rounds that the last one cannot follow, because it would lack
+    a message of whatever kind, do not appear.
     """
     (decode,) = (step for step in plan.steps if isinstance(step, DecodeStep))
-    required = {
-        message.link for message in decode.exits if plan.links[message.link].carries == "thoughts"
-    }
+    required = {message.link for message in decode.exits}
+    thoughts = {name for name, link in plan.links.items() if link.carries == "thoughts"}
     sent: dict[int, set[str]] = {round_: set() for round_ in range(1, plan.rounds + 1)}
     for step in plan.steps:
         if isinstance(step, SendStep):
-            # Of these alone are there equally many in every round.
-            alike = (link for link in step.links if plan.links[link].carries == "thoughts")
-            sent[step.round].update(alike)
+            sent[step.round].update(step.links)
     found = {
-        round_: frozenset(sent[round_] & sent[round_ - 1])
+        round_: frozenset(sent[round_] & sent[round_ - 1] & thoughts)
         for round_ in range(2, plan.rounds)
-        if required and required <= sent[round_]
+        if required & thoughts and required <= sent[round_]
     }
     return {round_: links for round_, links in found.items() if links}
 

@@ -43,7 +43,9 @@ class Places:
         """
         spans = list(_token_spans(self.whole, tokenizer, marks))
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], self._pairs()))
-        num_closing = sum(first >= same for first, _ in spans)
+        # What the template closes a conversation with may begin like the assistant's turn, in the
+        # middle of a token.
+        num_closing = sum(last > same for _, last in spans)
         fields: dict[str, list[int]] = {name: [] for name in self.values}
         for number, (begin, end) in self._value_spans(marks).items():
             fields[self.values[number]] += (

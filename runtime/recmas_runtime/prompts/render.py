@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.formats.messages import RowsOf
 from recmas_runtime.formats.plan import PromptPart, Variant, field_place
 from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.prompts.marks import Marks, unused_salt
@@ -93,9 +94,9 @@ class Prompt:
         spliced = (slots.get(item.agent, 0) for item in self.items if isinstance(item, Slot))
         return self.num_tokens + sum(spliced)
 
-    def num_turn_positions(self, slots: Mapping[str, int]) -> int:
-        """Return how many positions it takes without the generation prompt."""
-        return self.num_positions(slots) - self.num_closing
+    def num_rows(self, kind: RowsOf, slots: Mapping[str, int]) -> int:
+        """Return how many rows its `context` has, or all of the `prompt`."""
+        return self.num_positions(slots) - (self.num_closing if kind == "context" else 0)
 
     def context_positions(self, of: str | None, slots: Mapping[str, int]) -> list[int]:
         """Return the positions of its text without slots and generation prompt, or of one field.

@@ -18,6 +18,7 @@ from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.ids import outer_link_id
 from recmas_runtime.formats.layers import has_states, sequence_bytes, states_bytes
 from recmas_runtime.formats.manifest import Manifest
+from recmas_runtime.formats.messages import RowsOf
 from recmas_runtime.formats.plan import (
     AgentPlan,
     CachePlan,
@@ -125,10 +126,10 @@ def _mean(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
     _demand_slots(plan, MEAN)
     answer = next(step for step in reversed(plan.steps) if isinstance(step, PrefillStep))
     for message in answer.messages:
-        carries = plan.links[message.link].carries
-        if carries not in _WITH_MEAN:
+        link = plan.links[message.link]
+        if not link.has_vectors:
             raise _unusable(
-                f"{MEAN}: the link {message.link!r} carries {carries}, which has no mean"
+                f"{MEAN}: the link {message.link!r} carries {link.carries}, which has no mean"
             )
     return Baseline(plan=plan, control=MEAN)
 
@@ -248,6 +249,87 @@ def _moa(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
     return Baseline(plan=whole)
 
 
+def _latentmas(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
+    """LatentMAS (arXiv 2511.20639) with the agents of a system on one backbone, in their order.
+
+    Each agent has the whole turns of all before it, thoughts included, as rows of the cache before
+    its own prompt. There is one round, and lines that hold slots are left out of the prompts.
+    """
+    turns = [a for step in plan.steps if isinstance(step, PrefillStep) for a in step.agents]
+    others = [name for name in dict.fromkeys(turns) if name != plan.answer_agent]
+    _refuse_latentmas(plan, manifest, others)
+    roomy = _with_room(plan, manifest)
+    order = [*others, plan.answer_agent]
+    agents: dict[str, AgentPlan] = {}
+    links: dict[str, LinkPlan] = {}
+    steps: list[Step] = []
+    messages: dict[str, list[Message]] = {name: [] for name in order}
+    is_fused = any(step.fused for step in plan.steps if isinstance(step, ThinkStep))
+    for place, name in enumerate(order):
+        alone = _without_slots(plan.agents[name])
+        slots = tuple(PromptPart(kind="slot", value=before) for before in order[:place])
+        agents[name] = structs.replace(alone, then=(*slots, *alone.then))
+        if name == plan.answer_agent:
+            break
+        steps.append(_prefill_behind(name, messages[name]))
+        rows: tuple[RowsOf, ...] = ("prompt",)
+        if alone.latent_steps > 1:  # the first thought is the prompt's last state
+            rows = ("prompt", "thoughts")
+            steps.append(ThinkStep(round=1, agents=(name,), fused=is_fused, cache=name))
+        later = tuple(order[place + 1 :])
+        ids = tuple(outer_link_id(name, target) for target in later)
+        for link, target in zip(ids, later, strict=True):
+            links[link] = LinkPlan(source=name, target=target, carries="cache", rows=rows)
+            messages[target].append(Message(agent=target, slot=name, link=link, round=1))
+        steps.append(SendStep(round=1, source=name, targets=later, links=ids, apply_inner=False))
+    steps += _answer_steps(plan.answer_agent, 1, tuple(messages[plan.answer_agent]))
+    whole = structs.replace(
+        roomy,
+        rounds=1,
+        agents=agents,
+        links=links,
+        caches={name: _cache(roomy, manifest, (name,)) for name in order},
+        snapshots={},
+        steps=tuple(steps),
+        fields=prompt_fields(agents.values()),
+        stop_when=None,
+    )
+    return Baseline(plan=whole)
+
+
+def _refuse_latentmas(plan: Plan, manifest: Manifest, others: Sequence[str]) -> None:
+    if not others:
+        raise _unusable("latentmas: there is no agent besides the answer agent")
+    backbones = sorted({plan.agents[name].backbone for name in (*others, plan.answer_agent)})
+    if len(backbones) > 1:
+        named = ", ".join(map(repr, backbones))
+        raise _unusable(f"latentmas: rows of one backbone mean nothing to another, of {named}")
+    if has_states(manifest.backbones[backbones[0]].layers):
+        raise _unusable(
+            f"latentmas: layers of backbone {backbones[0]!r} keep states, not only rows"
+        )
+    for name in others:
+        init = manifest.links[plan.agents[name].inner].init
+        if plan.agents[name].latent_steps > 1 and init != "latentmas":
+            raise fail(
+                "RM508",
+                f"latentmas: the inner link of {name!r} is not the rule of LatentMAS but {init!r}",
+                hint="Build the spec with `inner: {init: latentmas}` for every agent that thinks, "
+                "into a bundle of its own.",
+            )
+
+
+def _prefill_behind(name: str, messages: Sequence[Message]) -> PrefillStep:
+    return PrefillStep(
+        round=1,
+        agents=(name,),
+        variants=("then",),
+        messages=tuple(messages),
+        reuse_prefix=False,
+        cache=name,
+    )
+
+
 def _only_answer(plan: Plan, manifest: Manifest, agent: AgentPlan) -> Plan:
     """Return a plan of one round in which the answer agent answers at once, its slots empty."""
     name = plan.answer_agent
@@ -361,13 +443,12 @@ _CHANGES: Final[dict[str, Callable[[Plan, Manifest, int | None], Baseline]]] = {
     "all-context": _all_context,
     "text": _text,
     "moa": _moa,
+    "latentmas": _latentmas,
     NULL: _null,
     SHUFFLED: _shuffled,
     MEAN: _mean,
 }
 _WITH_LIMIT: Final = ("text", "moa")
-# Of what links carry: vectors, whose mean is one.
-_WITH_MEAN: Final = ("thoughts", "context", "written")
 _OLD_NAMES: Final = {"null-latents": NULL, "shuffled-latents": SHUFFLED}
 
 BASELINES: Final = tuple(_CHANGES)

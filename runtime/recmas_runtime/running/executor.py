@@ -43,7 +43,7 @@ from recmas_runtime.sequences.messages import (
     sends_states,
     set_message,
 )
-from recmas_runtime.sequences.sequence_batch import DECODE_HEADROOM, SequenceBatch
+from recmas_runtime.sequences.sequence_batch import DECODE_HEADROOM, Rows, SequenceBatch
 from recmas_runtime.sequences.snapshots import Snapshots
 
 # Streams of hand-over texts lie apart from those of answers, which are seeded `seed + index`.
@@ -51,12 +51,15 @@ _SEEDS_OF_A_STEP = 2**64
 
 
 class _Tokens(TypedDict, total=False):
-    """Tokens that a step dealt with, per record; the counts of `StepEvent`."""
+    """What a step dealt with, per record; the counts and texts of `StepEvent`."""
 
     prefilled_tokens: tuple[int, ...]
     reused_tokens: tuple[int, ...]
     written_tokens: tuple[int, ...]
     cut_texts: tuple[int, ...]
+    handed_rows: tuple[int, ...]
+    handed_bytes: tuple[int, ...]
+    texts: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +174,7 @@ class Execution:
                 self._think(step)
             case SendStep():
                 agents = (step.source, *step.targets)
-                self._send(step)
+                tokens = self._send(step)
             case WriteStep(agents=agents):
                 tokens, events = self._write(step)
             case DecodeStep():
@@ -233,7 +236,10 @@ class Execution:
             np.concatenate([np.zeros((count, row.shape[1]), row.dtype), row])
             for count, row in zip(sequences.num_foreign, embeds, strict=True)
         ]
-        sequences.hidden = []
+        # Nobody asks for the states of rows of others, but those of prompts stand behind them.
+        sequences.hidden = [
+            row[:count] for count, row in zip(sequences.num_foreign, behind, strict=True)
+        ]
         sequences.prefill(behind, sequences.num_foreign, keep_hidden=keep_hidden)
         return [0] * len(embeds)
 
@@ -347,7 +353,7 @@ class Execution:
                 position += 1
         return np.stack(thoughts), np.stack(embeds)
 
-    def _send(self, step: SendStep) -> None:
+    def _send(self, step: SendStep) -> _Tokens:
         form, turn = self.plan.links[step.links[0]], self._turns[step.source]
         match form.carries:
             case "thoughts":
@@ -355,10 +361,13 @@ class Execution:
             case "text":
                 self._keep(step, turn.texts)
             case "cache":
-                self._keep(step, turn.rows_sent(form))
+                rows = turn.rows_sent(form)
+                self._keep(step, rows)
+                return _handed(rows, len(step.links))
             case "context" | "written":
                 steps = self.plan.agents[step.source].latent_steps
                 self._send_states(step, turn.states_sent(form, steps))
+        return {}
 
     def _keep(self, step: SendStep, messages: Messages) -> None:
         self.messages |= {(link, step.round): messages for link in step.links}
@@ -436,6 +445,10 @@ class Execution:
             "written_tokens": tuple(sum(w.num_tokens for w in ws) for ws in by_record),
             "cut_texts": tuple(sum(w.finish_reason == "length" for w in ws) for ws in by_record),
             "prefilled_tokens": tuple(sum(w.num_result_tokens for w in ws) for ws in by_record),
+            "texts": tuple(
+                tuple(w.text for w in ws) if self._runs(b, step.round) else ()
+                for b, ws in enumerate(by_record)
+            ),
         }
         return tokens, tool_events(generator, step.round, step.agents)
 
@@ -443,10 +456,15 @@ class Execution:
         """Run the prompts once more, from their beginning: layer states went on behind them."""
         sequences = self._sequences[step.cache]
         embeds = [row for agent in step.agents for row in self._turns[agent].embeds]
-        prefixes = sequences.prefixes
+        prefixes, hidden = sequences.prefixes, sequences.hidden
         sequences.begin([None] * len(embeds), sequences)
         sequences.prefixes = prefixes
         sequences.prefill(embeds, [0] * len(embeds))
+        sequences.hidden = hidden
+
+    def _runs(self, row: int, round_: int) -> bool:
+        """Tell whether a record takes part in a round; some run for its neighbours only."""
+        return not self.converged[row] or round_ == self.plan.rounds
 
     def _find_converged(self, round_: int) -> None:
         """Find the records whose messages no longer change; what they are sent stays as it is."""
@@ -521,6 +539,14 @@ def _splice(engine: Backbone[Any], prompt: Prompt, thoughts: Mapping[str, Floats
         elif item.agent in thoughts:  # else the slot stays empty
             pieces.append(thoughts[item.agent])
     return np.concatenate(pieces)
+
+
+def _handed(rows: Sequence[Sequence[Rows]], num_links: int) -> _Tokens:
+    """Count rows that are handed over, by record, and their bytes, for all links together."""
+    return {
+        "handed_rows": tuple(num_links * sum(piece.count for piece in own) for own in rows),
+        "handed_bytes": tuple(num_links * sum(piece.num_bytes for piece in own) for own in rows),
+    }
 
 
 def tool_events(generator: TextGenerator, round_: int, agents: tuple[str, ...]) -> list[StepEvent]:

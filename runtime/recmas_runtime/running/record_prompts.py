@@ -129,12 +129,16 @@ class RecordPrompts:
             return  # as long in every record
         sizes: dict[tuple[str, int], int] = {}
         turns: dict[str, tuple[Prompt, dict[str, int]]] = {}
+        follows: set[str] = set()  # the agents whose prompt now stands behind rows
+        begins: set[tuple[str, int]] = set()  # messages of rows that need none before them
         for step in plan.steps:
             if isinstance(step, SendStep):
                 for link in step.links:
                     form = plan.links[link]
                     steps = plan.agents[step.source].latent_steps
                     sizes[link, step.round] = num_positions(form, *turns[step.source], steps)
+                    if form.begins_at_prompt and step.source not in follows:
+                        begins.add((link, step.round))
             if not isinstance(step, PrefillStep):
                 continue
             for agent, variant in zip(step.agents, step.variants, strict=True):
@@ -144,11 +148,11 @@ class RecordPrompts:
                     for m in received
                     if plan.links[m.link].has_vectors
                 }
-                rows = sum(
-                    sizes[m.link, m.round]
-                    for m in received
-                    if plan.links[m.link].carries == "cache"
-                )
+                handed = [m for m in received if plan.links[m.link].carries == "cache"]
+                rows = sum(sizes[m.link, m.round] for m in handed)
+                if handed:
+                    rows += (handed[0].link, handed[0].round) not in begins  # see behind_sink
+                follows = follows - {agent} | ({agent} if handed else set())
                 turns[agent] = prompt, slots = self._built[agent, variant], slots
                 self._check_length(agent, prompt.num_positions(slots) + rows, rows)
 
@@ -210,7 +214,8 @@ def num_positions(
         case "text":
             return 0
     rows = {
-        "context": prompt.num_turn_positions(slots),
+        "context": prompt.num_rows("context", slots),
+        "prompt": prompt.num_rows("prompt", slots),
         "thoughts": latent_steps - 1,
         "written": form.max_tokens or 0,
     }

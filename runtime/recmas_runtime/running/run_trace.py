@@ -35,6 +35,8 @@ def messages_name(record: Record) -> str:
 
 # Of `StepEvent`, per record.
 _COUNTS: Final = ("prefilled_tokens", "reused_tokens", "written_tokens", "cut_texts")
+# The same, of steps that hand over rows.
+_ROW_COUNTS: Final = ("handed_rows", "handed_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,10 @@ class StepEvent:
         prefilled_tokens: Text tokens run through the backbone, like all counts per record.
         reused_tokens: Text tokens whose cache rows were kept.
         cut_texts: Hand-over texts that ended at their most tokens.
+        handed_rows: Rows of a cache that were handed over, for all targets together.
+        handed_bytes: Their size.
+        texts: Per record, the hand-over text of each agent; none where the record's recursion had
+            ended before.
         tool_calls: The record's place in the batch, and what came of the call.
         first_ms: Of a decode: the time to its first tokens.
     """
@@ -60,17 +66,24 @@ class StepEvent:
     reused_tokens: tuple[int, ...] = ()
     written_tokens: tuple[int, ...] = ()
     cut_texts: tuple[int, ...] = ()
+    handed_rows: tuple[int, ...] = ()
+    handed_bytes: tuple[int, ...] = ()
+    texts: tuple[tuple[str, ...], ...] = ()
     tool_calls: tuple[tuple[int, ToolResult], ...] = ()
     first_ms: float = 0.0
 
     def of_record(self, row: int) -> dict[str, Any]:
         """Return the step with the counts of one record of the batch; the time is the batch's."""
+        rows = {name: getattr(self, name)[row] for name in _ROW_COUNTS if self.handed_rows}
+        texts = {"texts": list(self.texts[row])} if self.texts and self.texts[row] else {}
         return {
             "op": self.op,
             "round": self.round,
             "agents": list(self.agents),
             "ms": round(self.ms, 3),
             **{name: counts[row] if (counts := getattr(self, name)) else 0 for name in _COUNTS},
+            **rows,
+            **texts,
             "tool_calls": [call.to_json() for place, call in self.tool_calls if place == row],
         }
 

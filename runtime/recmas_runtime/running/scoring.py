@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from recmas_runtime.core.errors import fail
+from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.engines.interface import Floats
 from recmas_runtime.prompts.tokenizer import Tokenizer
 from recmas_runtime.running.record_prompts import RecordError
@@ -76,31 +76,50 @@ class Scores:
         }
 
 
-def candidate_ids(
-    text: str, prompt_ids: Sequence[int], tokenizer: Tokenizer, *, record: Record, num_rows: int
-) -> tuple[int, ...]:
-    """Return the tokens of a candidate behind the last tokens of a prompt.
+def read_candidates(
+    texts: Sequence[str],
+    prompt_ids: Sequence[int],
+    tokenizer: Tokenizer,
+    *,
+    record: Record,
+    num_rows: int,
+) -> dict[str, tuple[int, ...]]:
+    """Return a record's candidates with their tokens behind the last tokens of a prompt.
 
-    Its text never becomes control tokens. A space is put before it where the prompt ends in the
-    middle of a line of text, as templates write that mark turns with words.
+    Their text never becomes control tokens. A space is put before it where the prompt ends in the
+    middle of a line of text, as that of templates does which mark turns with words.
+
+    Args:
+        num_rows: Of the backbone's table of embeddings.
 
     Raises:
-        RecmasError: RM500 for an empty candidate, or one that the model has no tokens for.
+        RecmasError: RM500 for no candidates, for one that is there twice or empty, or that the
+            model has no tokens for.
     """
-    text = text.strip()
     ends_turn = not prompt_ids or prompt_ids[-1] in tokenizer.special_texts
     before = "" if ends_turn else tokenizer.decode(list(prompt_ids[-8:]))
-    if before and not before[-1].isspace():
-        text = f" {text}" if text else text
-    ids = tokenizer.encode_piece(text, [(0, len(text))], continues=True) if text else ()
-    if not ids or max(ids) >= num_rows:
-        why = "is empty" if not ids else "has characters that the backbone has no embeddings for"
-        raise fail(
-            "RM500",
-            f"record {record.id!r}: the candidate {text.strip()!r} {why}",
-            hint="Correct the record.",
-        )
-    return ids
+    space = " " if before and not before[-1].isspace() else ""
+    found: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        written = space + text.strip()
+        ids = tokenizer.encode_piece(written, [(0, len(written))], continues=True)
+        if not text.strip():
+            why = "is empty"
+        elif text in found:
+            why = "is there twice"
+        elif not ids or max(ids) >= num_rows:
+            why = "has characters that the backbone has no embeddings for"
+        else:
+            found[text] = ids
+            continue
+        raise _unusable(record, f"the candidate {text!r} {why}")
+    if not found:
+        raise _unusable(record, "there are no candidates")
+    return found
+
+
+def _unusable(record: Record, why: str) -> RecmasError:
+    return fail("RM500", f"record {record.id!r}: {why}", hint="Correct the record's candidates.")
 
 
 def check_room(
@@ -129,14 +148,18 @@ def score_candidates(
         candidates: By row, token ids; rows may have different numbers of them.
     """
     first_RV = _log_likelihoods(sequences.logits())
-    found: list[list[float]] = [[] for _ in candidates]
-    for place in range(max(map(len, candidates), default=0)):
-        # Rows with fewer candidates read one of theirs again beside the others.
-        column = [row[min(place, len(row) - 1)] for row in candidates]
+    found = [[0.0 for _ in row] for row in candidates]
+    # The longest ones first: texts that are read beside each other are then about as long.
+    orders = [
+        sorted(range(len(row)), key=[-len(ids) for ids in row].__getitem__) for row in candidates
+    ]
+    for turn in range(max(map(len, candidates), default=0)):
+        # Rows with fewer candidates read their shortest one again beside the others.
+        places = [order[min(turn, len(order) - 1)] for order in orders]
+        column = [row[place] for row, place in zip(candidates, places, strict=True)]
         later = _later_losses(sequences, column)
-        for row, ids in enumerate(column):
-            if place < len(candidates[row]):
-                found[row].append(float(-first_RV[row, ids[0]]) + later[row])
+        for row, (place, ids) in enumerate(zip(places, column, strict=True)):
+            found[row][place] = float(-first_RV[row, ids[0]]) + later[row]
     return found
 
 

@@ -50,7 +50,7 @@ from recmas_runtime.running.records import (
     needed_fields,
 )
 from recmas_runtime.running.run_trace import Trace, reads_thoughts
-from recmas_runtime.running.scoring import Scores, candidate_ids
+from recmas_runtime.running.scoring import Scores, read_candidates
 from recmas_runtime.tools.toolbox import Toolbox
 
 Result = TypeVar("Result")
@@ -308,7 +308,7 @@ class System:
         def answers(part: Sequence[_Ready]) -> list[Answer]:
             return Batch(self._execution(part, chosen, trace), _records(part), trace).run()
 
-        return self._run_all([(record, ()) for record in records], answers, "answering", progress)
+        return self._run_all([(record, None) for record in records], answers, "answering", progress)
 
     def score_batch(
         self,
@@ -332,12 +332,14 @@ class System:
             batch = Batch(self._execution(part, self.plan.sampling), _records(part), None)
             return batch.score([ready.candidates for ready in part])
 
-        asked = list(zip(records, candidates, strict=True))
+        asked: list[tuple[Question, Sequence[str] | None]] = [
+            *zip(records, candidates, strict=True)
+        ]
         return self._run_all(asked, scores, "scoring", progress)
 
     def _run_all(
         self,
-        asked: Sequence[tuple[Question, Sequence[str]]],
+        asked: Sequence[tuple[Question, Sequence[str] | None]],
         run: Callable[[Sequence[_Ready]], list[Result]],
         title: str,
         progress: Progress | None,
@@ -369,20 +371,18 @@ class System:
         return [result for result in results if result is not None]
 
     def _read_candidates(
-        self, texts: Sequence[str], prompts: RecordPrompts, record: Record
+        self, texts: Sequence[str] | None, prompts: RecordPrompts, record: Record
     ) -> dict[str, tuple[int, ...]]:
-        """Return candidates with their tokens behind the answer agent's prompt."""
+        """Return candidates, if any are wanted, with their tokens behind the answer's prompt."""
+        if texts is None:
+            return {}
         step = next(s for s in reversed(self.plan.steps) if isinstance(s, PrefillStep))
         agent = self.plan.answer_agent
         last = prompts.get(agent, step.variants[0], {}).items[-1]
         before = last.ids if isinstance(last, Tokens) else ()
         num_rows = self.manifest.backbones[self.plan.agents[agent].backbone].vocab_size
-        return {
-            text: candidate_ids(
-                text, before, self._answer_chat.tokenizer, record=record, num_rows=num_rows
-            )
-            for text in texts
-        }
+        chat = self._answer_chat
+        return read_candidates(texts, before, chat.tokenizer, record=record, num_rows=num_rows)
 
     def _sender(self, record: Record) -> RecordPrompts | None:
         """Return the prompts of the record whose messages this one gets; None for its own."""

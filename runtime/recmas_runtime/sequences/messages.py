@@ -84,9 +84,10 @@ class Turn:
     def rows_sent(self, form: MessageForm) -> list[tuple[Rows, ...]]:
         """Return the rows of a message, by record."""
         kinds: dict[RowsOf, list[Rows]] = dict(self._rows)
-        if "context" in form.rows:
-            kinds["context"] = [
-                self.sequences.read_rows(row, first, first + prompt.num_turn_positions(slots))
+        if form.needs_context:
+            kind = form.rows[0]
+            kinds[kind] = [
+                self.sequences.read_rows(row, first, first + prompt.num_rows(kind, slots))
                 for row, first, prompt, slots in self._placed()
             ]
         return [

@@ -20,6 +20,7 @@ from recmas_runtime.engines.interface import (
     Indices,
     KeyValueRows,
     Operands,
+    behind_sink,
     handed_rows,
 )
 from recmas_runtime.engines.onnx.caches import Cache
@@ -59,16 +60,23 @@ class Rows:
         tensors: [H, P, D], in the order of `formats.layers.cache_tensors`.
         position: Where the first of them was computed; keys know their place.
         seen_by: The layers that they are handed over to; None for all.
+        sink: The first row of that cache, if they do not begin with it.
     """
 
     tensors: tuple[NDArray[Any], ...]
     position: int
     seen_by: Layers | None = None
+    sink: Rows | None = None
 
     @property
     def count(self) -> int:
         """How many rows there are, P."""
         return int(self.tensors[0].shape[1])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 @dataclass(kw_only=True)
@@ -255,6 +263,7 @@ class SequenceBatch:
 
         What was in the cache is gone. Prompts are prefilled behind `num_foreign` positions.
         """
+        rows = [behind_sink(pieces) for pieces in rows]
         self.num_foreign = [sum(piece.count for piece in pieces) for pieces in rows]
         self.prefixes = [()] * len(rows)
         most = max(self.num_foreign)
@@ -287,7 +296,9 @@ class SequenceBatch:
     def read_rows(self, row: int, first: int, last: int) -> Rows:
         """Return a copy of some rows of one sequence."""
         tensors = self.cache.read_rows([row], last)
-        return Rows(tensors=tuple(array[0, :, first:last] for array in tensors), position=first)
+        cut = tuple(array[0, :, first:last] for array in tensors)
+        top = Rows(tensors=tuple(array[0, :, :1] for array in tensors), position=0)
+        return Rows(tensors=cut, position=first, sink=top if first else None)
 
     def copy_shared_prefix(
         self,
@@ -321,7 +332,8 @@ class SequenceBatch:
     def feed(self, tokens: Sequence[Sequence[int]]) -> None:
         """Run one or more token ids of every row behind what is there."""
         counts = np.array([len(ids) for ids in tokens], np.int64)
-        _, self.thought, self.next_embeds = self._read(tokens, counts)
+        self.make_room(int(self.lengths.max() + counts.max()))
+        _, self.thought, self.next_embeds = self._read(tokens, self.lengths)
         self.lengths = self._stand = self.lengths + counts
 
     def look_ahead(self, tokens: Sequence[Sequence[int]]) -> Floats:
@@ -329,25 +341,35 @@ class SequenceBatch:
 
         The sequences stay as they are: what these tokens write is overwritten by what follows.
         """
-        counts = np.array([len(ids) for ids in tokens], np.int64)
         saved = self.cache.save_states() if self.keeps_states else None
-        hidden, _, _ = self._read(tokens, counts)
+        longest = max(1, *map(len, tokens))
+        # All at once: a move to a larger cache takes nothing along that lies ahead.
+        self.make_room(int(self.lengths.max()) + longest)
+        if len(tokens) == 1:
+            hidden, _, _ = self._read(tokens, self.lengths)
+        else:
+            # Behind cached rows a batch may run row by row, but never for one position.
+            parts = []
+            for place in range(longest):
+                column = [ids[place : place + 1] or ids[-1:] or [0] for ids in tokens]
+                parts.append(self._read(column, self.lengths + place)[0])
+            hidden = np.concatenate(parts, axis=1)
         if saved is not None:
             self.cache.restore_states(saved, {row: row for row in range(len(tokens))})
         return hidden
 
     def _read(
-        self, tokens: Sequence[Sequence[int]], counts: Indices
+        self, tokens: Sequence[Sequence[int]], starts: Indices
     ) -> tuple[Floats, Floats, Floats]:
-        """Run token ids of every row behind what is there; returns what `forward` gives."""
+        """Run token ids of every row from its start [R] on; returns what `forward` gives."""
         assert not self.keeps_states or (self._stand == self.lengths).all(), "states went on alone"
-        self.make_room(int(self.lengths.max() + counts.max()))
+        counts = np.array([len(ids) for ids in tokens], np.int64)
         # What a shorter row writes behind its own tokens is overwritten before it is ever read.
         padded = np.zeros((len(tokens), max(1, int(counts.max()))), np.int64)
         for row, ids in enumerate(tokens):
             padded[row, : len(ids)] = ids
         embeds = self.engine.embed(padded)
-        return self.engine.forward(self.cache, embeds, self.lengths, counts - 1, self.inner)
+        return self.engine.forward(self.cache, embeds, starts, counts - 1, self.inner)
 
     def went_on(self, positions: int) -> None:
         """Note that a rollout has run positions behind each row, which no text follows."""
