@@ -130,7 +130,12 @@ def test_disk_that_fills_up_during_the_build(system: Path, tmp_path: Path) -> No
 def test_engines_agree_with_torch(built: BuildResult) -> None:
     assert {case.backbone for case in built.parity} == {"small", "other"}
     for case in built.parity:
-        assert set(case.figures) == set(TOLERANCES) - {"message_absolute", "probe_absolute"}
+        assert set(case.figures) == set(TOLERANCES) - {
+            "message_absolute",
+            "moved_rows_relative",
+            "probe_absolute",
+            "text_loss_relative",
+        }
         for name, value in case.figures.items():
             assert value <= TOLERANCES[name]
         assert case.greedy_tokens_equal

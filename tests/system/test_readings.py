@@ -20,10 +20,10 @@ from recmas_compiler.lowering.reference import load_backbones
 from recmas_runtime.cli.main import main
 from recmas_runtime.core.progress import Silent
 from recmas_runtime.formats.plan import StopPlan
-from recmas_runtime.running import thoughts as thoughts_module
 from recmas_runtime.running.executor import Execution
 from recmas_runtime.running.run_trace import RECORDS_NAME, TraceWriter
 from recmas_runtime.running.system import System
+from recmas_runtime.sequences import thoughts as thoughts_module
 
 NUM_NEAREST = 4
 RECORDS: list[dict[str, object]] = [

@@ -89,7 +89,7 @@ class Rotation(StrictStruct, frozen=True, kw_only=True):
     """
 
     layout: Literal["halves", "pairs"]
-    start: Annotated[int, Meta(ge=0, lt=2**16)]
+    start: Annotated[int, Meta(ge=0, le=2**16 - 1)]
     inv_freq: Annotated[tuple[Finite, ...], Meta(min_length=1, max_length=2**15)]
 
     @property
@@ -108,7 +108,7 @@ class RowPositions(StrictStruct, frozen=True, kw_only=True):
     """
 
     rotations: Annotated[tuple[Rotation, ...], Meta(max_length=MOST_LAYERS)]
-    tensors: dict[str, Annotated[int, Meta(ge=0, lt=MOST_LAYERS)]]
+    tensors: dict[str, Annotated[int, Meta(ge=0, le=MOST_LAYERS - 1)]]
 
     def of_tensor(self, name: str) -> Rotation | None:
         """Return how the rows of a tensor are turned; None where they are not."""

@@ -29,7 +29,7 @@ KINDS_OF_ROWS: Final[tuple[tuple[RowsOf, ...], ...]] = (
 MAX_EVERY: Final = 1024
 MAX_LAYERS: Final = 4096
 
-Layers = tuple[Annotated[int, Meta(ge=0, lt=MAX_LAYERS)], ...]
+Layers = tuple[Annotated[int, Meta(ge=0, le=MAX_LAYERS - 1)], ...]
 
 
 class MessageForm(StrictStruct, frozen=True, kw_only=True, omit_defaults=True):
