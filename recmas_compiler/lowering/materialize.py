@@ -140,10 +140,10 @@ def declared_links(
     system: System,
 ) -> Iterator[tuple[str, LinkWeights, LinkRole, tuple[str, str], SourcePosition]]:
     """Yield each applied link's id, weights, role, agents at its ends, and place in the spec."""
-    for link_id, weights in system.link_weights.items():
-        link = system.links.get(link_id)
-        if link is not None:
-            yield link_id, weights, "outer", (link.source, link.target), link.where
-            continue
-        name = next(name for name in system.agents if inner_link_id(name) == link_id)
-        yield link_id, weights, "inner", (name, name), system.agents[name].where
+    applied = system.link_weights
+    for name, agent in system.agents.items():
+        if inner_link_id(name) in applied:
+            yield inner_link_id(name), agent.inner, "inner", (name, name), agent.where
+    for link_id, link in system.links.items():
+        if link.weights is not None:
+            yield link_id, link.weights, "outer", (link.source, link.target), link.where

@@ -378,3 +378,9 @@ def _fill(model: PreTrainedModel, *, seed: int) -> None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_mixed_backbones(folder: Path) -> None:
+    """Write tiny backbones of three families and widths: `llama`, `qwen3` and `gemma3`."""
+    for seed, (family, width) in enumerate((("llama", 64), ("qwen3", 48), ("gemma3", 32))):
+        write_tiny_backbone(folder / family, family, seed=seed, hidden_size=width)

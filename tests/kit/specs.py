@@ -42,6 +42,21 @@ backbones:
   small: {source: ./small}
 """
 
+# Of systems over several families: the beginning, and the backbones that `write_mixed_backbones`
+# makes.
+HEAD = """
+recmas: 1
+name: tiny
+latent_steps: 3
+build: {max_prompt_tokens: 640, max_batch: 4}
+"""
+ALL = """
+backbones:
+  small: {source: llama}
+  other: {source: qwen3}
+  third: {source: gemma3}
+"""
+
 ANSWER = """
 answer: {agent: solver, max_new_tokens: 12}
 build: {max_prompt_tokens: 384, max_batch: 8}

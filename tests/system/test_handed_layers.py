@@ -10,6 +10,7 @@ import pytest
 from kit.bundles import BuildTiny, tiny_builder
 from kit.files import MadeOnce
 from kit.models import write_tiny_backbone
+from kit.specs import HEAD
 from kit.traced import assert_messages_agree, run_traced
 from recmas_compiler.lowering.choose_layers import score_layers
 from recmas_compiler.lowering.named_layers import best_layers
@@ -17,7 +18,7 @@ from recmas_compiler.lowering.reference import load_backbones
 from recmas_export.replan import Replanner
 from recmas_runtime.core.progress import Silent
 from recmas_runtime.formats.bundle import open_bundle
-from test_messages_agree import HEAD, RECORDS
+from test_messages_agree import RECORDS
 
 # Rows of two links that other layers see, of one those that the build chooses; the receiver thinks
 # and writes behind them.

@@ -10,26 +10,14 @@ import pytest
 
 from kit.bundles import BuildTiny, Built, tiny_builder
 from kit.files import MadeOnce
-from kit.models import write_tiny_backbone
+from kit.models import write_mixed_backbones
+from kit.specs import ALL, HEAD
 from kit.traced import assert_messages_agree, run_traced
 from kit.zoo import write_zoo_model
 from recmas_runtime.cli.inspect import bundle_text, form_text
 from recmas_runtime.cli.thoughts import handover_texts
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.running.run_trace import RECORDS_NAME
-
-HEAD = """
-recmas: 1
-name: tiny
-latent_steps: 3
-build: {max_prompt_tokens: 640, max_batch: 4}
-"""
-ALL = """
-backbones:
-  small: {source: llama}
-  other: {source: qwen3}
-  third: {source: gemma3}
-"""
 
 # Every kind once, in two rounds; the scribe thinks and writes, and sends four ways.
 EVERY_KIND = f"""{HEAD}{ALL}rounds: 2
@@ -249,8 +237,7 @@ def test_backbones_of_different_widths(
     made_once: MadeOnce, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
     folder = tmp_path_factory.mktemp("mixed")
-    for seed, (family, width) in enumerate((("llama", 64), ("qwen3", 48), ("gemma3", 32))):
-        write_tiny_backbone(folder / family, family, seed=seed, hidden_size=width)
+    write_mixed_backbones(folder)
     build = tiny_builder(folder, made_once, lambda: tmp_path_factory.mktemp("bundles") / "bundle")
     assert_all_forms_agree(build(EVERY_KIND), tmp_path)
 

@@ -14,24 +14,12 @@ import torch
 
 from kit.bundles import BuildTiny, tiny_builder
 from kit.files import MadeOnce
-from kit.models import write_tiny_backbone
+from kit.models import write_mixed_backbones
+from kit.specs import ALL, HEAD
 from kit.traced import run_traced
 from recmas_compiler.ir.ops import Prefill
 from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.running.records import Answer
-
-HEAD = """
-recmas: 1
-name: tiny
-latent_steps: 3
-build: {max_prompt_tokens: 640, max_batch: 4}
-"""
-ALL = """
-backbones:
-  small: {source: llama}
-  other: {source: qwen3}
-  third: {source: gemma3}
-"""
 
 SEQUENTIAL = f"""{HEAD}{ALL}rounds: 3
 pattern: {{sequential: [planner, critic, solver]}}
@@ -206,8 +194,7 @@ RECORDS = [
 def build_mixed(made_once: MadeOnce, tmp_path_factory: pytest.TempPathFactory) -> BuildTiny:
     """Build a spec over `llama`, `qwen3` and `gemma3` of widths 64, 48 and 32; once per text."""
     folder = tmp_path_factory.mktemp("mixed")
-    for seed, (family, width) in enumerate((("llama", 64), ("qwen3", 48), ("gemma3", 32))):
-        write_tiny_backbone(folder / family, family, seed=seed, hidden_size=width)
+    write_mixed_backbones(folder)
     return tiny_builder(folder, made_once, lambda: tmp_path_factory.mktemp("bundles") / "bundle")
 
 

@@ -71,11 +71,6 @@ class MessageForm(StrictStruct, frozen=True, kw_only=True, omit_defaults=True):
         return self.carries == "context" or not {"context", "prompt"}.isdisjoint(self.rows)
 
     @property
-    def begins_at_prompt(self) -> bool:
-        """Whether rows that are handed over begin with the first of the sender's prompt."""
-        return self.rows[:1] in (("context",), ("prompt",))
-
-    @property
     def needs_thoughts(self) -> bool:
         """Whether the sender takes latent steps for it."""
         return self.carries == "thoughts" or "thoughts" in self.rows

@@ -417,6 +417,11 @@ class Plan(StrictStruct, frozen=True, kw_only=True):
         on_it = [link for link in links if self.agents[link.target].backbone == backbone]
         return masked_layers(num_layers, [link.layers for link in on_it])
 
+    @property
+    def answer_prefill(self) -> PrefillStep:
+        """The prefill of the answer itself, the last one."""
+        return next(step for step in reversed(self.steps) if isinstance(step, PrefillStep))
+
     def num_latent_steps(self, step: ThinkStep) -> int:
         """Return the length of a rollout, which is that of each of its agents."""
         return self.agents[step.agents[0]].latent_steps

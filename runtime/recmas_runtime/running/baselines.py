@@ -124,8 +124,7 @@ def _shuffled(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
 def _mean(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
     """The same run, but the answer is written from the mean of all other records' messages."""
     _demand_slots(plan, MEAN)
-    answer = next(step for step in reversed(plan.steps) if isinstance(step, PrefillStep))
-    for message in answer.messages:
+    for message in plan.answer_prefill.messages:
         link = plan.links[message.link]
         if not link.has_vectors:
             raise _unusable(
@@ -271,7 +270,7 @@ def _latentmas(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
         agents[name] = structs.replace(alone, then=(*slots, *alone.then))
         if name == plan.answer_agent:
             break
-        steps.append(_prefill_behind(name, messages[name]))
+        steps.append(_prefill(name, 1, tuple(messages[name])))
         rows: tuple[RowsOf, ...] = ("prompt",)
         if alone.latent_steps > 1:  # the first thought is the prompt's last state
             rows = ("prompt", "thoughts")
@@ -319,17 +318,6 @@ def _refuse_latentmas(plan: Plan, manifest: Manifest, others: Sequence[str]) -> 
             )
 
 
-def _prefill_behind(name: str, messages: Sequence[Message]) -> PrefillStep:
-    return PrefillStep(
-        round=1,
-        agents=(name,),
-        variants=("then",),
-        messages=tuple(messages),
-        reuse_prefix=False,
-        cache=name,
-    )
-
-
 def _only_answer(plan: Plan, manifest: Manifest, agent: AgentPlan) -> Plan:
     """Return a plan of one round in which the answer agent answers at once, its slots empty."""
     name = plan.answer_agent
@@ -347,7 +335,13 @@ def _only_answer(plan: Plan, manifest: Manifest, agent: AgentPlan) -> Plan:
 
 
 def _answer_steps(name: str, round_: int, messages: tuple[Message, ...]) -> tuple[Step, ...]:
-    prefill = PrefillStep(
+    decode = DecodeStep(round=round_, agent=name, cache=name)
+    return _prefill(name, round_, messages), decode
+
+
+def _prefill(name: str, round_: int, messages: tuple[Message, ...]) -> PrefillStep:
+    """Return the whole prompt of one agent in a cache of its own."""
+    return PrefillStep(
         round=round_,
         agents=(name,),
         variants=("then",),
@@ -355,7 +349,6 @@ def _answer_steps(name: str, round_: int, messages: tuple[Message, ...]) -> tupl
         reuse_prefix=False,
         cache=name,
     )
-    return prefill, DecodeStep(round=round_, agent=name, cache=name)
 
 
 def _with_text(

@@ -41,7 +41,6 @@ from recmas_runtime.sequences.messages import (
     Turn,
     sends_rows,
     sends_states,
-    set_message,
 )
 from recmas_runtime.sequences.sequence_batch import DECODE_HEADROOM, Rows, SequenceBatch
 from recmas_runtime.sequences.snapshots import Snapshots
@@ -137,19 +136,14 @@ class Execution:
 
     def received(self) -> list[dict[str, Floats]]:
         """Return by record the messages [M, d] for the answer agent's slots, after the rounds."""
-        step = self._answer_step
+        step = self.plan.answer_prefill
         agent = self.plan.answer_agent
         return [self._received(step, agent, b).vectors for b in range(self.num_records)]
 
     @property
     def answer_sequences(self) -> SequenceBatch:
         """The answer agent's sequences, one a record, prefilled for its answer."""
-        return self._sequences[self._answer_step.cache]
-
-    @property
-    def _answer_step(self) -> PrefillStep:
-        """The prefill of the answer itself, the last one."""
-        return next(s for s in reversed(self.plan.steps) if isinstance(s, PrefillStep))
+        return self._sequences[self.plan.answer_prefill.cache]
 
     def answer(self) -> TextGenerator:
         """Return what decodes the answers, one a record; their sequences are then used up."""
@@ -194,7 +188,7 @@ class Execution:
             for b in range(batch):
                 received.append(self._received(step, agent, b))
                 vectors = received[-1].vectors
-                if self.mean is not None and step is self._answer_step:
+                if self.mean is not None and step is self.plan.answer_prefill:
                     vectors = {s: self.mean.of_others(s, own) for s, own in vectors.items()}
                     received[-1].vectors = vectors
                 prompts.append(self._prompts_of(step)(b, agent, variant, received[-1].texts))
@@ -296,7 +290,7 @@ class Execution:
         return received
 
     def _prompts_of(self, step: PrefillStep) -> PromptSource:
-        if self.answer_prompts is not None and step is self._answer_step:
+        if self.answer_prompts is not None and step is self.plan.answer_prefill:
             return self.answer_prompts
         return self.prompts
 
@@ -471,10 +465,11 @@ class Execution:
         if self.plan.stop_when is None or round_ == self.plan.rounds:
             return
         for link in [link for link, sent_in in self.messages if sent_in == round_]:
-            for row in np.flatnonzero(self.converged):
+            sent: Any = self.messages[link, round_]
+            for row in np.flatnonzero(self.converged).tolist():
                 final = self.messages.get((link, int(self.converged[row])))
                 if final is not None:
-                    set_message(self.messages[link, round_], int(row), final[row])
+                    sent[row] = final[row]
         if round_ not in self._compared:
             return
         lowest = np.min(

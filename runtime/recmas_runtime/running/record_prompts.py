@@ -137,7 +137,7 @@ class RecordPrompts:
                     form = plan.links[link]
                     steps = plan.agents[step.source].latent_steps
                     sizes[link, step.round] = num_positions(form, *turns[step.source], steps)
-                    if form.begins_at_prompt and step.source not in follows:
+                    if form.needs_context and step.source not in follows:
                         begins.add((link, step.round))
             if not isinstance(step, PrefillStep):
                 continue

@@ -15,7 +15,7 @@ from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.core.text import counted, listed
 from recmas_runtime.engines.interface import FREE_MEMORY, Floats, OutOfMemoryError
 from recmas_runtime.formats.bundle import open_bundle
-from recmas_runtime.formats.plan import Plan, PrefillStep, SamplingPlan, Variant, field_place
+from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant, field_place
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Prompt, PromptSource, Tokens
 from recmas_runtime.prompts.sampler import SamplingSettings, check_sampling
 from recmas_runtime.prompts.tool_turns import PLAIN_RESULTS, answer_chat, result_form
@@ -376,7 +376,7 @@ class System:
         """Return candidates, if any are wanted, with their tokens behind the answer's prompt."""
         if texts is None:
             return {}
-        step = next(s for s in reversed(self.plan.steps) if isinstance(s, PrefillStep))
+        step = self.plan.answer_prefill
         agent = self.plan.answer_agent
         last = prompts.get(agent, step.variants[0], {}).items[-1]
         before = last.ids if isinstance(last, Tokens) else ()

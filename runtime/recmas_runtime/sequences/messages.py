@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -72,14 +71,15 @@ class Turn:
 
     def keep_rows(self, kind: RowsOf, counts: Sequence[int]) -> None:
         """Copy rows that lie behind the prompts now, and that what comes next may overwrite."""
+        ends = self.sequences.lengths.tolist()
         self._rows[kind] = [
-            self.sequences.read_rows(row, end, end + count)
-            for row, end, count in zip(*self._ends(), counts, strict=True)
+            self.sequences.read_rows(row, ends[row], ends[row] + count)
+            for row, count in zip(self._own_rows, counts, strict=True)
         ]
 
-    def _ends(self) -> tuple[range, list[int]]:
-        rows = range(self.first_row, self.first_row + len(self.prompts))
-        return rows, [int(self.sequences.lengths[row]) for row in rows]
+    @property
+    def _own_rows(self) -> range:
+        return range(self.first_row, self.first_row + len(self.prompts))
 
     def rows_sent(self, form: MessageForm) -> list[tuple[Rows, ...]]:
         """Return the rows of a message, by record."""
@@ -108,7 +108,7 @@ class Turn:
 
     def _placed(self) -> list[tuple[int, int, Prompt, Mapping[str, int]]]:
         """Return for each record its row, where its prompt begins there, and the prompt."""
-        rows = range(self.first_row, self.first_row + len(self.prompts))
+        rows = self._own_rows
         starts = self.sequences.num_foreign[rows.start : rows.stop]
         return list(zip(rows, starts, self.prompts, self.slots, strict=True))
 
@@ -117,11 +117,6 @@ def pooled(states_TD: Floats, spans: Sequence[tuple[int, int]]) -> Floats:
     """Return the mean of states over each span of positions, [n, d]."""
     means = [states_TD[first:last].mean(axis=0, dtype=np.float32) for first, last in spans]
     return np.stack(means) if means else states_TD[:0]
-
-
-def set_message(messages: Messages, row: int, sent: Any) -> None:
-    """Replace what one record sends."""
-    messages[row] = sent
 
 
 def sends_states(plan: Plan, agent: str) -> bool:
