@@ -46,6 +46,7 @@ LAYERS = (
     "recmas_runtime.engines.tensorrt",
     "recmas_runtime.sequences",
     "recmas_runtime.running",
+    "recmas_runtime.serve",
     "recmas_runtime.checking",
     "recmas_runtime.bench",
     "recmas_runtime.cli",

@@ -109,6 +109,12 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM520": (Exit.USAGE, "an output that holds something already"),
     "RM521": (Exit.USAGE, "--resume with the answers of another run"),
     "RM522": (Exit.USAGE, "a system that was closed"),
+    "RM540": (Exit.USAGE, "a model that is not loaded"),
+    "RM541": (Exit.RUN_FAILED, "a service that has no room for another request"),
+    "RM542": (Exit.RUN_FAILED, "a service that starts, ends, or was restarted"),
+    "RM543": (Exit.USAGE, "a request that asks for what the service does not do"),
+    "RM544": (Exit.USAGE, "a request without the key, or under a host name that is not served"),
+    "RM545": (Exit.USAGE, "an address or option that a service refuses"),
     "RM550": (Exit.OK, "warning: TensorRT engines of a bundle that are not used"),
     # RM6xx: evaluation
     "RM600": (Exit.USAGE, "a protocol that is not there or malformed"),

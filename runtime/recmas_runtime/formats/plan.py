@@ -376,6 +376,20 @@ class Limits(StrictStruct, frozen=True, kw_only=True):
     max_batch: Annotated[int, Meta(ge=1, le=2**16)]
 
 
+class ServePlan(StrictStruct, frozen=True, kw_only=True):
+    """Which part of a conversation becomes which field of a record.
+
+    Attributes:
+        fields: By field of the record: the last user message, or the text of all system messages.
+        history: What becomes of earlier turns, and of a system message that no field takes: a
+            `transcript` before the last question in the same field, `turns` of their own before the
+            answer agent's prompt, or they are refused.
+    """
+
+    fields: dict[str, Literal["last_user", "system"]]
+    history: Literal["transcript", "turns", "refuse"] = "transcript"
+
+
 class Plan(StrictStruct, frozen=True, kw_only=True):
     """The whole plan.
 
@@ -400,7 +414,20 @@ class Plan(StrictStruct, frozen=True, kw_only=True):
     snapshots: dict[str, SnapshotPlan] = field(default_factory=dict)
     stop_when: StopPlan | None = None
     tools: ToolsPlan | None = None
+    serve: ServePlan | None = None
     date: Annotated[str, Meta(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
+
+    @property
+    def conversation(self) -> ServePlan:
+        """Return what `serve` says, or by default: the last question is the prompts' one field.
+
+        Of several fields it is `question`; the others must come with each request.
+        """
+        if self.serve is not None:
+            return self.serve
+        names = dict.fromkeys(field_place(shown).name for shown in self.fields)
+        name = next(iter(names), "question") if len(names) == 1 else "question"
+        return ServePlan(fields={name: "last_user"})
 
     @property
     def day(self) -> datetime.date | None:

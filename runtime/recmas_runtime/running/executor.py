@@ -7,7 +7,7 @@ prompt, M latent steps, d width.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, TypedDict
@@ -47,6 +47,9 @@ from recmas_runtime.sequences.snapshots import Snapshots
 
 # Streams of hand-over texts lie apart from those of answers, which are seeded `seed + index`.
 _SEEDS_OF_A_STEP = 2**64
+
+
+StepListener = Callable[[Step], None]
 
 
 class _Tokens(TypedDict, total=False):
@@ -91,6 +94,7 @@ class Execution:
         converged: [B], the round after which a record's recursion ended early; 0 if it did not.
         keeps_thoughts: Whether `thoughts` fills, for a trace; else each is dropped once it is sent.
         thoughts: By agent and round, the thoughts and their inner link's outputs, each [M, B, d].
+        on_step: Is told of each step before it runs.
     """
 
     plan: Plan
@@ -106,6 +110,7 @@ class Execution:
     events: list[StepEvent] = field(default_factory=list)
     keeps_thoughts: bool = False
     thoughts: dict[tuple[str, int], tuple[Floats, Floats]] = field(default_factory=dict)
+    on_step: StepListener | None = None
     _sequences: dict[str, SequenceBatch] = field(default_factory=dict)
     _thoughts: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
     _turns: dict[str, Turn] = field(default_factory=dict)
@@ -131,6 +136,8 @@ class Execution:
             if self.converged.all() and round_ != self.plan.rounds:
                 continue
             for step in steps:
+                if self.on_step is not None:
+                    self.on_step(step)
                 self.events += self._run(step)
             self._find_converged(round_)
 
@@ -147,6 +154,8 @@ class Execution:
 
     def answer(self) -> TextGenerator:
         """Return what decodes the answers, one a record; their sequences are then used up."""
+        if self.on_step is not None:
+            self.on_step(self.plan.steps[-1])
         return TextGenerator(
             self.answer_sequences,
             settings=self._decoder_settings(self.plan.answer_agent),

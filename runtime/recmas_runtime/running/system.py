@@ -19,7 +19,7 @@ from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant, field_place
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Prompt, PromptSource, Tokens
 from recmas_runtime.prompts.sampler import SamplingSettings, check_sampling
 from recmas_runtime.prompts.tool_turns import PLAIN_RESULTS, answer_chat, result_form
-from recmas_runtime.running.baselines import apply_baseline
+from recmas_runtime.running.baselines import apply_baseline, with_rounds
 from recmas_runtime.running.batch import AnswerStream, Batch
 from recmas_runtime.running.controls import (
     MEAN,
@@ -30,7 +30,7 @@ from recmas_runtime.running.controls import (
     exchange,
     sender_inputs,
 )
-from recmas_runtime.running.executor import Execution
+from recmas_runtime.running.executor import Execution, StepListener
 from recmas_runtime.running.generation import AnswerTools
 from recmas_runtime.running.open_engines import (
     Function,
@@ -177,6 +177,14 @@ class System:
         """
         baseline = apply_baseline(self.plan, name, self.manifest)
         return System(baseline.plan, self._loaded, self._toolbox, control=baseline.control)
+
+    def with_rounds(self, rounds: int) -> System:
+        """Return a system that runs fewer rounds on the same engines.
+
+        Raises:
+            RecmasError: RM506 for more rounds than were built, or less than one.
+        """
+        return self.with_plan(with_rounds(self.plan, rounds))
 
     def over(
         self,
@@ -397,9 +405,14 @@ class System:
         question: Question,
         *,
         sampling: SamplingPlan | None = None,
+        trace: Trace | None = None,
+        on_step: StepListener | None = None,
         **settings: Unpack[SamplingSettings],
     ) -> AnswerStream:
         """Answer one question, its text piece by piece; for the settings see `run`.
+
+        Args:
+            on_step: Is told of each step of the plan before it runs; what it raises ends the run.
 
         Raises:
             RecmasError: If the record cannot be answered.
@@ -407,10 +420,12 @@ class System:
         chosen = self._settings(sampling, settings)
         record = as_record(question, 0)
         if self._control is not None and self.covered is None:
-            return self.over([record]).stream(question, sampling=chosen)
+            over = self.over([record])
+            return over.stream(question, sampling=chosen, trace=trace, on_step=on_step)
         ready = _Ready(0, record, self._prompts_of(question, record), self._sender(record))
-        execution = self._execution([ready], chosen)
-        return AnswerStream(Batch(execution, [record], None), self._loaded.lock)
+        execution = self._execution([ready], chosen, trace)
+        execution.on_step = on_step
+        return AnswerStream(Batch(execution, [record], trace), self._loaded.lock)
 
     def _prompts_of(self, question: Question, record: Record) -> RecordPrompts:
         if isinstance(question, str):
