@@ -13,6 +13,7 @@ from recmas_runtime.core.errors import Problem, RecmasError, fail, is_out_of_mem
 from recmas_runtime.formats.plan import Plan, SendStep, feedback_links
 from recmas_runtime.formats.plan import Step as PlanStep
 from recmas_runtime.running.system import System, load
+from recmas_runtime.serve.answer_trace import AnswerTrace
 from recmas_runtime.serve.protocol import (
     AgentInfo,
     AnyEvent,
@@ -110,12 +111,14 @@ class EngineHost:
             self._check(ask)
             self._emit(_step_event(ask, step, system.plan))
 
-        stream = system.stream(ask.record, on_step=on_step, **_sampling(ask))
+        trace = None if ask.thoughts is None else AnswerTrace(ask.thoughts)
+        stream = system.stream(ask.record, trace=trace, on_step=on_step, **_sampling(ask))
         for piece in stream:
             self._check(ask)
             self._emit(Piece(id=ask.id, text=piece))
         assert stream.answer is not None, "the iteration has ended"
-        self._emit(Done(id=ask.id, answer=stream.answer.to_json()))
+        told = None if trace is None else trace.told
+        self._emit(Done(id=ask.id, answer=stream.answer.to_json(), trace=told))
 
     def _check(self, ask: Ask) -> None:
         if self._stops or ask.id in self._cancelled:
