@@ -18,6 +18,7 @@ from recmas_runtime.formats.plan import agents_of, feedback_links
 from recmas_runtime.running.records import Record
 from recmas_runtime.running.system import System, load
 from recmas_runtime.scheduling.scheduler import Scheduler, Task, current_task
+from recmas_runtime.serve.answer_trace import AnswerTrace
 from recmas_runtime.serve.protocol import (
     AgentInfo,
     AnyEvent,
@@ -178,8 +179,10 @@ class EngineHost:
             agents = agents_of(step)
             self._emit(Step(id=ask.id, op=step.op, round=step.round, rounds=rounds, agents=agents))
 
-        record = Record(id=str(ask.id), fields=ask.record, index=ask.index)
-        stream = system.stream(record, on_step=on_step, **_sampling(ask))
+        given = ask.record.get("id", str(ask.id))
+        record = Record(id=given, fields=ask.record, index=ask.index)
+        trace = None if ask.thoughts is None else AnswerTrace(ask.thoughts)
+        stream = system.stream(record, trace=trace, on_step=on_step, **_sampling(ask))
         for piece in stream:
             self._emit(Piece(id=ask.id, text=piece))
         assert stream.answer is not None, "the iteration has ended"
@@ -189,6 +192,7 @@ class EngineHost:
                 id=ask.id,
                 answer=stream.answer.to_json(),
                 cached_tokens=0 if task is None else task.cached_positions,
+                trace=None if trace is None else trace.told,
                 queued_ms=queued_ms,
             )
         )
