@@ -12,6 +12,7 @@ from typing import Any
 from recmas_runtime.core.errors import Problem, RecmasError, fail, is_out_of_memory
 from recmas_runtime.formats.plan import Plan, SendStep, feedback_links
 from recmas_runtime.formats.plan import Step as PlanStep
+from recmas_runtime.running.records import Record
 from recmas_runtime.running.system import System, load
 from recmas_runtime.serve.protocol import (
     AgentInfo,
@@ -110,7 +111,7 @@ class EngineHost:
             self._check(ask)
             self._emit(_step_event(ask, step, system.plan))
 
-        stream = system.stream(ask.record, on_step=on_step, **_sampling(ask))
+        stream = system.stream(_record(ask), on_step=on_step, **_sampling(ask))
         for piece in stream:
             self._check(ask)
             self._emit(Piece(id=ask.id, text=piece))
@@ -142,7 +143,7 @@ class EngineHost:
 
 
 # What a request can be wrong about.
-_OF_INPUT = frozenset({"RM206", "RM500", "RM501", "RM505", "RM506", "RM508"})
+_OF_INPUT = frozenset({"RM206", "RM500", "RM501", "RM505", "RM506", "RM508", "RM543"})
 
 
 def _told(error: Exception) -> Problem:
@@ -153,6 +154,11 @@ def _told(error: Exception) -> Problem:
         message=f"internal error: {type(error).__name__}: {error}",
         hint="This is a bug in recmas; report it.",
     )
+
+
+def _record(ask: Ask) -> Record:
+    given = ask.record.get("id", "1")
+    return Record(id=given, fields=ask.record, index=ask.index, turns=ask.turns)
 
 
 def _sampling(ask: Ask) -> Any:
