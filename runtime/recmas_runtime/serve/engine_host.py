@@ -179,10 +179,8 @@ class EngineHost:
             agents = agents_of(step)
             self._emit(Step(id=ask.id, op=step.op, round=step.round, rounds=rounds, agents=agents))
 
-        given = ask.record.get("id", str(ask.id))
-        record = Record(id=given, fields=ask.record, index=ask.index)
         trace = None if ask.thoughts is None else AnswerTrace(ask.thoughts)
-        stream = system.stream(record, trace=trace, on_step=on_step, **_sampling(ask))
+        stream = system.stream(_record(ask), trace=trace, on_step=on_step, **_sampling(ask))
         for piece in stream:
             self._emit(Piece(id=ask.id, text=piece))
         assert stream.answer is not None, "the iteration has ended"
@@ -302,7 +300,7 @@ class _Opened:
 
 
 # What a request can be wrong about.
-_OF_INPUT = frozenset({"RM206", "RM500", "RM501", "RM505", "RM506", "RM508"})
+_OF_INPUT = frozenset({"RM206", "RM500", "RM501", "RM505", "RM506", "RM508", "RM543"})
 
 
 def _problems_of(error: BaseException) -> Sequence[Problem]:
@@ -312,6 +310,11 @@ def _problems_of(error: BaseException) -> Sequence[Problem]:
         return [Problem(code="RM507", message="memory runs out", hint="Lower --max-batch.")]
     message = f"internal error: {type(error).__name__}: {error}"
     return [Problem(code="RM507", message=message, hint="This is a bug in recmas; report it.")]
+
+
+def _record(ask: Ask) -> Record:
+    given = ask.record.get("id", "1")
+    return Record(id=given, fields=ask.record, index=ask.index, turns=ask.turns)
 
 
 def _sampling(ask: Ask) -> Any:
