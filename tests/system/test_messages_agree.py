@@ -12,7 +12,7 @@ from kit.bundles import BuildTiny, Built, tiny_builder
 from kit.files import MadeOnce
 from kit.models import write_mixed_backbones
 from kit.specs import ALL, HEAD
-from kit.traced import assert_messages_agree, run_traced
+from kit.traced import assert_messages_agree, run_shared, run_traced
 from kit.zoo import write_zoo_model
 from recmas_runtime.cli.inspect import bundle_text, form_text
 from recmas_runtime.cli.thoughts import handover_texts
@@ -246,16 +246,19 @@ def assert_all_forms_agree(built: Built, folder: Path) -> list[int]:
     """Compare engines, one by one and together, with both other forms; returns rounds."""
     single, messages = run_traced(built.system, folder / "one", RECORDS, batch=1)
     ragged, others = run_traced(built.system, folder / "many", RECORDS, batch=len(RECORDS))
+    shared, exchanged = run_shared(built.system, folder / "shared", RECORDS, chunk=5)
     reference, naive = built.reference(RECORDS), built.naive(RECORDS)
     texts = [answer.answer for answer in single]
     assert texts == [answer.answer for answer in ragged]
-    assert [a.usage for a in single] == [a.usage for a in ragged]
+    assert texts == [answer.answer for answer in shared]
+    assert [a.usage for a in single] == [a.usage for a in ragged] == [a.usage for a in shared]
     assert len(set(texts)) > 1, "texts that prove nothing"
     for result in (reference, naive):
         assert texts == result.texts
         assert [answer.rounds for answer in single] == result.rounds
         assert_messages_agree(messages, result)
         assert_messages_agree(others, result)
+        assert_messages_agree(exchanged, result)
     for found, expected in zip(reference.handover_texts, naive.handover_texts, strict=True):
         assert found == {name: expected[name] for name in found}
     alone, together = read_trace(folder / "one"), read_trace(folder / "many")

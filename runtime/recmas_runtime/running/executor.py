@@ -94,7 +94,7 @@ class Execution:
         converged: [B], the round after which a record's recursion ended early; 0 if it did not.
         keeps_thoughts: Whether `thoughts` fills, for a trace; else each is dropped once it is sent.
         thoughts: By agent and round, the thoughts and their inner link's outputs, each [M, B, d].
-        on_step: Is told of each step before it runs.
+        on_step: Is called before each step of the plan.
         clock: What times are told by, in seconds.
     """
 

@@ -63,7 +63,7 @@ def run_many(
                     scheduler.run_once(_WAIT_S)
             for task in [task for task in running if task.ended]:
                 index, run = running.pop(task)
-                error = task.error
+                error = task.failure
                 if error is None:
                     found[index] = task.result
                 elif isinstance(error, MemoryError | OutOfMemoryError):

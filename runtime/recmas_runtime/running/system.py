@@ -10,10 +10,10 @@ from typing import Self, TypeVar, Unpack, overload
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress, Silent
-from recmas_runtime.core.text import counted, listed
+from recmas_runtime.core.text import counted
 from recmas_runtime.engines.interface import FREE_MEMORY, Floats, OutOfMemoryError
 from recmas_runtime.formats.bundle import open_bundle
-from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant, field_place
+from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Prompt, PromptSource, Tokens
 from recmas_runtime.prompts.sampler import SamplingSettings, chosen_sampling
 from recmas_runtime.prompts.tool_turns import PLAIN_RESULTS, answer_chat, result_form
@@ -45,8 +45,8 @@ from recmas_runtime.running.records import (
     Question,
     Record,
     as_record,
+    check_question,
     is_one,
-    needed_fields,
 )
 from recmas_runtime.running.run_trace import Trace, reads_thoughts
 from recmas_runtime.running.scoring import Scores, read_candidates
@@ -356,9 +356,7 @@ class System:
         else:
             scheduler = Scheduler()
             shared = self.shared(scheduler)
-            runs = (
-                shared._run_of(question, i, chosen, trace) for i, question in enumerate(records)
-            )
+            runs = (shared.run_of(question, i, chosen, trace) for i, question in enumerate(records))
             yield from run_many(
                 runs,
                 scheduler,
@@ -374,7 +372,7 @@ class System:
         loaded = self.loaded.shared(scheduler, chunk=chunk, kept_bytes=kept_bytes)
         return System(self.plan, loaded, self._toolbox, control=self._control, covered=self.covered)
 
-    def _run_of(
+    def run_of(
         self, question: Question, index: int, sampling: SamplingPlan, trace: Trace | None
     ) -> Run | RecmasError:
         """Return what answers one record, or why it cannot be."""
@@ -491,7 +489,7 @@ class System:
         """Answer one question, its text piece by piece; for the settings see `run`.
 
         Args:
-            on_step: Is told of each step of the plan before it runs; what it raises ends the run.
+            on_step: Is called before each step of the plan; what it raises ends the run.
 
         Raises:
             RecmasError: If the record cannot be answered.
@@ -528,15 +526,7 @@ class System:
 
     def check_question(self, record: Record) -> None:
         """Raise RM500 for a question that no prompt shows: it would be answered unread."""
-        fields = self.plan.fields
-        names = {field_place(shown).name for shown in fields}
-        if "question" in record.given and "question" not in names:
-            uses = f"use {listed(fields)}" if fields else "show nothing of a record"
-            raise fail(
-                "RM500",
-                f"record {record.id!r} has a question, and no prompt shows it: the prompts {uses}",
-                hint=needed_fields(fields) if fields else "Write {{ question }} in a prompt.",
-            )
+        check_question(record, self.plan.fields)
 
     def prompts(self, record: Record) -> RecordPrompts:
         """Return every prompt of a record; RM500, RM501 or RM206 if one cannot be built."""

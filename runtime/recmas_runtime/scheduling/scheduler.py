@@ -98,7 +98,7 @@ class Task(greenlet.greenlet):
         return self._future.done()
 
     @property
-    def error(self) -> BaseException | None:
+    def failure(self) -> BaseException | None:
         """What the run raised, once it has ended."""
         return self._future.exception()
 

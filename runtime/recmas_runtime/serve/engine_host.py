@@ -204,8 +204,8 @@ class EngineHost:
     def _end_tasks(self) -> None:
         for task in [task for task in self._running if task.ended]:
             request = self._running.pop(task)
-            if task.error is not None:
-                self._fail(request, _problems_of(task.error))
+            if task.failure is not None:
+                self._fail(request, _problems_of(task.failure))
         self._let_models_go()
 
     def _open(self, request: Load) -> None:
@@ -322,7 +322,7 @@ def _sampling(ask: Ask) -> Any:
 
 
 def model_info(name: str, path: Path, system: System, ms: float) -> ModelInfo:
-    """Return what front ends are told of a loaded system."""
+    """Return what a front end must know of a loaded system."""
     plan = system.plan
     feedback = feedback_links(plan)
     manifest = path / "manifest.json"

@@ -89,7 +89,7 @@ class Service(ABC):
 
     Attributes:
         models: What is loaded, by name.
-        gauges: What the engines last told of themselves.
+        gauges: What the engines last said about themselves.
         is_ready: Whether requests are taken: engines are loaded and nothing ends.
     """
 
