@@ -12,6 +12,7 @@ from typing import Any
 from recmas_runtime.core.errors import Problem, RecmasError, fail, is_out_of_memory
 from recmas_runtime.formats.plan import Plan, SendStep, feedback_links
 from recmas_runtime.formats.plan import Step as PlanStep
+from recmas_runtime.running.records import Record, as_record
 from recmas_runtime.running.system import System, load
 from recmas_runtime.serve.protocol import (
     AgentInfo,
@@ -110,7 +111,9 @@ class EngineHost:
             self._check(ask)
             self._emit(_step_event(ask, step, system.plan))
 
-        stream = system.stream(ask.record, on_step=on_step, **_sampling(ask))
+        given = as_record(ask.record, 0)
+        record = Record(id=given.id, fields=given.given, index=ask.index)
+        stream = system.stream(record, on_step=on_step, **_sampling(ask))
         for piece in stream:
             self._check(ask)
             self._emit(Piece(id=ask.id, text=piece))
