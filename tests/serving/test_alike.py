@@ -144,11 +144,19 @@ def ask_all(
                     [alone(built.system, again)],
                     [await served(service, "tiny", again)],
                 )
+                await shared_steps(service)
                 return found
             finally:
                 await service.close(0.0)
 
     return asyncio.run(ask())
+
+
+async def shared_steps(service: LocalService) -> None:
+    """Wait until the engines tell that rows of several requests ran in one step."""
+    async with asyncio.timeout(10):  # what they last told may be a second old
+        while service.gauges is None or set(service.gauges.rows_per_step) <= {"1"}:
+            await asyncio.sleep(0.01)
 
 
 def any_requests(system: rt.System, chance: random.Random) -> list[Request]:
@@ -162,7 +170,7 @@ def any_requests(system: rt.System, chance: random.Random) -> list[Request]:
             rounds=chance.choice((None, None, None, *range(1, system.plan.rounds + 1))),
             baseline=chance.choice(baselines) if chance.random() < 0.25 else "latent",
             index=chance.choice((0, 0, 1, 7)),
-            delay_s=chance.expovariate(20.0),
+            delay_s=chance.expovariate(60.0),
         )
         leaves = chance.random()
         if leaves < 0.1:
