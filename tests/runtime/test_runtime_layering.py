@@ -14,6 +14,7 @@ import recmas_runtime
 
 PACKAGE = Path(recmas_runtime.__file__).parent
 ALLOWED = {
+    "greenlet",
     "jinja2",
     "msgspec",
     "numpy",

@@ -388,7 +388,7 @@ class System:
                 execution.clock = task.clock
             try:
                 (answer,) = Batch(execution, [ready.record], trace).run()
-            except RecordError as error:
+            except RecmasError as error:
                 raise named_failure(error, ready.record) from error
             return answer
 
