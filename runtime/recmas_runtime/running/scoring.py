@@ -1,29 +1,38 @@
-"""How likely texts are as answers: candidates read behind the answer agent's prefilled prompt.
+"""How likely texts are: as answers behind the answer agent's prefilled prompt, or on their own.
 
 A candidate is read as if the answer agent had written it, up to its last token: what would end the
 answer does not count. The prompt and everything before it run once for a record.
+
+A text on its own is read by a backbone alone, without a template and without other agents.
 
 Shape legend: R rows (records), S positions of a call, N tokens, d width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.engines.interface import Floats
-from recmas_runtime.prompts.tokenizer import Tokenizer
+from recmas_runtime.core.text import counted
+from recmas_runtime.engines.interface import Backbone, Floats, Operands
+from recmas_runtime.formats.manifest import BackboneEntry
+from recmas_runtime.formats.plan import cache_capacity
+from recmas_runtime.prompts.tokenizer import IncrementalDecoder, Tokenizer
 from recmas_runtime.running.record_prompts import RecordError
 from recmas_runtime.running.records import Record, RecordId, Timing, Usage
 from recmas_runtime.sequences.sequence_batch import SequenceBatch
 
 # Logits of so many tokens are in memory at once.
 _MOST_TOKENS: Final = 256
+# Positions of a text on its own that run in one engine call, and logits in memory meanwhile.
+_CHUNK: Final = 128
+_MOST_LOGITS: Final = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,3 +194,150 @@ def _log_likelihoods(logits: Floats) -> NDArray[np.float64]:
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadToken:
+    """A token of a text that was read on its own.
+
+    Attributes:
+        text: What it adds to the text; empty for one that stands for no text, and for all but the
+            last of those that make one character.
+        offset: Where that begins, in characters.
+        logprob: Its log-probability behind all before it, in nats; None for the first token.
+        top: The likeliest tokens in its place, the likeliest first, with their log-probabilities;
+            none for the first token.
+    """
+
+    id: int
+    text: str
+    offset: int
+    logprob: float | None
+    top: tuple[tuple[str, float], ...] = ()
+
+
+def read_text(
+    engine: Backbone[Any],
+    inner: Operands,
+    tokenizer: Tokenizer,
+    text: str | Sequence[int],
+    *,
+    top: int = 0,
+) -> Iterator[list[ReadToken]]:
+    """Read a text on its own and yield how likely its tokens were, one engine call after the other.
+
+    Args:
+        inner: Operands of an inner link of that backbone, which does not matter here.
+        text: As text, before which the tokenizer puts what it puts before every text, or as token
+            ids, which are read as they are.
+        top: How many likeliest tokens are given for each place.
+
+    Raises:
+        RecmasError: RM500 for no tokens, or one that the backbone has no embedding for, RM501 for
+            more tokens than it has positions.
+    """
+    placed = _placed(tokenizer, text, engine.entry)
+    named = cache(tokenizer.text_of)
+    rows = engine.new_cache(1, cache_capacity(len(placed)))
+    before_V: NDArray[np.float64] | None = None  # of the token that comes next
+    try:
+        for start in range(0, len(placed), _CHUNK):
+            chunk = placed[start : start + _CHUNK]
+            ids = np.array([[token_id for token_id, *_ in chunk]], np.int64)
+            here, last = np.array([start], np.int64), np.array([len(chunk) - 1], np.int64)
+            hidden_1SD, *_ = engine.forward(rows, engine.embed(ids), here, last, inner)
+            found: list[ReadToken] = []
+            behind = _each_behind(engine, hidden_1SD[0, : len(chunk)])
+            for token_id, piece, offset in chunk:
+                told_V = before_V
+                likeliest = [] if told_V is None else _top(told_V, top)
+                found.append(
+                    ReadToken(
+                        id=token_id,
+                        text=piece,
+                        offset=offset,
+                        logprob=None if told_V is None else float(told_V[token_id]),
+                        top=tuple((named(i), logprob) for i, logprob in likeliest),
+                    )
+                )
+                before_V = next(behind)
+            yield found
+    finally:
+        engine.release(rows)
+
+
+def _placed(
+    tokenizer: Tokenizer, text: str | Sequence[int], entry: BackboneEntry
+) -> list[tuple[int, str, int]]:
+    """Return each token of a text with what it adds to it and where that begins."""
+    if isinstance(text, str):
+        _check_text(text, tokenizer, entry)
+        found = tokenizer.encode_raw(text)
+        _check_ids([token_id for token_id, _ in found], entry)
+        ends = [*(start for _, start in found[1:]), len(text)]
+        return [
+            (token_id, text[start:end], start)
+            for (token_id, start), end in zip(found, ends, strict=True)
+        ]
+    _check_ids(text, entry)
+    decoder, at, placed = IncrementalDecoder(tokenizer), 0, []
+    for place, token_id in enumerate(text):
+        piece = decoder.push(token_id)
+        piece += decoder.flush() if place == len(text) - 1 else ""
+        placed.append((token_id, piece, at))
+        at += len(piece)
+    return placed
+
+
+def _check_text(text: str, tokenizer: Tokenizer, entry: BackboneEntry) -> None:
+    """Refuse what is no text, and what cannot fit before it is encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        hint = "Correct the text."
+        raise fail("RM500", "the text holds half a surrogate pair", hint=hint) from None
+    most = tokenizer.max_token_chars
+    if most is not None and len(text) > most * entry.max_positions:
+        raise _too_long(f"{len(text)} characters", entry)
+
+
+def _check_ids(ids: Sequence[int], entry: BackboneEntry) -> None:
+    if not ids:
+        raise fail("RM500", "the text is empty", hint="Give a text of at least one token.")
+    if len(ids) > entry.max_positions:
+        raise _too_long(counted(len(ids), "token"), entry)
+    beyond = next((token_id for token_id in ids if not 0 <= token_id < entry.vocab_size), None)
+    if beyond is not None:
+        raise fail(
+            "RM500",
+            f"there is no embedding for token {beyond}, the backbone has {entry.vocab_size}",
+            hint="Give ids of its own tokenizer.",
+        )
+
+
+def _too_long(has: str, entry: BackboneEntry) -> RecmasError:
+    return fail(
+        "RM501",
+        f"the text has {has}, the backbone has {entry.max_positions} positions",
+        hint="Shorten the text.",
+    )
+
+
+def _each_behind(engine: Backbone[Any], hidden_SD: Floats) -> Iterator[NDArray[np.float64]]:
+    """Yield for each state the log likelihoods [V] of the token behind it."""
+    step = max(1, _MOST_LOGITS // engine.entry.vocab_size)
+    for begin in range(0, len(hidden_SD), step):
+        some_ND = np.ascontiguousarray(hidden_SD[begin : begin + step])
+        yield from _log_likelihoods(engine.logits(some_ND))
+
+
+def _top(told_V: NDArray[np.float64], count: int) -> list[tuple[int, float]]:
+    """Return the likeliest tokens, the likeliest first and of equals the one of the lower id."""
+    if count <= 0:
+        return []
+    found = np.argpartition(-told_V, min(count, len(told_V)) - 1)[:count]
+    return sorted(zip(found.tolist(), told_V[found].tolist(), strict=True), key=_by_likelihood)
+
+
+def _by_likelihood(pair: tuple[int, float]) -> tuple[float, int]:
+    return -pair[1], pair[0]

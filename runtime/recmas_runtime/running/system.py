@@ -50,7 +50,7 @@ from recmas_runtime.running.records import (
     needed_fields,
 )
 from recmas_runtime.running.run_trace import Trace, reads_thoughts
-from recmas_runtime.running.scoring import Scores, read_candidates
+from recmas_runtime.running.scoring import ReadToken, Scores, read_candidates, read_text
 from recmas_runtime.tools.toolbox import Toolbox
 
 Result = TypeVar("Result")
@@ -344,6 +344,18 @@ class System:
             *zip(records, candidates, strict=True)
         ]
         return self._run_all(asked, scores, "scoring", progress)
+
+    def read_text(self, text: str | Sequence[int], *, top: int = 0) -> list[ReadToken]:
+        """Return how likely each token of a text was to the answer agent's backbone alone.
+
+        For what is read, and what is refused, see `scoring.read_text`.
+        """
+        agent = self.plan.agents[self.plan.answer_agent]
+        engines = self._loaded.engines
+        inner, tokenizer = engines.stacked([agent.inner]), self._answer_chat.tokenizer
+        with self._loaded.lock.held():
+            chunks = read_text(engines.backbones[agent.backbone], inner, tokenizer, text, top=top)
+            return [token for chunk in chunks for token in chunk]
 
     def _run_all(
         self,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recmas_runtime.core.errors import Problem, RecmasError, fail, is_out_of_memory
+from recmas_runtime.core.errors import Problem, RecmasError, is_out_of_memory
 from recmas_runtime.formats.plan import Plan, SendStep, feedback_links
 from recmas_runtime.formats.plan import Step as PlanStep
 from recmas_runtime.running.records import Record
@@ -31,8 +31,10 @@ from recmas_runtime.serve.protocol import (
     ProblemInfo,
     Read,
     Step,
+    TokenRead,
     Unload,
     Unloaded,
+    WasRead,
 )
 from recmas_runtime.serve.service import ServiceLimits
 
@@ -93,7 +95,9 @@ class EngineHost:
             case Ask():
                 self._ask(request)
             case Read():
-                raise fail("RM121", "texts cannot be read yet", hint="")
+                read = self._systems[request.model].read_text(request.text, top=request.top)
+                tokens = tuple(TokenRead(**vars(token)) for token in read)
+                self._emit(WasRead(id=request.id, tokens=tokens))
             case Load():
                 self._load(request)
             case Unload():
