@@ -16,7 +16,7 @@ from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.precisions import TOLERANCES
 from recmas_runtime.running import scoring
 from recmas_runtime.serve.local import LocalService
-from recmas_runtime.serve.protocol import Read
+from recmas_runtime.serve.protocol import Ask, Read, Step
 from recmas_runtime.serve.service import ServiceError
 
 # Characters of several bytes, of several tokens each, and space that tokenizers treat apart.
@@ -128,13 +128,28 @@ def test_what_cannot_be_read_is_named(system: rt.System) -> None:
     assert len(system.read_text([5, 6], top=10**6)[1].top) == entry.vocab_size
 
 
-def test_a_service_reads_texts(bundle: Path, system: rt.System) -> None:
+def test_a_service_reads_texts_beside_answers(bundle: Path, system: rt.System) -> None:
+    """With the same figures, whatever else runs in the same engine calls."""
+    texts = [TEXT, "the plan", TEXT[5:] + TEXT, "x"]
+
     async def ask() -> None:
         service = await LocalService.start({"one": str(bundle)}, device="cpu", threads=1)
         try:
-            told = await service.read(Read(id=0, model="one", text=TEXT, top=2))
-            read = system.read_text(TEXT, top=2)
-            assert [vars_of(token) for token in told.tokens] == [vars(token) for token in read]
+            reads = [service.read(Read(id=0, model="one", text=text, top=2)) for text in texts]
+            asked = Ask(
+                id=0, model="one", record={"question": "the"}, sampling={"max_new_tokens": 9}
+            )
+            *told, answer = await asyncio.gather(*reads, anext(service.ask(asked)))
+            assert isinstance(answer, Step)
+            for text, was_read in zip(texts, told, strict=True):
+                alone = system.read_text(text, top=2)
+                least = min(token.logprob or 0.0 for token in alone)
+                allowed = 2 * TOLERANCES["logits_relative"] * abs(least)
+                assert [token.id for token in was_read.tokens] == [token.id for token in alone]
+                assert [token.offset for token in was_read.tokens] == [t.offset for t in alone]
+                for token, expected in zip(was_read.tokens[1:], alone[1:], strict=True):
+                    assert token.logprob == pytest.approx(expected.logprob, abs=allowed)
+                    assert token.top[0][1] == pytest.approx(expected.top[0][1], abs=allowed)
             with pytest.raises(ServiceError, match="RM500: the text is empty") as refused:
                 await service.read(Read(id=0, model="one", text=()))
             assert refused.value.reason == "input"
@@ -142,7 +157,3 @@ def test_a_service_reads_texts(bundle: Path, system: rt.System) -> None:
             await service.close(0.0)
 
     asyncio.run(ask())
-
-
-def vars_of(token: object) -> dict[str, object]:
-    return {name: getattr(token, name) for name in ("id", "text", "offset", "logprob", "top")}

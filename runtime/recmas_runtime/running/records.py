@@ -199,6 +199,18 @@ def question_record(
     return record
 
 
+def check_question(record: Record, fields: Sequence[str]) -> None:
+    """Raise RM500 for a question that no prompt shows: it would be answered unread."""
+    names = {field_place(shown).name for shown in fields}
+    if "question" in record.given and "question" not in names:
+        uses = f"use {listed(fields)}" if fields else "show nothing of a record"
+        raise fail(
+            "RM500",
+            f"record {record.id!r} has a question, and no prompt shows it: the prompts {uses}",
+            hint=needed_fields(fields) if fields else "Write {{ question }} in a prompt.",
+        )
+
+
 def check_record(record: Record, fields: Sequence[str]) -> None:
     """Raise RM500 for an unusable id, and for fields of prompts that are missing or unusable."""
     _check_id(record.id, "Correct the record.")

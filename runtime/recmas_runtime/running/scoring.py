@@ -22,8 +22,9 @@ from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.core.text import counted
 from recmas_runtime.engines.interface import Backbone, Floats, Operands
 from recmas_runtime.formats.manifest import BackboneEntry
-from recmas_runtime.formats.plan import cache_capacity
+from recmas_runtime.formats.plan import AgentPlan, cache_capacity
 from recmas_runtime.prompts.tokenizer import IncrementalDecoder, Tokenizer
+from recmas_runtime.running.executor import Engines
 from recmas_runtime.running.record_prompts import RecordError
 from recmas_runtime.running.records import Record, RecordId, Timing, Usage
 from recmas_runtime.sequences.sequence_batch import SequenceBatch
@@ -32,7 +33,7 @@ from recmas_runtime.sequences.sequence_batch import SequenceBatch
 _MOST_TOKENS: Final = 256
 # Positions of a text on its own that run in one engine call, and logits in memory meanwhile.
 _CHUNK: Final = 128
-_MOST_LOGITS: Final = 2**22
+_MOST_LOGITS: Final = 2**21
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,17 +218,16 @@ class ReadToken:
 
 
 def read_text(
-    engine: Backbone[Any],
-    inner: Operands,
+    engines: Engines,
+    agent: AgentPlan,
     tokenizer: Tokenizer,
     text: str | Sequence[int],
     *,
     top: int = 0,
-) -> Iterator[list[ReadToken]]:
-    """Read a text on its own and yield how likely its tokens were, one engine call after the other.
+) -> list[ReadToken]:
+    """Return how likely each token of a text on its own is to an agent's backbone.
 
     Args:
-        inner: Operands of an inner link of that backbone, which does not matter here.
         text: As text, before which the tokenizer puts what it puts before every text, or as token
             ids, which are read as they are.
         top: How many likeliest tokens are given for each place.
@@ -236,32 +236,47 @@ def read_text(
         RecmasError: RM500 for no tokens, or one that the backbone has no embedding for, RM501 for
             more tokens than it has positions.
     """
+    engine = engines.backbones[agent.backbone]
     placed = _placed(tokenizer, text, engine.entry)
     named = cache(tokenizer.text_of)
-    rows = engine.new_cache(1, cache_capacity(len(placed)))
-    before_V: NDArray[np.float64] | None = None  # of the token that comes next
+    found: list[ReadToken] = []
+    told_V: NDArray[np.float64] | None = None  # of the token that comes next
+    behind = _each_behind(engine, [i for i, *_ in placed], engines.stacked([agent.inner]))
+    for (token_id, piece, offset), next_V in zip(placed, behind, strict=True):
+        likeliest = [] if told_V is None else _top(told_V, top)
+        found.append(
+            ReadToken(
+                id=token_id,
+                text=piece,
+                offset=offset,
+                logprob=None if told_V is None else float(told_V[token_id]),
+                top=tuple((named(i), logprob) for i, logprob in likeliest),
+            )
+        )
+        told_V = next_V
+    return found
+
+
+def _each_behind(
+    engine: Backbone[Any], ids: Sequence[int], inner: Operands
+) -> Iterator[NDArray[np.float64]]:
+    """Yield the log likelihoods [V] of what comes behind each token of a text.
+
+    Args:
+        inner: Of any inner link: it makes no difference here.
+    """
+    rows = engine.new_cache(1, cache_capacity(len(ids)))
+    num_logits = max(1, _MOST_LOGITS // engine.entry.vocab_size)
     try:
-        for start in range(0, len(placed), _CHUNK):
-            chunk = placed[start : start + _CHUNK]
-            ids = np.array([[token_id for token_id, *_ in chunk]], np.int64)
-            here, last = np.array([start], np.int64), np.array([len(chunk) - 1], np.int64)
-            hidden_1SD, *_ = engine.forward(rows, engine.embed(ids), here, last, inner)
-            found: list[ReadToken] = []
-            behind = _each_behind(engine, hidden_1SD[0, : len(chunk)])
-            for token_id, piece, offset in chunk:
-                told_V = before_V
-                likeliest = [] if told_V is None else _top(told_V, top)
-                found.append(
-                    ReadToken(
-                        id=token_id,
-                        text=piece,
-                        offset=offset,
-                        logprob=None if told_V is None else float(told_V[token_id]),
-                        top=tuple((named(i), logprob) for i, logprob in likeliest),
-                    )
-                )
-                before_V = next(behind)
-            yield found
+        for start in range(0, len(ids), _CHUNK):
+            chunk_1S = np.array([ids[start : start + _CHUNK]], np.int64)
+            last = np.array([chunk_1S.shape[1] - 1], np.int64)
+            hidden_1SD, *_ = engine.forward(
+                rows, engine.embed(chunk_1S), np.array([start], np.int64), last, inner
+            )
+            for begin in range(0, chunk_1S.shape[1], num_logits):
+                some_ND = np.ascontiguousarray(hidden_1SD[0, begin : begin + num_logits])
+                yield from _log_likelihoods(engine.logits(some_ND))
     finally:
         engine.release(rows)
 
@@ -321,14 +336,6 @@ def _too_long(has: str, entry: BackboneEntry) -> RecmasError:
         f"the text has {has}, the backbone has {entry.max_positions} positions",
         hint="Shorten the text.",
     )
-
-
-def _each_behind(engine: Backbone[Any], hidden_SD: Floats) -> Iterator[NDArray[np.float64]]:
-    """Yield for each state the log likelihoods [V] of the token behind it."""
-    step = max(1, _MOST_LOGITS // engine.entry.vocab_size)
-    for begin in range(0, len(hidden_SD), step):
-        some_ND = np.ascontiguousarray(hidden_SD[begin : begin + step])
-        yield from _log_likelihoods(engine.logits(some_ND))
 
 
 def _top(told_V: NDArray[np.float64], count: int) -> list[tuple[int, float]]:
