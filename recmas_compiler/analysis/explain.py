@@ -50,15 +50,21 @@ def explain(
         counted(system.rounds, "round"),
     )
     lines = [f"{system.name}: {listed(sizes)}; {system.answer_agent} writes the answer."]
-    if system.serve is not None:
-        fields = prompt_fields(system.agents.values())
-        lines += ["", f"In a conversation {in_words(system.serve, fields)}."]
+    if chat := conversation_text(system):
+        lines += ["", chat]
     for record in records:
         title, describe = PASSES.get(record.name, ("", _other_pass))
         sentences = list(describe(record, count)) or ["Nothing to do here."]
         lines += ["", f"{record.name}: {title}" if title else record.name]
         lines += [f"  - {sentence}" for sentence in sentences]
     return "\n".join(lines) + "\n"
+
+
+def conversation_text(system: System) -> str:
+    """Return what a spec says of conversations; empty if it says nothing."""
+    if system.serve is None:
+        return ""
+    return f"In a conversation {in_words(system.serve, prompt_fields(system.agents.values()))}."
 
 
 def _share_backbones(record: Record, count_tokens: CountTokens) -> Iterator[str]:
