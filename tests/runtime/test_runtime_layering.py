@@ -28,6 +28,10 @@ OPTIONAL = {
     "build_tensorrt": {"onnx"},
     "search": {"bm25s"},
     "tables": {"pyarrow"},
+    "metrics": {"prometheus_client"},
+    "server": {"uvicorn"},
+    "admin": {"fastapi", "pydantic"},
+    "spans": {"opentelemetry"},
 }
 FOREIGN = (
     "torch",
