@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
     from recmas_runtime.serve.http.settings import HttpSettings
+    from recmas_runtime.serve.operation.asgi import App
     from recmas_runtime.serve.operation.server import Stop
 
 T = TypeVar("T")
@@ -127,8 +128,8 @@ async def _serve(
         metrics = Metrics(service)
         service.observers.append(AnswerLog(log, with_texts=options.log_prompts))
         catalog = Catalog(service, available_memory_bytes)
-        routers = [admin_router(catalog, service, has_key=bool(settings.api_keys))]
-        app = make_app(service, settings, metrics=metrics, routers=routers)
+        admin = admin_router(catalog, service, has_key=bool(settings.api_keys))
+        app: App = make_app(service, settings, metrics=metrics, routes=admin.routes)
         app = AccessLog(app, log)
         if spans is not None:
             from recmas_runtime.serve.operation.spans import Spans, TraceParent
@@ -155,6 +156,7 @@ async def _serve(
             return await serve_until(
                 stop,
                 app,
+                settings,
                 service,
                 sockets,
                 log,

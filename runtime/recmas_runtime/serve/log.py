@@ -47,7 +47,7 @@ class ServiceLog:
             line = json.dumps({"time": now, "level": level, "event": event, **known}, default=str)
         else:
             shown = "".join(f" {name}={_shown(value)}" for name, value in known.items())
-            line = harmless(f"{now} {level:7} {event}{shown}")
+            line = harmless(f"{now} {level:7} {event}{shown}".replace("\n", "\\n"))
         with suppress(OSError, ValueError):
             self._stream.write(line + "\n")
             self._stream.flush()

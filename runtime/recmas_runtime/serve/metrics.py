@@ -18,6 +18,7 @@ from prometheus_client import (
     Counter,
     Histogram,
     Summary,
+    disable_created_metrics,
     generate_latest,
 )
 from prometheus_client.core import (
@@ -52,6 +53,7 @@ class Metrics:
     def __init__(self, service: Service) -> None:
         self._service = service
         self.running = self.waiting = 0
+        disable_created_metrics()  # type: ignore[no-untyped-call] # as many lines again
         self._registry = CollectorRegistry()
         self.requests = self._counter("requests", "Requests for answers, by how they ended.", "how")
         self.refusals = Counter(

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.codec import to_json
+from recmas_runtime.serve.http.bodies import JsonRoute, Strict
 from recmas_runtime.serve.http.errors import ApiError, documented, of_problems, sentence
 from recmas_runtime.serve.operation.catalog import Catalog
 from recmas_runtime.serve.protocol import ModelInfo, ProblemInfo
@@ -19,10 +20,8 @@ from recmas_runtime.serve.service import Service, ServiceError
 _RETRY_S = 5.0
 
 
-class AddModel(BaseModel):
+class AddModel(Strict):
     """A bundle on the disk of the service, and the name that requests call it by."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     path: str = Field(min_length=1, max_length=4096)
     name: str = Field(min_length=1, max_length=128)
@@ -30,7 +29,11 @@ class AddModel(BaseModel):
 
 def admin_router(catalog: Catalog, service: Service, *, has_key: bool) -> APIRouter:
     """Return the routes under `/admin`; without a key they refuse everybody."""
-    router = APIRouter(prefix="/admin/models", tags=["admin"], responses=documented(400, 403, 404))
+    router = APIRouter(
+        prefix="/admin/models",
+        route_class=JsonRoute,
+        responses=documented(400, 404, 408, 413, 415),
+    )
 
     @router.get("", summary="Tell what is loaded.")
     async def list_models() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from recmas_runtime.serve.service import Service, ServiceError
 
 # What stands in requests, addresses, logs and labels of metrics.
 _NAME: Final = re.compile(r"[A-Za-z0-9](?:[\w.:@+-]|/(?=\w)){0,127}", re.ASCII)
-_LOOK_S: Final = 2.0
+_LOOK_S: Final = 1.0
 # A worker that died while it loaded a bundle may have died of another cause, but not twice.
 _MOST_DEATHS: Final = 2
 

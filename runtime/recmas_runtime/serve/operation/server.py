@@ -17,14 +17,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.core.files import reason_of
+from recmas_runtime.serve.http.server import KEEP_ALIVE_S, uvicorn_config
+from recmas_runtime.serve.http.settings import HttpSettings
 from recmas_runtime.serve.log import ServiceLog, cut
 from recmas_runtime.serve.operation.asgi import App
 from recmas_runtime.serve.service import Service
 
-# Connections are kept so long between two requests; at uvicorn's 5 s clients that keep them as
-# long as 60 s send requests into connections that close.
-KEEP_ALIVE_S: Final = 75
-_MAX_HEADER_BYTES: Final = 64 * 2**10
 _BACKLOG: Final = 512
 # Files that a front end needs besides its connections.
 _OTHER_FILES: Final = 64
@@ -126,6 +124,7 @@ class Stop:
 async def serve_until(
     stop: Stop,
     app: App,
+    settings: HttpSettings,
     service: Service,
     sockets: Sequence[socket.socket],
     log: ServiceLog,
@@ -141,7 +140,8 @@ async def serve_until(
     Raises:
         RecmasError: RM545 if the address was taken meanwhile.
     """
-    server = _Server(_config(app, log))
+    _hand_over_logs(log)
+    server = _Server(_config(app, settings, grace_s))
     for each in sockets:
         try:
             each.listen(_BACKLOG)
@@ -182,23 +182,13 @@ async def _close(stop: Stop, service: Service, grace_s: float) -> None:
     await closing
 
 
-def _config(app: App, log: ServiceLog) -> uvicorn.Config:
-    _hand_over_logs(log)
+def _config(app: App, settings: HttpSettings, grace_s: float) -> uvicorn.Config:
+    config = uvicorn_config(app, settings, grace_s=grace_s)
+    config.http = _Connection
+    config.lifespan = "off"  # the service is started before the application and ends after it
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return uvicorn.Config(
-        app,
-        loop="asyncio",
-        http=_Connection,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=max(16, min(_MAX_CONNECTIONS, files - _OTHER_FILES)),
-        timeout_keep_alive=KEEP_ALIVE_S,
-        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-    )
+    config.limit_concurrency = max(16, min(_MAX_CONNECTIONS, files - _OTHER_FILES))
+    return config
 
 
 class _Server(uvicorn.Server):
