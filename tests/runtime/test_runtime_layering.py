@@ -28,6 +28,7 @@ OPTIONAL = {
     "build_tensorrt": {"onnx"},
     "search": {"bm25s"},
     "tables": {"pyarrow"},
+    "http": {"fastapi", "pydantic", "starlette", "uvicorn"},
 }
 FOREIGN = (
     "torch",
