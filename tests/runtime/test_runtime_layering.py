@@ -28,10 +28,9 @@ OPTIONAL = {
     "build_tensorrt": {"onnx"},
     "search": {"bm25s"},
     "tables": {"pyarrow"},
+    "http": {"fastapi", "pydantic", "starlette", "uvicorn"},
+    "operation": {"fastapi", "opentelemetry", "pydantic", "uvicorn"},
     "metrics": {"prometheus_client"},
-    "server": {"uvicorn"},
-    "admin": {"fastapi", "pydantic"},
-    "spans": {"opentelemetry"},
 }
 FOREIGN = (
     "torch",
