@@ -274,10 +274,3 @@ def test_what_is_logged(server: Served) -> None:
     assert line["path"] == "/nowhere\nforged\x1b[2J"  # one line of JSON, parsed
     assert "secret" not in server.log_path.read_text()
     assert KEY not in server.log_path.read_text()
-
-
-def test_texts_are_logged_where_somebody_wants_them(hand_bundle: Path, tmp_path: Path) -> None:
-    with serving(hand_bundle, "--log-prompts", folder=tmp_path) as server:
-        server.ask("9")
-        line = server.events("answer")[-1]
-        assert (line["record"], line["answer"]) == ({"question": "9"}, "j")

@@ -196,12 +196,15 @@ def test_refusals_are_counted_without_names_from_outside(hand_bundle: Path) -> N
     assert "evil" not in text
 
 
-def test_answers_are_logged_without_texts(hand_bundle: Path) -> None:
-    stream = io.StringIO()
+def test_answers_are_logged_without_texts_unless_somebody_wants_them(hand_bundle: Path) -> None:
+    stream, whole = io.StringIO(), io.StringIO()
 
     async def run() -> None:
         service = await LocalService.start({"m": str(hand_bundle)}, threads=1)
-        service.observers.append(AnswerLog(ServiceLog(stream, "json"), with_texts=False))
+        service.observers += (
+            AnswerLog(ServiceLog(stream, "json"), with_texts=False),
+            AnswerLog(ServiceLog(whole, "json"), with_texts=True),
+        )
         await _ask(service, "7")
         with pytest.raises(ServiceError):
             await _ask(service, "7", temperature=-1.0)
@@ -211,7 +214,11 @@ def test_answers_are_logged_without_texts(hand_bundle: Path) -> None:
     answered, refused = map(json.loads, stream.getvalue().splitlines())
     assert (answered["event"], answered["completion_tokens"]) == ("answer", 2)
     assert (refused["event"], refused["how"], refused["code"]) == ("no answer", "input", "RM505")
+    assert "record" not in answered
     assert "reason" not in refused, "messages on input quote it"
+    answered, refused = map(json.loads, whole.getvalue().splitlines())
+    assert (answered["record"], answered["answer"]) == ({"question": "7"}, "h")
+    assert refused["reason"].startswith("RM505: temperature is -1")
 
 
 def test_a_request_is_a_span_and_each_agent_in_each_round(hand_bundle: Path) -> None:

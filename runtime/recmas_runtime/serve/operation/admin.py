@@ -14,7 +14,7 @@ from recmas_runtime.formats.codec import to_json
 from recmas_runtime.serve.http.bodies import JsonRoute, Strict
 from recmas_runtime.serve.http.errors import ApiError, documented, of_problems, sentence
 from recmas_runtime.serve.operation.catalog import Catalog
-from recmas_runtime.serve.protocol import ModelInfo, ProblemInfo
+from recmas_runtime.serve.protocol import ModelInfo
 from recmas_runtime.serve.service import Service, ServiceError
 
 _RETRY_S = 5.0
@@ -71,7 +71,7 @@ def _as_api_errors() -> Iterator[None]:
         reason = "input" if error.reason == "failed" else error.reason
         raise of_problems(error.problems, reason=reason, retry_after_s=_RETRY_S) from None
     except RecmasError as error:
-        raise of_problems(map(ProblemInfo.of, error.problems)) from None
+        raise of_problems(error.problems) from None
 
 
 def _shown(model: ModelInfo) -> dict[str, Any]:
