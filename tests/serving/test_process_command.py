@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -263,14 +264,23 @@ def test_a_watched_folder(hand_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_logged(server: Served) -> None:
+    def last(event: str, **fields: object) -> dict[str, Any]:
+        """The line is written after the answer is out."""
+        found: list[dict[str, Any]] = []
+
+        def is_there() -> bool:
+            lines = server.events(event)
+            found[:] = [line for line in lines if fields.items() <= line.items()]
+            return bool(found)
+
+        until(is_there, f"{event} with {fields}")
+        return found[-1]
+
     server.ask("9")
-    line = server.events("answer")[-1]
-    assert (line["model"], line["finish"], line["rounds"]) == ("by-hand", "stop", 2)
+    line = last("answer", model="by-hand", finish="stop", rounds=2)
     assert "record" not in line
-    line = server.events("http")[-1]
-    assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/chat/completions", 200)
+    last("http", method="POST", path="/v1/chat/completions", status=200)
     server.request("GET", "/nowhere%0Aforged%1b[2J?secret=1")
-    line = server.events("http")[-1]
-    assert line["path"] == "/nowhere\nforged\x1b[2J"  # one line of JSON, parsed
+    last("http", path="/nowhere\nforged\x1b[2J", status=404)  # one line of JSON, parsed
     assert "secret" not in server.log_path.read_text()
     assert KEY not in server.log_path.read_text()
