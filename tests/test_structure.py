@@ -48,6 +48,8 @@ LAYERS = (
     "recmas_runtime.sequences",
     "recmas_runtime.running",
     "recmas_runtime.serve",
+    "recmas_runtime.serve.http",
+    "recmas_runtime.serve.operation",
     "recmas_runtime.checking",
     "recmas_runtime.bench",
     "recmas_runtime.cli",

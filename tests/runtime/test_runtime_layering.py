@@ -29,6 +29,9 @@ OPTIONAL = {
     "build_tensorrt": {"onnx"},
     "search": {"bm25s"},
     "tables": {"pyarrow"},
+    "http": {"fastapi", "pydantic", "starlette", "uvicorn"},
+    "operation": {"fastapi", "opentelemetry", "pydantic", "uvicorn"},
+    "metrics": {"prometheus_client"},
 }
 FOREIGN = (
     "torch",

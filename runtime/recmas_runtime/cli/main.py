@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from recmas_runtime.cli.serve_options import add_serve_options
 from recmas_runtime.core.errors import CODES, Exit, Problem, RecmasError, fail, is_out_of_memory
 from recmas_runtime.core.files import reason_of
 from recmas_runtime.core.printing import discard, envelope, note, write_out
@@ -262,6 +263,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_machine(run)
 
+    about = "Serve bundles behind OpenAI's HTTP forms."
+    server = _command(commands, "serve", about, _serve, of_bundle=False)
+    add_serve_options(server)
+    _add_device(server)
+
     bench = _command(commands, "bench", "Measure a bundle beside its baselines.", _bench)
     questions = bench.add_argument_group("questions; a few of recmas's own without these")
     questions.add_argument("--data", metavar="FILE", help="records, as of `recmas run --input`")
@@ -335,6 +341,11 @@ def _command(
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
+    _add_device(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress, no summary")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         default="auto",
@@ -342,7 +353,6 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         help="where to run; auto takes the best that is there",
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: physical cores")
-    parser.add_argument("--quiet", action="store_true", help="no progress, no summary")
 
 
 def _progress(options: argparse.Namespace) -> Progress:
@@ -364,6 +374,14 @@ def _run(options: argparse.Namespace, outcome: Outcome) -> None:
             "the same command with --resume goes on"
         )
     run(options, outcome.data, outcome.problems)
+
+
+def _serve(options: argparse.Namespace, outcome: Outcome) -> None:
+    from recmas_runtime.cli.serve import serve
+
+    if not serve(options, outcome.data, outcome.problems, as_json=options.json):
+        outcome.interrupted = True
+        outcome.interruption = "stopped at once; requests that ran got no answer"
 
 
 def _bench(options: argparse.Namespace, outcome: Outcome) -> None:
