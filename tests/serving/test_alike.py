@@ -45,9 +45,11 @@ SPECS = {
     **OF_MESSAGES,
     "snapshots": OF_THOUGHTS["mixture"].replace("source: llama", "source: state"),
 }
-# Rows of several requests side by side; then little room, prompts in small pieces, nothing kept.
+# Rows of many requests side by side; room for few kept blocks of prompts, which come and go; little
+# room of any kind, with prompts in small pieces.
 LIMITS = {
     "wide": ServiceLimits(max_batch=16, max_queue=64),
+    "evicting": ServiceLimits(max_batch=6, max_queue=64, kept_bytes=150_000, chunk=16),
     "narrow": ServiceLimits(max_batch=3, max_queue=64, kept_bytes=0, chunk=7),
 }
 LONG = "Anna has three plans and an orange. Which of the plans is the best one, and why? " * 3
