@@ -14,7 +14,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from recmas_runtime.core.errors import CODES, Exit, Problem, RecmasError, fail, is_out_of_memory
+from recmas_runtime.core.errors import (
+    CODES,
+    Exit,
+    Problem,
+    RecmasError,
+    fail,
+    is_out_of_memory,
+    missing_package,
+)
 from recmas_runtime.core.files import reason_of
 from recmas_runtime.core.printing import discard, envelope, note, write_out
 from recmas_runtime.core.progress import LineProgress, Progress, Silent
@@ -293,6 +301,21 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--out", type=Path, metavar="DIR", help="write bench.json and bench.md here")
     _add_machine(bench)
 
+    mcp = _command(commands, "mcp", "Serve a bundle as a tool of the Model Context Protocol.", _mcp)
+    mcp.add_argument(
+        "--http",
+        metavar="[HOST:]PORT",
+        help="serve over streamable HTTP at this address of this machine; default: over standard "
+        "input and output",
+    )
+    mcp.add_argument(
+        "--description", metavar="TEXT", help="what the system is good for; default: what it is"
+    )
+    mcp.add_argument(
+        "--max-queue", type=_positive, default=64, metavar="N", help="calls that may wait"
+    )
+    _add_machine(mcp)
+
     verify = _command(
         commands, "verify", "Check hashes, the known-answer probe and the parity cases.", _verify
     )
@@ -374,6 +397,14 @@ def _bench(options: argparse.Namespace, outcome: Outcome) -> None:
     outcome.data |= report.to_json()
     outcome.text = report.to_markdown()
     outcome.interrupted = report.interrupted
+
+
+def _mcp(options: argparse.Namespace, outcome: Outcome) -> None:
+    try:
+        from recmas_runtime.cli.mcp import run_mcp
+    except ModuleNotFoundError as error:
+        raise missing_package(error, extra="mcp") from error
+    run_mcp(options)
 
 
 def _verify(options: argparse.Namespace, outcome: Outcome) -> None:
