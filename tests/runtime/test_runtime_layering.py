@@ -29,6 +29,7 @@ OPTIONAL = {
     "search": {"bm25s"},
     "tables": {"pyarrow"},
     "mcp": {"anyio", "mcp", "mcp_types", "uvicorn"},
+    "http": {"fastapi", "pydantic", "starlette", "uvicorn"},
 }
 FOREIGN = (
     "torch",

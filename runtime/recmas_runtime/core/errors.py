@@ -115,6 +115,8 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM543": (Exit.USAGE, "a request that asks for what the service does not do"),
     "RM544": (Exit.USAGE, "a request without the key, or under a host name that is not served"),
     "RM545": (Exit.USAGE, "an address or option that a service refuses"),
+    "RM546": (Exit.USAGE, "a request that cannot be read"),
+    "RM547": (Exit.RUN_FAILED, "an answer that takes longer than the service allows"),
     "RM550": (Exit.OK, "warning: TensorRT engines of a bundle that are not used"),
     # RM6xx: evaluation
     "RM600": (Exit.USAGE, "a protocol that is not there or malformed"),

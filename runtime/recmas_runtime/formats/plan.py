@@ -376,6 +376,10 @@ class Limits(StrictStruct, frozen=True, kw_only=True):
     max_batch: Annotated[int, Meta(ge=1, le=2**16)]
 
 
+ConversationPart = Literal["last_user", "system"]
+History = Literal["transcript", "turns", "refuse"]
+
+
 class ServePlan(StrictStruct, frozen=True, kw_only=True):
     """Which part of a conversation becomes which field of a record.
 
@@ -386,8 +390,21 @@ class ServePlan(StrictStruct, frozen=True, kw_only=True):
             answer agent's prompt, or they are refused.
     """
 
-    fields: dict[str, Literal["last_user", "system"]]
-    history: Literal["transcript", "turns", "refuse"] = "transcript"
+    fields: dict[str, ConversationPart]
+    history: History = "transcript"
+
+    def field_of(self, part: ConversationPart) -> str | None:
+        """Return the field that takes a part of a conversation; None if no field does."""
+        return next((name for name, taken in self.fields.items() if taken == part), None)
+
+    def others(self, shown: Iterable[str]) -> tuple[str, ...]:
+        """Return the fields that every request must bring besides its conversation.
+
+        Args:
+            shown: What prompts show, as `Plan.fields` has it.
+        """
+        names = dict.fromkeys(field_place(value).name for value in shown)
+        return tuple(name for name in names if name not in self.fields and name != "id")
 
 
 class Plan(StrictStruct, frozen=True, kw_only=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -110,7 +110,7 @@ class Service(ABC):
     async def close(self, grace_s: float) -> None:
         """Take no more requests, wait so long for those that run, then stop them."""
 
-    async def ask(self, ask: Ask) -> AsyncIterator[Step | Piece | Done]:
+    async def ask(self, ask: Ask) -> AsyncGenerator[Step | Piece | Done, None]:
         """Answer; the last event is `Done`. The ask's own `id` does not matter.
 
         Raises:
