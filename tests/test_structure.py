@@ -48,6 +48,8 @@ LAYERS = (
     "recmas_runtime.running",
     "recmas_runtime.serve",
     "recmas_runtime.serve.http",
+    "recmas_runtime.serve.ray",
+    "recmas_runtime.serve.packaging",
     "recmas_runtime.checking",
     "recmas_runtime.bench",
     "recmas_runtime.cli",

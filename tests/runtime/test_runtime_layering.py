@@ -28,6 +28,7 @@ OPTIONAL = {
     "build_tensorrt": {"onnx"},
     "search": {"bm25s"},
     "tables": {"pyarrow"},
+    "ray": {"ray"},
     "mcp": {"anyio", "mcp", "mcp_types", "uvicorn"},
     "http": {"fastapi", "pydantic", "starlette", "uvicorn"},
 }

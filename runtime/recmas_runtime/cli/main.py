@@ -316,6 +316,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_machine(mcp)
 
+    package = _command(
+        commands, "package", "Write a container of a bundle, with its metrics.", _package
+    )
+    package.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write"
+    )
+    package.add_argument("--force", action="store_true", help="write over an earlier package")
+    package.add_argument(
+        "--image", metavar="NAME:TAG", help="of the image; default: recmas/ and the system's name"
+    )
+    package.add_argument(
+        "--base", metavar="IMAGE", help="that has Python; default: a slim one of a fixed version"
+    )
+    package.add_argument(
+        "--cpus", type=_positive, default=4, metavar="N", help="of a container [default: 4]"
+    )
+    package.add_argument(
+        "--max-batch",
+        type=_positive,
+        metavar="N",
+        help="requests at a time; default: the bundle's limit",
+    )
+    package.add_argument(
+        "--replicas", type=_positive, default=2, metavar="N", help="on Kubernetes [default: 2]"
+    )
+
     verify = _command(
         commands, "verify", "Check hashes, the known-answer probe and the parity cases.", _verify
     )
@@ -405,6 +431,14 @@ def _mcp(options: argparse.Namespace, outcome: Outcome) -> None:
     except ModuleNotFoundError as error:
         raise missing_package(error, extra="mcp") from error
     run_mcp(options)
+
+
+def _package(options: argparse.Namespace, outcome: Outcome) -> None:
+    from recmas_runtime.cli.package import package
+
+    written = package(options)
+    outcome.data |= written.to_json()
+    outcome.text = written.text
 
 
 def _verify(options: argparse.Namespace, outcome: Outcome) -> None:
