@@ -50,6 +50,8 @@ LAYERS = (
     "recmas_runtime.serve",
     "recmas_runtime.serve.http",
     "recmas_runtime.serve.operation",
+    "recmas_runtime.serve.ray",
+    "recmas_runtime.serve.packaging",
     "recmas_runtime.checking",
     "recmas_runtime.bench",
     "recmas_runtime.cli",
