@@ -47,6 +47,7 @@ LAYERS = (
     "recmas_runtime.sequences",
     "recmas_runtime.running",
     "recmas_runtime.serve",
+    "recmas_runtime.serve.page",
     "recmas_runtime.checking",
     "recmas_runtime.bench",
     "recmas_runtime.cli",
