@@ -48,6 +48,7 @@ LAYERS = (
     "recmas_runtime.sequences",
     "recmas_runtime.running",
     "recmas_runtime.serve",
+    "recmas_runtime.serve.page",
     "recmas_runtime.serve.http",
     "recmas_runtime.serve.operation",
     "recmas_runtime.serve.ray",

@@ -369,6 +369,26 @@ def _parser() -> argparse.ArgumentParser:
     thoughts.add_argument("trace", type=Path, metavar="TRACE", help="folder of the trace")
     thoughts.add_argument("--record", metavar="ID", help="only the record with this id")
 
+    report = _command(
+        commands,
+        "report",
+        "Write the trace of a run as one HTML file, to be read in a browser.",
+        _write_report,
+        of_bundle=False,
+    )
+    report.add_argument("trace", type=Path, metavar="TRACE", help="folder of the trace")
+    report.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", required=True, help="the file to write"
+    )
+    report.add_argument(
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help="the run's --output, to show questions and answers beside the trace",
+    )
+    report.add_argument("--record", metavar="ID", help="only the record with this id")
+    report.add_argument("--force", action="store_true", help="write over the file")
+
     _command(commands, "inspect", "Tell what is in a bundle.", _inspect)
     _command(commands, "doctor", "Tell what this machine has.", _doctor, of_bundle=False)
     return parser
@@ -495,6 +515,20 @@ def _thoughts(options: argparse.Namespace, outcome: Outcome) -> None:
     from recmas_runtime.cli.thoughts import print_thoughts
 
     print_thoughts(options.trace, options.record, outcome.data, as_json=options.json)
+
+
+def _write_report(options: argparse.Namespace, outcome: Outcome) -> None:
+    from recmas_runtime.cli.report import write_report
+
+    written = write_report(
+        options.trace,
+        options.output,
+        answers=options.answers,
+        record=options.record,
+        force=options.force,
+    )
+    outcome.data |= written.to_json()
+    outcome.text = written.text
 
 
 def _doctor(options: argparse.Namespace, outcome: Outcome) -> None:
