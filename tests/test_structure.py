@@ -223,6 +223,7 @@ def test_public_doors() -> None:
     assert recmas_runtime.__all__ == [
         "Answer",
         "AnswerStream",
+        "EarlierTurn",
         "FailedRecord",
         "Problem",
         "RecmasError",

@@ -233,7 +233,7 @@ def run_systems(
     seed: int = SEED,
     progress: Progress,
 ) -> Evaluation:
-    """Ask all systems in turn, a few batches each, so that a machine's busy times fall on all of them.
+    """Ask all systems in turn, a few batches each, so that busy times of a machine fall on all.
 
     Args:
         systems: By name; each is made when its turn comes.

@@ -170,7 +170,7 @@ class _Progress:
 async def _answer(service: Service, ask: Ask, context: ServerRequestContext[Any]) -> Done:
     """Return the answer; a call that is cancelled takes its request along."""
     progress, num_chars = _Progress(context), 0
-    async with aclosing(service.ask(ask)) as events, progress.beating():  # type: ignore[type-var]
+    async with aclosing(service.ask(ask)) as events, progress.beating():
         async for event in events:
             match event:
                 case Step():
