@@ -1,4 +1,4 @@
-"""What a latent system is measured against: other plans over the same engines and prompts.
+"""Other plans over the same engines and prompts: baselines, and fewer rounds.
 
 Each baseline is a change of the plan, so prompts, sampler, token accounting and the one way of
 writing text stay what they are.
@@ -73,6 +73,49 @@ def apply_baseline(plan: Plan, name: str, manifest: Manifest) -> Baseline:
     if limit is not None and kind not in _WITH_LIMIT:
         raise _unusable(f"{name!r}: only {' and '.join(_WITH_LIMIT)} take a limit of tokens")
     return _CHANGES[kind](plan, manifest, None if limit is None else int(limit))
+
+
+def with_rounds(plan: Plan, rounds: int) -> Plan:
+    """Return a plan that runs fewer rounds of those that were built.
+
+    The first of them are as they were, and the last one is the plan's last, as after an early exit.
+    A single round has no messages of a round before it, so its prompts are those of a first round.
+
+    Raises:
+        RecmasError: RM506 for more rounds than the plan has, or less than one.
+    """
+    if not 1 <= rounds <= plan.rounds:
+        raise fail(
+            "RM506",
+            f"rounds is {rounds}, the bundle has {plan.rounds}",
+            hint=f"Take 1 to {plan.rounds}, or build with more.",
+        )
+    if rounds == plan.rounds:
+        return plan
+    earlier = [step for step in plan.steps if step.round < rounds]
+    moved = plan.rounds - rounds
+    last: list[Step] = []
+    for step in plan.steps:
+        if step.round != plan.rounds:
+            continue
+        changes: dict[str, object] = {"round": rounds}
+        if isinstance(step, PrefillStep):
+            changes["messages"] = tuple(
+                structs.replace(message, round=message.round - moved)
+                for message in step.messages
+                if message.round > moved
+            )
+            if rounds == 1:
+                changes["variants"] = ("first",) * len(step.agents)
+        elif isinstance(step, DecodeStep):
+            changes["exits"] = tuple(
+                structs.replace(exit_, round=exit_.round - moved)
+                for exit_ in step.exits
+                if rounds > 2
+            )
+        last.append(structs.replace(step, **changes))
+    stop_when = plan.stop_when if rounds > 2 else None
+    return structs.replace(plan, rounds=rounds, steps=(*earlier, *last), stop_when=stop_when)
 
 
 def baseline_name(name: str) -> str:

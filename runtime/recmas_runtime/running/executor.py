@@ -7,7 +7,7 @@ prompt, M latent steps, d width.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, TypedDict
@@ -47,6 +47,9 @@ from recmas_runtime.sequences.snapshots import Snapshots
 
 # Streams of hand-over texts lie apart from those of answers, which are seeded `seed + index`.
 _SEEDS_OF_A_STEP = 2**64
+
+
+StepListener = Callable[[Step], None]
 
 
 class _Tokens(TypedDict, total=False):
@@ -91,6 +94,8 @@ class Execution:
         converged: [B], the round after which a record's recursion ended early; 0 if it did not.
         keeps_thoughts: Whether `thoughts` fills, for a trace; else each is dropped once it is sent.
         thoughts: By agent and round, the thoughts and their inner link's outputs, each [M, B, d].
+        on_step: Is called before each step of the plan.
+        clock: What times are told by, in seconds.
     """
 
     plan: Plan
@@ -106,6 +111,8 @@ class Execution:
     events: list[StepEvent] = field(default_factory=list)
     keeps_thoughts: bool = False
     thoughts: dict[tuple[str, int], tuple[Floats, Floats]] = field(default_factory=dict)
+    on_step: StepListener | None = None
+    clock: Callable[[], float] = time.perf_counter
     _sequences: dict[str, SequenceBatch] = field(default_factory=dict)
     _thoughts: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
     _turns: dict[str, Turn] = field(default_factory=dict)
@@ -131,6 +138,8 @@ class Execution:
             if self.converged.all() and round_ != self.plan.rounds:
                 continue
             for step in steps:
+                if self.on_step is not None:
+                    self.on_step(step)
                 self.events += self._run(step)
             self._find_converged(round_)
 
@@ -147,6 +156,8 @@ class Execution:
 
     def answer(self) -> TextGenerator:
         """Return what decodes the answers, one a record; their sequences are then used up."""
+        if self.on_step is not None:
+            self.on_step(self.plan.steps[-1])
         return TextGenerator(
             self.answer_sequences,
             settings=self._decoder_settings(self.plan.answer_agent),
@@ -154,10 +165,11 @@ class Execution:
             seeds=self.seeds,
             tools=self.tools,
             keeps_sequences=False,
+            clock=self.clock,
         )
 
     def _run(self, step: Step) -> list[StepEvent]:
-        start = time.perf_counter()
+        start = self.clock()
         tokens: _Tokens = {}
         events: list[StepEvent] = []
         agents: tuple[str, ...]
@@ -173,7 +185,7 @@ class Execution:
                 tokens, events = self._write(step)
             case DecodeStep():
                 raise AssertionError("a plan decodes once, at its end")
-        ms = (time.perf_counter() - start) * 1e3 - sum(event.ms for event in events)
+        ms = (self.clock() - start) * 1e3 - sum(event.ms for event in events)
         done = replace(StepEvent(op=step.op, round=step.round, agents=agents, ms=ms), **tokens)
         return [done, *events]
 

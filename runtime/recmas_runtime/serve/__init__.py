@@ -1,0 +1,1 @@
+"""Systems as a service: what asks them, what runs them, and how the two speak."""
