@@ -141,7 +141,7 @@ def forgetting(plan: Plan) -> Plan:
 
 def copies(system: rt.System, batch: int) -> str:
     """Return the row of a table: what snapshots of a batch take."""
-    (engine,) = system._loaded.engines.backbones.values()
+    (engine,) = system.loaded.engines.backbones.values()
     cache = engine.new_cache(batch, 1024)
     rows = {row: row for row in range(batch)}
     saving, restoring = [], []

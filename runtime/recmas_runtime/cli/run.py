@@ -24,6 +24,7 @@ from recmas_runtime.formats.codec import to_json
 from recmas_runtime.formats.plan import MAX_SEED, SamplingPlan, field_place, is_field
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.answer_file import IDENTITY_SUFFIX, AnswerWriter
+from recmas_runtime.running.batch import check_batch
 from recmas_runtime.running.records import (
     Answer,
     FailedRecord,
@@ -35,7 +36,7 @@ from recmas_runtime.running.records import (
     refuse_devices,
 )
 from recmas_runtime.running.run_trace import RECORDS_NAME, TraceWriter
-from recmas_runtime.running.system import System, check_batch, load
+from recmas_runtime.running.system import System, load
 from recmas_runtime.tools.toolbox import terminal_ask
 
 STANDARD_STREAM: Final = "-"

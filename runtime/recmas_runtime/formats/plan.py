@@ -286,6 +286,16 @@ class DecodeStep(PlanStep, frozen=True, kw_only=True):
 Step = PrefillStep | ThinkStep | SendStep | WriteStep | DecodeStep
 
 
+def agents_of(step: Step) -> tuple[str, ...]:
+    """Return the agents that a step runs; of a send the source, then the targets."""
+    match step:
+        case SendStep():
+            return (step.source, *step.targets)
+        case DecodeStep():
+            return (step.agent,)
+    return step.agents
+
+
 # Bounds of sampling settings, wherever they are given: specs, command lines, callers.
 MAX_NEW_TOKENS: Final = 32_768
 MAX_TEMPERATURE: Final = 10.0

@@ -126,6 +126,14 @@ def reads_thoughts(trace: object) -> TypeGuard[ThoughtTrace]:
     return isinstance(trace, ThoughtTrace) and trace.num_nearest > 0
 
 
+def check_num_nearest(thoughts: int) -> None:
+    """Raise RM506 for a number of nearest tokens that no trace has."""
+    is_whole = isinstance(thoughts, int) and not isinstance(thoughts, bool)
+    if not (is_whole and 0 <= thoughts <= MAX_NEAREST):
+        hint = f"Give a whole number from 0 to {MAX_NEAREST}."
+        raise fail("RM506", f"thoughts is {thoughts!r}", hint=hint)
+
+
 class TraceWriter:
     """Writes what batches did into a folder, record by record, as it comes.
 
@@ -152,7 +160,7 @@ class TraceWriter:
         force: bool = False,
         thoughts: int = 0,
     ) -> None:
-        _check_count(thoughts)
+        check_num_nearest(thoughts)
         self.num_nearest = thoughts
         self._folder = folder = Path(folder)
         lines = folder / RECORDS_NAME
@@ -230,13 +238,6 @@ class TraceWriter:
             file=str(self._folder),
             hint="Give --trace a folder with room that you may write to.",
         )
-
-
-def _check_count(thoughts: int) -> None:
-    is_whole = isinstance(thoughts, int) and not isinstance(thoughts, bool)
-    if not (is_whole and 0 <= thoughts <= MAX_NEAREST):
-        hint = f"Give a whole number from 0 to {MAX_NEAREST}."
-        raise fail("RM506", f"thoughts is {thoughts!r}", hint=hint)
 
 
 def _traces_in(folder: Path) -> str:

@@ -59,7 +59,7 @@ class Read(Request, frozen=True, kw_only=True, tag="read"):
 
     Attributes:
         text: What is read, as text or as token ids.
-        top: How many likeliest tokens are told of each place.
+        top: How many likeliest tokens come with each place.
     """
 
     model: str

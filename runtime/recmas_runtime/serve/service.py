@@ -13,6 +13,7 @@ from typing import Final, Protocol
 from msgspec import structs
 
 from recmas_runtime.core.errors import Problem
+from recmas_runtime.scheduling.shared_engine import CHUNK, KEPT_BYTES
 from recmas_runtime.serve.protocol import (
     AnyEvent,
     AnyRequest,
@@ -61,14 +62,17 @@ class ServiceLimits:
         max_queue: Requests that may wait.
         max_wait_s: How long one may wait before it is refused; None for as long as it takes.
         kept_bytes: Memory for beginnings of prompts that are kept for later requests.
+        cache_bytes: Memory for the caches of requests that run, as plans count it; None for as much
+            as they need. A single request always runs.
         chunk: Prompt positions that run in one engine call.
     """
 
     max_batch: int | None = None
     max_queue: int = 64
     max_wait_s: float | None = None
-    kept_bytes: int = 256 * 2**20
-    chunk: int = 64
+    kept_bytes: int = KEPT_BYTES
+    cache_bytes: int | None = None
+    chunk: int = CHUNK
 
 
 class Watch(Protocol):
@@ -103,7 +107,7 @@ class Service(ABC):
 
     Attributes:
         models: What is loaded, by name.
-        gauges: What the engines last told of themselves.
+        gauges: What the engines last said about themselves.
         is_ready: Whether requests are taken: engines are loaded and nothing ends.
         observers: Who is shown requests for answers: metrics, traces, logs.
         num_restarts: How often engines were started in place of some that died.
