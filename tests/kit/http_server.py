@@ -6,14 +6,15 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
+from msgspec import structs
 
 from recmas_runtime.formats.plan import ServePlan
 from recmas_runtime.serve.http.app import make_app
@@ -21,7 +22,6 @@ from recmas_runtime.serve.http.server import uvicorn_config
 from recmas_runtime.serve.http.settings import HttpSettings
 from recmas_runtime.serve.local import LocalService
 from recmas_runtime.serve.protocol import (
-    AnyEvent,
     AnyRequest,
     Ask,
     Cancel,
@@ -62,14 +62,16 @@ class Served:
             return client.get(path, headers=headers)
 
     def raw(self, data: bytes, *, timeout_s: float = 10.0) -> bytes:
-        """Send bytes and return all that comes until the server closes or says nothing more."""
+        """Send bytes and return all that comes until the server closes, also while we send."""
+        parts = []
         with socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s) as link:
-            link.sendall(data)
-            link.shutdown(socket.SHUT_WR)
-            parts = []
-            while part := link.recv(2**16):
-                parts.append(part)
-            return b"".join(parts)
+            with suppress(OSError):
+                link.sendall(data)
+                link.shutdown(socket.SHUT_WR)
+            with suppress(ConnectionError):
+                while part := link.recv(2**16):
+                    parts.append(part)
+        return b"".join(parts)
 
 
 @contextmanager
@@ -212,32 +214,25 @@ class ScriptedEngines(Service):
         match request:
             case Ask():
                 self.asked.append(request)
-                self._tasks[request.id] = asyncio.create_task(self._say(request.id))
+                self._tasks[request.id] = asyncio.create_task(self._say(request.id, self.script))
             case Cancel():
                 self.cancelled.append(request.id)
                 self._tasks[request.id].cancel()
             case _:
                 raise AssertionError(f"not in the script: {request}")
 
-    async def _say(self, id_: int) -> None:
-        for each in self.script:
+    async def _say(self, id_: int, script: Script) -> None:
+        for each in script:
             if isinstance(each, int | float):
                 await asyncio.sleep(each)
             else:
-                event: AnyEvent = _with_id(each, id_)
-                self.dispatch(event)
+                self.dispatch(structs.replace(each, id=id_))
 
     async def close(self, grace_s: float) -> None:
         self.is_ready = False
         self.fail_open(ServiceError.of("stopped", "RM542", "the service ends", ""))
         for task in self._tasks.values():
             task.cancel()
-
-
-def _with_id(event: AnyEvent, id_: int) -> AnyEvent:
-    from msgspec import structs
-
-    return structs.replace(event, id=id_)
 
 
 def scripted(script: Script, limits: ServiceLimits | None = None) -> OpenService:
@@ -254,13 +249,3 @@ def chunks(text: str) -> list[dict[str, Any]]:
     lines = [each[6:] for each in text.split("\n") if each.startswith("data: ")]
     assert lines[-1] == "[DONE]", text
     return [json.loads(each) for each in lines[:-1]]
-
-
-@asynccontextmanager
-async def opened(open_service: OpenService) -> AsyncIterator[Service]:
-    """Run a service in the test's own event loop."""
-    service = await open_service()
-    try:
-        yield service
-    finally:
-        await service.close(0.0)

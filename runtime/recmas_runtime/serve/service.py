@@ -13,7 +13,7 @@ from typing import Final, Protocol
 from msgspec import structs
 
 from recmas_runtime.core.errors import Problem
-from recmas_runtime.scheduling.shared_engine import CHUNK, KEPT_BYTES
+from recmas_runtime.scheduling.limits import CHUNK, KEPT_BYTES
 from recmas_runtime.serve.protocol import (
     AnyEvent,
     AnyRequest,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, Literal
 
 import msgspec
@@ -13,7 +14,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 
-import recmas_runtime
 from recmas_runtime.formats.codec import to_json
 from recmas_runtime.serve.http.answers import Answers
 from recmas_runtime.serve.http.chat import chat_routes
@@ -71,7 +71,7 @@ def make_app(
     """
     app = FastAPI(
         title="recmas",
-        version=recmas_runtime.__version__,
+        version=_version(),
         summary="Latent multi-agent systems behind OpenAI's forms.",
         docs_url=None,  # these pages load their scripts from elsewhere
         redoc_url=None,
@@ -90,16 +90,22 @@ def make_app(
     app.add_exception_handler(HTTPException, _as_error)
     app.openapi = lambda: _openapi(app, settings)  # type: ignore[method-assign]
     opened = (*_PROBES, *((_METRICS,) if settings.open_metrics else ()), *map(_path, page))
-    # The last one added is the first that sees a request.
-    if settings.cors_origins:
+    app.add_middleware(Guard, settings=settings, open_paths=opened, metrics=metrics)
+    if settings.cors_origins:  # before the guard: what a browser asks first has no key
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=("GET", "POST"),
             allow_headers=("Authorization", "Content-Type"),
         )
-    app.add_middleware(Guard, settings=settings, open_paths=opened, metrics=metrics)
     return app
+
+
+def _version() -> str:
+    try:
+        return version("recmas")
+    except PackageNotFoundError:
+        return "unknown"  # run from a checkout
 
 
 def _path(route: BaseRoute) -> str:

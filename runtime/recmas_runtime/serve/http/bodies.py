@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final
 
@@ -106,8 +107,10 @@ def _refusal(error: RequestValidationError, form: type[Strict]) -> ApiError:
     placed = [(_place(each, data), each) for each in error.errors()]
     first, _ = placed[0]
     # Of a value that may be of several types, what is wrong within it says most.
-    inner = [place for place, _ in placed if place[: len(first)] == first]
-    place = next((each for each in inner if len(each) > len(first)), first)
+    place = first
+    for each, _ in placed:
+        if len(each) > len(place) and each[: len(place)] == place:
+            place = each
     same = [each for where, each in placed if where == place]
     param, kind = _param(place), same[0]["type"]
     name = str(place[0])
@@ -119,13 +122,34 @@ def _refusal(error: RequestValidationError, form: type[Strict]) -> ApiError:
         return ApiError(400, "RM543", sentence(f"unknown key `{param}`", hint), param=param)
     if kind in _MISSING:
         return ApiError(400, "RM546", f"`{param}` is missing.", param=param)
-    wanted = " or ".join(dict.fromkeys(map(_wanted, same)))
+    # Where one type fits and its bounds do not, the other types are beside the point.
+    bounds = [each for each in same if each["type"] not in _TYPES] or same
+    wanted = " or ".join(dict.fromkeys(map(_wanted, bounds)))
     message = sentence(f"`{param}`: expected {wanted}, found {_found(place, data)}")
     # A message or part of a kind that is known elsewhere and not read here.
     is_kind = place[-1] in ("type", "role") and len(place) > 1
     return ApiError(400, "RM543" if is_kind else "RM546", message, param=param)
 
 
+_TYPES: Final = {
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "float_type": "a number",
+    "int_from_float": "an integer",
+    "int_type": "an integer",
+    "list_type": "a list",
+    "model_attributes_type": "an object",
+    "model_type": "an object",
+    "none_required": "null",
+    "string_type": "a string",
+}
+_BOUNDS: Final = {
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+}
+_LENGTH: Final = re.compile(r"\w+ should have (?P<bound>.*?)(?: after validation, not \d+)?")
 _MISSING: Final = ("missing", "union_tag_not_found")
 
 
@@ -152,9 +176,15 @@ def _param(place: Sequence[str | int]) -> str:
 
 
 def _wanted(error: Mapping[str, Any]) -> str:
+    context = error.get("ctx", {})
     if error["type"] == "union_tag_invalid":
-        return str(error["ctx"]["expected_tags"])
-    return str(error["msg"]).removeprefix("Input should be ").replace("a valid ", "a ")
+        return str(context["expected_tags"])
+    if (kind := _TYPES.get(error["type"])) is not None:
+        return kind
+    if (bound := _BOUNDS.get(error["type"])) is not None:
+        return bound.format(**context)
+    told = _LENGTH.fullmatch(str(error["msg"]))
+    return told["bound"] if told else str(error["msg"]).removeprefix("Input should be ")
 
 
 def _found(place: Sequence[str | int], data: Any) -> str:

@@ -23,6 +23,10 @@ from recmas_runtime.serve.http.settings import HttpSettings, MetricsSource
 
 LOG: Final = logging.getLogger("recmas.serve.http")
 
+MAX_HEADER_BYTES: Final = 32 * 2**10
+_MAX_HEADERS: Final = 100
+MAX_PATH_BYTES: Final = 8 * 2**10
+
 # No script, style or connection but our own, and nobody's frame.
 _CSP: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -108,6 +112,7 @@ class Guard:
                 self._metrics.on_response(path, response.status or CLIENT_LEFT, seconds)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        _check_size(scope)
         headers = Headers(scope=scope)
         self._check_host(headers)
         self._check_key(scope["path"], headers)
@@ -177,6 +182,17 @@ def _too_large(limit: int) -> ApiError:
     hint = "Shorten the request."
     message = f"the body is larger than {limit} bytes"
     return ApiError(413, "RM546", sentence(message, hint), headers={"Connection": "close"})
+
+
+def _check_size(scope: Scope) -> None:
+    """Bound what the server does not: what comes in one piece may be longer than it allows."""
+    headers = scope["headers"]
+    if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_PATH_BYTES:
+        raise ApiError(414, "RM546", f"the address is longer than {MAX_PATH_BYTES} bytes.")
+    size = sum(len(name) + len(value) for name, value in headers)
+    if size > MAX_HEADER_BYTES or len(headers) > _MAX_HEADERS:
+        message = f"there are more than {_MAX_HEADERS} headers or {MAX_HEADER_BYTES} bytes of them"
+        raise ApiError(431, "RM546", sentence(message))
 
 
 def _check_media(headers: Headers) -> None:

@@ -7,11 +7,11 @@ from typing import Final
 import uvicorn
 from starlette.types import ASGIApp
 
+from recmas_runtime.serve.http.guard import MAX_HEADER_BYTES, MAX_PATH_BYTES
 from recmas_runtime.serve.http.settings import HttpSettings
 
 # Longer than clients keep connections that they may use again; at five seconds some calls fail.
 KEEP_ALIVE_S: Final = 75
-_MAX_HEADER_BYTES: Final = 32 * 2**10
 
 
 def uvicorn_config(
@@ -33,7 +33,7 @@ def uvicorn_config(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES + MAX_PATH_BYTES,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(grace_s)),
     )
