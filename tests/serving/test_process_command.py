@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -222,6 +224,19 @@ def test_what_is_refused_before_anything_starts(
     error = capsys.readouterr().err
     assert f"error[{code}]" in error
     assert message in error
+
+
+def test_without_the_extra_users_are_told_how_to_get_it(hand_bundle: Path) -> None:
+    hidden = "import sys; sys.modules['fastapi'] = None\nfrom recmas_runtime.cli.main import main\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{hidden}sys.exit(main(['serve', {str(hand_bundle)!r}]))"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 4
+    assert "error[RM201]" in done.stderr
+    assert 'pip install "recmas[serve]"' in done.stderr
 
 
 def test_a_bundle_that_engines_refuse_ends_the_command(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from recmas_runtime.core.errors import missing_package
 from recmas_runtime.serve.http.app import make_app
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 T = TypeVar("T")
+_LAST_SPANS_S: Final = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +84,7 @@ async def run(
             app = _app(settings, service, catalog, provider)
             if settings.watch is not None:
                 folder = WatchedFolder(settings.watch, catalog, service, log)
-                await folder.look(at_once=True)
+                await _unless_stopped(stop, folder.look(at_once=True))
                 watching = asyncio.create_task(folder.run())
             return await serve_until(
                 stop,
@@ -99,7 +101,7 @@ async def run(
                 watching.cancel()
             await service.close(0.0)
             if provider is not None:
-                await asyncio.to_thread(provider.shutdown)
+                await _send_last_spans(provider)
 
 
 async def _start(settings: ServeSettings) -> WorkerService:
@@ -152,6 +154,13 @@ def _provider(otlp: str | None) -> TracerProvider | None:
     except ModuleNotFoundError as error:
         raise missing_package(error, extra="otel") from error
     return otlp_provider(otlp)
+
+
+async def _send_last_spans(provider: TracerProvider) -> None:
+    """Send what is left, unless the collector takes its time."""
+    sending = threading.Thread(target=provider.shutdown, daemon=True)
+    sending.start()
+    await asyncio.to_thread(sending.join, _LAST_SPANS_S)
 
 
 def _url(bound: socket.socket) -> str:
