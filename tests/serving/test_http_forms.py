@@ -51,7 +51,7 @@ def test_usage_adds_up(served: Served) -> None:
     assert used["total_tokens"] == used["prompt_tokens"] + used["completion_tokens"]
     assert used["completion_tokens"] == 2  # "h" and what ends it
     assert used["completion_tokens_details"] == {"reasoning_tokens": 0, "latent_steps": 6}
-    assert used["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert 0 <= used["prompt_tokens_details"]["cached_tokens"] <= used["prompt_tokens"]
 
 
 def test_handed_over_text_counts_as_reasoning(served: Served) -> None:
@@ -149,7 +149,10 @@ def test_a_chat_as_a_stream(served: Served) -> None:
         "finish_reason": "stop",
     }
     assert usage["choices"] == []
-    assert usage["usage"] == ask(served)["usage"]
+    whole = ask(served)["usage"]
+    assert usage["usage"] | {"prompt_tokens_details": None} == whole | {
+        "prompt_tokens_details": None
+    }
     assert all(each["usage"] is None for each in (first, *middle, last))
     assert all(each["object"] == "chat.completion.chunk" for each in (first, *middle, last, usage))
     assert ": round 2/2 solver: decode\n" in response.text
