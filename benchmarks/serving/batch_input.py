@@ -149,25 +149,20 @@ def differences(
     """Return where the forms differ from each other, and which choice of a token explains it."""
     rows = []
     for record, one, other in zip(records, found[AS_THEY_COME], found[IN_BATCHES], strict=True):
-        if outcome(one) == outcome(other):
+        outcomes = {AS_THEY_COME: Outcome.of_result(one), IN_BATCHES: Outcome.of_result(other)}
+        if outcomes[AS_THEY_COME] == outcomes[IN_BATCHES]:
             continue
         request = Request(
             record=dict(record.given), sampling=structs.asdict(sampling), index=record.index
         )
         wanted = alone(system, request)
         ties = {
-            name: find_tie(system, request, wanted, outcome(result))
-            for name, result in ((AS_THEY_COME, one), (IN_BATCHES, other))
-            if outcome(result) != wanted
+            name: find_tie(system, request, wanted, got)
+            for name, got in outcomes.items()
+            if got != wanted
         }
         rows.append({"record": record.id, "differ_from_alone": ties})
     return rows
-
-
-def outcome(result: Result) -> Outcome:
-    if isinstance(result, rt.RecmasError):
-        return Outcome(codes=tuple(problem.code for problem in result.problems))
-    return Outcome.of(result.to_json())
 
 
 def text(figures: dict[str, Any]) -> str:

@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--model", help="of that server; its first one")
     parser.add_argument("--key-file", type=Path, help="holds the server's key")
     parser.add_argument("--serve-option", action="append", default=[], help="of `recmas serve`")
+    parser.add_argument("--kept-mb", type=int, default=256, help="of a service in this process")
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--data", type=Path)
     parser.add_argument("--json", type=Path)
@@ -111,7 +112,8 @@ def opened(arguments: argparse.Namespace) -> AbstractAsyncContextManager[Target]
         return over_http(arguments.url, arguments.model, key)
     if arguments.start:
         return started(arguments.bundle, arguments.threads, arguments.serve_option)
-    return in_process(arguments.bundle, ServiceLimits(max_queue=256), arguments.threads)
+    limits = ServiceLimits(max_queue=256, kept_bytes=arguments.kept_mb * 2**20)
+    return in_process(arguments.bundle, limits, arguments.threads)
 
 
 @dataclass
@@ -379,7 +381,7 @@ def tables(figures: Mapping[str, Any]) -> str:
             f"{measure}, answers of {tokens} tokens:",
             "",
             "| | requests/min | tokens/s | first token p50 | p95, s | ms a token | whole p50 "
-            f"| p95, s | prompt tokens | from others | {rows[0]['ratio_of']} against the first row |",
+            f"| p95, s | prompt tokens | kept ones | {rows[0]['ratio_of']} against the first row |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
             *(line(row) for row in rows),
         ]

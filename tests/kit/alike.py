@@ -39,11 +39,13 @@ class Request:
     """What a client asks, when it does, and when it leaves.
 
     Attributes:
+        model: The name that its bundle has in the service.
         num_events: Those after which it leaves; None if that many never come.
         patience_s: When it leaves whatever has come.
     """
 
     record: Mapping[str, object]
+    model: str = "tiny"
     sampling: Mapping[str, Any] = field(default_factory=dict)
     rounds: int | None = None
     baseline: str = LATENT
@@ -82,6 +84,13 @@ class Outcome:
             usage=tuple(sorted(answer["usage"].items())),
         )
 
+    @classmethod
+    def of_result(cls, result: rt.Answer | rt.RecmasError) -> Outcome:
+        """Take what a run returns or raises."""
+        if isinstance(result, rt.RecmasError):
+            return cls(codes=tuple(problem.code for problem in result.problems))
+        return cls.of(result.to_json())
+
 
 @dataclass
 class Tally:
@@ -105,18 +114,19 @@ class Tally:
 def alone(system: rt.System, request: Request) -> Outcome:
     """Answer a request with nothing beside it."""
     try:
-        answer = request.system(system).run(request.as_record(), **request.sampling)
+        return Outcome.of_result(
+            request.system(system).run(request.as_record(), **request.sampling)
+        )
     except rt.RecmasError as error:
-        return Outcome(codes=tuple(problem.code for problem in error.problems))
-    return Outcome.of(answer.to_json())
+        return Outcome.of_result(error)
 
 
-async def served(service: Service, model: str, request: Request) -> Outcome | None:
+async def served(service: Service, request: Request) -> Outcome | None:
     """Ask a service; None if the client left."""
     await asyncio.sleep(request.delay_s)
     ask = Ask(
         id=0,
-        model=model,
+        model=request.model,
         record=dict(request.record),
         index=request.index,
         sampling=dict(request.sampling),

@@ -4,7 +4,8 @@ Its backbone does the least that a language model can: a token's embedding is it
 the decoder passes embeddings through, and the head says which token comes next. After a digit
 comes the letter of that place in the alphabet (0 -> a), after a letter the end. So a prompt that
 ends in "7" is answered "h", whatever the messages: enough to test everything around the engines.
-After a "C" it calls the tool `lookup` with "Q", after a line break it says "z".
+After a "C" it calls the tool `lookup` with "Q", after a line break it says "z", and after a "Z" it
+says "YZYZ" without an end.
 
 With a state, its layer also keeps the sum of all it has read, of which hidden states have a trace:
 too little to change an answer, enough to tell a wrong one.
@@ -321,7 +322,7 @@ def _next_token(tokenizer: Tokenizer) -> np.ndarray:
     for place, letter in enumerate("abcdefghij"):
         following[tokenizer.token_to_id(str(place))] = tokenizer.token_to_id(letter)
     line_break = tokenizer.encode("\n").tokens[0]
-    for before, after in pairwise(("C", "<lookup>", "Q", "</lookup>")):
+    for before, after in (*pairwise(("C", "<lookup>", "Q", "</lookup>")), *pairwise("ZYZ")):
         following[tokenizer.token_to_id(before)] = tokenizer.token_to_id(after)
     following[tokenizer.token_to_id(line_break)] = tokenizer.token_to_id("z")
     return following

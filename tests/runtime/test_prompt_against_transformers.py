@@ -18,7 +18,7 @@ from recmas_runtime.formats.plan import AgentPlan, PromptPart  # noqa: E402
 from recmas_runtime.prompts.chat_template import ChatTemplate  # noqa: E402
 from recmas_runtime.prompts.earlier_turns import EarlierTurn  # noqa: E402
 from recmas_runtime.prompts.render import Chat, Prompt, Slot, Tokens, build_prompt  # noqa: E402
-from recmas_runtime.prompts.samples import SAMPLE_FIELD  # noqa: E402
+from recmas_runtime.prompts.samples import SAMPLE_FIELD, SAMPLE_TURNS  # noqa: E402
 from recmas_runtime.prompts.tokenizer import Tokenizer  # noqa: E402
 
 TOOL_TEMPLATE = r"""{%- macro turn(role, text) -%}
@@ -262,6 +262,31 @@ def test_earlier_turns_are_those_of_transformers(family: str, system: str) -> No
             sanitize_control_tokens=True,
         )
         assert prompt.items == (Tokens(tuple(wanted)),)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_build_holds_turns_against_transformers(family: str) -> None:
+    reference, chat = huggingface(family), chat_of(family)
+    record = {"id": "1", "question": "What is 7 * 8?"}
+    options: dict[str, Any] = {
+        "agent": AGENT,
+        "variant": "then",
+        "record": record,
+        "chat": chat,
+        "tokenizer": reference,
+        "chat_template": reference.chat_template,
+        "special_tokens": reference.special_tokens_map,
+    }
+    prompt = build_prompt(
+        system=AGENT.system,
+        prompt=AGENT.then,
+        record=record,
+        chat=chat.template,
+        tokenizer=chat.tokenizer,
+        turns=SAMPLE_TURNS,
+    )
+    assert prompt_difference(prompt, **options, turns=SAMPLE_TURNS) is None
+    assert prompt_difference(prompt, **options) is not None
 
 
 MORE_TEMPLATES = {

@@ -1,10 +1,14 @@
-"""Many requests at once, of every kind of system, are answered as each of them alone."""
+"""Many requests at once, of every kind of system, are answered as each of them alone.
+
+`RECMAS_ALIKE_SEED=7` draws other requests.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,14 +45,17 @@ SPECS = {
     **OF_MESSAGES,
     "snapshots": OF_THOUGHTS["mixture"].replace("source: llama", "source: state"),
 }
-# Rows of several requests side by side; then little room, prompts in small pieces, nothing kept.
+# Rows of many requests side by side; room for few kept blocks of prompts, which come and go; little
+# room of any kind, with prompts in small pieces.
 LIMITS = {
     "wide": ServiceLimits(max_batch=16, max_queue=64),
+    "evicting": ServiceLimits(max_batch=6, max_queue=64, kept_bytes=150_000, chunk=16),
     "narrow": ServiceLimits(max_batch=3, max_queue=64, kept_bytes=0, chunk=7),
 }
 LONG = "Anna has three plans and an orange. Which of the plans is the best one, and why? " * 3
 NUM_REQUESTS = 28
 MOST_TOKENS = 14
+SEED = os.environ.get("RECMAS_ALIKE_SEED", "")
 # Requests whose texts may differ because two tokens are about as likely.
 MOST_TIES = 0.1
 
@@ -66,7 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, families: Path) -> Path:
 @pytest.mark.parametrize("name", SPECS)
 def test_requests_beside_others_and_alone(name: str, build_tiny: BuildTiny, folder: Path) -> None:
     built = build_tiny(SPECS[name], base_dir=folder)
-    requests = any_requests(built.system, random.Random(name))
+    requests = any_requests(built.system, random.Random(name + SEED))
     expected = [alone(built.system, request) for request in requests]
     texts = {outcome.text for outcome in expected if not outcome.codes}
     assert len(texts) > NUM_REQUESTS // 3, "texts that prove nothing"
@@ -88,6 +95,37 @@ def test_answers_of_one_record(build_tiny: BuildTiny, folder: Path) -> None:
     expected = [alone(built.system, request) for request in requests]
     assert len({outcome.text for outcome in expected}) == len(requests)
     compare(built.system, requests, expected, ask_all(built, requests, LIMITS["wide"]))
+
+
+@pytest.mark.parametrize("name", ["sequential", "every kind", "an early end", "layer states"])
+def test_records_of_a_file(name: str, build_tiny: BuildTiny, folder: Path) -> None:
+    system = build_tiny(SPECS[name], base_dir=folder).system
+    sampling = {"temperature": 1.2, "seed": 5, "max_new_tokens": MOST_TOKENS}
+    given = [full_record(number, times=1 + number % 3) for number in range(10)]
+    given[3] = {}
+    requests = [
+        Request(record=record, sampling=sampling, index=index) for index, record in enumerate(given)
+    ]
+    expected = [alone(system, request) for request in requests]
+    found = [*map(Outcome.of_result, system.answer_all(given, at_once=4, **sampling))]
+    tally = compare(system, requests, expected, found)
+    assert (tally.num_compared, tally.num_failed) == (9, 1)
+
+
+def test_two_systems_in_one_service(build_tiny: BuildTiny, folder: Path) -> None:
+    """One of three agents in a row, and one of agents side by side, which has other backbones."""
+    names = ("sequential", "every kind")
+    systems = {name: build_tiny(SPECS[name], base_dir=folder) for name in names}
+    requests = {
+        name: [replace(each, model=name) for each in any_requests(built.system, random.Random(7))]
+        for name, built in systems.items()
+    }
+    mixed = [each for pair in zip(*requests.values(), strict=True) for each in pair]
+    found = asyncio.run(ask_service(systems, mixed, LIMITS["wide"]))
+    for place, (name, built) in enumerate(systems.items()):
+        expected = [alone(built.system, request) for request in requests[name]]
+        tally = compare(built.system, requests[name], expected, found[place :: len(systems)])
+        assert tally.num_compared > NUM_REQUESTS // 2
 
 
 def test_another_answer_is_no_tie(build_tiny: BuildTiny, folder: Path) -> None:
@@ -126,30 +164,28 @@ def choice(logits: Sequence[float], sampling: SamplingPlan) -> Choice:
 def ask_all(
     built: Built, requests: Sequence[Request], limits: ServiceLimits
 ) -> list[Outcome | None]:
-    """Ask a service everything at once; whoever is left behind leaves nothing behind."""
+    """Ask a service of one system everything at once."""
+    return asyncio.run(ask_service({"tiny": built}, requests, limits))
 
-    async def ask() -> list[Outcome | None]:
-        async with asyncio.timeout(120):
-            service = await LocalService.start({"tiny": str(built.bundle)}, limits, threads=1)
-            try:
-                found = await asyncio.gather(
-                    *(served(service, "tiny", request) for request in requests)
-                )
-                assert service.num_open == 0
-                # Nobody's leaving hurts those who come later.
-                again = replace(requests[0], delay_s=0.0, num_events=None, patience_s=None)
-                compare(
-                    built.system,
-                    [again],
-                    [alone(built.system, again)],
-                    [await served(service, "tiny", again)],
-                )
-                await shared_steps(service)
-                return found
-            finally:
-                await service.close(0.0)
 
-    return asyncio.run(ask())
+async def ask_service(
+    systems: Mapping[str, Built], requests: Sequence[Request], limits: ServiceLimits
+) -> list[Outcome | None]:
+    """Ask a service everything at once, and its first request once more in the end."""
+    bundles = {name: str(built.bundle) for name, built in systems.items()}
+    async with asyncio.timeout(120):
+        service = await LocalService.start(bundles, limits, threads=1)
+        try:
+            found = await asyncio.gather(*(served(service, request) for request in requests))
+            assert service.num_open == 0
+            # Nobody's leaving hurts those who come later.
+            again = replace(requests[0], delay_s=0.0, num_events=None, patience_s=None)
+            system = systems[again.model].system
+            compare(system, [again], [alone(system, again)], [await served(service, again)])
+            await shared_steps(service)
+            return found
+        finally:
+            await service.close(0.0)
 
 
 async def shared_steps(service: LocalService) -> None:

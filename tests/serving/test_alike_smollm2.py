@@ -48,6 +48,7 @@ def test_two_hundred_prompts(name: str, bundle: Path) -> None:
     requests = [
         Request(
             record={"question": question},
+            model="smollm2",
             sampling={
                 **SAMPLINGS[name],
                 "max_new_tokens": chance.randint(8, MOST_TOKENS),
@@ -69,8 +70,8 @@ def test_two_hundred_prompts(name: str, bundle: Path) -> None:
 
 
 async def ask_all(bundle: Path, requests: list[Request]) -> list[Outcome | None]:
-    service = await LocalService.start({"bundle": str(bundle)}, LIMITS)
+    service = await LocalService.start({"smollm2": str(bundle)}, LIMITS)
     try:
-        return await asyncio.gather(*(served(service, "bundle", each) for each in requests))
+        return await asyncio.gather(*(served(service, each) for each in requests))
     finally:
         await service.close(0.0)

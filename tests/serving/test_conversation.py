@@ -11,11 +11,14 @@ from kit.hand_bundle import CHAT_TEMPLATE, make_tokenizer
 from recmas_compiler.backbones.gguf_files.header import read_values
 from recmas_compiler.backbones.gguf_files.tokenizer import make_tokenizer as make_gguf_tokenizer
 from recmas_compiler.backbones.sources import SMOLLM2, resolve_source
+from recmas_runtime.cli.inspect import bundle_facts, bundle_text
 from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.formats.codec import to_json
 from recmas_runtime.formats.plan import PromptPart, ServePlan
 from recmas_runtime.prompts.earlier_turns import EarlierTurn
 from recmas_runtime.prompts.render import Chat, build_prompt
-from recmas_runtime.serve.conversation import to_record
+from recmas_runtime.serve.conversation import in_words, to_record
 
 BY_DEFAULT = ServePlan(fields={"question": "last_user"})
 WITH_SYSTEM = ServePlan(fields={"question": "last_user", "system": "system"})
@@ -160,6 +163,18 @@ def test_a_system_without_a_field_for_the_question_answers_no_conversation(
     assert code == "RM543"
     assert message.endswith(f"into the field 'question', which {told}")
     assert "`serve: {FIELD: last_user}`" in hint
+
+
+def test_what_becomes_of_a_conversation_is_inspected(hand_bundle: Path) -> None:
+    bundle = open_bundle(hand_bundle)
+    told = "the last message is 'question'; what came before is a transcript in front of it"
+    assert f"chat        {told}" in bundle_text(bundle).splitlines()
+    assert bundle_facts(bundle)["conversation"] == to_json(BY_DEFAULT)
+    serve = ServePlan(fields=WITH_SYSTEM.fields, history="refuse")
+    assert in_words(serve, ("question", "context", "system")) == (
+        "the last message is 'question'; the text of system messages is 'system'; earlier messages "
+        "are refused; every request brings 'context' under recmas.record"
+    )
 
 
 # What a conversation could close its turn with and open another, and how a transcript names roles.

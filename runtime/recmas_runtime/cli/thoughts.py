@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.core.files import reason_of
@@ -16,6 +16,8 @@ from recmas_runtime.formats.codec import from_json
 from recmas_runtime.formats.ids import link_ends, path_text
 from recmas_runtime.running.run_trace import RECORDS_NAME
 from recmas_runtime.sequences.thoughts import NearToken, Reading, RecordReadings, ThoughtReading
+
+T = TypeVar("T")
 
 _KEYS: Final = RecordReadings.__struct_fields__
 _THE_SAME: Final = "sent as it was fed back"
@@ -34,7 +36,7 @@ def print_thoughts(
             record, or was written without thoughts.
     """
     num_records = num_found = 0
-    for number, line in _lines(folder / RECORDS_NAME):
+    for number, line in trace_lines(folder):
         if record is not None and str(line.get("id")) != record:
             continue
         num_records += 1
@@ -42,7 +44,7 @@ def print_thoughts(
             continue
         num_found += 1
         own = {key: line[key] for key in _KEYS}
-        readings = _checked(own, folder / RECORDS_NAME, number)
+        readings = checked(RecordReadings, own, folder, number)
         if as_json:
             data.setdefault("records", []).append({"id": line.get("id"), **own})
         else:
@@ -124,9 +126,13 @@ def _token_text(token: NearToken) -> str:
     return f"{text} {token.mass if token.cosine is None else token.cosine:.3f}"
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield a trace's lines and their numbers; a last one that was cut off is left out."""
-    number = 0
+def trace_lines(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield a trace's lines and their numbers; a last one that was cut off is left out.
+
+    Raises:
+        RecmasError: RM502 if there is no trace or it cannot be read.
+    """
+    path, number = folder / RECORDS_NAME, 0
     try:
         for number, line in enumerate(read_json_lines(path), 1):
             if not isinstance(line, dict):
@@ -140,9 +146,11 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise _unreadable(f"the trace cannot be read: {error}", path, number + 1) from error
 
 
-def _checked(readings: dict[str, Any], path: Path, number: int) -> RecordReadings:
+def checked(cls: type[T], data: object, folder: Path, number: int) -> T:
+    """Return a part of a trace's line as what it must be; RM502 if it is not."""
+    path = folder / RECORDS_NAME
     try:
-        return from_json(RecordReadings, readings, file=str(path))
+        return from_json(cls, data, file=str(path))
     except RecmasError as error:
         raise _unreadable(error.problems[0].message, path, number) from error
 

@@ -11,7 +11,7 @@ import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from io import BufferedReader
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Final
 
@@ -95,11 +95,12 @@ def exclusive(path: Path, *, code: str, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def write_whole(path: Path, data: bytes | str) -> None:
-    """Write a file so that whoever looks finds the old one or all of the new one.
+@contextmanager
+def whole_file(path: Path) -> Iterator[BufferedWriter]:
+    """Give a file to write; if the block succeeds, it takes the place of what is at `path`.
 
-    It is written beside, synced to disk and renamed, and the folder is synced: a power cut leaves
-    one of the two. Text is written as UTF-8.
+    It is written beside, synced to disk and renamed, and the folder is synced: whoever looks, also
+    after a power cut, finds the old file or all of the new one.
 
     Raises:
         OSError: If it cannot be written; what was there is untouched.
@@ -107,7 +108,7 @@ def write_whole(path: Path, data: bytes | str) -> None:
     staged = path.with_name(f".writing-{secrets.token_hex(4)}")
     try:
         with staged.open("xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         staged.replace(path)
@@ -115,6 +116,16 @@ def write_whole(path: Path, data: bytes | str) -> None:
         staged.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Write a file as `whole_file` does; text is written as UTF-8.
+
+    Raises:
+        OSError: If it cannot be written; what was there is untouched.
+    """
+    with whole_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Iterable
-from typing import Annotated, ClassVar, Final, Literal, NamedTuple
+from typing import Annotated, ClassVar, Final, Literal, NamedTuple, Protocol
 
 from msgspec import Meta, field
 
@@ -417,6 +417,16 @@ class ServePlan(StrictStruct, frozen=True, kw_only=True):
         return tuple(name for name in names if name not in self.fields and name != "id")
 
 
+def usual_question(shown: Iterable[str]) -> str:
+    """Return the field that takes the last question where nothing else is said.
+
+    Args:
+        shown: What prompts show, as `Plan.fields` has it.
+    """
+    names = {field_place(value).name for value in shown} - {"id"}
+    return next(iter(names)) if len(names) == 1 else "question"
+
+
 class Plan(StrictStruct, frozen=True, kw_only=True):
     """The whole plan.
 
@@ -450,11 +460,7 @@ class Plan(StrictStruct, frozen=True, kw_only=True):
 
         Of several fields it is `question`; the others must come with each request.
         """
-        if self.serve is not None:
-            return self.serve
-        names = dict.fromkeys(field_place(shown).name for shown in self.fields)
-        name = next(iter(names), "question") if len(names) == 1 else "question"
-        return ServePlan(fields={name: "last_user"})
+        return self.serve or ServePlan(fields={usual_question(self.fields): "last_user"})
 
     @property
     def day(self) -> datetime.date | None:
@@ -527,7 +533,23 @@ def slot_positions(plan: Plan) -> dict[tuple[str, Variant], dict[str, int]]:
     return found
 
 
-def prompt_fields(agents: Iterable[AgentPlan]) -> tuple[str, ...]:
+class HasPrompts(Protocol):
+    """What an agent's prompts are read from."""
+
+    @property
+    def system(self) -> tuple[PromptPart, ...]:
+        """Its system text."""
+
+    @property
+    def first(self) -> tuple[PromptPart, ...] | None:
+        """As in `AgentPlan`."""
+
+    @property
+    def then(self) -> tuple[PromptPart, ...]:
+        """As in `AgentPlan`."""
+
+
+def prompt_fields(agents: Iterable[HasPrompts]) -> tuple[str, ...]:
     """Return the record fields that prompts use, `question` first where it is used.
 
     Entries of a list stand by themselves: `facts[0]`, `facts[1]`.

@@ -76,7 +76,8 @@ class Usage:
 class Timing:
     """Wall time by phase, in milliseconds: of the whole batch, the same in each of its answers.
 
-    Hand-over text is `write`, the answer's `decode`; neither counts the time inside tools.
+    Of a record that shared engine calls with others it is its share of their time. Hand-over text
+    is `write`, the answer's `decode`; neither counts the time inside tools.
     """
 
     prefill: float
@@ -98,7 +99,7 @@ class Answer:
     Attributes:
         id: The record's, as it was given; its number in the input, as text, if it has none.
         record: The record's fields as they were given.
-        batch_size: Records that ran together; the times are theirs.
+        batch_size: Records that ran as one batch, whose times these are.
     """
 
     id: RecordId

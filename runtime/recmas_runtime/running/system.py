@@ -49,9 +49,9 @@ from recmas_runtime.running.records import (
     is_one,
 )
 from recmas_runtime.running.run_trace import Trace, reads_thoughts
-from recmas_runtime.running.scoring import Scores, read_candidates
+from recmas_runtime.running.scoring import ReadToken, Scores, read_candidates, read_text
 from recmas_runtime.scheduling.scheduler import Scheduler, current_task
-from recmas_runtime.scheduling.shared_engine import CHUNK, KEPT_BYTES
+from recmas_runtime.scheduling.limits import CHUNK, KEPT_BYTES
 from recmas_runtime.tools.toolbox import Toolbox
 
 Result = TypeVar("Result")
@@ -388,7 +388,7 @@ class System:
                 execution.clock = task.clock
             try:
                 (answer,) = Batch(execution, [ready.record], trace).run()
-            except RecordError as error:
+            except RecmasError as error:
                 raise named_failure(error, ready.record) from error
             return answer
 
@@ -429,6 +429,12 @@ class System:
             *zip(records, candidates, strict=True)
         ]
         return self._run_all(asked, scores, "scoring", progress)
+
+    def read_text(self, text: str | Sequence[int], *, top: int = 0) -> list[ReadToken]:
+        """Have the answer agent's backbone alone read a text; for the rest see `scoring`."""
+        agent = self.plan.agents[self.plan.answer_agent]
+        with self.loaded.lock.held():
+            return read_text(self.loaded.engines, agent, self._answer_chat.tokenizer, text, top=top)
 
     def _run_all(
         self,

@@ -196,28 +196,30 @@ class Scheduler:
         while self._resume:
             task, value, error = self._resume.popleft()
             self._go_on(task, value, error)
-        if self._heads:
-            # First, so that texts and thoughts take their next step together.
-            heads, self._heads = self._heads, []
-            self._run_together("head", heads, lambda engine, calls: engine.run_heads(calls))
-            return
-        if self._steps and not self._chunk_is_next:
-            self._chunks_since_step = 0
-            steps, self._steps = self._steps, []
-            for group in by_engine(steps):
-                self.counts.rows_per_step[sum(call.size for _, call in group)] += 1
-            self._run_together("step", steps, lambda engine, calls: engine.run_steps(calls))
-        elif self._chunks:
+        if self._chunk_is_next:
             self._chunks_since_step += 1
             # In the order they came: a prompt that is not through stands at the end again.
             chunk = self._chunks.popleft()
             self.counts.chunk_positions += chunk[1].size
             self._run_together("chunk", [chunk], lambda engine, calls: [engine.run_chunk(calls[0])])
+        elif self._heads:
+            # Before steps, so that texts and thoughts take their next one together.
+            heads, self._heads = self._heads, []
+            self._run_together("head", heads, lambda engine, calls: engine.run_heads(calls))
+        elif self._steps:
+            self._chunks_since_step = 0
+            steps, self._steps = self._steps, []
+            for group in by_engine(steps):
+                self.counts.rows_per_step[sum(call.size for _, call in group)] += 1
+            self._run_together("step", steps, lambda engine, calls: engine.run_steps(calls))
 
     @property
     def _chunk_is_next(self) -> bool:
         most = self._chunks_per_step
-        return bool(self._chunks) and (most is None or self._chunks_since_step < most)
+        nothing_else = not (self._heads or self._steps)
+        return bool(self._chunks) and (
+            most is None or self._chunks_since_step < most or nothing_else
+        )
 
     def close(self, tasks: Sequence[Task] = ()) -> None:
         """End the given runs, and the threads of tools."""
@@ -301,7 +303,11 @@ class Scheduler:
                     engine.free_memory()
                     results = run(engine, calls)
             except Exception as error:
-                self._resume += [(task, None, error) for task, _ in group]
+                if len(group) > 1:  # one of them is at fault, and the others are not to pay
+                    for one in group:
+                        self._run_together(kind, [one], run)
+                    continue
+                self._resume.append((group[0][0], None, error))
             else:
                 self._resume += [
                     (task, result, None) for (task, _), result in zip(group, results, strict=True)

@@ -27,9 +27,6 @@ from recmas_runtime.scheduling.scheduler import (
     current_task,
 )
 
-# What a caller that does not say gets: at 64 positions products run at nine tenths of their speed.
-CHUNK: Final = 64
-KEPT_BYTES: Final = 256 * 2**20
 # Logits that are there at a time: 64 rows of a vocabulary of 150,000 are 38 MB.
 _MOST_LOGITS: Final = 64
 _MOST_INNER: Final = 1024

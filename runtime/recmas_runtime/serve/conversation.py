@@ -67,6 +67,27 @@ def transcript(turns: Sequence[EarlierTurn]) -> str:
     return _GAP.join(f"{_ROLES[turn.role]}: {turn.content}" for turn in turns)
 
 
+def in_words(serve: ServePlan, fields: Sequence[str]) -> str:
+    """Return what becomes of a conversation, and what every request must bring besides.
+
+    Args:
+        fields: What prompts show, as `Plan.fields` has it.
+    """
+    words = [f"{_PARTS[part]} is {name!r}" for name, part in serve.fields.items()]
+    words.append(_HISTORIES[serve.history])
+    if others := serve.others(fields):
+        words.append(f"every request brings {listed(map(repr, others))} under recmas.record")
+    return "; ".join(words)
+
+
+_PARTS: Final = {"last_user": "the last message", "system": "the text of system messages"}
+_HISTORIES: Final = {
+    "transcript": "what came before is a transcript in front of it",
+    "turns": "what came before are turns in front of the answer agent's prompt",
+    "refuse": "earlier messages are refused",
+}
+
+
 def _last_question(turns: Sequence[EarlierTurn]) -> EarlierTurn:
     if not turns:
         hint = 'Send at least {"role": "user", "content": "..."}.'

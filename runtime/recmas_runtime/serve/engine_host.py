@@ -36,8 +36,10 @@ from recmas_runtime.serve.protocol import (
     ProblemInfo,
     Read,
     Step,
+    TokenRead,
     Unload,
     Unloaded,
+    WasRead,
 )
 from recmas_runtime.serve.service import ServiceLimits
 
@@ -164,6 +166,8 @@ class EngineHost:
         def run() -> None:
             if isinstance(request, Ask):
                 self._answer(request, model.shared, queued_ms)
+            else:
+                self._read(request, model.shared)
 
         self._running[self._scheduler.start(run)] = request
 
@@ -194,6 +198,12 @@ class EngineHost:
                 queued_ms=queued_ms,
             )
         )
+
+    def _read(self, read: Read, system: System) -> None:
+        """Read a text, in a task of its own."""
+        tokens = system.read_text(read.text, top=read.top)
+        told = tuple(TokenRead(**vars(token)) for token in tokens)
+        self._emit(WasRead(id=read.id, tokens=told))
 
     def _cancel(self, id_: int) -> None:
         self._waiting = deque(each for each in self._waiting if each.request.id != id_)

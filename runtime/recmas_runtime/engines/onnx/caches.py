@@ -69,7 +69,9 @@ class DeviceArray:
     """A contiguous array at a fixed address, which binds to a graph's input or output.
 
     Where memory is shared the buffer is the numpy array itself; elsewhere `write` and `numpy` copy
-    over the bus and `copy` stays on the device.
+    over the bus and `copy` stays on the device. An array that is not writeable may lie in memory
+    that others read, such as a mapped file or the object store of a cluster: graphs read from it,
+    and none writes there.
     """
 
     def __init__(self, array: NDArray[Any], kind: str, memory: Memory) -> None:
@@ -194,6 +196,9 @@ class DeviceArray:
 
     def bind_output(self, binding: Any, name: str) -> None:
         """Make the graph's output `name` write here."""
+        # ONNX Runtime asks nobody: it would write into memory that is somebody else's too.
+        can_write = self._host is None or self._host.flags.writeable
+        assert can_write, f"output {name!r} is bound to an array that is not writeable"
         call_onnx(binding.bind_ortvalue_output, name, self._value)
 
 

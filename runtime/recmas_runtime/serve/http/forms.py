@@ -146,7 +146,7 @@ def asks(
             id=0,
             model=model.name,
             record=record,
-            # Rather than an index, so that the seed which is told of an answer gives it again.
+            # Rather than an index, so that the seed that stands in an answer gives it again.
             sampling={**settings, "seed": settings["seed"] + place},
             rounds=own.rounds,
             baseline=own.baseline,

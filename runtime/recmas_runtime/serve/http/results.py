@@ -1,4 +1,4 @@
-"""What is told of answers in every form: usage, why they ended, and recmas's own key."""
+"""What every form says about answers: usage, why they ended, and recmas's own key."""
 
 from __future__ import annotations
 
