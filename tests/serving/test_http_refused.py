@@ -82,7 +82,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"top_p": 0}, "top_p", "RM546"),
     (CHAT, {"top_p": 1.5}, "top_p", "RM546"),
     (CHAT, {"seed": -1}, "seed", "RM546"),
-    (CHAT, {"seed": 2**63}, "seed", "RM546"),
+    (CHAT, {"seed": 2**53 + 1}, "seed", "RM546"),
     (CHAT, {"stop": ""}, "stop", "RM546"),
     (CHAT, {"stop": ["a", ""]}, "stop[1]", "RM546"),
     (CHAT, {"stop": ["a"] * 17}, "stop", "RM546"),

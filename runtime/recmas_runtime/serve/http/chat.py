@@ -85,7 +85,7 @@ class ChatRequest(Strict):
     """OpenAI's form; keys that are not honoured may have those values alone that ask nothing."""
 
     model: ModelName
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     temperature: Temperature | None = None

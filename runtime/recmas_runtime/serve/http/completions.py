@@ -302,8 +302,10 @@ def _logprobs(tokens: Sequence[TokenRead], top: int) -> dict[str, Any]:
     def likeliest(token: TokenRead) -> dict[str, float] | None:
         if token.logprob is None:
             return None
-        # From the least likely, so that of tokens with one text the likeliest stays.
-        return dict(sorted(token.top[:top], key=lambda pair: pair[1]))
+        found: dict[str, float] = {}
+        for text, logprob in token.top[:top]:  # the likeliest first
+            found.setdefault(text, logprob)
+        return found
 
     return {
         "tokens": [token.text for token in tokens],

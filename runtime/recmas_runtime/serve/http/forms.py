@@ -24,7 +24,7 @@ Temperature = Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
-Seed = Annotated[int, Field(ge=0, lt=2**63 - MAX_CHOICES)]
+Seed = Annotated[int, Field(ge=0, le=2**53)]  # whole numbers that all JSON can spell
 Label = Annotated[str, Field(max_length=512, description="A mark of yours; it changes nothing.")]
 
 # Values of keys that are not honoured: those that ask for nothing.
@@ -65,7 +65,7 @@ class TextPart(Strict):
     text: str
 
 
-Parts = Annotated[list[TextPart], Field(max_length=1000)]
+Parts = Annotated[list[TextPart], Field(max_length=128)]
 Content = str | Parts
 
 

@@ -50,7 +50,7 @@ class InputMessage(Strict):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[InputText], Field(max_length=1000)]
+    content: str | Annotated[list[InputText], Field(max_length=128)]
     id: str | None = None
     status: Literal["completed", "incomplete"] | None = None
     phase: Annotated[str, Field(max_length=64)] | None = None
@@ -67,7 +67,7 @@ class ResponsesRequest(Strict):
     """OpenAI's form; keys that are not honoured may have those values alone that ask nothing."""
 
     model: ModelName
-    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=4096)]
+    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=2048)]
     instructions: str | None = None
     max_output_tokens: Tokens | None = None
     temperature: Temperature | None = None
