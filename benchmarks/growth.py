@@ -112,7 +112,7 @@ def measure(base: rt.System, sizes: Sequence[Size], repeats: int) -> list[float]
 def on_ring(base: rt.System, size: Size) -> rt.System:
     """Return a ring of agents on the engines of a system; all its links weigh the same."""
     (link, *_) = (step.links[0] for step in base.plan.steps if isinstance(step, SendStep))
-    loaded = base._loaded
+    loaded = base.loaded
     operands = loaded.engines.operands
     shared = {**operands, **dict.fromkeys(ring_links(size), operands[link])}
     engines = replace(loaded.engines, operands=shared)

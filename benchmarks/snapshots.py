@@ -104,28 +104,38 @@ def made(folder: Path, layers: int) -> Path:
     bundle = folder / f"bundle-{layers}"
     if bundle.exists():
         return bundle
-    torch.manual_seed(0)
-    model = folder / "model"
-    shutil.rmtree(model, ignore_errors=True)
-    like = load_backbone(describe_backbone(SMOLLM2, base_dir=folder), progress=Silent())
-    config = AutoConfig.for_model(
-        "qwen3_5_text",
-        num_hidden_layers=layers,
-        layer_types=["full_attention" if i % 4 == 3 else "linear_attention" for i in range(layers)],
-        vocab_size=like.facts.vocab_size,
-        eos_token_id=like.eos_token_ids[0],
-        **_SHAPE,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(model)
-    (model / "tokenizer.json").write_text(like.tokenizer_json, encoding="utf-8")
-    (model / "chat_template.jinja").write_text(like.chat_template, encoding="utf-8")
-    end = like.special_tokens["eos_token"]
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end}
-    (model / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    write_model(folder / "model", layers)
     spec = folder / "spec.yaml"
     spec.write_text(_SPEC, encoding="utf-8")
     rc.build(rc.compile(rc.load_spec(spec)), out=bundle)
     return bundle
+
+
+def write_model(folder: Path, layers: int, vocabulary: int | None = None) -> None:
+    """Write the random model, in place of what is there, as Hugging Face does.
+
+    The vocabulary is the tokenizer's unless a larger one is given.
+    """
+    torch.manual_seed(0)
+    shutil.rmtree(folder, ignore_errors=True)
+    like = load_backbone(describe_backbone(SMOLLM2, base_dir=folder.parent), progress=Silent())
+    config = AutoConfig.for_model(
+        "qwen3_5_text",
+        num_hidden_layers=layers,
+        layer_types=["full_attention" if i % 4 == 3 else "linear_attention" for i in range(layers)],
+        vocab_size=like.facts.vocab_size if vocabulary is None else vocabulary,
+        eos_token_id=like.eos_token_ids[0],
+        **_SHAPE,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # A wide table, so that the likeliest token does not hang on the rounding of int4.
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(like.tokenizer_json, encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(like.chat_template, encoding="utf-8")
+    end = like.special_tokens["eos_token"]
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def forgetting(plan: Plan) -> Plan:
@@ -141,7 +151,7 @@ def forgetting(plan: Plan) -> Plan:
 
 def copies(system: rt.System, batch: int) -> str:
     """Return the row of a table: what snapshots of a batch take."""
-    (engine,) = system._loaded.engines.backbones.values()
+    (engine,) = system.loaded.engines.backbones.values()
     cache = engine.new_cache(batch, 1024)
     rows = {row: row for row in range(batch)}
     saving, restoring = [], []

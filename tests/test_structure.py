@@ -22,7 +22,7 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 BENCH = ROOT / "benchmarks"
-SCRIPTS = sorted(p.stem for p in BENCH.glob("*.py") if "def main(" in p.read_text(encoding="utf-8"))
+SCRIPTS = sorted(p for p in BENCH.rglob("*.py") if "def main(" in p.read_text(encoding="utf-8"))
 MAX_LINES = 600
 MAX_FILES = 14  # of a folder, its `__init__.py` included
 # One file each by nature: a pass, a check, a tool, a command.
@@ -44,10 +44,15 @@ LAYERS = (
     "recmas_runtime.engines",
     "recmas_runtime.engines.onnx",
     "recmas_runtime.engines.tensorrt",
+    "recmas_runtime.scheduling",
     "recmas_runtime.sequences",
     "recmas_runtime.running",
     "recmas_runtime.serve",
     "recmas_runtime.serve.page",
+    "recmas_runtime.serve.http",
+    "recmas_runtime.serve.operation",
+    "recmas_runtime.serve.ray",
+    "recmas_runtime.serve.packaging",
     "recmas_runtime.checking",
     "recmas_runtime.bench",
     "recmas_runtime.cli",
@@ -189,16 +194,16 @@ def test_looking_at_a_spec_loads_no_torch() -> None:
     assert all(len(part.splitlines()) > 1 for part in shown), "every command prints something"
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_scripts_start(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(BENCH)
-    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.syspath_prepend(path.parent)
+    monkeypatch.setattr(sys, "argv", [path.stem, "--help"])
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(name).main()
+        importlib.import_module(path.stem).main()
     assert ended.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: {name}")
+    assert capsys.readouterr().out.startswith(f"usage: {path.stem}")
 
 
 def test_public_doors() -> None:
@@ -218,6 +223,7 @@ def test_public_doors() -> None:
     assert recmas_runtime.__all__ == [
         "Answer",
         "AnswerStream",
+        "EarlierTurn",
         "FailedRecord",
         "Problem",
         "RecmasError",

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from recmas_cli.console import OFFLINE, SET, SPEC, Outcome, command
+from recmas_compiler.analysis.explain import conversation_text
 from recmas_compiler.api import load_and_compile, with_trained_links
 from recmas_runtime.core.text import counted
 
@@ -28,8 +29,10 @@ def check(spec: Path, overrides: tuple[str, ...], *, offline: bool) -> Outcome:
         "steps": len(program.graph),
     }
     listed = ", ".join(counted(value, key.removesuffix("s")) for key, value in counts.items())
+    chat = conversation_text(system)
+    lines = [f"{spec}: ok ({listed})", *([chat] if chat else [])]
     return Outcome(
-        text=f"{spec}: ok ({listed})\n{'' if trained is None else trained.text}",
+        text="".join(f"{line}\n" for line in lines) + ("" if trained is None else trained.text),
         data={
             "name": system.name,
             **counts,

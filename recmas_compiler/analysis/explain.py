@@ -24,7 +24,8 @@ from recmas_compiler.passes.pass_base import Record
 from recmas_compiler.passes.prompt_prefix import common_beginning, common_parts
 from recmas_runtime.core.text import counted, human_bytes, listed
 from recmas_runtime.formats.layers import sequence_bytes
-from recmas_runtime.formats.plan import PromptPart, Variant
+from recmas_runtime.formats.plan import PromptPart, Variant, prompt_fields
+from recmas_runtime.serve.conversation import in_words
 
 # (backbone's name, text) -> its number of tokens, or None where no tokenizer is at hand
 CountTokens = Callable[[str, str], int | None]
@@ -49,12 +50,21 @@ def explain(
         counted(system.rounds, "round"),
     )
     lines = [f"{system.name}: {listed(sizes)}; {system.answer_agent} writes the answer."]
+    if chat := conversation_text(system):
+        lines += ["", chat]
     for record in records:
         title, describe = PASSES.get(record.name, ("", _other_pass))
         sentences = list(describe(record, count)) or ["Nothing to do here."]
         lines += ["", f"{record.name}: {title}" if title else record.name]
         lines += [f"  - {sentence}" for sentence in sentences]
     return "\n".join(lines) + "\n"
+
+
+def conversation_text(system: System) -> str:
+    """Return what a spec says of conversations; empty if it says nothing."""
+    if system.serve is None:
+        return ""
+    return f"In a conversation {in_words(system.serve, prompt_fields(system.agents.values()))}."
 
 
 def _share_backbones(record: Record, count_tokens: CountTokens) -> Iterator[str]:

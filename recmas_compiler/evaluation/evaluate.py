@@ -40,8 +40,9 @@ from recmas_runtime.formats.plan import AgentPlan, DecodeStep, field_place
 from recmas_runtime.prompts.chat_template import ChatTemplate, read_template
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES, messages_of
 from recmas_runtime.running.baselines import LATENT, apply_baseline, baseline_name
+from recmas_runtime.running.batch import check_batch
 from recmas_runtime.running.open_engines import choose_device
-from recmas_runtime.running.system import System, check_batch, load
+from recmas_runtime.running.system import System, load
 
 UNTRAINED: Final = "untrained-links"
 OLD_UNTRAINED: Final = "frozen-links"  # its name in version 0.1

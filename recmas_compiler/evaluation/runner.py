@@ -30,6 +30,9 @@ from recmas_runtime.running.system import System
 _STREAMS_PER_RUN: Final = 2**24
 
 
+_BATCHES_OF_A_JOB: Final = 4
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One batch of one seed and rollout; numbers count all jobs of a system, from 0."""
@@ -230,11 +233,11 @@ def run_systems(
     seed: int = SEED,
     progress: Progress,
 ) -> Evaluation:
-    """Ask all systems batch by batch in turn, so that a machine's busy times fall on all of them.
+    """Ask all systems in turn, a few batches each, so that busy times of a machine fall on all.
 
     Args:
         systems: By name; each is made when its turn comes.
-        batch_size: Most records per batch.
+        batch_size: Most records that run at a time.
         folder: Gets `answers-NAME.jsonl`.
         opening: What the prompt has begun of the answer, such as a mark that opens thinking.
         title: Of the progress.
@@ -244,7 +247,9 @@ def run_systems(
         RecmasError: What concerns the whole run, such as sampling settings out of bounds or an
             engine that fails; finished batches are kept.
     """
-    jobs = plan_jobs(questions, protocol, batch_size=batch_size)
+    # A job of several batches lets the next record begin while a long one still runs.
+    in_job = _BATCHES_OF_A_JOB * batch_size if protocol.score.by == "text" else batch_size
+    jobs = plan_jobs(questions, protocol, batch_size=in_job)
     num_wanted = sum(len(job.questions) for job in jobs)
     judge = _Judge(check, opening)
     scored_by = protocol.score.by
@@ -271,7 +276,7 @@ def run_systems(
                     if name not in made:
                         made[name] = _over(systems[name](), questions, protocol, seed)
                     if scored_by == "text":
-                        scored = _run_job(made[name], job, protocol, judge)
+                        scored = _run_job(made[name], job, protocol, judge, batch_size)
                     else:
                         scored = _score_job(made[name], job, drawn)
                     logs[name].append(scored := _with_senders(scored, made[name], job))
@@ -389,24 +394,26 @@ def _ranked(
     )
 
 
-def _run_job(system: System, job: Job, protocol: Protocol, judge: _Judge) -> list[ScoredAnswer]:
+def _run_job(
+    system: System, job: Job, protocol: Protocol, judge: _Judge, at_once: int
+) -> list[ScoredAnswer]:
     sampling = sampling_of(job, protocol, system.plan.sampling)
-    results = system.run_batch([q.record for q in job.questions], sampling=sampling)
-    # Records that cannot be run share neither the batch nor its time.
-    batch_size = sum(isinstance(result, Answer) for result in results)
+    records = [q.record for q in job.questions]
+    results = system.answer_all(records, at_once=at_once, sampling=sampling)
     return [
-        _score(result, question, job, judge, batch_size)
+        _score(result, question, job, judge)
         for result, question in zip(results, job.questions, strict=True)
     ]
 
 
 def _score(
-    result: Answer | RecmasError, question: Question, job: Job, judge: _Judge, batch_size: int
+    result: Answer | RecmasError, question: Question, job: Job, judge: _Judge
 ) -> ScoredAnswer:
-    verdict, answer, failure = NO_ANSWER, None, None
+    verdict, answer, failure, batch_size = NO_ANSWER, None, None, 0
     if isinstance(result, RecmasError):
-        batch_size, failure = 0, result.problems[0].message
+        failure = result.problems[0].message
     else:
+        batch_size = result.batch_size
         verdict, answer = judge(result.answer, question), result.to_json()
     return ScoredAnswer(
         id=str(question.record.id),

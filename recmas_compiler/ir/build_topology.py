@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -30,13 +30,27 @@ from recmas_compiler.links.files import (
 )
 from recmas_compiler.spec.document.places import Loc, is_file, is_folder, path_of
 from recmas_compiler.spec.document.problems import in_reading_order, problem_at
-from recmas_compiler.spec.schema.sections import LinkSection, ToolsSection, WeightsSection
+from recmas_compiler.spec.schema.sections import (
+    LinkSection,
+    ServeSection,
+    ToolsSection,
+    WeightsSection,
+)
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.formats.ids import link_name
 from recmas_runtime.formats.link_kinds import LinkRole
 from recmas_runtime.formats.messages import MessageForm, moved_links
-from recmas_runtime.formats.plan import PythonPlan, SamplingPlan, SearchPlan, StopPlan, ToolsPlan
+from recmas_runtime.formats.plan import (
+    PythonPlan,
+    SamplingPlan,
+    SearchPlan,
+    ServePlan,
+    StopPlan,
+    ToolsPlan,
+    prompt_fields,
+    usual_question,
+)
 from recmas_runtime.formats.precisions import TARGETS
 
 
@@ -361,6 +375,15 @@ def _tools(section: ToolsSection | None) -> ToolsPlan | None:
     )
 
 
+def _serve(section: ServeSection | None, agents: Iterable[Agent]) -> ServePlan | None:
+    if section is None:
+        return None
+    fields = section.taken
+    if "last_user" not in fields.values():
+        fields = {usual_question(prompt_fields(agents)): "last_user", **fields}
+    return ServePlan(fields=fields, history=section.history)
+
+
 def _system(
     spec: Spec,
     facts: Mapping[str, BackboneFacts],
@@ -393,6 +416,7 @@ def _system(
         links=links,
         stop_when=None if answer.stop_when is None else StopPlan(cosine=answer.stop_when.cosine),
         tools=_tools(answer.tools),
+        serve=_serve(document.serve, agents.values()),
         date=document.date,
         search_corpus=None if corpus is None else str(corpus),
         loss_text=None if loss_text is None else str(loss_text),

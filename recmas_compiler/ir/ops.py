@@ -21,6 +21,7 @@ from recmas_runtime.formats.plan import (
     Limits,
     PromptPart,
     SamplingPlan,
+    ServePlan,
     StopPlan,
     ToolsPlan,
     Variant,
@@ -295,6 +296,7 @@ class System:
         caches: By id; empty before PlanCaches.
         snapshots: By id; empty before PlanSnapshots.
         stop_when: Early end of the rounds; None runs all of them.
+        serve: What becomes of a conversation; None for the usual.
         date: Day for chat templates that write it, as `YYYY-MM-DD`; None for that of loading.
         search_corpus: Absolute path of the file or folder that is copied to `SEARCH_CORPUS`.
         loss_text: Absolute path of the text that losses of a precision are measured over.
@@ -312,6 +314,7 @@ class System:
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     stop_when: StopPlan | None = None
     tools: ToolsPlan | None = None
+    serve: ServePlan | None = None
     search_corpus: str | None = None
     loss_text: str | None = None
     date: str | None = None

@@ -93,6 +93,9 @@ def _settings(graph: Graph) -> str:
     if system.stop_when is not None:
         rows.append(("stop when", " ".join(_options(system.stop_when))))
     rows += _tool_rows(system)
+    if system.serve is not None:
+        taken = [f"{name}={part}" for name, part in system.serve.fields.items()]
+        rows.append(("serve", " ".join((*taken, f"history={system.serve.history}"))))
     return "".join(f"{line}\n" for line in aligned(rows))
 
 

@@ -93,6 +93,7 @@ def build_plan(program: Graph) -> Plan:
         fields=prompt_fields(agents.values()),
         stop_when=system.stop_when,
         tools=system.tools,
+        serve=system.serve,
         date=system.date,
     )
 

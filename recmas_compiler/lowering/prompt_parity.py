@@ -17,6 +17,7 @@ from transformers.utils import chat_template_utils
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.spec.document.problems import show
 from recmas_runtime.formats.plan import AgentPlan, Plan, PromptPart, Variant
+from recmas_runtime.prompts.earlier_turns import EarlierTurn
 from recmas_runtime.prompts.exerciser import SAMPLES
 from recmas_runtime.prompts.marks import Marks, unused_salt
 from recmas_runtime.prompts.render import (
@@ -68,10 +69,11 @@ def other_prompts(
                 tokenizer=backbone.tokenizer,
                 chat_template=backbone.chat_template,
                 special_tokens=backbone.special_tokens,
+                turns=sample.turns,
             )
-            if found is not None and (sample.agent, sample.variant) not in told:
-                told.add((sample.agent, sample.variant))
-                yield f"prompt `{sample.variant}` of agent {sample.agent!r}: {found}"
+            if found is not None and (sample.agent, sample.name) not in told:
+                told.add((sample.agent, sample.name))
+                yield f"prompt `{sample.name}` of agent {sample.agent!r}: {found}"
 
 
 def prompt_difference(
@@ -84,6 +86,7 @@ def prompt_difference(
     tokenizer: PreTrainedTokenizerBase,
     chat_template: str,
     special_tokens: Mapping[str, str],
+    turns: Sequence[EarlierTurn] = (),
 ) -> str | None:
     """Return where a prompt's tokens part from those of transformers, None if they do not.
 
@@ -91,9 +94,12 @@ def prompt_difference(
         record: Spells no control tokens.
         chat: What made the prompt; its tools are what transformers gets too.
         special_tokens: What the template may name.
+        turns: Come before it; neither of the system nor with control tokens.
     """
     written = joined([*agent.system, *agent.parts(variant)], record)
-    marks = Marks(unused_salt(written, chat.template.literals))
+    earlier = [{"role": turn.role, "content": turn.content} for turn in turns]
+    spoken = "".join(turn["content"] for turn in earlier)
+    marks = Marks(unused_salt(f"{written}{spoken}", chat.template.literals))
     system, user = (
         "".join(_shown(part, record, marks) for part in parts)
         for parts in (agent.system, agent.parts(variant))
@@ -101,6 +107,7 @@ def prompt_difference(
     with _on_sample_day():
         rendered: Any = tokenizer.apply_chat_template(
             [{"role": "system", "content": system}] * bool(system)
+            + earlier
             + [{"role": "user", "content": user}],
             tools=chat.template.tools,
             chat_template=chat_template,

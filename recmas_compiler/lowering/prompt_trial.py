@@ -74,6 +74,7 @@ def check_prompts(
         targets=() if train is None else train.targets,
         answer_agent=system.answer_agent,
         tools=system.tools,
+        has_turns=system.serve is not None and system.serve.history == "turns",
     )
     return [_placed(spec, finding) for finding in findings]
 
@@ -84,6 +85,8 @@ def _placed(spec: Spec, finding: PromptFinding) -> Problem:
     message = f"agent `{agent}`: {problem.message}."
     if finding.place == "backbone":
         loc, message = ("backbones", spec.document.agents[agent].backbone), f"{problem.message}."
+    elif finding.place == "history":
+        loc = ("serve", "history")
     elif finding.place == "system":
         loc = ("agents", agent, "system")
     elif (*loc, finding.place) in spec.places.values:

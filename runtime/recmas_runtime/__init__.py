@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from recmas_runtime.core.errors import Problem as Problem
     from recmas_runtime.core.errors import RecmasError as RecmasError
     from recmas_runtime.formats.plan import SamplingPlan as SamplingPlan
+    from recmas_runtime.prompts.earlier_turns import EarlierTurn as EarlierTurn
     from recmas_runtime.running.batch import AnswerStream as AnswerStream
     from recmas_runtime.running.records import Answer as Answer
     from recmas_runtime.running.records import FailedRecord as FailedRecord
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "core.errors": ("Problem", "RecmasError"),
     "formats.plan": ("SamplingPlan",),
+    "prompts.earlier_turns": ("EarlierTurn",),
     "running.records": ("Answer", "FailedRecord", "Record", "Timing", "Usage"),
     "running.run_trace": ("Trace", "TraceWriter"),
     "running.batch": ("AnswerStream",),

@@ -80,6 +80,17 @@ def test_init_writes_a_spec_of_every_pattern(pattern: str, tmp_path: Path) -> No
     assert ("\\boxed{}" in explained) is bool(task)
 
 
+def test_check_says_what_becomes_of_conversations(project: Path) -> None:
+    usual = recmasc("check", "spec.yaml", cwd=project).stdout
+    assert "conversation" not in usual
+    said = recmasc("check", "spec.yaml", "--set", "serve.history=turns", cwd=project).stdout
+    told = "the last message is 'question'; what came before are turns in front of"
+    assert said == f"{usual}In a conversation {told} the answer agent's prompt.\n"
+    ran = recmasc("check", "spec.yaml", "--set", "serve.contxt=system", cwd=project)
+    assert ran.returncode == Exit.SPEC_INVALID
+    assert "RM128" in ran.stderr
+
+
 def test_init_with_records_to_learn_from(tmp_path: Path) -> None:
     made = json.loads(recmasc("init", "relay", "--train", "--json", cwd=tmp_path).stdout)
     names = {path.name for path in tmp_path.iterdir()}

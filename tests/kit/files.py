@@ -51,8 +51,8 @@ def read_messages(folder: Path) -> dict[str, np.ndarray]:
     """Return a trace's messages [records, m, d] by link and round, filled up with NaN."""
     lines = (folder / RECORDS_NAME).read_text(encoding="utf-8").splitlines()
     records = []
-    for line in lines:
-        with np.load(folder / json.loads(line)["file"], allow_pickle=False) as arrays:
+    for name in sorted(json.loads(line)["file"] for line in lines):
+        with np.load(folder / name, allow_pickle=False) as arrays:
             records.append(dict(arrays))
     found = {}
     for name in dict.fromkeys(name for record in records for name in record):

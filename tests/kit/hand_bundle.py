@@ -4,8 +4,8 @@ Its backbone does the least that a language model can: a token's embedding is it
 the decoder passes embeddings through, and the head says which token comes next. After a digit
 comes the letter of that place in the alphabet (0 -> a), after a letter the end. So a prompt that
 ends in "7" is answered "h", whatever the messages: enough to test everything around the engines.
-After a "C" it calls the tool `lookup` with "Q", after a line break it says "z". It may also be made
-to say any text after a digit, on and on.
+After a "C" it calls the tool `lookup` with "Q", after a line break it says "z", and after a "Z" it
+says "YZYZ" without an end. It may be made to say a text of your own after a digit.
 
 With a state, its layer also keeps the sum of all it has read, of which hidden states have a trace:
 too little to change an answer, enough to tell a wrong one.
@@ -98,7 +98,7 @@ def write_hand_bundle(root: Path, *, with_state: bool = False, says: str = "") -
     """Write the bundle: a planner and a solver, two rounds, feedback.
 
     Args:
-        says: What comes after a digit instead of a letter, and then after itself.
+        says: What comes after a digit instead of a letter.
     """
     tokenizer = make_tokenizer(says)
     width = tokenizer.get_vocab_size()
@@ -336,12 +336,12 @@ def _next_token(tokenizer: Tokenizer, says: str) -> np.ndarray:
     for place, letter in enumerate("abcdefghij"):
         following[tokenizer.token_to_id(str(place))] = tokenizer.token_to_id(letter)
     line_break = tokenizer.encode("\n").tokens[0]
-    for before, after in pairwise(("C", "<lookup>", "Q", "</lookup>")):
+    for before, after in (*pairwise(("C", "<lookup>", "Q", "</lookup>")), *pairwise("ZYZ")):
         following[tokenizer.token_to_id(before)] = tokenizer.token_to_id(after)
     following[tokenizer.token_to_id(line_break)] = tokenizer.token_to_id("z")
     if says:
         word = tokenizer.token_to_id(_spelled(says))
-        following[[word, *(tokenizer.token_to_id(digit) for digit in "0123456789")]] = word
+        following[[tokenizer.token_to_id(digit) for digit in "0123456789"]] = word
     return following
 
 

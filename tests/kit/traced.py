@@ -11,7 +11,9 @@ import recmas_runtime as rt
 from kit.files import read_messages
 from recmas_compiler.lowering.reference import ReferenceResult
 from recmas_runtime.formats.precisions import TOLERANCES
+from recmas_runtime.running.many import run_many
 from recmas_runtime.running.run_trace import TraceWriter
+from recmas_runtime.scheduling.scheduler import Scheduler
 
 
 def run_traced(
@@ -25,6 +27,30 @@ def run_traced(
             for answer in system.run_batch(given[start : start + batch], trace=trace):
                 assert isinstance(answer, rt.Answer), answer
                 answers.append(answer)
+    return answers, read_messages(folder)
+
+
+def run_shared(
+    system: rt.System, folder: Path, records: Sequence[Mapping[str, object]], *, chunk: int
+) -> tuple[list[rt.Answer], dict[str, np.ndarray]]:
+    """Answer all records at once, each by itself, on engines that they share; see `run_traced`.
+
+    Args:
+        chunk: Positions of a prompt that run in one call, few enough to cut every prompt.
+    """
+    scheduler = Scheduler()
+    shared = system.shared(scheduler, chunk=chunk)
+    given = [rt.Record(id=str(r["id"]), fields=dict(r), index=i) for i, r in enumerate(records)]
+    with TraceWriter(folder) as trace:
+        runs = [shared.run_of(record, 0, system.plan.sampling, trace) for record in given]
+        found = run_many(
+            runs, scheduler, lock=system.loaded.lock, at_once=len(runs), free_memory=lambda: None
+        )
+        answers = []
+        for answer in found:
+            assert isinstance(answer, rt.Answer), answer
+            answers.append(answer)
+    assert max(scheduler.counts.rows_per_step, default=0) > 1, scheduler.counts
     return answers, read_messages(folder)
 
 

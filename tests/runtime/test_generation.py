@@ -10,13 +10,13 @@ from tokenizers import AddedToken
 from kit.hand_bundle import CHAT_TEMPLATE, make_tokenizer
 from recmas_runtime.formats.plan import ToolsPlan
 from recmas_runtime.prompts.tokenizer import Tokenizer
-from recmas_runtime.running.engine_lock import EngineLock
 from recmas_runtime.running.generation import (
     AnswerTools,
     DecoderSettings,
     RowDecoder,
     visible_specials,
 )
+from recmas_runtime.scheduling.engine_lock import EngineLock
 from recmas_runtime.tools import Toolbox
 
 SPECIAL = (

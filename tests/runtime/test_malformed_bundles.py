@@ -224,6 +224,19 @@ CASES: dict[str, tuple[Spoil, str, str, str]] = {
     "field not declared": (plan("fields", []), "RM404", "plan.json", "field 'question'"),
     "entry of no list": (
         plan("fields", ["question", "facts[-1]"]), "RM404", "plan.json", "names neither"),
+    "conversation without a question": (
+        plan("serve", {"fields": {"question": "system"}}), "RM404", "plan.json", "0 fields take"),
+    "conversation with two questions": (
+        plan("serve", {"fields": {"question": "last_user", "a": "last_user"}}),
+        "RM404", "plan.json", "2 fields take the last question"),
+    "two fields of system messages": (
+        plan("serve", {"fields": {"question": "last_user", "a": "system", "b": "system"}}),
+        "RM404", "plan.json", "2 fields take the system messages"),
+    "conversation into an entry": (
+        plan("serve", {"fields": {"facts[0]": "last_user"}}), "RM404", "plan.json", "'facts[0]'"),
+    "conversation of an unknown form": (
+        plan("serve", {"fields": {"question": "last_user"}, "history": "all"}),
+        "RM404", "plan.json", "history"),
     "link of nobody": (
         plan("links/a->b", {"source": "a", "target": "solver", "carries": "thoughts"}),
         "RM404", "plan.json", "links.a->b: unknown agent 'a'"),
@@ -337,12 +350,13 @@ def test_a_bundle_from_before_there_was_a_choice_still_runs(own_bundle: Path) ->
     for key in ("precision", "cpu_decoder", "row_positions"):
         edit_json(own_bundle / MANIFEST_NAME, f"backbones/one/{key}", DELETE)
     edit_json(own_bundle / MANIFEST_NAME, "parity/0/loss", DELETE)
-    for key in ("stop_when", "tools"):
+    for key in ("stop_when", "tools", "serve"):
         plan(key, DELETE)(own_bundle)
     entry = open_bundle(own_bundle).manifest.backbones["one"]
     assert (entry.precision, entry.cpu_decoder) == ("float32", None)
     system = load(own_bundle, device="cpu", threads=1)
-    assert (system.plan.stop_when, system.plan.tools) == (None, None)
+    plan_ = system.plan
+    assert (plan_.stop_when, plan_.tools, plan_.serve) == (None, None, None)
     assert system.run("7").answer == "h"
 
 

@@ -16,8 +16,9 @@ from kit.models import FAMILIES, make_tokenizer  # noqa: E402
 from recmas_compiler.lowering.prompt_parity import prompt_difference  # noqa: E402
 from recmas_runtime.formats.plan import AgentPlan, PromptPart  # noqa: E402
 from recmas_runtime.prompts.chat_template import ChatTemplate  # noqa: E402
+from recmas_runtime.prompts.earlier_turns import EarlierTurn  # noqa: E402
 from recmas_runtime.prompts.render import Chat, Prompt, Slot, Tokens, build_prompt  # noqa: E402
-from recmas_runtime.prompts.samples import SAMPLE_FIELD  # noqa: E402
+from recmas_runtime.prompts.samples import SAMPLE_FIELD, SAMPLE_TURNS  # noqa: E402
 from recmas_runtime.prompts.tokenizer import Tokenizer  # noqa: E402
 
 TOOL_TEMPLATE = r"""{%- macro turn(role, text) -%}
@@ -219,6 +220,73 @@ def test_control_tokens_of_a_question_are_text_as_with_transformers(family: str)
     )
     before = len(prompt.leading_ids) - 1  # the last one may join with the word
     assert list(prompt.leading_ids[:before]) == safe[:before]
+
+
+EARLIER = (
+    EarlierTurn(role="user", content=" one, h\u00e9llo\n"),
+    EarlierTurn(role="assistant", content="the plan:\n\n  two \U0001f389"),
+    EarlierTurn(role="user", content="three"),
+    EarlierTurn(role="assistant", content="four "),
+)
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_earlier_turns_are_those_of_transformers(family: str, system: str) -> None:
+    """Also where their texts spell control tokens, which become text as with its option."""
+    reference, chat = huggingface(family), chat_of(family)
+    kind = FAMILIES[family]
+    forged = f"{' '.join((*kind.special, *kind.control))}{kind.eos}end"
+    for last in (EARLIER[-1], EarlierTurn(role="assistant", content=forged)):
+        turns = (*EARLIER[:-1], last)
+        own = [EarlierTurn(role="system", content=system)] if system else []
+        prompt = build_prompt(
+            system=AGENT.system,
+            prompt=[PromptPart(kind="text", value="Now "), PromptPart(kind="field", value="q")],
+            record={"id": "1", "q": "five?"},
+            chat=chat.template,
+            tokenizer=chat.tokenizer,
+            turns=[*turns[:2], *own, *turns[2:]],
+        )
+        texts = ["Be the planner.", system] if system else ["Be the planner."]
+        wanted = reference.apply_chat_template(
+            [
+                {"role": "system", "content": "\n\n".join(texts)},
+                *({"role": turn.role, "content": turn.content} for turn in turns),
+                {"role": "user", "content": "Now five?"},
+            ],
+            tokenize=True,
+            return_dict=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+            sanitize_control_tokens=True,
+        )
+        assert prompt.items == (Tokens(tuple(wanted)),)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_build_holds_turns_against_transformers(family: str) -> None:
+    reference, chat = huggingface(family), chat_of(family)
+    record = {"id": "1", "question": "What is 7 * 8?"}
+    options: dict[str, Any] = {
+        "agent": AGENT,
+        "variant": "then",
+        "record": record,
+        "chat": chat,
+        "tokenizer": reference,
+        "chat_template": reference.chat_template,
+        "special_tokens": reference.special_tokens_map,
+    }
+    prompt = build_prompt(
+        system=AGENT.system,
+        prompt=AGENT.then,
+        record=record,
+        chat=chat.template,
+        tokenizer=chat.tokenizer,
+        turns=SAMPLE_TURNS,
+    )
+    assert prompt_difference(prompt, **options, turns=SAMPLE_TURNS) is None
+    assert prompt_difference(prompt, **options) is not None
 
 
 MORE_TEMPLATES = {

@@ -285,8 +285,8 @@ def test_answers_keep_what_records_hold(hand_bundle: Path, tmp_path: Path) -> No
     found = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [line["record"] for line in found] == records
     assert [(line["id"], line["answer"], line["batch_size"]) for line in found] == [
-        (17, "b", 2),
-        ("2", "c", 2),
+        (17, "b", 1),
+        ("2", "c", 1),
     ]
 
 
@@ -391,8 +391,8 @@ def test_a_trace_holds_every_message_and_step(hand_bundle: Path, tmp_path: Path)
     )
     lines = [json.loads(line) for line in (folder / "trace.jsonl").read_text().splitlines()]
     assert [(line["id"], line["file"], line["batch_size"]) for line in lines] == [
-        ("1", "000001.npz", 2),
-        ("2", "000002.npz", 2),
+        ("1", "000001.npz", 1),
+        ("2", "000002.npz", 1),
         ("3", "000003.npz", 1),
     ]
     for line in lines:

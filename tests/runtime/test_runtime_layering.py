@@ -14,6 +14,7 @@ import recmas_runtime
 
 PACKAGE = Path(recmas_runtime.__file__).parent
 ALLOWED = {
+    "greenlet",
     "jinja2",
     "msgspec",
     "numpy",
@@ -28,6 +29,11 @@ OPTIONAL = {
     "build_tensorrt": {"onnx"},
     "search": {"bm25s"},
     "tables": {"pyarrow"},
+    "ray": {"ray"},
+    "mcp": {"anyio", "mcp", "mcp_types", "uvicorn"},
+    "http": {"fastapi", "pydantic", "starlette", "uvicorn"},
+    "operation": {"fastapi", "opentelemetry", "pydantic", "uvicorn"},
+    "metrics": {"prometheus_client"},
 }
 FOREIGN = (
     "torch",
@@ -107,6 +113,24 @@ onnx_runtime()
 
 def test_telemetry_is_off_before_onnx_runtime_is_imported() -> None:
     assert "onnxruntime" in modules_after(WATCH_IMPORT)
+
+
+def test_without_an_extra_users_are_told_its_name(hand_bundle: Path) -> None:
+    for command, package in (("mcp", "mcp_types"),):
+        hidden = f"import sys; sys.modules['{package}'] = None\n"
+        code = (
+            f"from recmas_runtime.cli.main import main\nsys.exit(main({[command]} + sys.argv[1:]))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", hidden + code, str(hand_bundle)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )
+        assert done.returncode == 4
+        assert f"error[RM201]: the Python package `{package}` is not installed" in done.stderr
+        assert f'pip install "recmas[{command}]"' in done.stderr
 
 
 def test_without_onnx_runtime_users_are_told_how_to_get_it(hand_bundle: Path) -> None:

@@ -40,7 +40,7 @@ def engine(request: pytest.FixtureRequest, bundle: Path) -> Iterator[BackboneEng
     """The engine, also where states are copied as they would be in a device's memory."""
     system = rt.load(bundle, device="cpu", threads=1)
     assert isinstance(system, System)
-    found = system._loaded.engines.backbones["one"]
+    found = system.loaded.engines.backbones["one"]
     assert isinstance(found, BackboneEngine)
     if request.param != "host":
         found.memory = Memory("cpu", shared=False)

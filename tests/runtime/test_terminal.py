@@ -44,14 +44,14 @@ def test_only_a_terminal_gets_an_answer_spelled_out(
     class Stream(list[str]):
         answer = None
 
-    run_batch = System.run_batch
+    answer_all = System.answer_all
 
-    def hostile_batch(*arguments: Any, **options: Any) -> list[Any]:
-        answers = run_batch(*arguments, **options)
+    def hostile_answers(*arguments: Any, **options: Any) -> list[Any]:
+        answers = answer_all(*arguments, **options)
         return [replace(a, answer=HOSTILE) for a in answers if isinstance(a, Answer)]
 
     monkeypatch.setattr(System, "stream", lambda *_, **__: Stream([HOSTILE]))
-    monkeypatch.setattr(System, "run_batch", hostile_batch)
+    monkeypatch.setattr(System, "answer_all", hostile_answers)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
     trace = ("--trace", str(tmp_path / "trace")) if with_trace else ()
     assert main(["run", str(hand_bundle), "7", *trace]) == 0

@@ -84,6 +84,30 @@ def keep_digests(bundle: Path) -> dict[str, dict[str, str]]:
     return digests
 
 
+def test_prompts_behind_turns_are_kept_too(
+    own_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the answer agent alone, where a plan shows conversations so."""
+    usual = keep_digests(own_bundle)
+    serve = {"fields": {"question": "last_user"}, "history": "turns"}
+    edit_json(own_bundle / "plan.json", "serve", serve)
+    rehash(own_bundle)
+    found = keep_digests(own_bundle)
+    assert found["planner"] == usual["planner"]
+    assert found["solver"].pop("then behind turns") != found["solver"]["then"]
+    assert found == usual
+    assert problems_of(capsys, own_bundle, status=0) == []
+    key = "prompt_digests/solver/then behind turns"
+    edit_json(own_bundle / "manifest.json", key, "0" * 64)
+    (problem,) = problems_of(capsys, own_bundle)
+    assert problem["message"].startswith("prompt `then behind turns` of agent 'solver' has other")
+    last_only = "{{ '<|user|>' + messages[-1].content }}"
+    (own_bundle / TEMPLATE).write_text(last_only)
+    edit_json(own_bundle / "plan.json", "agents/solver/system", [])
+    (problem,) = problems_of(capsys, own_bundle)
+    assert "leaves out the earlier turns of a conversation" in problem["message"]
+
+
 def test_prompts_have_the_tokens_that_they_were_built_with(
     own_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+import recmas_runtime as rt
+from recmas_compiler.backbones.sources import SMOLLM2, describe_backbone
+from recmas_compiler.backbones.torch_model import load_backbone
+from recmas_runtime.core.progress import Silent
+from recmas_runtime.formats.precisions import TOLERANCES
 
 pytestmark = pytest.mark.smollm2
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -50,6 +58,26 @@ def test_run_without_torch(quickstart: Path) -> None:
     assert "sequential: 3 agents, rounds: 1" in shown
     assert "error: error[RM500]" in shown
     assert "answer: Answer(id='ok'" in shown
+
+
+def test_a_text_is_as_likely_as_with_transformers(quickstart: Path) -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")[:3000]
+    read = rt.load(quickstart / "bundle", device="cpu").read_text(text, top=5)
+    backbone = load_backbone(describe_backbone(SMOLLM2, base_dir=Path()), progress=Silent())
+    ids = backbone.tokenizer(text)["input_ids"]
+    assert [token.id for token in read] == ids
+    assert len(ids) > 600
+    assert "".join(token.text for token in read) == text
+    with torch.no_grad():
+        logits = backbone.model(torch.tensor([ids])).logits[0].double()
+    told = torch.log_softmax(logits, dim=-1).numpy()
+    allowed = 2 * TOLERANCES["logits_relative"] * float(logits.abs().max())
+    found = np.array([token.logprob for token in read[1:]], np.float64)
+    assert np.abs(found - told[np.arange(len(ids) - 1), ids[1:]]).max() <= allowed
+    best = np.sort(told[:-1], axis=-1)[:, :-6:-1]
+    tops = np.array([[logprob for _, logprob in token.top] for token in read[1:]])
+    assert np.abs(tops - best).max() <= allowed
+    assert -4.0 < found.mean() < -1.0  # a model that knows English
 
 
 def test_every_example_is_tested() -> None:

@@ -238,7 +238,7 @@ def test_a_batch_equals_one_by_one(
 def test_hand_over_texts_never_become_control_tokens(build_tiny: BuildTiny) -> None:
     built = build_tiny(SPECS["sequential"])
     system = built.system.baseline("text")
-    chats = system._loaded.chats
+    chats = system.loaded.chats
     num_rows = {"tiny": system.manifest.backbones["tiny"].vocab_size}
     prompts = RecordPrompts(system.plan, chats, RECORDS[0], num_rows=num_rows)
     tokenizer = chats["tiny"].tokenizer

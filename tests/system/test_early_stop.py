@@ -23,7 +23,7 @@ def system_with(build_tiny: BuildTiny, spec: str, cosine: float | None) -> Syste
     """Return a system of five rounds that may stop early."""
     system = build_tiny(with_rounds(spec, ROUNDS)).system
     stop = None if cosine is None else StopPlan(cosine=cosine)
-    return System(structs.replace(system.plan, stop_when=stop), system._loaded)
+    return System(structs.replace(system.plan, stop_when=stop), system.loaded)
 
 
 def with_rounds(spec: str, rounds: int) -> str:

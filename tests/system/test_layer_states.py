@@ -153,7 +153,7 @@ def test_a_recursion_that_ends_early_goes_on_from_the_latest_states(
     three = built.system.run(QUESTIONS)
     five = build_rounds(build, 5)
     stop = structs.replace(five.system.plan, stop_when=StopPlan(cosine=1e-9))
-    early = System(stop, five.system._loaded).run(QUESTIONS)
+    early = System(stop, five.system.loaded).run(QUESTIONS)
     assert plan.rounds == 3
     assert [a.rounds for a in early] == [3] * len(QUESTIONS)
     assert [a.answer for a in early] == [a.answer for a in three]
@@ -232,7 +232,7 @@ def test_results_of_tools_are_read_behind_states(build: BuildWithStates) -> None
     built = build("shared")
     plan = ToolsPlan(functions=("lookup",), max_calls=6)
     box = OftenBox(plan, corpus=None, functions={"lookup": lambda text: f"found {text}"})
-    system = System(built.system.plan, built.system._loaded, box)
+    system = System(built.system.plan, built.system.loaded, box)
     random = hot(system)
     together = [told(answer) for answer in system.run(QUESTIONS, sampling=random)]
     assert sum(answer[-1] for answer in together) > 5

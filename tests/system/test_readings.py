@@ -165,7 +165,7 @@ def test_only_rounds_that_a_record_ran_are_read(build_tiny: BuildTiny, tmp_path:
     full = build_tiny(SPECS["sequential"].replace("rounds: 3", "rounds: 5")).system
 
     def run(bar: float) -> tuple[list[int], list[dict[str, Any]]]:
-        system = System(structs.replace(full.plan, stop_when=StopPlan(cosine=bar)), full._loaded)
+        system = System(structs.replace(full.plan, stop_when=StopPlan(cosine=bar)), full.loaded)
         with TraceWriter(tmp_path / str(bar), thoughts=1) as trace:
             answers = system.run_batch([dict(record) for record in RECORDS], trace=trace)
         traced = (tmp_path / str(bar) / RECORDS_NAME).read_text().splitlines()

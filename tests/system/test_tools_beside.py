@@ -46,7 +46,7 @@ def make_system(build_tiny: BuildTiny) -> Callable[[Callable[[str], str]], rt.Sy
 
     def make(lookup: Callable[[str], str]) -> rt.System:
         box = OftenBox(plan, corpus=None, functions={"lookup": lookup})
-        return rt.System(built.system.plan, built.system._loaded, box)
+        return rt.System(built.system.plan, built.system.loaded, box)
 
     return make
 

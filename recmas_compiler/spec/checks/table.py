@@ -10,6 +10,7 @@ from typing import Final
 from recmas_compiler.spec.checks.fields import check_fields
 from recmas_compiler.spec.checks.messages import check_messages
 from recmas_compiler.spec.checks.prefix_reuse import check_reuse
+from recmas_compiler.spec.checks.serve import check_serve
 from recmas_compiler.spec.checks.settings import (
     check_settings,
     check_stop_when,
@@ -292,5 +293,6 @@ CHECKS: tuple[Callable[[Declared], Iterator[Problem]], ...] = (
     check_reuse,
     check_stop_when,
     check_tools,
+    check_serve,
     check_train,
 )

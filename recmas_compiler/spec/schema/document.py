@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Annotated, Final
+from dataclasses import replace
+from typing import Annotated, Final, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -34,13 +35,20 @@ from recmas_compiler.spec.schema.sections import (
     LinkSection,
     PatternSection,
     Section,
+    ServeSection,
     Slug,
     blank_is_default,
 )
 from recmas_compiler.spec.schema.train import TrainSection
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import SLUG_PATTERN
-from recmas_runtime.formats.plan import FIELD_PATTERN, MAX_LATENT_STEPS, MAX_ROUNDS
+from recmas_runtime.formats.plan import (
+    FIELD_PATTERN,
+    MAX_LATENT_STEPS,
+    MAX_ROUNDS,
+    ConversationPart,
+    History,
+)
 from recmas_runtime.formats.precisions import buildable
 
 LANGUAGE_VERSION: Final = 1
@@ -86,6 +94,10 @@ class SpecDocument(Section):
 
     build: BuildSection = Field(default_factory=BuildSection)
     """What to build, and for which limits."""
+
+    serve: Given[ServeSection] = None
+    """Which part of a conversation becomes which field, where a built system is served. Without it
+    `question`, or the prompts' only field, takes the last user message."""
 
     train: Given[TrainSection] = None
     """What to train the links on, and how; only `recmasc train` needs it."""
@@ -135,6 +147,8 @@ _INDEPENDENT: Final[tuple[tuple[str, ...], ...]] = (
     ("train",),
     ("build",),
     ("build", "*"),
+    ("serve",),
+    ("serve", "*"),
     ("backbones", "*", "dtype"),
     ("backbones", "*", "precision"),
     ("backbones", "*", "template"),
@@ -201,9 +215,24 @@ def _problem(detail: ErrorDetails, places: Places) -> Problem:
         message = f"language version {show(detail['input'])} is not known to this recmas."
         hint = f"Write `recmas: {LANGUAGE_VERSION}`, or install the recmas the spec was made for."
         return SPECS.problem(places.value(loc), "RM106", message, hint)
+    if loc[:1] == ("serve",) and detail["type"] == "literal_error":
+        return _misused_part(detail, places)
     if loc[-1] == "precision" and detail["type"] == "literal_error":
         return _unknown_precision(detail, places)
     return schema_problem(detail, places, SPECS)
+
+
+def _misused_part(detail: ErrorDetails, places: Places) -> Problem:
+    """Return the finding for a value in `serve`: of `history`, or of a field of the record."""
+    problem = schema_problem(detail, places, SPECS)
+    if detail["loc"][-1] != "history":
+        if detail["input"] in get_args(History):
+            return replace(problem, hint=f"Write `history: {detail['input']}`.")
+        return problem
+    if detail["input"] not in get_args(ConversationPart):
+        return problem
+    hint = "`history` is a setting here: a field that takes a part of a conversation needs another "
+    return replace(problem, hint=f"{hint}name.")
 
 
 def _unknown_precision(detail: ErrorDetails, places: Places) -> Problem:

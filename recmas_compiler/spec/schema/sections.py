@@ -43,6 +43,8 @@ from recmas_runtime.formats.plan import (
     MAX_STOPS,
     MAX_TEMPERATURE,
     MAX_TOP_K,
+    ConversationPart,
+    History,
     parse_day,
 )
 from recmas_runtime.formats.precisions import Dtype, PrecisionName, TargetName
@@ -514,6 +516,33 @@ class AgentSection(Section):
 
     chat_template: dict[TemplateVariable, TemplateValue] = Field(default_factory=dict)
     """Extra variables for the backbone's chat template, such as `enable_thinking: true`."""
+
+
+class ServeSection(Section):
+    """What becomes of a conversation, where a built system is served.
+
+    Besides `history` its keys are fields of the record: `FIELD: last_user` takes the last user
+    message, `FIELD: system` the text of all system messages.
+    """
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "propertyNames": {"pattern": "^[A-Za-z_][A-Za-z0-9_]*$"},
+            "additionalProperties": {"enum": list(get_args(ConversationPart)), "type": "string"},
+        },
+    )
+    __pydantic_extra__: dict[str, ConversationPart] = Field(init=False)
+
+    history: History = "transcript"
+    """What becomes of earlier messages, and of system messages that no field takes: a `transcript`
+    before the last question, in the same field; `turns` of their own before the answer agent's
+    prompt; or `refuse`."""
+
+    @property
+    def taken(self) -> dict[str, ConversationPart]:
+        """The part of a conversation that each field takes."""
+        return dict(self.__pydantic_extra__)
 
 
 class BuildSection(Section):

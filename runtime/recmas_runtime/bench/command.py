@@ -22,6 +22,7 @@ from recmas_runtime.core.text import listed
 from recmas_runtime.formats.bundle import keep_out, write_json_atomic
 from recmas_runtime.formats.plan import Plan, filled_fields
 from recmas_runtime.prompts.sampler import check_sampling
+from recmas_runtime.running.batch import check_batch
 from recmas_runtime.running.records import (
     Record,
     open_records,
@@ -29,7 +30,7 @@ from recmas_runtime.running.records import (
     read_records,
     usable,
 )
-from recmas_runtime.running.system import System, check_batch, load
+from recmas_runtime.running.system import System, load
 
 # What is asked if neither data nor questions are given, one a line.
 QUESTIONS: Final = tuple(

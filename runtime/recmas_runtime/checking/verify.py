@@ -168,7 +168,12 @@ def _prompt_problems(bundle: Bundle, loaded: LoadedBundle) -> list[Problem]:
     templates = {name: chat.template for name, chat in chats.items()}
     # That a date changes is told where a spec can fix it, at build.
     findings = render_once(
-        plan.agents, templates, has_date=True, answer_agent=plan.answer_agent, tools=plan.tools
+        plan.agents,
+        templates,
+        has_date=True,
+        answer_agent=plan.answer_agent,
+        tools=plan.tools,
+        has_turns=plan.conversation.history == "turns",
     )
     problems = [
         _disagrees(PLAN_NAME, f"prompt `{f.place}` of agent {f.agent!r}: {f.problem.message}")

@@ -23,6 +23,7 @@ from recmas_runtime.formats.plan import (
     form_of,
 )
 from recmas_runtime.formats.precisions import PRECISIONS
+from recmas_runtime.serve.conversation import in_words
 
 if TYPE_CHECKING:
     from recmas_runtime.checking.verify import VerifyReport
@@ -74,6 +75,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "limits": to_json(plan.limits),
         "sampling": to_json(plan.sampling),
         "fields": list(plan.fields),
+        "conversation": to_json(plan.conversation),
         "parity": to_json(manifest.parity),
         "engines": engines_text(bundle.root),
     }
@@ -138,6 +140,7 @@ def bundle_text(bundle: Bundle) -> str:
             else []
         ),
         f"fields      {', '.join(plan.fields) or 'none: every question gets the same answer'}",
+        f"chat        {in_words(plan.conversation, plan.fields)}",
     ]
     lines += [f"engines     {folder}: {whose}" for folder, whose in facts["engines"].items()]
     for case in manifest.parity:

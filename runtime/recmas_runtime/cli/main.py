@@ -14,7 +14,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from recmas_runtime.core.errors import CODES, Exit, Problem, RecmasError, fail, is_out_of_memory
+from recmas_runtime.cli.serve_options import add_serve_options
+from recmas_runtime.core.errors import (
+    CODES,
+    Exit,
+    Problem,
+    RecmasError,
+    fail,
+    is_out_of_memory,
+    missing_package,
+)
 from recmas_runtime.core.files import reason_of
 from recmas_runtime.core.printing import discard, envelope, note, write_out
 from recmas_runtime.core.progress import LineProgress, Progress, Silent
@@ -262,6 +271,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_machine(run)
 
+    about = "Serve bundles behind OpenAI's HTTP forms."
+    server = _command(commands, "serve", about, _serve, of_bundle=False)
+    add_serve_options(server)
+    _add_device(server)
+
     bench = _command(commands, "bench", "Measure a bundle beside its baselines.", _bench)
     questions = bench.add_argument_group("questions; a few of recmas's own without these")
     questions.add_argument("--data", metavar="FILE", help="records, as of `recmas run --input`")
@@ -292,6 +306,47 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--repeats", type=int, default=5, metavar="N", help="repeats that count")
     bench.add_argument("--out", type=Path, metavar="DIR", help="write bench.json and bench.md here")
     _add_machine(bench)
+
+    mcp = _command(commands, "mcp", "Serve a bundle as a tool of the Model Context Protocol.", _mcp)
+    mcp.add_argument(
+        "--http",
+        metavar="[HOST:]PORT",
+        help="serve over streamable HTTP at this address of this machine; default: over standard "
+        "input and output",
+    )
+    mcp.add_argument(
+        "--description", metavar="TEXT", help="what the system is good for; default: what it is"
+    )
+    mcp.add_argument(
+        "--max-queue", type=_positive, default=64, metavar="N", help="calls that may wait"
+    )
+    _add_machine(mcp)
+
+    package = _command(
+        commands, "package", "Write a container of a bundle, with its metrics.", _package
+    )
+    package.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write"
+    )
+    package.add_argument("--force", action="store_true", help="write over an earlier package")
+    package.add_argument(
+        "--image", metavar="NAME:TAG", help="of the image; default: recmas/ and the system's name"
+    )
+    package.add_argument(
+        "--base", metavar="IMAGE", help="that has Python; default: a slim one of a fixed version"
+    )
+    package.add_argument(
+        "--cpus", type=_positive, default=4, metavar="N", help="of a container [default: 4]"
+    )
+    package.add_argument(
+        "--max-batch",
+        type=_positive,
+        metavar="N",
+        help="requests at a time; default: the bundle's limit",
+    )
+    package.add_argument(
+        "--replicas", type=_positive, default=2, metavar="N", help="on Kubernetes [default: 2]"
+    )
 
     verify = _command(
         commands, "verify", "Check hashes, the known-answer probe and the parity cases.", _verify
@@ -355,6 +410,11 @@ def _command(
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
+    _add_device(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress, no summary")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         default="auto",
@@ -362,7 +422,6 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         help="where to run; auto takes the best that is there",
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: physical cores")
-    parser.add_argument("--quiet", action="store_true", help="no progress, no summary")
 
 
 def _progress(options: argparse.Namespace) -> Progress:
@@ -386,6 +445,14 @@ def _run(options: argparse.Namespace, outcome: Outcome) -> None:
     run(options, outcome.data, outcome.problems)
 
 
+def _serve(options: argparse.Namespace, outcome: Outcome) -> None:
+    from recmas_runtime.cli.serve import serve
+
+    if not serve(options, outcome.data, outcome.problems, as_json=options.json):
+        outcome.interrupted = True
+        outcome.interruption = "stopped at once; requests that ran got no answer"
+
+
 def _bench(options: argparse.Namespace, outcome: Outcome) -> None:
     from recmas_runtime.bench.command import BenchOptions, bench
 
@@ -394,6 +461,22 @@ def _bench(options: argparse.Namespace, outcome: Outcome) -> None:
     outcome.data |= report.to_json()
     outcome.text = report.to_markdown()
     outcome.interrupted = report.interrupted
+
+
+def _mcp(options: argparse.Namespace, outcome: Outcome) -> None:
+    try:
+        from recmas_runtime.cli.mcp import run_mcp
+    except ModuleNotFoundError as error:
+        raise missing_package(error, extra="mcp") from error
+    run_mcp(options)
+
+
+def _package(options: argparse.Namespace, outcome: Outcome) -> None:
+    from recmas_runtime.cli.package import package
+
+    written = package(options)
+    outcome.data |= written.to_json()
+    outcome.text = written.text
 
 
 def _verify(options: argparse.Namespace, outcome: Outcome) -> None:

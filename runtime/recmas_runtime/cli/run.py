@@ -7,6 +7,7 @@ import os
 import stat
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from recmas_runtime.formats.codec import to_json
 from recmas_runtime.formats.plan import MAX_SEED, SamplingPlan, field_place, is_field
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.answer_file import IDENTITY_SUFFIX, AnswerWriter
+from recmas_runtime.running.batch import check_batch
 from recmas_runtime.running.records import (
     Answer,
     FailedRecord,
@@ -35,14 +37,12 @@ from recmas_runtime.running.records import (
     refuse_devices,
 )
 from recmas_runtime.running.run_trace import RECORDS_NAME, TraceWriter
-from recmas_runtime.running.system import System, check_batch, load
+from recmas_runtime.running.system import System, load
 from recmas_runtime.tools.toolbox import terminal_ask
 
 STANDARD_STREAM: Final = "-"
 # Phases that most systems do not have.
 _SILENT: Final = ("write", "tools")
-# Lines that cannot be used are written down at the latest behind so many.
-_MOST_WAITING: Final = 1000
 
 
 def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Problem]) -> None:
@@ -118,7 +118,7 @@ class _Run:
     num_resumed: int = 0
 
     def answer_all(self, single: Record | None) -> None:
-        """Answer records in batches; every finished batch is written before the next begins."""
+        """Answer records as there is room for them; each is written once those before it are."""
         options = self.options
         start = time.perf_counter()
         with ExitStack() as stack:
@@ -140,37 +140,51 @@ class _Run:
             quiet = options.quiet or not (options.json or options.output)
             progress = Silent() if quiet else LineProgress()
             advance = stack.enter_context(progress.stage("Answered", total))
-            for batch in self._batches(found, writer):
-                self._answer(batch, writer, trace)
+            for result in self._results(found, writer, trace):
+                if result is None:
+                    self.num_resumed += 1
+                else:
+                    self._deliver(result, writer)
                 seen = self.num_answers + self.num_failed + self.num_resumed
-                seconds = time.perf_counter() - start
                 done = seen - self.num_resumed
                 left = None if total is None else max(0, total - seen)
-                advance(len(batch), note=self._note(done, left, seconds))
+                advance(1, note=self._note(done, left, time.perf_counter() - start))
         if not options.quiet and single is None:
             seconds = time.perf_counter() - start
             counts = "".join(f", {count}" for count in self._other_counts())
             note(f"answered {counted(self.num_answers, 'record')} in {seconds:.1f} s{counts}")
 
-    def _answer(
+    def _results(
         self,
-        batch: list[Record | FailedRecord | None],
+        found: Iterator[Record | FailedRecord],
         writer: AnswerWriter | None,
         trace: TraceWriter | None,
-    ) -> None:
-        """Answer a batch and write what came of it, in the order of the input."""
-        records = [item for item in batch if isinstance(item, Record)]
-        results = iter(self.system.run_batch(records, sampling=self.sampling, trace=trace))
-        for item in batch:
-            if item is None:
-                self.num_resumed += 1
-                continue
-            result: Answer | FailedRecord | RecmasError
-            result = next(results) if isinstance(item, Record) else item
-            if isinstance(item, Record) and isinstance(result, RecmasError):
-                result = FailedRecord(id=item.id, record=item.given, problem=result.problems[0])
-            assert not isinstance(result, RecmasError)
-            self._deliver(result, writer)
+    ) -> Iterator[Answer | FailedRecord | None]:
+        """Yield what came of each record in the order of the input; None for what is there."""
+        # What was read and is not answered yet, in order, and between records what needs no run.
+        begun: deque[Record | FailedRecord | None] = deque()
+
+        def asked() -> Iterator[Record]:
+            for item in found:
+                is_there = isinstance(item, Record) and writer and writer.is_finished(item)
+                begun.append(None if is_there else item)
+                if isinstance(item, Record) and not is_there:
+                    yield item
+
+        results = self.system.answer_all(
+            asked(), at_once=self.options.batch, sampling=self.sampling, trace=trace
+        )
+        for result in results:
+            while not isinstance(item := begun.popleft(), Record):
+                yield item
+            if isinstance(result, RecmasError):
+                problem = result.problems[0]
+                yield FailedRecord(id=item.id, record=item.given, problem=problem)
+            else:
+                yield result
+        for item in begun:
+            assert not isinstance(item, Record), "every record has a result"
+            yield item
 
     def _deliver(self, result: Answer | FailedRecord, writer: AnswerWriter | None) -> None:
         options = self.options
@@ -187,25 +201,6 @@ class _Run:
             write_out(f"{result.answer}\n")
         if options.input is None and not options.quiet:
             note(_summary(result))
-
-    def _batches(
-        self, found: Iterator[Record | FailedRecord], writer: AnswerWriter | None
-    ) -> Iterator[list[Record | FailedRecord | None]]:
-        """Yield batches of records; with each what lies between: failures, None for finished."""
-        size = self.options.batch or self.system.plan.limits.max_batch
-        batch: list[Record | FailedRecord | None] = []
-        num_records = 0
-        for item in found:
-            if isinstance(item, Record) and not (writer and writer.is_finished(item)):
-                num_records += 1
-                batch.append(item)
-            else:
-                batch.append(None if isinstance(item, Record) else item)
-            if num_records == size or len(batch) == _MOST_WAITING:
-                yield batch
-                batch, num_records = [], 0
-        if batch:
-            yield batch
 
     def _records(
         self, stack: ExitStack, single: Record | None

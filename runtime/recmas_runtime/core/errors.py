@@ -58,6 +58,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM125": (Exit.SPEC_INVALID, "a training preset for links of another kind"),
     "RM126": (Exit.SPEC_INVALID, "a text to measure losses over that cannot be used"),
     "RM127": (Exit.SPEC_INVALID, "a link that cannot carry what it says"),
+    "RM128": (Exit.SPEC_INVALID, "a conversation that does not fit the prompts"),
     "RM150": (Exit.OK, "warning: prompt tokens that could be reused across rounds are not"),
     "RM151": (Exit.OK, "warning: an agent whose thoughts nobody receives"),
     "RM152": (Exit.OK, "warning: links without trained weights"),
@@ -115,7 +116,10 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM543": (Exit.USAGE, "a request that asks for what the service does not do"),
     "RM544": (Exit.USAGE, "a request without the key, or under a host name that is not served"),
     "RM545": (Exit.USAGE, "an address or option that a service refuses"),
+    "RM546": (Exit.USAGE, "a request that cannot be read"),
+    "RM547": (Exit.RUN_FAILED, "an answer that takes longer than the service allows"),
     "RM550": (Exit.OK, "warning: TensorRT engines of a bundle that are not used"),
+    "RM551": (Exit.OK, "warning: a service with memory for fewer requests than were planned for"),
     # RM6xx: evaluation
     "RM600": (Exit.USAGE, "a protocol that is not there or malformed"),
     "RM601": (Exit.RUN_FAILED, "data that does not fit the protocol"),

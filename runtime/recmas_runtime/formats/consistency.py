@@ -24,6 +24,7 @@ from recmas_runtime.formats.plan import (
     Step,
     ThinkStep,
     WriteStep,
+    field_place,
     form_of,
     is_field,
 )
@@ -156,6 +157,23 @@ def prompts_use_what_exists(manifest: Manifest, plan: Plan) -> Iterator[tuple[st
     for value in plan.fields:
         if not is_field(value):
             yield "fields", f"{value!r} names neither a field nor an entry of one"
+
+
+def conversations_fill_fields(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
+    """Parts of a conversation go into fields; one takes the last question, none what another has.
+
+    Prompts need not show them: agents that never run are left out of a plan.
+    """
+    if plan.serve is None:
+        return
+    for name in plan.serve.fields:
+        if not is_field(name) or field_place(name).entry is not None or name == "id":
+            yield "serve.fields", f"{name!r} names no field that a conversation can fill"
+    parts = list(plan.serve.fields.values())
+    if parts.count("last_user") != 1:
+        yield "serve.fields", f"{parts.count('last_user')} fields take the last question"
+    if parts.count("system") > 1:
+        yield "serve.fields", f"{parts.count('system')} fields take the system messages"
 
 
 def rows_are_hidden_where_links_say(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
@@ -485,7 +503,15 @@ STAGES: Final[tuple[tuple[str, tuple[Rule, ...]], ...]] = (
             parity_cases_have_backbones,
         ),
     ),
-    (PLAN_NAME, (agents_have_what_they_name, prompts_use_what_exists, search_has_its_corpus)),
+    (
+        PLAN_NAME,
+        (
+            agents_have_what_they_name,
+            prompts_use_what_exists,
+            conversations_fill_fields,
+            search_has_its_corpus,
+        ),
+    ),
     (PLAN_NAME, (links_fit_their_agents, caches_fit_their_agents, steps_name_what_exists)),
     (
         PLAN_NAME,

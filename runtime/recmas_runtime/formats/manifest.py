@@ -164,8 +164,9 @@ class Manifest(StrictStruct, frozen=True, kw_only=True):
         link_engine: `links/link.onnx`, relative to the bundle.
         probe: `parity/probe.onnx`, the known-answer probe.
         files: Every file of the bundle but the manifest itself.
-        prompt_digests: sha256 of the tokens of each agent's prompts, by `first` and `then`; see
-            `prompts.samples`. Empty in bundles of earlier builds.
+        prompt_digests: sha256 of the tokens of each agent's prompts, by `first` and `then`, and
+            behind turns where a plan shows them; see `prompts.samples`. Empty in bundles of
+            earlier builds.
         token_digests: sha256 of the ids that each backbone's tokenizer gives texts in which
             tokenizers differ; likewise.
     """

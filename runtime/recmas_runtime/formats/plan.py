@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Iterable
-from typing import Annotated, ClassVar, Final, Literal, NamedTuple
+from typing import Annotated, ClassVar, Final, Literal, NamedTuple, Protocol
 
 from msgspec import Meta, field
 
@@ -286,6 +286,16 @@ class DecodeStep(PlanStep, frozen=True, kw_only=True):
 Step = PrefillStep | ThinkStep | SendStep | WriteStep | DecodeStep
 
 
+def agents_of(step: Step) -> tuple[str, ...]:
+    """Return the agents that a step runs; of a send the source, then the targets."""
+    match step:
+        case SendStep():
+            return (step.source, *step.targets)
+        case DecodeStep():
+            return (step.agent,)
+    return step.agents
+
+
 # Bounds of sampling settings, wherever they are given: specs, command lines, callers.
 MAX_NEW_TOKENS: Final = 32_768
 MAX_TEMPERATURE: Final = 10.0
@@ -376,6 +386,10 @@ class Limits(StrictStruct, frozen=True, kw_only=True):
     max_batch: Annotated[int, Meta(ge=1, le=2**16)]
 
 
+ConversationPart = Literal["last_user", "system"]
+History = Literal["transcript", "turns", "refuse"]
+
+
 class ServePlan(StrictStruct, frozen=True, kw_only=True):
     """Which part of a conversation becomes which field of a record.
 
@@ -386,8 +400,31 @@ class ServePlan(StrictStruct, frozen=True, kw_only=True):
             answer agent's prompt, or they are refused.
     """
 
-    fields: dict[str, Literal["last_user", "system"]]
-    history: Literal["transcript", "turns", "refuse"] = "transcript"
+    fields: dict[str, ConversationPart]
+    history: History = "transcript"
+
+    def field_of(self, part: ConversationPart) -> str | None:
+        """Return the field that takes a part of a conversation; None if no field does."""
+        return next((name for name, taken in self.fields.items() if taken == part), None)
+
+    def others(self, shown: Iterable[str]) -> tuple[str, ...]:
+        """Return the fields that every request must bring besides its conversation.
+
+        Args:
+            shown: What prompts show, as `Plan.fields` has it.
+        """
+        names = dict.fromkeys(field_place(value).name for value in shown)
+        return tuple(name for name in names if name not in self.fields and name != "id")
+
+
+def usual_question(shown: Iterable[str]) -> str:
+    """Return the field that takes the last question where nothing else is said.
+
+    Args:
+        shown: What prompts show, as `Plan.fields` has it.
+    """
+    names = {field_place(value).name for value in shown} - {"id"}
+    return next(iter(names)) if len(names) == 1 else "question"
 
 
 class Plan(StrictStruct, frozen=True, kw_only=True):
@@ -423,11 +460,7 @@ class Plan(StrictStruct, frozen=True, kw_only=True):
 
         Of several fields it is `question`; the others must come with each request.
         """
-        if self.serve is not None:
-            return self.serve
-        names = dict.fromkeys(field_place(shown).name for shown in self.fields)
-        name = next(iter(names), "question") if len(names) == 1 else "question"
-        return ServePlan(fields={name: "last_user"})
+        return self.serve or ServePlan(fields={usual_question(self.fields): "last_user"})
 
     @property
     def day(self) -> datetime.date | None:
@@ -500,7 +533,23 @@ def slot_positions(plan: Plan) -> dict[tuple[str, Variant], dict[str, int]]:
     return found
 
 
-def prompt_fields(agents: Iterable[AgentPlan]) -> tuple[str, ...]:
+class HasPrompts(Protocol):
+    """What an agent's prompts are read from."""
+
+    @property
+    def system(self) -> tuple[PromptPart, ...]:
+        """Its system text."""
+
+    @property
+    def first(self) -> tuple[PromptPart, ...] | None:
+        """As in `AgentPlan`."""
+
+    @property
+    def then(self) -> tuple[PromptPart, ...]:
+        """As in `AgentPlan`."""
+
+
+def prompt_fields(agents: Iterable[HasPrompts]) -> tuple[str, ...]:
     """Return the record fields that prompts use, `question` first where it is used.
 
     Entries of a list stand by themselves: `facts[0]`, `facts[1]`.

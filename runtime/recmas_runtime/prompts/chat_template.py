@@ -142,6 +142,19 @@ class ChatTemplate:
         messages = [{"role": "system", "content": probe}, {"role": "user", "content": "Hello"}]
         return probe in self.render(messages, add_generation_prompt=True)
 
+    @cached_property
+    def writes_turns(self) -> bool:
+        """Whether earlier turns of a conversation show in the rendered text, in their order."""
+        probes = [f"recmas0turn{place}probe" for place in range(3)]
+        roles = ("user", "assistant", "user")
+        turns = [{"role": r, "content": p} for r, p in zip(roles, probes, strict=True)]
+        try:
+            rendered = self.render(turns, add_generation_prompt=True)
+        except RecmasError:
+            return False
+        found = [rendered.find(probe) for probe in probes]
+        return -1 not in found and found == sorted(found)
+
     @property
     def date_variables(self) -> tuple[str, ...]:
         """Variables that the template sets to the date, where they are not given to it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Final, Self
@@ -17,6 +18,7 @@ from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.messages import RowsOf
 from recmas_runtime.formats.plan import PromptPart, Variant, field_place
 from recmas_runtime.prompts.chat_template import ChatTemplate
+from recmas_runtime.prompts.earlier_turns import EarlierTurn, as_fields, system_parts, turn_parts
 from recmas_runtime.prompts.marks import Marks, unused_salt
 from recmas_runtime.prompts.places import Places
 from recmas_runtime.prompts.tokenizer import Span, Tokenizer
@@ -142,11 +144,12 @@ def build_prompt(
     tokenizer: Tokenizer,
     variables: Mapping[str, bool | int | float | str] | None = None,
     placed: bool = False,
+    turns: Sequence[EarlierTurn] = (),
 ) -> Prompt:
     """Render and tokenize one agent's prompt for one record.
 
-    Text of the record never becomes a control token: where a field's value spells one, it is
-    encoded as plain text.
+    Text of the record and of earlier turns never becomes a control token: where it spells one, it
+    is encoded as plain text.
 
     Args:
         system: Parts of the system text; there is no system message if the text is empty.
@@ -154,13 +157,20 @@ def build_prompt(
         variables: Variables of the chat template, over `DEFAULT_VARIABLES`.
         placed: Find out also where the generation prompt and the fields are, for agents whose
             states or rows are handed over.
+        turns: Come before the prompt as turns of their own; system messages among them stand in
+            the system text, behind the agent's.
 
     Raises:
         RecmasError: RM500 if a field is missing or unusable, RM206 if the chat template fails,
             leaves out the system text, or leaves out or repeats a slot.
     """
-    marks = Marks(unused_salt(joined([*system, *prompt], record), chat.literals))
-    messages = conversation(system, prompt, record, chat, tokenizer, marks)
+    record = {**record, **as_fields(turns)}
+    if not joined(system, record):
+        system = ()  # also with words around its fields, which are empty
+    system = [*system, *system_parts(turns, is_first=not system)]
+    written = [*system, *(part for _, part in turn_parts(turns)), *prompt]
+    marks = Marks(unused_salt(joined(written, record), chat.literals))
+    messages = conversation(system, prompt, record, chat, tokenizer, marks, turns=turns)
     given = {**DEFAULT_VARIABLES, **(variables or {})}
     rendered = chat.render(messages, add_generation_prompt=True, **given)
     items = split_at_slots(rendered, tokenizer, marks)
@@ -168,7 +178,9 @@ def build_prompt(
         return Prompt(items)
     # The same marks come out once more, so both renderings differ in nothing but the bounds.
     bounds = Marks(marks.salt)
-    bounded = conversation(system, prompt, record, chat, tokenizer, bounds, with_bounds=True)
+    bounded = conversation(
+        system, prompt, record, chat, tokenizer, bounds, turns=turns, with_bounds=True
+    )
     places = Places(
         whole=rendered,
         opening=chat.render(messages, add_generation_prompt=False, **given),
@@ -255,14 +267,23 @@ def conversation(
     tokenizer: Tokenizer,
     marks: Marks,
     *,
+    turns: Sequence[EarlierTurn] = (),
     with_bounds: bool = False,
 ) -> list[dict[str, str]]:
-    """Return the messages that the assistant is to answer, with marks; also around values."""
-    system_text, text = (
-        _compose(parts, record, tokenizer, marks, with_bounds=with_bounds)
-        for parts in (system, prompt)
-    )
-    return messages_of(system_text, text, chat)
+    """Return the messages that the assistant is to answer, with marks; also around values.
+
+    Args:
+        turns: Those whose texts are fields of the record by now; system messages are left out.
+    """
+    compose = partial(_compose, record=record, tokenizer=tokenizer, marks=marks)
+    system_text = compose(system, with_bounds=with_bounds)
+    # Without bounds: templates may leave out a part of what an assistant has said.
+    earlier = [
+        {"role": role, "content": compose([part], with_bounds=False)}
+        for role, part in turn_parts(turns)
+    ]
+    *first, last = messages_of(system_text, compose(prompt, with_bounds=with_bounds), chat)
+    return [*first, *earlier, last]
 
 
 def messages_of(system: str, prompt: str, chat: ChatTemplate) -> list[dict[str, str]]:

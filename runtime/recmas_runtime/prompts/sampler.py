@@ -12,6 +12,7 @@ from numbers import Integral, Real
 from typing import TypedDict
 
 import numpy as np
+from msgspec import structs
 from numpy.typing import NDArray
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
@@ -21,6 +22,7 @@ from recmas_runtime.formats.plan import (
     MAX_STOPS,
     MAX_TEMPERATURE,
     MAX_TOP_K,
+    Plan,
     SamplingPlan,
 )
 
@@ -100,6 +102,35 @@ def check_sampling(sampling: SamplingPlan) -> None:
     ]
     if problems:
         raise RecmasError(problems)
+
+
+def chosen_sampling(
+    plan: Plan, max_positions: int, sampling: SamplingPlan | None, over: SamplingSettings
+) -> SamplingPlan:
+    """Return the settings of a run: a plan's or others in their place, and single ones over those.
+
+    Args:
+        max_positions: Of the answer agent's backbone.
+
+    Raises:
+        RecmasError: RM505 for settings that mean nothing or that there is no room for.
+    """
+    settings = plan.sampling if sampling is None else sampling
+    if not isinstance(settings, SamplingPlan):
+        kind = type(settings).__name__
+        hint = "Give a SamplingPlan, or single settings by their names."
+        raise fail("RM505", f"sampling is of the type {kind}", hint=hint)
+    settings = structs.replace(settings, **over)
+    check_sampling(settings)
+    room = max_positions - plan.limits.max_prompt_tokens
+    if settings.max_new_tokens > max(room, plan.sampling.max_new_tokens):
+        backbone = plan.agents[plan.answer_agent].backbone
+        raise fail(
+            "RM505",
+            f"max_new_tokens is {settings.max_new_tokens}",
+            hint=f"After the longest prompt, backbone {backbone!r} has room for {room}.",
+        )
+    return settings
 
 
 def _is(kind: type, value: object) -> bool:

@@ -12,6 +12,7 @@ from datetime import date
 from typing import Final, NamedTuple
 
 from recmas_runtime.formats.plan import Plan, PrefillStep, Variant, filled_fields
+from recmas_runtime.prompts.earlier_turns import EarlierTurn
 from recmas_runtime.prompts.exerciser import SAMPLES, sample_texts
 from recmas_runtime.prompts.render import Chat, Prompt, Tokens, build_prompt
 from recmas_runtime.prompts.tokenizer import Tokenizer
@@ -21,7 +22,13 @@ from recmas_runtime.prompts.tool_turns import answer_chat
 SAMPLE_FIELD: Final = "\n".join(SAMPLES)
 SAMPLE_DAY: Final = date(2025, 1, 1)
 
-# agent -> `first` or `then` -> digest of its prompt's tokens
+# What comes before the answer agent's prompt where a plan shows conversations so.
+SAMPLE_TURNS: Final = (
+    EarlierTurn(role="user", content="What is 7 * 8?"),
+    EarlierTurn(role="assistant", content="The plan:\n\n  it is 56. "),
+)
+
+# agent -> `first`, `then`, or one of them with turns -> digest of its prompt's tokens
 PromptDigests = dict[str, dict[str, str]]
 
 
@@ -32,6 +39,12 @@ class SamplePrompt(NamedTuple):
     variant: Variant
     chat: Chat
     prompt: Prompt
+    turns: tuple[EarlierTurn, ...]
+
+    @property
+    def name(self) -> str:
+        """What tells it apart from others of its agent."""
+        return f"{self.variant} behind turns" if self.turns else self.variant
 
 
 def sample_record(plan: Plan, text: str = SAMPLE_FIELD) -> dict[str, object]:
@@ -64,15 +77,18 @@ def build_samples(
             chat = chats[agent.backbone]
             if name == plan.answer_agent:
                 chat = answer_chat(chats, agent, plan.tools)
-            prompt = build_prompt(
-                system=agent.system,
-                prompt=agent.parts(variant),
-                record=records[agent.backbone],
-                chat=chat.template.on(SAMPLE_DAY),
-                tokenizer=chat.tokenizer,
-                variables=agent.chat_template,
-            )
-            yield SamplePrompt(name, variant, chat, prompt)
+            has_turns = name == plan.answer_agent and plan.conversation.history == "turns"
+            for turns in ((), SAMPLE_TURNS) if has_turns else ((),):
+                prompt = build_prompt(
+                    system=agent.system,
+                    prompt=agent.parts(variant),
+                    record=records[agent.backbone],
+                    chat=chat.template.on(SAMPLE_DAY),
+                    tokenizer=chat.tokenizer,
+                    variables=agent.chat_template,
+                    turns=turns,
+                )
+                yield SamplePrompt(name, variant, chat, prompt, turns)
 
 
 def prompt_digests(plan: Plan, chats: Mapping[str, Chat]) -> PromptDigests:
@@ -87,7 +103,7 @@ def prompt_digests(plan: Plan, chats: Mapping[str, Chat]) -> PromptDigests:
     """
     digests: PromptDigests = {}
     for sample in build_samples(plan, chats, dict.fromkeys(chats, sample_record(plan))):
-        digests.setdefault(sample.agent, {})[sample.variant] = _digest(sample.prompt)
+        digests.setdefault(sample.agent, {})[sample.name] = _digest(sample.prompt)
     return digests
 
 

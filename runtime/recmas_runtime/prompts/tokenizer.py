@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -146,6 +147,29 @@ class Tokenizer:
                 placed += [(spelled, start) for spelled in self._encode_plain(text[first:last])]
             else:
                 placed.append((token_id, start))
+        return tuple(placed)
+
+    @cached_property
+    def opening_ids(self) -> tuple[int, ...]:
+        """The tokens that the tokenizer itself puts before a text, as a rule one or none."""
+        encoding = self._call(self._tokenizer.encode, "x", add_special_tokens=True)
+        added = takewhile(
+            lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        )
+        return tuple(token_id for token_id, _ in added)
+
+    def encode_raw(self, text: str) -> tuple[tuple[int, int], ...]:
+        """Encode a text as the tokenizer itself does, with what it puts before it.
+
+        Control tokens that the text spells are such tokens. Returns each token with where it begins
+        in the text.
+        """
+        placed = [(token_id, 0) for token_id in self.opening_ids]
+        encoding = self._encode(text)
+        end = 0
+        for token_id, (first, last) in zip(encoding.ids, encoding.offsets, strict=True):
+            placed.append((token_id, min(first, end)))  # as in `encode_placed`
+            end = last
         return tuple(placed)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -21,7 +21,14 @@ from recmas_runtime.prompts.turn import turn_text
 # Templates that shorten texts leave out the end of a long one.
 _FILLER: Final = "some text " * 200
 
-Place = Literal["system", "first", "then", "backbone"]
+Place = Literal["system", "first", "then", "backbone", "history"]
+
+
+_NO_TURNS: Final = Problem(
+    code="RM206",
+    message="the chat template leaves out the earlier turns of a conversation, or their order",
+    hint="Take `history: transcript`, or give the backbone a `template` of your own.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +48,7 @@ def render_once(
     targets: Collection[str] = (),
     answer_agent: str | None = None,
     tools: ToolsPlan | None = None,
+    has_turns: bool = False,
 ) -> Iterator[PromptFinding]:
     """Render every agent's prompts; yield what fails, is left out, shortened, or changes by day.
 
@@ -49,6 +57,7 @@ def render_once(
         has_date: Whether the day that templates get is fixed.
         targets: Agents whose turns are rendered too, as training reads them.
         answer_agent: The one that gets the tools, where its template writes some.
+        has_turns: Whether earlier turns of conversations come before its prompt.
     """
     dated: set[str] = set()
     for name, agent in agents.items():
@@ -57,6 +66,8 @@ def render_once(
             continue
         if name == answer_agent:
             template = template_of(template, tools, agent.chat_template)
+            if has_turns and not template.writes_turns:
+                yield PromptFinding(agent=name, place="history", problem=_NO_TURNS)
         yield from _failures(name, agent, template, is_target=name in targets)
         if not has_date and agent.backbone not in dated:
             for problem in _open_date(agent, template):

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
-from recmas_runtime.core.errors import fail
-from recmas_runtime.engines.interface import Floats
+from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.engines.interface import Floats, OutOfMemoryError
 from recmas_runtime.formats.ids import inner_link_id
-from recmas_runtime.formats.plan import ThinkStep
-from recmas_runtime.running.engine_lock import EngineLock
+from recmas_runtime.formats.plan import Plan, ThinkStep
 from recmas_runtime.running.executor import Execution, tool_events
 from recmas_runtime.running.generation import RowDecoder
+from recmas_runtime.running.record_prompts import RecordError, RecordPrompts, named_failure
 from recmas_runtime.running.records import Answer, Record, Timing, Usage
 from recmas_runtime.running.run_trace import StepEvent, Trace, reads_thoughts
 from recmas_runtime.running.scoring import Scores, check_room, score_candidates
+from recmas_runtime.scheduling.engine_lock import EngineLock
 from recmas_runtime.sequences.thoughts import RecordReadings, ThoughtReader, Vectors
 
+Result = TypeVar("Result")
 PHASES = ("prefill", "think", "send", "write", "decode", "tools")
 
 
@@ -74,13 +77,14 @@ class Batch:
     def pieces(self) -> Iterator[tuple[int, str]]:
         """Run everything; yields (record, text) as text becomes certain."""
         execution, plan = self._execution, self._execution.plan
-        start = time.perf_counter()
+        clock = execution.clock
+        start = clock()
         execution.run_rounds()
-        decode_start = time.perf_counter()
+        decode_start = clock()
         generator = execution.answer()
         self._writers = generator.writers
         yield from generator.pieces()
-        now = time.perf_counter()
+        now = clock()
         self._total_ms = (now - start) * 1e3
         agents = (plan.answer_agent,)
         called = tool_events(generator, plan.rounds, agents)
@@ -124,16 +128,17 @@ class Batch:
         Raises:
             RecordError: RM501 for a candidate that is too long.
         """
-        start = time.perf_counter()
         execution = self._execution
+        clock = execution.clock
+        start = clock()
         read = [list(texts.values()) for texts in candidates]
         execution.run_rounds()
-        begin = time.perf_counter()
+        begin = clock()
         sequences = execution.answer_sequences
         for row, record in enumerate(self._records):
             check_room(sequences, row, read[row], record)
         losses = score_candidates(sequences, read)
-        now = time.perf_counter()
+        now = clock()
         self._total_ms = (now - start) * 1e3
         plan = execution.plan
         execution.events.append(
@@ -224,3 +229,78 @@ class Batch:
             if self._ran(row, round_)
         }
         return reader.read(thoughts, inputs, len(self._records))
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A record that can run, and its place in the input.
+
+    Attributes:
+        sender: The prompts of the record whose messages it gets; None for its own.
+    """
+
+    index: int
+    record: Record
+    prompts: RecordPrompts
+    sender: RecordPrompts | None = None
+    candidates: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def records_of(part: Sequence[Ready]) -> list[Record]:
+    """Return the records of a batch."""
+    return [ready.record for ready in part]
+
+
+def run_or_split(
+    part: Sequence[Ready],
+    run: Callable[[Sequence[Ready]], list[Result]],
+    *,
+    lock: EngineLock,
+    free_memory: Callable[[], None],
+) -> list[tuple[int, Result | RecmasError]]:
+    """Run a batch; a record that fails leaves it, and the others run again.
+
+    Where it is not known whose failure it is, or memory runs out, the batch runs in two halves.
+    """
+    failure: RecmasError
+    # Before the handlers: a run that must not begin is nobody's failure.
+    with lock.held():
+        try:
+            return [(ready.index, one) for ready, one in zip(part, run(part), strict=True)]
+        except RecordError as error:
+            failure, failed = error, [part[error.record]]
+            parts = [[*part[: error.record], *part[error.record + 1 :]]]
+        except (RecmasError, MemoryError) as error:
+            if isinstance(error, MemoryError | OutOfMemoryError):
+                # An error holds on to all that the batch has allocated.
+                failure = without_memory(error)
+            else:
+                failure = error
+            middle = len(part) // 2
+            failed = [] if middle else list(part)
+            parts = [list(part[:middle]), list(part[middle:])] if middle else []
+    if isinstance(failure, OutOfMemoryError):
+        free_memory()
+    results: list[tuple[int, Result | RecmasError]] = []
+    results += ((ready.index, named_failure(failure, ready.record)) for ready in failed)
+    for smaller in filter(None, parts):
+        again = run_or_split(smaller, run, lock=lock, free_memory=free_memory)
+        results += again
+    return results
+
+
+def without_memory(error: OutOfMemoryError | MemoryError) -> OutOfMemoryError:
+    """Return the error of a run whose memory ran out, without what led to it."""
+    if isinstance(error, RecmasError):
+        return OutOfMemoryError.of(error.problems)
+    return OutOfMemoryError("the caches and inputs of a batch do not fit")
+
+
+def check_batch(batch: int, plan: Plan) -> None:
+    """Raise RM506 for a batch that is more than a bundle takes."""
+    if not 1 <= batch <= plan.limits.max_batch:
+        raise fail(
+            "RM506",
+            f"--batch {batch}, the bundle takes 1 to {plan.limits.max_batch}",
+            hint="Choose a smaller batch, or build with a larger build.max_batch.",
+        )

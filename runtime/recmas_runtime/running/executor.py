@@ -94,7 +94,8 @@ class Execution:
         converged: [B], the round after which a record's recursion ended early; 0 if it did not.
         keeps_thoughts: Whether `thoughts` fills, for a trace; else each is dropped once it is sent.
         thoughts: By agent and round, the thoughts and their inner link's outputs, each [M, B, d].
-        on_step: Is told of each step before it runs.
+        on_step: Is called before each step of the plan.
+        clock: What times are told by, in seconds.
     """
 
     plan: Plan
@@ -111,6 +112,7 @@ class Execution:
     keeps_thoughts: bool = False
     thoughts: dict[tuple[str, int], tuple[Floats, Floats]] = field(default_factory=dict)
     on_step: StepListener | None = None
+    clock: Callable[[], float] = time.perf_counter
     _sequences: dict[str, SequenceBatch] = field(default_factory=dict)
     _thoughts: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
     _turns: dict[str, Turn] = field(default_factory=dict)
@@ -163,10 +165,11 @@ class Execution:
             seeds=self.seeds,
             tools=self.tools,
             keeps_sequences=False,
+            clock=self.clock,
         )
 
     def _run(self, step: Step) -> list[StepEvent]:
-        start = time.perf_counter()
+        start = self.clock()
         tokens: _Tokens = {}
         events: list[StepEvent] = []
         agents: tuple[str, ...]
@@ -182,7 +185,7 @@ class Execution:
                 tokens, events = self._write(step)
             case DecodeStep():
                 raise AssertionError("a plan decodes once, at its end")
-        ms = (time.perf_counter() - start) * 1e3 - sum(event.ms for event in events)
+        ms = (self.clock() - start) * 1e3 - sum(event.ms for event in events)
         done = replace(StepEvent(op=step.op, round=step.round, agents=agents, ms=ms), **tokens)
         return [done, *events]
 

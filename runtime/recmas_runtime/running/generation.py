@@ -8,7 +8,7 @@ joins the text and the cache, and decoding goes on.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -18,8 +18,8 @@ from recmas_runtime.formats.plan import SamplingPlan
 from recmas_runtime.prompts.sampler import Sampler, StopMatcher
 from recmas_runtime.prompts.tokenizer import IncrementalDecoder, Tokenizer
 from recmas_runtime.prompts.tool_turns import PLAIN_RESULTS, ResultForm
-from recmas_runtime.running.engine_lock import EngineLock
 from recmas_runtime.running.records import FinishReason
+from recmas_runtime.scheduling.engine_lock import EngineLock
 from recmas_runtime.sequences.sequence_batch import SequenceBatch
 from recmas_runtime.tools.call_forms import is_in_marks
 from recmas_runtime.tools.calls import ToolCall, ToolResult, result_block
@@ -56,8 +56,7 @@ class AnswerTools:
 
     def run(self, call: ToolCall, *, num_earlier: int) -> ToolResult:
         """Run one call while others compute."""
-        with self.lock.given_up():
-            return self.toolbox.run(call, num_earlier=num_earlier)
+        return self.lock.run_outside(lambda: self.toolbox.run(call, num_earlier=num_earlier))
 
 
 class RowDecoder:
@@ -258,6 +257,7 @@ class TextGenerator:
         seeds: Sequence[int],
         tools: AnswerTools | None = None,
         keeps_sequences: bool,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._sequences = sequences
         self._keeps_sequences = keeps_sequences
@@ -269,7 +269,8 @@ class TextGenerator:
         self.writers = [RowDecoder(settings, stop, tools, specials=specials) for _ in seeds]
         # Of each row, the tokens of its text, without the one that ended it.
         self.written: list[list[int]] = [[] for _ in seeds]
-        # When the first tokens were there, by `time.perf_counter`.
+        self._clock = clock
+        # When the first tokens were there, by the clock.
         self.first_at: float | None = None
 
     def pieces(self) -> Iterator[tuple[int, str]]:
@@ -279,7 +280,7 @@ class TextGenerator:
         while True:
             chosen = self._sampler.choose(sequences.logits(), rows).tolist()
             if self.first_at is None:
-                self.first_at = time.perf_counter()
+                self.first_at = self._clock()
             going: list[int] = []  # places in the batch
             tokens: list[tuple[int, ...]] = []
             for place, (row, token_id) in enumerate(zip(rows, chosen, strict=True)):

@@ -6,7 +6,7 @@ import ctypes
 import datetime
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,9 +29,11 @@ from recmas_runtime.formats.plan import Plan, parse_day
 from recmas_runtime.formats.precisions import TENSORRT, TOLERANCES
 from recmas_runtime.prompts.chat_template import read_template
 from recmas_runtime.prompts.render import Chat
-from recmas_runtime.running.engine_lock import EngineLock
 from recmas_runtime.running.executor import Engines
 from recmas_runtime.running.generation import DecoderSettings
+from recmas_runtime.scheduling.engine_lock import EngineLock, TaskLock
+from recmas_runtime.scheduling.scheduler import Scheduler
+from recmas_runtime.scheduling.shared_engine import SharedEngine
 
 Function = Callable[[str], str]
 # More is a mistake: the command line has the same bound.
@@ -201,6 +203,57 @@ class LoadedBundle:
     engines: Engines
     chats: Mapping[str, Chat]
     lock: EngineLock = field(default_factory=EngineLock)
+
+    @property
+    def can_share(self) -> bool:
+        """Whether runs can share engine calls: on the CPU, where rows of caches can be moved."""
+        return all(
+            isinstance(engine, BackboneEngine) and engine.memory.shared
+            for engine in self.engines.backbones.values()
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the caches of runs on these engines, where they can be shared."""
+        return sum(
+            engine.cache_bytes
+            for engine in self.engines.backbones.values()
+            if isinstance(engine, SharedEngine)
+        )
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of beginnings of prompts that are kept for later runs."""
+        return sum(
+            engine.kept.num_bytes
+            for engine in self.engines.backbones.values()
+            if isinstance(engine, SharedEngine)
+        )
+
+    def shared(self, scheduler: Scheduler, *, chunk: int, kept_bytes: int) -> LoadedBundle:
+        """Return the same bundle for runs of a scheduler, whose engine calls are shared.
+
+        Args:
+            chunk: Positions of a prompt that run in one call.
+            kept_bytes: Memory for beginnings of prompts that are kept for other runs, of all
+                backbones together.
+        """
+        backbones = {
+            name: SharedEngine(
+                engine,
+                self.engines.link,
+                scheduler,
+                chunk=chunk,
+                kept_bytes=kept_bytes // len(self.engines.backbones),
+            )
+            for name, engine in self.engines.backbones.items()
+            if isinstance(engine, BackboneEngine)
+        }
+        return replace(
+            self,
+            engines=replace(self.engines, backbones=backbones),
+            lock=TaskLock(self.lock, scheduler),
+        )
 
 
 def _day_of(plan: Plan) -> datetime.date | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.text import counted
 from recmas_runtime.formats.messages import MessageForm, message_spans
 from recmas_runtime.formats.plan import (
     Plan,
@@ -15,6 +17,8 @@ from recmas_runtime.formats.plan import (
     Variant,
     slot_positions,
 )
+from recmas_runtime.prompts.chat_template import ChatTemplate
+from recmas_runtime.prompts.earlier_turns import EarlierTurn
 from recmas_runtime.prompts.render import Chat, Prompt, Tokens, build_prompt, text_chars
 from recmas_runtime.prompts.tokenizer import Tokenizer
 from recmas_runtime.running.records import Record, check_record
@@ -49,7 +53,8 @@ class RecordPrompts:
 
     Raises:
         RecmasError: RM500 for a missing field, a blank question or a token without a row, RM501 for
-            a prompt that is too long.
+            a prompt that is too long, RM543 for earlier turns that the answer agent's chat template
+            does not take.
     """
 
     def __init__(
@@ -92,16 +97,19 @@ class RecordPrompts:
         chat = (self._answer_chat if is_answer else None) or self._chats[spec.backbone]
         parts = with_texts(spec.parts(variant), texts)
         record = {**self._record.fields, **fields}
-        self._refuse_long(agent, (*spec.system, *parts), record, chat.tokenizer)
-        prompt = build_prompt(
-            system=spec.system,
-            prompt=parts,
-            record=record,
-            chat=chat.template,
-            tokenizer=chat.tokenizer,
-            variables=spec.chat_template,
-            placed=agent in self._placed,
-        )
+        turns = self._record.turns if is_answer else ()
+        self._refuse_long(agent, (*spec.system, *parts), record, chat.tokenizer, turns)
+        with _refused_turns(turns, agent, chat.template):
+            prompt = build_prompt(
+                system=spec.system,
+                prompt=parts,
+                record=record,
+                chat=chat.template,
+                tokenizer=chat.tokenizer,
+                variables=spec.chat_template,
+                placed=agent in self._placed,
+                turns=turns,
+            )
         self._check_tokens(prompt, agent)
         positions = prompt.num_positions(self._slots.get((agent, variant), {}))
         self._check_length(agent, positions)
@@ -114,10 +122,19 @@ class RecordPrompts:
             rows = f", {behind} of them rows of other agents," if behind else ""
             raise fail(
                 "RM501",
-                f"record {self._record.id!r}: the prompt of agent {agent!r} takes {positions} "
-                f"positions{rows or ','} the bundle allows {limit}",
-                hint="Shorten the question, or build with a larger build.max_prompt_tokens.",
+                f"record {self._record.id!r}: the prompt of agent {agent!r}{self._before(agent)} "
+                f"takes {positions} positions{rows or ','} the bundle allows {limit}",
+                hint=self._shorten(agent),
             )
+
+    def _before(self, agent: str) -> str:
+        """Return what messages say of the turns before an agent's prompt."""
+        count = len(self._record.turns) if agent == self._plan.answer_agent else 0
+        return f" with {counted(count, 'earlier turn')} of the conversation" if count else ""
+
+    def _shorten(self, agent: str) -> str:
+        what = "Send fewer turns" if self._before(agent) else "Shorten the question"
+        return f"{what}, or build with a larger build.max_prompt_tokens."
 
     def _check_messages(self) -> None:
         """Refuse prompts that messages make too long, whose lengths this record decides.
@@ -177,21 +194,46 @@ class RecordPrompts:
         parts: Sequence[PromptPart],
         record: Mapping[str, object],
         tokenizer: Tokenizer,
+        turns: Sequence[EarlierTurn],
     ) -> None:
         """Refuse a text that cannot fit before it is rendered, which takes its length in time."""
         limit = self._plan.limits.max_prompt_tokens
-        num_chars = text_chars(parts, record)
+        num_chars = text_chars(parts, record) + sum(len(turn.content.strip()) for turn in turns)
         if num_chars <= limit or tokenizer.max_token_chars is None:
             return
         room = limit * tokenizer.max_token_chars
         if num_chars > room:
             raise fail(
                 "RM501",
-                f"record {self._record.id!r}: its text in the prompt of agent {agent!r} has "
-                f"{num_chars} characters, the {limit} tokens that the bundle allows hold at most "
-                f"{room}",
-                hint="Shorten the question, or build with a larger build.max_prompt_tokens.",
+                f"record {self._record.id!r}: its text in the prompt of agent {agent!r}"
+                f"{self._before(agent)} has {num_chars} characters, the {limit} tokens that the "
+                f"bundle allows hold at most {room}",
+                hint=self._shorten(agent),
             )
+
+
+@contextmanager
+def _refused_turns(
+    turns: Sequence[EarlierTurn], agent: str, template: ChatTemplate
+) -> Iterator[None]:
+    """Tell what a template says against earlier turns as RM543: the request may be changed."""
+    if turns and not template.writes_turns:
+        raise _no_turns(agent, "it does not write them")
+    try:
+        yield
+    except RecmasError as error:
+        if turns and {problem.code for problem in error.problems} == {"RM206"}:
+            raise _no_turns(agent, error.problems[0].message) from error
+        raise
+
+
+def _no_turns(agent: str, why: str) -> RecmasError:
+    return fail(
+        "RM543",
+        f"the chat template of agent {agent!r} does not take the earlier turns of this "
+        f"conversation: {why}",
+        hint="Most templates take one system message at most, then users and assistants in turn.",
+    )
 
 
 def num_positions(

@@ -20,6 +20,7 @@ from recmas_runtime.core.files import reason_of
 from recmas_runtime.core.tables import FORMATS, MAX_ROW_BYTES, read_rows
 from recmas_runtime.core.text import listed
 from recmas_runtime.formats.plan import field_place, filled_fields
+from recmas_runtime.prompts.earlier_turns import EarlierTurn
 from recmas_runtime.prompts.render import field_text
 from recmas_runtime.tools.calls import ToolResult
 
@@ -38,12 +39,14 @@ class Record:
     does not depend on which records share its batch.
 
     Attributes:
+        turns: What was said before, shown as turns of their own before the answer agent's prompt.
         given: The fields as they were given, before a counted id was added.
     """
 
     id: RecordId
     fields: Mapping[str, object]
     index: int = 0
+    turns: tuple[EarlierTurn, ...] = ()
     given: Mapping[str, object] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -73,7 +76,8 @@ class Usage:
 class Timing:
     """Wall time by phase, in milliseconds: of the whole batch, the same in each of its answers.
 
-    Hand-over text is `write`, the answer's `decode`; neither counts the time inside tools.
+    Of a record that shared engine calls with others it is its share of their time. Hand-over text
+    is `write`, the answer's `decode`; neither counts the time inside tools.
     """
 
     prefill: float
@@ -95,7 +99,7 @@ class Answer:
     Attributes:
         id: The record's, as it was given; its number in the input, as text, if it has none.
         record: The record's fields as they were given.
-        batch_size: Records that ran together; the times are theirs.
+        batch_size: Records that ran as one batch, whose times these are.
     """
 
     id: RecordId
@@ -194,6 +198,18 @@ def question_record(
     record = as_record(question, index)
     check_record(record, fields)
     return record
+
+
+def check_question(record: Record, fields: Sequence[str]) -> None:
+    """Raise RM500 for a question that no prompt shows: it would be answered unread."""
+    names = {field_place(shown).name for shown in fields}
+    if "question" in record.given and "question" not in names:
+        uses = f"use {listed(fields)}" if fields else "show nothing of a record"
+        raise fail(
+            "RM500",
+            f"record {record.id!r} has a question, and no prompt shows it: the prompts {uses}",
+            hint=needed_fields(fields) if fields else "Write {{ question }} in a prompt.",
+        )
 
 
 def check_record(record: Record, fields: Sequence[str]) -> None:

@@ -1,29 +1,39 @@
-"""How likely texts are as answers: candidates read behind the answer agent's prefilled prompt.
+"""How likely texts are: as answers behind the answer agent's prefilled prompt, or on their own.
 
 A candidate is read as if the answer agent had written it, up to its last token: what would end the
 answer does not count. The prompt and everything before it run once for a record.
+
+A text on its own is read by a backbone alone, without a template and without other agents.
 
 Shape legend: R rows (records), S positions of a call, N tokens, d width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recmas_runtime.core.errors import RecmasError, fail
-from recmas_runtime.engines.interface import Floats
-from recmas_runtime.prompts.tokenizer import Tokenizer
+from recmas_runtime.core.text import counted
+from recmas_runtime.engines.interface import Backbone, Floats, Operands
+from recmas_runtime.formats.manifest import BackboneEntry
+from recmas_runtime.formats.plan import AgentPlan, cache_capacity
+from recmas_runtime.prompts.tokenizer import IncrementalDecoder, Tokenizer
+from recmas_runtime.running.executor import Engines
 from recmas_runtime.running.record_prompts import RecordError
 from recmas_runtime.running.records import Record, RecordId, Timing, Usage
 from recmas_runtime.sequences.sequence_batch import SequenceBatch
 
 # Logits of so many tokens are in memory at once.
 _MOST_TOKENS: Final = 256
+# Positions of a text on its own that run in one engine call, and logits in memory meanwhile.
+_CHUNK: Final = 128
+_MOST_LOGITS: Final = 2**21
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,3 +195,156 @@ def _log_likelihoods(logits: Floats) -> NDArray[np.float64]:
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadToken:
+    """A token of a text that was read on its own.
+
+    Attributes:
+        text: What it adds to the text; empty for one that stands for no text, and for all but the
+            last of those that make one character.
+        offset: Where that begins, in characters.
+        logprob: Its log-probability behind all before it, in nats; None for the first token.
+        top: The likeliest tokens in its place, the likeliest first, with their log-probabilities;
+            none for the first token.
+    """
+
+    id: int
+    text: str
+    offset: int
+    logprob: float | None
+    top: tuple[tuple[str, float], ...] = ()
+
+
+def read_text(
+    engines: Engines,
+    agent: AgentPlan,
+    tokenizer: Tokenizer,
+    text: str | Sequence[int],
+    *,
+    top: int = 0,
+) -> list[ReadToken]:
+    """Return how likely each token of a text on its own is to an agent's backbone.
+
+    Args:
+        text: As text, before which the tokenizer puts what it puts before every text, or as token
+            ids, which are read as they are.
+        top: How many likeliest tokens are given for each place.
+
+    Raises:
+        RecmasError: RM500 for no tokens, or one that the backbone has no embedding for, RM501 for
+            more tokens than it has positions.
+    """
+    engine = engines.backbones[agent.backbone]
+    placed = _placed(tokenizer, text, engine.entry)
+    named = cache(tokenizer.text_of)
+    found: list[ReadToken] = []
+    told_V: NDArray[np.float64] | None = None  # of the token that comes next
+    behind = _each_behind(engine, [i for i, *_ in placed], engines.stacked([agent.inner]))
+    for (token_id, piece, offset), next_V in zip(placed, behind, strict=True):
+        likeliest = [] if told_V is None else _top(told_V, top)
+        found.append(
+            ReadToken(
+                id=token_id,
+                text=piece,
+                offset=offset,
+                logprob=None if told_V is None else float(told_V[token_id]),
+                top=tuple((named(i), logprob) for i, logprob in likeliest),
+            )
+        )
+        told_V = next_V
+    return found
+
+
+def _each_behind(
+    engine: Backbone[Any], ids: Sequence[int], inner: Operands
+) -> Iterator[NDArray[np.float64]]:
+    """Yield the log likelihoods [V] of what comes behind each token of a text.
+
+    Args:
+        inner: Of any inner link: it makes no difference here.
+    """
+    rows = engine.new_cache(1, cache_capacity(len(ids)))
+    num_logits = max(1, _MOST_LOGITS // engine.entry.vocab_size)
+    try:
+        for start in range(0, len(ids), _CHUNK):
+            chunk_1S = np.array([ids[start : start + _CHUNK]], np.int64)
+            last = np.array([chunk_1S.shape[1] - 1], np.int64)
+            hidden_1SD, *_ = engine.forward(
+                rows, engine.embed(chunk_1S), np.array([start], np.int64), last, inner
+            )
+            for begin in range(0, chunk_1S.shape[1], num_logits):
+                some_ND = np.ascontiguousarray(hidden_1SD[0, begin : begin + num_logits])
+                yield from _log_likelihoods(engine.logits(some_ND))
+    finally:
+        engine.release(rows)
+
+
+def _placed(
+    tokenizer: Tokenizer, text: str | Sequence[int], entry: BackboneEntry
+) -> list[tuple[int, str, int]]:
+    """Return each token of a text with what it adds to it and where that begins."""
+    if isinstance(text, str):
+        _check_text(text, tokenizer, entry)
+        found = tokenizer.encode_raw(text)
+        _check_ids([token_id for token_id, _ in found], entry)
+        ends = [*(start for _, start in found[1:]), len(text)]
+        return [
+            (token_id, text[start:end], start)
+            for (token_id, start), end in zip(found, ends, strict=True)
+        ]
+    _check_ids(text, entry)
+    decoder, at, placed = IncrementalDecoder(tokenizer), 0, []
+    for place, token_id in enumerate(text):
+        piece = decoder.push(token_id)
+        piece += decoder.flush() if place == len(text) - 1 else ""
+        placed.append((token_id, piece, at))
+        at += len(piece)
+    return placed
+
+
+def _check_text(text: str, tokenizer: Tokenizer, entry: BackboneEntry) -> None:
+    """Refuse what is no text, and what cannot fit before it is encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        hint = "Correct the text."
+        raise fail("RM500", "the text holds half a surrogate pair", hint=hint) from None
+    most = tokenizer.max_token_chars
+    if most is not None and len(text) > most * entry.max_positions:
+        raise _too_long(f"{len(text)} characters", entry)
+
+
+def _check_ids(ids: Sequence[int], entry: BackboneEntry) -> None:
+    if not ids:
+        raise fail("RM500", "the text is empty", hint="Give a text of at least one token.")
+    if len(ids) > entry.max_positions:
+        raise _too_long(counted(len(ids), "token"), entry)
+    beyond = next((token_id for token_id in ids if not 0 <= token_id < entry.vocab_size), None)
+    if beyond is not None:
+        raise fail(
+            "RM500",
+            f"there is no embedding for token {beyond}, the backbone has {entry.vocab_size}",
+            hint="Give ids of its own tokenizer.",
+        )
+
+
+def _too_long(has: str, entry: BackboneEntry) -> RecmasError:
+    return fail(
+        "RM501",
+        f"the text has {has}, the backbone has {entry.max_positions} positions",
+        hint="Shorten the text.",
+    )
+
+
+def _top(told_V: NDArray[np.float64], count: int) -> list[tuple[int, float]]:
+    """Return the likeliest tokens, the likeliest first and of equals the one of the lower id."""
+    if count <= 0:
+        return []
+    found = np.argpartition(-told_V, min(count, len(told_V)) - 1)[:count]
+    return sorted(zip(found.tolist(), told_V[found].tolist(), strict=True), key=_by_likelihood)
+
+
+def _by_likelihood(pair: tuple[int, float]) -> tuple[float, int]:
+    return -pair[1], pair[0]

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Self, TypeVar, Unpack, overload
 
-from msgspec import structs
-
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress, Silent
-from recmas_runtime.core.text import counted, listed
+from recmas_runtime.core.text import counted
 from recmas_runtime.engines.interface import FREE_MEMORY, Floats, OutOfMemoryError
 from recmas_runtime.formats.bundle import open_bundle
-from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant, field_place
+from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Prompt, PromptSource, Tokens
-from recmas_runtime.prompts.sampler import SamplingSettings, check_sampling
+from recmas_runtime.prompts.sampler import SamplingSettings, chosen_sampling
 from recmas_runtime.prompts.tool_turns import PLAIN_RESULTS, answer_chat, result_form
 from recmas_runtime.running.baselines import apply_baseline, with_rounds
-from recmas_runtime.running.batch import AnswerStream, Batch
+from recmas_runtime.running.batch import AnswerStream, Batch, Ready, records_of, run_or_split
 from recmas_runtime.running.controls import (
     MEAN,
     SEED,
@@ -32,6 +30,7 @@ from recmas_runtime.running.controls import (
 )
 from recmas_runtime.running.executor import Execution, StepListener
 from recmas_runtime.running.generation import AnswerTools
+from recmas_runtime.running.many import Run, run_many
 from recmas_runtime.running.open_engines import (
     Function,
     LoadedBundle,
@@ -46,11 +45,13 @@ from recmas_runtime.running.records import (
     Question,
     Record,
     as_record,
+    check_question,
     is_one,
-    needed_fields,
 )
 from recmas_runtime.running.run_trace import Trace, reads_thoughts
-from recmas_runtime.running.scoring import Scores, read_candidates
+from recmas_runtime.running.scoring import ReadToken, Scores, read_candidates, read_text
+from recmas_runtime.scheduling.scheduler import Scheduler, current_task
+from recmas_runtime.scheduling.limits import CHUNK, KEPT_BYTES
 from recmas_runtime.tools.toolbox import Toolbox
 
 Result = TypeVar("Result")
@@ -129,7 +130,8 @@ class System:
         self.covered = covered
 
     @property
-    def _loaded(self) -> LoadedBundle:
+    def loaded(self) -> LoadedBundle:
+        """What this system shares with others on its engines; RM522 if it was closed."""
         if self._open is None:
             raise fail("RM522", "this system was closed", hint="Load the bundle again.")
         return self._open
@@ -158,12 +160,12 @@ class System:
     @property
     def problems(self) -> tuple[Problem, ...]:
         """Warnings about the engines, so far: which of the bundle's are not used, and why."""
-        return tuple(self._loaded.problems)
+        return tuple(self.loaded.problems)
 
     @property
     def date(self) -> str:
         """The day that chat templates get which write it, as `YYYY-MM-DD`."""
-        return self._loaded.day.isoformat()
+        return self.loaded.day.isoformat()
 
     def baseline(self, name: str) -> System:
         """Return an alternative to this system on the same engines; `latent` is the system itself.
@@ -176,7 +178,7 @@ class System:
             RecmasError: RM508 for a name that is none, or that this system has no use for.
         """
         baseline = apply_baseline(self.plan, name, self.manifest)
-        return System(baseline.plan, self._loaded, self._toolbox, control=baseline.control)
+        return System(baseline.plan, self.loaded, self._toolbox, control=baseline.control)
 
     def with_rounds(self, rounds: int) -> System:
         """Return a system that runs fewer rounds on the same engines.
@@ -211,11 +213,11 @@ class System:
         for place, question in enumerate(records):
             try:
                 record = as_record(question, place)
-                ready.append(_Ready(place, record, self.prompts(record)))
+                ready.append(Ready(place, record, self.prompts(record)))
             except (RecmasError, MemoryError):
                 continue
             places.append(place)
-        chosen = _records(ready)
+        chosen = records_of(ready)
         is_mean = self._control == MEAN
         found = exchange(
             [() if answers is None or is_mean else answers[place] for place in places],
@@ -225,17 +227,17 @@ class System:
         mean = self._mean_of(ready) if is_mean else None
         return System(
             self.plan,
-            self._loaded,
+            self.loaded,
             self._toolbox,
             control=self._control,
             covered=ControlledSet.of(chosen, found, mean),
         )
 
-    def _mean_of(self, ready: Sequence[_Ready]) -> MeanMessages:
+    def _mean_of(self, ready: Sequence[Ready]) -> MeanMessages:
         """Run the other agents for all records; returns the sums of what they send."""
         mean = MeanMessages()
 
-        def received(part: Sequence[_Ready]) -> list[dict[str, Floats]]:
+        def received(part: Sequence[Ready]) -> list[dict[str, Floats]]:
             execution = self._execution(part, self.plan.sampling)
             execution.run_rounds()
             return execution.received()
@@ -248,7 +250,7 @@ class System:
 
     def with_plan(self, plan: Plan) -> System:
         """Return a system that runs another plan, which fits the manifest, on the same engines."""
-        return System(plan, self._loaded, self._toolbox, control=self._control)
+        return System(plan, self.loaded, self._toolbox, control=self._control)
 
     @overload  # a text is a sequence too, but the first signature comes first
     def run(  # type: ignore[overload-overlap]
@@ -313,10 +315,93 @@ class System:
             system = self.over(records)
             return system.run_batch(records, sampling=chosen, trace=trace, progress=progress)
 
-        def answers(part: Sequence[_Ready]) -> list[Answer]:
-            return Batch(self._execution(part, chosen, trace), _records(part), trace).run()
+        def answers(part: Sequence[Ready]) -> list[Answer]:
+            return Batch(self._execution(part, chosen, trace), records_of(part), trace).run()
 
         return self._run_all([(record, None) for record in records], answers, "answering", progress)
+
+    def answer_all(
+        self,
+        records: Iterable[Question],
+        *,
+        at_once: int | None = None,
+        sampling: SamplingPlan | None = None,
+        trace: Trace | None = None,
+        **settings: Unpack[SamplingSettings],
+    ) -> Iterator[Answer | RecmasError]:
+        """Answer records as there is room for them; yields for each, in order, what came of it.
+
+        On the CPU every record runs by itself and shares engine calls with the others, so that none
+        waits for a longer one. Its times are its share of theirs, and its batch is 1. On other
+        devices records run in batches as they come, see `run_batch`.
+
+        Args:
+            records: Are taken one by one.
+            at_once: How many may run at a time; None for the bundle's `max_batch`.
+
+        Raises:
+            RecmasError: RM505 for settings that concern all records.
+        """
+        chosen = self._settings(sampling, settings)
+        most = self.plan.limits.max_batch if at_once is None else at_once
+        if self._control is not None and self.covered is None:
+            records = list(records)
+            yield from self.over(records).answer_all(
+                records, at_once=at_once, sampling=chosen, trace=trace
+            )
+        elif not self.loaded.can_share:
+            left = enumerate(records)
+            while part := [as_record(question, index) for index, question in islice(left, most)]:
+                yield from self.run_batch(part, sampling=chosen, trace=trace)
+        else:
+            scheduler = Scheduler()
+            shared = self.shared(scheduler)
+            runs = (shared.run_of(question, i, chosen, trace) for i, question in enumerate(records))
+            yield from run_many(
+                runs,
+                scheduler,
+                lock=self.loaded.lock,
+                at_once=most,
+                free_memory=self._release_memory,
+            )
+
+    def shared(
+        self, scheduler: Scheduler, *, chunk: int = CHUNK, kept_bytes: int = KEPT_BYTES
+    ) -> System:
+        """Return this system for the runs of a scheduler; see `LoadedBundle.shared`."""
+        loaded = self.loaded.shared(scheduler, chunk=chunk, kept_bytes=kept_bytes)
+        return System(self.plan, loaded, self._toolbox, control=self._control, covered=self.covered)
+
+    def run_of(
+        self, question: Question, index: int, sampling: SamplingPlan, trace: Trace | None
+    ) -> Run | RecmasError:
+        """Return what answers one record, or why it cannot be."""
+        try:
+            ready = self._ready(question, index)
+        except RecmasError as error:
+            return error
+
+        def run() -> Answer:
+            execution = self._execution([ready], sampling, trace)
+            task = current_task()
+            if task is not None:
+                execution.clock = task.clock
+            try:
+                (answer,) = Batch(execution, [ready.record], trace).run()
+            except RecmasError as error:
+                raise named_failure(error, ready.record) from error
+            return answer
+
+        return run
+
+    def _ready(self, question: Question, index: int) -> Ready:
+        """Return a record that can run, with its prompts; its error if it cannot."""
+        record = as_record(question, index)
+        try:
+            return Ready(index, record, self._prompts_of(question, record), self._sender(record))
+        except MemoryError:
+            what = f"record {record.id!r} is too long"
+            raise OutOfMemoryError(what, "Shorten the record.") from None
 
     def score_batch(
         self,
@@ -336,8 +421,8 @@ class System:
         if self._control is not None and self.covered is None:
             return self.over(records).score_batch(records, candidates, progress=progress)
 
-        def scores(part: Sequence[_Ready]) -> list[Scores]:
-            batch = Batch(self._execution(part, self.plan.sampling), _records(part), None)
+        def scores(part: Sequence[Ready]) -> list[Scores]:
+            batch = Batch(self._execution(part, self.plan.sampling), records_of(part), None)
             return batch.score([ready.candidates for ready in part])
 
         asked: list[tuple[Question, Sequence[str] | None]] = [
@@ -345,31 +430,29 @@ class System:
         ]
         return self._run_all(asked, scores, "scoring", progress)
 
+    def read_text(self, text: str | Sequence[int], *, top: int = 0) -> list[ReadToken]:
+        """Have the answer agent's backbone alone read a text; for the rest see `scoring`."""
+        agent = self.plan.agents[self.plan.answer_agent]
+        with self.loaded.lock.held():
+            return read_text(self.loaded.engines, agent, self._answer_chat.tokenizer, text, top=top)
+
     def _run_all(
         self,
         asked: Sequence[tuple[Question, Sequence[str] | None]],
-        run: Callable[[Sequence[_Ready]], list[Result]],
+        run: Callable[[Sequence[Ready]], list[Result]],
         title: str,
         progress: Progress | None,
     ) -> list[Result | RecmasError]:
         """Run records, each with its candidates, in batches; those that cannot run say why."""
         results: list[Result | RecmasError | None] = [None] * len(asked)
-        ready: list[_Ready] = []
+        ready: list[Ready] = []
         for index, (question, candidates) in enumerate(asked):
             try:
-                record = as_record(question, index)
+                one = self._ready(question, index)
+                read = self._read_candidates(candidates, one.prompts, one.record)
+                ready.append(replace(one, candidates=read))
             except RecmasError as error:
                 results[index] = error
-                continue
-            try:
-                prompts = self._prompts_of(question, record)
-                read = self._read_candidates(candidates, prompts, record)
-                ready.append(_Ready(index, record, prompts, self._sender(record), read))
-            except RecmasError as error:
-                results[index] = error
-            except MemoryError:
-                what = f"record {record.id!r} is too long"
-                results[index] = OutOfMemoryError(what, "Shorten the record.")
         with (progress or Silent()).stage(title, len(asked)) as advance:
             advance(len(asked) - len(ready))
             for part in self._parts(ready):
@@ -412,7 +495,7 @@ class System:
         """Answer one question, its text piece by piece; for the settings see `run`.
 
         Args:
-            on_step: Is told of each step of the plan before it runs; what it raises ends the run.
+            on_step: Is called before each step of the plan; what it raises ends the run.
 
         Raises:
             RecmasError: If the record cannot be answered.
@@ -422,10 +505,10 @@ class System:
         if self._control is not None and self.covered is None:
             over = self.over([record])
             return over.stream(question, sampling=chosen, trace=trace, on_step=on_step)
-        ready = _Ready(0, record, self._prompts_of(question, record), self._sender(record))
+        ready = self._ready(question, 0)
         execution = self._execution([ready], chosen, trace)
         execution.on_step = on_step
-        return AnswerStream(Batch(execution, [record], trace), self._loaded.lock)
+        return AnswerStream(Batch(execution, [record], trace), self.loaded.lock)
 
     def _prompts_of(self, question: Question, record: Record) -> RecordPrompts:
         if isinstance(question, str):
@@ -437,7 +520,7 @@ class System:
         """The date that prompts show, as YYYY-MM-DD; None if no chat template writes one."""
         hello = [{"role": "user", "content": "Hello"}]
         for agent in self.plan.agents.values():
-            template = self._loaded.chats[agent.backbone].template
+            template = self.loaded.chats[agent.backbone].template
             try:
                 if template.changes_with_the_day(
                     hello, **{**DEFAULT_VARIABLES, **agent.chat_template}
@@ -449,15 +532,7 @@ class System:
 
     def check_question(self, record: Record) -> None:
         """Raise RM500 for a question that no prompt shows: it would be answered unread."""
-        fields = self.plan.fields
-        names = {field_place(shown).name for shown in fields}
-        if "question" in record.given and "question" not in names:
-            uses = f"use {listed(fields)}" if fields else "show nothing of a record"
-            raise fail(
-                "RM500",
-                f"record {record.id!r} has a question, and no prompt shows it: the prompts {uses}",
-                hint=needed_fields(fields) if fields else "Write {{ question }} in a prompt.",
-            )
+        check_question(record, self.plan.fields)
 
     def prompts(self, record: Record) -> RecordPrompts:
         """Return every prompt of a record; RM500, RM501 or RM206 if one cannot be built."""
@@ -465,7 +540,7 @@ class System:
         num_rows = {name: entry.vocab_size for name, entry in backbones.items()}
         return RecordPrompts(
             self.plan,
-            self._loaded.chats,
+            self.loaded.chats,
             record,
             num_rows=num_rows,
             answer_chat=self._answer_chat,
@@ -475,59 +550,31 @@ class System:
         """Return the tools of answers; where the template writes them, with its form of results."""
         agent = self.plan.agents[self.plan.answer_agent]
         results = PLAIN_RESULTS
-        if self._answer_chat is not self._loaded.chats[agent.backbone]:
+        if self._answer_chat is not self.loaded.chats[agent.backbone]:
             results = result_form(self._answer_chat.template, agent.chat_template)
-        return AnswerTools(toolbox=toolbox, lock=self._loaded.lock, results=results)
+        return AnswerTools(toolbox=toolbox, lock=self.loaded.lock, results=results)
 
-    def _parts(self, ready: Sequence[_Ready]) -> list[list[_Ready]]:
+    def _parts(self, ready: Sequence[Ready]) -> list[list[Ready]]:
         """Cut records into batches of about the same size."""
         num_parts = -(-len(ready) // self.plan.limits.max_batch)
         bounds = [len(ready) * i // num_parts for i in range(num_parts + 1)] if ready else [0]
         return [list(ready[a:b]) for a, b in pairwise(bounds)]
 
     def _run(
-        self, part: Sequence[_Ready], run: Callable[[Sequence[_Ready]], list[Result]]
+        self, part: Sequence[Ready], run: Callable[[Sequence[Ready]], list[Result]]
     ) -> list[tuple[int, Result | RecmasError]]:
-        """Run a batch; a record that fails leaves it, and the others run again.
-
-        Where it is not known whose failure it is, or memory runs out, the batch runs in two halves.
-        """
-        failure: RecmasError
-        # Before the handlers: a run that must not begin is nobody's failure.
-        with self._loaded.lock.held():
-            try:
-                return [(ready.index, one) for ready, one in zip(part, run(part), strict=True)]
-            except RecordError as error:
-                failure, failed = error, [part[error.record]]
-                parts = [[*part[: error.record], *part[error.record + 1 :]]]
-            except (RecmasError, MemoryError) as error:
-                if isinstance(error, MemoryError | OutOfMemoryError):
-                    # An error holds on to all that the batch has allocated.
-                    failure = _without_memory(error)
-                else:
-                    failure = error
-                middle = len(part) // 2
-                failed = [] if middle else list(part)
-                parts = [list(part[:middle]), list(part[middle:])] if middle else []
-        if isinstance(failure, OutOfMemoryError):
-            self._release_memory()
-        results: list[tuple[int, Result | RecmasError]] = []
-        results += ((ready.index, named_failure(failure, ready.record)) for ready in failed)
-        for smaller in filter(None, parts):
-            again = self._run(smaller, run)
-            results += again
-        return results
+        return run_or_split(part, run, lock=self.loaded.lock, free_memory=self._release_memory)
 
     def _release_memory(self) -> None:
         """Give back what engines keep for later batches."""
-        with self._loaded.lock.held():
-            for backbone in self._loaded.engines.backbones.values():
+        with self.loaded.lock.held():
+            for backbone in self.loaded.engines.backbones.values():
                 backbone.drop_idle()
 
     def _execution(
-        self, part: Sequence[_Ready], settings: SamplingPlan, trace: Trace | None = None
+        self, part: Sequence[Ready], settings: SamplingPlan, trace: Trace | None = None
     ) -> Execution:
-        def prompts(of: Callable[[_Ready], RecordPrompts]) -> PromptSource:
+        def prompts(of: Callable[[Ready], RecordPrompts]) -> PromptSource:
             def prompt(b: int, agent: str, variant: Variant, texts: Mapping[str, str]) -> Prompt:
                 try:
                     return of(part[b]).get(agent, variant, texts)
@@ -538,7 +585,7 @@ class System:
 
         return Execution(
             plan=self.plan,
-            engines=self._loaded.engines,
+            engines=self.loaded.engines,
             seeds=[settings.seed + ready.record.index for ready in part],
             sampling=settings,
             prompts=prompts(lambda ready: ready.sender or ready.prompts),
@@ -549,56 +596,5 @@ class System:
         )
 
     def _settings(self, sampling: SamplingPlan | None, over: SamplingSettings) -> SamplingPlan:
-        assert self._loaded, "raises where the system was closed"
-        settings = self.plan.sampling if sampling is None else sampling
-        if not isinstance(settings, SamplingPlan):
-            kind = type(settings).__name__
-            hint = "Give a SamplingPlan, or single settings by their names."
-            raise fail("RM505", f"sampling is of the type {kind}", hint=hint)
-        settings = structs.replace(settings, **over)
-        check_sampling(settings)
-        backbone = self.plan.agents[self.plan.answer_agent].backbone
-        room = self.manifest.backbones[backbone].max_positions - self.plan.limits.max_prompt_tokens
-        if settings.max_new_tokens > max(room, self.plan.sampling.max_new_tokens):
-            raise fail(
-                "RM505",
-                f"max_new_tokens is {settings.max_new_tokens}",
-                hint=f"After the longest prompt, backbone {backbone!r} has room for {room}.",
-            )
-        return settings
-
-
-def _without_memory(error: OutOfMemoryError | MemoryError) -> OutOfMemoryError:
-    """Return the error of a run whose memory ran out, without what led to it."""
-    if isinstance(error, RecmasError):
-        return OutOfMemoryError.of(error.problems)
-    return OutOfMemoryError("the caches and inputs of a batch do not fit")
-
-
-def check_batch(batch: int, plan: Plan) -> None:
-    """Raise RM506 for a batch that is more than a bundle takes."""
-    if not 1 <= batch <= plan.limits.max_batch:
-        raise fail(
-            "RM506",
-            f"--batch {batch}, the bundle takes 1 to {plan.limits.max_batch}",
-            hint="Choose a smaller batch, or build with a larger build.max_batch.",
-        )
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A record that can run, and its place in the input.
-
-    Attributes:
-        sender: The prompts of the record whose messages it gets; None for its own.
-    """
-
-    index: int
-    record: Record
-    prompts: RecordPrompts
-    sender: RecordPrompts | None = None
-    candidates: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-
-def _records(part: Sequence[_Ready]) -> list[Record]:
-    return [ready.record for ready in part]
+        backbone = self.loaded.manifest.backbones[self.plan.agents[self.plan.answer_agent].backbone]
+        return chosen_sampling(self.plan, backbone.max_positions, sampling, over)

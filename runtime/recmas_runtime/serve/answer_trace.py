@@ -17,7 +17,7 @@ class AnswerTrace:
     """Receives what was done for one record, as `ThoughtTrace`.
 
     Attributes:
-        num_nearest: Tokens told of each thought; with 0 steps and hand-over texts are all there is.
+        num_nearest: Tokens of each thought; with 0 steps and hand-over texts are all there is.
         told: What `Done.trace` holds: `steps`, `thoughts` and `messages`, as a line of a written
             trace has them. Empty until the answer is whole.
 

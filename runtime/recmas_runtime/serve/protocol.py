@@ -14,6 +14,7 @@ from msgspec import field
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.codec import Count, Finite, Size, StrictStruct
 from recmas_runtime.formats.plan import ServePlan
+from recmas_runtime.prompts.earlier_turns import EarlierTurn as EarlierTurn
 
 # A line between processes; bodies of requests and traces of answers fit.
 MAX_LINE_BYTES: Final = 64 * 2**20
@@ -50,13 +51,6 @@ class Ask(Request, frozen=True, kw_only=True, tag="ask"):
     turns: tuple[EarlierTurn, ...] = ()
 
 
-class EarlierTurn(StrictStruct, frozen=True, kw_only=True):
-    """A turn of a conversation before its last question."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
 class Read(Request, frozen=True, kw_only=True, tag="read"):
     """Have the answer agent's backbone read a text, and tell how likely each token was.
 
@@ -65,7 +59,7 @@ class Read(Request, frozen=True, kw_only=True, tag="read"):
 
     Attributes:
         text: What is read, as text or as token ids.
-        top: How many likeliest tokens are told of each place.
+        top: How many likeliest tokens come with each place.
     """
 
     model: str

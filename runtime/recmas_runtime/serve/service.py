@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from msgspec import structs
 
 from recmas_runtime.core.errors import Problem
+from recmas_runtime.scheduling.limits import CHUNK, KEPT_BYTES
 from recmas_runtime.serve.protocol import (
     AnyEvent,
     AnyRequest,
@@ -60,14 +62,34 @@ class ServiceLimits:
         max_queue: Requests that may wait.
         max_wait_s: How long one may wait before it is refused; None for as long as it takes.
         kept_bytes: Memory for beginnings of prompts that are kept for later requests.
+        cache_bytes: Memory for the caches of requests that run, as plans count it; None for as much
+            as they need. A single request always runs.
         chunk: Prompt positions that run in one engine call.
     """
 
     max_batch: int | None = None
     max_queue: int = 64
     max_wait_s: float | None = None
-    kept_bytes: int = 256 * 2**20
-    chunk: int = 64
+    kept_bytes: int = KEPT_BYTES
+    cache_bytes: int | None = None
+    chunk: int = CHUNK
+
+
+class Watch(Protocol):
+    """Sees one request for an answer pass, in the event loop of the service."""
+
+    def event(self, event: Step | Piece | Done) -> None:
+        """An event is passed on."""
+
+    def end(self, error: ServiceError | None) -> None:
+        """The request has ended: after its `Done`, with an error, or else it was left."""
+
+
+class Observer(Protocol):
+    """Is shown every request for an answer, also those that are refused."""
+
+    def begin(self, ask: Ask) -> Watch:
+        """A request has come in."""
 
 
 @dataclass
@@ -85,15 +107,22 @@ class Service(ABC):
 
     Attributes:
         models: What is loaded, by name.
-        gauges: What the engines last told of themselves.
+        gauges: What the engines last said about themselves.
         is_ready: Whether requests are taken: engines are loaded and nothing ends.
+        observers: Who is shown requests for answers: metrics, traces, logs.
+        num_restarts: How often engines were started in place of some that died.
+        worker_pid: The process that has the engines, where that is not this one.
     """
+
+    num_restarts: int = 0
+    worker_pid: int | None = None
 
     def __init__(self, limits: ServiceLimits) -> None:
         self.limits = limits
         self.models: dict[str, ModelInfo] = {}
         self.gauges: Gauges | None = None
         self.is_ready = False
+        self.observers: list[Observer] = []
         self._ids = itertools.count(1)
         self._open: dict[int, _Open] = {}
 
@@ -110,26 +139,29 @@ class Service(ABC):
     async def close(self, grace_s: float) -> None:
         """Take no more requests, wait so long for those that run, then stop them."""
 
-    async def ask(self, ask: Ask) -> AsyncIterator[Step | Piece | Done]:
+    async def ask(self, ask: Ask) -> AsyncGenerator[Step | Piece | Done, None]:
         """Answer; the last event is `Done`. The ask's own `id` does not matter.
 
         Raises:
             ServiceError: It has no answer.
         """
-        self._demand_room(ask.model)
-        wait = self.limits.max_wait_s
-        async with _Request(self, ask) as request:
-            while True:
-                try:
-                    event = await asyncio.wait_for(request.next(), wait)
-                except TimeoutError:
-                    message = f"no room within {wait:g} s"
-                    raise ServiceError.of("full", "RM541", message, _FULL) from None
-                wait = None
-                assert isinstance(event, Step | Piece | Done), event
-                yield event
-                if isinstance(event, Done):
-                    return
+        with self._watched(ask) as watches:
+            self._demand_room(ask.model)
+            wait = self.limits.max_wait_s
+            async with _Request(self, ask) as request:
+                while True:
+                    try:
+                        event = await asyncio.wait_for(request.next(), wait)
+                    except TimeoutError:
+                        message = f"no room within {wait:g} s"
+                        raise ServiceError.of("full", "RM541", message, _FULL) from None
+                    wait = None
+                    assert isinstance(event, Step | Piece | Done), event
+                    for watch in watches:
+                        watch.event(event)
+                    yield event
+                    if isinstance(event, Done):
+                        return
 
     async def read(self, read: Read) -> WasRead:
         """Have a text read.
@@ -149,11 +181,9 @@ class Service(ABC):
         Raises:
             ServiceError: It cannot be loaded.
         """
-        async with _Request(self, Load(id=0, path=path, model=model)) as request:
-            event = await request.next()
-            assert isinstance(event, Loaded), event
-            self.models[model] = event.model
-            return event.model
+        info = await self._load(path, model)
+        self.models[model] = info
+        return info
 
     async def unload(self, model: str) -> None:
         """Let a system go; its requests end first, new ones are refused at once.
@@ -163,6 +193,15 @@ class Service(ABC):
         """
         self._demand_model(model)
         del self.models[model]
+        await self._unload(model)
+
+    async def _load(self, path: str, model: str) -> ModelInfo:
+        async with _Request(self, Load(id=0, path=path, model=model)) as request:
+            event = await request.next()
+            assert isinstance(event, Loaded), event
+            return event.model
+
+    async def _unload(self, model: str) -> None:
         async with _Request(self, Unload(id=0, model=model)) as request:
             event = await request.next()
             assert isinstance(event, Unloaded), event
@@ -178,6 +217,19 @@ class Service(ABC):
         """End all requests that have not ended."""
         for request in self._open.values():
             request.events.put_nowait(error)
+
+    @contextmanager
+    def _watched(self, ask: Ask) -> Iterator[list[Watch]]:
+        watches = [observer.begin(ask) for observer in self.observers]
+        failed: ServiceError | None = None
+        try:
+            yield watches
+        except ServiceError as error:
+            failed = error
+            raise
+        finally:
+            for watch in watches:
+                watch.end(failed)
 
     def _demand_room(self, model: str) -> None:
         self._demand_model(model)

@@ -69,7 +69,9 @@ class DeviceArray:
     """A contiguous array at a fixed address, which binds to a graph's input or output.
 
     Where memory is shared the buffer is the numpy array itself; elsewhere `write` and `numpy` copy
-    over the bus and `copy` stays on the device.
+    over the bus and `copy` stays on the device. An array that is not writeable may lie in memory
+    that others read, such as a mapped file or the object store of a cluster: graphs read from it,
+    and none writes there.
     """
 
     def __init__(self, array: NDArray[Any], kind: str, memory: Memory) -> None:
@@ -194,6 +196,9 @@ class DeviceArray:
 
     def bind_output(self, binding: Any, name: str) -> None:
         """Make the graph's output `name` write here."""
+        # ONNX Runtime asks nobody: it would write into memory that is somebody else's too.
+        can_write = self._host is None or self._host.flags.writeable
+        assert can_write, f"output {name!r} is bound to an array that is not writeable"
         call_onnx(binding.bind_ortvalue_output, name, self._value)
 
 
@@ -261,7 +266,7 @@ class Cache:
         self.capacity = capacity
         self._entry = entry
         self._memory = memory
-        self._of_row: dict[int, Cache] = {}
+        self._parts: dict[tuple[int, int], Cache] = {}
         self._tensors = cache_tensors(entry.layers)
         masks = [hidden_rows_tensor(len(entry.masked_layers))] if entry.masked_layers else []
         self._states = [tensor.name for tensor in self._tensors if tensor.is_state]
@@ -349,10 +354,24 @@ class Cache:
 
         Call `have_run` when each was run once.
         """
-        if row not in self._of_row:
-            self._of_row[row] = self._part(row, row + 1)
-        self._of_row[row]._turn = self._turn
-        return self._of_row[row]
+        return self._kept_part(row, row + 1)
+
+    def leading(self, rows: int) -> Cache:
+        """Return the first sequences as a cache of their own, over the same memory.
+
+        Call `follow` when it was run.
+        """
+        return self if rows == self.rows else self._kept_part(0, rows)
+
+    def follow(self, part: Cache) -> None:
+        """Go on where a part of this cache is; what others keep is not that of their last call."""
+        self._turn = part._turn
+
+    def _kept_part(self, start: int, stop: int) -> Cache:
+        if (start, stop) not in self._parts:
+            self._parts[start, stop] = self._part(start, stop)
+        self._parts[start, stop]._turn = self._turn
+        return self._parts[start, stop]
 
     def have_run(self, paused: Sequence[int]) -> None:
         """Go on behind one call of each sequence by itself, but for those that had none."""
@@ -421,6 +440,25 @@ class Cache:
         for tensor, array in zip(self._tensors, arrays, strict=True):
             store = self._layers[tensor.name]
             store.copy_part(host.hold(array, store.kind), everything, part_of(tensor, positions))
+
+    def take(self, row: int, source: Cache, source_row: int, start: int, stop: int) -> None:
+        """Take positions `start` to `stop` of one sequence of another cache, or of this one.
+
+        States and masks come whole. Both lie in memory that is shared.
+        """
+        for tensor in self._tensors:
+            part = () if tensor.is_state else (slice(None), slice(start, stop))
+            store, other = self._layers[tensor.name], source._layers[tensor.name]
+            store.numpy()[row][part] = other.numpy()[source_row][part]
+        if self._masks is not None:
+            own, others = self._masks.numpy()[row], source._masks_of(source_row)
+            width = min(own.shape[1], others.shape[1])
+            own[:, :width] = others[:, :width]
+            own[:, width:] = False
+
+    def _masks_of(self, row: int) -> NDArray[Any]:
+        assert self._masks is not None, "caches of one backbone have the same masks"
+        return np.asarray(self._masks.numpy()[row])
 
     def read_rows(self, rows: Sequence[int], positions: int) -> list[NDArray[Any]]:
         """Return copies on the host, [n, H, positions, D] or whole states, as tensors come."""
@@ -524,6 +562,10 @@ class CachePool:
     def release(self, cache: Cache) -> None:
         """Keep a cache that its user needs no more."""
         self._idle.append(cache)
+
+    def discard(self, cache: Cache) -> None:
+        """Let a cache go that nobody will use again."""
+        self._made.discard(cache)
 
     def drop_idle(self) -> None:
         """Free what is kept for later."""

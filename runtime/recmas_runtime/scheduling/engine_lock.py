@@ -1,16 +1,19 @@
-"""Who computes on the engines that systems share: one run at a time, and none within another."""
+"""Who computes on the engines that systems share: one at a time, and no run within another."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeVar
 
 from recmas_runtime.core.errors import fail
+from recmas_runtime.scheduling.scheduler import Scheduler
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -56,6 +59,11 @@ class EngineLock:
             if turn.has_lock:
                 self._lock.release()
 
+    def run_outside(self, function: Callable[[], Result]) -> Result:
+        """Run what computes elsewhere, such as a tool; others use the engines meanwhile."""
+        with self.given_up():
+            return function()
+
     @contextmanager
     def given_up(self) -> Iterator[None]:
         """Let others compute within the block, which is inside of `held`; then wait to go on."""
@@ -67,3 +75,29 @@ class EngineLock:
         finally:
             self._lock.acquire()
             turn.has_lock = True
+
+
+class TaskLock(EngineLock):
+    """The lock as runs have it whose calls a scheduler makes, in the thread that holds `lock`.
+
+    They need not wait for each other; that none runs within another holds for them too.
+    """
+
+    def __init__(self, lock: EngineLock, scheduler: Scheduler) -> None:
+        super().__init__()
+        self._of = lock
+        self._scheduler = scheduler
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Note within the block that the engines' run is this one."""
+        token = _TURNS.set({**_TURNS.get(), id(self._of): _Turn()})
+        try:
+            yield
+        finally:
+            _TURNS.reset(token)
+
+    def run_outside(self, function: Callable[[], Result]) -> Result:
+        """Run what computes elsewhere in a thread; other runs go on meanwhile."""
+        result: Result = self._scheduler.in_thread(function)
+        return result

@@ -1,0 +1,200 @@
+"""`recmas serve`: bundles behind OpenAI's HTTP forms, until a signal ends it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from recmas_runtime.cli.serve_options import KEY_VARIABLE
+from recmas_runtime.core.errors import Problem, RecmasError, fail, missing_package
+from recmas_runtime.core.files import reason_of
+from recmas_runtime.core.printing import note, write_out
+from recmas_runtime.formats.bundle import Bundle
+from recmas_runtime.serve.log import ServiceLog
+from recmas_runtime.serve.operation.catalog import named_bundles
+from recmas_runtime.serve.operation.memory import (
+    BundleNeeds,
+    available_memory_bytes,
+    fitting_batch,
+)
+from recmas_runtime.serve.service import ServiceError, ServiceLimits
+
+if TYPE_CHECKING:
+    from recmas_runtime.serve.http.settings import HttpSettings
+
+_MAX_KEY_BYTES: Final = 64 * 2**10
+_HELP: Final = "See `recmas serve --help`."
+
+
+def serve(
+    options: argparse.Namespace, data: dict[str, Any], problems: list[Problem], *, as_json: bool
+) -> bool:
+    """Serve until a signal; return whether the requests that ran then could end.
+
+    Raises:
+        RecmasError: RM201 without the extra `serve`, RM545 for options and addresses that are
+            refused, RM4xx for bundles that cannot be loaded.
+    """
+    try:
+        from recmas_runtime.serve.operation.run import ServeSettings, run
+        from recmas_runtime.serve.operation.server import bind
+    except ModuleNotFoundError as error:
+        raise missing_package(error, extra="serve") from error
+    limits = _limits(options)
+    http = _http_settings(options)
+    if not options.bundles and options.watch is None:
+        raise fail("RM506", "give a BUNDLE or --watch FOLDER", hint=_HELP)
+    if options.watch is not None and not options.watch.is_dir():
+        raise fail("RM545", f"--watch {options.watch} is no folder", hint="Make it first.")
+    bundles = named_bundles(options.bundles)
+    settings = ServeSettings(
+        bundles={name: str(bundle.root) for name, bundle in bundles.items()},
+        watch=options.watch,
+        http=http,
+        limits=_fitting(limits, bundles, options, problems),
+        device=options.device,
+        threads=options.threads,
+        grace_s=options.grace,
+        log=ServiceLog(sys.stderr, options.log_format),
+        log_texts=options.log_prompts,
+        otlp=options.otlp,
+    )
+
+    def when_ready(url: str, models: Sequence[str]) -> None:
+        data.update(url=url, models=[*models], pid=os.getpid(), key=bool(http.api_keys))
+        ready = {"ready": True, **data}
+        line = json.dumps(ready) if as_json else _hello(url, models, has_key=data["key"])
+        with suppress(BrokenPipeError):  # nobody reads it, and nobody needs to
+            write_out(f"{line}\n")
+
+    sockets = bind(options.host, options.port)
+    try:
+        return asyncio.run(run(settings, sockets, when_ready))
+    except ServiceError as error:
+        raise RecmasError(
+            Problem(code=each.code, message=each.message, hint=each.hint) for each in error.problems
+        ) from None
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def _fitting(
+    limits: ServiceLimits,
+    bundles: Mapping[str, Bundle],
+    options: argparse.Namespace,
+    problems: list[Problem],
+) -> ServiceLimits:
+    """Return limits that fit this machine's memory; that of accelerators is not known here."""
+    warnings: list[Problem] = []
+    max_batch = fitting_batch(
+        map(BundleNeeds.of, bundles.values()),
+        asked=limits.max_batch,
+        kept_bytes=limits.kept_bytes,
+        available_bytes=available_memory_bytes() if options.device in ("auto", "cpu") else None,
+        problems=warnings,
+    )
+    for warning in warnings:
+        note(str(warning))
+    if options.json:
+        problems += warnings
+    return replace(limits, max_batch=max_batch)
+
+
+def _hello(url: str, models: Sequence[str], *, has_key: bool) -> str:
+    """Return the line that says where to ask, and how."""
+    if not models:
+        return f"Serving on {url}, with no models yet."
+    body = {"model": models[0], "messages": [{"role": "user", "content": "Hello?"}]}
+    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if has_key else ""
+    return (
+        f"Serving {', '.join(models)} on {url}. Ask: curl {url}/v1/chat/completions{key} "
+        f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+    )
+
+
+def _http_settings(options: argparse.Namespace) -> HttpSettings:
+    """Return the settings of the HTTP side; a service without a key stays on this machine."""
+    from recmas_runtime.serve.http.settings import HttpSettings
+
+    keys = _api_keys(options.api_key_file)
+    hosts = tuple(name for name in (options.allowed_hosts or "").split(",") if name)
+    settings = HttpSettings(
+        host=options.host,
+        port=options.port,
+        api_keys=keys,
+        allowed_hosts=hosts,
+        cors_origins=tuple(options.cors_origins),
+        open_metrics=options.open_metrics,
+        request_timeout_s=options.request_timeout,
+    )
+    if not settings.is_loopback and not keys and not options.insecure:
+        raise fail(
+            "RM545",
+            f"--host {options.host} lets other machines ask, and there is no key",
+            hint=f"Put a key into ${KEY_VARIABLE} or a file of --api-key-file, or pass --insecure.",
+        )
+    return settings
+
+
+def _api_keys(file: Path | None) -> tuple[str, ...]:
+    """Return the keys, and take them out of the environment, which other programs inherit."""
+    variable = os.environ.pop(KEY_VARIABLE, None)
+    if variable is not None and file is not None:
+        message = f"keys come from ${KEY_VARIABLE} and from --api-key-file"
+        raise fail("RM545", message, hint="Take one of them.")
+    if variable is not None:
+        found, place = [variable], f"${KEY_VARIABLE}"
+    elif file is not None:
+        found, place = _lines(file), str(file)
+    else:
+        return ()
+    keys = tuple(key.strip() for key in found if key.strip())
+    if not keys:  # somebody meant to have one
+        raise fail("RM545", f"{place} holds no key", hint="Write one into it, or leave it away.")
+    return keys
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(_MAX_KEY_BYTES).decode("utf-8").splitlines()
+    except OSError as error:
+        message = f"--api-key-file {file} cannot be read: {reason_of(error)}"
+    except UnicodeDecodeError:
+        message = f"--api-key-file {file} holds no text"
+    raise fail("RM545", message, hint="Name a file with a key on a line.")
+
+
+def _limits(options: argparse.Namespace) -> ServiceLimits:
+    bounds: dict[str, tuple[float, float]] = {
+        "port": (0, 65535),
+        "max_batch": (1, 2**16),
+        "max_queue": (0, 2**20),
+        "max_wait_ms": (1, 2**31),
+        "request_timeout": (0.001, 2**31),
+        "keep_memory": (0, 2**30),
+        "grace": (0, 2**31),
+    }
+    for name, (least, most) in bounds.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            option = name.replace("_", "-")
+            hint = f"It must be from {least:g} to {most:g}."
+            raise fail("RM545", f"--{option} is {value:g}", hint=hint)
+    wait_ms = options.max_wait_ms
+    return ServiceLimits(
+        max_batch=options.max_batch,
+        max_queue=options.max_queue,
+        max_wait_s=None if wait_ms is None else wait_ms / 1e3,
+        kept_bytes=options.keep_memory * 2**20,
+    )

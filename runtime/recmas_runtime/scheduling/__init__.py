@@ -1,0 +1,1 @@
+"""Runs that share engines: who computes, and which of their rows do so in one call."""

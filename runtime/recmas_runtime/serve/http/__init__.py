@@ -1,0 +1,1 @@
+"""Systems behind OpenAI's HTTP forms: one ASGI application over any service."""

@@ -1,0 +1,198 @@
+"""Bodies of requests: strict JSON, and what is said of those that do not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Final
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict
+
+from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.formats.codec import parse_json
+from recmas_runtime.serve.http.errors import ApiError, sentence
+
+# Deeper than any form, and than records are.
+_MAX_NESTING: Final = 32
+
+
+class Strict(BaseModel):
+    """Base of what requests hold: no unknown keys, and no value of another type.
+
+    Attributes:
+        unsupported: Keys of OpenAI's forms that are known and not honoured, with what may be done
+            instead; their types allow those values alone that ask for nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    unsupported: ClassVar[Mapping[str, str]] = {}
+
+
+class JsonRequest(Request):
+    """A request whose JSON is read as strictly as files are."""
+
+    async def json(self) -> Any:
+        """Return the body.
+
+        Raises:
+            ApiError: 400 if it is no JSON, nested too deeply, or holds what is no text or number.
+        """
+        try:
+            data = parse_json(await self.body(), file="body")
+        except RecmasError as error:
+            raise ApiError(400, "RM546", sentence(error.problems[0].message)) from None
+        _check_values(data)
+        return data
+
+
+class JsonRoute(APIRoute):
+    """Hands `JsonRequest` to its function."""
+
+    def get_route_handler(self) -> Any:
+        """Return what answers a request."""
+        handle = super().get_route_handler()
+        form = None if self.body_field is None else self.body_field.field_info.annotation
+
+        async def handle_json(request: Request) -> Any:
+            try:
+                return await handle(JsonRequest(request.scope, request.receive))
+            except RequestValidationError as error:
+                assert isinstance(form, type), "only bodies can be wrong: paths are texts"
+                assert issubclass(form, Strict), "forms are strict"
+                raise _refusal(error, form) from None
+
+        return handle_json
+
+
+def _check_values(data: object) -> None:
+    """Refuse what JSON can spell and nothing behind it can take."""
+    level: list[object] = [data]
+    for _ in range(_MAX_NESTING):
+        inner: list[object] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner += value
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+            elif isinstance(value, str):
+                _check_text(value)
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise ApiError(400, "RM546", "the body has a number beyond all bounds.")
+        if not inner:
+            return
+        level = inner
+    raise ApiError(400, "RM546", f"the body is nested more than {_MAX_NESTING} deep.")
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        message = f"a text of the body holds {half!r}, half of a surrogate pair"
+        raise ApiError(400, "RM546", sentence(message)) from None
+
+
+def _refusal(error: RequestValidationError, form: type[Strict]) -> ApiError:
+    """Return the error of a body that does not fit its form; it names the first key at fault."""
+    data = error.body
+    if not isinstance(data, dict):
+        return ApiError(400, "RM546", "the body is no JSON object.")
+    placed = [(_place(each, data), each) for each in error.errors()]
+    first, _ = placed[0]
+    # Of a value that may be of several types, what is wrong within it says most.
+    place = first
+    for each, _ in placed:
+        if len(each) > len(place) and each[: len(place)] == place:
+            place = each
+    same = [each for where, each in placed if where == place]
+    param, kind = _param(place), same[0]["type"]
+    name = str(place[0])
+    if name in form.unsupported:
+        message = sentence(f"`{param}` is not supported", form.unsupported[name])
+        return ApiError(400, "RM543", message, param=name)
+    if kind == "extra_forbidden":
+        hint = f"Known are: {', '.join(form.model_fields)}." if len(place) == 1 else "Leave it out."
+        return ApiError(400, "RM543", sentence(f"unknown key `{param}`", hint), param=param)
+    if kind in _MISSING:
+        return ApiError(400, "RM546", f"`{param}` is missing.", param=param)
+    # Where one type fits and its bounds do not, the other types are beside the point.
+    bounds = [each for each in same if each["type"] not in _TYPES] or same
+    wanted = " or ".join(dict.fromkeys(map(_wanted, bounds)))
+    message = sentence(f"`{param}`: expected {wanted}, found {_found(place, data)}")
+    # A message or part of a kind that is known elsewhere and not read here.
+    is_kind = place[-1] in ("type", "role") and len(place) > 1
+    return ApiError(400, "RM543" if is_kind else "RM546", message, param=param)
+
+
+_TYPES: Final = {
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "float_type": "a number",
+    "int_from_float": "an integer",
+    "int_type": "an integer",
+    "list_type": "a list",
+    "model_attributes_type": "an object",
+    "model_type": "an object",
+    "none_required": "null",
+    "string_type": "a string",
+}
+_BOUNDS: Final = {
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+}
+_LENGTH: Final = re.compile(r"\w+ should have (?P<bound>.*?)(?: after validation, not \d+)?")
+_MISSING: Final = ("missing", "union_tag_not_found")
+
+
+def _place(error: Mapping[str, Any], data: Any) -> tuple[str | int, ...]:
+    """Return the keys of a place, without the types that pydantic tried on the way."""
+    loc: tuple[str | int, ...] = error["loc"][1:]  # after `body`
+    place: list[str | int] = []
+    for key in loc:
+        is_key = isinstance(data, dict) and isinstance(key, str) and key in data
+        is_index = isinstance(data, list) and isinstance(key, int) and key < len(data)
+        if is_key or is_index:
+            data = data[key]
+            place.append(key)
+    if error["type"] == "missing":
+        place.append(loc[-1])
+    elif error["type"].startswith("union_tag"):
+        place.append(error["ctx"]["discriminator"].strip("'"))
+    return tuple(place)
+
+
+def _param(place: Sequence[str | int]) -> str:
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in place)
+    return text.removeprefix(".")[:200]
+
+
+def _wanted(error: Mapping[str, Any]) -> str:
+    context = error.get("ctx", {})
+    if error["type"] == "union_tag_invalid":
+        return str(context["expected_tags"])
+    if (kind := _TYPES.get(error["type"])) is not None:
+        return kind
+    if (bound := _BOUNDS.get(error["type"])) is not None:
+        return bound.format(**context)
+    told = _LENGTH.fullmatch(str(error["msg"]))
+    return told["bound"] if told else str(error["msg"]).removeprefix("Input should be ")
+
+
+def _found(place: Sequence[str | int], data: Any) -> str:
+    for key in place:
+        data = data[key]
+    if isinstance(data, dict):
+        return "an object"
+    if isinstance(data, list):
+        return f"a list of {len(data)}"
+    text = json.dumps(data)
+    return text if len(text) <= 60 else f"{text[:57]}..."

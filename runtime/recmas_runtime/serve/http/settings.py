@@ -1,0 +1,102 @@
+"""What an HTTP front end is set to, and what it tells of itself."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from recmas_runtime.core.errors import fail
+
+_LOOPBACK: Final = ("localhost", "127.0.0.1", "[::1]")
+
+
+class MetricsSource(Protocol):
+    """Writes the page that `/metrics` shows; what the service does is seen by its observers.
+
+    Attributes:
+        content_type: Of that page.
+    """
+
+    content_type: str
+
+    def render(self) -> bytes:
+        """Return the page."""
+
+    def on_response(self, route: str, status: int, seconds: float) -> None:
+        """Receive the end of an HTTP response.
+
+        Args:
+            route: The path as it is declared, such as `/v1/models/{id}`; `other` for none of ours.
+            status: 499 if the client left first.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpSettings:
+    """How an HTTP front end listens and what it bounds.
+
+    Attributes:
+        host: The address that is bound; requests may name it as their host.
+        api_keys: Any of them opens what needs a key; without one nothing needs a key.
+        allowed_hosts: Host names that requests may name besides those of this machine and `host`;
+            `*` for any.
+        cors_origins: Origins whose pages may read answers, as `https://example.org`.
+        open_metrics: Whether `/metrics` needs no key.
+        max_body_bytes: Of a request.
+        body_timeout_s: In which a request's body must arrive.
+        max_requests: HTTP requests at a time, streams that nobody reads included.
+        request_timeout_s: In which an answer must be whole; None for as long as it takes.
+        stall_timeout_s: How long a client of a stream may take nothing.
+        first_event_s: How long a stream waits for a reason to refuse it with a status of its own.
+        comment_s: Between two signs of life in a stream.
+        chunk_s: Between two chunks of a stream, empty ones included; some clients parse no other.
+        max_choices: Answers and readings of one HTTP request.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    open_metrics: bool = False
+    max_body_bytes: int = 4 * 2**20
+    body_timeout_s: float = 30.0
+    max_requests: int = 1024
+    request_timeout_s: float | None = None
+    stall_timeout_s: float = 60.0
+    first_event_s: float = 1.0
+    comment_s: float = 15.0
+    chunk_s: float = 45.0
+    max_choices: int = 128
+
+    def __post_init__(self) -> None:
+        """Refuse what would open a service by mistake."""
+        for key in self.api_keys:
+            if not key.isascii() or not key.isprintable() or len(key) < 8 or " " in key:
+                raise fail(
+                    "RM545",
+                    "an API key is shorter than 8 characters, or has others than visible ASCII",
+                    hint="Make one with: python -c 'import secrets; print(secrets.token_hex(16))'.",
+                )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the address that is bound."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def hosts(self) -> frozenset[str]:
+        """Host names that requests may name, in lower case, without ports."""
+        named = (*_LOOPBACK, _as_host(self.host), *map(_as_host, self.allowed_hosts))
+        return frozenset(name.lower().rstrip(".") for name in named)
+
+
+def _as_host(address: str) -> str:
+    """Return an address as a Host header has it."""
+    return f"[{address}]" if address.count(":") > 1 and not address.startswith("[") else address

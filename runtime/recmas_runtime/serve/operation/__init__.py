@@ -1,0 +1,1 @@
+"""Running a service: its address, its models as they come and go, what it tells of itself."""
