@@ -219,8 +219,8 @@ function agentCard(name, part, shown, isOpen) {
     el("bdi", { class: "agent-name" }, name),
     el("span", { class: "facts" }, facts.join(" \u00b7 "))
   );
-  const isEmpty = !(part.thoughts.length || part.messages.size || part.texts.length || part.calls.length);
-  if (isEmpty) {
+  const rows = part.steps.filter((step) => step.handed_rows > 0);
+  if (![part.thoughts, [...part.messages], part.texts, part.calls, rows].some((some) => some.length)) {
     return { element: el("div", { class: "card flat" }, [...summary.childNodes]), refresh() {} };
   }
   const element = el("details", { class: "card" }, summary, body);
@@ -261,6 +261,13 @@ function cardParts(name, part, reading) {
     parts.push(el("h4", {}, "Sent to ", el("bdi", {}, target), `: ${told}`));
     if (!isSame) {
       parts.push(vectorTable(`Sent to ${target}`, vectors, false));
+    }
+  }
+  for (const { agents, handed_rows: rows, handed_bytes: bytes } of part.steps) {
+    if (rows > 0) {
+      const targets = agents.slice(1).flatMap((name, i) => [i ? ", " : "", el("bdi", {}, name)]);
+      const size = bytes ? ` (${short(bytes / 2 ** 20)} MiB)` : "";
+      parts.push(el("h4", {}, "Sent to ", ...targets, `: ${counted(rows, "cache row")}${size}`));
     }
   }
   for (const call of part.calls) {
