@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SOAK = Path(__file__).parents[2] / "benchmarks/serving/soak.py"
+SOAK = Path(__file__).parents[2] / "benchmarks/serving/soak_service.py"
 
 
 def test_a_short_soak(hand_bundle: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A server under clients that behave badly, for long: no wrong answer, none lost, nothing kept.
 
-    python benchmarks/serving/soak.py BUNDLE [--requests 5000] [--clients 16] [--kills 2]
+    python benchmarks/serving/soak_service.py BUNDLE [--requests 5000] [--clients 16] [--kills 2]
 
 Starts `recmas serve BUNDLE` and asks it over loopback: whole answers and streams, greedy and
 sampled, clients that leave in the middle or give up at once, bodies that are wrong. Its worker is
@@ -91,7 +91,7 @@ class Lost(Exception):
     """A connection ended without an answer and without an error."""
 
 
-async def main() -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--requests", type=int, default=5000)
@@ -102,7 +102,10 @@ async def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    return asyncio.run(run(parser.parse_args()))
+
+
+async def run(arguments: argparse.Namespace) -> int:
     dice = random.Random(arguments.seed)
     questions = alone(arguments, dice)
     began = time.monotonic()
@@ -412,4 +415,4 @@ class Soak:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    sys.exit(main())
