@@ -43,7 +43,7 @@ KEY: Final = "the-key-of-the-soak"
 CHAT: Final = "/v1/chat/completions"
 # Longest that anything may take, a worker that is started again included.
 PATIENCE_S: Final = 600.0
-# Memory and files are read when all clients have their answers, so often.
+# Memory and files are read when all clients have their answers, at most so often.
 PARTS: Final = 50
 QUIET_S: Final = 0.3
 WRONG: Final[tuple[tuple[int, Any], ...]] = (
@@ -194,7 +194,7 @@ class Soak:
         """Send all requests, some clients at a time; kill the worker in between."""
         total, kills = self.arguments.requests, self.arguments.kills
         deaths = {total * (kill + 1) // (kills + 1) for kill in range(kills)}
-        size = max(1, total // PARTS)
+        size = max(2 * self.arguments.clients, total // PARTS)
         for part in range(0, total, size):
             todo = iter(range(part, min(part + size, total)))
             clients = (self.client(todo, deaths) for _ in range(self.arguments.clients))
