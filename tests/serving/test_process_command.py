@@ -69,6 +69,16 @@ def test_the_worker_has_neither_the_key_nor_the_address(server: Served) -> None:
     assert sum(name.startswith("socket:") for name in descriptors) == 1
 
 
+def test_what_needs_no_key(server: Served) -> None:
+    for path in ("/health", "/ready"):
+        assert server.request("GET", path, key=None)[0] == 200
+    status, page = server.request("GET", "/", key=None)
+    assert status == 200
+    assert page.lower().startswith("<!doctype html>")
+    for path in ("/v1/models", "/metrics", "/admin/models", "/openapi.json"):
+        assert server.request("GET", path, key=None)[0] == 401
+
+
 def test_models_come_and_go_behind_the_key(server: Served, hand_bundle: Path) -> None:
     asked = {"path": str(hand_bundle), "name": "second/one"}
     assert server.request("POST", "/admin/models", asked, key=None)[0] == 401
