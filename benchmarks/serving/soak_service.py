@@ -4,8 +4,9 @@
 
 Starts `recmas serve BUNDLE` and asks it over loopback: whole answers and streams, greedy and
 sampled, clients that leave in the middle or give up at once, bodies that are wrong. Its worker is
-killed meanwhile. Every answer is compared with that of the same question asked alone, and what has
-no answer must have an error. Resident memory and open files of both processes are read all along;
+killed meanwhile. Every answer is compared with that of the same question asked alone, where only a
+choice between two tokens that are about as likely may differ, and what has no answer must have an
+error. Resident memory and open files of both processes are read all along;
 memory may grow by 2 % after the first tenth of the life of a process, files not at all. Ends with
 status 1 if anything of this does not hold.
 """
@@ -32,12 +33,17 @@ from urllib.parse import urlsplit
 import recmas_runtime as rt
 from recmas_runtime.checking.machine import describe_machine
 
+# The judge of differences is the tests' own.
+sys.path.append(str(Path(__file__).parents[2] / "tests"))
+from kit.alike import Outcome, Request, find_tie
+from kit.alike import alone as asked_alone
+
 ALLOWED: Final = 0.02
 KEY: Final = "the-key-of-the-soak"
 CHAT: Final = "/v1/chat/completions"
 # Longest that anything may take, a worker that is started again included.
-PATIENCE_S: Final = 180.0
-# Memory and files are read when all clients have their answers, so often.
+PATIENCE_S: Final = 600.0
+# Memory and files are read when all clients have their answers, at most so often.
 PARTS: Final = 50
 QUIET_S: Final = 0.3
 WRONG: Final[tuple[tuple[int, Any], ...]] = (
@@ -63,9 +69,12 @@ WRONG: Final[tuple[tuple[int, Any], ...]] = (
 class Question:
     """What is asked, and its answer when nobody else asks."""
 
-    text: str
-    sampling: dict[str, Any]
-    answer: str
+    request: Request
+    outcome: Outcome
+
+    @property
+    def text(self) -> str:
+        return str(self.request.record["question"])
 
 
 @dataclass
@@ -74,6 +83,8 @@ class Tally:
 
     ended: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+    differ: list[tuple[Question, str]] = field(default_factory=list)
+    ties: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
 
@@ -100,6 +111,8 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=40)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
+    # Full within the first tenth, so that what grows later is no kept prompt.
+    parser.add_argument("--keep-memory", type=int, default=2, metavar="MIB")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     return asyncio.run(run(parser.parse_args()))
@@ -116,7 +129,9 @@ async def run(arguments: argparse.Namespace) -> int:
         finally:
             soak.server.terminate()
     seconds = time.monotonic() - began
-    return soak.report(seconds, soak.server.wait())
+    status = soak.server.wait()
+    soak.explain()
+    return soak.report(seconds, status)
 
 
 def alone(arguments: argparse.Namespace, dice: random.Random) -> list[Question]:
@@ -130,8 +145,8 @@ def alone(arguments: argparse.Namespace, dice: random.Random) -> list[Question]:
             sampling: dict[str, Any] = {"max_new_tokens": dice.randint(1, arguments.max_tokens)}
             if number % 4 == 1:
                 sampling |= {"temperature": 1.0, "seed": number}
-            answer = system.run({"question": text}, **sampling).answer
-            found.append(Question(text=text, sampling=sampling, answer=answer))
+            request = Request(record={"question": text}, sampling=sampling)
+            found.append(Question(request=request, outcome=asked_alone(system, request)))
     return found
 
 
@@ -158,6 +173,7 @@ class Soak:
             ),
             *("--port", "0", "--json", "--threads", str(arguments.threads)),
             *("--max-queue", str(2 * arguments.clients)),
+            *("--keep-memory", str(arguments.keep_memory)),
         ]
         self.log = (
             Path(f"soak-{os.getpid()}.log")
@@ -181,7 +197,7 @@ class Soak:
         """Send all requests, some clients at a time; kill the worker in between."""
         total, kills = self.arguments.requests, self.arguments.kills
         deaths = {total * (kill + 1) // (kills + 1) for kill in range(kills)}
-        size = max(1, total // PARTS)
+        size = max(2 * self.arguments.clients, total // PARTS)
         for part in range(0, total, size):
             todo = iter(range(part, min(part + size, total)))
             clients = (self.client(todo, deaths) for _ in range(self.arguments.clients))
@@ -255,8 +271,8 @@ class Soak:
                 self.tally.wrong.append(f"{question.text!r}: {data['error']}")
                 return True
             return False
-        if text != question.answer:
-            self.tally.wrong.append(f"{question.text!r}: {text!r}, alone {question.answer!r}")
+        if text != question.outcome.text:
+            self.tally.differ.append((question, text))
         return True
 
     async def ask_wrongly(self, question: Question) -> None:
@@ -285,7 +301,7 @@ class Soak:
             writer.transport.abort() if self.dice.random() < 0.5 else writer.close()
 
     def body(self, question: Question, *, stream: bool) -> dict[str, Any]:
-        sampling = {"temperature": 0.0, **question.sampling}
+        sampling = {"temperature": 0.0, **question.request.sampling}
         sampling["max_tokens"] = sampling.pop("max_new_tokens")
         messages = [{"role": "user", "content": question.text}]
         return {"model": self.model, "messages": messages, "stream": stream, **sampling}
@@ -348,6 +364,17 @@ class Soak:
         finally:
             writer.close()
 
+    def explain(self) -> None:
+        """Tell ties of tokens from wrong answers."""
+        with rt.load(self.arguments.bundle, threads=self.arguments.threads) as system:
+            for question, text in self.tally.differ:
+                got, wanted = Outcome(text=text), question.outcome
+                tie = find_tie(system, question.request, wanted, got)
+                if tie is None:
+                    self.tally.wrong.append(f"{question.text!r}: {text!r}, alone {wanted.text!r}")
+                else:
+                    self.tally.ties.append(f"{question.text!r}: {tie}")
+
     def report(self, seconds: float, status: int) -> int:
         """Print what came of it; return 1 if something must not be."""
         arguments, tally = self.arguments, self.tally
@@ -363,7 +390,10 @@ class Soak:
         for kind, count in sorted(tally.refused.items()):
             print(f"| (asked again after {kind}) | {count} |")
         failed = [*tally.wrong, *tally.lost]
-        print(f"\nwrong: {len(tally.wrong)}, lost: {len(tally.lost)}")
+        print(
+            f"\nwrong: {len(tally.wrong)}, lost: {len(tally.lost)}; "
+            f"another token of two that are about as likely: {len(tally.ties)}"
+        )
         for line in failed[:20]:
             print(f"  {line}")
         print("\n| process | requests | first tenth MB | largest after MB | growth | files |")
@@ -385,6 +415,7 @@ class Soak:
                 "ended": tally.ended,
                 "refused": tally.refused,
                 "wrong": tally.wrong,
+                "ties": tally.ties,
                 "lost": tally.lost,
                 "failed": failed,
                 "metrics": self.metrics,

@@ -22,6 +22,7 @@ from recmas_runtime.serve.operation.catalog import Catalog, WatchedFolder
 from recmas_runtime.serve.operation.memory import available_memory_bytes
 from recmas_runtime.serve.operation.request_log import AccessLog, AnswerLog
 from recmas_runtime.serve.operation.server import Stop, serve_until
+from recmas_runtime.serve.page.routes import page_routes
 from recmas_runtime.serve.process import WorkerService
 from recmas_runtime.serve.service import ServiceLimits
 
@@ -123,7 +124,9 @@ def _app(
     metrics = Metrics(service)
     service.observers.append(AnswerLog(settings.log, with_texts=settings.log_texts))
     admin = admin_router(catalog, service, has_key=bool(settings.http.api_keys))
-    app: App = make_app(service, settings.http, metrics=metrics, routes=admin.routes)
+    app: App = make_app(
+        service, settings.http, metrics=metrics, page=page_routes(), routes=admin.routes
+    )
     app = AccessLog(app, settings.log)
     if provider is not None:
         from recmas_runtime.serve.operation.spans import Spans, TraceParent
