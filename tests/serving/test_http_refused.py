@@ -207,6 +207,7 @@ NEUTRAL: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"stop": [], "seed": 0, "temperature": 0, "top_p": 1, "service_tier": "auto"}),
     (CHAT, {"stream": False, "stream_options": None, "recmas": None, "reasoning_effort": None}),
     (CHAT, {"max_tokens": 8, "max_completion_tokens": 8}),
+    (CHAT, {"max_tokens": 8.0, "seed": 3.0, "n": 1.0}),
     (TEXT, {"suffix": "", "best_of": 1, "logit_bias": {}, "presence_penalty": 0, "echo": False}),
     (TEXT, {"logprobs": None, "user": "ann", "stop": ["\n\n"], "seed": 1234, "temperature": 0.0}),
     (RESPONSES, {"tools": [], "store": False, "include": [], "truncation": "disabled"}),
