@@ -129,8 +129,22 @@ class Page:
 
         ActionChains(self.driver).send_keys(*keys).perform()
 
+    def control(self, key: str) -> None:
+        """Press a key while Control is held."""
+        from selenium.webdriver import ActionChains, Keys
+
+        chain = ActionChains(self.driver).key_down(Keys.CONTROL)
+        chain.send_keys(key).key_up(Keys.CONTROL).perform()
+
     def is_ready(self) -> bool:
         return self.one("#send").is_enabled() and bool(self.all("#graph svg"))
+
+    def choose(self, model: str) -> None:
+        """Choose a system of those that are loaded."""
+        from selenium.webdriver.support.select import Select
+
+        self.wait(self.is_ready)
+        Select(self.one("#model")).select_by_value(model)
 
     def ask(self, question: str) -> None:
         """Write a question and send it."""
@@ -183,21 +197,13 @@ def page(browser: Chrome) -> Iterator[Page]:
 
 
 @pytest.fixture(scope="module")
-def systems(
-    hand_bundle: Path, build_tiny: BuildTiny, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+def systems(hand_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Bundles by the names that they are served under."""
     root = tmp_path_factory.mktemp("systems")
-    hostile = write_hand_bundle(root / "hostile", says=HOSTILE)
     endless = shutil.copytree(hand_bundle, root / "endless")
     edit_json(endless / "manifest.json", "backbones/one/max_positions", 2**20)
-    return {
-        "by-hand": hand_bundle,
-        "endless": endless,
-        "hostile": hostile,
-        "mixture": build_tiny(MIXTURE).bundle,
-        "sequential": build_tiny(SEQUENTIAL).bundle,
-    }
+    hostile = write_hand_bundle(root / "hostile", says=HOSTILE)
+    return {"by-hand": hand_bundle, "endless": endless, "hostile": hostile}
 
 
 @contextmanager
@@ -213,13 +219,12 @@ def address(systems: dict[str, Path]) -> Iterator[str]:
         yield address
 
 
-def choose(page: Page, name: str) -> None:
-    from selenium.webdriver.support.select import Select
-
-    page.wait(page.is_ready)
-    Select(page.one("#model")).select_by_value(name)
-    page.wait(lambda: page.driver.title.startswith({"hostile": "by-hand"}.get(name, name)))
-    page.wait(page.is_ready)
+@pytest.fixture(scope="module")
+def built_address(build_tiny: BuildTiny) -> Iterator[str]:
+    """Systems with agents side by side and one after the other, as the compiler makes them."""
+    built = {"mixture": build_tiny(MIXTURE), "sequential": build_tiny(SEQUENTIAL)}
+    with served({name: each.bundle for name, each in built.items()}) as address:
+        yield address
 
 
 def test_a_question_is_asked_and_its_trace_opened(page: Page, address: str) -> None:
@@ -227,7 +232,7 @@ def test_a_question_is_asked_and_its_trace_opened(page: Page, address: str) -> N
     page.ask("4")
     page.wait_for_answer()
     assert page.text("#answer") == "e"
-    assert page.text("#progress").startswith("round 2 of 2, 9 steps, ")
+    assert page.text("#progress").startswith("round 2 of 2, 11 steps, ")
     assert "latent steps" in page.text("#facts")
     # Each agent ran in both rounds.
     assert [len(agent.find_elements("css selector", ".pip.past")) for agent in agents(page)] == [
@@ -239,9 +244,7 @@ def test_a_question_is_asked_and_its_trace_opened(page: Page, address: str) -> N
     page.wait(lambda: page.all("#trace .card table"))
     rounds = [heading.text for heading in page.all("#trace .round h3")]
     assert rounds == ["Round 1", "Round 2"]
-    cards = [
-        card.text.split()[0] for card in page.all("#trace .round > *") if card.tag_name != "h3"
-    ]
+    cards = [card.text for card in page.all("#trace .round .agent-name")]
     assert cards == ["planner", "solver", "planner", "solver"]
     first = page.one("#trace .card .vectors tbody tr")
     step, norm, *_ = (cell.text for cell in first.find_elements("css selector", "th, td"))
@@ -268,7 +271,8 @@ def agents(page: Page) -> list[WebElement]:
 
 def test_agents_light_up_and_a_run_is_stopped(page: Page, address: str) -> None:
     page.open(address)
-    choose_endless(page)
+    page.choose("endless")
+    page.wait(lambda: int(page.one("#max-tokens").get_attribute("max") or 0) > 30000)
     page.one("#settings summary").click()
     tokens = page.one("#max-tokens")
     tokens.clear()
@@ -296,20 +300,9 @@ def test_agents_light_up_and_a_run_is_stopped(page: Page, address: str) -> None:
     assert "cut off at the most tokens" in page.text("#facts")
 
 
-def choose_endless(page: Page) -> None:
-    from selenium.webdriver.support.select import Select
-
-    page.wait(page.is_ready)
-    Select(page.one("#model")).select_by_value("endless")
-    page.wait(lambda: int(page.one("#max-tokens").get_attribute("max") or 0) > 30000)
-
-
 def test_what_models_write_stays_text(page: Page, address: str) -> None:
-    from selenium.webdriver.support.select import Select
-
     page.open(address)
-    page.wait(page.is_ready)
-    Select(page.one("#model")).select_by_value("hostile")
+    page.choose("hostile")
     page.ask(f"{HOSTILE}7")
     page.wait_for_answer()
     assert page.text("#answer") == HOSTILE
@@ -371,7 +364,7 @@ def test_a_service_that_went_away(page: Page, hand_bundle: Path) -> None:
 
 
 def test_by_keyboard_alone(page: Page, address: str) -> None:
-    tab, enter, escape, down, control = "\ue004", "\ue007", "\ue00c", "\ue015", "\ue009"
+    tab, enter, escape, down = "\ue004", "\ue007", "\ue00c", "\ue015"
     page.open(address)
     page.wait(page.is_ready)
     order = []
@@ -383,7 +376,8 @@ def test_by_keyboard_alone(page: Page, address: str) -> None:
     ]  # fmt: skip
     page.open(address)
     page.wait(page.is_ready)
-    page.keys(tab, tab, tab, "4", control + enter)
+    page.keys(tab, tab, tab, "4")
+    page.control(enter)
     page.wait_for_answer()
     assert page.focused() == "field-question"
     page.keys(escape, tab, tab, tab)
@@ -401,9 +395,12 @@ def test_by_keyboard_alone(page: Page, address: str) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
 @pytest.mark.parametrize("name", ["mixture", "sequential"])
-def test_it_fits(page: Page, address: str, name: str, size: tuple[int, int], scheme: str) -> None:
-    page.open(address, size, scheme)
-    choose(page, name)
+def test_it_fits(
+    page: Page, built_address: str, name: str, size: tuple[int, int], scheme: str
+) -> None:
+    page.open(built_address, size, scheme)
+    page.choose(name)
+    page.wait(lambda: page.text("#system-title") == name)
     page.check_layout()
     page.one("#settings summary").click()
     page.ask("A pen costs 3 dollars. What do 4 pens cost?")

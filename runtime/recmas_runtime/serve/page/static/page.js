@@ -19,7 +19,6 @@ async function start() {
     const names = await loadedModels();
     $("key-form").hidden = true;
     $("model").replaceChildren(...names.map((name) => el("option", { value: name }, name)));
-    $("model").disabled = names.length < 2;
     if (names.length === 0) {
       throw new AnswerError("No system is loaded", "Load a bundle, then open this page again.");
     }
@@ -43,7 +42,7 @@ async function choose(name) {
   $("rounds").value = String(system.rounds);
   $("max-tokens").max = String(system.max_new_tokens);
   $("max-tokens").value = String(system.default_max_tokens);
-  $("send").disabled = false;
+  $("send").disabled = $("model").disabled = false;
   $("answer").replaceChildren(el("p", { class: "empty" }, "The answer will stand here."));
   $("facts").textContent = "";
   $("trace-section").hidden = true;
@@ -201,7 +200,7 @@ function setRunning(isRunning) {
     shown.focus();
   }
   $("answer").setAttribute("aria-busy", String(isRunning));
-  $("model").disabled = isRunning || $("model").options.length < 2;
+  $("model").disabled = isRunning;
 }
 
 function show(error) {

@@ -184,12 +184,7 @@ function mean(numbers) {
 }
 
 function cosineCell(cosine) {
-  const cell = el("td", { class: "number" }, cosine === null ? "" : cosine.toFixed(3));
-  if (cosine !== null) {
-    cell.style.setProperty("--part", `${100 * Math.max(0, Math.min(1, cosine))}%`);
-    cell.classList.add("measured");
-  }
-  return cell;
+  return el("td", { class: "number" }, cosine === null ? "" : cosine.toFixed(3));
 }
 
 /** Return the choice between what a thought says next and what it is fed back as. */
@@ -283,7 +278,6 @@ function cardParts(name, part, reading) {
 /** Return a table with a row for each vector: norm, cosine to the round before, nearest tokens. */
 function vectorTable(label, vectors, isThought) {
   const hasBefore = vectors.some((vector) => typeof vector.before === "number");
-  const longest = Math.max(...vectors.map((vector) => vector.norm), 1e-9);
   const head = [
     el("th", { scope: "col" }, isThought ? "Step" : "Place"),
     el("th", { scope: "col" }, "Norm"),
@@ -291,19 +285,17 @@ function vectorTable(label, vectors, isThought) {
     el("th", { scope: "col" }, "Nearest tokens"),
     el("th", { scope: "col", class: "wide", title: "mass of all other tokens" }, "Rest"),
   ];
-  const rows = vectors.map((vector, place) => {
-    const norm = el("td", { class: "number measured" }, short(vector.norm));
-    norm.style.setProperty("--part", `${(100 * vector.norm) / longest}%`);
-    return el(
+  const rows = vectors.map((vector, place) =>
+    el(
       "tr",
       {},
       el("th", { scope: "row" }, String(place + 1)),
-      norm,
+      el("td", { class: "number" }, short(vector.norm)),
       hasBefore ? cosineCell(vector.before ?? null) : null,
       el("td", {}, el("ol", { class: "tokens" }, vector.tokens.map(tokenItem))),
       el("td", { class: "number wide" }, vector.rest.toFixed(3))
-    );
-  });
+    )
+  );
   return scrolled(
     label,
     el(
