@@ -69,8 +69,7 @@ def locked() -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def open_() -> Iterator[Served]:
-    settings = HttpSettings(max_body_bytes=10_000, body_timeout_s=0.3)
-    with serving(scripted(SCRIPT), settings) as served:
+    with serving(scripted(SCRIPT), HttpSettings(max_body_bytes=10_000)) as served:
         yield served
 
 
@@ -296,8 +295,12 @@ def test_a_chunked_body_is_read_no_further_than_the_bound(open_: Served) -> None
         assert link.recv(2**16).startswith(b"HTTP/1.1 413")
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(open_: Served) -> None:
-    with socket.create_connection(("127.0.0.1", open_.port), timeout=10) as link:
+def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    settings = HttpSettings(body_timeout_s=0.3)
+    with (
+        serving(scripted(SCRIPT), settings) as served,
+        socket.create_connection(("127.0.0.1", served.port), timeout=10) as link,
+    ):
         link.sendall(JSON_HEAD + b"Content-Length: 100\r\n\r\n{")
         got = b""
         while part := link.recv(2**16):
@@ -338,6 +341,7 @@ def test_only_so_many_requests_are_open_at_a_time() -> None:
         assert response.status_code == 503
         assert response.headers["retry-after"] == "1"
         assert response.json()["error"]["code"] == "RM541"
+        assert served.get("/health").status_code == 200, "a busy service is not a dead one"
 
 
 def test_there_are_no_websockets(open_: Served) -> None:
