@@ -7,6 +7,8 @@
 const NODE = { width: 152, height: 62 };
 const BETWEEN = 18; // agents of a layer
 const LANE = 26; // links that pass agents by
+const LANE_TURNS = 4; // of neighbouring lanes, at different distances from agents
+const [TURN, TURN_STEP] = [12, 5];
 const MARGIN = 8;
 const CORNER = 9;
 const FEW_ROUNDS = 10;
@@ -119,8 +121,9 @@ function placed(system, layer, isDown) {
   const lanes = laneOf(system.links, place);
   const numBefore = lanes.count.before;
   const numBehind = lanes.count.behind;
-  const gap = (isDown ? 40 : 88) + (numBefore + numBehind > 0 ? 14 : 0);
-  const side = numBefore + numBehind > 0 ? 34 : 0;
+  const turns = Math.min(Math.max(numBefore, numBehind), LANE_TURNS);
+  const side = turns > 0 ? TURN + turns * TURN_STEP : 0; // room for links to turn into their lanes
+  const gap = (isDown ? 40 : 88) + side;
   const tallest = Math.max(...filledColumns.map((column) => column.length));
   const core = tallest * across + (tallest - 1) * BETWEEN;
   const start = MARGIN + numBefore * LANE;
@@ -147,7 +150,7 @@ function placed(system, layer, isDown) {
       return { link, curve: [a, b], end: b, label: [(a[0] + b[0] - 8) / 2, (a[1] + b[1]) / 2] };
     }
     const shift = across * (lane.where === "before" ? 0.25 : 0.75);
-    const step = 12 + (lane.number % 4) * 5;
+    const step = TURN + (lane.number % LANE_TURNS) * TURN_STEP;
     const at = laneAt(lane);
     const [out, back] = [from.u + along + step, to.u - step - 4];
     const end = [to.u, to.v + shift];
