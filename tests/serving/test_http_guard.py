@@ -191,6 +191,13 @@ def test_hosts_may_be_named() -> None:
         assert served.get("/health", host="any.example").status_code == 200
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])
+def test_an_address_for_everywhere_names_nothing(host: str) -> None:
+    assert HttpSettings(host=host).hosts == HttpSettings().hosts
+    assert "10.1.2.3" in HttpSettings(host="10.1.2.3").hosts
+    assert "[fd00::1]" in HttpSettings(host="fd00::1").hosts
+
+
 def test_pages_of_other_origins_read_nothing(open_: Served) -> None:
     """No answer has a header that allows it, and what asks first is refused."""
     origin = {"origin": "https://evil.example"}
