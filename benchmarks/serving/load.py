@@ -2,7 +2,7 @@
 
     python benchmarks/serving/load.py MEASURE [MEASURE ...] BUNDLE [--tokens 32,128] [--repeats 3]
         [--start | --url http://127.0.0.1:8000/v1 [--model NAME]] [--threads N] [--data FILE.jsonl]
-        [--per-client 4] [--json FILE]
+        [--questions FILE] [--per-client 4] [--json FILE]
 
 Measures:
 
@@ -16,8 +16,10 @@ Clients ask in a closed loop: each its next question when it has its answer. The
 in this process; `--start` starts `recmas serve BUNDLE`, `--url` takes a server that runs. What is
 compared takes turns, `--repeats` times behind a warm-up; a ratio is the median of those of each
 turn. Questions are those of `--data` (a field `question`) or written on the spot, all different,
-and only those are asked whose greedy answers do not end before `--tokens`, which is found out
-first; how many ended early all the same is told.
+and only those are asked whose greedy answers do not end before the most of `--tokens`, which is
+found out first and kept in `--questions`; how many ended early all the same is told. Of a service
+in this process, processor seconds are told too: with `--threads 1` a busy machine changes them
+little.
 """
 
 from __future__ import annotations
@@ -74,6 +76,7 @@ def main() -> None:
     parser.add_argument("--kept-mb", type=int, default=256, help="of a service in this process")
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--questions", type=Path, help="keeps those that were chosen")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     figures = asyncio.run(measure_all(arguments))
@@ -87,8 +90,8 @@ async def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     async with opened(arguments) as target:
         bench = Bench(target=target, arguments=arguments)
+        await bench.find_questions(max(arguments.tokens))
         for tokens in arguments.tokens:
-            await bench.find_questions(tokens)
             for name in arguments.measures:
                 start = time.perf_counter()
                 found = await MEASURES[name](bench, tokens)
@@ -123,7 +126,7 @@ class Bench:
     target: Target
     arguments: argparse.Namespace
     num_early: int = 0
-    _questions: dict[int, list[str]] = field(default_factory=dict)
+    _questions: list[str] = field(default_factory=list)
     _next: int = 0
     _static: rt.System | None = None
 
@@ -136,19 +139,29 @@ class Bench:
 
     async def find_questions(self, tokens: int) -> None:
         """Ask a pool of questions, which warms up too, and keep those whose answers go on."""
+        file = self.arguments.questions
+        if file is not None and file.exists():
+            self._questions = json.loads(file.read_text(encoding="utf-8"))
+            await clients(self.target, self._questions[:2], tokens, 2)
+            return
         pool = self.pool()
-        wanted = min(len(pool), 2 * MANY * self.arguments.per_client)
-        kept: list[str] = []
-        for start in range(0, len(pool), 2 * MANY):
-            part = pool[start : start + 2 * MANY]
+        # So that none comes again soon: beginnings of prompts are kept.
+        wanted = (MANY + 1) * self.arguments.per_client + 1
+        for start in range(0, len(pool), MANY):
+            part = pool[start : start + MANY]
             seen = await clients(self.target, part, tokens, MANY)
-            kept += (q for q, s in zip(part, seen, strict=True) if s.finish_reason == "length")
-            if len(kept) >= wanted:
+            self._questions += (
+                question
+                for question, each in zip(part, seen, strict=True)
+                if each.finish_reason == "length"
+            )
+            if len(self._questions) >= wanted:
                 break
-        if not kept:
+        if not self._questions:
             sys.exit(f"no question of {len(pool)} has an answer of {tokens} tokens")
-        print(f"{len(kept)} questions for {tokens} tokens", file=sys.stderr, flush=True)
-        self._questions[tokens] = kept
+        print(f"{len(self._questions)} questions for {tokens} tokens", file=sys.stderr, flush=True)
+        if file is not None:
+            file.write_text(json.dumps(self._questions, indent=1) + "\n", encoding="utf-8")
 
     def pool(self) -> list[str]:
         """Return questions of which some will do."""
@@ -158,15 +171,15 @@ class Bench:
         lines = self.arguments.data.read_text(encoding="utf-8").splitlines()
         return [json.loads(line)["question"] for line in lines]
 
-    def questions(self, count: int, tokens: int) -> list[str]:
+    def questions(self, count: int) -> list[str]:
         """Return the next questions; what was asked least recently comes first."""
-        known = self._questions[tokens]
+        known = self._questions
         self._next += count
         return [known[(self._next - count + i) % len(known)] for i in range(count)]
 
     async def closed_loop(self, num_clients: int, count: int, tokens: int) -> dict[str, Any]:
         """Ask so many questions by so many clients."""
-        questions = self.questions(count, tokens)
+        questions = self.questions(count)
         start = time.perf_counter()
         seen = await clients(self.target, questions, tokens, num_clients)
         return self.summary(seen, time.perf_counter() - start, tokens)
@@ -206,7 +219,7 @@ async def ratio(bench: Bench, tokens: int) -> list[dict[str, Any]]:
     per_client = bench.arguments.per_client
 
     async def static() -> dict[str, Any]:
-        (question,) = bench.questions(1, tokens)
+        (question,) = bench.questions(1)
         sampling = {"max_new_tokens": tokens, "temperature": 0.0}
         start = time.perf_counter()
         answers = await asyncio.to_thread(bench.static.run, [question] * MANY, **sampling)
@@ -254,7 +267,7 @@ async def half(bench: Bench, tokens: int) -> list[dict[str, Any]]:
     chance = random.Random(0)
 
     async def arrivals() -> dict[str, Any]:
-        questions = bench.questions(count, tokens)
+        questions = bench.questions(count)
         start = time.perf_counter()
         asked = []
         for question in questions:
@@ -327,8 +340,12 @@ async def in_turn(
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in forms}
     for repeat in range(repeats):
         for name, form in forms.items():
-            found[name].append(await form())
-            print(f"{repeat + 1}: {name}", file=sys.stderr, flush=True)
+            processor_s = time.process_time()
+            figures = await form()
+            processor_s = time.process_time() - processor_s
+            per_s = figures["requests"] / processor_s
+            found[name].append({**figures, "requests_per_processor_s": per_s})
+            print(f"{repeat + 1}: {name}, {processor_s:.1f} s", file=sys.stderr, flush=True)
     return found
 
 
@@ -340,16 +357,23 @@ def with_ratios(
     def value(figures: Mapping[str, Any]) -> float:
         return float(figures[figure] if part is None else figures[figure][part])
 
+    def processor(figures: Mapping[str, Any]) -> float:
+        return float(figures["requests_per_processor_s"])
+
     first = next(iter(found.values()))
     rows = []
     for name, repeats in found.items():
-        ratios = [value(each) / value(one) for each, one in zip(repeats, first, strict=True)]
+        turns = list(zip(repeats, first, strict=True))
+        ratios = [value(each) / value(one) for each, one in turns]
+        by_processor = [processor(each) / processor(one) for each, one in turns]
         rows.append(
             {
                 "form": name,
                 **{key: middle([each[key] for each in repeats]) for key in repeats[0]},
                 "ratio": statistics.median(ratios),
                 "ratios": ratios,
+                "processor_ratio": statistics.median(by_processor),
+                "processor_ratios": by_processor,
                 "ratio_of": figure if part is None else f"{figure} {part}",
             }
         )
@@ -381,8 +405,9 @@ def tables(figures: Mapping[str, Any]) -> str:
             f"{measure}, answers of {tokens} tokens:",
             "",
             "| | requests/min | tokens/s | first token p50 | p95, s | ms a token | whole p50 "
-            f"| p95, s | prompt tokens | kept ones | {rows[0]['ratio_of']} against the first row |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
+            f"| p95, s | prompt tokens | kept ones | {rows[0]['ratio_of']} against the first row "
+            "| requests a processor second |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
             *(line(row) for row in rows),
         ]
     return "\n".join(lines)
@@ -402,7 +427,9 @@ def line(row: Mapping[str, Any]) -> str:
     def pair(name: str, form: str) -> list[str]:
         return [format(row[name][f"p{p}"], form) if name in row else "" for p in PERCENTILES]
 
-    spread = f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}"
+    def ratio(name: str) -> str:
+        return f"{row[name]:.2f} ({min(row[f'{name}s']):.2f} to {max(row[f'{name}s']):.2f})"
+
     cells = [
         row["form"],
         f"{row['requests_per_min']:.1f}",
@@ -412,7 +439,8 @@ def line(row: Mapping[str, Any]) -> str:
         *pair("total_s", ".2f"),
         f"{row['prompt_tokens']:.0f}",
         f"{row['cached_tokens']:.0f}" if "cached_tokens" in row else "",
-        f"{row['ratio']:.2f} ({spread})",
+        ratio("ratio"),
+        ratio("processor_ratio"),
     ]
     return f"| {' | '.join(cells)} |"
 

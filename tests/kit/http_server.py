@@ -249,3 +249,18 @@ def chunks(text: str) -> list[dict[str, Any]]:
     lines = [each[6:] for each in text.split("\n") if each.startswith("data: ")]
     assert lines[-1] == "[DONE]", text
     return [json.loads(each) for each in lines[:-1]]
+
+
+def one_by_one(*scripts: Script) -> OpenService:
+    """Return what starts engines with a script for each request; the last one stays."""
+
+    class Engines(ScriptedEngines):
+        def _send(self, request: AnyRequest) -> None:
+            if isinstance(request, Ask):
+                self.script = scripts[min(len(self.asked), len(scripts) - 1)]
+            super()._send(request)
+
+    async def start() -> ScriptedEngines:
+        return Engines(())
+
+    return start

@@ -165,14 +165,17 @@ class EngineHost:
 
         def run() -> None:
             if isinstance(request, Ask):
-                self._answer(request, model.shared, queued_ms)
+                self._answer(request, model, queued_ms)
             else:
                 self._read(request, model.shared)
 
         self._running[self._scheduler.start(run)] = request
 
-    def _answer(self, ask: Ask, system: System, queued_ms: float) -> None:
+    def _answer(self, ask: Ask, model: _Model, queued_ms: float) -> None:
         """Answer, in a task of its own."""
+        system = model.shared
+        # A run whose engine calls are not shared comes back between them, to be cancelled there.
+        between = (lambda: None) if model.shares else self._scheduler.pause
         if ask.baseline != "latent":
             system = system.baseline(ask.baseline)
         if ask.rounds is not None:
@@ -182,11 +185,13 @@ class EngineHost:
         def on_step(step: PlanStep) -> None:
             agents = agents_of(step)
             self._emit(Step(id=ask.id, op=step.op, round=step.round, rounds=rounds, agents=agents))
+            between()
 
         trace = None if ask.thoughts is None else AnswerTrace(ask.thoughts)
         stream = system.stream(_record(ask), trace=trace, on_step=on_step, **_sampling(ask))
         for piece in stream:
             self._emit(Piece(id=ask.id, text=piece))
+            between()
         assert stream.answer is not None, "the iteration has ended"
         task = current_task()
         self._emit(

@@ -138,7 +138,7 @@ class Answers:
 
     def _refused(self, error: ServiceError, param: str) -> ApiError:
         codes = {"RM508": "recmas.baseline", "RM506": "recmas.rounds"}
-        params = {**dict.fromkeys(("RM206", "RM500", "RM501"), param), **codes}
+        params = {**dict.fromkeys(("RM206", "RM500", "RM501", "RM543"), param), **codes}
         return of_problems(
             error.problems,
             reason=error.reason,
