@@ -19,7 +19,8 @@ from kit.bundles import BuildTiny
 from kit.files import lines
 from kit.hand_bundle import edit_json, write_hand_bundle
 from kit.http_server import local, serving
-from kit.specs import MIXTURE, SEQUENTIAL
+from kit.message_specs import EVERY_KIND
+from kit.specs import MIXTURE
 from recmas_runtime.cli.main import main
 from recmas_runtime.running.run_trace import RECORDS_NAME
 from recmas_runtime.serve.http.settings import HttpSettings
@@ -221,8 +222,8 @@ def address(systems: dict[str, Path]) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def built_address(build_tiny: BuildTiny) -> Iterator[str]:
-    """Systems with agents side by side and one after the other, as the compiler makes them."""
-    built = {"mixture": build_tiny(MIXTURE), "sequential": build_tiny(SEQUENTIAL)}
+    """Systems as the compiler makes them: agents side by side, and links of every kind."""
+    built = {"mixture": build_tiny(MIXTURE), "tiny": build_tiny(EVERY_KIND)}
     with served({name: each.bundle for name, each in built.items()}) as address:
         yield address
 
@@ -260,7 +261,8 @@ def test_a_question_is_asked_and_its_trace_opened(page: Page, address: str) -> N
     assert "Before" not in heads[0]
     assert "Before" in heads[-1] or "Before" in heads[-2]
     page.one("#trace input[value=fed_back]").click()
-    page.wait(lambda: page.text("#trace .tokens .value"))
+    page.wait(lambda: page.text("#trace .tokens .value") == "1.000")
+    page.check_layout()
     page.one("#trace .steps summary").click()
     page.wait(lambda: len(page.all("#trace .steps tbody tr")) == 11)
 
@@ -394,7 +396,7 @@ def test_by_keyboard_alone(page: Page, address: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
-@pytest.mark.parametrize("name", ["mixture", "sequential"])
+@pytest.mark.parametrize("name", ["mixture", "tiny"])
 def test_it_fits(
     page: Page, built_address: str, name: str, size: tuple[int, int], scheme: str
 ) -> None:
@@ -403,17 +405,45 @@ def test_it_fits(
     page.wait(lambda: page.text("#system-title") == name)
     page.check_layout()
     page.one("#settings summary").click()
-    page.ask("A pen costs 3 dollars. What do 4 pens cost?")
+    for field in page.all("#fields textarea"):
+        field.send_keys("A pen costs 3 dollars. What do 4 pens cost?")
+    page.one("#send").click()
+    page.wait_for_answer()
+    page.one("#trace summary").click()
+    page.wait(lambda: page.all("#trace details.card"))
+    for card in page.all("#trace details.card:not([open]) > summary"):
+        card.click()
+    page.wait(lambda: page.all("#trace .tokens"))
+    page.one("#trace .steps summary").click()
+    page.wait(lambda: page.all("#trace .steps tr"))
+    page.check_layout()
+    assert page.one("#graph svg").rect["width"] <= size[0]
+    ground = page.driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, ground[4:-1].split(","))) > 382) == (scheme == "light")
+
+
+def test_every_kind_of_message_is_shown(page: Page, built_address: str) -> None:
+    page.open(built_address)
+    page.choose("tiny")
+    page.wait(lambda: page.text("#system-title") == "tiny")
+    labels = [label.text for label in page.all("#fields label")]
+    assert labels == ["Question", "Context", "Facts[0]", "Facts[1]"]
+    for field in page.all("#fields textarea"):
+        field.send_keys("Read this.")
+    kinds = {label.text for label in page.all("#graph .carried text")}
+    assert kinds == {"context", "cache rows", "states", "text"}
+    # Who thinks: the scribe alone sends thoughts.
+    thinking = [a.text.split("\n")[0] for a in agents(page) if "thoughts" in a.text]
+    assert thinking == ["scribe"]
+    page.one("#send").click()
     page.wait_for_answer()
     page.one("#trace summary").click()
     page.wait(lambda: page.all("#trace .tokens"))
-    for steps in page.all("#trace .steps summary"):
-        steps.click()
-    page.check_layout()
-    graph = page.one("#graph svg").rect
-    assert graph["width"] <= size[0]
-    ground = page.driver.execute_script("return getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, ground[4:-1].split(","))) > 382) == (scheme == "light")
+    sent = [heading.text for heading in page.all("#trace h4")]
+    assert [text for text in sent if text.startswith("Sent to twin: ") and "cache rows (" in text]
+    assert "Wrote" in sent
+    assert page.one("#trace blockquote").text
+    assert [text for text in sent if text.startswith("Sent to solver: ") and "vectors" in text]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail, is_out_of_memory
 from recmas_runtime.formats.plan import Step as PlanStep
-from recmas_runtime.formats.plan import agents_of, feedback_links
+from recmas_runtime.formats.plan import ThinkStep, agents_of, feedback_links
 from recmas_runtime.running.records import Record
 from recmas_runtime.running.system import System, load
 from recmas_runtime.scheduling.scheduler import Scheduler, Task, current_task
@@ -342,13 +342,18 @@ def model_info(name: str, path: Path, system: System, ms: float) -> ModelInfo:
     feedback = feedback_links(plan)
     manifest = path / "manifest.json"
     backbone = system.manifest.backbones[plan.agents[plan.answer_agent].backbone]
+    thinking = {name for step in plan.steps if isinstance(step, ThinkStep) for name in step.agents}
     return ModelInfo(
         name=name,
         system=plan.name,
         rounds=plan.rounds,
         answer_agent=plan.answer_agent,
         agents=tuple(
-            AgentInfo(name=agent, backbone=each.backbone, latent_steps=each.latent_steps)
+            AgentInfo(
+                name=agent,
+                backbone=each.backbone,
+                latent_steps=each.latent_steps if agent in thinking else 0,
+            )
             for agent, each in plan.agents.items()
         ),
         links=tuple(
