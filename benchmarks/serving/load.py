@@ -55,6 +55,7 @@ BESIDE = 4
 # Sentences of a question: about 15 and 350 tokens.
 SHORT, LONG = 1, 22
 PERCENTILES = (50, 95)
+_PROCESSOR = "requests_per_processor_s"
 
 
 def main() -> None:
@@ -129,6 +130,11 @@ class Bench:
     _questions: list[str] = field(default_factory=list)
     _next: int = 0
     _static: rt.System | None = None
+
+    @property
+    def is_in_process(self) -> bool:
+        """Whether this process computes the answers."""
+        return not (self.arguments.start or self.arguments.url)
 
     @property
     def static(self) -> rt.System:
@@ -233,12 +239,12 @@ async def ratio(bench: Bench, tokens: int) -> list[dict[str, Any]]:
         }
 
     rows = await in_turn(
+        bench,
         {
             "1 client": lambda: bench.closed_loop(1, per_client, tokens),
             f"{MANY} clients": lambda: bench.closed_loop(MANY, MANY * per_client, tokens),
             f"static batch of {MANY}": static,
         },
-        bench.arguments.repeats,
     )
     return with_ratios(rows, "tokens_per_s")
 
@@ -247,6 +253,7 @@ async def curve(bench: Bench, tokens: int) -> list[dict[str, Any]]:
     """Throughput and waits by the number of clients."""
     per_client, most = bench.arguments.per_client, bench.arguments.most_clients
     rows = await in_turn(
+        bench,
         {
             f"{count} client{'s' * (count > 1)}": _partial(
                 bench.closed_loop, count, max(per_client, count * per_client // 2), tokens
@@ -254,7 +261,6 @@ async def curve(bench: Bench, tokens: int) -> list[dict[str, Any]]:
             for count in CURVE
             if count <= most
         },
-        bench.arguments.repeats,
     )
     return with_ratios(rows, "tokens_per_s")
 
@@ -277,12 +283,12 @@ async def half(bench: Bench, tokens: int) -> list[dict[str, Any]]:
         return bench.summary(seen, time.perf_counter() - start, tokens)
 
     rows = await in_turn(
+        bench,
         {
             "idle: one question at a time": lambda: bench.closed_loop(1, count // 2, tokens),
             f"{MANY // 2} clients": lambda: bench.closed_loop(MANY // 2, count, tokens),
             f"at random, {60 * per_s:.1f} a minute": arrivals,
         },
-        bench.arguments.repeats,
     )
     return with_ratios(rows, "first_s", "p95")
 
@@ -310,11 +316,11 @@ async def mixed(bench: Bench, tokens: int) -> list[dict[str, Any]]:
         return bench.summary(seen, seconds, tokens)
 
     rows = await in_turn(
+        bench,
         {
             f"beside {BESIDE} short questions": lambda: beside(SHORT),
             f"beside {BESIDE} long questions": lambda: beside(LONG),
         },
-        bench.arguments.repeats,
     )
     return with_ratios(rows, "total_s", "p50")
 
@@ -334,18 +340,20 @@ def _partial(
 
 
 async def in_turn(
-    forms: Mapping[str, Callable[[], Awaitable[dict[str, Any]]]], repeats: int
+    bench: Bench, forms: Mapping[str, Callable[[], Awaitable[dict[str, Any]]]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Measure all forms, one after another, so many times; returns figures by form and repeat."""
+    """Measure all forms, one after another, in turns; returns figures by form and turn."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in forms}
-    for repeat in range(repeats):
+    for turn in range(bench.arguments.repeats):
         for name, form in forms.items():
-            processor_s = time.process_time()
+            start, processor_s = time.perf_counter(), time.process_time()
             figures = await form()
             processor_s = time.process_time() - processor_s
-            per_s = figures["requests"] / processor_s
-            found[name].append({**figures, "requests_per_processor_s": per_s})
-            print(f"{repeat + 1}: {name}, {processor_s:.1f} s", file=sys.stderr, flush=True)
+            if bench.is_in_process:
+                figures[_PROCESSOR] = figures["requests"] / processor_s
+            found[name].append(figures)
+            seconds = time.perf_counter() - start
+            print(f"{turn + 1}: {name}, {seconds:.1f} s", file=sys.stderr, flush=True)
     return found
 
 
@@ -357,22 +365,21 @@ def with_ratios(
     def value(figures: Mapping[str, Any]) -> float:
         return float(figures[figure] if part is None else figures[figure][part])
 
-    def processor(figures: Mapping[str, Any]) -> float:
-        return float(figures["requests_per_processor_s"])
-
     first = next(iter(found.values()))
     rows = []
     for name, repeats in found.items():
         turns = list(zip(repeats, first, strict=True))
         ratios = [value(each) / value(one) for each, one in turns]
-        by_processor = [processor(each) / processor(one) for each, one in turns]
+        by_processor = [
+            each[_PROCESSOR] / one[_PROCESSOR] for each, one in turns if _PROCESSOR in one
+        ]
         rows.append(
             {
                 "form": name,
                 **{key: middle([each[key] for each in repeats]) for key in repeats[0]},
                 "ratio": statistics.median(ratios),
                 "ratios": ratios,
-                "processor_ratio": statistics.median(by_processor),
+                "processor_ratio": statistics.median(by_processor) if by_processor else None,
                 "processor_ratios": by_processor,
                 "ratio_of": figure if part is None else f"{figure} {part}",
             }
@@ -428,6 +435,8 @@ def line(row: Mapping[str, Any]) -> str:
         return [format(row[name][f"p{p}"], form) if name in row else "" for p in PERCENTILES]
 
     def ratio(name: str) -> str:
+        if not row[f"{name}s"]:
+            return ""
         return f"{row[name]:.2f} ({min(row[f'{name}s']):.2f} to {max(row[f'{name}s']):.2f})"
 
     cells = [
