@@ -17,9 +17,12 @@ in this process; `--start` starts `recmas serve BUNDLE`, `--url` takes a server 
 compared takes turns, `--repeats` times behind a warm-up; a ratio is the median of those of each
 turn. Questions are those of `--data` (a field `question`) or written on the spot, all different,
 and only those are asked whose greedy answers do not end before the most of `--tokens`, which is
-found out first and kept in `--questions`; how many ended early all the same is told. Of a service
-in this process, processor seconds are told too: with `--threads 1` a busy machine changes them
-little.
+found out first and kept in `--questions`; how many ended early all the same is told.
+
+`--clock processor` takes all times in processor seconds of the service, or of the server that was
+started: with `--threads 1` they are about what it takes on a machine with nothing beside. Only
+where somebody is always asking do they say how long a client waits, so random arrivals are left
+out.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from targets import Seen, Target, in_process, over_http, started
+from targets import Clock, Seen, Target, in_process, over_http, started
 
 import recmas_runtime as rt
 from recmas_runtime.checking.machine import describe_machine
@@ -55,7 +58,10 @@ BESIDE = 4
 # Sentences of a question: about 15 and 350 tokens.
 SHORT, LONG = 1, 22
 PERCENTILES = (50, 95)
-_PROCESSOR = "requests_per_processor_s"
+CLOCKS: Mapping[str, Clock] = {
+    "wall": time.perf_counter,
+    "processor": time.process_time,
+}
 
 
 def main() -> None:
@@ -75,11 +81,14 @@ def main() -> None:
     parser.add_argument("--key-file", type=Path, help="holds the server's key")
     parser.add_argument("--serve-option", action="append", default=[], help="of `recmas serve`")
     parser.add_argument("--kept-mb", type=int, default=256, help="of a service in this process")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--data", type=Path)
     parser.add_argument("--questions", type=Path, help="keeps those that were chosen")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.clock == "processor" and arguments.url:
+        parser.error("--clock processor is for what this command starts")
     figures = asyncio.run(measure_all(arguments))
     print(tables(figures))
     if arguments.json:
@@ -103,6 +112,7 @@ async def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "machine": f"{describe_machine()['cpu']}, {arguments.threads} threads",
         "over": arguments.url or ("recmas serve" if arguments.start else "a service in process"),
+        "clock": arguments.clock,
         "repeats": arguments.repeats,
         "ended_early": bench.num_early,
         "rows": rows,
@@ -115,9 +125,12 @@ def opened(arguments: argparse.Namespace) -> AbstractAsyncContextManager[Target]
         key = arguments.key_file.read_text().strip() if arguments.key_file else None
         return over_http(arguments.url, arguments.model, key)
     if arguments.start:
-        return started(arguments.bundle, arguments.threads, arguments.serve_option)
+        by_processor = arguments.clock == "processor"
+        options = arguments.serve_option
+        return started(arguments.bundle, arguments.threads, options, by_processor=by_processor)
     limits = ServiceLimits(max_queue=256, kept_bytes=arguments.kept_mb * 2**20)
-    return in_process(arguments.bundle, limits, arguments.threads)
+    clock = CLOCKS[arguments.clock]
+    return in_process(arguments.bundle, limits, arguments.threads, clock=clock)
 
 
 @dataclass
@@ -130,11 +143,6 @@ class Bench:
     _questions: list[str] = field(default_factory=list)
     _next: int = 0
     _static: rt.System | None = None
-
-    @property
-    def is_in_process(self) -> bool:
-        """Whether this process computes the answers."""
-        return not (self.arguments.start or self.arguments.url)
 
     @property
     def static(self) -> rt.System:
@@ -186,9 +194,9 @@ class Bench:
     async def closed_loop(self, num_clients: int, count: int, tokens: int) -> dict[str, Any]:
         """Ask so many questions by so many clients."""
         questions = self.questions(count)
-        start = time.perf_counter()
+        start = self.target.clock()
         seen = await clients(self.target, questions, tokens, num_clients)
-        return self.summary(seen, time.perf_counter() - start, tokens)
+        return self.summary(seen, self.target.clock() - start, tokens)
 
     def summary(self, seen: Sequence[Seen], seconds: float, tokens: int) -> dict[str, Any]:
         """Return rates and waits of answers that took so long together."""
@@ -227,9 +235,10 @@ async def ratio(bench: Bench, tokens: int) -> list[dict[str, Any]]:
     async def static() -> dict[str, Any]:
         (question,) = bench.questions(1)
         sampling = {"max_new_tokens": tokens, "temperature": 0.0}
-        start = time.perf_counter()
+        clock = CLOCKS[bench.arguments.clock]  # of this process
+        start = clock()
         answers = await asyncio.to_thread(bench.static.run, [question] * MANY, **sampling)
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         made = sum(answer.usage.completion_tokens for answer in answers)
         return {
             "requests": MANY,
@@ -282,14 +291,13 @@ async def half(bench: Bench, tokens: int) -> list[dict[str, Any]]:
         seen = await asyncio.gather(*asked)
         return bench.summary(seen, time.perf_counter() - start, tokens)
 
-    rows = await in_turn(
-        bench,
-        {
-            "idle: one question at a time": lambda: bench.closed_loop(1, count // 2, tokens),
-            f"{MANY // 2} clients": lambda: bench.closed_loop(MANY // 2, count, tokens),
-            f"at random, {60 * per_s:.1f} a minute": arrivals,
-        },
-    )
+    forms = {
+        "idle: one question at a time": lambda: bench.closed_loop(1, count // 2, tokens),
+        f"{MANY // 2} clients": lambda: bench.closed_loop(MANY // 2, count, tokens),
+    }
+    if bench.arguments.clock == "wall":
+        forms[f"at random, {60 * per_s:.1f} a minute"] = arrivals
+    rows = await in_turn(bench, forms)
     return with_ratios(rows, "first_s", "p95")
 
 
@@ -308,9 +316,9 @@ async def mixed(bench: Bench, tokens: int) -> list[dict[str, Any]]:
         neighbours = [asyncio.create_task(neighbour()) for _ in range(BESIDE)]
         await asyncio.sleep(0.5)  # until they are at work
         questions = [word_problem(next(numbers), SHORT) for _ in range(count)]
-        start = time.perf_counter()
+        start = bench.target.clock()
         seen = await clients(bench.target, questions, tokens, 1)
-        seconds = time.perf_counter() - start
+        seconds = bench.target.clock() - start
         ended.set()
         await asyncio.gather(*neighbours)
         return bench.summary(seen, seconds, tokens)
@@ -346,12 +354,8 @@ async def in_turn(
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in forms}
     for turn in range(bench.arguments.repeats):
         for name, form in forms.items():
-            start, processor_s = time.perf_counter(), time.process_time()
-            figures = await form()
-            processor_s = time.process_time() - processor_s
-            if bench.is_in_process:
-                figures[_PROCESSOR] = figures["requests"] / processor_s
-            found[name].append(figures)
+            start = time.perf_counter()
+            found[name].append(await form())
             seconds = time.perf_counter() - start
             print(f"{turn + 1}: {name}, {seconds:.1f} s", file=sys.stderr, flush=True)
     return found
@@ -368,19 +372,13 @@ def with_ratios(
     first = next(iter(found.values()))
     rows = []
     for name, repeats in found.items():
-        turns = list(zip(repeats, first, strict=True))
-        ratios = [value(each) / value(one) for each, one in turns]
-        by_processor = [
-            each[_PROCESSOR] / one[_PROCESSOR] for each, one in turns if _PROCESSOR in one
-        ]
+        ratios = [value(each) / value(one) for each, one in zip(repeats, first, strict=True)]
         rows.append(
             {
                 "form": name,
                 **{key: middle([each[key] for each in repeats]) for key in repeats[0]},
                 "ratio": statistics.median(ratios),
                 "ratios": ratios,
-                "processor_ratio": statistics.median(by_processor) if by_processor else None,
-                "processor_ratios": by_processor,
                 "ratio_of": figure if part is None else f"{figure} {part}",
             }
         )
@@ -403,8 +401,9 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 def tables(figures: Mapping[str, Any]) -> str:
     """Return a Markdown table for each measure."""
     lines = [
-        f"**{figures['machine']}; {figures['date']}; over {figures['over']}; medians of "
-        f"{figures['repeats']}; {figures['ended_early']} answers ended early**"
+        f"**{figures['machine']}; {figures['date']}; over {figures['over']}; "
+        f"{figures['clock']} seconds; medians of {figures['repeats']}; "
+        f"{figures['ended_early']} answers ended early**"
     ]
     for (measure, tokens), rows in grouped(figures["rows"]):
         lines += [
@@ -412,9 +411,8 @@ def tables(figures: Mapping[str, Any]) -> str:
             f"{measure}, answers of {tokens} tokens:",
             "",
             "| | requests/min | tokens/s | first token p50 | p95, s | ms a token | whole p50 "
-            f"| p95, s | prompt tokens | kept ones | {rows[0]['ratio_of']} against the first row "
-            "| requests a processor second |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+            f"| p95, s | prompt tokens | kept ones | {rows[0]['ratio_of']} against the first row |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
             *(line(row) for row in rows),
         ]
     return "\n".join(lines)
@@ -434,11 +432,7 @@ def line(row: Mapping[str, Any]) -> str:
     def pair(name: str, form: str) -> list[str]:
         return [format(row[name][f"p{p}"], form) if name in row else "" for p in PERCENTILES]
 
-    def ratio(name: str) -> str:
-        if not row[f"{name}s"]:
-            return ""
-        return f"{row[name]:.2f} ({min(row[f'{name}s']):.2f} to {max(row[f'{name}s']):.2f})"
-
+    spread = f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}"
     cells = [
         row["form"],
         f"{row['requests_per_min']:.1f}",
@@ -448,8 +442,7 @@ def line(row: Mapping[str, Any]) -> str:
         *pair("total_s", ".2f"),
         f"{row['prompt_tokens']:.0f}",
         f"{row['cached_tokens']:.0f}" if "cached_tokens" in row else "",
-        ratio("ratio"),
-        ratio("processor_ratio"),
+        f"{row['ratio']:.2f} ({spread})",
     ]
     return f"| {' | '.join(cells)} |"
 
