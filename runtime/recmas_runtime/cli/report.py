@@ -44,6 +44,7 @@ class _Step(msgspec.Struct, frozen=True, omit_defaults=True):
     reused_tokens: Size = 0
     written_tokens: Size = 0
     handed_rows: Size | None = None
+    handed_bytes: Size | None = None
     texts: tuple[str, ...] = ()
     tool_calls: tuple[_Call, ...] = ()
 
