@@ -315,6 +315,25 @@ def test_a_full_replica_refuses_by_itself(client: httpx.Client, hand_bundle: Pat
     serve.delete("small")
 
 
+def test_a_record_that_kills_its_workers_is_found() -> None:
+    from recmas_runtime.running.records import Record
+    from recmas_runtime.serve.ray.batch_workers import _Asked, _to_do_again
+
+    batch = [_Asked(Record(id=n, fields={"question": "7"}, index=n)) for n in range(13)]
+    left, num_deaths, done = [batch], 0, []
+    while left:
+        part = left.pop()
+        if batch[5] in part:
+            num_deaths += 1
+            left += _to_do_again(part)
+        else:
+            done += [asked.record.id for asked in part]
+    assert sorted(done) == [n for n in range(13) if n != 5]
+    assert isinstance(batch[5].result, RecmasError)
+    assert batch[5].result.problems[0].message == "3 workers died over record 5"
+    assert num_deaths <= 4 + 3  # down to one record, and then for three
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
