@@ -315,6 +315,33 @@ def test_a_full_replica_refuses_by_itself(client: httpx.Client, hand_bundle: Pat
     serve.delete("small")
 
 
+def test_there_are_more_replicas_where_requests_wait(
+    client: httpx.Client, hand_bundle: Path
+) -> None:
+    from ray import serve
+
+    from recmas_runtime.serve.ray import app
+
+    options = {"bundle": str(hand_bundle), "max_batch": 1, "max_replicas": 2, "upscale_s": 0.5}
+    serve.run(app(options), name="growing", route_prefix="/growing")
+    replicas = "ray::ServeReplica:growing:recmas"
+    assert len(processes(replicas)) == 1
+    body = {"model": "by-hand", "messages": [{"role": "user", "content": "It is 7"}]}
+    deadline = time.monotonic() + 120
+
+    def ask_until_there_are_two(_: int) -> set[int]:
+        statuses = set()
+        while len(processes(replicas)) < 2 and time.monotonic() < deadline:
+            statuses.add(client.post("/growing/v1/chat/completions", json=body).status_code)
+        return statuses
+
+    with ThreadPoolExecutor(8) as pool:
+        found = set().union(*pool.map(ask_until_there_are_two, range(8)))
+    assert len(processes(replicas)) == 2
+    assert found == {200}
+    serve.delete("growing")
+
+
 def test_a_record_that_kills_its_workers_is_found() -> None:
     from recmas_runtime.running.records import Record
     from recmas_runtime.serve.ray.batch_workers import _Asked, _to_do_again
