@@ -5,6 +5,7 @@ Needs chromium with its driver and selenium: `make test-browser`.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -35,6 +36,35 @@ pytestmark = pytest.mark.browser
 HOSTILE = '<img src="x" onerror="document.title=1"><script>document.title=2</script> '
 LONG_S = 20
 DESK = (1280, 900)
+PICTURE = Path(__file__).parents[2] / "docs" / "images" / "serve-page.png"
+ON_SMOLLM2 = """
+recmas: 1
+name: sequential
+rounds: 3
+latent_steps: 8
+backbones:
+  smol: {source: builtin:smollm2-135m-instruct}
+agents:
+  planner:
+    backbone: smol
+    inner: {init: latentmas}
+    prompt:
+      first: "Question: {{ question }}  Which steps lead to the answer?"
+      then: "Question: {{ question }}  So far: {{ latent.solver }}  Which steps are better?"
+  critic:
+    backbone: smol
+    inner: {init: latentmas}
+    prompt: "Question: {{ question }}  A plan: {{ latent.planner }}  What is wrong with it?"
+  solver:
+    backbone: smol
+    inner: {init: latentmas}
+    prompt: "Question: {{ question }}  Notes: {{ latent.critic }}  Answer in one sentence."
+links:
+  planner -> critic: {}
+  critic -> solver: {}
+  solver -> planner: {feedback: true}
+answer: {agent: solver, max_new_tokens: 48}
+"""
 PHONE = (360, 740)
 OVERFLOWING = """
 const wide = [...document.body.querySelectorAll("*")].filter((element) => {
@@ -444,6 +474,30 @@ def test_every_kind_of_message_is_shown(page: Page, built_address: str) -> None:
     assert "Wrote" in sent
     assert page.one("#trace blockquote").text
     assert [text for text in sent if text.startswith("Sent to solver: ") and "vectors" in text]
+
+
+@pytest.mark.smollm2
+def test_the_picture_in_the_docs(
+    page: Page, build_tiny: BuildTiny, request: pytest.FixtureRequest
+) -> None:
+    """The page as it looks after a question to the real model; `--update-golden` writes it anew."""
+    with served({"sequential": build_tiny(ON_SMOLLM2).bundle}) as address:
+        page.open(address, (1100, 1420))
+        page.command("Emulation.setScrollbarsHidden", hidden=True)
+        page.ask("A pen costs 3 dollars. What do 4 pens cost?")
+        page.wait_for_answer()
+    page.one("#trace summary").click()
+    page.wait(lambda: page.all("#trace .tokens"))
+    assert len(page.all("#trace .agent-name")) == 9
+    assert page.text("#answer")
+    page.check_layout()
+    picture = base64.b64decode(page.command("Page.captureScreenshot")["data"])
+    page.command("Emulation.setScrollbarsHidden", hidden=False)
+    assert len(picture) < 200_000
+    if request.config.getoption("--update-golden"):
+        PICTURE.parent.mkdir(exist_ok=True)
+        PICTURE.write_bytes(picture)
+    assert PICTURE.is_file()
 
 
 @pytest.fixture
