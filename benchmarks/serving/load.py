@@ -17,9 +17,12 @@ in this process; `--start` starts `recmas serve BUNDLE`, `--url` takes a server 
 compared takes turns, `--repeats` times behind a warm-up; a ratio is the median of those of each
 turn. Questions are those of `--data` (a field `question`) or written on the spot, all different,
 and only those are asked whose greedy answers do not end before the most of `--tokens`, which is
-found out first and kept in `--questions`; how many ended early all the same is told. Of a service
-in this process, processor seconds are told too: with `--threads 1` a busy machine changes them
-little.
+found out first and kept in `--questions`; how many ended early all the same is told.
+
+`--clock processor` takes all times in processor seconds of the service, or of the server that was
+started: with `--threads 1` they are about what it takes on a machine with nothing beside. Only
+where somebody is always asking do they say how long a client waits, so random arrivals are left
+out.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from targets import Seen, Target, in_process, over_http, started
+from targets import Clock, Seen, Target, in_process, over_http, started
 
 import recmas_runtime as rt
 from recmas_runtime.checking.machine import describe_machine
@@ -55,6 +58,10 @@ BESIDE = 4
 # Sentences of a question: about 15 and 350 tokens.
 SHORT, LONG = 1, 22
 PERCENTILES = (50, 95)
+CLOCKS: Mapping[str, Clock] = {
+    "wall": time.perf_counter,
+    "processor": time.process_time,
+}
 
 
 def main() -> None:
@@ -74,11 +81,14 @@ def main() -> None:
     parser.add_argument("--key-file", type=Path, help="holds the server's key")
     parser.add_argument("--serve-option", action="append", default=[], help="of `recmas serve`")
     parser.add_argument("--kept-mb", type=int, default=256, help="of a service in this process")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--data", type=Path)
     parser.add_argument("--questions", type=Path, help="keeps those that were chosen")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.clock == "processor" and arguments.url:
+        parser.error("--clock processor is for what this command starts")
     figures = asyncio.run(measure_all(arguments))
     print(tables(figures))
     if arguments.json:
@@ -102,6 +112,7 @@ async def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "machine": f"{describe_machine()['cpu']}, {arguments.threads} threads",
         "over": arguments.url or ("recmas serve" if arguments.start else "a service in process"),
+        "clock": arguments.clock,
         "repeats": arguments.repeats,
         "ended_early": bench.num_early,
         "rows": rows,
@@ -114,9 +125,12 @@ def opened(arguments: argparse.Namespace) -> AbstractAsyncContextManager[Target]
         key = arguments.key_file.read_text().strip() if arguments.key_file else None
         return over_http(arguments.url, arguments.model, key)
     if arguments.start:
-        return started(arguments.bundle, arguments.threads, arguments.serve_option)
+        by_processor = arguments.clock == "processor"
+        options = arguments.serve_option
+        return started(arguments.bundle, arguments.threads, options, by_processor=by_processor)
     limits = ServiceLimits(max_queue=256, kept_bytes=arguments.kept_mb * 2**20)
-    return in_process(arguments.bundle, limits, arguments.threads)
+    clock = CLOCKS[arguments.clock]
+    return in_process(arguments.bundle, limits, arguments.threads, clock=clock)
 
 
 @dataclass
@@ -180,9 +194,9 @@ class Bench:
     async def closed_loop(self, num_clients: int, count: int, tokens: int) -> dict[str, Any]:
         """Ask so many questions by so many clients."""
         questions = self.questions(count)
-        start = time.perf_counter()
+        start = self.target.clock()
         seen = await clients(self.target, questions, tokens, num_clients)
-        return self.summary(seen, time.perf_counter() - start, tokens)
+        return self.summary(seen, self.target.clock() - start, tokens)
 
     def summary(self, seen: Sequence[Seen], seconds: float, tokens: int) -> dict[str, Any]:
         """Return rates and waits of answers that took so long together."""
@@ -221,9 +235,10 @@ async def ratio(bench: Bench, tokens: int) -> list[dict[str, Any]]:
     async def static() -> dict[str, Any]:
         (question,) = bench.questions(1)
         sampling = {"max_new_tokens": tokens, "temperature": 0.0}
-        start = time.perf_counter()
+        clock = CLOCKS[bench.arguments.clock]  # of this process
+        start = clock()
         answers = await asyncio.to_thread(bench.static.run, [question] * MANY, **sampling)
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         made = sum(answer.usage.completion_tokens for answer in answers)
         return {
             "requests": MANY,
@@ -233,12 +248,12 @@ async def ratio(bench: Bench, tokens: int) -> list[dict[str, Any]]:
         }
 
     rows = await in_turn(
+        bench,
         {
             "1 client": lambda: bench.closed_loop(1, per_client, tokens),
             f"{MANY} clients": lambda: bench.closed_loop(MANY, MANY * per_client, tokens),
             f"static batch of {MANY}": static,
         },
-        bench.arguments.repeats,
     )
     return with_ratios(rows, "tokens_per_s")
 
@@ -247,6 +262,7 @@ async def curve(bench: Bench, tokens: int) -> list[dict[str, Any]]:
     """Throughput and waits by the number of clients."""
     per_client, most = bench.arguments.per_client, bench.arguments.most_clients
     rows = await in_turn(
+        bench,
         {
             f"{count} client{'s' * (count > 1)}": _partial(
                 bench.closed_loop, count, max(per_client, count * per_client // 2), tokens
@@ -254,7 +270,6 @@ async def curve(bench: Bench, tokens: int) -> list[dict[str, Any]]:
             for count in CURVE
             if count <= most
         },
-        bench.arguments.repeats,
     )
     return with_ratios(rows, "tokens_per_s")
 
@@ -276,14 +291,13 @@ async def half(bench: Bench, tokens: int) -> list[dict[str, Any]]:
         seen = await asyncio.gather(*asked)
         return bench.summary(seen, time.perf_counter() - start, tokens)
 
-    rows = await in_turn(
-        {
-            "idle: one question at a time": lambda: bench.closed_loop(1, count // 2, tokens),
-            f"{MANY // 2} clients": lambda: bench.closed_loop(MANY // 2, count, tokens),
-            f"at random, {60 * per_s:.1f} a minute": arrivals,
-        },
-        bench.arguments.repeats,
-    )
+    forms = {
+        "idle: one question at a time": lambda: bench.closed_loop(1, count // 2, tokens),
+        f"{MANY // 2} clients": lambda: bench.closed_loop(MANY // 2, count, tokens),
+    }
+    if bench.arguments.clock == "wall":
+        forms[f"at random, {60 * per_s:.1f} a minute"] = arrivals
+    rows = await in_turn(bench, forms)
     return with_ratios(rows, "first_s", "p95")
 
 
@@ -302,19 +316,19 @@ async def mixed(bench: Bench, tokens: int) -> list[dict[str, Any]]:
         neighbours = [asyncio.create_task(neighbour()) for _ in range(BESIDE)]
         await asyncio.sleep(0.5)  # until they are at work
         questions = [word_problem(next(numbers), SHORT) for _ in range(count)]
-        start = time.perf_counter()
+        start = bench.target.clock()
         seen = await clients(bench.target, questions, tokens, 1)
-        seconds = time.perf_counter() - start
+        seconds = bench.target.clock() - start
         ended.set()
         await asyncio.gather(*neighbours)
         return bench.summary(seen, seconds, tokens)
 
     rows = await in_turn(
+        bench,
         {
             f"beside {BESIDE} short questions": lambda: beside(SHORT),
             f"beside {BESIDE} long questions": lambda: beside(LONG),
         },
-        bench.arguments.repeats,
     )
     return with_ratios(rows, "total_s", "p50")
 
@@ -334,18 +348,16 @@ def _partial(
 
 
 async def in_turn(
-    forms: Mapping[str, Callable[[], Awaitable[dict[str, Any]]]], repeats: int
+    bench: Bench, forms: Mapping[str, Callable[[], Awaitable[dict[str, Any]]]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Measure all forms, one after another, so many times; returns figures by form and repeat."""
+    """Measure all forms, one after another, in turns; returns figures by form and turn."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in forms}
-    for repeat in range(repeats):
+    for turn in range(bench.arguments.repeats):
         for name, form in forms.items():
-            processor_s = time.process_time()
-            figures = await form()
-            processor_s = time.process_time() - processor_s
-            per_s = figures["requests"] / processor_s
-            found[name].append({**figures, "requests_per_processor_s": per_s})
-            print(f"{repeat + 1}: {name}, {processor_s:.1f} s", file=sys.stderr, flush=True)
+            start = time.perf_counter()
+            found[name].append(await form())
+            seconds = time.perf_counter() - start
+            print(f"{turn + 1}: {name}, {seconds:.1f} s", file=sys.stderr, flush=True)
     return found
 
 
@@ -357,23 +369,16 @@ def with_ratios(
     def value(figures: Mapping[str, Any]) -> float:
         return float(figures[figure] if part is None else figures[figure][part])
 
-    def processor(figures: Mapping[str, Any]) -> float:
-        return float(figures["requests_per_processor_s"])
-
     first = next(iter(found.values()))
     rows = []
     for name, repeats in found.items():
-        turns = list(zip(repeats, first, strict=True))
-        ratios = [value(each) / value(one) for each, one in turns]
-        by_processor = [processor(each) / processor(one) for each, one in turns]
+        ratios = [value(each) / value(one) for each, one in zip(repeats, first, strict=True)]
         rows.append(
             {
                 "form": name,
                 **{key: middle([each[key] for each in repeats]) for key in repeats[0]},
                 "ratio": statistics.median(ratios),
                 "ratios": ratios,
-                "processor_ratio": statistics.median(by_processor),
-                "processor_ratios": by_processor,
                 "ratio_of": figure if part is None else f"{figure} {part}",
             }
         )
@@ -396,8 +401,9 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 def tables(figures: Mapping[str, Any]) -> str:
     """Return a Markdown table for each measure."""
     lines = [
-        f"**{figures['machine']}; {figures['date']}; over {figures['over']}; medians of "
-        f"{figures['repeats']}; {figures['ended_early']} answers ended early**"
+        f"**{figures['machine']}; {figures['date']}; over {figures['over']}; "
+        f"{figures['clock']} seconds; medians of {figures['repeats']}; "
+        f"{figures['ended_early']} answers ended early**"
     ]
     for (measure, tokens), rows in grouped(figures["rows"]):
         lines += [
@@ -405,9 +411,8 @@ def tables(figures: Mapping[str, Any]) -> str:
             f"{measure}, answers of {tokens} tokens:",
             "",
             "| | requests/min | tokens/s | first token p50 | p95, s | ms a token | whole p50 "
-            f"| p95, s | prompt tokens | kept ones | {rows[0]['ratio_of']} against the first row "
-            "| requests a processor second |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+            f"| p95, s | prompt tokens | kept ones | {rows[0]['ratio_of']} against the first row |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
             *(line(row) for row in rows),
         ]
     return "\n".join(lines)
@@ -427,9 +432,7 @@ def line(row: Mapping[str, Any]) -> str:
     def pair(name: str, form: str) -> list[str]:
         return [format(row[name][f"p{p}"], form) if name in row else "" for p in PERCENTILES]
 
-    def ratio(name: str) -> str:
-        return f"{row[name]:.2f} ({min(row[f'{name}s']):.2f} to {max(row[f'{name}s']):.2f})"
-
+    spread = f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}"
     cells = [
         row["form"],
         f"{row['requests_per_min']:.1f}",
@@ -439,8 +442,7 @@ def line(row: Mapping[str, Any]) -> str:
         *pair("total_s", ".2f"),
         f"{row['prompt_tokens']:.0f}",
         f"{row['cached_tokens']:.0f}" if "cached_tokens" in row else "",
-        ratio("ratio"),
-        ratio("processor_ratio"),
+        f"{row['ratio']:.2f} ({spread})",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -32,6 +32,7 @@ OPTIONAL = {
     "ray": {"ray"},
     "mcp": {"anyio", "mcp", "mcp_types", "uvicorn"},
     "http": {"fastapi", "pydantic", "starlette", "uvicorn"},
+    "page": {"starlette"},
     "operation": {"fastapi", "opentelemetry", "pydantic", "uvicorn"},
     "metrics": {"prometheus_client"},
 }

@@ -16,6 +16,7 @@ import recmas_runtime as rt
 from kit.alike import Outcome, Request, alone, compare, served
 from kit.word_problems import word_problems
 from recmas_compiler import api
+from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.serve.local import LocalService
 from recmas_runtime.serve.service import ServiceLimits
 
@@ -45,6 +46,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_two_hundred_prompts(name: str, bundle: Path) -> None:
     chance = random.Random(name)
+    built_rounds = open_bundle(bundle).plan.rounds
     requests = [
         Request(
             record={"question": question},
@@ -54,13 +56,13 @@ def test_two_hundred_prompts(name: str, bundle: Path) -> None:
                 "max_new_tokens": chance.randint(8, MOST_TOKENS),
                 "seed": number,
             },
-            rounds=chance.choice((1, 2, None)),
+            rounds=chance.randint(1, built_rounds),
             delay_s=chance.uniform(0.0, 2.0),
         )
         for number, question in enumerate(word_problems(NUM_PROMPTS, most=12))
     ]
     found = asyncio.run(ask_all(bundle, requests))
-    with rt.load(bundle) as system:
+    with rt.load(bundle, threads=1) as system:
         expected = [alone(system, request) for request in requests]
         tally = compare(system, requests, expected, found)
     print(f"{name}: {tally.num_alike} of {NUM_PROMPTS} alike; ties: {tally.ties}")
@@ -70,7 +72,7 @@ def test_two_hundred_prompts(name: str, bundle: Path) -> None:
 
 
 async def ask_all(bundle: Path, requests: list[Request]) -> list[Outcome | None]:
-    service = await LocalService.start({"smollm2": str(bundle)}, LIMITS)
+    service = await LocalService.start({"smollm2": str(bundle)}, LIMITS, threads=1)
     try:
         return await asyncio.gather(*(served(service, each) for each in requests))
     finally:

@@ -274,4 +274,9 @@ def test_messages_say_what_is_wrong_and_what_to_do(served: Served) -> None:
         message(CHAT, stop=["a"] * 17) == "`stop`: expected at most 16 items, found a list of 17."
     )
     assert message(CHAT, recmas={"rounds": 7}) == "`recmas.rounds` is 7, built were 2."
+    assert message(TEXT, prompt=" ") == "`prompt` is empty. Write a question."
+    blank = {"role": "user", "content": " "}
+    assert message(RESPONSES, input=[blank]) == (
+        "input[0], the last one, is empty. Write a question."
+    )
     assert message(TEXT, top_k=1).startswith("unknown key `top_k`. Known are: model, prompt,")

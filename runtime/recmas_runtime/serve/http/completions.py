@@ -28,6 +28,7 @@ from recmas_runtime.serve.http.forms import (
     Temperature,
     TopP,
     asks,
+    demand_text,
     sampling,
     wrong,
 )
@@ -211,6 +212,7 @@ async def _texts(body: CompletionRequest, answers: Answers) -> list[str]:
 
 
 def _asks(body: CompletionRequest, prompt: str, model: ModelInfo, answers: Answers) -> list[Ask]:
+    demand_text(prompt, _PARAM)
     turn = EarlierTurn(role="user", content=prompt)
     record, turns = answers.record([turn], model, body.recmas, param=_PARAM)
     settings = sampling(

@@ -162,3 +162,13 @@ def asks(
 def wrong(param: str, message: str, code: str = "RM543", hint: str = "") -> ApiError:
     """Return the error of a key whose value asks for what cannot be."""
     return ApiError(400, code, sentence(message, hint), param=param)
+
+
+def demand_text(text: str, param: str) -> None:
+    """Refuse a question that says nothing, by the name that its form has for it.
+
+    Raises:
+        ApiError: 400.
+    """
+    if not text.strip():
+        raise wrong(param, f"`{param}` is empty", "RM500", "Write a question.")

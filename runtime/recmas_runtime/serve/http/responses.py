@@ -26,6 +26,7 @@ from recmas_runtime.serve.http.forms import (
     Tokens,
     TopP,
     asks,
+    demand_text,
     joined,
     sampling,
 )
@@ -166,6 +167,7 @@ def responses_routes(answers: Answers) -> APIRouter:
 def _ask(body: ResponsesRequest, model: ModelInfo, answers: Answers) -> Ask:
     turns = [EarlierTurn(role="system", content=body.instructions)] if body.instructions else []
     if isinstance(body.input, str):
+        demand_text(body.input, _PARAM)
         turns.append(EarlierTurn(role="user", content=body.input))
     else:
         turns += (
