@@ -43,8 +43,8 @@ from recmas_runtime.serve.protocol import (
 )
 from recmas_runtime.serve.service import ServiceLimits
 
-# Two keep a text at half its pace beside prompts, and let more rows step together.
-_CHUNKS_PER_STEP: Final = 2
+# A text goes on after every part of a prompt, which is a twelfth of a second for SmolLM2.
+_CHUNKS_PER_STEP: Final = 1
 # How long a request may have to wait that comes while others wait for their tools.
 _WAIT_S: Final = 0.02
 _GAUGES_S: Final = 1.0
