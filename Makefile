@@ -66,10 +66,11 @@ test-containers: setup
 	$(BIN)/python -m pytest -q -m containers tests/serving
 
 # The page of a service and reports, in Debian's chromium, which this installs where it may.
+BROWSER_TESTS ?= browser
 test-browser: setup
 	.ci/install-browser
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt selenium
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/serving
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "$(BROWSER_TESTS)" tests/serving
 
 # Two hundred prompts of SmolLM2, many at a time, against each alone: half an hour. A bundle that is
 # there already: RECMAS_SERVING_BUNDLE=DIR make test-serving

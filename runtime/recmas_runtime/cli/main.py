@@ -216,6 +216,14 @@ def _parser(*, serves: bool) -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on with an output file; tries failures again"
     )
     files.add_argument("--force", action="store_true", help="write over an output or trace")
+    files.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="HOST:PORT",
+        help="share the records among the machines of a Ray cluster: of this address, or else the "
+        "one that runs here",
+    )
     run.add_argument("--trace", type=Path, metavar="DIR", help="write messages and steps here")
     run.add_argument(
         "--thoughts",
