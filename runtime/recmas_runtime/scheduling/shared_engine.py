@@ -189,7 +189,9 @@ class SharedEngine:
         parts = [hidden]
         done = len(hidden)
         while True:
-            count = min(self._chunk, len(embeds) - done)
+            left = len(embeds) - done
+            # A call for the last few alone would read all weights for them.
+            count = left if left <= self._chunk * 3 // 2 else self._chunk
             chunk = _Chunk(
                 row=row, embeds=embeds[done : done + count], start=start + done, inner=inner
             )
