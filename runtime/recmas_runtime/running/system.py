@@ -50,8 +50,8 @@ from recmas_runtime.running.records import (
 )
 from recmas_runtime.running.run_trace import Trace, reads_thoughts
 from recmas_runtime.running.scoring import ReadToken, Scores, read_candidates, read_text
-from recmas_runtime.scheduling.scheduler import Scheduler, current_task
 from recmas_runtime.scheduling.limits import CHUNK, KEPT_BYTES
+from recmas_runtime.scheduling.scheduler import Scheduler, current_task
 from recmas_runtime.tools.toolbox import Toolbox
 
 Result = TypeVar("Result")
