@@ -35,7 +35,7 @@ from recmas_export.bundle.engine_files import (
     WEIGHTS,
 )
 from recmas_export.bundle.refused import OTHER_TEXTS, refuse
-from recmas_export.bundle.texts import Texts
+from recmas_export.bundle.texts import MessagePath, Texts
 from recmas_export.cache.build_parts import BuildParts, Kind
 from recmas_export.cache.loaded_backbones import LoadedBackbones, Timer, used_backbones
 from recmas_runtime.checking.parity import measure_backbone_parity, measure_link_parity
@@ -442,24 +442,22 @@ class _Stages:
         }
         inner = list(dict.fromkeys(inner_ids.values()))
         message = self._message_to(name)
-        sender = None if message is None else self.plan.agents[message[0]].backbone
-        used = {*inner, *outer, *(message or ())[1:]}
+        used = {*inner, *outer, *(() if message is None else (message.inner, message.outer))}
         capacity = max(c.capacity for c in self.plan.caches.values() if c.backbone == name)
         window = self.program.system.backbones[name].facts.sliding_window or 0
         file = f"{name}.safetensors"
 
         def make(folder: Path) -> bool:
-            from recmas_export.torch_parts import Message, write_case
+            from recmas_export.torch_parts import write_case
 
             write_case(
-                self.loaded[name],
+                self.loaded,
+                name,
                 folder / file,
                 links={link: (self.folder / links[link].file, links[link]) for link in used},
                 inner=inner,
                 outer=outer,
-                message=None
-                if sender is None or message is None
-                else Message(self.loaded[sender], *message[1:]),
+                message=message,
                 capacity=capacity,
                 masked_layers=entry.masked_layers,
             )
@@ -470,7 +468,7 @@ class _Stages:
             "source": self.sources[name],
             "inner": inner,
             "outer": list(outer.items()),
-            "message": None if sender is None else [self.sources[sender], message[1:]],
+            "message": message and [self.sources[message.backbone], *message[1:]],
             "links": {link: self._digest(links[link].file) for link in sorted(used)},
             "window": window if window < capacity else 0,  # what is kept reaches past it
             "masked_layers": entry.masked_layers,
@@ -521,14 +519,15 @@ class _Stages:
             greedy_tokens_equal=all(p.greedy_tokens_equal for p in found),
         )
 
-    def _message_to(self, backbone: str) -> tuple[str, str, str] | None:
-        """Return what maps onto a backbone first: source, its inner link, the outer link."""
+    def _message_to(self, backbone: str) -> MessagePath | None:
+        """Return the way of what is sent first onto a backbone, if vectors are."""
         agents = self.plan.agents
         for step in self.plan.steps:
             for link in step.links if isinstance(step, SendStep) else ():
                 ends = self.plan.links[link]
                 if agents[ends.target].backbone == backbone and ends.has_vectors:
-                    return ends.source, agents[ends.source].inner, link
+                    source = agents[ends.source]
+                    return MessagePath(source.backbone, source.inner, link)
         return None
 
     def measure(

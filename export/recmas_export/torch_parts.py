@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import NamedTuple
 
 import tokenizers
 from torch import nn
@@ -21,7 +20,7 @@ from recmas_compiler.lowering.prompt_parity import tokenizer_again
 from recmas_export.backbone_graph import export_backbone
 from recmas_export.bundle.engine_files import LINK_ENGINE, PROBE, TOKENIZER
 from recmas_export.bundle.refused import OTHER_TEXTS, refuse
-from recmas_export.bundle.texts import Texts
+from recmas_export.bundle.texts import MessagePath, Texts
 from recmas_export.parity import link_cases, make_case, make_message, measure_loss, passages_of
 from recmas_export.rounding import rounded_layers
 from recmas_export.written_graphs import write_link_graph, write_probe
@@ -33,14 +32,6 @@ from recmas_runtime.formats.links import load_operands
 from recmas_runtime.formats.manifest import BackboneEntry, LinkEntry, LossEntry
 from recmas_runtime.formats.precisions import DecoderForm
 from recmas_runtime.formats.safetensors_file import write_tensors
-
-
-class Message(NamedTuple):
-    """What a parity case is sent: over an outer link, from a backbone with its inner link."""
-
-    source: TorchBackbone
-    inner: str
-    outer: str
 
 
 def texts_of(backbone: TorchBackbone) -> Texts:
@@ -116,13 +107,14 @@ def write_link(link_id: str, link: MaterializedLink, folder: Path) -> LinkEntry:
 
 
 def write_case(
-    backbone: TorchBackbone,
+    backbones: Mapping[str, TorchBackbone],
+    name: str,
     path: Path,
     *,
     links: Mapping[str, tuple[Path, LinkEntry]],
     inner: Sequence[str],
     outer: Mapping[str, str],
-    message: Message | None,
+    message: MessagePath | None,
     capacity: int,
     masked_layers: Sequence[Sequence[int]],
 ) -> None:
@@ -134,14 +126,14 @@ def write_case(
         outer: Outer links by id, with the inner link of the agent that sends.
         capacity: Positions of the longest sequence of the system.
     """
-    modules = {name: _load(path, name, entry) for name, (path, entry) in links.items()}
+    modules = {link: _load(file, link, entry) for link, (file, entry) in links.items()}
     message_Md = None
     if message is not None:
         message_Md = make_message(
-            message.source, inner=modules[message.inner], outer=modules[message.outer]
+            backbones[message.backbone], inner=modules[message.inner], outer=modules[message.outer]
         )
     case = make_case(
-        backbone,
+        backbones[name],
         inner=modules[inner[0]],
         message_Md=message_Md,
         capacity=capacity,
@@ -149,8 +141,8 @@ def write_case(
     )
     case |= link_cases(
         case["hidden"][0, -4:],
-        inner={name: modules[name] for name in inner},
-        outer={name: (source, modules[name]) for name, source in outer.items()},
+        inner={link: modules[link] for link in inner},
+        outer={link: (source, modules[link]) for link, source in outer.items()},
     )
     write_tensors(path, case, {"inner": inner[0]})
 

@@ -1,8 +1,18 @@
-"""What prompts for a backbone are made with, without the backbone."""
+"""What is known of a backbone without loading it: its texts, and who sends to it."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from recmas_runtime.formats.codec import StrictStruct
+
+
+class MessagePath(NamedTuple):
+    """The shared name of the backbone that sends, its inner link, and the outer link."""
+
+    backbone: str
+    inner: str
+    outer: str
 
 
 class Texts(StrictStruct, frozen=True, kw_only=True):

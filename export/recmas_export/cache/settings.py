@@ -24,7 +24,8 @@ _UNITS: Final = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 def user_store() -> Store | None:
     """Return the store of the environment: `RECMAS_CACHE`, no larger than `RECMAS_CACHE_SIZE`.
 
-    It is `recmas/builds` in the user's cache folder unless told otherwise; None for `off`.
+    It is `recmas/builds` in the user's cache folder unless told otherwise; None for `off`, and for
+    a user without a folder.
 
     Raises:
         RecmasError: RM305 for a size that is none, or something else than a folder in its place.
@@ -35,7 +36,10 @@ def user_store() -> Store | None:
     limit_bytes = size_of(
         os.environ.get(SIZE_VARIABLE, "") or DEFAULT_SIZE, said_by=f"the variable {SIZE_VARIABLE}"
     )
-    folder = Path(told).absolute() if told else cache_folder() / "builds"
+    try:
+        folder = Path(told).absolute() if told else cache_folder() / "builds"
+    except RuntimeError:  # a user without a home
+        return None
     if folder.exists() and not folder.is_dir():
         raise fail(
             "RM305",
