@@ -6,10 +6,10 @@ neither torch nor a model.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
-import tokenizers
 from torch import nn
 
 from recmas_compiler.backbones.own_tokenizer import other_ids, own_tokenizer_file
@@ -37,8 +37,10 @@ from recmas_runtime.formats.safetensors_file import write_tensors
 def texts_of(backbone: TorchBackbone) -> Texts:
     """Return what prompts for a backbone are made with."""
     tokens = dict(backbone.tokenizer.special_tokens_map)
-    backend = tokenizers.Tokenizer.from_str(backbone.tokenizer_json)
-    again = tokenizer_again(backend, tokens)
+    with tempfile.TemporaryDirectory(prefix="recmas-") as folder:
+        file = Path(folder) / TOKENIZER
+        file.write_text(backbone.tokenizer_json, encoding="utf-8")
+        again = tokenizer_again(file, tokens)
     is_same = (
         dict(again.special_tokens_map) == tokens
         and again.backend_tokenizer.to_str() == backbone.tokenizer_json

@@ -13,7 +13,6 @@ from datetime import datetime, time, tzinfo
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
 
-import tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
@@ -55,14 +54,14 @@ class WithTokenizer(Protocol):
         """What the template may name."""
 
 
-def tokenizer_again(backend: tokenizers.Tokenizer, tokens: Mapping[str, str]) -> Any:
+def tokenizer_again(file: Path, tokens: Mapping[str, str]) -> Any:
     """Return a tokenizer of transformers as one that was loaded before; torch is not imported.
 
     Args:
-        backend: The `backend_tokenizer` of that.
+        file: What its `backend_tokenizer` writes as tokenizer.json.
         tokens: Its `special_tokens_map`.
     """
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), **tokens)
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,8 @@ class TokenizerAgain:
         chat_template: str,
         special_tokens: Mapping[str, str],
     ) -> Self:
-        """Read its tokenizer.json; see `tokenizer_again`."""
-        backend = tokenizers.Tokenizer.from_file(str(file))
-        return cls(tokenizer_again(backend, tokens), chat_template, special_tokens)
+        """Make it again of its tokenizer.json; see `tokenizer_again`."""
+        return cls(tokenizer_again(file, tokens), chat_template, special_tokens)
 
 
 def other_prompts(
