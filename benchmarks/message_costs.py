@@ -1,13 +1,15 @@
 """What a hand-over costs, by kind of message: beside the prefill it rides on, and a latent step.
 
-    python benchmarks/message_costs.py OUT [--repeats 9] [--threads N]
+    python benchmarks/message_costs.py OUT [--kinds thoughts,context,cache,text] [--repeats 9]
+        [--threads N]
 
 Builds a reader and a solver on SmolLM2 for each kind of message in OUT, unless they are there: the
 reader has a text of about 200 tokens in its prompt, the solver the question alone. All run one
 record in turns, so that all see the same machine. Prints a Markdown table of medians, least and
-most in brackets, in milliseconds. `hand-over` is making the message and sending it; rows of a
-cache are read there, and written to the receiver's cache as part of its prompt, which counts too.
-`thoughts` is there for its latent steps; the sender's prefill of `cache` keeps no states.
+most in brackets, in milliseconds, and ratios of one turn. `hand-over` is making the message and
+sending it; rows of a cache are read there, and written to the receiver's cache as part of its
+prompt, which counts too. `thoughts` is there for its latent steps; the sender's prefill of `cache`
+keeps no states.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,35 +97,51 @@ class Events:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
+    parser.add_argument("--kinds", type=lambda text: text.split(","), default=list(KINDS))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=physical_cores())
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    kinds: list[str] = arguments.kinds
     systems = {
-        kind: rt.load(built(arguments.out, kind), threads=arguments.threads) for kind in KINDS
+        kind: rt.load(built(arguments.out, kind), threads=arguments.threads) for kind in kinds
     }
-    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for repeat in range(arguments.repeats + 1):
         for kind, system in systems.items():
             times = timed(system)
             if repeat > 0:  # the first one warms up
                 found[kind].append(times)
-    columns = tuple(found["text"][0])
+    columns = tuple(found[kinds[0]][0])
     print("| message | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for kind, runs in found.items():
         cells = [spread([run[column] for run in runs]) for column in columns]
         print(f"| `{kind}` | " + " | ".join(cells) + " |")
-    prefill = "sender's prefill"
-    both = zip(found["context"], found["cache"], strict=True)
-    more = [one[prefill] + one["hand-over"] - other[prefill] for one, other in both]
-    shares = [ms / run[prefill] for ms, run in zip(more, found["cache"], strict=True)]
-    print(f"`context` over the prefill alone, turn by turn, %: {spread([100 * s for s in shares])}")
-    for kind in ("cache", "context"):
+    print("\nTurn by turn:")
+    print("\n".join(ratios(found)))
+
+
+def ratios(found: Mapping[str, Sequence[Mapping[str, float]]]) -> Iterator[str]:
+    """Yield lines that compare kinds, run by run, where both were measured."""
+    if {"context", "cache"} <= set(found):
+        prefill = "sender's prefill"
+        shares = [
+            (sends[prefill] + sends["hand-over"]) / keeps[prefill]
+            for sends, keeps in zip(found["context"], found["cache"], strict=True)
+        ]
+        yield f"prefill that sends its states, over the prefill alone: {spread(shares)}"
+    if {"thoughts", "cache"} <= set(found):
+        shares = [
+            hands["hand-over"] / thinks["latent step"]
+            for hands, thinks in zip(found["cache"], found["thoughts"], strict=True)
+        ]
+        yield f"hand-over of rows, over a latent step: {spread(shares)}"
+    for kind in {"cache", "context"} & set(found) if "text" in found else ():
         pairs = list(zip(found["text"], found[kind], strict=True))
         for column in ("before the answer", "whole"):
-            ratios = [text[column] / other[column] for text, other in pairs]
-            print(f"`text` over `{kind}`, {column}: {spread(ratios)}")
+            shares = [text[column] / other[column] for text, other in pairs]
+            yield f"`text` over `{kind}`, {column}: {spread(shares)}"
 
 
 def built(out: Path, kind: str) -> Path:

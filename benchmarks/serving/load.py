@@ -2,7 +2,7 @@
 
     python benchmarks/serving/load.py MEASURE [MEASURE ...] BUNDLE [--tokens 32,128] [--repeats 3]
         [--start | --url http://127.0.0.1:8000/v1 [--model NAME]] [--threads N] [--data FILE.jsonl]
-        [--per-client 4] [--json FILE]
+        [--questions FILE] [--per-client 4] [--json FILE]
 
 Measures:
 
@@ -16,8 +16,13 @@ Clients ask in a closed loop: each its next question when it has its answer. The
 in this process; `--start` starts `recmas serve BUNDLE`, `--url` takes a server that runs. What is
 compared takes turns, `--repeats` times behind a warm-up; a ratio is the median of those of each
 turn. Questions are those of `--data` (a field `question`) or written on the spot, all different,
-and only those are asked whose greedy answers do not end before `--tokens`, which is found out
-first; how many ended early all the same is told.
+and only those are asked whose greedy answers do not end before the most of `--tokens`, which is
+found out first and kept in `--questions`; how many ended early all the same is told.
+
+`--clock processor` takes all times in processor seconds of the service, or of the server that was
+started: with `--threads 1` they are about what it takes on a machine with nothing beside. Only
+where somebody is always asking do they say how long a client waits, so random arrivals are left
+out.
 """
 
 from __future__ import annotations
@@ -29,14 +34,14 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from targets import Seen, Target, in_process, over_http, started
+from targets import Clock, Seen, Target, in_process, over_http, started
 
 import recmas_runtime as rt
 from recmas_runtime.checking.machine import describe_machine
@@ -50,9 +55,14 @@ from kit.word_problems import word_problem, word_problems
 CURVE = (1, 2, 4, 8, 16, 32)
 MANY = 8
 BESIDE = 4
-# Sentences of a question: about 15 and 350 tokens.
+# Sentences of a short question, and of a long one where the bundle has room for it: about 25 and
+# 350 tokens.
 SHORT, LONG = 1, 22
 PERCENTILES = (50, 95)
+CLOCKS: Mapping[str, Clock] = {
+    "wall": time.perf_counter,
+    "processor": time.process_time,
+}
 
 
 def main() -> None:
@@ -65,6 +75,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--per-client", type=int, default=4, help="requests of each client")
     parser.add_argument("--most-clients", type=int, default=CURVE[-1], help="of the curve")
+    parser.add_argument(
+        "--chunk", type=int, default=ServiceLimits().chunk, help="of a service in this process"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--start", action="store_true", help="start `recmas serve`")
     where.add_argument("--url", help="of a server that runs")
@@ -72,37 +85,46 @@ def main() -> None:
     parser.add_argument("--key-file", type=Path, help="holds the server's key")
     parser.add_argument("--serve-option", action="append", default=[], help="of `recmas serve`")
     parser.add_argument("--kept-mb", type=int, default=256, help="of a service in this process")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--questions", type=Path, help="keeps those that were chosen")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    figures = asyncio.run(measure_all(arguments))
-    print(tables(figures))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    if arguments.clock == "processor" and arguments.url:
+        parser.error("--clock processor is for what this command starts")
+    asyncio.run(measure_all(arguments))
 
 
-async def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run what was asked for; returns figures, and what they were taken on."""
+async def measure_all(arguments: argparse.Namespace) -> None:
+    """Run what was asked for; prints a table for each measure as it is there."""
     rows: list[dict[str, Any]] = []
-    async with opened(arguments) as target:
-        bench = Bench(target=target, arguments=arguments)
-        for tokens in arguments.tokens:
-            await bench.find_questions(tokens)
-            for name in arguments.measures:
-                start = time.perf_counter()
-                found = await MEASURES[name](bench, tokens)
-                rows += ({"measure": name, "answer_tokens": tokens, **row} for row in found)
-                seconds = time.perf_counter() - start
-                print(f"{name}, {tokens} tokens: {seconds:.0f} s", file=sys.stderr, flush=True)
-    return {
+    figures = {
         "date": date.today().isoformat(),
         "machine": f"{describe_machine()['cpu']}, {arguments.threads} threads",
         "over": arguments.url or ("recmas serve" if arguments.start else "a service in process"),
+        "clock": arguments.clock,
         "repeats": arguments.repeats,
-        "ended_early": bench.num_early,
         "rows": rows,
     }
+    print(
+        f"**{figures['machine']}; {figures['date']}; over {figures['over']}; "
+        f"{figures['clock']} seconds; medians of {figures['repeats']}**"
+    )
+    async with opened(arguments) as target:
+        bench = Bench(target=target, arguments=arguments)
+        await bench.find_questions(max(arguments.tokens))
+        for tokens in arguments.tokens:
+            for name in arguments.measures:
+                found = await MEASURES[name](bench, tokens)
+                found = [{"measure": name, "answer_tokens": tokens, **row} for row in found]
+                print(table(found), flush=True)
+                rows += found
+                figures["ended_early"] = bench.num_early
+                if arguments.json:
+                    text = json.dumps(figures, indent=1)
+                    arguments.json.write_text(f"{text}\n", encoding="utf-8")
+    print(f"\n{bench.num_early} answers ended early.")
 
 
 def opened(arguments: argparse.Namespace) -> AbstractAsyncContextManager[Target]:
@@ -111,9 +133,14 @@ def opened(arguments: argparse.Namespace) -> AbstractAsyncContextManager[Target]
         key = arguments.key_file.read_text().strip() if arguments.key_file else None
         return over_http(arguments.url, arguments.model, key)
     if arguments.start:
-        return started(arguments.bundle, arguments.threads, arguments.serve_option)
-    limits = ServiceLimits(max_queue=256, kept_bytes=arguments.kept_mb * 2**20)
-    return in_process(arguments.bundle, limits, arguments.threads)
+        by_processor = arguments.clock == "processor"
+        options = arguments.serve_option
+        return started(arguments.bundle, arguments.threads, options, by_processor=by_processor)
+    limits = ServiceLimits(
+        max_queue=256, kept_bytes=arguments.kept_mb * 2**20, chunk=arguments.chunk
+    )
+    clock = CLOCKS[arguments.clock]
+    return in_process(arguments.bundle, limits, arguments.threads, clock=clock)
 
 
 @dataclass
@@ -123,7 +150,7 @@ class Bench:
     target: Target
     arguments: argparse.Namespace
     num_early: int = 0
-    _questions: dict[int, list[str]] = field(default_factory=dict)
+    _questions: list[str] = field(default_factory=list)
     _next: int = 0
     _static: rt.System | None = None
 
@@ -136,19 +163,29 @@ class Bench:
 
     async def find_questions(self, tokens: int) -> None:
         """Ask a pool of questions, which warms up too, and keep those whose answers go on."""
+        file = self.arguments.questions
+        if file is not None and file.exists():
+            self._questions = json.loads(file.read_text(encoding="utf-8"))
+            await clients(self.target, self._questions[:2], tokens, 2)
+            return
         pool = self.pool()
-        wanted = min(len(pool), 2 * MANY * self.arguments.per_client)
-        kept: list[str] = []
-        for start in range(0, len(pool), 2 * MANY):
-            part = pool[start : start + 2 * MANY]
+        # So that none comes again soon: beginnings of prompts are kept.
+        wanted = (MANY + 1) * self.arguments.per_client + 1
+        for start in range(0, len(pool), MANY):
+            part = pool[start : start + MANY]
             seen = await clients(self.target, part, tokens, MANY)
-            kept += (q for q, s in zip(part, seen, strict=True) if s.finish_reason == "length")
-            if len(kept) >= wanted:
+            self._questions += (
+                question
+                for question, each in zip(part, seen, strict=True)
+                if each.finish_reason == "length"
+            )
+            if len(self._questions) >= wanted:
                 break
-        if not kept:
+        if not self._questions:
             sys.exit(f"no question of {len(pool)} has an answer of {tokens} tokens")
-        print(f"{len(kept)} questions for {tokens} tokens", file=sys.stderr, flush=True)
-        self._questions[tokens] = kept
+        print(f"{len(self._questions)} questions for {tokens} tokens", file=sys.stderr, flush=True)
+        if file is not None:
+            file.write_text(json.dumps(self._questions, indent=1) + "\n", encoding="utf-8")
 
     def pool(self) -> list[str]:
         """Return questions of which some will do."""
@@ -158,18 +195,30 @@ class Bench:
         lines = self.arguments.data.read_text(encoding="utf-8").splitlines()
         return [json.loads(line)["question"] for line in lines]
 
-    def questions(self, count: int, tokens: int) -> list[str]:
+    def longest_question(self) -> int:
+        """Return how many sentences a question may have for which the bundle has room."""
+        for sentences in range(LONG, SHORT, -1):
+            try:
+                for number in range(50):
+                    question = word_problem(number, sentences)
+                    self.static.prompts(rt.Record(id="1", fields={"question": question}))
+            except rt.RecmasError:
+                continue
+            return sentences
+        sys.exit("the bundle has room for short questions only")
+
+    def questions(self, count: int) -> list[str]:
         """Return the next questions; what was asked least recently comes first."""
-        known = self._questions[tokens]
+        known = self._questions
         self._next += count
         return [known[(self._next - count + i) % len(known)] for i in range(count)]
 
     async def closed_loop(self, num_clients: int, count: int, tokens: int) -> dict[str, Any]:
         """Ask so many questions by so many clients."""
-        questions = self.questions(count, tokens)
-        start = time.perf_counter()
+        questions = self.questions(count)
+        start = self.target.clock()
         seen = await clients(self.target, questions, tokens, num_clients)
-        return self.summary(seen, time.perf_counter() - start, tokens)
+        return self.summary(seen, self.target.clock() - start, tokens)
 
     def summary(self, seen: Sequence[Seen], seconds: float, tokens: int) -> dict[str, Any]:
         """Return rates and waits of answers that took so long together."""
@@ -206,11 +255,12 @@ async def ratio(bench: Bench, tokens: int) -> list[dict[str, Any]]:
     per_client = bench.arguments.per_client
 
     async def static() -> dict[str, Any]:
-        (question,) = bench.questions(1, tokens)
+        (question,) = bench.questions(1)
         sampling = {"max_new_tokens": tokens, "temperature": 0.0}
-        start = time.perf_counter()
+        clock = CLOCKS[bench.arguments.clock]  # of this process
+        start = clock()
         answers = await asyncio.to_thread(bench.static.run, [question] * MANY, **sampling)
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         made = sum(answer.usage.completion_tokens for answer in answers)
         return {
             "requests": MANY,
@@ -220,12 +270,12 @@ async def ratio(bench: Bench, tokens: int) -> list[dict[str, Any]]:
         }
 
     rows = await in_turn(
+        bench,
         {
             "1 client": lambda: bench.closed_loop(1, per_client, tokens),
             f"{MANY} clients": lambda: bench.closed_loop(MANY, MANY * per_client, tokens),
             f"static batch of {MANY}": static,
         },
-        bench.arguments.repeats,
     )
     return with_ratios(rows, "tokens_per_s")
 
@@ -234,6 +284,7 @@ async def curve(bench: Bench, tokens: int) -> list[dict[str, Any]]:
     """Throughput and waits by the number of clients."""
     per_client, most = bench.arguments.per_client, bench.arguments.most_clients
     rows = await in_turn(
+        bench,
         {
             f"{count} client{'s' * (count > 1)}": _partial(
                 bench.closed_loop, count, max(per_client, count * per_client // 2), tokens
@@ -241,7 +292,6 @@ async def curve(bench: Bench, tokens: int) -> list[dict[str, Any]]:
             for count in CURVE
             if count <= most
         },
-        bench.arguments.repeats,
     )
     return with_ratios(rows, "tokens_per_s")
 
@@ -254,7 +304,7 @@ async def half(bench: Bench, tokens: int) -> list[dict[str, Any]]:
     chance = random.Random(0)
 
     async def arrivals() -> dict[str, Any]:
-        questions = bench.questions(count, tokens)
+        questions = bench.questions(count)
         start = time.perf_counter()
         asked = []
         for question in questions:
@@ -263,20 +313,20 @@ async def half(bench: Bench, tokens: int) -> list[dict[str, Any]]:
         seen = await asyncio.gather(*asked)
         return bench.summary(seen, time.perf_counter() - start, tokens)
 
-    rows = await in_turn(
-        {
-            "idle: one question at a time": lambda: bench.closed_loop(1, count // 2, tokens),
-            f"{MANY // 2} clients": lambda: bench.closed_loop(MANY // 2, count, tokens),
-            f"at random, {60 * per_s:.1f} a minute": arrivals,
-        },
-        bench.arguments.repeats,
-    )
+    forms = {
+        "idle: one question at a time": lambda: bench.closed_loop(1, count // 2, tokens),
+        f"{MANY // 2} clients": lambda: bench.closed_loop(MANY // 2, count, tokens),
+    }
+    if bench.arguments.clock == "wall":
+        forms[f"at random, {60 * per_s:.1f} a minute"] = arrivals
+    rows = await in_turn(bench, forms)
     return with_ratios(rows, "first_s", "p95")
 
 
 async def mixed(bench: Bench, tokens: int) -> list[dict[str, Any]]:
     """The time of a short question beside clients that ask short or long ones."""
     count = 2 * bench.arguments.per_client
+    longest = bench.longest_question()
     numbers = iter(range(10**6, 2 * 10**6))
 
     async def beside(sentences: int) -> dict[str, Any]:
@@ -289,19 +339,19 @@ async def mixed(bench: Bench, tokens: int) -> list[dict[str, Any]]:
         neighbours = [asyncio.create_task(neighbour()) for _ in range(BESIDE)]
         await asyncio.sleep(0.5)  # until they are at work
         questions = [word_problem(next(numbers), SHORT) for _ in range(count)]
-        start = time.perf_counter()
+        start = bench.target.clock()
         seen = await clients(bench.target, questions, tokens, 1)
-        seconds = time.perf_counter() - start
+        seconds = bench.target.clock() - start
         ended.set()
         await asyncio.gather(*neighbours)
         return bench.summary(seen, seconds, tokens)
 
     rows = await in_turn(
+        bench,
         {
             f"beside {BESIDE} short questions": lambda: beside(SHORT),
-            f"beside {BESIDE} long questions": lambda: beside(LONG),
+            f"beside {BESIDE} of {longest} sentences": lambda: beside(longest),
         },
-        bench.arguments.repeats,
     )
     return with_ratios(rows, "total_s", "p50")
 
@@ -321,14 +371,16 @@ def _partial(
 
 
 async def in_turn(
-    forms: Mapping[str, Callable[[], Awaitable[dict[str, Any]]]], repeats: int
+    bench: Bench, forms: Mapping[str, Callable[[], Awaitable[dict[str, Any]]]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Measure all forms, one after another, so many times; returns figures by form and repeat."""
+    """Measure all forms, one after another, in turns; returns figures by form and turn."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in forms}
-    for repeat in range(repeats):
+    for turn in range(bench.arguments.repeats):
         for name, form in forms.items():
+            start = time.perf_counter()
             found[name].append(await form())
-            print(f"{repeat + 1}: {name}", file=sys.stderr, flush=True)
+            seconds = time.perf_counter() - start
+            print(f"{turn + 1}: {name}, {seconds:.1f} s", file=sys.stderr, flush=True)
     return found
 
 
@@ -369,31 +421,19 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{p}": ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in PERCENTILES}
 
 
-def tables(figures: Mapping[str, Any]) -> str:
-    """Return a Markdown table for each measure."""
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table of one measure."""
+    first = rows[0]
     lines = [
-        f"**{figures['machine']}; {figures['date']}; over {figures['over']}; medians of "
-        f"{figures['repeats']}; {figures['ended_early']} answers ended early**"
+        "",
+        f"{first['measure']}, answers of {first['answer_tokens']} tokens:",
+        "",
+        "| | requests/min | tokens/s | first token p50 | p95, s | ms a token | whole p50 "
+        f"| p95, s | prompt tokens | kept ones | {first['ratio_of']} against the first row |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *(line(row) for row in rows),
     ]
-    for (measure, tokens), rows in grouped(figures["rows"]):
-        lines += [
-            "",
-            f"{measure}, answers of {tokens} tokens:",
-            "",
-            "| | requests/min | tokens/s | first token p50 | p95, s | ms a token | whole p50 "
-            f"| p95, s | prompt tokens | kept ones | {rows[0]['ratio_of']} against the first row |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
-            *(line(row) for row in rows),
-        ]
     return "\n".join(lines)
-
-
-def grouped(
-    rows: Sequence[dict[str, Any]],
-) -> Iterator[tuple[tuple[str, int], list[dict[str, Any]]]]:
-    """Yield rows by measure and tokens, in order."""
-    for key in dict.fromkeys((row["measure"], row["answer_tokens"]) for row in rows):
-        yield key, [row for row in rows if (row["measure"], row["answer_tokens"]) == key]
 
 
 def line(row: Mapping[str, Any]) -> str:

@@ -1,13 +1,13 @@
 """What a server adds to the time of one answer, and what serving adds to starting the program.
 
     python benchmarks/serving/overhead.py BUNDLE [--tokens 32,128] [--pairs 10] [--threads N]
-        [--in-process] [--before DIR] [--starts 20] [--json FILE]
+        [--clock processor] [--before DIR] [--starts 20] [--json FILE]
 
 Each question is answered by `System.stream` in this process and by `recmas serve BUNDLE` over HTTP,
 streamed, with nothing beside it, first one and then the other in turn; a share is the median over
-pairs of the time that the second took more. `--in-process` asks a service in this process instead,
-whose engines run in a thread. `--before DIR` compares `import recmas_runtime` and `recmas --help`
-with those of another checkout, in turn too.
+pairs of the time that the second took more. `--clock processor` takes processor seconds of both
+sides instead, the client's apart: with `--threads 1` a busy machine changes them little. `--before
+DIR` compares `import recmas_runtime` and `recmas --help` with those of another checkout, in turn.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -25,18 +26,18 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from targets import Target, in_process, started
+from targets import Clock, Target, started
 
 import recmas_runtime as rt
 from recmas_runtime.checking.machine import describe_machine
 from recmas_runtime.engines.onnx.session import physical_cores
-from recmas_runtime.serve.service import ServiceLimits
 
 # Questions are the tests' own.
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
 from kit.word_problems import word_problems
 
 ROOT = Path(__file__).parents[2]
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 STARTS = {
     "import recmas_runtime": ["-c", "import recmas_runtime"],
     "recmas --help": ["-m", "recmas_runtime.cli.main", "--help"],
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--tokens", type=numbers, default=[32, 128])
     parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--in-process", action="store_true")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--before", type=Path, help="another checkout of this repository")
     parser.add_argument("--starts", type=int, default=20)
     parser.add_argument("--threads", type=int, default=physical_cores())
@@ -57,10 +58,11 @@ def main() -> None:
     figures: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": f"{describe_machine()['cpu']}, {arguments.threads} threads",
+        "clock": arguments.clock,
         "answers": asyncio.run(answers(arguments)) if arguments.pairs else [],
     }
     if arguments.before is not None:
-        figures["starts"] = starts(arguments.before, arguments.starts)
+        figures["starts"] = starts(arguments.before, arguments.starts, OF_CHILDREN[arguments.clock])
     print(text(figures))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -69,19 +71,23 @@ def main() -> None:
 async def answers(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Time pairs of answers for each number of tokens."""
     # Nothing that is kept of an earlier question's prompt shall make the server faster.
-    opened = (
-        in_process(arguments.bundle, ServiceLimits(kept_bytes=0), arguments.threads)
-        if arguments.in_process
-        else started(arguments.bundle, arguments.threads, [])
+    opened = started(
+        arguments.bundle,
+        arguments.threads,
+        ["--keep-memory", "0"],
+        by_processor=arguments.clock == "processor",
     )
     async with opened as target:
         with rt.load(arguments.bundle, threads=arguments.threads) as system:
             return [
-                await pairs(target, system, tokens, arguments.pairs) for tokens in arguments.tokens
+                await pairs(target, system, tokens, arguments.pairs, CLOCKS[arguments.clock])
+                for tokens in arguments.tokens
             ]
 
 
-async def pairs(target: Target, system: rt.System, tokens: int, count: int) -> dict[str, Any]:
+async def pairs(
+    target: Target, system: rt.System, tokens: int, count: int, clock: Clock
+) -> dict[str, Any]:
     """Answer questions both ways; returns times, and the share that the target adds."""
     alone_s, served_s, lengths = [], [], []
     questions = word_problems(count + 1, least=3, most=6)
@@ -92,10 +98,10 @@ async def pairs(target: Target, system: rt.System, tokens: int, count: int) -> d
                 times, taken, answered = served_s, seen.total_s, seen.text
                 lengths.append(seen.tokens)
             else:
-                start = time.perf_counter()
+                start = clock()
                 stream = system.stream(question, max_new_tokens=tokens, temperature=0.0)
                 alone = "".join(stream)
-                times, taken = alone_s, time.perf_counter() - start
+                times, taken = alone_s, clock() - start
             if number > 0:  # the first one warms up
                 times.append(taken)
         if alone != answered:
@@ -114,7 +120,7 @@ async def pairs(target: Target, system: rt.System, tokens: int, count: int) -> d
     }
 
 
-def starts(before: Path, count: int) -> list[dict[str, Any]]:
+def starts(before: Path, count: int, clock: Clock) -> list[dict[str, Any]]:
     """Time starts of this checkout and of another one, in turn."""
     checkouts = {"before": before, "now": ROOT}
     rows = []
@@ -122,7 +128,7 @@ def starts(before: Path, count: int) -> list[dict[str, Any]]:
         seconds: dict[str, list[float]] = {when: [] for when in checkouts}
         for number in range(count + 1):
             for when, folder in checkouts.items():
-                taken = start_s(folder, command)
+                taken = start_s(folder, command, clock)
                 if number > 0:  # the first one reads files from the disk
                     seconds[when].append(taken)
         rows.append(
@@ -135,16 +141,22 @@ def starts(before: Path, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def start_s(folder: Path, command: Sequence[str]) -> float:
+def start_s(folder: Path, command: Sequence[str], clock: Clock) -> float:
     """Time one start of a checkout's runtime."""
     env = {**os.environ, "PYTHONPATH": str(folder / "runtime")}
-    start = time.perf_counter()
+    start = clock()
     subprocess.run([sys.executable, *command], env=env, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def children_s() -> float:
+    """Return the processor seconds of all processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def text(figures: dict[str, Any]) -> str:
-    lines = [f"**{figures['machine']}; {figures['date']}**", ""]
+    lines = [f"**{figures['machine']}; {figures['date']}; {figures['clock']} seconds**", ""]
     if figures["answers"]:
         lines += ["| tokens | alone, s | served, s | more, ms | share |", "|---|---|---|---|---|"]
         for row in figures["answers"]:
@@ -167,6 +179,8 @@ def text(figures: dict[str, Any]) -> str:
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
 
+
+OF_CHILDREN: dict[str, Clock] = {"wall": time.perf_counter, "processor": children_s}
 
 if __name__ == "__main__":
     main()

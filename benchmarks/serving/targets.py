@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from recmas_runtime.serve.service import Service, ServiceLimits
 # More than any answer here takes; a server that hangs shall not hang the run.
 TIMEOUT_S = 600.0
 START_S = 120.0
+
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,14 @@ class Seen:
 
 
 class Target(Protocol):
-    """Something that answers."""
+    """Something that answers.
+
+    Attributes:
+        clock: What times are taken with, in seconds.
+    """
+
+    @property
+    def clock(self) -> Clock: ...
 
     async def ask(self, question: str, max_tokens: int) -> Seen:
         """Ask one question greedily and read the answer as it comes."""
@@ -58,24 +67,29 @@ class Target(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTarget:
-    """A service in this process, without HTTP; its engines run in a thread."""
+    """A service in this process, without HTTP; its engines run in a thread.
+
+    Attributes:
+        clock: What times are taken with, in seconds.
+    """
 
     service: Service
     model: str
-    field: str = "question"
+    field: str
+    clock: Clock
 
     async def ask(self, question: str, max_tokens: int) -> Seen:
         """Ask one question greedily and read the answer as it comes."""
         sampling = {"max_new_tokens": max_tokens, "temperature": 0.0}
         ask = Ask(id=0, model=self.model, record={self.field: question}, sampling=sampling)
-        start = time.perf_counter()
+        start = self.clock()
         first, done = None, None
         async for event in self.service.ask(ask):
             if isinstance(event, Piece) and first is None:
-                first = time.perf_counter() - start
+                first = self.clock() - start
             if isinstance(event, Done):
                 done = event
-        total = time.perf_counter() - start
+        total = self.clock() - start
         assert done is not None, "events end with `Done`"
         usage = done.answer["usage"]
         return Seen(
@@ -91,10 +105,15 @@ class LocalTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class HttpTarget:
-    """A server that speaks OpenAI's chat form."""
+    """A server that speaks OpenAI's chat form.
+
+    Attributes:
+        clock: What times are taken with, in seconds.
+    """
 
     client: httpx.AsyncClient
     model: str
+    clock: Clock = time.perf_counter
 
     async def ask(self, question: str, max_tokens: int) -> Seen:
         """Ask one question greedily and read the answer as it comes."""
@@ -106,7 +125,7 @@ class HttpTarget:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        start = time.perf_counter()
+        start = self.clock()
         first, text, finish, usage = None, "", "", {}
         async with self.client.stream("POST", "chat/completions", json=body) as response:
             if response.status_code != 200:
@@ -119,10 +138,10 @@ class HttpTarget:
                 for choice in chunk["choices"]:
                     piece = choice["delta"].get("content") or ""
                     if piece and first is None:
-                        first = time.perf_counter() - start
+                        first = self.clock() - start
                     text += piece
                     finish = choice.get("finish_reason") or finish
-        total = time.perf_counter() - start
+        total = self.clock() - start
         details = usage.get("prompt_tokens_details") or {}
         return Seen(
             text=text,
@@ -142,7 +161,9 @@ async def _chunks(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
 
 
 @asynccontextmanager
-async def over_http(url: str, model: str | None, key: str | None) -> AsyncIterator[HttpTarget]:
+async def over_http(
+    url: str, model: str | None, key: str | None, *, clock: Clock = time.perf_counter
+) -> AsyncIterator[HttpTarget]:
     """Ask a server that runs; its first model unless one is named."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     # One connection a client, and no limit of the pool between clients and server.
@@ -154,26 +175,35 @@ async def over_http(url: str, model: str | None, key: str | None) -> AsyncIterat
             found = await client.get("models")
             found.raise_for_status()
             model = found.json()["data"][0]["id"]
-        yield HttpTarget(client=client, model=str(model))
+        yield HttpTarget(client=client, model=str(model), clock=clock)
 
 
 @asynccontextmanager
 async def in_process(
-    bundle: Path, limits: ServiceLimits, threads: int | None
+    bundle: Path,
+    limits: ServiceLimits,
+    threads: int | None,
+    *,
+    clock: Clock = time.perf_counter,
 ) -> AsyncIterator[LocalTarget]:
     """Ask a service in this process."""
     service = await LocalService.start({"bundle": str(bundle)}, limits, threads=threads)
     try:
-        yield LocalTarget(service=service, model="bundle", field=service.models["bundle"].fields[0])
+        field = service.models["bundle"].fields[0]
+        yield LocalTarget(service=service, model="bundle", field=field, clock=clock)
     finally:
         await service.close(0.0)
 
 
 @asynccontextmanager
 async def started(
-    bundle: Path, threads: int | None, options: list[str]
+    bundle: Path, threads: int | None, options: list[str], *, by_processor: bool = False
 ) -> AsyncIterator[HttpTarget]:
-    """Start `recmas serve` on a free port of this machine, ask it, and end it."""
+    """Start `recmas serve` on a free port of this machine, ask it, and end it.
+
+    Args:
+        by_processor: Take times in processor seconds of the server's processes.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -185,10 +215,31 @@ async def started(
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ) as process:
         try:
             await _until_ready(f"http://127.0.0.1:{port}/ready", process)
-            async with over_http(f"http://127.0.0.1:{port}/v1", None, None) as target:
+            url = f"http://127.0.0.1:{port}/v1"
+            clock = processor_clock(process.pid) if by_processor else time.perf_counter
+            async with over_http(url, None, None, clock=clock) as target:
                 yield target
         finally:
             process.terminate()
+
+
+def processor_clock(pid: int) -> Clock:
+    """Return a clock of the processor seconds of a process and of those that it started."""
+    pids = descendants(pid)
+    return lambda: sum(map(processor_s, pids))
+
+
+def processor_s(pid: int) -> float:
+    """Return the processor seconds that the threads of a process took which run."""
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(each.read_text(encoding="ascii").split()[0]) for each in threads) / 1e9
+
+
+def descendants(pid: int) -> list[int]:
+    """Return a process and those that it started, and so on."""
+    children = Path(f"/proc/{pid}/task").glob("*/children")
+    found = [int(child) for each in children for child in each.read_text().split()]
+    return [pid, *(other for child in found for other in descendants(child))]
 
 
 async def _until_ready(url: str, process: subprocess.Popen[bytes]) -> None:

@@ -5,7 +5,7 @@ the decoder passes embeddings through, and the head says which token comes next.
 comes the letter of that place in the alphabet (0 -> a), after a letter the end. So a prompt that
 ends in "7" is answered "h", whatever the messages: enough to test everything around the engines.
 After a "C" it calls the tool `lookup` with "Q", after a line break it says "z", and after a "Z" it
-says "YZYZ" without an end.
+says "YZYZ" without an end. It may be made to say a text of your own after a digit.
 
 With a state, its layer also keeps the sum of all it has read, of which hidden states have a trace:
 too little to change an answer, enough to tell a wrong one.
@@ -58,6 +58,7 @@ SPECIAL = ("<|end|>", "<|user|>")
 TAGS = ("<lookup>", "</lookup>")
 CHAT_TEMPLATE = "{% for message in messages %}{{ '<|user|>' + message.content }}{% endfor %}"
 NUM_STEPS = 2
+_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 TRACE = 1e-3  # of a sum that is kept, in hidden states
 OPERANDS = {
     "pre_norm": TensorProto.BOOL,
@@ -74,9 +75,12 @@ OPERANDS = {
 }
 
 
-def make_tokenizer() -> Tokenizer:
-    """Return a byte-level tokenizer without merges: one token per byte, then the special ones."""
-    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *TAGS]
+def make_tokenizer(says: str = "") -> Tokenizer:
+    """Return a byte-level tokenizer without merges: one token per byte, then the special ones.
+
+    What it `says`, if anything, is one more token.
+    """
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *TAGS, *filter(None, [_spelled(says)])]
     vocab = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -85,16 +89,26 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_hand_bundle(root: Path, *, with_state: bool = False) -> Path:
-    """Write the bundle: a planner and a solver, two rounds, feedback."""
-    tokenizer = make_tokenizer()
+def _spelled(text: str) -> str:
+    """Return a text as a byte-level vocabulary spells it."""
+    return "".join(piece for piece, _ in _BYTES.pre_tokenize_str(text))
+
+
+def write_hand_bundle(root: Path, *, with_state: bool = False, says: str = "") -> Path:
+    """Write the bundle: a planner and a solver, two rounds, feedback.
+
+    Args:
+        says: What comes after a digit instead of a letter.
+    """
+    tokenizer = make_tokenizer(says)
     width = tokenizer.get_vocab_size()
     for folder in ("backbones/one", "links", "parity"):
         (root / folder).mkdir(parents=True)
     folder = root / "backbones/one"
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    _write_graphs(root, tokenizer, width, with_state=with_state)
+    following = _next_token(tokenizer, says)
+    _write_graphs(root, following, width, with_state=with_state)
     links = {
         name: LinkEntry(
             file=f"links/{role}.{name.replace('->', '.').removesuffix('.inner')}.safetensors",
@@ -316,7 +330,7 @@ def _backbone(tokenizer: Tokenizer, width: int, *, with_state: bool) -> Backbone
     )
 
 
-def _next_token(tokenizer: Tokenizer) -> np.ndarray:
+def _next_token(tokenizer: Tokenizer, says: str) -> np.ndarray:
     end = tokenizer.token_to_id("<|end|>")
     following = np.full(tokenizer.get_vocab_size(), end)
     for place, letter in enumerate("abcdefghij"):
@@ -325,13 +339,16 @@ def _next_token(tokenizer: Tokenizer) -> np.ndarray:
     for before, after in (*pairwise(("C", "<lookup>", "Q", "</lookup>")), *pairwise("ZYZ")):
         following[tokenizer.token_to_id(before)] = tokenizer.token_to_id(after)
     following[tokenizer.token_to_id(line_break)] = tokenizer.token_to_id("z")
+    if says:
+        word = tokenizer.token_to_id(_spelled(says))
+        following[[tokenizer.token_to_id(digit) for digit in "0123456789"]] = word
     return following
 
 
-def _write_graphs(root: Path, tokenizer: Tokenizer, width: int, *, with_state: bool) -> None:
+def _write_graphs(root: Path, following: np.ndarray, width: int, *, with_state: bool) -> None:
     folder = root / "backbones/one"
     table = np.eye(width, dtype=np.float32)
-    head = table[_next_token(tokenizer)]
+    head = table[following]
     write_tensors(folder / "weights.safetensors", {"table": table, "head": head})
     floats, integers = TensorProto.FLOAT, TensorProto.INT64
     _save(

@@ -45,6 +45,10 @@ class Served:
     port: int
     service: Service
     loop: asyncio.AbstractEventLoop = field(repr=False)
+    http: httpx.Client = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.http = self.client()
 
     @property
     def url(self) -> str:
@@ -54,12 +58,10 @@ class Served:
         return httpx.Client(base_url=self.url, timeout=30, verify=False, **options)
 
     def post(self, path: str, body: object, **headers: str) -> httpx.Response:
-        with self.client() as client:
-            return client.post(path, json=body, headers=headers)
+        return self.http.post(path, json=body, headers=headers)
 
     def get(self, path: str, **headers: str) -> httpx.Response:
-        with self.client() as client:
-            return client.get(path, headers=headers)
+        return self.http.get(path, headers=headers)
 
     def raw(self, data: bytes, *, timeout_s: float = 10.0) -> bytes:
         """Send bytes and return all that comes until the server closes, also while we send."""
@@ -122,6 +124,8 @@ def serving(
             raise failed[0]
         yield served[0]
     finally:
+        for each in served:
+            each.http.close()
         stop[0]()
         thread.join()
     if failed:
@@ -249,3 +253,18 @@ def chunks(text: str) -> list[dict[str, Any]]:
     lines = [each[6:] for each in text.split("\n") if each.startswith("data: ")]
     assert lines[-1] == "[DONE]", text
     return [json.loads(each) for each in lines[:-1]]
+
+
+def one_by_one(*scripts: Script) -> OpenService:
+    """Return what starts engines with a script for each request; the last one stays."""
+
+    class Engines(ScriptedEngines):
+        def _send(self, request: AnyRequest) -> None:
+            if isinstance(request, Ask):
+                self.script = scripts[min(len(self.asked), len(scripts) - 1)]
+            super()._send(request)
+
+    async def start() -> ScriptedEngines:
+        return Engines(())
+
+    return start

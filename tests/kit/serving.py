@@ -109,7 +109,10 @@ def serving(*arguments: object, folder: Path, key: str | None = KEY) -> Iterator
     environment = {k: v for k, v in os.environ.items() if k != "RECMAS_API_KEY"}
     if key is not None:
         environment["RECMAS_API_KEY"] = key
-    command = [*(sys.executable, "-m", "recmas_runtime.cli.main", "serve"), *map(str, arguments)]
+    command = [
+        *(sys.executable, "-P", "-m", "recmas_runtime.cli.main", "serve"),
+        *map(str, arguments),
+    ]
     command += ["--json", "--log-format", "json", "--threads", "1"]
     if "--port" not in command:
         command += ["--port", "0"]

@@ -86,8 +86,14 @@ def test_it_holds_what_the_trace_holds(traced: Path, capsys: pytest.CaptureFixtu
         for shown, step in zip(told["steps"], line["steps"], strict=True):
             assert shown.items() <= step.items()
             assert {"op", "round", "agents", "ms"} <= shown.keys()
-    note = "11 steps; times are those of the 2 records that ran together"
-    assert page.data("index") == [{"id": 17, "note": note}, {"id": "b", "note": note}]
+    assert page.data("index") == [{"id": 17, "note": "11 steps"}, {"id": "b", "note": "11 steps"}]
+
+
+def test_times_of_several_records_are_named_so(traced: Path) -> None:
+    told = of_lines(traced / "trace")
+    (traced / "trace" / RECORDS_NAME).write_text(lines({**told[0], "batch_size": 2}))
+    (entry,) = report(traced).data("index")
+    assert entry["note"] == "11 steps; times are those of the 2 records that ran together"
 
 
 def test_answers_stand_beside_the_trace(traced: Path) -> None:
@@ -155,7 +161,7 @@ def test_texts_stay_texts(traced: Path) -> None:
     assert main(arguments) == 0
     page = Report(out)
     assert [name for name, _ in page.elements] == [name for name, _ in plain.elements]
-    assert page.of("title") == ['Trace <b>&"']
+    assert page.of("title") == ['Report: <b>&"']
     assert page.data("index")[0]["id"] == page.data("index")[0]["answer"] == HOSTILE
     trace = page.data("trace-1")
     assert trace["steps"][0]["texts"] == [HOSTILE]

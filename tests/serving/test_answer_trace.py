@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 import recmas_runtime as rt
+from recmas_runtime.formats.plan import ThinkStep
 from recmas_runtime.running.run_trace import RECORDS_NAME, TraceWriter
+from recmas_runtime.serve.engine_host import model_info
 from recmas_runtime.serve.local import LocalService
 from recmas_runtime.serve.protocol import Ask, Done
 from recmas_runtime.serve.service import ServiceError
@@ -59,6 +62,21 @@ def test_texts_are_told(hand_bundle: Path) -> None:
     told = done(hand_bundle, thoughts=2, baseline="text").trace
     assert told is not None
     assert [step["texts"] for step in told["steps"] if step["op"] == "write"]
+
+
+def test_agents_whose_thoughts_nobody_receives_take_none(hand_bundle: Path) -> None:
+    """A bundle says how many there would be; the page shows who thinks."""
+    system = rt.load(hand_bundle, threads=1)
+    told = model_info("system", hand_bundle, system, 0.0)
+    assert [(agent.name, agent.latent_steps) for agent in told.agents] == [
+        ("planner", 2),
+        ("solver", 2),
+    ]
+    steps = [step for step in system.plan.steps if getattr(step, "agents", ()) != ("solver",)]
+    assert not [s for s in steps if isinstance(s, ThinkStep) and "solver" in s.agents]
+    short = system.with_plan(structs.replace(system.plan, steps=tuple(steps)))
+    told = model_info("system", hand_bundle, short, 0.0)
+    assert [agent.latent_steps for agent in told.agents] == [2, 0]
 
 
 def test_without_a_trace_nothing_is_told(hand_bundle: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kit.hand_bundle import make_tokenizer
 from kit.http_server import Served, chunks, local, serving
 
 CHAT = "/v1/chat/completions"
@@ -153,7 +154,10 @@ def test_a_chat_as_a_stream(served: Served) -> None:
         "finish_reason": "stop",
     }
     assert usage["choices"] == []
-    assert usage["usage"] == ask(served)["usage"]
+    whole = ask(served)["usage"]
+    assert usage["usage"] | {"prompt_tokens_details": None} == whole | {
+        "prompt_tokens_details": None
+    }
     assert all(each["usage"] is None for each in (first, *middle, last))
     assert all(each["object"] == "chat.completion.chunk" for each in (first, *middle, last, usage))
     assert ": round 2/2 solver: decode\n" in response.text
@@ -184,6 +188,59 @@ def test_completions(served: Served) -> None:
     body = {"model": "tiny", "prompt": ["a 1", "b 2"], "n": 2, "echo": True}
     texts = [choice["text"] for choice in served.post(TEXT, body).json()["choices"]]
     assert texts == ["a 1b", "a 1b", "b 2c", "b 2c"]
+
+
+def test_how_likely_a_prompt_is(served: Served) -> None:
+    """As `lm_eval` asks: the prompt's tokens, and the backbone's likeliest one behind them."""
+    body = {"model": "tiny", "prompt": "a7", "echo": True, "logprobs": 1, "max_tokens": 1}
+    found = served.post(TEXT, body).json()
+    (choice,) = found["choices"]
+    assert choice["text"] == "a7h"
+    told = choice["logprobs"]
+    assert told["tokens"] == ["a", "7", "h"]
+    assert told["text_offset"] == [0, 1, 2]
+    assert told["top_logprobs"][0] is told["token_logprobs"][0] is None
+    assert told["top_logprobs"][2] == {"h": told["token_logprobs"][2]}
+    assert told["token_logprobs"][1] < told["token_logprobs"][2] < 0
+    assert found["usage"]["prompt_tokens"] == 2
+    assert found["usage"]["completion_tokens"] == 1
+
+
+def test_token_ids_are_those_of_the_tokenizer(served: Served) -> None:
+    def read(prompt: Any, **keys: Any) -> list[dict[str, Any]]:
+        body = {"model": "tiny", "prompt": prompt, "echo": True, "logprobs": 2, **keys}
+        return list(served.post(TEXT, body).json()["choices"])
+
+    tokenizer = make_tokenizer()
+    ids = [tokenizer.encode(text).ids for text in ("a7h", "what 3")]
+    assert read(ids) == read(["a7h", "what 3"])
+    assert read(ids[0], max_tokens=1) == read("a7h", max_tokens=1)
+    first = read(ids)[0]["logprobs"]
+    assert first["tokens"] == ["a", "7", "h"]
+    assert all(
+        next(iter(each.values())) == max(each.values()) for each in first["top_logprobs"][1:]
+    )
+    assert read(ids, logprobs=0)[0]["logprobs"]["top_logprobs"] is None
+    # And an answer to ids is that to their text.
+    texts = served.post(TEXT, {"model": "tiny", "prompt": ids[1]}).json()["choices"]
+    assert texts[0]["text"] == "d"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code"), [("", "RM500"), ([10**6], "RM500"), ("a" * 5000, "RM501")]
+)
+def test_texts_that_no_backbone_reads(served: Served, prompt: Any, code: str) -> None:
+    body = {"model": "tiny", "prompt": prompt, "echo": True, "logprobs": 1}
+    response = served.post(TEXT, body)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["param"], error["code"]) == ("prompt", code)
+
+
+def test_a_trace_of_an_answer(served: Served) -> None:
+    found = ask(served, recmas={"trace": True, "thoughts": 2})["recmas"]["trace"]
+    assert set(found) >= {"steps", "thoughts", "messages"}
+    assert "trace" not in ask(served, recmas={})["recmas"]
 
 
 def test_a_completion_as_a_stream(served: Served) -> None:

@@ -69,8 +69,7 @@ def locked() -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def open_() -> Iterator[Served]:
-    settings = HttpSettings(max_body_bytes=10_000, body_timeout_s=0.3)
-    with serving(scripted(SCRIPT), settings) as served:
+    with serving(scripted(SCRIPT), HttpSettings(max_body_bytes=10_000)) as served:
         yield served
 
 
@@ -192,6 +191,13 @@ def test_hosts_may_be_named() -> None:
         assert served.get("/health", host="any.example").status_code == 200
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]"])
+def test_an_address_for_everywhere_names_nothing(host: str) -> None:
+    assert HttpSettings(host=host).hosts == HttpSettings().hosts
+    assert "10.1.2.3" in HttpSettings(host="10.1.2.3").hosts
+    assert "[fd00::1]" in HttpSettings(host="fd00::1").hosts
+
+
 def test_pages_of_other_origins_read_nothing(open_: Served) -> None:
     """No answer has a header that allows it, and what asks first is refused."""
     origin = {"origin": "https://evil.example"}
@@ -296,8 +302,12 @@ def test_a_chunked_body_is_read_no_further_than_the_bound(open_: Served) -> None
         assert link.recv(2**16).startswith(b"HTTP/1.1 413")
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(open_: Served) -> None:
-    with socket.create_connection(("127.0.0.1", open_.port), timeout=10) as link:
+def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    settings = HttpSettings(body_timeout_s=0.3)
+    with (
+        serving(scripted(SCRIPT), settings) as served,
+        socket.create_connection(("127.0.0.1", served.port), timeout=10) as link,
+    ):
         link.sendall(JSON_HEAD + b"Content-Length: 100\r\n\r\n{")
         got = b""
         while part := link.recv(2**16):
@@ -338,6 +348,7 @@ def test_only_so_many_requests_are_open_at_a_time() -> None:
         assert response.status_code == 503
         assert response.headers["retry-after"] == "1"
         assert response.json()["error"]["code"] == "RM541"
+        assert served.get("/health").status_code == 200, "a busy service is not a dead one"
 
 
 def test_there_are_no_websockets(open_: Served) -> None:

@@ -211,9 +211,8 @@ def is_alive(served: Served) -> bool:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", list(NO_JSON))
 def test_bodies_that_are_no_form(served: Served, path: str, name: str) -> None:
-    with served.client() as client:
-        named = {"content-type": "application/json"}
-        response = client.post(path, content=NO_JSON[name], headers=named)
+    named = {"content-type": "application/json"}
+    response = served.http.post(path, content=NO_JSON[name], headers=named)
     assert response.status_code == 400, response.text
     assert response.headers["content-type"] == "application/json"
     error = response.json()["error"]

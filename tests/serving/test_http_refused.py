@@ -82,7 +82,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"top_p": 0}, "top_p", "RM546"),
     (CHAT, {"top_p": 1.5}, "top_p", "RM546"),
     (CHAT, {"seed": -1}, "seed", "RM546"),
-    (CHAT, {"seed": 2**63}, "seed", "RM546"),
+    (CHAT, {"seed": 2**53 + 1}, "seed", "RM546"),
     (CHAT, {"stop": ""}, "stop", "RM546"),
     (CHAT, {"stop": ["a", ""]}, "stop[1]", "RM546"),
     (CHAT, {"stop": ["a"] * 17}, "stop", "RM546"),
@@ -207,6 +207,7 @@ NEUTRAL: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"stop": [], "seed": 0, "temperature": 0, "top_p": 1, "service_tier": "auto"}),
     (CHAT, {"stream": False, "stream_options": None, "recmas": None, "reasoning_effort": None}),
     (CHAT, {"max_tokens": 8, "max_completion_tokens": 8}),
+    (CHAT, {"max_tokens": 8.0, "seed": 3.0, "n": 1.0}),
     (TEXT, {"suffix": "", "best_of": 1, "logit_bias": {}, "presence_penalty": 0, "echo": False}),
     (TEXT, {"logprobs": None, "user": "ann", "stop": ["\n\n"], "seed": 1234, "temperature": 0.0}),
     (RESPONSES, {"tools": [], "store": False, "include": [], "truncation": "disabled"}),
@@ -273,4 +274,9 @@ def test_messages_say_what_is_wrong_and_what_to_do(served: Served) -> None:
         message(CHAT, stop=["a"] * 17) == "`stop`: expected at most 16 items, found a list of 17."
     )
     assert message(CHAT, recmas={"rounds": 7}) == "`recmas.rounds` is 7, built were 2."
+    assert message(TEXT, prompt=" ") == "`prompt` is empty. Write a question."
+    blank = {"role": "user", "content": " "}
+    assert message(RESPONSES, input=[blank]) == (
+        "input[0], the last one, is empty. Write a question."
+    )
     assert message(TEXT, top_k=1).startswith("unknown key `top_k`. Known are: model, prompt,")

@@ -160,17 +160,18 @@ def test_a_silent_phase_has_comments_and_empty_chunks() -> None:
         text = served.post(CHAT, BODY).text
     deltas = [each["choices"][0]["delta"] for each in chunks(text)]
     silent = deltas[1 : deltas.index({"content": "a"})]
-    assert 3 <= len(silent) <= 5
+    assert 2 <= len(silent) <= 5
     assert all(each == {} for each in silent)
-    assert 8 <= text.count(": waiting\n") <= 12
+    assert 4 <= text.count(": waiting\n") <= 12
 
 
 def test_comments_alone_do_not_count_as_chunks() -> None:
     """Steps come more often than clients time out, and none of them is a chunk."""
-    with serving(scripted([step(), 0.03] * 16 + [done("a")]), QUICK) as served:
+    script = [step(), 0.03] * 16
+    with serving(scripted([*script, done("a")]), replace(QUICK, comment_s=HUNG)) as served:
         text = served.post(CHAT, BODY).text
-    assert ": waiting" not in text
-    assert 2 <= sum(each["choices"][0]["delta"] == {} for each in chunks(text)[:-1]) <= 4
+    assert text.count(": round") == 16
+    assert 1 <= sum(each["choices"][0]["delta"] == {} for each in chunks(text)[:-1]) <= 4
 
 
 def test_headers_and_the_role_come_before_anything_is_known() -> None:
@@ -284,7 +285,7 @@ def test_a_client_that_reads_nothing_is_cut_off() -> None:
 
 @pytest.mark.parametrize("body", [BODY, PLAIN], ids=["stream", "plain"])
 def test_an_answer_that_takes_too_long(body: dict[str, Any]) -> None:
-    settings = replace(QUICK, request_timeout_s=0.2, first_event_s=1.0)
+    settings = replace(QUICK, request_timeout_s=0.5, first_event_s=5.0)
     with serving(scripted([HUNG]), settings) as served:
         response = served.post(CHAT, body)
         assert response.status_code == 504

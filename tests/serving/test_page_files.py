@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 import recmas_runtime.serve.page
 from recmas_runtime.serve.page.assets import ASSETS, PAGE_SCRIPTS, REPORT_SCRIPTS, asset
-from recmas_runtime.serve.page.routes import PAGE_PATHS, page_routes
+from recmas_runtime.serve.page.routes import page_routes
 
 STATIC = Path(recmas_runtime.serve.page.__file__).with_name("static")
 FILES = sorted(path.name for path in STATIC.iterdir())
@@ -71,14 +71,15 @@ def test_every_input_has_a_label() -> None:
 
 
 def test_the_routes(client: TestClient) -> None:
-    assert {route.path for route in page_routes()} == PAGE_PATHS
+    paths = {route.path for route in page_routes()}
+    assert paths == {"/", *(f"/assets/{name}" for name in ASSETS)}
     page = client.get("/")
     assert (page.status_code, page.text) == (200, asset("index.html"))
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
-    for path in PAGE_PATHS:
+    for path in paths:
         answer = client.get(path)
         assert answer.status_code == 200
         assert answer.headers["x-content-type-options"] == "nosniff"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,14 +29,18 @@ def server(hand_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         assert served.wait() == 0
 
 
+def num_there(server: Served) -> float:
+    """How many requests for answers run or wait."""
+    return sum(server.metric(f"recmas_requests_{how}") for how in ("running", "waiting"))
+
+
 def test_a_killed_worker_is_started_again_and_answers(server: Served) -> None:
     before = server.worker_pid()
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(server.ask, ENDLESS, **LONG) for _ in range(8)]
-        until(lambda: server.metric("recmas_requests_running") >= 1, "a request runs")
+        until(lambda: num_there(server) == 8, "all of them are there")
         os.kill(before, signal.SIGKILL)
         answers = [each.result() for each in asked]
-    # Those that were in flight; none can have been answered so soon.
     assert [status for status, _ in answers] == [503] * 8
     assert {error["code"] for _, error in answers} == {"RM542"}
     until(lambda: server.request("GET", "/ready")[0] == 200, "the service is ready again")
@@ -61,6 +67,16 @@ def test_the_worker_has_neither_the_key_nor_the_address(server: Served) -> None:
     assert KEY.encode() not in environment
     descriptors = [str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()]
     assert sum(name.startswith("socket:") for name in descriptors) == 1
+
+
+def test_what_needs_no_key(server: Served) -> None:
+    for path in ("/health", "/ready"):
+        assert server.request("GET", path, key=None)[0] == 200
+    status, page = server.request("GET", "/", key=None)
+    assert status == 200
+    assert page.lower().startswith("<!doctype html>")
+    for path in ("/v1/models", "/metrics", "/admin/models", "/openapi.json"):
+        assert server.request("GET", path, key=None)[0] == 401
 
 
 def test_models_come_and_go_behind_the_key(server: Served, hand_bundle: Path) -> None:
@@ -119,21 +135,13 @@ def test_metrics_of_known_requests(hand_bundle: Path, tmp_path: Path) -> None:
 def test_sigterm_lets_requests_end(hand_bundle: Path, tmp_path: Path) -> None:
     with serving(hand_bundle, "--grace", "20", folder=tmp_path) as server:
         with ThreadPoolExecutor(4) as pool:
-            asked = [pool.submit(server.ask, ENDLESS, max_tokens=300) for _ in range(4)]
-            until(lambda: server.metric("recmas_requests_running") >= 1, "a request runs")
-            until(
-                lambda: (
-                    server.metric("recmas_requests_running")
-                    + server.metric("recmas_requests_waiting")
-                    == 4
-                ),
-                "all four are there",
-            )
+            asked = [pool.submit(server.ask, ENDLESS, max_tokens=2000) for _ in range(4)]
+            until(lambda: num_there(server) == 4, "all of them are there")
             server.signal(signal.SIGTERM)
             answers = [each.result() for each in asked]
         assert [status for status, _ in answers] == [200] * 4
         assert len({text for _, text in answers}) == 1
-        assert len(answers[0][1]) == 300
+        assert len(answers[0][1]) == 2000
         assert server.wait() == 0
         assert server.events("stopped")
         assert not server.events("requests cut")
@@ -222,6 +230,19 @@ def test_what_is_refused_before_anything_starts(
     error = capsys.readouterr().err
     assert f"error[{code}]" in error
     assert message in error
+
+
+def test_without_the_extra_users_are_told_how_to_get_it(hand_bundle: Path) -> None:
+    hidden = "import sys; sys.modules['fastapi'] = None\nfrom recmas_runtime.cli.main import main\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{hidden}sys.exit(main(['serve', {str(hand_bundle)!r}]))"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 4
+    assert "error[RM201]" in done.stderr
+    assert 'pip install "recmas[serve]"' in done.stderr
 
 
 def test_a_bundle_that_engines_refuse_ends_the_command(

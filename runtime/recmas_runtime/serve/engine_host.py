@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail, is_out_of_memory
 from recmas_runtime.formats.plan import Step as PlanStep
-from recmas_runtime.formats.plan import agents_of, feedback_links
+from recmas_runtime.formats.plan import ThinkStep, agents_of, feedback_links
 from recmas_runtime.running.records import Record
 from recmas_runtime.running.system import System, load
 from recmas_runtime.scheduling.scheduler import Scheduler, Task, current_task
@@ -43,8 +43,8 @@ from recmas_runtime.serve.protocol import (
 )
 from recmas_runtime.serve.service import ServiceLimits
 
-# Two keep a text at half its pace beside prompts, and let more rows step together.
-_CHUNKS_PER_STEP: Final = 2
+# A text goes on after every part of a prompt, which is a twelfth of a second for SmolLM2.
+_CHUNKS_PER_STEP: Final = 1
 # How long a request may have to wait that comes while others wait for their tools.
 _WAIT_S: Final = 0.02
 _GAUGES_S: Final = 1.0
@@ -165,14 +165,17 @@ class EngineHost:
 
         def run() -> None:
             if isinstance(request, Ask):
-                self._answer(request, model.shared, queued_ms)
+                self._answer(request, model, queued_ms)
             else:
                 self._read(request, model.shared)
 
         self._running[self._scheduler.start(run)] = request
 
-    def _answer(self, ask: Ask, system: System, queued_ms: float) -> None:
+    def _answer(self, ask: Ask, model: _Model, queued_ms: float) -> None:
         """Answer, in a task of its own."""
+        system = model.shared
+        # A run whose engine calls are not shared comes back between them, to be cancelled there.
+        between: Callable[[], None] = _go_on if model.shares else self._scheduler.pause
         if ask.baseline != "latent":
             system = system.baseline(ask.baseline)
         if ask.rounds is not None:
@@ -182,11 +185,13 @@ class EngineHost:
         def on_step(step: PlanStep) -> None:
             agents = agents_of(step)
             self._emit(Step(id=ask.id, op=step.op, round=step.round, rounds=rounds, agents=agents))
+            between()
 
         trace = None if ask.thoughts is None else AnswerTrace(ask.thoughts)
         stream = system.stream(_record(ask), trace=trace, on_step=on_step, **_sampling(ask))
         for piece in stream:
             self._emit(Piece(id=ask.id, text=piece))
+            between()
         assert stream.answer is not None, "the iteration has ended"
         task = current_task()
         self._emit(
@@ -322,6 +327,10 @@ def _problems_of(error: BaseException) -> Sequence[Problem]:
     return [Problem(code="RM507", message=message, hint="This is a bug in recmas; report it.")]
 
 
+def _go_on() -> None:
+    """Do nothing, where others have their turn at every engine call."""
+
+
 def _record(ask: Ask) -> Record:
     given = ask.record.get("id", "1")
     return Record(id=given, fields=ask.record, index=ask.index, turns=ask.turns)
@@ -337,13 +346,18 @@ def model_info(name: str, path: Path, system: System, ms: float) -> ModelInfo:
     feedback = feedback_links(plan)
     manifest = path / "manifest.json"
     backbone = system.manifest.backbones[plan.agents[plan.answer_agent].backbone]
+    thinking = {name for step in plan.steps if isinstance(step, ThinkStep) for name in step.agents}
     return ModelInfo(
         name=name,
         system=plan.name,
         rounds=plan.rounds,
         answer_agent=plan.answer_agent,
         agents=tuple(
-            AgentInfo(name=agent, backbone=each.backbone, latent_steps=each.latent_steps)
+            AgentInfo(
+                name=agent,
+                backbone=each.backbone,
+                latent_steps=each.latent_steps if agent in thinking else 0,
+            )
             for agent, each in plan.agents.items()
         ),
         links=tuple(

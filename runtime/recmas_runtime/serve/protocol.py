@@ -193,7 +193,7 @@ class ProblemInfo(StrictStruct, frozen=True, kw_only=True):
 
 
 class AgentInfo(StrictStruct, frozen=True, kw_only=True):
-    """An agent of a loaded system."""
+    """An agent of a loaded system; it takes no latent steps where nobody receives them."""
 
     name: str
     backbone: str

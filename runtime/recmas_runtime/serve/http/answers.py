@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from starlette.types import Receive
@@ -78,7 +79,11 @@ class Answers:
             is_given = any("`recmas.record`" in each.message for each in error.problems)
             key = "recmas.record" if is_given else param
             params = {each.code: key for each in error.problems}
-            raise of_problems(error.problems, params=params) from None
+            named = [  # as this form calls it
+                replace(each, message=each.message.replace("messages[", f"{param}["))
+                for each in error.problems
+            ]
+            raise of_problems(named, params=params) from None
 
     async def events(self, ask: Ask, *, param: str) -> Events:
         """Answer, as `Service.ask`.
@@ -138,7 +143,7 @@ class Answers:
 
     def _refused(self, error: ServiceError, param: str) -> ApiError:
         codes = {"RM508": "recmas.baseline", "RM506": "recmas.rounds"}
-        params = {**dict.fromkeys(("RM206", "RM500", "RM501"), param), **codes}
+        params = {**dict.fromkeys(("RM206", "RM500", "RM501", "RM543"), param), **codes}
         return of_problems(
             error.problems,
             reason=error.reason,

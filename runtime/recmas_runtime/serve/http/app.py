@@ -229,6 +229,7 @@ def _openapi(app: FastAPI, settings: HttpSettings) -> dict[str, Any]:
                 page["paths"][path]["get"]["security"] = []
         for path in page["paths"].values():
             for operation in path.values():
-                # FastAPI's own error; ours are 400.
-                operation["responses"].pop("422", None)
+                operation["responses"].pop("422", None)  # FastAPI's own error; ours are 400
+        for name in ("HTTPValidationError", "ValidationError"):
+            components["schemas"].pop(name, None)
     return app.openapi_schema or {}

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Final
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.codec import parse_json
@@ -19,6 +19,15 @@ from recmas_runtime.serve.http.errors import ApiError, sentence
 
 # Deeper than any form, and than records are.
 _MAX_NESTING: Final = 32
+
+
+def _as_whole(value: object) -> object:
+    """Return a whole number as such: to JSON, 1 and 1.0 are the same."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# On integers, after their bounds, which schemas leave out otherwise.
+WHOLE: Final = BeforeValidator(_as_whole)
 
 
 class Strict(BaseModel):

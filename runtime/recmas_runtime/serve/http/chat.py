@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response
 
 from recmas_runtime.serve.http.answers import Answers, until_left
-from recmas_runtime.serve.http.bodies import JsonRoute, Strict
+from recmas_runtime.serve.http.bodies import WHOLE, JsonRoute, Strict
 from recmas_runtime.serve.http.errors import ApiError, documented
 from recmas_runtime.serve.http.forms import (
     MAX_CHOICES,
@@ -43,7 +43,7 @@ from recmas_runtime.serve.http.results import (
     told_of_all,
     usage_of,
 )
-from recmas_runtime.serve.http.stream import EventStream, line, told_step
+from recmas_runtime.serve.http.stream import DOCUMENTED, EventStream, line, told_step
 from recmas_runtime.serve.protocol import Ask, Done, EarlierTurn, ModelInfo, Step
 
 _PARAM = "messages"
@@ -85,14 +85,14 @@ class ChatRequest(Strict):
     """OpenAI's form; keys that are not honoured may have those values alone that ask nothing."""
 
     model: ModelName
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
     seed: Seed | None = None
     stop: Stops | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Label | None = None
@@ -110,7 +110,7 @@ class ChatRequest(Strict):
     functions: NoList | None = None
     function_call: Literal["none", "auto"] | None = None
     logprobs: Literal[False] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0), WHOLE] | None = None
     logit_bias: NoTable | None = None
     presence_penalty: NoNumber | None = None
     frequency_penalty: NoNumber | None = None
@@ -176,8 +176,7 @@ class ChatCompletion(BaseModel):
 def chat_routes(answers: Answers) -> APIRouter:
     """Return the form over a service."""
     router = APIRouter(route_class=JsonRoute)
-    streamed = {"text/event-stream": {"schema": {"type": "string"}}}
-    whole = {"model": ChatCompletion, "description": "The answer.", "content": streamed}
+    whole = {"model": ChatCompletion, "description": "The answer.", "content": DOCUMENTED}
 
     @router.post(
         "/v1/chat/completions",

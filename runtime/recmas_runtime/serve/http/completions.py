@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response
 
 from recmas_runtime.serve.http.answers import Answers, until_left
-from recmas_runtime.serve.http.bodies import JsonRoute, Strict
+from recmas_runtime.serve.http.bodies import WHOLE, JsonRoute, Strict
 from recmas_runtime.serve.http.chat import check_stream
 from recmas_runtime.serve.http.errors import ApiError, documented
 from recmas_runtime.serve.http.forms import (
@@ -28,6 +28,7 @@ from recmas_runtime.serve.http.forms import (
     Temperature,
     TopP,
     asks,
+    demand_text,
     sampling,
     wrong,
 )
@@ -39,7 +40,7 @@ from recmas_runtime.serve.http.results import (
     told_of_all,
     usage_of,
 )
-from recmas_runtime.serve.http.stream import EventStream, line, told_step
+from recmas_runtime.serve.http.stream import DOCUMENTED, EventStream, line, told_step
 from recmas_runtime.serve.protocol import (
     Ask,
     Done,
@@ -55,7 +56,7 @@ _MAX_PROMPTS: Final = 1024
 # Any token will do in the place whose likeliest one is wanted.
 _ANY_TOKEN: Final = 0
 
-TokenId = Annotated[int, Field(ge=0, le=2**31)]
+TokenId = Annotated[int, Field(ge=0, le=2**31), WHOLE]
 Ids = Annotated[list[TokenId], Field(min_length=1, max_length=2**20)]
 Prompts = (
     str
@@ -70,20 +71,20 @@ class CompletionRequest(Strict):
 
     model: ModelName
     prompt: Prompts
-    max_tokens: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=2**31), WHOLE] | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
     seed: Seed | None = None
     stop: Stops | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     user: Label | None = None
     recmas: Extension | None = None
     suffix: Literal[""] | None = None
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
     logit_bias: NoTable | None = None
     presence_penalty: NoNumber | None = None
     frequency_penalty: NoNumber | None = None
@@ -140,8 +141,7 @@ class Completion(BaseModel):
 def completion_routes(answers: Answers) -> APIRouter:
     """Return the form over a service."""
     router = APIRouter(route_class=JsonRoute)
-    streamed = {"text/event-stream": {"schema": {"type": "string"}}}
-    whole = {"model": Completion, "description": "The answer.", "content": streamed}
+    whole = {"model": Completion, "description": "The answer.", "content": DOCUMENTED}
 
     @router.post(
         "/v1/completions",
@@ -212,6 +212,7 @@ async def _texts(body: CompletionRequest, answers: Answers) -> list[str]:
 
 
 def _asks(body: CompletionRequest, prompt: str, model: ModelInfo, answers: Answers) -> list[Ask]:
+    demand_text(prompt, _PARAM)
     turn = EarlierTurn(role="user", content=prompt)
     record, turns = answers.record([turn], model, body.recmas, param=_PARAM)
     settings = sampling(
@@ -302,8 +303,10 @@ def _logprobs(tokens: Sequence[TokenRead], top: int) -> dict[str, Any]:
     def likeliest(token: TokenRead) -> dict[str, float] | None:
         if token.logprob is None:
             return None
-        # From the least likely, so that of tokens with one text the likeliest stays.
-        return dict(sorted(token.top[:top], key=lambda pair: pair[1]))
+        found: dict[str, float] = {}
+        for text, logprob in token.top[:top]:  # the likeliest first
+            found.setdefault(text, logprob)
+        return found
 
     return {
         "tokens": [token.text for token in tokens],

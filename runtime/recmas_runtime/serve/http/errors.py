@@ -146,11 +146,13 @@ _DESCRIPTIONS: Final = {
     404: "No such address, or a model that is not loaded.",
     408: "The body did not arrive in time.",
     413: "A body that is too large.",
+    414: "An address that is too long.",
     415: "A body that is not application/json.",
     421: "A Host header that names no host of this service.",
+    431: "Headers that are too large or too many.",
     429: "No room for another request; try again after `Retry-After`.",
     500: "The engine failed.",
     503: "The service starts, ends or was restarted; try again after `Retry-After`.",
     504: "The answer took longer than the service allows.",
 }
-_ANYWHERE: Final = (401, 421, 500, 503)
+_ANYWHERE: Final = (401, 414, 421, 431, 500, 503)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal, Protocol
 from pydantic import Field
 
 from recmas_runtime.formats.plan import MAX_NEW_TOKENS, MAX_STOPS, MAX_TEMPERATURE
-from recmas_runtime.serve.http.bodies import Strict
+from recmas_runtime.serve.http.bodies import WHOLE, Strict
 from recmas_runtime.serve.http.errors import ApiError, sentence
 from recmas_runtime.serve.protocol import Ask, EarlierTurn, ModelInfo
 
@@ -19,12 +19,14 @@ _MAX_NEAREST: Final = 16
 _NEAREST: Final = 4  # of each thought in a trace that does not say how many
 
 ModelName = Annotated[str, Field(min_length=1, max_length=256, description="Of a loaded system.")]
-Tokens = Annotated[int, Field(ge=1, le=2**31, description="Above what was built it ends there.")]
+Tokens = Annotated[
+    int, Field(ge=1, le=2**31, description="Above what was built it ends there."), WHOLE
+]
 Temperature = Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
-Seed = Annotated[int, Field(ge=0, lt=2**63 - MAX_CHOICES)]
+Seed = Annotated[int, Field(ge=0, le=2**53), WHOLE]  # whole numbers that all JSON can spell
 Label = Annotated[str, Field(max_length=512, description="A mark of yours; it changes nothing.")]
 
 # Values of keys that are not honoured: those that ask for nothing.
@@ -45,10 +47,10 @@ class Extension(Strict):
     """
 
     record: dict[str, Any] = Field(default_factory=dict)
-    rounds: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    rounds: Annotated[int, Field(ge=1, le=2**16), WHOLE] | None = None
     baseline: Annotated[str, Field(min_length=1, max_length=64)] = "latent"
     trace: bool = False
-    thoughts: Annotated[int, Field(ge=0, le=_MAX_NEAREST)] | None = None
+    thoughts: Annotated[int, Field(ge=0, le=_MAX_NEAREST), WHOLE] | None = None
 
 
 class StreamOptions(Strict):
@@ -65,7 +67,7 @@ class TextPart(Strict):
     text: str
 
 
-Parts = Annotated[list[TextPart], Field(max_length=1000)]
+Parts = Annotated[list[TextPart], Field(max_length=128)]
 Content = str | Parts
 
 
@@ -160,3 +162,13 @@ def asks(
 def wrong(param: str, message: str, code: str = "RM543", hint: str = "") -> ApiError:
     """Return the error of a key whose value asks for what cannot be."""
     return ApiError(400, code, sentence(message, hint), param=param)
+
+
+def demand_text(text: str, param: str) -> None:
+    """Refuse a question that says nothing, by the name that its form has for it.
+
+    Raises:
+        ApiError: 400.
+    """
+    if not text.strip():
+        raise wrong(param, f"`{param}` is empty", "RM500", "Write a question.")

@@ -116,7 +116,8 @@ class Guard:
         headers = Headers(scope=scope)
         self._check_host(headers)
         self._check_key(scope["path"], headers)
-        if self._num_running > self._settings.max_requests:
+        is_probe = scope["path"] in self._open  # a busy service is not a dead one
+        if self._num_running > self._settings.max_requests and not is_probe:
             message = f"{self._settings.max_requests} requests are open already"
             hint = "Try again in a few seconds."
             raise ApiError(503, "RM541", sentence(message, hint), retry_after_s=1)
@@ -187,7 +188,8 @@ def _too_large(limit: int) -> ApiError:
 def _check_size(scope: Scope) -> None:
     """Bound what the server does not: what comes in one piece may be longer than it allows."""
     headers = scope["headers"]
-    if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_PATH_BYTES:
+    path = scope.get("raw_path") or scope["path"].encode()  # not every server has both
+    if len(path) + len(scope["query_string"]) > MAX_PATH_BYTES:
         raise ApiError(414, "RM546", f"the address is longer than {MAX_PATH_BYTES} bytes.")
     size = sum(len(name) + len(value) for name, value in headers)
     if size > MAX_HEADER_BYTES or len(headers) > _MAX_HEADERS:

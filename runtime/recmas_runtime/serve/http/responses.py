@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
 from recmas_runtime.serve.http.answers import Answers, until_left
-from recmas_runtime.serve.http.bodies import JsonRoute, Strict
+from recmas_runtime.serve.http.bodies import WHOLE, JsonRoute, Strict
 from recmas_runtime.serve.http.errors import ApiError, documented
 from recmas_runtime.serve.http.forms import (
     Extension,
@@ -26,11 +26,12 @@ from recmas_runtime.serve.http.forms import (
     Tokens,
     TopP,
     asks,
+    demand_text,
     joined,
     sampling,
 )
 from recmas_runtime.serve.http.results import ToldOfAnswer, told, usage_of
-from recmas_runtime.serve.http.stream import EventStream, line, told_step
+from recmas_runtime.serve.http.stream import DOCUMENTED, EventStream, line, told_step
 from recmas_runtime.serve.protocol import Ask, Done, EarlierTurn, ModelInfo, Step
 
 _PARAM: Final = "input"
@@ -50,7 +51,7 @@ class InputMessage(Strict):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[InputText], Field(max_length=1000)]
+    content: str | Annotated[list[InputText], Field(max_length=128)]
     id: str | None = None
     status: Literal["completed", "incomplete"] | None = None
     phase: Annotated[str, Field(max_length=64)] | None = None
@@ -67,7 +68,7 @@ class ResponsesRequest(Strict):
     """OpenAI's form; keys that are not honoured may have those values alone that ask nothing."""
 
     model: ModelName
-    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=4096)]
+    input: str | Annotated[list[InputMessage], Field(min_length=1, max_length=2048)]
     instructions: str | None = None
     max_output_tokens: Tokens | None = None
     temperature: Temperature | None = None
@@ -90,7 +91,7 @@ class ResponsesRequest(Strict):
     parallel_tool_calls: bool | None = None
     max_tool_calls: None = None
     include: NoList | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0), WHOLE] | None = None
     previous_response_id: None = None
     conversation: None = None
     prompt: None = None
@@ -142,8 +143,7 @@ class ResponsesResponse(BaseModel):
 def responses_routes(answers: Answers) -> APIRouter:
     """Return the form over a service."""
     router = APIRouter(route_class=JsonRoute)
-    streamed = {"text/event-stream": {"schema": {"type": "string"}}}
-    whole = {"model": ResponsesResponse, "description": "The answer.", "content": streamed}
+    whole = {"model": ResponsesResponse, "description": "The answer.", "content": DOCUMENTED}
 
     @router.post(
         "/v1/responses",
@@ -167,6 +167,7 @@ def responses_routes(answers: Answers) -> APIRouter:
 def _ask(body: ResponsesRequest, model: ModelInfo, answers: Answers) -> Ask:
     turns = [EarlierTurn(role="system", content=body.instructions)] if body.instructions else []
     if isinstance(body.input, str):
+        demand_text(body.input, _PARAM)
         turns.append(EarlierTurn(role="user", content=body.input))
     else:
         turns += (

@@ -9,6 +9,7 @@ from typing import Final, Protocol
 from recmas_runtime.core.errors import fail
 
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "[::1]")
+_EVERYWHERE: Final = ("0.0.0.0", "::", "[::]", "")  # noqa: S104
 
 
 class MetricsSource(Protocol):
@@ -93,7 +94,9 @@ class HttpSettings:
     @property
     def hosts(self) -> frozenset[str]:
         """Host names that requests may name, in lower case, without ports."""
-        named = (*_LOOPBACK, _as_host(self.host), *map(_as_host, self.allowed_hosts))
+        # Addresses that stand for all of a machine's are names of none.
+        own = () if self.host in _EVERYWHERE else (_as_host(self.host),)
+        named = (*_LOOPBACK, *own, *map(_as_host, self.allowed_hosts))
         return frozenset(name.lower().rstrip(".") for name in named)
 
 

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -17,6 +17,18 @@ from recmas_runtime.serve.http.errors import ApiError, internal_error
 from recmas_runtime.serve.http.guard import LOG
 from recmas_runtime.serve.http.settings import HttpSettings
 from recmas_runtime.serve.protocol import Done, Piece, Step
+
+# The part of an OpenAPI page that declares a stream: what each of its events is.
+DOCUMENTED: Final = {
+    "text/event-stream": {
+        "schema": {
+            "type": "object",
+            "description": "An event; its data is a chunk as JSON, or `[DONE]` at the end.",
+            "required": ["data"],
+            "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+        }
+    }
+}
 
 
 class Chunks(Protocol):

@@ -82,9 +82,13 @@ class Catalog:
         """
         check_name(name)
         bundle = await asyncio.to_thread(open_bundle, path)
-        needed, free = BundleNeeds.of(bundle).weight_bytes, self._available_bytes()
+        needs, free = BundleNeeds.of(bundle), self._available_bytes()
+        needed = needs.weight_bytes + needs.bytes_per_request
         if free is not None and needed > free:
-            message = f"weights of {human_bytes(needed)}, and {human_bytes(free)} are free"
+            message = (
+                f"weights and the caches of one request take {human_bytes(needed)}, and "
+                f"{human_bytes(free)} are free"
+            )
             raise fail("RM545", message, hint="Remove a model first.", file=path)
         return await self._service.load(str(bundle.root), name)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from recmas_runtime.core.errors import missing_package
 from recmas_runtime.serve.http.app import make_app
@@ -21,6 +22,7 @@ from recmas_runtime.serve.operation.catalog import Catalog, WatchedFolder
 from recmas_runtime.serve.operation.memory import available_memory_bytes
 from recmas_runtime.serve.operation.request_log import AccessLog, AnswerLog
 from recmas_runtime.serve.operation.server import Stop, serve_until
+from recmas_runtime.serve.page.routes import page_routes
 from recmas_runtime.serve.process import WorkerService
 from recmas_runtime.serve.service import ServiceLimits
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 T = TypeVar("T")
+_LAST_SPANS_S: Final = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ async def run(
             app = _app(settings, service, catalog, provider)
             if settings.watch is not None:
                 folder = WatchedFolder(settings.watch, catalog, service, log)
-                await folder.look(at_once=True)
+                await _unless_stopped(stop, folder.look(at_once=True))
                 watching = asyncio.create_task(folder.run())
             return await serve_until(
                 stop,
@@ -99,7 +102,7 @@ async def run(
                 watching.cancel()
             await service.close(0.0)
             if provider is not None:
-                await asyncio.to_thread(provider.shutdown)
+                await _send_last_spans(provider)
 
 
 async def _start(settings: ServeSettings) -> WorkerService:
@@ -121,7 +124,9 @@ def _app(
     metrics = Metrics(service)
     service.observers.append(AnswerLog(settings.log, with_texts=settings.log_texts))
     admin = admin_router(catalog, service, has_key=bool(settings.http.api_keys))
-    app: App = make_app(service, settings.http, metrics=metrics, routes=admin.routes)
+    app: App = make_app(
+        service, settings.http, metrics=metrics, page=page_routes(), routes=admin.routes
+    )
     app = AccessLog(app, settings.log)
     if provider is not None:
         from recmas_runtime.serve.operation.spans import Spans, TraceParent
@@ -152,6 +157,13 @@ def _provider(otlp: str | None) -> TracerProvider | None:
     except ModuleNotFoundError as error:
         raise missing_package(error, extra="otel") from error
     return otlp_provider(otlp)
+
+
+async def _send_last_spans(provider: TracerProvider) -> None:
+    """Send what is left, unless the collector takes its time."""
+    sending = threading.Thread(target=provider.shutdown, daemon=True)
+    sending.start()
+    await asyncio.to_thread(sending.join, _LAST_SPANS_S)
 
 
 def _url(bound: socket.socket) -> str:

@@ -186,7 +186,11 @@ def _config(app: App, settings: HttpSettings, grace_s: float) -> uvicorn.Config:
     config = uvicorn_config(app, settings, grace_s=grace_s)
     config.http = _Connection
     config.lifespan = "off"  # the service is started before the application and ends after it
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_CONNECTIONS + _OTHER_FILES
+    if files < wanted and (most == resource.RLIM_INFINITY or files < most):
+        files = wanted if most == resource.RLIM_INFINITY else min(most, wanted)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
     config.limit_concurrency = max(16, min(_MAX_CONNECTIONS, files - _OTHER_FILES))
     return config
 

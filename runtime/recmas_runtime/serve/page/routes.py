@@ -12,9 +12,6 @@ from starlette.routing import Route
 
 from recmas_runtime.serve.page.assets import ASSETS, PAGE_POLICY, asset
 
-# Below the application's root. They hold no answers and are open: the page asks for the key.
-PAGE_PATHS: Final = frozenset({"/", *(f"/assets/{name}" for name in ASSETS)})
-
 _HEADERS: Final = {
     "Cache-Control": "no-cache",
     "Referrer-Policy": "no-referrer",
@@ -23,7 +20,10 @@ _HEADERS: Final = {
 
 
 def page_routes() -> list[Route]:
-    """Return the routes of the page at `/` and of the files that it loads (`PAGE_PATHS`)."""
+    """Return the routes of the page at `/` and of the files that it loads.
+
+    They hold no answers and may be open where answers need a key: the page asks for it.
+    """
     page = _route("/", asset("index.html"), "text/html", {"Content-Security-Policy": PAGE_POLICY})
     return [page, *(_route(f"/assets/{name}", asset(name), ASSETS[name]) for name in ASSETS)]
 

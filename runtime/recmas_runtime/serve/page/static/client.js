@@ -20,10 +20,13 @@ const TITLES = {
   401: "The key is missing or wrong",
   403: "The service refuses this page",
   404: "There is no such system",
+  408: "The question did not arrive in time",
   413: "The question is too long",
+  421: "The service is not reached under this name",
   429: "The service has no room now",
   500: "The engine failed",
   503: "The service is not ready",
+  504: "The answer took too long",
 };
 
 /** Send a request with the key, if there is one; whatever is no success is an AnswerError. */
@@ -60,34 +63,44 @@ async function refusal(response) {
 
 /** Return message and code of an error object as OpenAI's form has it. */
 function problem(error) {
-  const message = typeof error?.message === "string" ? error.message : "No reason was given.";
-  const code = String(error?.code ?? "");
-  return { message, code: /^RM\d+$/.test(code) ? code : (message.match(/\bRM\d{3}\b/)?.[0] ?? "") };
+  return { message: error?.message ?? "No reason was given.", code: error?.code ?? "" };
 }
 
 /** Yield the data of a stream of server-sent events, parsed; comments are left out. */
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  let hasEnded = false;
-  while (!hasEnded) {
+  try {
+    for await (const line of linesOf(reader)) {
+      if (line === "data: [DONE]") {
+        return;
+      }
+      if (line.startsWith("data:")) {
+        yield JSON.parse(line.slice(5));
+      }
+    }
+    throw new AnswerError("The answer was cut off", "The connection ended before the answer did.");
+  } finally {
+    reader.cancel().catch(() => {}); // it has ended, or nobody reads the rest
+  }
+}
+
+async function* linesOf(reader) {
+  let parts = []; // of a line that is not whole: a trace may be long
+  for (;;) {
     let read;
     try {
       read = await reader.read();
     } catch (error) {
       throw lost(error);
     }
-    const lines = (rest + (read.value ?? "")).split(/\r?\n/);
-    rest = read.done ? "" : lines.pop();
-    for (const line of lines) {
-      if (line === "data: [DONE]") {
-        hasEnded = true;
-      } else if (line.startsWith("data:")) {
-        yield JSON.parse(line.slice(5));
-      }
+    if (read.done) {
+      return;
     }
-    if (read.done && !hasEnded) {
-      throw new AnswerError("The answer was cut off", "The connection ended before the answer did.");
+    const [first, ...others] = read.value.split("\n");
+    parts.push(first);
+    if (others.length > 0) {
+      yield* [parts.join(""), ...others.slice(0, -1)].map((line) => line.replace(/\r$/, ""));
+      parts = others.slice(-1);
     }
   }
 }
@@ -113,12 +126,11 @@ async function ask(body, signal, on) {
       const told = problem(chunk.error);
       throw new AnswerError("The answer failed", told.message, told.code);
     }
-    const told = chunk.recmas ?? {};
-    if (told.op) {
-      on.step(told);
+    if (chunk.recmas?.step) {
+      on.step(chunk.recmas.step);
     }
-    if (told.trace) {
-      on.trace(told.trace);
+    if (chunk.recmas?.trace) {
+      on.trace(chunk.recmas.trace);
     }
     const choice = chunk.choices?.[0];
     if (choice?.delta?.content) {

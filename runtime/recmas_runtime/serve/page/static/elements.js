@@ -41,7 +41,7 @@ function duration(ms) {
 
 /** Return a number with about as many digits as one can compare at a glance. */
 function short(number) {
-  return Math.abs(number) >= 1000 ? number.toFixed(0) : String(Number(number.toPrecision(3)));
+  return Math.abs(number) >= 1000 ? number.toFixed(0) : number.toPrecision(3);
 }
 
 const MARKS = { "\n": "\u21b5", "\r": "\u240d", "\t": "\u21e5", " ": "\u2423" };

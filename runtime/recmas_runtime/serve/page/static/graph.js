@@ -4,9 +4,12 @@
 // Positions are along the way of the data (u) and across it (v); a drawing runs to the right, or
 // down where that leaves more room.
 
-const NODE = { width: 152, height: 62 };
+const NODE_HEIGHT = 62;
+const [NODE_WIDTH, NARROW_NODE_WIDTH, NARROW] = [152, 118, 420]; // in frames narrower than that
 const BETWEEN = 18; // agents of a layer
 const LANE = 26; // links that pass agents by
+const LANE_TURNS = 4; // of neighbouring lanes, at different distances from agents
+const [TURN, TURN_STEP] = [12, 5];
 const MARGIN = 8;
 const CORNER = 9;
 const FEW_ROUNDS = 10;
@@ -37,7 +40,8 @@ function drawGraph(container, system, label) {
       return;
     }
     width = frame.clientWidth;
-    const [right, down] = [placed(system, layers, false), placed(system, layers, true)];
+    const node = { width: width < NARROW ? NARROW_NODE_WIDTH : NODE_WIDTH, height: NODE_HEIGHT };
+    const [right, down] = [false, true].map((isDown) => placed(system, layers, node, isDown));
     const scale = (layout) => Math.min(1, width / layout.width);
     const layout = scale(right) >= Math.min(0.9, scale(down)) ? right : down;
     drawn = picture(system, layout, label);
@@ -105,8 +109,8 @@ function layersOf(system) {
 }
 
 /** Return where agents and links lie. */
-function placed(system, layer, isDown) {
-  const [along, across] = isDown ? [NODE.height, NODE.width] : [NODE.width, NODE.height];
+function placed(system, layer, node, isDown) {
+  const [along, across] = isDown ? [node.height, node.width] : [node.width, node.height];
   const columns = [];
   for (const agent of system.agents) {
     (columns[layer.get(agent.name)] ??= []).push(agent.name);
@@ -119,8 +123,9 @@ function placed(system, layer, isDown) {
   const lanes = laneOf(system.links, place);
   const numBefore = lanes.count.before;
   const numBehind = lanes.count.behind;
-  const gap = (isDown ? 40 : 88) + (numBefore + numBehind > 0 ? 14 : 0);
-  const side = numBefore + numBehind > 0 ? 34 : 0;
+  const turns = Math.min(Math.max(numBefore, numBehind), LANE_TURNS);
+  const side = turns > 0 ? TURN + turns * TURN_STEP : 0; // room for links to turn into their lanes
+  const gap = (isDown ? 40 : node.width < NODE_WIDTH ? 70 : 88) + side;
   const tallest = Math.max(...filledColumns.map((column) => column.length));
   const core = tallest * across + (tallest - 1) * BETWEEN;
   const start = MARGIN + numBefore * LANE;
@@ -147,7 +152,7 @@ function placed(system, layer, isDown) {
       return { link, curve: [a, b], end: b, label: [(a[0] + b[0] - 8) / 2, (a[1] + b[1]) / 2] };
     }
     const shift = across * (lane.where === "before" ? 0.25 : 0.75);
-    const step = 12 + (lane.number % 4) * 5;
+    const step = TURN + (lane.number % LANE_TURNS) * TURN_STEP;
     const at = laneAt(lane);
     const [out, back] = [from.u + along + step, to.u - step - 4];
     const end = [to.u, to.v + shift];
@@ -166,6 +171,7 @@ function placed(system, layer, isDown) {
   const breadth = start + core + numBehind * LANE + MARGIN;
   return {
     isDown,
+    node,
     nodes,
     links,
     width: isDown ? breadth : length,
@@ -173,27 +179,35 @@ function placed(system, layer, isDown) {
   };
 }
 
-/** Return a lane for each link that does not lead to the next layer; two share one if they can. */
+/**
+ * Return a lane for each link that does not lead to the next layer. Links of one agent that carry
+ * the same share a lane, and so do those that do not meet.
+ */
 function laneOf(links, place) {
+  const groups = new Map();
+  for (const link of links) {
+    const [from, to] = [place.get(link.source).column, place.get(link.target).column];
+    if (link.feedback || to - from !== 1) {
+      const key = JSON.stringify([link.source, link.carries, link.feedback]);
+      const group = groups.get(key) ?? groups.set(key, { links: [], ends: [] }).get(key);
+      group.links.push(link);
+      group.ends.push(from + 0.5, to - 0.5);
+      group.where = link.feedback ? "behind" : "before";
+    }
+  }
   const of = new Map();
   const taken = { before: [], behind: [] };
-  const passing = links.filter(({ source, target, feedback }) => {
-    const span = place.get(target).column - place.get(source).column;
-    return feedback || span !== 1;
-  });
-  const ends = (link) =>
-    [place.get(link.source).column + 0.5, place.get(link.target).column - 0.5].sort((a, b) => a - b);
-  const length = (link) => ends(link)[1] - ends(link)[0];
-  for (const link of [...passing].sort((a, b) => length(a) - length(b))) {
-    const where = link.feedback ? "behind" : "before";
-    const [first, last] = ends(link);
-    const lanes = taken[where];
+  const reach = ({ ends }) => [Math.min(...ends), Math.max(...ends)];
+  const length = (group) => reach(group)[1] - reach(group)[0];
+  for (const group of [...groups.values()].sort((a, b) => length(a) - length(b))) {
+    const [first, last] = reach(group);
+    const lanes = taken[group.where];
     let number = lanes.findIndex((used) => used.every(([a, b]) => last < a || b < first));
     if (number < 0) {
       number = lanes.push([]) - 1;
     }
     lanes[number].push([first, last]);
-    of.set(link, { where, number });
+    group.links.forEach((link) => of.set(link, { where: group.where, number }));
   }
   return { of, count: { before: taken.before.length, behind: taken.behind.length } };
 }
@@ -232,23 +246,25 @@ function picture(system, layout, label) {
   element.append(...labels);
   const nodes = new Map();
   for (const agent of system.agents) {
-    const node = layout.nodes.get(agent.name);
-    const [x, y] = xy([node.u, node.v]);
-    nodes.set(agent.name, nodeOf(system, agent, x, y));
+    const { u, v } = layout.nodes.get(agent.name);
+    nodes.set(agent.name, nodeOf(system, agent, xy([u, v]), layout.node));
     element.append(nodes.get(agent.name).box);
   }
   return { element, nodes, links };
 }
 
-function nodeOf(system, agent, x, y) {
+function nodeOf(system, agent, [x, y], { width, height }) {
   const isLast = agent.name === system.answer_agent;
   const box = svg("g", { class: isLast ? "agent answers" : "agent" });
-  const middle = x + NODE.width / 2;
+  const middle = x + width / 2;
+  const isLong = agent.name.length > width / 11;
+  const name = cut(agent.name, Math.floor(width / (isLong ? 8 : 10)));
+  const detail = agentDetail(agent, isLast && (width === NODE_WIDTH || agent.latent_steps === 0));
   box.append(
     svg("title", {}, agentInWords(agent, isLast)),
-    svg("rect", { x, y, width: NODE.width, height: NODE.height, rx: 10 }),
-    svg("text", { x: middle, y: y + 22, class: "name" }, cut(agent.name, 18)),
-    svg("text", { x: middle, y: y + 38, class: "detail" }, cut(agentDetail(agent, isLast), 26))
+    svg("rect", { x, y, width, height, rx: 10 }),
+    svg("text", { x: middle, y: y + 22, class: isLong ? "name long" : "name" }, name),
+    svg("text", { x: middle, y: y + 38, class: "detail" }, detail)
   );
   const pips = [];
   if (system.rounds <= FEW_ROUNDS) {

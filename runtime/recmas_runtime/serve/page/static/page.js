@@ -19,7 +19,6 @@ async function start() {
     const names = await loadedModels();
     $("key-form").hidden = true;
     $("model").replaceChildren(...names.map((name) => el("option", { value: name }, name)));
-    $("model").disabled = names.length < 2;
     if (names.length === 0) {
       throw new AnswerError("No system is loaded", "Load a bundle, then open this page again.");
     }
@@ -43,7 +42,7 @@ async function choose(name) {
   $("rounds").value = String(system.rounds);
   $("max-tokens").max = String(system.max_new_tokens);
   $("max-tokens").value = String(system.default_max_tokens);
-  $("send").disabled = false;
+  $("send").disabled = $("model").disabled = false;
   $("answer").replaceChildren(el("p", { class: "empty" }, "The answer will stand here."));
   $("facts").textContent = "";
   $("trace-section").hidden = true;
@@ -64,6 +63,7 @@ function fieldInputs(system) {
   return places.map(({ name, rows, kind }) => {
     const input = el("textarea", { id: `field-${name}`, name, rows, required: kind !== "system" });
     input.dataset.kind = kind;
+    input.value = $(input.id)?.value ?? ""; // what was written for another system, or without a key
     const words = name.replaceAll("_", " ");
     const label = words.charAt(0).toUpperCase() + words.slice(1);
     return el("div", { class: "field" }, el("label", { for: input.id }, label), input);
@@ -165,14 +165,14 @@ function named({ op, agents }) {
 }
 
 function showProgress(run) {
-  const time = duration(Math.floor((performance.now() - run.start) / 100) * 100);
+  const time = `${((performance.now() - run.start) / 1000).toFixed(1)} s`;
   const round = run.round ? `round ${run.round} of ${run.rounds}, ` : "";
   $("progress").textContent = `${round}${counted(run.steps, "step")}, ${time} \u00b7 ${run.doing}`;
 }
 
 function facts(run) {
   const usage = run.end?.usage ?? {};
-  const latent = usage.completion_tokens_details?.reasoning_tokens ?? usage.latent_steps ?? 0;
+  const latent = usage.completion_tokens_details?.latent_steps;
   const parts = [
     run.end?.reason === "length" ? "cut off at the most tokens" : null,
     usage.prompt_tokens ? counted(usage.prompt_tokens, "prompt token") : null,
@@ -200,7 +200,7 @@ function setRunning(isRunning) {
     shown.focus();
   }
   $("answer").setAttribute("aria-busy", String(isRunning));
-  $("model").disabled = isRunning || $("model").options.length < 2;
+  $("model").disabled = isRunning;
 }
 
 function show(error) {
@@ -250,7 +250,7 @@ $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem(KEY, $("key").value);
   $("key").value = "";
-  start();
+  start().then(() => $("key-form").hidden && $("fields").querySelector("textarea")?.focus());
 });
 $("model").addEventListener("change", () => {
   clearError();

@@ -184,12 +184,7 @@ function mean(numbers) {
 }
 
 function cosineCell(cosine) {
-  const cell = el("td", { class: "number" }, cosine === null ? "" : cosine.toFixed(3));
-  if (cosine !== null) {
-    cell.style.setProperty("--part", `${100 * Math.max(0, Math.min(1, cosine))}%`);
-    cell.classList.add("measured");
-  }
-  return cell;
+  return el("td", { class: "number" }, cosine === null ? "" : cosine.toFixed(3));
 }
 
 /** Return the choice between what a thought says next and what it is fed back as. */
@@ -219,8 +214,8 @@ function agentCard(name, part, shown, isOpen) {
     el("bdi", { class: "agent-name" }, name),
     el("span", { class: "facts" }, facts.join(" \u00b7 "))
   );
-  const isEmpty = !(part.thoughts.length || part.messages.size || part.texts.length || part.calls.length);
-  if (isEmpty) {
+  const rows = part.steps.filter((step) => step.handed_rows > 0);
+  if (![part.thoughts, [...part.messages], part.texts, part.calls, rows].some((some) => some.length)) {
     return { element: el("div", { class: "card flat" }, [...summary.childNodes]), refresh() {} };
   }
   const element = el("details", { class: "card" }, summary, body);
@@ -263,6 +258,13 @@ function cardParts(name, part, reading) {
       parts.push(vectorTable(`Sent to ${target}`, vectors, false));
     }
   }
+  for (const { agents, handed_rows: rows, handed_bytes: bytes } of part.steps) {
+    if (rows > 0) {
+      const targets = agents.slice(1).flatMap((name, i) => [i ? ", " : "", el("bdi", {}, name)]);
+      const size = bytes ? ` (${short(bytes / 2 ** 20)} MiB)` : "";
+      parts.push(el("h4", {}, "Sent to ", ...targets, `: ${counted(rows, "cache row")}${size}`));
+    }
+  }
   for (const call of part.calls) {
     parts.push(
       el("h4", {}, "Called ", el("bdi", {}, String(call.name)), ` (${call.status})`),
@@ -276,7 +278,6 @@ function cardParts(name, part, reading) {
 /** Return a table with a row for each vector: norm, cosine to the round before, nearest tokens. */
 function vectorTable(label, vectors, isThought) {
   const hasBefore = vectors.some((vector) => typeof vector.before === "number");
-  const longest = Math.max(...vectors.map((vector) => vector.norm), 1e-9);
   const head = [
     el("th", { scope: "col" }, isThought ? "Step" : "Place"),
     el("th", { scope: "col" }, "Norm"),
@@ -284,19 +285,17 @@ function vectorTable(label, vectors, isThought) {
     el("th", { scope: "col" }, "Nearest tokens"),
     el("th", { scope: "col", class: "wide", title: "mass of all other tokens" }, "Rest"),
   ];
-  const rows = vectors.map((vector, place) => {
-    const norm = el("td", { class: "number measured" }, short(vector.norm));
-    norm.style.setProperty("--part", `${(100 * vector.norm) / longest}%`);
-    return el(
+  const rows = vectors.map((vector, place) =>
+    el(
       "tr",
       {},
       el("th", { scope: "row" }, String(place + 1)),
-      norm,
+      el("td", { class: "number" }, short(vector.norm)),
       hasBefore ? cosineCell(vector.before ?? null) : null,
       el("td", {}, el("ol", { class: "tokens" }, vector.tokens.map(tokenItem))),
       el("td", { class: "number wide" }, vector.rest.toFixed(3))
-    );
-  });
+    )
+  );
   return scrolled(
     label,
     el(

@@ -147,6 +147,25 @@ def test_a_cancelled_run_ends_where_it_is() -> None:
     scheduler.cancel(endless)  # once more does nothing
 
 
+def test_a_run_that_pauses_can_be_cancelled() -> None:
+    scheduler = Scheduler()
+    turns: list[int] = []
+
+    def run() -> None:
+        while True:
+            turns.append(len(turns))
+            scheduler.pause()
+
+    task = scheduler.start(run)
+    for _ in range(3):
+        scheduler.run_once()
+    assert turns == [0, 1, 2], "one turn each time"
+    scheduler.cancel(task)
+    scheduler.run_once()
+    assert turns == [0, 1, 2]
+    assert task.ended
+
+
 def test_tools_of_several_runs_wait_beside_each_other() -> None:
     scheduler, engine = Scheduler(), Doubling()
     all_there = threading.Barrier(3, timeout=20)
