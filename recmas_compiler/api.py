@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
@@ -24,7 +24,7 @@ from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.document.problems import in_reading_order
 from recmas_compiler.spec.schema.train import MethodName, Stage
 from recmas_compiler.spec.spec import Spec, SpecError, load_spec
-from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.formats.manifest import ParityEntry
 
@@ -62,7 +62,8 @@ class Program:
 class BuildResult:
     """What a builder gave; nothing was done if it was reused.
 
-    Wall time is by stage: fingerprint, load, links, export, parity, write.
+    Wall time is by stage: fingerprint, load, links, export, parity, write. Parts that were taken
+    from the user's cache, and those that were made, are counted by kind.
     """
 
     path: Path
@@ -71,6 +72,9 @@ class BuildResult:
     parity: tuple[ParityEntry, ...]
     seconds: dict[str, float]
     engines: EngineBuild | None = None
+    from_cache: dict[str, int] = field(default_factory=dict)
+    made: dict[str, int] = field(default_factory=dict)
+    warnings: tuple[Problem, ...] = ()
 
 
 # Exports engines and writes a bundle, as `build` below.

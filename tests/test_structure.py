@@ -85,6 +85,8 @@ LAYERS = (
     "recmas_compiler",
     "recmas_export.trace",
     "recmas_export.passes",
+    "recmas_export.bundle",
+    "recmas_export.cache",
     "recmas_export",
     "recmas_cli",
 )

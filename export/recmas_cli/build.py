@@ -25,6 +25,7 @@ from recmas_compiler.backbones.sources import BUILTINS
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.links.trained import has_trained_links, untrained_links
 from recmas_compiler.spec.spec import Spec, load_spec
+from recmas_export.cache.build_parts import Reuse
 from recmas_runtime.cli.inspect import loss_text
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.core.progress import Progress
@@ -104,6 +105,7 @@ def build(
         dump_ir=dump_ir,
     )
     how = "is current" if built.reused else "written"
+    reuse = "" if built.reused else f"{Reuse(built.from_cache, built.made).text}\n"
     engines = "" if built.engines is None else f"{built.engines.text}\n"
     bundle = open_bundle(folder)
     chosen = {
@@ -116,7 +118,7 @@ def build(
     return Outcome(
         text=f"Bundle {folder} {how}.\n{engines}{_losses_note(built.parity, program)}"
         f"{_terms_note(program)}{_trained_note(program)}{_layers_note(chosen)}"
-        f"{_parity_note(built.parity)}"
+        f"{_parity_note(built.parity)}{reuse}"
         f"Size {human_bytes(size_bytes)}, loads in {load_s:.1f} s.\n"
         f"Next: {_run_command(folder, bundle.plan.fields)}",
         data={
@@ -124,6 +126,8 @@ def build(
             "path": str(folder),
             "fingerprint": built.fingerprint,
             "reused": built.reused,
+            "from_cache": built.from_cache,
+            "made": built.made,
             "seconds": built.seconds,
             "size_bytes": size_bytes,
             "load_seconds": load_s,
@@ -133,7 +137,11 @@ def build(
             "untrained_links": _untrained_links(program),
             "held_out": {} if program.trained is None else dict(program.trained.held_out),
         },
-        problems=(*program.spec.warnings, *(() if untrained else _untrained_warning(program))),
+        problems=(
+            *program.spec.warnings,
+            *built.warnings,
+            *(() if untrained else _untrained_warning(program)),
+        ),
     )
 
 

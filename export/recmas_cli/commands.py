@@ -31,6 +31,7 @@ COMMANDS: Final = {
     "graph": Entry("graph", "graph", "Draw a system as SVG or Mermaid."),
     "ir": Entry("ir", "ir", "Print the program, at the end or after one pass."),
     "build": Entry("build", "build", "Export engines, check them, write a bundle."),
+    "cache": Entry("cache", "cache", "Show or shrink what builds keep for later ones."),
     "train": Entry("train", "train", "Train the links of a system."),
     "run": Entry("run", "run", "Run a bundle, or a spec that is built first."),
     "data": Entry("data", "data", "Write a published data set as JSON lines."),

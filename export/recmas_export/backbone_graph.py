@@ -19,15 +19,20 @@ import onnx_ir as ir
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_export import pipeline
+from recmas_export.bundle.engine_files import (
+    CHAT_TEMPLATE,
+    CPU_DECODER,
+    DECODER,
+    EMBED,
+    HEAD,
+    TOKENIZER,
+    WEIGHTS,
+)
 from recmas_export.export_torch import trace_body, trace_embed, trace_head
 from recmas_export.pipeline import run_passes
 from recmas_export.weights_file import externalize_weights
 from recmas_runtime.core.errors import fail
 from recmas_runtime.formats.precisions import TARGETS, DecoderForm
-
-DECODER, EMBED, HEAD = "decoder.onnx", "embed.onnx", "head.onnx"
-CPU_DECODER = "decoder.cpu.onnx"
-WEIGHTS, TOKENIZER, CHAT_TEMPLATE = "weights.safetensors", "tokenizer.json", "chat_template.jinja"
 
 _TABLES: Final = frozenset({EMBED, HEAD})
 _LAST: Final = {DECODER: pipeline.PORTABLE, CPU_DECODER: pipeline.FOR_CPU}

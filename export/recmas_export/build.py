@@ -31,16 +31,22 @@ from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.lowering.plan import live_agents, live_backbones
 from recmas_compiler.passes.pipeline import PIPELINE
 from recmas_compiler.spec.spec import Spec
-from recmas_export.attachments import (
+from recmas_export.bundle.attachments import (
     corpus_bytes,
     corpus_digest,
     receipts_of,
     write_corpus,
     write_receipts,
 )
-from recmas_export.bundle_writer import check_target, staged_bundle
+from recmas_export.bundle.bundle_writer import check_target, staged_bundle
+from recmas_export.bundle.engine_files import LINK_ENGINE, PROBE
+from recmas_export.cache.build_parts import BuildParts, Reuse
+from recmas_export.cache.loaded_backbones import used_backbones
+from recmas_export.cache.machine import further_tools, machine
+from recmas_export.cache.settings import user_store
+from recmas_export.cache.store import FORMAT
 from recmas_runtime.checking.build_tensorrt import build_engines
-from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.files import clear_away_dead_builds, sha256_of
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.engines.tensorrt.engine_cache import find_platform, timing_caches
@@ -65,6 +71,8 @@ TOOLS: Final = (
     "torch",
     "transformers",
 )
+
+_UNKNOWN: Final = "unknown"
 
 # What a build depends on beside the code: templates, tables, texts.
 _SOURCE_SUFFIXES: Final = frozenset({".json", ".py", ".txt", ".yaml"})
@@ -120,16 +128,38 @@ def tool_versions() -> dict[str, str]:
     recmas itself counts with its sources and their data files: between releases its version says
     too little.
     """
-    own = []
-    for package in ("recmas_compiler", "recmas_export"):
+    own = own_digest("recmas_compiler", "recmas_export")
+    versions = {name: _version(name) for name in TOOLS}
+    versions["python"] = platform.python_version()
+    versions["recmas"] = f"{_version('recmas')}+{own[:12]}"
+    return dict(sorted(versions.items()))
+
+
+@cache
+def own_digest(*packages: str) -> str:
+    """Return a digest of the sources of recmas's packages and of their data files."""
+    own: list[Path] = []
+    for package in packages:
         found = find_spec(package)  # by its files, not by importing the package's own door
         assert found is not None
         for folder in found.submodule_search_locations or ():
             own += sorted(p for p in Path(folder).rglob("*") if p.suffix in _SOURCE_SUFFIXES)
-    versions = {name: _version(name) for name in TOOLS}
-    versions["python"] = platform.python_version()
-    versions["recmas"] = f"{_version('recmas')}+{_digest_of_files(own)[:12]}"
-    return dict(sorted(versions.items()))
+    return _digest_of_files(own)
+
+
+def part_conditions() -> dict[str, object]:
+    """Return what every part in the cache depends on beside its inputs.
+
+    That is the code of recmas, the runtime's too, the versions of what it calls, and the machine:
+    processors differ in how they round.
+    """
+    return {
+        "format": FORMAT,
+        "tools": tool_versions(),
+        "further": further_tools(),
+        "runtime": own_digest("recmas_runtime"),
+        "machine": machine(),
+    }
 
 
 def sha256_text(text: str) -> str:
@@ -146,7 +176,7 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         # onnxruntime-gpu provides the same module under another name; a checkout has no metadata.
-        return "unknown"
+        return _UNKNOWN
 
 
 def build(
@@ -158,6 +188,7 @@ def build(
     links: Mapping[str, MaterializedLink] | None = None,
     progress: Progress | None = None,
     reuse: bool = True,
+    cache: bool = True,
 ) -> BuildResult:
     """Export engines, check them against the reference and write a bundle.
 
@@ -165,14 +196,18 @@ def build(
     backbones and links, by shared name and by id, is loaded and made. A bundle of this very program
     and these weights is reused if it may be; an older one at `out` is replaced whole.
 
+    Args:
+        reuse: Leave a bundle at `out` as it is if it is this very one.
+        cache: Take parts that earlier builds have made from the user's cache, and keep there what
+            this one makes (docs/building.md). It has no part in builds of given backbones or links.
+
     Raises:
-        RecmasError: RM123 where a search corpus holds what is no passage, RM126 where nothing can
-            be predicted in the text to measure losses over, RM203 or RM300 where a backbone cannot
-            be exported, RM301 where a tokenizer, a prompt or an engine disagrees with the reference
-            or a precision loses too much, RM302 if something else is at `out`, RM303 if the disk is
-            full or not writable;
-            for target `tensorrt` also RM201, RM504 or RM509, before anything else, if it is not
-            there.
+        RecmasError: RM305 for a cache that cannot be one, RM123 where a search corpus holds what is
+            no passage, RM126 where nothing can be predicted in the text to measure losses over,
+            RM203 or RM300 where a backbone cannot be exported, RM301 where a tokenizer, a prompt or
+            an engine disagrees with the reference or a precision loses too much, RM302 if something
+            else is at `out`, RM303 if the disk is full or not writable; for target `tensorrt` also
+            RM201, RM504 or RM509, before anything else, if it is not there.
     """
     watcher = progress or Silent()
     target = TARGETS[program.system.build.target]
@@ -182,23 +217,36 @@ def build(
         clear_away_dead_builds(out.parent, glob.escape(out.name))
     check_target(out)
     kept_timing = timing_caches(out)
+    store = user_store() if cache and backbones is None and links is None else None
     started = time.perf_counter()
     with watcher.stage("Hashing weights"):
         inputs = _inputs(program)
-        identity = _fingerprint(inputs, spec=spec, links=links)
+        sources = {name: _digest_of_source(each, spec) for name, each in inputs.backbones.items()}
+        identity = _fingerprint(inputs, sources, spec=spec, links=links)
     seconds = {"fingerprint": time.perf_counter() - started}
     present = _bundle_with(identity, out) if reuse else None
-    manifest = present
+    manifest, used = present, Reuse({}, {})
+    warnings: tuple[Problem, ...] = ()
     if manifest is None:
-        with staged_bundle(out, needed_bytes=_estimated_bytes(inputs)) as staged:
-            # Torch and transformers take seconds to import.
-            from recmas_export.assemble import LINK_ENGINE, PROBE, assemble
+        with (
+            staged_bundle(out, needed_bytes=_estimated_bytes(inputs)) as staged,
+            BuildParts(
+                store if _are_known(tool_versions()) else None,
+                conditions=part_conditions(),
+                root=staged.folder,
+            ) as made,
+        ):
+            # Transformers takes most of a second to import, and torch some more.
+            from recmas_export.assemble import assemble
 
+            part_sources = _part_sources(program, sources, spec)
             parts = assemble(
                 program,
                 staged.folder,
                 spec=spec,
                 names=tuple(inputs.backbones),
+                parts=made,
+                sources=part_sources,
                 backbones=backbones,
                 links=links,
                 seconds=seconds,
@@ -225,7 +273,15 @@ def build(
             )
             started = time.perf_counter()
             with watcher.stage("Writing the bundle"):
-                staged.commit(manifest, plan=parts.plan, spec_yaml=spec.system_yaml())
+                manifest = staged.commit(
+                    manifest,
+                    plan=parts.plan,
+                    spec_yaml=spec.system_yaml(),
+                    known=made.digests(),
+                )
+                used = made.reuse
+                if used.made and _part_sources(program, {}, spec) == part_sources:
+                    warnings = made.keep(out)  # of what the weights were, and still are
             seconds["write"] = time.perf_counter() - started
     engines = None
     if target.machine_engines is not None:
@@ -237,6 +293,9 @@ def build(
         parity=manifest.parity,
         seconds=seconds,
         engines=engines,
+        from_cache=used.taken,
+        made=used.made,
+        warnings=warnings,
     )
 
 
@@ -277,15 +336,43 @@ def _inputs(program: Graph) -> _Inputs:
     )
 
 
-def _fingerprint(
-    inputs: _Inputs, *, spec: Spec, links: Mapping[str, MaterializedLink] | None
-) -> str:
-    sources = {
-        name: source_digest(
-            resolve_source(backbone.facts.source, base_dir=spec.base_dir, position=backbone.where)
-        )
-        for name, backbone in inputs.backbones.items()
+def _digest_of_source(backbone: Backbone, spec: Spec) -> str:
+    source = backbone.facts.source
+    return source_digest(resolve_source(source, base_dir=spec.base_dir, position=backbone.where))
+
+
+def _part_sources(program: Graph, digests: Mapping[str, str], spec: Spec) -> dict[str, object]:
+    """Return what each backbone that agents use is loaded from, by shared name.
+
+    Args:
+        digests: Of those that are known.
+    """
+    return {
+        name: {
+            "files": digests.get(name) or _digest_of_source(backbone, spec),
+            "identity": backbone.facts.identity,
+            "dtype": backbone.dtype,
+            "template": backbone.template,
+        }
+        for name, backbone in used_backbones(program).items()
     }
+
+
+def _are_known(versions: Mapping[str, str]) -> bool:
+    """Tell whether all tools have a version: parts made by unknown ones are not to be kept."""
+    further = further_tools()
+    names = {name for name, version in versions.items() if version == _UNKNOWN}
+    other_runtimes = [name for name in further if name.startswith("onnxruntime-") and further[name]]
+    return not names - ({"onnxruntime"} if other_runtimes else set())
+
+
+def _fingerprint(
+    inputs: _Inputs,
+    sources: Mapping[str, str],
+    *,
+    spec: Spec,
+    links: Mapping[str, MaterializedLink] | None,
+) -> str:
     if links is None:
         digests = {link: sha256_of(file) for link, file in inputs.link_files.items()}
     else:

@@ -10,7 +10,7 @@ N calls that they are cut into, K tokens of the greedy continuation, d width, V 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +25,7 @@ from recmas_compiler.backbones.loaded.own_cache import empty_cache
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.lowering.hidden_rows import rows_hidden
 from recmas_runtime.checking.parity import hidden_groups
-from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.engines.interface import Operands
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.formats.layers import has_states
@@ -34,11 +34,6 @@ from recmas_runtime.formats.manifest import PARITY_ROWS, LossEntry
 from recmas_runtime.formats.plan import cache_capacity
 
 Case = dict[str, NDArray[Any]]
-
-_HINT: Final = (
-    "No bundle was written. Try another precision or another version of onnxruntime, and report "
-    "the model."
-)
 
 _TEXT: Final = (
     "Three friends plan a garden with 7 rows of 8 plants. Each plant needs 2 litres of water a "
@@ -61,9 +56,6 @@ _NUM_LOGITS: Final = 2
 # Of a text only the first passages are read, so that a build takes no longer for a longer one.
 NUM_PASSAGES: Final = 8
 PASSAGE_TOKENS: Final = 256
-
-# Questions and answers written for this purpose, for specs that name no text.
-OWN_TEXT: Final = Path(__file__).with_name("held_out.txt")
 
 
 @torch.no_grad()
@@ -217,16 +209,6 @@ def measure_loss(
         reference_loss=_mean(expected),
         loss=_mean(found),
     )
-
-
-def refuse(findings: Iterable[tuple[str, str]], *, hint: str = _HINT) -> None:
-    """Raise RM301 with all findings, such as those of `formats.precisions`, if there are any."""
-    problems = [
-        Problem(code="RM301", message=f"{what}: {finding}.", hint=hint)
-        for what, finding in findings
-    ]
-    if problems:
-        raise RecmasError(problems)
 
 
 def _prompt(backbone: TorchBackbone, capacity: int) -> list[int]:

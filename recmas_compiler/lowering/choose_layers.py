@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.lowering.named_layers import name_layers
+from recmas_compiler.lowering.named_layers import backbones_with_chosen_layers, name_layers
 from recmas_runtime.core.errors import fail
 from recmas_runtime.formats.manifest import LayerScores
 
@@ -66,12 +66,7 @@ def choose_layers(
     Raises:
         RecmasError: RM300 where a backbone does not tell its attention.
     """
-    system = program.system
-    names = dict.fromkeys(
-        system.backbone_of(link.target).name
-        for link in system.links.values()
-        if link.layer_share is not None
-    )
+    names = backbones_with_chosen_layers(program)
     scores = {name: score_layers(backbones[name]) for name in names}
     return name_layers(program, scores), scores
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,6 +53,8 @@ def materialize_links(
     *,
     progress: Progress,
     targets: Callable[[str], Calibration | None] = lambda agent: None,
+    only: Collection[str] | None = None,
+    calibrations: dict[str, Calibration] | None = None,
 ) -> dict[str, MaterializedLink]:
     """Make every link of a program, inner links first, in order of declaration.
 
@@ -62,12 +64,14 @@ def materialize_links(
         targets: Takes an agent and gives thoughts to align its inner link to, instead of those over
             text that the backbone makes up itself; None for none. Asked when they are needed, for
             they are large.
+        only: Links to make; None for all. What one becomes does not depend on the others.
+        calibrations: Thoughts of earlier calls, by backbone; those of this one are added.
 
     Raises:
         RecmasError: RM120 for a file that does not fit, RM121 where no closed form exists.
     """
     system = program.system
-    calibrations: dict[str, Calibration] = {}
+    calibrations = {} if calibrations is None else calibrations
 
     def align(link_id: str, module: nn.Module, ends: tuple[str, str], role: LinkRole) -> Alignment:
         source, target = (system.backbone_of(agent).name for agent in ends)
@@ -82,7 +86,9 @@ def materialize_links(
 
     made: dict[str, MaterializedLink] = {}
     for link_id, weights, role, ends, where in declared_links(system):
-        source, target = (end_of(backbones[system.backbone_of(a).name].facts) for a in ends)
+        if only is not None and link_id not in only:
+            continue
+        source, target = (end_of(system.backbone_of(agent).facts) for agent in ends)
         alignment = None
         if weights.file is not None:
             module = load_declared_link(weights, role, source=source, target=target, where=where)
@@ -103,23 +109,27 @@ def materialize_links(
             init=weights.init if weights.file is None else "file",
             alignment=alignment,
         )
-    return {**dict(_unused_links(system, backbones, made)), **made}
+    applied = system.link_weights
+    return {**dict(_unused_links(system, backbones, applied, only)), **made}
 
 
 def _unused_links(
-    system: System, backbones: Mapping[str, TorchBackbone], used: Container[str]
+    system: System,
+    backbones: Mapping[str, TorchBackbone],
+    applied: Container[str],
+    only: Collection[str] | None,
 ) -> Iterator[tuple[str, MaterializedLink]]:
     """Return the inner links that nothing is mapped by: engines take one for every agent."""
     for name, agent in system.agents.items():
         link_id = inner_link_id(name)
-        if link_id in used:
+        if link_id in applied or (only is not None and link_id not in only):
             continue
         module = make_link(agent.inner.kind, "inner", agent.inner.in_dim, agent.inner.out_dim)
-        backbone = backbones[system.backbone_of(name).name]
+        backbone = system.backbone_of(name)
         # A baseline takes steps where the system takes none.
         is_wanted = agent.inner.init == "latentmas" and agent.inner.file is None
         if is_wanted:
-            realign(module, backbone, link_id=link_id)
+            realign(module, backbones[backbone.name], link_id=link_id)
         else:
             randomize(module, link_id=link_id)
         end = end_of(backbone.facts)

@@ -32,6 +32,17 @@ def name_layers(program: Graph, scores: Mapping[str, LayerScores]) -> Graph:
     return PlanCaches()(found) if system.caches else found  # there may be more masks, or fewer
 
 
+def backbones_with_chosen_layers(program: Graph) -> tuple[str, ...]:
+    """Return the shared names of the backbones on which links say only how many layers."""
+    system = program.system
+    names = (
+        system.backbone_of(link.target).name
+        for link in system.links.values()
+        if link.layer_share is not None
+    )
+    return tuple(dict.fromkeys(names))
+
+
 def best_layers(scores: LayerScores, share: float) -> tuple[int, ...]:
     """Return the layers with the highest scores, in order; of equal ones the first."""
     able = [(-score, layer) for layer, score in enumerate(scores.scores) if score is not None]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, time, tzinfo
-from typing import Any, Final, Self
+from pathlib import Path
+from typing import Any, Final, Protocol, Self
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.spec.document.problems import show
 from recmas_runtime.formats.plan import AgentPlan, Plan, PromptPart, Variant
 from recmas_runtime.prompts.earlier_turns import EarlierTurn
@@ -37,8 +38,55 @@ _QUESTION: Final = "What is 7 * 8?"
 _BEFORE: Final = ("\n", "\t", ".", "x", "0", "|", "\u00e9")
 
 
+class WithTokenizer(Protocol):
+    """What transformers makes prompts with: a loaded backbone has it."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of transformers."""
+
+    @property
+    def chat_template(self) -> str:
+        """The text of the template."""
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """What the template may name."""
+
+
+def tokenizer_again(file: Path, tokens: Mapping[str, str]) -> Any:
+    """Return a tokenizer of transformers as one that was loaded before; torch is not imported.
+
+    Args:
+        file: What its `backend_tokenizer` writes as tokenizer.json.
+        tokens: Its `special_tokens_map`.
+    """
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), **tokens)
+
+
+@dataclass(frozen=True)
+class TokenizerAgain:
+    """A tokenizer of transformers made again, and what its prompts are made with."""
+
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: str
+    special_tokens: Mapping[str, str]
+
+    @classmethod
+    def read(
+        cls,
+        file: Path,
+        tokens: Mapping[str, str],
+        *,
+        chat_template: str,
+        special_tokens: Mapping[str, str],
+    ) -> Self:
+        """Make it again of its tokenizer.json; see `tokenizer_again`."""
+        return cls(tokenizer_again(file, tokens), chat_template, special_tokens)
+
+
 def other_prompts(
-    plan: Plan, chats: Mapping[str, Chat], backbones: Mapping[str, TorchBackbone]
+    plan: Plan, chats: Mapping[str, Chat], backbones: Mapping[str, WithTokenizer]
 ) -> Iterator[str]:
     """Yield a sentence for each prompt of a plan that transformers makes other tokens of.
 

@@ -23,7 +23,7 @@ from recmas_cli.main import main
 from recmas_compiler.backbones.sources import resolve_source
 from recmas_compiler.backbones.torch_model import TorchBackbone, load_backbone
 from recmas_compiler.lowering.materialize import materialize_links
-from recmas_export import assemble
+from recmas_export import assemble, torch_parts
 from recmas_export.backbone_graph import DECODER
 from recmas_export.build import (
     BuildResult,
@@ -323,13 +323,13 @@ def refused_after(
 ) -> list[str]:
     """Change a backbone's folder behind its export; return what the build says of it."""
     spec, program = compile_system(system, *ONE_BACKBONE)
-    export = assemble.export_backbone
+    export = torch_parts.export_backbone
 
     def wrong(backbone: TorchBackbone, folder: Path, **options: Any) -> None:
         export(backbone, folder, **options)
         change(folder)
 
-    monkeypatch.setattr(assemble, "export_backbone", wrong)
+    monkeypatch.setattr(torch_parts, "export_backbone", wrong)
     with pytest.raises(RecmasError) as caught:
         build(program, spec=spec, out=out)
     assert caught.value.exit_code is Exit.VERIFICATION

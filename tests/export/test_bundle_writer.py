@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from kit.killed import kill, killed_in
-from recmas_export import bundle_writer
-from recmas_export.bundle_writer import check_target, staged_bundle
+from recmas_export.bundle import bundle_writer
+from recmas_export.bundle.bundle_writer import check_target, staged_bundle
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.formats.codec import read_json_file
 from recmas_runtime.formats.manifest import Manifest

@@ -40,7 +40,7 @@ def topology(text: str, folder: Path) -> Graph:
 
 def test_rows_that_are_moved_are_measured(tmp_path: Path) -> None:
     backbone = load_tiny(tmp_path / "llama", "llama")
-    found = positions_of_moved_rows(topology(READERS, tmp_path), {"tiny": backbone})
+    found = positions_of_moved_rows(topology(READERS, tmp_path), lambda _: backbone.row_positions)
     assert found == {"tiny": backbone.row_positions}
     assert found["tiny"].tensors.keys() == {"key.0", "key.1", "key.2"}
 
@@ -48,7 +48,7 @@ def test_rows_that_are_moved_are_measured(tmp_path: Path) -> None:
 def test_rows_that_stay_are_not(tmp_path: Path) -> None:
     load_tiny(tmp_path / "llama", "llama")
     text = READERS.replace("right -> solver: {carries: cache}", "right -> solver: {}")
-    assert positions_of_moved_rows(topology(text, tmp_path), {}) == {}
+    assert positions_of_moved_rows(topology(text, tmp_path), pytest.fail) == {}
 
 
 def test_a_build_refuses_what_only_the_model_tells(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_build_refuses_what_only_the_model_tells(tmp_path: Path) -> None:
     load_tiny(tmp_path / "llama", "llama")
     other = load_folder(write_zoo_model(tmp_path / "gpt2", "gpt2"))
     with pytest.raises(RecmasError, match=r"RM202.*cannot be moved to other positions"):
-        positions_of_moved_rows(topology(READERS, tmp_path), {"tiny": other})
+        positions_of_moved_rows(topology(READERS, tmp_path), lambda _: other.row_positions)
 
 
 def test_rows_from_behind_others_come_behind_the_first_of_their_cache(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from kit.bundles import compile_system, each_backbone_exported_once, write_twins
 from kit.files import MadeOnce
-from recmas_export.attachments import corpus_lines
 from recmas_export.build import build
+from recmas_export.bundle.attachments import corpus_lines
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.bundle import open_bundle
 

@@ -73,7 +73,8 @@ def undisturbed(
     """Run a job by name without a kill, once."""
     import recmas_compiler.evaluation.evaluate
     import recmas_compiler.training.run  # noqa: F401
-    import recmas_export.assemble  # noqa: F401
+    import recmas_export.assemble
+    import recmas_export.torch_parts  # noqa: F401
     import recmas_runtime.cli.run  # noqa: F401
 
     made: dict[str, Undisturbed] = {}

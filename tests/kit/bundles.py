@@ -24,7 +24,7 @@ from recmas_compiler.lowering.reference import ReferenceResult, TorchSystem, loa
 from recmas_compiler.passes.pass_base import Pass
 from recmas_compiler.passes.pipeline import PIPELINE, run_pipeline
 from recmas_compiler.spec.spec import Spec, load_spec, parse_spec
-from recmas_export import assemble
+from recmas_export import torch_parts
 from recmas_export.build import build
 from recmas_runtime.core.progress import Silent
 from recmas_runtime.formats.safetensors_file import read_tensors
@@ -85,12 +85,12 @@ def each_backbone_exported_once(made_once: MadeOnce) -> Iterator[None]:
     Nearly all of a build's time goes into exports, and they depend on the backbone and the
     precision alone; the rest of a build is done as ever. `tests/export` exports for itself.
     """
-    if isinstance(assemble.export_backbone, _ExportOnce):
+    if isinstance(torch_parts.export_backbone, _ExportOnce):
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        once = _ExportOnce(assemble.export_backbone, made_once)
-        patch.setattr(assemble, "export_backbone", once)
+        once = _ExportOnce(torch_parts.export_backbone, made_once)
+        patch.setattr(torch_parts, "export_backbone", once)
         yield
 
 

@@ -6,12 +6,11 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from recmas_runtime.core.errors import fail
-from recmas_runtime.core.files import reason_of, sha256_of
+from recmas_runtime.core.files import locked, reason_of, sha256_of
 from recmas_runtime.core.progress import Progress
 
 _PIECE_BYTES: Final = 1 << 20
@@ -43,7 +42,7 @@ def join_parts(
     target = folder / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{name}.lock"):
+        with locked(folder / f"{name}.lock"):
             if target.is_file() and sha256_of(target) == sha256:
                 return target
             _join(parts, target, sha256, progress, title)
@@ -90,17 +89,3 @@ def _pieces(parts: Sequence[Path]) -> Iterator[bytes]:
         with part.open("rb") as stream:
             while piece := stream.read(_PIECE_BYTES):
                 yield piece
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process; without one where the file system knows none."""
-    import fcntl  # not on Windows
-
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

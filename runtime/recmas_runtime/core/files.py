@@ -96,6 +96,33 @@ def exclusive(path: Path, *, code: str, what: str) -> Iterator[None]:
 
 
 @contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Lock a file for the block; it is made if need be, and who holds the lock is waited for.
+
+    The lock is advisory and ends with the process. File systems that know no locks do without one.
+
+    Args:
+        wait: False to refuse a file that is locked, or is not there.
+
+    Raises:
+        OSError: If the file cannot be opened, or another holds the lock and `wait` is False.
+    """
+    import fcntl  # not on Windows
+
+    flags = os.O_RDWR | os.O_CREAT if wait else os.O_RDWR
+    descriptor = os.open(path, flags, 0o644)
+    try:
+        if wait:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def whole_file(path: Path) -> Iterator[BufferedWriter]:
     """Give a file to write; if the block succeeds, it takes the place of what is at `path`.
 

@@ -10,7 +10,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,23 +53,31 @@ class StagedBundle:
     folder: Path
     target: Path
 
-    def commit(self, manifest: Manifest, *, plan: Plan, spec_yaml: str) -> Manifest:
+    def commit(
+        self,
+        manifest: Manifest,
+        *,
+        plan: Plan,
+        spec_yaml: str,
+        known: Mapping[str, FileEntry] | None = None,
+    ) -> Manifest:
         """Write plan, spec and, last, the manifest; make all durable; put the bundle in its place.
 
         Returns the manifest as written: completed by `files`, every file's size and hash.
+
+        Args:
+            known: Size and hash of files that need not be read for them, by path in the bundle.
         """
         _write_json(self.folder / PLAN_NAME, plan)
         (self.folder / SPEC_NAME).write_text(spec_yaml, encoding="utf-8")
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
-        complete = structs.replace(
-            manifest,
-            files={
-                path.relative_to(self.folder).as_posix(): FileEntry(
-                    sha256=sha256_of(path), size_bytes=path.stat().st_size
-                )
-                for path in files
-            },
-        )
+        names = [path.relative_to(self.folder).as_posix() for path in files]
+        entries = {
+            name: (known or {}).get(name)
+            or FileEntry(sha256=sha256_of(path), size_bytes=path.stat().st_size)
+            for name, path in zip(names, files, strict=True)
+        }
+        complete = structs.replace(manifest, files=entries)
         for path in (*files, *(p for p in self.folder.rglob("*") if p.is_dir())):
             _sync(path)
         _write_json(self.folder / MANIFEST_NAME, complete)

@@ -1,0 +1,1 @@
+"""A bundle's folder: how it is written, and what it carries beside its engines."""
