@@ -280,3 +280,27 @@ def test_messages_say_what_is_wrong_and_what_to_do(served: Served) -> None:
         "input[0], the last one, is empty. Write a question."
     )
     assert message(TEXT, top_k=1).startswith("unknown key `top_k`. Known are: model, prompt,")
+
+
+def test_a_conversation_that_is_too_long_names_its_messages(served: Served) -> None:
+    def error(form: str, **keys: Any) -> dict[str, Any]:
+        response = served.post(form, {**LEAST[form], **keys})
+        assert response.status_code == 400
+        return dict(response.json()["error"])
+
+    more = "more needs a bundle that is built with a larger build.max_prompt_tokens."
+    said_before = [user("1" * 9), {"role": "assistant", "content": "a"}] * 100
+    told = error(CHAT, messages=[*said_before, user("what 7")])
+    assert told["message"].startswith("the ")
+    assert "; the conversation has 201 messages. " in told["message"]
+    assert told["message"].endswith(f" Leave out earlier messages; {more}")
+    assert (told["code"], told["param"]) == ("RM501", "messages")
+    told = error(RESPONSES, input=[*said_before, user("what 7")])
+    assert "; the conversation has 201 messages. " in told["message"]
+    assert told["param"] == "input"
+    for form, key in ((CHAT, "messages"), (TEXT, "prompt"), (RESPONSES, "input")):
+        long = "1" * 500
+        told = error(form, **{key: [user(long)] if form == CHAT else long})
+        assert "record" not in told["message"]
+        assert told["message"].endswith(f" Shorten the text; {more}")
+        assert told["param"] == key

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
+from msgspec import structs
 from starlette.types import Receive
 
 from recmas_runtime.core.errors import RecmasError
@@ -22,6 +23,7 @@ from recmas_runtime.serve.protocol import (
     EarlierTurn,
     ModelInfo,
     Piece,
+    ProblemInfo,
     Read,
     Step,
     TokenRead,
@@ -85,8 +87,12 @@ class Answers:
             ]
             raise of_problems(named, params=params) from None
 
-    async def events(self, ask: Ask, *, param: str) -> Events:
+    async def events(self, ask: Ask, *, param: str, num_messages: int = 1) -> Events:
         """Answer, as `Service.ask`.
+
+        Args:
+            param: The key that held what is asked.
+            num_messages: Of the conversation that the record was made of.
 
         Raises:
             ApiError: There is no answer, or not in time.
@@ -108,15 +114,20 @@ class Answers:
             message = sentence(f"there was no answer within {limit:g} s", "Ask for fewer tokens.")
             raise ApiError(504, "RM547", message) from None
         except ServiceError as error:
-            raise self._refused(error, param) from None
+            raise self._refused(error, param, num_messages) from None
 
-    async def all(self, asks: Sequence[Ask], *, param: str) -> list[Done]:
-        """Answer several at a time; none if one has no answer."""
+    async def all(self, asks: Sequence[Ask], *, param: str, num_messages: int = 1) -> list[Done]:
+        """Answer several at a time, as `events`; none if one has no answer."""
         width = max(1, min(self.service.limits.max_batch or 64, len(asks)))
-        return await _together(asks, lambda ask: self._last(ask, param), width)
 
-    async def _last(self, ask: Ask, param: str) -> Done:
-        async with aclosing(self.events(ask, param=param)) as events:
+        async def last(ask: Ask) -> Done:
+            events = self.events(ask, param=param, num_messages=num_messages)
+            return await self._last(events)
+
+        return await _together(asks, last, width)
+
+    async def _last(self, told: Events) -> Done:
+        async with aclosing(told) as events:
             async for event in events:
                 last = event
         assert isinstance(last, Done), "an answer ends with it"
@@ -141,11 +152,15 @@ class Answers:
         width = self.service.limits.max_batch or 8
         return await _together(reads, one, width)
 
-    def _refused(self, error: ServiceError, param: str) -> ApiError:
+    def _refused(
+        self, error: ServiceError, param: str, num_messages: int | None = None
+    ) -> ApiError:
         codes = {"RM508": "recmas.baseline", "RM506": "recmas.rounds"}
         params = {**dict.fromkeys(("RM206", "RM500", "RM501", "RM543"), param), **codes}
         return of_problems(
-            error.problems,
+            error.problems
+            if num_messages is None
+            else [_too_long(each, num_messages) for each in error.problems],
             reason=error.reason,
             params=params,
             retry_after_s=self._wait_s(error.reason),
@@ -158,6 +173,17 @@ class Answers:
             return sum(model.loads_ms for model in models) / 1e3
         rows = self.service.limits.max_batch or max((m.max_batch for m in models), default=1)
         return self._mean_s * self.service.num_open / rows / 2
+
+
+def _too_long(problem: ProblemInfo, num_messages: int) -> ProblemInfo:
+    """Say of a prompt that is too long what somebody who did not build the bundle can do."""
+    if problem.code != "RM501":
+        return problem
+    more = "more needs a bundle that is built with a larger build.max_prompt_tokens."
+    if num_messages == 1:
+        return structs.replace(problem, hint=f"Shorten the text; {more}")
+    message = f"{problem.message}; the conversation has {num_messages} messages"
+    return structs.replace(problem, message=message, hint=f"Leave out earlier messages; {more}")
 
 
 async def _together(
