@@ -82,7 +82,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"top_p": 0}, "top_p", "RM546"),
     (CHAT, {"top_p": 1.5}, "top_p", "RM546"),
     (CHAT, {"seed": -1}, "seed", "RM546"),
-    (CHAT, {"seed": 2**53 + 1}, "seed", "RM546"),
+    (CHAT, {"seed": 2**64}, "seed", "RM546"),
+    (CHAT, {"seed": 2**63 - 2, "n": 3}, "seed", "RM543"),
     (CHAT, {"stop": ""}, "stop", "RM546"),
     (CHAT, {"stop": ["a", ""]}, "stop[1]", "RM546"),
     (CHAT, {"stop": ["a"] * 17}, "stop", "RM546"),
@@ -208,6 +209,7 @@ NEUTRAL: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"stream": False, "stream_options": None, "recmas": None, "reasoning_effort": None}),
     (CHAT, {"max_tokens": 8, "max_completion_tokens": 8}),
     (CHAT, {"max_tokens": 8.0, "seed": 3.0, "n": 1.0}),
+    (CHAT, {"seed": 2**63 - 2, "n": 2, "temperature": 1}),
     (TEXT, {"suffix": "", "best_of": 1, "logit_bias": {}, "presence_penalty": 0, "echo": False}),
     (TEXT, {"logprobs": None, "user": "ann", "stop": ["\n\n"], "seed": 1234, "temperature": 0.0}),
     (RESPONSES, {"tools": [], "store": False, "include": [], "truncation": "disabled"}),
@@ -266,6 +268,9 @@ def test_messages_say_what_is_wrong_and_what_to_do(served: Served) -> None:
     assert message(CHAT, tools=[TOOL]) == (
         "`tools` is not supported. Tools of a system are declared in its spec: leave it out."
     )
+    most = f"`seed`: expected at most {2**63 - 1}, found {2**63}."
+    assert message(CHAT, seed=2**63) == f"{most} Leave it out for one that is drawn."
+    assert message(CHAT, seed=2**63 - 1, n=2).endswith(f"Take one of at most {2**63 - 2}.")
     assert message(CHAT, stop=5) == "`stop`: expected a string or a list, found 5."
     assert message(CHAT, messages=[user([IMAGE])]) == (
         "`messages[0].content[0].type`: expected 'text', found \"image_url\"."

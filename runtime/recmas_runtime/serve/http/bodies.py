@@ -134,12 +134,15 @@ def _refusal(error: RequestValidationError, form: type[Strict]) -> ApiError:
     # Where one type fits and its bounds do not, the other types are beside the point.
     bounds = [each for each in same if each["type"] not in _TYPES] or same
     wanted = " or ".join(dict.fromkeys(map(_wanted, bounds)))
-    message = sentence(f"`{param}`: expected {wanted}, found {_found(place, data)}")
+    message = f"`{param}`: expected {wanted}, found {_found(place, data)}"
+    message = sentence(message, _HINTS.get(name, ""))
     # A message or part of a kind that is known elsewhere and not read here.
     is_kind = place[-1] in ("type", "role") and len(place) > 1
     return ApiError(400, "RM543" if is_kind else "RM546", message, param=param)
 
 
+# Of keys that clients fill with what stands for nothing.
+_HINTS: Final = {"seed": "Leave it out for one that is drawn."}
 _TYPES: Final = {
     "bool_type": "true or false",
     "dict_type": "an object",
