@@ -284,7 +284,10 @@ def test_messages_say_what_is_wrong_and_what_to_do(served: Served) -> None:
     assert message(RESPONSES, input=[blank]) == (
         "input[0], the last one, is empty. Write a question."
     )
-    assert message(TEXT, top_k=1).startswith("unknown key `top_k`. Known are: model, prompt,")
+    assert message(TEXT, top_k=1) == (
+        "unknown key `top_k`. Honoured are: model, prompt, max_tokens, temperature, top_p, seed, "
+        "stop, n, stream, stream_options, echo, logprobs, user, recmas."
+    )
 
 
 def test_a_conversation_that_is_too_long_names_its_messages(served: Served) -> None:
@@ -309,3 +312,28 @@ def test_a_conversation_that_is_too_long_names_its_messages(served: Served) -> N
         assert "record" not in told["message"]
         assert told["message"].endswith(f" Shorten the text; {more}")
         assert told["param"] == key
+
+
+@pytest.mark.parametrize(
+    ("raw", "param"),
+    [
+        (
+            r'{"model": "tiny", "messages": [{"role": "user", "content": "a\ud800"}]}',
+            "messages[0].content",
+        ),
+        (r'{"model": "tiny", "recmas": {"record": {"a": ["b", "\udc00"]}}}', "recmas.record.a[1]"),
+        (r'{"model": "tiny", "recmas": {"rec\ud800": 1}}', "recmas"),
+        (r'{"\ud800": 1}', None),
+        (r'{"model": "tiny", "temperature": 1e999}', "temperature"),
+    ],
+)
+def test_what_no_text_or_number_is_has_a_place_and_a_remedy(
+    served: Served, raw: str, param: str | None
+) -> None:
+    headers = {"content-type": "application/json"}
+    response = served.http.post(CHAT, content=raw, headers=headers)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("RM546", param)
+    remedy = " Send one below 1e308." if param == "temperature" else "send both halves or none."
+    assert error["message"].endswith(remedy)

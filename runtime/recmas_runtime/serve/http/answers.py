@@ -15,7 +15,7 @@ from starlette.types import Receive
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.serve.conversation import to_record
 from recmas_runtime.serve.http.errors import CLIENT_LEFT, ApiError, of_problems, sentence
-from recmas_runtime.serve.http.forms import Extension
+from recmas_runtime.serve.http.forms import MAX_NAME_CHARS, Extension
 from recmas_runtime.serve.http.settings import HttpSettings
 from recmas_runtime.serve.protocol import (
     Ask,
@@ -55,7 +55,8 @@ class Answers:
         if (model := self.service.models.get(name)) is not None:
             return model
         known = ", ".join(sorted(self.service.models)) or "none"
-        message = sentence(f"there is no model {name[:256]!r}", f"Loaded are: {known}.")
+        shown = repr(name) if len(name) <= MAX_NAME_CHARS else f"{name[:MAX_NAME_CHARS]!r}..."
+        message = sentence(f"there is no model {shown}", f"Loaded are: {known}.")
         raise ApiError(404, "RM540", message, param="model")
 
     def record(
@@ -145,7 +146,9 @@ class Answers:
                 async with asyncio.timeout(self.settings.request_timeout_s):
                     return (await self.service.read(read)).tokens
             except TimeoutError:
-                raise ApiError(504, "RM547", "reading the text took too long.") from None
+                raise ApiError(
+                    504, "RM547", "reading the text took too long. Send a shorter one, or fewer."
+                ) from None
             except ServiceError as error:
                 raise self._refused(error, param) from None
 

@@ -14,11 +14,14 @@ from recmas_runtime.serve.http.errors import ApiError, sentence
 from recmas_runtime.serve.protocol import Ask, EarlierTurn, ModelInfo
 
 MAX_CHOICES: Final = 16
+MAX_NAME_CHARS: Final = 256
 _MAX_STOP_CHARS: Final = 1000
 _MAX_NEAREST: Final = 16
 _NEAREST: Final = 4  # of each thought in a trace that does not say how many
 
-ModelName = Annotated[str, Field(min_length=1, max_length=256, description="Of a loaded system.")]
+ModelName = Annotated[
+    str, Field(min_length=1, max_length=MAX_NAME_CHARS, description="Of a loaded system.")
+]
 Tokens = Annotated[
     int, Field(ge=1, le=2**31, description="Above what was built it ends there."), WHOLE
 ]
