@@ -19,6 +19,7 @@ from onnx import numpy_helper
 from kit.hand_bundle import edit_json, rehash
 from recmas_runtime.checking.machine import verdict
 from recmas_runtime.cli.main import main
+from recmas_runtime.core.errors import how_to_install
 from recmas_runtime.running.batch import PHASES
 
 RECMAS = [sys.executable, "-m", "recmas_runtime.cli.main"]
@@ -660,7 +661,7 @@ def test_doctor_tells_what_the_machine_has(capsys: pytest.CaptureFixture[str]) -
 def test_doctor_says_what_is_missing() -> None:
     assert verdict("run bundles", ["numpy", "jinja2"], extra="cpu") == (
         "This machine cannot run bundles: numpy and jinja2 are not installed. "
-        'Install recmas with its extra `cpu`: pip install "recmas[cpu]".'
+        f"{how_to_install('cpu')}"
     )
 
 
