@@ -130,6 +130,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"recmas": {"record": {"question": "b"}}}, "recmas.record", "RM500"),
     (CHAT, {"recmas": {"record": {"context": "b"}}}, "recmas.record", "RM500"),
     (CHAT, {"recmas": {"record": []}}, "recmas.record", "RM546"),
+    (CHAT, {"recmas": {"record": {"id": 1.5}}}, "recmas.record", "RM500"),
+    (CHAT, {"recmas": {"record": {"id": "x" * 2000}}}, "recmas.record", "RM500"),
     (CHAT, {"recmas": {"rounds": 3}}, "recmas.rounds", "RM506"),
     (CHAT, {"recmas": {"rounds": 0}}, "recmas.rounds", "RM546"),
     (CHAT, {"recmas": {"baseline": "worse"}}, "recmas.baseline", "RM508"),
@@ -278,7 +280,15 @@ def test_messages_say_what_is_wrong_and_what_to_do(served: Served) -> None:
     assert (
         message(CHAT, stop=["a"] * 17) == "`stop`: expected at most 16 items, found a list of 17."
     )
-    assert message(CHAT, recmas={"rounds": 7}) == "`recmas.rounds` is 7, built were 2."
+    assert message(CHAT, recmas={"rounds": 7}) == (
+        "`recmas.rounds` is 7, built were 2. Take at most 2."
+    )
+    named = {**user("a"), "name": "Ann"}
+    assert message(CHAT, messages=[named]) == (
+        '`messages[0].name`: expected null, found "Ann". Leave it out.'
+    )
+    read = {"logprobs": 1, "echo": True, "n": 2}
+    assert message(TEXT, **read).endswith("a text is read once. Leave one of them out.")
     assert message(TEXT, prompt=" ") == "`prompt` is empty. Write a question."
     blank = {"role": "user", "content": " "}
     assert message(RESPONSES, input=[blank]) == (

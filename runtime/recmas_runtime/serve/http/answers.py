@@ -79,7 +79,9 @@ class Answers:
         try:
             return to_record(turns, model.serve, model.fields, given)
         except RecmasError as error:
-            is_given = any("`recmas.record`" in each.message for each in error.problems)
+            is_given = any(
+                "`recmas.record`" in f"{each.message} {each.hint}" for each in error.problems
+            )
             key = "recmas.record" if is_given else param
             params = {each.code: key for each in error.problems}
             named = [  # as this form calls it

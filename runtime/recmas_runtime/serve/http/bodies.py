@@ -155,7 +155,8 @@ def _refusal(error: RequestValidationError, form: type[Strict]) -> ApiError:
     bounds = [each for each in same if each["type"] not in _TYPES] or same
     wanted = " or ".join(dict.fromkeys(map(_wanted, bounds)))
     message = f"`{param}`: expected {wanted}, found {_found(place, data)}"
-    message = sentence(message, _HINTS.get(name, ""))
+    hint = "Leave it out." if wanted in ("null", "at most 0 items") else _HINTS.get(name, "")
+    message = sentence(message, hint)
     # A message or part of a kind that is known elsewhere and not read here.
     is_kind = place[-1] in ("type", "role") and len(place) > 1
     return ApiError(400, "RM543" if is_kind else "RM546", message, param=param)

@@ -134,9 +134,8 @@ def asks(
     """
     own = extension or Extension()
     if own.rounds is not None and own.rounds > model.rounds:
-        raise wrong(
-            "recmas.rounds", f"`recmas.rounds` is {own.rounds}, built were {model.rounds}", "RM506"
-        )
+        message = f"`recmas.rounds` is {own.rounds}, built were {model.rounds}"
+        raise wrong("recmas.rounds", message, "RM506", f"Take at most {model.rounds}.")
     if own.thoughts is not None and not own.trace:
         raise wrong(
             "recmas.thoughts",
