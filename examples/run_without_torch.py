@@ -1,4 +1,4 @@
-"""What a deployment does: no torch; `pip install "recmas[cpu]"` is all it needs.
+"""What a deployment does: no torch; recmas with its extra `cpu` is all it needs.
 
 python run_without_torch.py BUNDLE
 """

@@ -24,7 +24,7 @@ from recmas_compiler.passes.pipeline import run_pipeline
 from recmas_compiler.spec.document.problems import in_reading_order
 from recmas_compiler.spec.schema.train import MethodName, Stage
 from recmas_compiler.spec.spec import Spec, SpecError, load_spec
-from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.errors import Problem, RecmasError, fail, how_to_install
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.formats.manifest import ParityEntry
 
@@ -371,5 +371,5 @@ def _builder() -> Builder:
     raise fail(
         "RM201",
         "no package that builds bundles is installed",
-        hint="Install recmas with its extra `compile`: pip install 'recmas[compile]'.",
+        hint=how_to_install("compile"),
     )

@@ -42,6 +42,7 @@ OTHER_ARROWS = {
         ")?( (->|"
     },  # plain text that may be a link's name
     "recmas_runtime.cli.inspect": {" -> "},  # widths, and who sends to whom
+    "recmas_runtime.serve.mcp": {" -> "},  # who sends to whom, in words
 }
 
 

@@ -50,7 +50,7 @@ from recmas_compiler.backbones.sources import (
     joined,
     model_files,
 )
-from recmas_runtime.core.errors import RecmasError, fail, is_out_of_memory
+from recmas_runtime.core.errors import RecmasError, fail, how_to_install, is_out_of_memory
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.core.text import first_line
 from recmas_runtime.formats.layers import LayerShape, RowPositions
@@ -438,7 +438,7 @@ def _named_errors(source: str) -> Iterator[None]:
             "RM201",
             f"loading backbone {source!r} needs a package that is not installed: "
             f"{first_line(error)}",
-            hint='Install the compiler\'s packages: pip install "recmas[compile]".',
+            hint=how_to_install("compile"),
         ) from error
     except (ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
         if is_out_of_memory(error):

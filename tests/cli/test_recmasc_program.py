@@ -54,7 +54,8 @@ def test_the_slim_install_says_what_to_install(missing: str, arguments: list[str
     assert process.returncode == Exit.ENVIRONMENT
     assert out == ""
     assert err.startswith("error[RM201]: the Python package `")
-    assert err.endswith('Install recmas with its extra `compile`: pip install "recmas[compile]".\n')
+    assert "Install recmas with its extra `compile`, from its wheel or in a clone" in err
+    assert err.endswith('pip install "WHEEL[compile]" or pip install ".[compile]".\n')
 
 
 def test_the_slim_install_keeps_its_envelope() -> None:
@@ -72,7 +73,7 @@ def test_the_compiler_s_names_say_what_to_install() -> None:
     out, err = process.communicate(timeout=60)
     assert err == ""
     assert "'load_spec'" in out
-    assert 'pip install "recmas[compile]"' in out
+    assert 'pip install "WHEEL[compile]"' in out
 
 
 def test_a_module_of_ours_that_is_missing_is_no_package() -> None:

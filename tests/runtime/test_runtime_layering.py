@@ -131,7 +131,7 @@ def test_without_an_extra_users_are_told_its_name(hand_bundle: Path) -> None:
         )
         assert done.returncode == 4
         assert f"error[RM201]: the Python package `{package}` is not installed" in done.stderr
-        assert f'pip install "recmas[{command}]"' in done.stderr
+        assert f'pip install "WHEEL[{command}]"' in done.stderr
 
 
 def test_without_onnx_runtime_users_are_told_how_to_get_it(hand_bundle: Path) -> None:
@@ -148,4 +148,4 @@ def test_without_onnx_runtime_users_are_told_how_to_get_it(hand_bundle: Path) ->
         )
         assert done.returncode == 4
         assert "error[RM201]: onnxruntime is not installed" in done.stderr
-        assert "pip install recmas[cpu]" in done.stderr
+        assert 'pip install "WHEEL[cpu]"' in done.stderr

@@ -11,6 +11,7 @@ import pytest
 
 from kit.hand_bundle import make_tokenizer
 from kit.http_server import Served, chunks, local, serving
+from recmas_runtime.cli.main import main
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -325,3 +326,22 @@ def test_wrong_methods(served: Served) -> None:
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
     assert response.json()["error"]["code"] == "RM546"
+
+
+def test_a_seed_that_is_told_gives_the_answer_again(
+    served: Served, hand_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also beyond what other languages count as exact, and with the command line."""
+    drawn = {"temperature": 10.0, "max_tokens": 12}
+    options = ["--temperature", "10", "--max-new-tokens", "12", "--json", "--quiet"]
+    for first in ({}, {"seed": 2**53 + 1}, {"seed": 2**63 - 2}):
+        found = ask(served, n=2, recmas={}, **drawn, **first)
+        texts = [choice["message"]["content"] for choice in found["choices"]]
+        assert len(set(texts)) == 2
+        for text, told in zip(texts, found["recmas"]["choices"], strict=True):
+            (again,) = ask(served, seed=told["seed"], **drawn)["choices"]
+            assert again["message"]["content"] == text
+            seed = ["--seed", str(told["seed"])]
+            assert main(["run", str(hand_bundle), "what 7", *options, *seed]) == 0
+            (answer,) = json.loads(capsys.readouterr().out)["data"]["answers"]
+            assert answer["answer"] == text

@@ -96,7 +96,7 @@ def test_the_schemas_refuse_what_the_service_refuses(page: dict[str, Any]) -> No
     """But for what concerns several keys at a time, or the model, which no schema can say."""
     beyond = {("RM500",), ("RM501",), ("RM506",), ("RM508",)}
     several = {"n", "stream_options", "max_tokens", "messages", "prompt", "recmas.trace"}
-    several |= {"recmas.thoughts", "logprobs", "temperature", "stream", "recmas"}
+    several |= {"seed", "recmas.thoughts", "logprobs", "temperature", "stream", "recmas"}
     for path, keys, param, code in REFUSED:
         body = {"model": MODEL.name, **LEAST[path], **keys}
         is_beyond = (code,) in beyond or (code == "RM543" and param in several)

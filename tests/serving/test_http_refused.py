@@ -82,7 +82,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"top_p": 0}, "top_p", "RM546"),
     (CHAT, {"top_p": 1.5}, "top_p", "RM546"),
     (CHAT, {"seed": -1}, "seed", "RM546"),
-    (CHAT, {"seed": 2**53 + 1}, "seed", "RM546"),
+    (CHAT, {"seed": 2**64}, "seed", "RM546"),
+    (CHAT, {"seed": 2**63 - 2, "n": 3}, "seed", "RM543"),
     (CHAT, {"stop": ""}, "stop", "RM546"),
     (CHAT, {"stop": ["a", ""]}, "stop[1]", "RM546"),
     (CHAT, {"stop": ["a"] * 17}, "stop", "RM546"),
@@ -129,6 +130,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"recmas": {"record": {"question": "b"}}}, "recmas.record", "RM500"),
     (CHAT, {"recmas": {"record": {"context": "b"}}}, "recmas.record", "RM500"),
     (CHAT, {"recmas": {"record": []}}, "recmas.record", "RM546"),
+    (CHAT, {"recmas": {"record": {"id": 1.5}}}, "recmas.record", "RM500"),
+    (CHAT, {"recmas": {"record": {"id": "x" * 2000}}}, "recmas.record", "RM500"),
     (CHAT, {"recmas": {"rounds": 3}}, "recmas.rounds", "RM506"),
     (CHAT, {"recmas": {"rounds": 0}}, "recmas.rounds", "RM546"),
     (CHAT, {"recmas": {"baseline": "worse"}}, "recmas.baseline", "RM508"),
@@ -208,6 +211,7 @@ NEUTRAL: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"stream": False, "stream_options": None, "recmas": None, "reasoning_effort": None}),
     (CHAT, {"max_tokens": 8, "max_completion_tokens": 8}),
     (CHAT, {"max_tokens": 8.0, "seed": 3.0, "n": 1.0}),
+    (CHAT, {"seed": 2**63 - 2, "n": 2, "temperature": 1}),
     (TEXT, {"suffix": "", "best_of": 1, "logit_bias": {}, "presence_penalty": 0, "echo": False}),
     (TEXT, {"logprobs": None, "user": "ann", "stop": ["\n\n"], "seed": 1234, "temperature": 0.0}),
     (RESPONSES, {"tools": [], "store": False, "include": [], "truncation": "disabled"}),
@@ -266,6 +270,9 @@ def test_messages_say_what_is_wrong_and_what_to_do(served: Served) -> None:
     assert message(CHAT, tools=[TOOL]) == (
         "`tools` is not supported. Tools of a system are declared in its spec: leave it out."
     )
+    most = f"`seed`: expected at most {2**63 - 1}, found {2**63}."
+    assert message(CHAT, seed=2**63) == f"{most} Leave it out for one that is drawn."
+    assert message(CHAT, seed=2**63 - 1, n=2).endswith(f"Take one of at most {2**63 - 2}.")
     assert message(CHAT, stop=5) == "`stop`: expected a string or a list, found 5."
     assert message(CHAT, messages=[user([IMAGE])]) == (
         "`messages[0].content[0].type`: expected 'text', found \"image_url\"."
@@ -273,10 +280,70 @@ def test_messages_say_what_is_wrong_and_what_to_do(served: Served) -> None:
     assert (
         message(CHAT, stop=["a"] * 17) == "`stop`: expected at most 16 items, found a list of 17."
     )
-    assert message(CHAT, recmas={"rounds": 7}) == "`recmas.rounds` is 7, built were 2."
+    assert message(CHAT, recmas={"rounds": 7}) == (
+        "`recmas.rounds` is 7, built were 2. Take at most 2."
+    )
+    named = {**user("a"), "name": "Ann"}
+    assert message(CHAT, messages=[named]) == (
+        '`messages[0].name`: expected null, found "Ann". Leave it out.'
+    )
+    read = {"logprobs": 1, "echo": True, "n": 2}
+    assert message(TEXT, **read).endswith("a text is read once. Leave one of them out.")
     assert message(TEXT, prompt=" ") == "`prompt` is empty. Write a question."
     blank = {"role": "user", "content": " "}
     assert message(RESPONSES, input=[blank]) == (
         "input[0], the last one, is empty. Write a question."
     )
-    assert message(TEXT, top_k=1).startswith("unknown key `top_k`. Known are: model, prompt,")
+    assert message(TEXT, top_k=1) == (
+        "unknown key `top_k`. Honoured are: model, prompt, max_tokens, temperature, top_p, seed, "
+        "stop, n, stream, stream_options, echo, logprobs, user, recmas."
+    )
+
+
+def test_a_conversation_that_is_too_long_names_its_messages(served: Served) -> None:
+    def error(form: str, **keys: Any) -> dict[str, Any]:
+        response = served.post(form, {**LEAST[form], **keys})
+        assert response.status_code == 400
+        return dict(response.json()["error"])
+
+    more = "more needs a bundle that is built with a larger build.max_prompt_tokens."
+    said_before = [user("1" * 9), {"role": "assistant", "content": "a"}] * 100
+    told = error(CHAT, messages=[*said_before, user("what 7")])
+    assert told["message"].startswith("the ")
+    assert "; the conversation has 201 messages. " in told["message"]
+    assert told["message"].endswith(f" Leave out earlier messages; {more}")
+    assert (told["code"], told["param"]) == ("RM501", "messages")
+    told = error(RESPONSES, input=[*said_before, user("what 7")])
+    assert "; the conversation has 201 messages. " in told["message"]
+    assert told["param"] == "input"
+    for form, key in ((CHAT, "messages"), (TEXT, "prompt"), (RESPONSES, "input")):
+        long = "1" * 500
+        told = error(form, **{key: [user(long)] if form == CHAT else long})
+        assert "record" not in told["message"]
+        assert told["message"].endswith(f" Shorten the text; {more}")
+        assert told["param"] == key
+
+
+@pytest.mark.parametrize(
+    ("raw", "param"),
+    [
+        (
+            r'{"model": "tiny", "messages": [{"role": "user", "content": "a\ud800"}]}',
+            "messages[0].content",
+        ),
+        (r'{"model": "tiny", "recmas": {"record": {"a": ["b", "\udc00"]}}}', "recmas.record.a[1]"),
+        (r'{"model": "tiny", "recmas": {"rec\ud800": 1}}', "recmas"),
+        (r'{"\ud800": 1}', None),
+        (r'{"model": "tiny", "temperature": 1e999}', "temperature"),
+    ],
+)
+def test_what_no_text_or_number_is_has_a_place_and_a_remedy(
+    served: Served, raw: str, param: str | None
+) -> None:
+    headers = {"content-type": "application/json"}
+    response = served.http.post(CHAT, content=raw, headers=headers)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("RM546", param)
+    remedy = " Send one below 1e308." if param == "temperature" else "send both halves or none."
+    assert error["message"].endswith(remedy)

@@ -242,7 +242,7 @@ def test_without_the_extra_users_are_told_how_to_get_it(hand_bundle: Path) -> No
     )
     assert done.returncode == 4
     assert "error[RM201]" in done.stderr
-    assert 'pip install "recmas[serve]"' in done.stderr
+    assert 'pip install "WHEEL[serve]"' in done.stderr
 
 
 def test_a_bundle_that_engines_refuse_ends_the_command(

@@ -100,7 +100,7 @@ CASES: dict[str, tuple[str, str, str]] = {
     "top_p_zero": ("RM105", "{agent: solver}", "{agent: solver, top_p: @@0}"),
     "top_k_real": ("RM105", "{agent: solver}", "{agent: solver, top_k: @@1e300}"),
     "no_new_tokens": ("RM105", "{agent: solver}", "{agent: solver, max_new_tokens: @@0}"),
-    "seed_huge": ("RM105", "{agent: solver}", "{agent: solver, seed: @@4294967296}"),
+    "seed_huge": ("RM105", "{agent: solver}", "{agent: solver, seed: @@9223372036854775808}"),
     "stop_text": ("RM105", "{agent: solver}", "{agent: solver, stop: @@end}"),
     "stop_empty": ("RM105", "{agent: solver}", '{agent: solver, stop: [a, @@""]}'),
     "stop_number": ("RM105", "{agent: solver}", "{agent: solver, stop: [@@1]}"),

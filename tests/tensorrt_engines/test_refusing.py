@@ -28,7 +28,7 @@ def test_a_build_is_refused_before_weights_are_loaded(how: tuple[str, str], tmp_
     (problem,) = json.loads(ran.stdout)["problems"]
     assert problem["code"] == "RM201"
     assert problem["message"].startswith("tensorrt is ")
-    assert "pip install recmas[tensorrt]" in problem["hint"]
+    assert 'pip install "WHEEL[tensorrt]"' in problem["hint"]
     assert not out.exists()
 
 

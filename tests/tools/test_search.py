@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError, how_to_install
 from recmas_runtime.formats.plan import SearchPlan, ToolsPlan
 from recmas_runtime.tools import Toolbox, ToolCall, ToolResult
 from recmas_runtime.tools.search import LocalSearch, Passage, passages_text
@@ -178,8 +178,7 @@ def test_without_bm25s_the_model_is_told(corpus: Path, monkeypatch: pytest.Monke
     result = search(local_box(corpus), "anything")
     assert result.status == "refused"
     assert result.text == (
-        "bm25s is not installed, which `search` over a corpus needs. "
-        "Install it with `pip install recmas[search]`."
+        f"bm25s is not installed, which `search` over a corpus needs. {how_to_install('search')}"
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from recmas_compiler.spec.document.places import UNKNOWN, SourcePosition, is_file
 from recmas_compiler.spec.document.problems import problem_at
-from recmas_runtime.core.errors import RecmasError
+from recmas_runtime.core.errors import RecmasError, how_to_install
 from recmas_runtime.core.progress import Advance, Progress, Silent
 from recmas_runtime.core.text import counted, first_line, human_bytes
 
@@ -276,7 +276,7 @@ def _hub_errors(
         )
     except ImportError as error:
         message = f"finding {repository} needs the package huggingface_hub."
-        hint = 'Install the compiler\'s packages: pip install "recmas[compile]"'
+        hint = how_to_install("compile")
         raise RecmasError(problem_at(position, "RM201", message, hint=hint)) from error
     try:
         yield

@@ -29,7 +29,7 @@ from recmas_compiler.lowering.training_graph.graph import Loss, turn_loss, weigh
 from recmas_compiler.spec.schema.train import LoraSection, MethodName, SftSection, TrainSection
 from recmas_compiler.training.loop.distributed import World
 from recmas_compiler.training.loop.loop import AtStep
-from recmas_runtime.core.errors import fail
+from recmas_runtime.core.errors import fail, how_to_install
 from recmas_runtime.core.files import sync_folder, write_whole
 from recmas_runtime.prompts.render import Tokens
 from recmas_runtime.running.baselines import without_slots
@@ -176,7 +176,7 @@ class LoraLearner:
             raise fail(
                 "RM201",
                 "--method lora needs the package peft, which is not installed",
-                hint='Install it with `pip install "recmas[train]"`.',
+                hint=how_to_install("train"),
             ) from error
         self.settings = section.lora
         self._backbone = backbone

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from recmas_runtime.core.errors import how_to_install
 from recmas_runtime.core.text import human_bytes, listed
 
 PACKAGES: Final = (
@@ -107,7 +108,7 @@ def verdict(what: str, missing: Sequence[str], *, extra: str, detail: str = "") 
     verb = "is" if len(missing) == 1 else "are"
     return (
         f"This machine cannot {what}: {listed(missing)} {verb} not installed. "
-        f'Install recmas with its extra `{extra}`: pip install "recmas[{extra}]".'
+        f"{how_to_install(extra)}"
     )
 
 

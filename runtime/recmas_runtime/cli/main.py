@@ -20,6 +20,7 @@ from recmas_runtime.core.errors import (
     Problem,
     RecmasError,
     fail,
+    how_to_install,
     is_out_of_memory,
     missing_package,
 )
@@ -552,7 +553,7 @@ def _doctor(options: argparse.Namespace, outcome: Outcome) -> None:
         raise fail(
             "RM201",
             "onnxruntime is not installed",
-            hint="Install it with `pip install recmas[cpu]`, or `recmas[gpu]` for CUDA.",
+            hint=f"{how_to_install('cpu')} For CUDA take `gpu` in its place.",
         )
 
 

@@ -22,7 +22,7 @@ from recmas_runtime.core.progress import LineProgress, Silent
 from recmas_runtime.core.text import counted, time_left
 from recmas_runtime.formats.bundle import keep_out, open_bundle
 from recmas_runtime.formats.codec import to_json
-from recmas_runtime.formats.plan import MAX_SEED, Plan, SamplingPlan, field_place, is_field
+from recmas_runtime.formats.plan import Plan, SamplingPlan, field_place, is_field
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.answer_file import IDENTITY_SUFFIX, AnswerWriter
 from recmas_runtime.running.baselines import apply_baseline
@@ -428,7 +428,4 @@ def _sampling_overrides(options: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(options, name) for name in SamplingPlan.__struct_fields__}
     if options.stop is not None:
         given["stop"] = tuple(options.stop)
-    if options.seed is not None and not 0 <= options.seed <= MAX_SEED:
-        message = f"seed is {options.seed}"
-        raise fail("RM505", message, hint=f"It must be from 0 to {MAX_SEED}.")
     return {name: value for name, value in given.items() if value is not None}

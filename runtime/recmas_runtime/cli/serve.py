@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from recmas_runtime.cli.serve_options import KEY_VARIABLE
 from recmas_runtime.core.errors import Problem, RecmasError, fail, missing_package
-from recmas_runtime.core.files import reason_of
 from recmas_runtime.core.printing import note, write_out
 from recmas_runtime.formats.bundle import Bundle
 from recmas_runtime.serve.log import ServiceLog
@@ -30,8 +29,8 @@ from recmas_runtime.serve.service import ServiceError, ServiceLimits
 
 if TYPE_CHECKING:
     from recmas_runtime.serve.http.settings import HttpSettings
+    from recmas_runtime.serve.keys import KeyFile
 
-_MAX_KEY_BYTES: Final = 64 * 2**10
 _HELP: Final = "See `recmas serve --help`."
 
 
@@ -50,7 +49,9 @@ def serve(
     except ModuleNotFoundError as error:
         raise missing_package(error, extra="serve") from error
     limits = _limits(options)
-    http = _http_settings(options)
+    warnings: list[Problem] = []
+    keys = _api_keys(options.api_key_file, warnings)
+    http = _http_settings(options, keys.keys)
     if not options.bundles and options.watch is None:
         raise fail("RM506", "give a BUNDLE or --watch FOLDER", hint=_HELP)
     if options.watch is not None and not options.watch.is_dir():
@@ -60,7 +61,7 @@ def serve(
         bundles={name: str(bundle.root) for name, bundle in bundles.items()},
         watch=options.watch,
         http=http,
-        limits=_fitting(limits, bundles, options, problems),
+        limits=_fitting(limits, bundles, options, warnings),
         device=options.device,
         threads=options.threads,
         grace_s=options.grace,
@@ -69,10 +70,15 @@ def serve(
         otlp=options.otlp,
     )
 
+    for warning in warnings:
+        note(str(warning))
+    if options.json:
+        problems += warnings
+
     def when_ready(url: str, models: Sequence[str]) -> None:
         data.update(url=url, models=[*models], pid=os.getpid(), key=bool(http.api_keys))
         ready = {"ready": True, **data}
-        line = json.dumps(ready) if as_json else _hello(url, models, has_key=data["key"])
+        line = json.dumps(ready) if as_json else _hello(url, models, _authorization(keys))
         with suppress(BrokenPipeError):  # nobody reads it, and nobody needs to
             write_out(f"{line}\n")
 
@@ -92,10 +98,9 @@ def _fitting(
     limits: ServiceLimits,
     bundles: Mapping[str, Bundle],
     options: argparse.Namespace,
-    problems: list[Problem],
+    warnings: list[Problem],
 ) -> ServiceLimits:
     """Return limits that fit this machine's memory; that of accelerators is not known here."""
-    warnings: list[Problem] = []
     max_batch = fitting_batch(
         map(BundleNeeds.of, bundles.values()),
         asked=limits.max_batch,
@@ -103,30 +108,29 @@ def _fitting(
         available_bytes=available_memory_bytes() if options.device in ("auto", "cpu") else None,
         problems=warnings,
     )
-    for warning in warnings:
-        note(str(warning))
-    if options.json:
-        problems += warnings
     return replace(limits, max_batch=max_batch)
 
 
-def _hello(url: str, models: Sequence[str], *, has_key: bool) -> str:
+def _authorization(keys: KeyFile) -> str:
+    """Return the option of curl that gives a key, which the shell looks up: it is never shown."""
+    return f' -H "Authorization: Bearer {keys.in_shell or "KEY"}"' if keys.keys else ""
+
+
+def _hello(url: str, models: Sequence[str], authorization: str) -> str:
     """Return the line that says where to ask, and how."""
     if not models:
         return f"Serving on {url}, with no models yet."
     body = {"model": models[0], "messages": [{"role": "user", "content": "Hello?"}]}
-    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if has_key else ""
     return (
-        f"Serving {', '.join(models)} on {url}. Ask: curl {url}/v1/chat/completions{key} "
+        f"Serving {', '.join(models)} on {url}. Ask: curl {url}/v1/chat/completions{authorization} "
         f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
     )
 
 
-def _http_settings(options: argparse.Namespace) -> HttpSettings:
+def _http_settings(options: argparse.Namespace, keys: tuple[str, ...]) -> HttpSettings:
     """Return the settings of the HTTP side; a service without a key stays on this machine."""
     from recmas_runtime.serve.http.settings import HttpSettings
 
-    keys = _api_keys(options.api_key_file)
     hosts = tuple(name for name in (options.allowed_hosts or "").split(",") if name)
     settings = HttpSettings(
         host=options.host,
@@ -143,36 +147,32 @@ def _http_settings(options: argparse.Namespace) -> HttpSettings:
             f"--host {options.host} lets other machines ask, and there is no key",
             hint=f"Put a key into ${KEY_VARIABLE} or a file of --api-key-file, or pass --insecure.",
         )
+    if "*" in settings.cors_origins and not keys and not options.insecure:
+        raise fail(
+            "RM545",
+            "--cors-origin * lets every page that a browser here opens ask, and there is no key",
+            hint=f"Name the origins, put a key into ${KEY_VARIABLE}, or pass --insecure.",
+        )
     return settings
 
 
-def _api_keys(file: Path | None) -> tuple[str, ...]:
+def _api_keys(file: Path | None, warnings: list[Problem]) -> KeyFile:
     """Return the keys, and take them out of the environment, which other programs inherit."""
+    from recmas_runtime.serve.keys import KeyFile, check_key, read_key_file
+
     variable = os.environ.pop(KEY_VARIABLE, None)
     if variable is not None and file is not None:
         message = f"keys come from ${KEY_VARIABLE} and from --api-key-file"
         raise fail("RM545", message, hint="Take one of them.")
-    if variable is not None:
-        found, place = [variable], f"${KEY_VARIABLE}"
-    elif file is not None:
-        found, place = _lines(file), str(file)
-    else:
-        return ()
-    keys = tuple(key.strip() for key in found if key.strip())
-    if not keys:  # somebody meant to have one
-        raise fail("RM545", f"{place} holds no key", hint="Write one into it, or leave it away.")
-    return keys
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        with file.open("rb") as stream:
-            return stream.read(_MAX_KEY_BYTES).decode("utf-8").splitlines()
-    except OSError as error:
-        message = f"--api-key-file {file} cannot be read: {reason_of(error)}"
-    except UnicodeDecodeError:
-        message = f"--api-key-file {file} holds no text"
-    raise fail("RM545", message, hint="Name a file with a key on a line.")
+    if file is not None:
+        return read_key_file(file, warnings)
+    if variable is None:
+        return KeyFile(keys=(), in_shell="")
+    if not (key := variable.strip()):  # somebody meant to have one
+        message = f"${KEY_VARIABLE} holds no key"
+        raise fail("RM545", message, hint="Write one into it, or leave it away.")
+    check_key(key, file=f"${KEY_VARIABLE}")
+    return KeyFile(keys=(key,), in_shell=f"${KEY_VARIABLE}")
 
 
 def _limits(options: argparse.Namespace) -> ServiceLimits:

@@ -48,10 +48,12 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="pages of this origin may read answers; may be repeated",
+        help="pages of this origin, scheme://host[:port] or *, may read answers; may be repeated",
     )
     address.add_argument(
-        "--insecure", action="store_true", help="listen beyond this machine without a key"
+        "--insecure",
+        action="store_true",
+        help="let others than this machine's programs ask without a key",
     )
     address.add_argument("--open-metrics", action="store_true", help="/metrics needs no key")
     load = parser.add_argument_group("how much it takes on")

@@ -230,7 +230,15 @@ def missing_package(error: ModuleNotFoundError, *, extra: str = "compile") -> Re
     return fail(
         "RM201",
         f"the Python package `{package}` is not installed",
-        hint=f'Install recmas with its extra `{extra}`: pip install "recmas[{extra}]".',
+        hint=how_to_install(extra),
+    )
+
+
+def how_to_install(extra: str) -> str:
+    """Return the hint for what comes with an extra; there is no release on a package index."""
+    return (
+        f"Install recmas with its extra `{extra}`, from its wheel or in a clone of it: "
+        f'pip install "WHEEL[{extra}]" or pip install ".[{extra}]".'
     )
 
 

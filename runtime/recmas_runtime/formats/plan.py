@@ -302,8 +302,8 @@ MAX_TEMPERATURE: Final = 10.0
 MAX_TOP_K: Final = 1_000_000
 MAX_REPETITION_PENALTY: Final = 10.0
 MAX_STOPS: Final = 16
-# A user's; evaluations add to it.
-MAX_SEED: Final = 2**32 - 1
+# What clients call int64; streams of records and agents lie beyond, so that sums share none.
+MAX_SEED: Final = 2**63 - 1
 
 
 class SamplingPlan(StrictStruct, frozen=True, kw_only=True):
@@ -326,7 +326,7 @@ class SamplingPlan(StrictStruct, frozen=True, kw_only=True):
     top_k: Annotated[int, Meta(ge=0, le=2**31)] = 0
     min_p: Finite = 0.0
     repetition_penalty: Finite = 1.0
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+    seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] = 0
     stop: tuple[str, ...] = ()
 
 

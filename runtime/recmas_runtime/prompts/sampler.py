@@ -19,6 +19,7 @@ from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.formats.plan import (
     MAX_NEW_TOKENS,
     MAX_REPETITION_PENALTY,
+    MAX_SEED,
     MAX_STOPS,
     MAX_TEMPERATURE,
     MAX_TOP_K,
@@ -81,8 +82,8 @@ def check_sampling(sampling: SamplingPlan) -> None:
             f"a number above 0 and at most {MAX_REPETITION_PENALTY:g}",
         ),
         "seed": (
-            _is(Integral, sampling.seed) and 0 <= sampling.seed < 2**63,
-            "a whole number, 0 or more and below 2**63",
+            _is(Integral, sampling.seed) and 0 <= sampling.seed <= MAX_SEED,
+            f"a whole number from 0 to {MAX_SEED}",
         ),
         "stop": (
             is_list

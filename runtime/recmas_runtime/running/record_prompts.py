@@ -185,7 +185,7 @@ class RecordPrompts:
                 "RM500",
                 f"record {self._record.id!r}: the prompt of agent {agent!r} has the token "
                 f"{token!r} ({beyond}); backbone {backbone!r} has embeddings for {num_rows} only",
-                hint="Remove it from the record, or build with the tokenizer of this very model.",
+                hint="Remove it from the text, or build with the tokenizer of this very model.",
             )
 
     def _refuse_long(
@@ -205,7 +205,7 @@ class RecordPrompts:
         if num_chars > room:
             raise fail(
                 "RM501",
-                f"record {self._record.id!r}: its text in the prompt of agent {agent!r}"
+                f"record {self._record.id!r}: the text in the prompt of agent {agent!r}"
                 f"{self._before(agent)} has {num_chars} characters, the {limit} tokens that the "
                 f"bundle allows hold at most {room}",
                 hint=self._shorten(agent),

@@ -214,7 +214,7 @@ def check_question(record: Record, fields: Sequence[str]) -> None:
 
 def check_record(record: Record, fields: Sequence[str]) -> None:
     """Raise RM500 for an unusable id, and for fields of prompts that are missing or unusable."""
-    _check_id(record.id, "Correct the record.")
+    check_id(record.id, "Correct the record.")
     names = dict.fromkeys(field_place(shown).name for shown in fields)
     missing = [name for name in names if record.fields.get(name) is None]
     if missing:
@@ -247,7 +247,8 @@ def field_option(shown: str, *, value: str = "...") -> str:
     return f"--field '{shown}'={value}" if "[" in shown else f"--field {shown}={value}"
 
 
-def _check_id(given: object, hint: str) -> None:
+def check_id(given: object, hint: str) -> None:
+    """Raise RM500 for an id that is none, with this hint."""
     if type(given) not in (str, int) or given == "":
         shown = json.dumps(given, default=repr)
         raise fail("RM500", f"id {shown} is neither text nor an integer", hint=hint)
@@ -328,7 +329,7 @@ def read_records(
             if row.fields is None:
                 raise _unusable(row.problem)
             found = as_record(_storable(row.fields), row.number - 1)
-            _check_id(found.id, _CORRECT_LINE)
+            check_id(found.id, _CORRECT_LINE)
             if str(found.id) in seen:
                 raise _unusable(f"id {found.id!r} is already that of line {seen[str(found.id)]}")
             check_record(found, fields)

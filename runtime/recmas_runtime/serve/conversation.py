@@ -10,6 +10,7 @@ from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.core.text import counted, listed
 from recmas_runtime.formats.plan import ServePlan, field_place, filled_fields
 from recmas_runtime.prompts.earlier_turns import EarlierTurn
+from recmas_runtime.running.records import check_id
 
 _ROLES: Final = {"system": "System", "user": "User", "assistant": "Assistant"}
 # Of a text made of several, and between the turns of a transcript.
@@ -114,6 +115,10 @@ def _with_given(
             "RM500",
             f"field {twice[0]!r} is given under `recmas.record`, and the conversation fills it",
             hint="Leave it out of `recmas.record`.",
+        )
+    if "id" in given:
+        check_id(
+            given["id"], "Leave it out of `recmas.record`, or give a short text or an integer."
         )
     names = dict.fromkeys(field_place(shown).name for shown in fields)
     unseen = [name for name in given if name not in names and name != "id"]

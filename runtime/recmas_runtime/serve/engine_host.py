@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from msgspec import structs
+
 from recmas_runtime.core.errors import Problem, RecmasError, fail, is_out_of_memory
 from recmas_runtime.formats.plan import Step as PlanStep
 from recmas_runtime.formats.plan import ThinkStep, agents_of, feedback_links
@@ -284,7 +286,7 @@ class EngineHost:
             Failed(
                 id=request.id,
                 reason="input" if is_theirs else "failed",
-                problems=tuple(map(ProblemInfo.of, problems)),
+                problems=tuple(_without_id(ProblemInfo.of(each), request) for each in problems),
             )
         )
 
@@ -331,9 +333,24 @@ def _go_on() -> None:
     """Do nothing, where others have their turn at every engine call."""
 
 
+# Of a record that was sent without one.
+_NO_ID: Final = "1"
+
+
 def _record(ask: Ask) -> Record:
-    given = ask.record.get("id", "1")
+    given = ask.record.get("id", _NO_ID)
     return Record(id=given, fields=ask.record, index=ask.index, turns=ask.turns)
+
+
+def _without_id(problem: ProblemInfo, request: AnyRequest) -> ProblemInfo:
+    """Leave out an id that whoever asked has never seen."""
+    if not isinstance(request, Ask) or "id" in request.record:
+        return problem
+    record = f"record {_NO_ID!r}"
+    message = problem.message.removeprefix(f"{record}: ")
+    if message.startswith(f"{record} "):
+        message = f"the {message.replace(f'{record} ', 'record ', 1)}"
+    return structs.replace(problem, message=message)
 
 
 def _sampling(ask: Ask) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 
-from recmas_runtime.core.errors import fail
+from recmas_runtime.core.errors import fail, how_to_install
 
 KEY_VARIABLE: Final = "TAVILY_API_KEY"
 # https://docs.tavily.com/api-reference/introduction
@@ -89,7 +89,7 @@ class LocalSearch:
             raise fail(
                 "RM201",
                 "bm25s is not installed, which `search` over a corpus needs",
-                hint="Install it with `pip install recmas[search]`.",
+                hint=how_to_install("search"),
             ) from error
         self._passages = _read_corpus(corpus)
         self._top_k = top_k

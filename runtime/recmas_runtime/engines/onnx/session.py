@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from recmas_runtime.core.errors import fail, is_out_of_memory
+from recmas_runtime.core.errors import fail, how_to_install, is_out_of_memory
 from recmas_runtime.core.terminal import signals_held
 from recmas_runtime.core.text import first_line
 from recmas_runtime.engines.interface import FREE_MEMORY, OutOfMemoryError
@@ -52,7 +52,7 @@ def onnx_runtime() -> Any:
         raise fail(
             "RM201",
             "onnxruntime is not installed",
-            hint="Install it with `pip install recmas[cpu]`, or `recmas[gpu]` for CUDA.",
+            hint=f"{how_to_install('cpu')} For CUDA take `gpu` in its place.",
         ) from None
     return onnxruntime
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.errors import Problem, RecmasError, fail, how_to_install
 from recmas_runtime.core.files import reason_of, sha256_of
 from recmas_runtime.engines.tensorrt.own_engines import are_own_engines
 from recmas_runtime.formats.bundle import ENGINES_FOLDER, Bundle, inside, write_json_atomic
@@ -33,7 +33,7 @@ ENGINES_VERSION: Final = 1
 # The first version whose parser reads TensorScatter, the cache write of every decoder graph.
 OLDEST_VERSION: Final = (10, 15)
 
-_INSTALL: Final = "Install it with `pip install recmas[tensorrt]`, or use target onnx."
+_INSTALL: Final = f"{how_to_install('tensorrt')} Or use target onnx."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.errors import RecmasError, fail, how_to_install
 from recmas_runtime.formats.links import expected_tensors
 from recmas_runtime.formats.manifest import PARITY_ROWS, Manifest
 from recmas_runtime.formats.plan import Plan, cache_capacity
@@ -137,7 +137,7 @@ def read_graph(path: Path) -> onnx.ModelProto:
         raise fail(
             "RM201",
             "onnx is not installed; engines are built from ONNX graphs with it",
-            hint="Install it with `pip install recmas[tensorrt]`.",
+            hint=how_to_install("tensorrt"),
         ) from None
     return onnx.load(str(path), load_external_data=False)
 

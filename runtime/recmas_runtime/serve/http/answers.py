@@ -9,12 +9,13 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
+from msgspec import structs
 from starlette.types import Receive
 
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.serve.conversation import to_record
 from recmas_runtime.serve.http.errors import CLIENT_LEFT, ApiError, of_problems, sentence
-from recmas_runtime.serve.http.forms import Extension
+from recmas_runtime.serve.http.forms import MAX_NAME_CHARS, Extension
 from recmas_runtime.serve.http.settings import HttpSettings
 from recmas_runtime.serve.protocol import (
     Ask,
@@ -22,6 +23,7 @@ from recmas_runtime.serve.protocol import (
     EarlierTurn,
     ModelInfo,
     Piece,
+    ProblemInfo,
     Read,
     Step,
     TokenRead,
@@ -53,7 +55,8 @@ class Answers:
         if (model := self.service.models.get(name)) is not None:
             return model
         known = ", ".join(sorted(self.service.models)) or "none"
-        message = sentence(f"there is no model {name[:256]!r}", f"Loaded are: {known}.")
+        shown = repr(name) if len(name) <= MAX_NAME_CHARS else f"{name[:MAX_NAME_CHARS]!r}..."
+        message = sentence(f"there is no model {shown}", f"Loaded are: {known}.")
         raise ApiError(404, "RM540", message, param="model")
 
     def record(
@@ -76,7 +79,9 @@ class Answers:
         try:
             return to_record(turns, model.serve, model.fields, given)
         except RecmasError as error:
-            is_given = any("`recmas.record`" in each.message for each in error.problems)
+            is_given = any(
+                "`recmas.record`" in f"{each.message} {each.hint}" for each in error.problems
+            )
             key = "recmas.record" if is_given else param
             params = {each.code: key for each in error.problems}
             named = [  # as this form calls it
@@ -85,8 +90,12 @@ class Answers:
             ]
             raise of_problems(named, params=params) from None
 
-    async def events(self, ask: Ask, *, param: str) -> Events:
+    async def events(self, ask: Ask, *, param: str, num_messages: int = 1) -> Events:
         """Answer, as `Service.ask`.
+
+        Args:
+            param: The key that held what is asked.
+            num_messages: Of the conversation that the record was made of.
 
         Raises:
             ApiError: There is no answer, or not in time.
@@ -108,15 +117,20 @@ class Answers:
             message = sentence(f"there was no answer within {limit:g} s", "Ask for fewer tokens.")
             raise ApiError(504, "RM547", message) from None
         except ServiceError as error:
-            raise self._refused(error, param) from None
+            raise self._refused(error, param, num_messages) from None
 
-    async def all(self, asks: Sequence[Ask], *, param: str) -> list[Done]:
-        """Answer several at a time; none if one has no answer."""
+    async def all(self, asks: Sequence[Ask], *, param: str, num_messages: int = 1) -> list[Done]:
+        """Answer several at a time, as `events`; none if one has no answer."""
         width = max(1, min(self.service.limits.max_batch or 64, len(asks)))
-        return await _together(asks, lambda ask: self._last(ask, param), width)
 
-    async def _last(self, ask: Ask, param: str) -> Done:
-        async with aclosing(self.events(ask, param=param)) as events:
+        async def last(ask: Ask) -> Done:
+            events = self.events(ask, param=param, num_messages=num_messages)
+            return await self._last(events)
+
+        return await _together(asks, last, width)
+
+    async def _last(self, told: Events) -> Done:
+        async with aclosing(told) as events:
             async for event in events:
                 last = event
         assert isinstance(last, Done), "an answer ends with it"
@@ -134,18 +148,24 @@ class Answers:
                 async with asyncio.timeout(self.settings.request_timeout_s):
                     return (await self.service.read(read)).tokens
             except TimeoutError:
-                raise ApiError(504, "RM547", "reading the text took too long.") from None
+                raise ApiError(
+                    504, "RM547", "reading the text took too long. Send a shorter one, or fewer."
+                ) from None
             except ServiceError as error:
                 raise self._refused(error, param) from None
 
         width = self.service.limits.max_batch or 8
         return await _together(reads, one, width)
 
-    def _refused(self, error: ServiceError, param: str) -> ApiError:
+    def _refused(
+        self, error: ServiceError, param: str, num_messages: int | None = None
+    ) -> ApiError:
         codes = {"RM508": "recmas.baseline", "RM506": "recmas.rounds"}
         params = {**dict.fromkeys(("RM206", "RM500", "RM501", "RM543"), param), **codes}
         return of_problems(
-            error.problems,
+            error.problems
+            if num_messages is None
+            else [_too_long(each, num_messages) for each in error.problems],
             reason=error.reason,
             params=params,
             retry_after_s=self._wait_s(error.reason),
@@ -158,6 +178,17 @@ class Answers:
             return sum(model.loads_ms for model in models) / 1e3
         rows = self.service.limits.max_batch or max((m.max_batch for m in models), default=1)
         return self._mean_s * self.service.num_open / rows / 2
+
+
+def _too_long(problem: ProblemInfo, num_messages: int) -> ProblemInfo:
+    """Say of a prompt that is too long what somebody who did not build the bundle can do."""
+    if problem.code != "RM501":
+        return problem
+    more = "more needs a bundle that is built with a larger build.max_prompt_tokens."
+    if num_messages == 1:
+        return structs.replace(problem, hint=f"Shorten the text; {more}")
+    message = f"{problem.message}; the conversation has {num_messages} messages"
+    return structs.replace(problem, message=message, hint=f"Leave out earlier messages; {more}")
 
 
 async def _together(

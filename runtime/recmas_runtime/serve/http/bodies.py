@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final
 
 from fastapi import Request
@@ -54,7 +54,8 @@ class JsonRequest(Request):
         try:
             data = parse_json(await self.body(), file="body")
         except RecmasError as error:
-            raise ApiError(400, "RM546", sentence(error.problems[0].message)) from None
+            message = sentence(error.problems[0].message, "Send one JSON object as UTF-8.")
+            raise ApiError(400, "RM546", message) from None
         _check_values(data)
         return data
 
@@ -89,30 +90,48 @@ def _check_values(data: object) -> None:
                 inner += value.values()
             elif isinstance(value, list):
                 inner += value
-            elif isinstance(value, str):
-                _check_text(value)
-            elif isinstance(value, float) and not math.isfinite(value):
-                raise ApiError(400, "RM546", "the body has a number beyond all bounds.")
+            elif (why := _unusable(value)) is not None:
+                place = next(_places_of(value, data), ())
+                raise ApiError(400, "RM546", why, param=_param(place) or None)
         if not inner:
             return
         level = inner
-    raise ApiError(400, "RM546", f"the body is nested more than {_MAX_NESTING} deep.")
+    message = f"the body is nested more than {_MAX_NESTING} deep"
+    raise ApiError(400, "RM546", sentence(message, "No form needs that: send less deep lists."))
 
 
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = text[error.start]
-        message = f"a text of the body holds {half!r}, half of a surrogate pair"
-        raise ApiError(400, "RM546", sentence(message)) from None
+def _unusable(value: object) -> str | None:
+    """Return what is wrong with a text or number, if anything, and what to do."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "the body has a number beyond all bounds. Send one below 1e308."
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            message = f"a text of the body holds {value[error.start]!r}, half of a surrogate pair"
+            return sentence(message, "Cut texts between characters, and send both halves or none.")
+    return None
+
+
+def _places_of(
+    wanted: object, data: object, place: tuple[str | int, ...] = ()
+) -> Iterator[tuple[str | int, ...]]:
+    """Yield where a value stands; of a key, where the object stands that has it."""
+    if len(place) > _MAX_NESTING or not isinstance(data, dict | list):
+        return
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+        if key is wanted:
+            yield place
+        elif value is wanted:
+            yield (*place, key)
+        yield from _places_of(wanted, value, (*place, key))
 
 
 def _refusal(error: RequestValidationError, form: type[Strict]) -> ApiError:
     """Return the error of a body that does not fit its form; it names the first key at fault."""
     data = error.body
     if not isinstance(data, dict):
-        return ApiError(400, "RM546", "the body is no JSON object.")
+        return ApiError(400, "RM546", "the body is no JSON object. Send one: {...}.")
     placed = [(_place(each, data), each) for each in error.errors()]
     first, _ = placed[0]
     # Of a value that may be of several types, what is wrong within it says most.
@@ -127,19 +146,24 @@ def _refusal(error: RequestValidationError, form: type[Strict]) -> ApiError:
         message = sentence(f"`{param}` is not supported", form.unsupported[name])
         return ApiError(400, "RM543", message, param=name)
     if kind == "extra_forbidden":
-        hint = f"Known are: {', '.join(form.model_fields)}." if len(place) == 1 else "Leave it out."
+        honoured = [key for key in form.model_fields if key not in form.unsupported]
+        hint = f"Honoured are: {', '.join(honoured)}." if len(place) == 1 else "Leave it out."
         return ApiError(400, "RM543", sentence(f"unknown key `{param}`", hint), param=param)
     if kind in _MISSING:
-        return ApiError(400, "RM546", f"`{param}` is missing.", param=param)
+        return ApiError(400, "RM546", f"`{param}` is missing. Add it.", param=param)
     # Where one type fits and its bounds do not, the other types are beside the point.
     bounds = [each for each in same if each["type"] not in _TYPES] or same
     wanted = " or ".join(dict.fromkeys(map(_wanted, bounds)))
-    message = sentence(f"`{param}`: expected {wanted}, found {_found(place, data)}")
+    message = f"`{param}`: expected {wanted}, found {_found(place, data)}"
+    hint = "Leave it out." if wanted in ("null", "at most 0 items") else _HINTS.get(name, "")
+    message = sentence(message, hint)
     # A message or part of a kind that is known elsewhere and not read here.
     is_kind = place[-1] in ("type", "role") and len(place) > 1
     return ApiError(400, "RM543" if is_kind else "RM546", message, param=param)
 
 
+# Of keys that clients fill with what stands for nothing.
+_HINTS: Final = {"seed": "Leave it out for one that is drawn."}
 _TYPES: Final = {
     "bool_type": "true or false",
     "dict_type": "an object",

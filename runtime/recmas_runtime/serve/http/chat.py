@@ -187,6 +187,7 @@ def chat_routes(answers: Answers) -> APIRouter:
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         model = answers.model(body.model)
         asked = _asks(body, model, answers)
+        num_messages = len(body.messages)
         head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -195,9 +196,10 @@ def chat_routes(answers: Answers) -> APIRouter:
         }
         if body.stream:
             chunks = _ChatChunks(body, asked[0], head)
-            events = answers.events(asked[0], param=_PARAM)
+            events = answers.events(asked[0], param=_PARAM, num_messages=num_messages)
             return await EventStream.open(events, chunks, answers.settings)
-        found = await until_left(request.receive, answers.all(asked, param=_PARAM))
+        work = answers.all(asked, param=_PARAM, num_messages=num_messages)
+        found = await until_left(request.receive, work)
         return JSONResponse(_whole(body, asked, found, head))
 
     return router

@@ -198,7 +198,8 @@ def _check(body: CompletionRequest, max_choices: int) -> None:
         ("recmas", body.recmas is not None, "a backbone reads the text, and no system runs"),
     ):
         if is_wrong:
-            raise wrong(name, f"`{name}` does not go with `logprobs`: {why}")
+            message = f"`{name}` does not go with `logprobs`: {why}"
+            raise wrong(name, message, hint="Leave one of them out.")
 
 
 async def _texts(body: CompletionRequest, answers: Answers) -> list[str]:

@@ -8,17 +8,20 @@ from typing import Annotated, Any, Final, Literal, Protocol
 
 from pydantic import Field
 
-from recmas_runtime.formats.plan import MAX_NEW_TOKENS, MAX_STOPS, MAX_TEMPERATURE
+from recmas_runtime.formats.plan import MAX_NEW_TOKENS, MAX_SEED, MAX_STOPS, MAX_TEMPERATURE
 from recmas_runtime.serve.http.bodies import WHOLE, Strict
 from recmas_runtime.serve.http.errors import ApiError, sentence
 from recmas_runtime.serve.protocol import Ask, EarlierTurn, ModelInfo
 
 MAX_CHOICES: Final = 16
+MAX_NAME_CHARS: Final = 256
 _MAX_STOP_CHARS: Final = 1000
 _MAX_NEAREST: Final = 16
 _NEAREST: Final = 4  # of each thought in a trace that does not say how many
 
-ModelName = Annotated[str, Field(min_length=1, max_length=256, description="Of a loaded system.")]
+ModelName = Annotated[
+    str, Field(min_length=1, max_length=MAX_NAME_CHARS, description="Of a loaded system.")
+]
 Tokens = Annotated[
     int, Field(ge=1, le=2**31, description="Above what was built it ends there."), WHOLE
 ]
@@ -26,7 +29,7 @@ Temperature = Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)]
 TopP = Annotated[float, Field(gt=0, le=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
 Stops = Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
-Seed = Annotated[int, Field(ge=0, le=2**53), WHOLE]  # whole numbers that all JSON can spell
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED), WHOLE]
 Label = Annotated[str, Field(max_length=512, description="A mark of yours; it changes nothing.")]
 
 # Values of keys that are not honoured: those that ask for nothing.
@@ -131,9 +134,8 @@ def asks(
     """
     own = extension or Extension()
     if own.rounds is not None and own.rounds > model.rounds:
-        raise wrong(
-            "recmas.rounds", f"`recmas.rounds` is {own.rounds}, built were {model.rounds}", "RM506"
-        )
+        message = f"`recmas.rounds` is {own.rounds}, built were {model.rounds}"
+        raise wrong("recmas.rounds", message, "RM506", f"Take at most {model.rounds}.")
     if own.thoughts is not None and not own.trace:
         raise wrong(
             "recmas.thoughts",
@@ -143,6 +145,9 @@ def asks(
         )
     if own.trace and num > 1:
         raise wrong("recmas.trace", "a trace is that of one answer", "RM543", "Leave `n` out.")
+    if settings["seed"] + num - 1 > MAX_SEED:
+        message = f"`seed` is {settings['seed']}, and answer {num} would draw beyond {MAX_SEED}"
+        raise wrong("seed", message, hint=f"Take one of at most {MAX_SEED - num + 1}.")
     return [
         Ask(
             id=0,

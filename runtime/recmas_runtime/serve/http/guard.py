@@ -149,7 +149,9 @@ class Guard:
             raise ApiError(
                 401,
                 "RM544",
-                sentence(what, "Send the header: Authorization: Bearer KEY."),
+                sentence(
+                    what, "Send a key of this service in the header: Authorization: Bearer KEY."
+                ),
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
@@ -176,7 +178,9 @@ class Guard:
         except TimeoutError:
             message_ = f"the body did not arrive within {self._settings.body_timeout_s:g} s"
             close = {"Connection": "close"}
-            raise ApiError(408, "RM546", sentence(message_), headers=close) from None
+            raise ApiError(
+                408, "RM546", sentence(message_, "Send it at once."), headers=close
+            ) from None
 
 
 def _too_large(limit: int) -> ApiError:
@@ -190,11 +194,13 @@ def _check_size(scope: Scope) -> None:
     headers = scope["headers"]
     path = scope.get("raw_path") or scope["path"].encode()  # not every server has both
     if len(path) + len(scope["query_string"]) > MAX_PATH_BYTES:
-        raise ApiError(414, "RM546", f"the address is longer than {MAX_PATH_BYTES} bytes.")
+        raise ApiError(
+            414, "RM546", f"the address is longer than {MAX_PATH_BYTES} bytes. Shorten it."
+        )
     size = sum(len(name) + len(value) for name, value in headers)
     if size > MAX_HEADER_BYTES or len(headers) > _MAX_HEADERS:
         message = f"there are more than {_MAX_HEADERS} headers or {MAX_HEADER_BYTES} bytes of them"
-        raise ApiError(431, "RM546", sentence(message))
+        raise ApiError(431, "RM546", sentence(message, "Send fewer or shorter ones."))
 
 
 def _check_media(headers: Headers) -> None:

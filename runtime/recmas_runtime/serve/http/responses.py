@@ -155,10 +155,12 @@ def responses_routes(answers: Answers) -> APIRouter:
         model = answers.model(body.model)
         ask = _ask(body, model, answers)
         told_ = _Told(body, ask)
+        num_messages = len(body.input) if isinstance(body.input, list) else 1
         if body.stream:
-            events = answers.events(ask, param=_PARAM)
+            events = answers.events(ask, param=_PARAM, num_messages=num_messages)
             return await EventStream.open(events, _ResponsesChunks(told_), answers.settings)
-        (done,) = await until_left(request.receive, answers.all([ask], param=_PARAM))
+        work = answers.all([ask], param=_PARAM, num_messages=num_messages)
+        (done,) = await until_left(request.receive, work)
         return JSONResponse(told_.whole(done))
 
     return router

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from recmas_runtime.core.errors import fail
+from recmas_runtime.serve.keys import check_key
 
+# As browsers write it: in lower case, and what is not ASCII as punycode.
+_ORIGIN: Final = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(?P<port>[1-9][0-9]{0,4}))?"
+)
+_PORTS: Final = {"http": "80", "https": "443"}
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "[::1]")
 _EVERYWHERE: Final = ("0.0.0.0", "::", "[::]", "")  # noqa: S104
 
@@ -42,7 +49,7 @@ class HttpSettings:
         api_keys: Any of them opens what needs a key; without one nothing needs a key.
         allowed_hosts: Host names that requests may name besides those of this machine and `host`;
             `*` for any.
-        cors_origins: Origins whose pages may read answers, as `https://example.org`.
+        cors_origins: Origins whose pages may read answers, as `https://example.org`; `*` for any.
         open_metrics: Whether `/metrics` needs no key.
         max_body_bytes: Of a request.
         body_timeout_s: In which a request's body must arrive.
@@ -74,12 +81,9 @@ class HttpSettings:
     def __post_init__(self) -> None:
         """Refuse what would open a service by mistake."""
         for key in self.api_keys:
-            if not key.isascii() or not key.isprintable() or len(key) < 8 or " " in key:
-                raise fail(
-                    "RM545",
-                    "an API key is shorter than 8 characters, or has others than visible ASCII",
-                    hint="Make one with: python -c 'import secrets; print(secrets.token_hex(16))'.",
-                )
+            check_key(key)
+        for origin in self.cors_origins:
+            _check_origin(origin)
 
     @property
     def is_loopback(self) -> bool:
@@ -98,6 +102,21 @@ class HttpSettings:
         own = () if self.host in _EVERYWHERE else (_as_host(self.host),)
         named = (*_LOOPBACK, *own, *map(_as_host, self.allowed_hosts))
         return frozenset(name.lower().rstrip(".") for name in named)
+
+
+def _check_origin(origin: str) -> None:
+    """Refuse what no browser sends: an origin is compared as it is."""
+    found = _ORIGIN.fullmatch(origin)
+    says_port = found is not None and found["port"] is not None
+    if origin != "*" and (
+        found is None or (says_port and found["port"] == _PORTS.get(found["scheme"]))
+    ):
+        raise fail(
+            "RM545",
+            f"{origin!r} is no origin that a browser sends",
+            hint="Give scheme://host[:port] in lower case, without a path and without the port "
+            "that the scheme has anyway, such as https://app.example.org; or * for any.",
+        )
 
 
 def _as_host(address: str) -> str:

@@ -41,7 +41,7 @@ def named_bundles(arguments: Iterable[str]) -> dict[str, Bundle]:
             raise fail(
                 "RM545",
                 f"two bundles are named {name!r}: {bundles[name].root} and {bundle.root}",
-                hint="Name them with NAME=BUNDLE.",
+                hint="Give one of them another name, with NAME=BUNDLE.",
             )
         bundles[name] = bundle
     return bundles

@@ -12,11 +12,13 @@ import msgspec
 from fastapi import FastAPI
 from ray import serve
 
-from recmas_runtime.core.errors import fail
+from recmas_runtime.core.errors import Problem, fail
+from recmas_runtime.core.printing import note
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.codec import Count, Finite, Size, StrictStruct, to_json
 from recmas_runtime.serve.http.app import make_app
 from recmas_runtime.serve.http.settings import HttpSettings
+from recmas_runtime.serve.keys import read_key_file
 from recmas_runtime.serve.local import LocalService
 from recmas_runtime.serve.operation.memory import BundleNeeds
 from recmas_runtime.serve.service import ServiceError, ServiceLimits
@@ -153,7 +155,10 @@ class _Replica:
 def _settings(options: ReplicaOptions) -> HttpSettings:
     """Return the settings of the HTTP side, with keys unless they are not wanted."""
     if options.api_key_file:
-        keys = Path(options.api_key_file).read_text(encoding="utf-8").split()
+        warnings: list[Problem] = []
+        keys = [*read_key_file(Path(options.api_key_file), warnings).keys]
+        for warning in warnings:
+            note(str(warning))
     else:
         keys = os.environ.pop(KEY_VARIABLE, "").split()
     if not keys and not options.insecure:
