@@ -116,7 +116,7 @@ def test_metrics_of_known_requests(hand_bundle: Path, tmp_path: Path) -> None:
         assert server.ask("1", "m", max_tokens=10**6)[0] in (200, 400)
         assert server.request("GET", "/metrics", key=None)[0] == 401
         _, answer = server.request("POST", "/v1/chat/completions", chat("1", "m"))
-        counted = server.metric('recmas_requests_total{how="answered",model="m"}')
+        counted = server.metric('recmas_requests_total{how="answered",kind="answer",model="m"}')
         assert counted in (4, 5)
         for kind, key in (("prompt", "prompt_tokens"), ("completion", "completion_tokens")):
             metric = f'recmas_tokens_total{{kind="{kind}",model="m"}}'
@@ -128,6 +128,13 @@ def test_metrics_of_known_requests(hand_bundle: Path, tmp_path: Path) -> None:
             'agent="solver",model="m",op="decode",round="2"',
         ):
             assert server.metric(f"recmas_agent_seconds_count{{{labels}}}") == counted
+        # What the service has not seen is counted as well, and what it has not twice.
+        assert server.ask("1", "m", x=1)[0] == 400
+        assert server.request("GET", "/nowhere")[0] == 404
+        assert server.ask("1" * 200, "m")[0] == 400
+        for code, num in (("RM540", 1), ("RM543", 1), ("RM544", 1), ("RM546", 1), ("RM501", 1)):
+            line = f'recmas_refusals_total{{code="{code}",reason="input"}}'
+            assert server.metric(line) == num
         assert server.metric("recmas_requests_running") == 0
         assert server.metric("recmas_requests_waiting") == 0
 

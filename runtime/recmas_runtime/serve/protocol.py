@@ -163,7 +163,7 @@ class Unloaded(Event, frozen=True, kw_only=True, tag="unloaded"):
     model: str
 
 
-Reason = Literal["input", "full", "stopped", "failed"]
+Reason = Literal["input", "full", "stopped", "failed", "timeout"]
 
 
 class Failed(Event, frozen=True, kw_only=True, tag="failed"):
@@ -171,7 +171,8 @@ class Failed(Event, frozen=True, kw_only=True, tag="failed"):
 
     Attributes:
         reason: Whose matter it is: the request's (`input`), a queue that has no room (`full`), a
-            service that ends or was restarted (`stopped`), or the engine's (`failed`).
+            service that ends or was restarted (`stopped`), the engine's (`failed`), or a limit of
+            time (`timeout`).
         problems: Why, as errors tell it everywhere.
     """
 

@@ -92,21 +92,13 @@ class Answers:
             ApiError: There is no answer, or not in time.
         """
         start = time.perf_counter()
-        limit = self.settings.request_timeout_s
-        deadline = None if limit is None else asyncio.get_running_loop().time() + limit
+        limit_s = self.settings.request_timeout_s
         try:
-            async with aclosing(self.service.ask(ask)) as told:
-                while True:
-                    async with asyncio.timeout_at(deadline):
-                        event = await anext(told)
+            async with aclosing(self.service.ask(ask, limit_s=limit_s)) as told:
+                async for event in told:
                     if isinstance(event, Done):
                         self._mean_s += _NEWEST * (time.perf_counter() - start - self._mean_s)
                     yield event
-                    if isinstance(event, Done):
-                        return
-        except TimeoutError:
-            message = sentence(f"there was no answer within {limit:g} s", "Ask for fewer tokens.")
-            raise ApiError(504, "RM547", message) from None
         except ServiceError as error:
             raise self._refused(error, param) from None
 
@@ -131,10 +123,8 @@ class Answers:
 
         async def one(read: Read) -> tuple[TokenRead, ...]:
             try:
-                async with asyncio.timeout(self.settings.request_timeout_s):
-                    return (await self.service.read(read)).tokens
-            except TimeoutError:
-                raise ApiError(504, "RM547", "reading the text took too long.") from None
+                limit_s = self.settings.request_timeout_s
+                return (await self.service.read(read, limit_s=limit_s)).tokens
             except ServiceError as error:
                 raise self._refused(error, param) from None
 
@@ -144,12 +134,14 @@ class Answers:
     def _refused(self, error: ServiceError, param: str) -> ApiError:
         codes = {"RM508": "recmas.baseline", "RM506": "recmas.rounds"}
         params = {**dict.fromkeys(("RM206", "RM500", "RM501", "RM543"), param), **codes}
-        return of_problems(
+        refused = of_problems(
             error.problems,
             reason=error.reason,
             params=params,
             retry_after_s=self._wait_s(error.reason),
         )
+        refused.is_counted = True
+        return refused
 
     def _wait_s(self, reason: str) -> float:
         """Return when there may be room: once those before have had their turns."""

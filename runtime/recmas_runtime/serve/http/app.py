@@ -18,7 +18,7 @@ from recmas_runtime.formats.codec import to_json
 from recmas_runtime.serve.http.answers import Answers
 from recmas_runtime.serve.http.chat import chat_routes
 from recmas_runtime.serve.http.completions import completion_routes
-from recmas_runtime.serve.http.errors import ApiError, documented, sentence
+from recmas_runtime.serve.http.errors import ERROR_KEY, ApiError, documented, sentence
 from recmas_runtime.serve.http.guard import Guard
 from recmas_runtime.serve.http.responses import responses_routes
 from recmas_runtime.serve.http.settings import HttpSettings, MetricsSource
@@ -116,12 +116,13 @@ def _path(route: BaseRoute) -> str:
     return route.path
 
 
-async def _as_error(_: Request, error: Exception) -> Response:
+async def _as_error(request: Request, error: Exception) -> Response:
     """Answer with the body that every error has."""
     assert isinstance(error, HTTPException)
     if not isinstance(error, ApiError):  # of the framework: no such path, or not by this method
         message = sentence(str(error.detail), "GET /openapi.json tells what there is.")
         error = ApiError(error.status_code, "RM546", message, headers=error.headers)
+    request.scope[ERROR_KEY] = error
     return error.response()
 
 
