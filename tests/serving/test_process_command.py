@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -276,6 +277,7 @@ def test_a_watched_folder(hand_bundle: Path, tmp_path: Path) -> None:
         until(lambda: server.ask("4", "two")[0] == 404, "a folder that went is none")
         # Replaced by another build while it is asked: no request fails.
         before = server.request("GET", "/admin/models")[1]["data"][0]["digest"]
+        listed = server.request("GET", "/v1/models/one")[1]
         new = write_hand_bundle(tmp_path / "new", with_state=True)
         (watched / "one").rename(tmp_path / "old")
         new.rename(watched / "one")
@@ -286,9 +288,33 @@ def test_a_watched_folder(hand_bundle: Path, tmp_path: Path) -> None:
             ),
             "another build takes the place",
         )
+        relisted = server.request("GET", "/v1/models/one")[1]
+        assert relisted["created"] > listed["created"]
+        assert relisted["recmas"]["digest"] != listed["recmas"]["digest"] == before
         assert {line["model"] for line in server.events("not loaded")} == {"broken"}
         server.signal()
         assert server.wait() == 0
+
+
+def test_a_bundle_that_is_overwritten_in_place(hand_bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(hand_bundle, tmp_path / "copy")
+    with serving(f"m={copy}", f"other={hand_bundle}", folder=tmp_path) as server:
+        assert server.ask("4", "m") == (200, "e")
+        plan = (copy / "plan.json").read_bytes()
+        (copy / "plan.json").write_text("{}")
+        os.kill(server.worker_pid(), signal.SIGBUS)
+        until(lambda: bool(server.events("not loaded")), "it cannot be loaded now")
+        until(lambda: server.ask("4", "other") == (200, "e"), "the others can")
+        path, body = "/v1/chat/completions", chat("4", "m")
+        with server.open("POST", path, body) as response:
+            assert response.status == 503
+            assert int(response.getheader("retry-after", "0")) >= 1
+            assert json.load(response)["error"]["code"] == "RM542"
+        assert server.ask("4", "never")[0] == 404
+        (copy / "plan.json").write_bytes(plan)
+        until(lambda: server.ask("4", "m") == (200, "e"), "it is whole again")
+        assert [line["how"] for line in server.events("worker ended")] == ["SIGBUS"]
+        assert server.metric("recmas_worker_restarts_total") == 1
 
 
 def test_what_is_logged(server: Served) -> None:

@@ -222,7 +222,7 @@ class ModelInfo(StrictStruct, frozen=True, kw_only=True):
         max_batch: Requests that its rows are planned for at a time.
         bytes_per_request: Memory that one request's caches take at the limits of the bundle.
         digest: Of the bundle's manifest.
-        created: When it was built, in seconds since 1970.
+        created: When it was built, or put in its place if that was later, in seconds since 1970.
         loads_ms: How long loading took.
     """
 

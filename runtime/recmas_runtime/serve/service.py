@@ -108,6 +108,7 @@ class Service(ABC):
 
     Attributes:
         models: What is loaded, by name.
+        lost: Names of what was loaded and cannot be loaded again for now.
         gauges: What the engines last said about themselves.
         is_ready: Whether requests are taken: engines are loaded and nothing ends.
         observers: Who is shown requests: metrics, traces, logs.
@@ -121,6 +122,7 @@ class Service(ABC):
     def __init__(self, limits: ServiceLimits) -> None:
         self.limits = limits
         self.models: dict[str, ModelInfo] = {}
+        self.lost: set[str] = set()
         self.gauges: Gauges | None = None
         self.is_ready = False
         self.observers: list[Observer] = []
@@ -266,6 +268,9 @@ class Service(ABC):
             raise ServiceError.of("full", "RM541", message, _FULL)
 
     def _demand_model(self, model: str) -> None:
+        if model in self.lost:
+            message = f"the bundle of the model {model!r} cannot be loaded now"
+            raise ServiceError.of("stopped", "RM542", message, "Ask again in a few seconds.")
         if model not in self.models:
             known = ", ".join(sorted(self.models)) or "none"
             raise ServiceError.of(

@@ -34,6 +34,8 @@ Events = AsyncGenerator[Step | Piece | Done, None]
 
 # Weight of the newest answer in the mean time of one.
 _NEWEST: Final = 0.2
+# Until somebody has repaired a bundle.
+_LOST_S: Final = 10.0
 
 
 class Answers:
@@ -48,10 +50,16 @@ class Answers:
         """Return a loaded system.
 
         Raises:
-            ApiError: 404 if there is none of that name.
+            ApiError: 404 if there is none of that name, 503 if there will be one again.
         """
         if (model := self.service.models.get(name)) is not None:
             return model
+        if name in self.service.lost:
+            message = sentence(
+                f"the bundle of the model {name[:256]!r} cannot be loaded now",
+                "Ask again in a few seconds.",
+            )
+            raise ApiError(503, "RM542", message, param="model", retry_after_s=_LOST_S)
         known = ", ".join(sorted(self.service.models)) or "none"
         message = sentence(f"there is no model {name[:256]!r}", f"Loaded are: {known}.")
         raise ApiError(404, "RM540", message, param="model")

@@ -30,6 +30,12 @@ _PROBES: Final = ("/health", "/ready")
 _METRICS: Final = "/metrics"
 
 
+class Build(BaseModel):
+    """Which bundle answers; the digest is another one once it has been replaced."""
+
+    digest: str
+
+
 class Model(BaseModel):
     """A loaded system, in OpenAI's keys."""
 
@@ -37,6 +43,7 @@ class Model(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: Literal["recmas"]
+    recmas: Build
 
 
 class ModelList(BaseModel):
@@ -167,6 +174,7 @@ def _told(model: ModelInfo) -> dict[str, Any]:
         "object": "model",
         "created": model.created,
         "owned_by": "recmas",
+        "recmas": {"digest": model.digest},
     }
 
 
