@@ -155,6 +155,24 @@ def test_sigterm_lets_requests_end(hand_bundle: Path, tmp_path: Path) -> None:
         assert not server.events("requests cut")
 
 
+def test_whoever_comes_while_others_end_is_told(hand_bundle: Path, tmp_path: Path) -> None:
+    with serving(hand_bundle, "--grace", "60", folder=tmp_path) as server:
+        body = chat(ENDLESS, "by-hand", {**LONG, "stream": True})
+        with server.open("POST", "/v1/chat/completions", body) as response:
+            events = sse_events(response)
+            until(lambda: bool(next(events)["choices"][0]["delta"].get("content")), "text comes")
+            server.signal(signal.SIGTERM)
+            until(lambda: server.request("GET", "/ready")[0] == 503, "it takes no more")
+            assert server.request("GET", "/health")[0] == 200
+            path, body = "/v1/chat/completions", chat("4", "by-hand")
+            with server.open("POST", path, body) as refused:
+                assert refused.status == 503
+                assert int(refused.getheader("retry-after", "0")) >= 1
+                assert json.load(refused)["error"]["code"] == "RM542"
+        # Its client has left, so nothing runs any more.
+        assert server.wait() == 0
+
+
 def test_the_grace_ends(hand_bundle: Path, tmp_path: Path) -> None:
     with serving(hand_bundle, "--grace", "0.3", folder=tmp_path) as server:
         body = chat(ENDLESS, "by-hand", {**LONG, "stream": True})

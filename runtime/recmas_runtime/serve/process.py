@@ -245,9 +245,9 @@ class WorkerService(Service):
         """End a worker that has something to do and says nothing for long."""
         silent = 0  # looks, not seconds: this process may have been held up itself
         while silent < _LISTENS:
-            heard = worker.num_heard
+            before = worker.num_events
             await asyncio.sleep(_SILENT_S / _LISTENS)
-            silent = silent + 1 if self.num_open and worker.num_heard == heard else 0
+            silent = silent + 1 if self.num_open and worker.num_events == before else 0
         worker.kill(f"it said nothing for {_SILENT_S:g} s")
 
     async def _supervise(self) -> None:
@@ -321,7 +321,7 @@ class _Worker:
     """A worker process and the channel to it.
 
     Attributes:
-        num_heard: Events that it has told.
+        num_events: Events that it has told.
         why: The service ended it.
     """
 
@@ -330,7 +330,7 @@ class _Worker:
     writer: asyncio.StreamWriter
     output: asyncio.Task[None]
     log: ServiceLog
-    num_heard: int = 0
+    num_events: int = 0
     why: str | None = None
 
     @classmethod
@@ -362,7 +362,7 @@ class _Worker:
         try:
             while True:
                 event = EVENTS.decode(await self.reader.readuntil())
-                self.num_heard += 1
+                self.num_events += 1
                 dispatch(event)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass  # it has ended
