@@ -164,7 +164,7 @@ class EngineHost:
 
     def _start(self, model: _Model, waiting: _Waiting) -> None:
         request = waiting.request
-        queued_ms = (time.perf_counter() - waiting.since) * 1e3
+        queued_ms = round((time.perf_counter() - waiting.since) * 1e3, 3)
 
         def run() -> None:
             if isinstance(request, Ask):
@@ -385,6 +385,6 @@ def model_info(name: str, path: Path, system: System, ms: float) -> ModelInfo:
         has_tools=plan.tools is not None,
         digest=hashlib.sha256(manifest.read_bytes()).hexdigest(),
         created=int(created),
-        loads_ms=ms,
+        loads_ms=round(ms, 3),
         serve=plan.conversation,
     )

@@ -74,7 +74,7 @@ def told(ask: Ask, done: Done) -> dict[str, Any]:
     return {
         "rounds": answer["rounds"],
         "seed": ask.sampling["seed"],
-        "queued_ms": round(done.queued_ms, 3),
+        "queued_ms": done.queued_ms,
         "timing_ms": answer["timing_ms"],
         "tool_calls": answer["tool_calls"],
         **({} if done.trace is None else {"trace": done.trace}),
