@@ -300,7 +300,7 @@ def test_what_is_loaded(served: Served) -> None:
     found = served.get("/v1/models").json()
     assert [each["id"] for each in found["data"]] == ["team/tiny:v1", "tiny"]
     (one, _) = found["data"]
-    assert set(one) == {"id", "object", "created", "owned_by"}
+    assert set(one) == {"id", "object", "created", "owned_by", "recmas"}
     system = served.get("/recmas/systems/tiny").json()
     assert [agent["name"] for agent in system["agents"]] == ["planner", "solver"]
     assert {(link["source"], link["feedback"]) for link in system["links"]} == {

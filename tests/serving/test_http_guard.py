@@ -42,9 +42,13 @@ class Figures:
 
     def __init__(self) -> None:
         self.responses: list[tuple[str, int]] = []
+        self.refusals: list[tuple[str, str]] = []
 
     def render(self) -> bytes:
         return b"recmas_requests 1\n"
+
+    def on_refusal(self, reason: str, code: str) -> None:
+        self.refusals.append((reason, code))
 
     def on_response(self, route: str, status: int, seconds: float) -> None:
         assert seconds >= 0

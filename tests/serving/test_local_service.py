@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from recmas_runtime.running.open_engines import LoadedBundle
+from recmas_runtime.serve import engine_host
 from recmas_runtime.serve.local import LocalService
-from recmas_runtime.serve.protocol import Ask, Done, Piece, Step
+from recmas_runtime.serve.protocol import AnyEvent, Ask, Done, Gauges, Piece, Step
 from recmas_runtime.serve.service import ServiceError, ServiceLimits
 
 Test = Callable[[LocalService], Coroutine[Any, Any, None]]
@@ -157,5 +158,30 @@ def test_closing_ends_what_runs(hand_bundle: Path) -> None:
             with pytest.raises(ServiceError) as refused:
                 await text_of(service, ask())
             assert refused.value.reason == "stopped"
+
+    run(test)
+
+
+def test_caches_are_told_while_requests_have_them(
+    hand_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_host, "_GAUGES_S", 0.0)  # after each engine call
+
+    async def test() -> None:
+        async with service_of(hand_bundle) as service:
+            seen: list[int] = []
+            told = service.dispatch
+
+            def dispatch(event: AnyEvent | Gauges) -> None:
+                if isinstance(event, Gauges):
+                    seen.append(event.cache_bytes)
+                told(event)
+
+            service.dispatch = dispatch  # type: ignore[method-assign]
+            answers = (text_of(service, ask("Z", sampling={"max_new_tokens": 60})) for _ in "1234")
+            await asyncio.gather(*answers, text_of(service, ask("3")))
+            async with asyncio.timeout(30):
+                while not (max(seen, default=0) > 0 and seen[-1] == 0):
+                    await asyncio.sleep(0.01)
 
     run(test)

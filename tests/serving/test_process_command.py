@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -116,7 +117,7 @@ def test_metrics_of_known_requests(hand_bundle: Path, tmp_path: Path) -> None:
         assert server.ask("1", "m", max_tokens=10**6)[0] in (200, 400)
         assert server.request("GET", "/metrics", key=None)[0] == 401
         _, answer = server.request("POST", "/v1/chat/completions", chat("1", "m"))
-        counted = server.metric('recmas_requests_total{how="answered",model="m"}')
+        counted = server.metric('recmas_requests_total{how="answered",kind="answer",model="m"}')
         assert counted in (4, 5)
         for kind, key in (("prompt", "prompt_tokens"), ("completion", "completion_tokens")):
             metric = f'recmas_tokens_total{{kind="{kind}",model="m"}}'
@@ -128,6 +129,13 @@ def test_metrics_of_known_requests(hand_bundle: Path, tmp_path: Path) -> None:
             'agent="solver",model="m",op="decode",round="2"',
         ):
             assert server.metric(f"recmas_agent_seconds_count{{{labels}}}") == counted
+        # What the service has not seen is counted as well, and what it has not twice.
+        assert server.ask("1", "m", x=1)[0] == 400
+        assert server.request("GET", "/nowhere")[0] == 404
+        assert server.ask("1" * 200, "m")[0] == 400
+        for code, num in (("RM540", 1), ("RM543", 1), ("RM544", 1), ("RM546", 1), ("RM501", 1)):
+            line = f'recmas_refusals_total{{code="{code}",reason="input"}}'
+            assert server.metric(line) == num
         assert server.metric("recmas_requests_running") == 0
         assert server.metric("recmas_requests_waiting") == 0
 
@@ -145,6 +153,24 @@ def test_sigterm_lets_requests_end(hand_bundle: Path, tmp_path: Path) -> None:
         assert server.wait() == 0
         assert server.events("stopped")
         assert not server.events("requests cut")
+
+
+def test_whoever_comes_while_others_end_is_told(hand_bundle: Path, tmp_path: Path) -> None:
+    with serving(hand_bundle, "--grace", "60", folder=tmp_path) as server:
+        body = chat(ENDLESS, "by-hand", {**LONG, "stream": True})
+        with server.open("POST", "/v1/chat/completions", body) as response:
+            events = sse_events(response)
+            until(lambda: bool(next(events)["choices"][0]["delta"].get("content")), "text comes")
+            server.signal(signal.SIGTERM)
+            until(lambda: server.request("GET", "/ready")[0] == 503, "it takes no more")
+            assert server.request("GET", "/health")[0] == 200
+            path, body = "/v1/chat/completions", chat("4", "by-hand")
+            with server.open("POST", path, body) as refused:
+                assert refused.status == 503
+                assert int(refused.getheader("retry-after", "0")) >= 1
+                assert json.load(refused)["error"]["code"] == "RM542"
+        # Its client has left, so nothing runs any more.
+        assert server.wait() == 0
 
 
 def test_the_grace_ends(hand_bundle: Path, tmp_path: Path) -> None:
@@ -269,6 +295,7 @@ def test_a_watched_folder(hand_bundle: Path, tmp_path: Path) -> None:
         until(lambda: server.ask("4", "two")[0] == 404, "a folder that went is none")
         # Replaced by another build while it is asked: no request fails.
         before = server.request("GET", "/admin/models")[1]["data"][0]["digest"]
+        listed = server.request("GET", "/v1/models/one")[1]
         new = write_hand_bundle(tmp_path / "new", with_state=True)
         (watched / "one").rename(tmp_path / "old")
         new.rename(watched / "one")
@@ -279,9 +306,33 @@ def test_a_watched_folder(hand_bundle: Path, tmp_path: Path) -> None:
             ),
             "another build takes the place",
         )
+        relisted = server.request("GET", "/v1/models/one")[1]
+        assert relisted["created"] > listed["created"]
+        assert relisted["recmas"]["digest"] != listed["recmas"]["digest"] == before
         assert {line["model"] for line in server.events("not loaded")} == {"broken"}
         server.signal()
         assert server.wait() == 0
+
+
+def test_a_bundle_that_is_overwritten_in_place(hand_bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(hand_bundle, tmp_path / "copy")
+    with serving(f"m={copy}", f"other={hand_bundle}", folder=tmp_path) as server:
+        assert server.ask("4", "m") == (200, "e")
+        plan = (copy / "plan.json").read_bytes()
+        (copy / "plan.json").write_text("{}")
+        os.kill(server.worker_pid(), signal.SIGBUS)
+        until(lambda: bool(server.events("not loaded")), "it cannot be loaded now")
+        until(lambda: server.ask("4", "other") == (200, "e"), "the others can")
+        path, body = "/v1/chat/completions", chat("4", "m")
+        with server.open("POST", path, body) as response:
+            assert response.status == 503
+            assert int(response.getheader("retry-after", "0")) >= 1
+            assert json.load(response)["error"]["code"] == "RM542"
+        assert server.ask("4", "never")[0] == 404
+        (copy / "plan.json").write_bytes(plan)
+        until(lambda: server.ask("4", "m") == (200, "e"), "it is whole again")
+        assert [line["how"] for line in server.events("worker ended")] == ["SIGBUS"]
+        assert server.metric("recmas_worker_restarts_total") == 1
 
 
 def test_what_is_logged(server: Served) -> None:

@@ -30,7 +30,7 @@ from recmas_runtime.serve.operation.memory import (
 )
 from recmas_runtime.serve.operation.request_log import AnswerLog
 from recmas_runtime.serve.operation.spans import Spans, TraceParent
-from recmas_runtime.serve.protocol import Ask, Gauges
+from recmas_runtime.serve.protocol import Ask, Gauges, Read
 from recmas_runtime.serve.service import ServiceError, ServiceLimits
 
 FOREIGN = 'a\n2026-01-01 forged\x1b[2J" x=\u202e'
@@ -40,7 +40,7 @@ FOREIGN = 'a\n2026-01-01 forged\x1b[2J" x=\u202e'
 def test_a_line_is_a_line_whatever_is_in_it(form: str) -> None:
     stream = io.StringIO()
     log = ServiceLog(stream, form)  # type: ignore[arg-type]
-    log.info("http", path=FOREIGN, nothing=None, record={"q": FOREIGN}, ms=1.5, count=3)
+    log.info("http", path=FOREIGN, nothing=None, record={"q": FOREIGN}, ms=1.49999999, count=3)
     log.error(FOREIGN)
     text = stream.getvalue()
     assert text.count("\n") == 2
@@ -50,6 +50,7 @@ def test_a_line_is_a_line_whatever_is_in_it(form: str) -> None:
         first, second = map(json.loads, text.splitlines())
         assert (first["path"], first["record"], first["level"]) == (FOREIGN, {"q": FOREIGN}, "info")
         assert "nothing" not in first
+        assert first["ms"] == 1.5
         assert (second["event"], second["level"]) == (FOREIGN, "error")
     else:
         assert " info    http path=" in text
@@ -210,12 +211,46 @@ def test_refusals_are_counted_without_names_from_outside(hand_bundle: Path) -> N
         return metrics.render().decode()
 
     text = asyncio.run(run())
-    assert 'recmas_requests_total{how="answered",model="m"} 1.0' in text
-    assert 'recmas_requests_total{how="left",model="m"} 1.0' in text
-    assert 'recmas_requests_total{how="input",model=""} 1.0' in text
+    assert 'recmas_requests_total{how="answered",kind="answer",model="m"} 1.0' in text
+    assert 'recmas_requests_total{how="left",kind="answer",model="m"} 1.0' in text
+    assert 'recmas_requests_total{how="input",kind="answer",model=""} 1.0' in text
     assert 'recmas_refusals_total{code="RM540",reason="input"} 1.0' in text
     assert 'recmas_refusals_total{code="RM501",reason="input"} 1.0' in text
     assert "evil" not in text
+
+
+def test_an_answer_that_takes_too_long_and_a_text_that_is_read(hand_bundle: Path) -> None:
+    stream = io.StringIO()
+
+    async def run() -> str:
+        service = await LocalService.start({"m": str(hand_bundle)}, threads=1)
+        metrics = Metrics(service)
+        service.observers.append(AnswerLog(ServiceLog(stream, "json"), with_texts=False))
+        ask = Ask(id=0, model="m", record={"question": "Z"}, sampling={"max_new_tokens": 3900})
+        with pytest.raises(ServiceError, match=r"RM547: there was no answer within 0\.2 s"):
+            async for _ in service.ask(ask, limit_s=0.2):
+                pass
+        assert len((await service.read(Read(id=0, model="m", text="12"))).tokens) == 2
+        with pytest.raises(ServiceError, match="RM547: the text was not read within 0 s"):
+            await service.read(Read(id=0, model="m", text="12"), limit_s=0.0)
+        with pytest.raises(ServiceError):
+            await service.read(Read(id=0, model="m", text=()))
+        assert (metrics.running, metrics.waiting) == (0, 0)
+        await service.close(1.0)
+        return metrics.render().decode()
+
+    text = asyncio.run(run())
+    for line in (
+        'recmas_requests_total{how="timeout",kind="answer",model="m"} 1.0',
+        'recmas_requests_total{how="answered",kind="read",model="m"} 1.0',
+        'recmas_requests_total{how="timeout",kind="read",model="m"} 1.0',
+        'recmas_requests_total{how="input",kind="read",model="m"} 1.0',
+        'recmas_refusals_total{code="RM547",reason="timeout"} 2.0',
+    ):
+        assert line in text.splitlines()
+    late, read, *_ = map(json.loads, stream.getvalue().splitlines())
+    assert (late["event"], late["how"], late["code"]) == ("no answer", "timeout", "RM547")
+    assert (read["event"], read["tokens"]) == ("read", 2)
 
 
 def test_answers_are_logged_without_texts_unless_somebody_wants_them(hand_bundle: Path) -> None:

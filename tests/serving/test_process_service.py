@@ -113,6 +113,66 @@ def test_a_bundle_that_went_meanwhile_is_left_out(hand_bundle: Path, tmp_path: P
             assert [*service.models] == ["m"]
             assert await answer(service, "1") == "b"
             assert "not loaded model=gone" in log.getvalue()
+            # It was there, so that asking again may help; and it is loaded once it is there again.
+            error = await refusal(answer(service, "1", model="gone"))
+            assert (error.reason, error.problems[0].code) == ("stopped", "RM542")
+            assert (await refusal(answer(service, "1", model="never"))).reason == "input"
+            shutil.copytree(hand_bundle, tmp_path / "new").rename(copy)
+            await until(lambda: "gone" in service.models)
+            assert await answer(service, "2", model="gone") == "c"
+            assert service.num_restarts == 1
+            assert log.getvalue().count("not loaded") == 1
+            await service.unload("gone")
+            assert (await refusal(answer(service, "1", model="gone"))).reason == "input"
+
+    asyncio.run(run())
+
+
+def test_a_service_whose_only_bundle_is_broken_keeps_its_worker(
+    hand_bundle: Path, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        copy = shutil.copytree(hand_bundle, tmp_path / "copy")
+        log = io.StringIO()
+        async with a_service(copy, log) as service:
+            plan = (copy / "plan.json").read_bytes()
+            (copy / "plan.json").write_text("{}")
+            assert service.worker_pid is not None
+            os.kill(service.worker_pid, signal.SIGKILL)
+            await until(lambda: service.lost == {"m"})
+            assert not service.is_ready
+            assert (await refusal(answer(service, "1"))).problems[0].code == "RM542"
+            await service.load(str(hand_bundle), "other")
+            assert service.is_ready
+            (copy / "plan.json").write_bytes(plan)
+            await until(lambda: not service.lost)
+            assert await answer(service, "1") == "b"
+            assert service.num_restarts == 1
+            assert log.getvalue().count("worker ended") == 1
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_hangs_is_ended_and_started_again(
+    hand_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_SILENT_S", 30.0)
+
+    async def run() -> None:
+        log = io.StringIO()
+        async with a_service(hand_bundle, log) as service:
+            monkeypatch.setattr(process, "_SILENT_S", 1.0)
+            await asyncio.sleep(2.5)  # one that has nothing to do may be silent
+            assert (service.num_restarts, service.is_ready) == (0, True)
+            assert service.worker_pid is not None
+            os.kill(service.worker_pid, signal.SIGSTOP)
+            error = await refusal(answer(service, "1"))
+            monkeypatch.setattr(process, "_SILENT_S", 30.0)
+            assert error.problems[0].code == "RM542"
+            await until(lambda: service.is_ready)
+            assert await answer(service, "1") == "b"
+            assert service.num_restarts == 1
+            assert 'worker ended how="by the service: it said nothing for 1 s"' in log.getvalue()
 
     asyncio.run(run())
 

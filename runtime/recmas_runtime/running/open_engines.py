@@ -214,7 +214,7 @@ class LoadedBundle:
 
     @property
     def cache_bytes(self) -> int:
-        """Memory of the caches of runs on these engines, where they can be shared."""
+        """Memory of the caches that runs use now, where engines can be shared."""
         return sum(
             engine.cache_bytes
             for engine in self.engines.backbones.values()

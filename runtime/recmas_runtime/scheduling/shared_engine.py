@@ -85,8 +85,9 @@ class SharedEngine:
 
     @property
     def cache_bytes(self) -> int:
-        """Memory of all caches that are made, those kept for the next run included."""
-        return self._engine.caches.num_bytes
+        """Memory of the caches that runs use now; what is kept for the next ones does not count."""
+        kept = 0 if self._steps.rows or self._steps.cache is None else self._steps.cache.num_bytes
+        return self._engine.caches.bytes_in_use - kept
 
     def embed(self, input_ids: Indices) -> Floats:
         """Return the input embeddings [R, S, d] of token ids [R, S]."""

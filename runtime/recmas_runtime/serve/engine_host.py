@@ -79,6 +79,7 @@ class EngineHost:
         self._running: dict[Task, Ask | Read] = {}
         self._leaving: list[Unload] = []
         self._stops = False
+        self._num_loading = 0
         self._told_at = 0.0
 
     def submit(self, request: AnyRequest) -> None:
@@ -111,7 +112,8 @@ class EngineHost:
         is_idle = not (self._running or self._waiting)
         while True:
             try:
-                request = self._inbox.get(is_idle)
+                # Whoever waits for a bundle is told once in a while that this is alive.
+                request = self._inbox.get(is_idle, _GAUGES_S if self._num_loading else None)
             except queue.Empty:
                 return
             is_idle = False
@@ -123,6 +125,7 @@ class EngineHost:
                 case Cancel():
                     self._cancel(request.id)
                 case Load():
+                    self._num_loading += 1
                     # Beside those that run: opening engines takes seconds.
                     threading.Thread(target=self._open, args=(request,), daemon=True).start()
                 case _Opened():
@@ -163,7 +166,7 @@ class EngineHost:
 
     def _start(self, model: _Model, waiting: _Waiting) -> None:
         request = waiting.request
-        queued_ms = (time.perf_counter() - waiting.since) * 1e3
+        queued_ms = round((time.perf_counter() - waiting.since) * 1e3, 3)
 
         def run() -> None:
             if isinstance(request, Ask):
@@ -236,6 +239,7 @@ class EngineHost:
         self._inbox.put(_Opened(request, opened, (time.perf_counter() - start) * 1e3))
 
     def _take_model(self, opened: _Opened) -> None:
+        self._num_loading -= 1
         request, system = opened.request, opened.system
         if isinstance(system, Exception):
             self._fail(request, _problems_of(system))
@@ -362,6 +366,8 @@ def model_info(name: str, path: Path, system: System, ms: float) -> ModelInfo:
     plan = system.plan
     feedback = feedback_links(plan)
     manifest = path / "manifest.json"
+    # Files keep their times when a folder is moved or copied with them; the folder does not.
+    created = max(manifest.stat().st_mtime, path.stat().st_ctime)
     backbone = system.manifest.backbones[plan.agents[plan.answer_agent].backbone]
     thinking = {name for step in plan.steps if isinstance(step, ThinkStep) for name in step.agents}
     return ModelInfo(
@@ -395,7 +401,7 @@ def model_info(name: str, path: Path, system: System, ms: float) -> ModelInfo:
         bytes_per_request=sum(cache.bytes_per_sample for cache in plan.caches.values()),
         has_tools=plan.tools is not None,
         digest=hashlib.sha256(manifest.read_bytes()).hexdigest(),
-        created=int(manifest.stat().st_mtime),
-        loads_ms=ms,
+        created=int(created),
+        loads_ms=round(ms, 3),
         serve=plan.conversation,
     )

@@ -42,7 +42,11 @@ class ServiceLog:
     def _write(self, level: str, event: str, fields: dict[str, Any]) -> None:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         now = now.replace("+00:00", "Z")
-        known = {name: value for name, value in fields.items() if value is not None}
+        known = {
+            name: round(value, 3) if isinstance(value, float) else value  # ms, most of them
+            for name, value in fields.items()
+            if value is not None
+        }
         if self._form == "json":
             line = json.dumps({"time": now, "level": level, "event": event, **known}, default=str)
         else:

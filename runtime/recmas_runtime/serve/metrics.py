@@ -29,7 +29,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from recmas_runtime.serve.protocol import Ask, Done, Gauges, Piece, Step
+from recmas_runtime.serve.protocol import Ask, Done, Gauges, Piece, Read, Step, WasRead
 from recmas_runtime.serve.service import Service, ServiceError
 
 _SECONDS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -44,7 +44,7 @@ class Metrics:
 
     Attributes:
         content_type: Of that page.
-        running: Requests whose steps run.
+        running: Requests whose steps run, and all for readings.
         waiting: Requests whose first step has not come.
     """
 
@@ -55,7 +55,11 @@ class Metrics:
         self.running = self.waiting = 0
         disable_created_metrics()  # type: ignore[no-untyped-call] # as many lines again
         self._registry = CollectorRegistry()
-        self.requests = self._counter("requests", "Requests for answers, by how they ended.", "how")
+        self.requests = Counter(
+            *("recmas_requests", "Requests for answers and readings, by how they ended."),
+            ("model", "kind", "how"),
+            registry=self._registry,
+        )
         self.refusals = Counter(
             *("recmas_refusals", "Requests without an answer, by whose matter that is."),
             ("reason", "code"),
@@ -79,9 +83,21 @@ class Metrics:
         self._registry.register(_ServiceState(service, self))
         service.observers.append(self)
 
-    def begin(self, ask: Ask) -> _Watch:
+    def begin(self, request: Ask | Read) -> _Watch | _ReadWatch:
         """Count a request; see `Observer`."""
-        return _Watch(self, ask.model if ask.model in self._service.models else _NO_MODEL)
+        model = request.model if request.model in self._service.models else _NO_MODEL
+        return _Watch(self, model) if isinstance(request, Ask) else _ReadWatch(self, model)
+
+    def count_end(self, model: str, kind: str, error: ServiceError | None, *, done: bool) -> None:
+        """Count how a request ended."""
+        how = "answered" if done else "left" if error is None else error.reason
+        self.requests.labels(model, kind, how).inc()
+        if error is not None:
+            self.on_refusal(error.reason, error.problems[0].code)
+
+    def on_refusal(self, reason: str, code: str) -> None:
+        """Count a request without an answer."""
+        self.refusals.labels(reason, code).inc()
 
     def on_response(self, route: str, status: int, seconds: float) -> None:
         """Count a response over HTTP, by the declared path that it belongs to."""
@@ -100,7 +116,7 @@ class Metrics:
 
 
 class _Watch:
-    """Measures one request."""
+    """Measures one request for an answer."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
         self._metrics = metrics
@@ -111,7 +127,7 @@ class _Watch:
         self._step: tuple[Step, float] | None = None  # the one that runs, and since when
         metrics.waiting += 1
 
-    def event(self, event: Step | Piece | Done) -> None:
+    def event(self, event: Step | Piece | Done | WasRead) -> None:
         now, metrics, model = time.perf_counter(), self._metrics, self._model
         if self._first_step is None:
             self._first_step = now
@@ -138,10 +154,7 @@ class _Watch:
             metrics.waiting -= 1
         else:
             metrics.running -= 1
-        how = "answered" if self._done else "left" if error is None else error.reason
-        metrics.requests.labels(self._model, how).inc()
-        if error is not None:
-            metrics.refusals.labels(error.reason, error.problems[0].code).inc()
+        metrics.count_end(self._model, "answer", error, done=self._done)
 
     def _end_step(self, now: float) -> None:
         if self._step is None:
@@ -161,6 +174,23 @@ class _Watch:
         counts = usage["prompt_tokens"], usage["latent_steps"], written, done.cached_tokens
         for kind, count in zip(_USAGE, counts, strict=True):
             self._metrics.tokens.labels(self._model, kind).inc(count)
+
+
+class _ReadWatch:
+    """Counts one request for a reading; it tells of no steps, so it runs from the beginning."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics = metrics
+        self._model = model
+        self._done = False
+        metrics.running += 1
+
+    def event(self, event: Step | Piece | Done | WasRead) -> None:
+        self._done = isinstance(event, WasRead)
+
+    def end(self, error: ServiceError | None) -> None:
+        self._metrics.running -= 1
+        self._metrics.count_end(self._model, "read", error, done=self._done)
 
 
 class _ServiceState(Collector):

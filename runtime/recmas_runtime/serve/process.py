@@ -38,7 +38,12 @@ _WORKER: Final = "recmas_runtime.serve.worker_main"
 _SETTLED_S: Final = 60.0
 _FIRST_DELAY_S: Final = 0.25
 _MOST_DELAY_S: Final = 30.0
+_MOST_LOST_S: Final = 5.0  # looks at a bundle that is broken
 _LAST_STEP_S: Final = 1.0
+# A worker tells of itself every second while it has something to do, but for an engine call (half a
+# minute for a 7B backbone on two cores), or a tool where runs share no calls.
+_SILENT_S: Final = 300.0
+_LISTENS: Final = 24  # times within that
 _HINT: Final = "Ask again in a few seconds."
 
 
@@ -64,6 +69,7 @@ class WorkerService(Service):
         self._worker: _Worker | None = None
         self._watching: asyncio.Task[None] | None = None  # ends after its worker has died
         self._supervisor: asyncio.Task[None] | None = None
+        self._repair: asyncio.Task[None] | None = None  # loads what is lost
         self._changes = asyncio.Lock()  # one bundle is loaded or let go at a time
         self._paths: dict[str, str] = {}
         # What the worker calls a model: a bundle takes the place of another one of its name while
@@ -118,10 +124,12 @@ class WorkerService(Service):
         """
 
         async def change() -> ModelInfo:
+            self._demand_ready()
             async with self._changes:
                 self._demand_ready()
                 before = self._inner.get(model)
                 info = await self._put(path, model)
+                self._take_requests()
             if before is not None:
                 await self._let_go(before)
             return info
@@ -138,6 +146,10 @@ class WorkerService(Service):
 
         async def change() -> None:
             async with self._changes:
+                if model in self.lost:
+                    self.lost.discard(model)
+                    del self._paths[model]
+                    return
                 self._demand_model(model)
                 self._demand_ready()
                 del self.models[model], self._paths[model]
@@ -163,8 +175,9 @@ class WorkerService(Service):
         assert self._deadline is not None
         while self.num_open and self._loop.time() < self._deadline:
             await asyncio.sleep(0.02)
-        if self._supervisor is not None:
-            self._supervisor.cancel()
+        for task in (self._supervisor, self._repair):
+            if task is not None:
+                task.cancel()
         if self.num_open:
             self._log.warning("requests cut", requests=self.num_open)
         self.fail_open(_stopped("the service ends"))
@@ -174,7 +187,8 @@ class WorkerService(Service):
             await self._watching
 
     def _demand_ready(self) -> None:
-        if not self.is_ready:
+        has_none = bool(self.lost) and not self.models  # which a bundle may change
+        if self._worker is None or not (self.is_ready or has_none) or self._deadline is not None:
             raise _stopped("the service starts or ends")
 
     async def _put(self, path: str, model: str) -> ModelInfo:
@@ -182,8 +196,14 @@ class WorkerService(Service):
         inner = f"{model}#{next(self._numbers)}"
         info = structs.replace(await self._load(str(Path(path).absolute()), inner), name=model)
         self.models[model], self._paths[model], self._inner[model] = info, path, inner
+        self.lost.discard(model)
         self._log.info("loaded", model=model, path=path, ms=info.loads_ms)
         return info
+
+    def _take_requests(self) -> None:
+        """Take requests if there is something that answers them."""
+        is_up = self._worker is not None and self._deadline is None
+        self.is_ready = is_up and bool(self.models or not self.lost)
 
     async def _let_go(self, inner: str) -> None:
         try:
@@ -211,13 +231,24 @@ class WorkerService(Service):
 
     async def _watch(self, worker: _Worker) -> None:
         """Pass on what a worker says until it dies, and end the requests that it had."""
+        listening = asyncio.create_task(self._listen(worker))
         await worker.pass_on(self.dispatch)
+        listening.cancel()
         self._worker = self.gauges = self.worker_pid = None
         self.is_ready = False
         how = await worker.how_it_ended()
         if self._deadline is None:
             self._log.error("worker ended", how=how, requests=self.num_open)
         self.fail_open(_stopped(f"the worker process ended ({how})"))
+
+    async def _listen(self, worker: _Worker) -> None:
+        """End a worker that has something to do and says nothing for long."""
+        silent = 0  # looks, not seconds: this process may have been held up itself
+        while silent < _LISTENS:
+            before = worker.num_events
+            await asyncio.sleep(_SILENT_S / _LISTENS)
+            silent = silent + 1 if self.num_open and worker.num_events == before else 0
+        worker.kill(f"it said nothing for {_SILENT_S:g} s")
 
     async def _supervise(self) -> None:
         """Start a worker whenever one has died, later and later if they die at once."""
@@ -232,46 +263,75 @@ class WorkerService(Service):
             delay_s = min(_MOST_DELAY_S, delay_s * 2 or _FIRST_DELAY_S)
             self.num_restarts += 1
             try:
-                await self._start_worker()
                 async with self._changes:
+                    await self._start_worker()
                     await self._load_again()
-            except ServiceError as error:  # it died, or has nothing to offer
+                    self._take_requests()
+            except ServiceError as error:  # it died
                 self._log.error("worker not ready", reason=str(error))
-                if self._worker is not None:
-                    self._worker.kill()
             except OSError as error:  # no processes or files to be had: not for ever
                 self._log.error("no worker process", reason=str(error))
                 self._watching = None
             else:
-                self.is_ready = True
                 self._log.info("worker ready", pid=self.worker_pid, restarts=self.num_restarts)
+                if self.lost and (self._repair is None or self._repair.done()):
+                    self._repair = asyncio.create_task(self._load_lost())
 
     async def _load_again(self) -> None:
         """Load what was loaded; a bundle that is broken now is left out and reported."""
-        failed: ServiceError | None = None
-        for model, path in list(self._paths.items()):
-            self._inner.pop(model, None)
-            try:
-                await self._put(path, model)
-            except ServiceError as error:
-                if error.reason == "stopped":
-                    raise
-                failed = error
-                self.models.pop(model, None)
-                self._log.error("not loaded", model=model, path=path, reason=str(error))
-        if failed is not None and not self.models:
-            raise failed
+        self._inner.clear()
+        for model in list(self._paths):
+            if (reason := await self._try(model)) is not None:
+                self._log.error(
+                    "not loaded", model=model, path=self._paths[model], reason=str(reason)
+                )
+
+    async def _load_lost(self) -> None:
+        """Load what is lost once it is whole again, however long that takes."""
+        delay_s = _FIRST_DELAY_S
+        while self.lost:
+            await asyncio.sleep(delay_s)
+            delay_s = min(_MOST_LOST_S, delay_s * 2)
+            for model in sorted(self.lost):
+                async with self._changes:
+                    if self._worker is not None and model in self.lost:
+                        with suppress(ServiceError):  # the worker died, and is started again
+                            await self._try(model)
+                            self._take_requests()
+
+    async def _try(self, model: str) -> ServiceError | None:
+        """Load a model's bundle again; return why that failed.
+
+        Raises:
+            ServiceError: The worker died.
+        """
+        try:
+            await self._put(self._paths[model], model)
+        except ServiceError as error:
+            if error.reason == "stopped":
+                raise
+            self.models.pop(model, None)
+            self.lost.add(model)
+            return error
+        return None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Worker:
-    """A worker process and the channel to it."""
+    """A worker process and the channel to it.
+
+    Attributes:
+        num_events: Events that it has told.
+        why: The service ended it.
+    """
 
     process: asyncio.subprocess.Process
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     output: asyncio.Task[None]
     log: ServiceLog
+    num_events: int = 0
+    why: str | None = None
 
     @classmethod
     async def spawn(cls, settings: WorkerSettings, log: ServiceLog) -> Self:
@@ -301,12 +361,14 @@ class _Worker:
         """Hand over events until the channel ends; one that holds nonsense is ended."""
         try:
             while True:
-                dispatch(EVENTS.decode(await self.reader.readuntil()))
+                event = EVENTS.decode(await self.reader.readuntil())
+                self.num_events += 1
+                dispatch(event)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass  # it has ended
         except (asyncio.LimitOverrunError, msgspec.DecodeError) as error:
             self.log.error("worker says nonsense", reason=str(error))
-            self.kill()
+            self.kill("it said nonsense")
 
     async def how_it_ended(self) -> str:
         """Wait for the end of the process, and say what ended it."""
@@ -315,11 +377,13 @@ class _Worker:
             # One that closed its channel and lives on is of no use.
             status = await asyncio.wait_for(self.process.wait(), _LAST_STEP_S)
         except TimeoutError:
-            self.kill()
+            self.kill("it closed its channel and ran on")
             status = await self.process.wait()
         # What it printed last is logged first; but a program that it started may print for ever.
         await asyncio.wait({self.output}, timeout=1.0)
         self.output.cancel()
+        if self.why is not None:
+            return f"by the service: {self.why}"
         return f"status {status}" if status >= 0 else signal.Signals(-status).name
 
     async def stop(self) -> None:
@@ -328,11 +392,12 @@ class _Worker:
         try:
             await asyncio.wait_for(self.process.wait(), _LAST_STEP_S)
         except TimeoutError:
-            self.kill()
+            self.kill("the service ends")
             await self.process.wait()
 
-    def kill(self) -> None:
+    def kill(self, why: str) -> None:
         """End it now."""
+        self.why = why
         with suppress(ProcessLookupError):
             self.process.kill()
 

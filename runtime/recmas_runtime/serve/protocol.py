@@ -163,7 +163,7 @@ class Unloaded(Event, frozen=True, kw_only=True, tag="unloaded"):
     model: str
 
 
-Reason = Literal["input", "full", "stopped", "failed"]
+Reason = Literal["input", "full", "stopped", "failed", "timeout"]
 
 
 class Failed(Event, frozen=True, kw_only=True, tag="failed"):
@@ -171,7 +171,8 @@ class Failed(Event, frozen=True, kw_only=True, tag="failed"):
 
     Attributes:
         reason: Whose matter it is: the request's (`input`), a queue that has no room (`full`), a
-            service that ends or was restarted (`stopped`), or the engine's (`failed`).
+            service that ends or was restarted (`stopped`), the engine's (`failed`), or a limit of
+            time (`timeout`).
         problems: Why, as errors tell it everywhere.
     """
 
@@ -221,7 +222,7 @@ class ModelInfo(StrictStruct, frozen=True, kw_only=True):
         max_batch: Requests that its rows are planned for at a time.
         bytes_per_request: Memory that one request's caches take at the limits of the bundle.
         digest: Of the bundle's manifest.
-        created: When it was built, in seconds since 1970.
+        created: When it was built, or put in its place if that was later, in seconds since 1970.
         loads_ms: How long loading took.
     """
 

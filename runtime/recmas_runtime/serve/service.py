@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -76,19 +77,19 @@ class ServiceLimits:
 
 
 class Watch(Protocol):
-    """Sees one request for an answer pass, in the event loop of the service."""
+    """Sees one request pass, in the event loop of the service."""
 
-    def event(self, event: Step | Piece | Done) -> None:
+    def event(self, event: Step | Piece | Done | WasRead) -> None:
         """An event is passed on."""
 
     def end(self, error: ServiceError | None) -> None:
-        """The request has ended: after its `Done`, with an error, or else it was left."""
+        """It has ended: after its `Done` or `WasRead`, with an error, or else it was left."""
 
 
 class Observer(Protocol):
-    """Is shown every request for an answer, also those that are refused."""
+    """Is shown every request for an answer or a reading, also those that are refused."""
 
-    def begin(self, ask: Ask) -> Watch:
+    def begin(self, request: Ask | Read) -> Watch:
         """A request has come in."""
 
 
@@ -107,9 +108,10 @@ class Service(ABC):
 
     Attributes:
         models: What is loaded, by name.
+        lost: Names of what was loaded and cannot be loaded again for now.
         gauges: What the engines last said about themselves.
         is_ready: Whether requests are taken: engines are loaded and nothing ends.
-        observers: Who is shown requests for answers: metrics, traces, logs.
+        observers: Who is shown requests: metrics, traces, logs.
         num_restarts: How often engines were started in place of some that died.
         worker_pid: The process that has the engines, where that is not this one.
     """
@@ -120,6 +122,7 @@ class Service(ABC):
     def __init__(self, limits: ServiceLimits) -> None:
         self.limits = limits
         self.models: dict[str, ModelInfo] = {}
+        self.lost: set[str] = set()
         self.gauges: Gauges | None = None
         self.is_ready = False
         self.observers: list[Observer] = []
@@ -139,23 +142,34 @@ class Service(ABC):
     async def close(self, grace_s: float) -> None:
         """Take no more requests, wait so long for those that run, then stop them."""
 
-    async def ask(self, ask: Ask) -> AsyncGenerator[Step | Piece | Done, None]:
+    async def ask(
+        self, ask: Ask, *, limit_s: float | None = None
+    ) -> AsyncGenerator[Step | Piece | Done, None]:
         """Answer; the last event is `Done`. The ask's own `id` does not matter.
+
+        Args:
+            limit_s: In which the answer must be whole; None for as long as it takes.
 
         Raises:
             ServiceError: It has no answer.
         """
         with self._watched(ask) as watches:
             self._demand_room(ask.model)
+            now = asyncio.get_running_loop().time()
+            whole_at = math.inf if limit_s is None else now + limit_s
             wait = self.limits.max_wait_s
+            first_at = math.inf if wait is None else now + wait
             async with _Request(self, ask) as request:
                 while True:
                     try:
-                        event = await asyncio.wait_for(request.next(), wait)
+                        event = await _by(min(first_at, whole_at), request.next())
                     except TimeoutError:
+                        if whole_at <= first_at:
+                            message = f"there was no answer within {limit_s:g} s"
+                            raise _too_late(message, "Ask for fewer tokens.") from None
                         message = f"no room within {wait:g} s"
                         raise ServiceError.of("full", "RM541", message, _FULL) from None
-                    wait = None
+                    first_at = math.inf
                     assert isinstance(event, Step | Piece | Done), event
                     for watch in watches:
                         watch.event(event)
@@ -163,17 +177,29 @@ class Service(ABC):
                     if isinstance(event, Done):
                         return
 
-    async def read(self, read: Read) -> WasRead:
+    async def read(self, read: Read, *, limit_s: float | None = None) -> WasRead:
         """Have a text read.
+
+        Args:
+            limit_s: In which it must be; None for as long as it takes.
 
         Raises:
             ServiceError: It cannot be.
         """
-        self._demand_room(read.model)
-        async with _Request(self, read) as request:
-            event = await request.next()
-            assert isinstance(event, WasRead), event
-            return event
+        with self._watched(read) as watches:
+            self._demand_room(read.model)
+            now = asyncio.get_running_loop().time()
+            whole_at = math.inf if limit_s is None else now + limit_s
+            async with _Request(self, read) as request:
+                try:
+                    event = await _by(whole_at, request.next())
+                except TimeoutError:
+                    message = f"the text was not read within {limit_s:g} s"
+                    raise _too_late(message, "Send a shorter one.") from None
+                assert isinstance(event, WasRead), event
+                for watch in watches:
+                    watch.event(event)
+                return event
 
     async def load(self, path: str, model: str) -> ModelInfo:
         """Load a bundle under a name that is free.
@@ -219,8 +245,8 @@ class Service(ABC):
             request.events.put_nowait(error)
 
     @contextmanager
-    def _watched(self, ask: Ask) -> Iterator[list[Watch]]:
-        watches = [observer.begin(ask) for observer in self.observers]
+    def _watched(self, request: Ask | Read) -> Iterator[list[Watch]]:
+        watches = [observer.begin(request) for observer in self.observers]
         failed: ServiceError | None = None
         try:
             yield watches
@@ -242,6 +268,9 @@ class Service(ABC):
             raise ServiceError.of("full", "RM541", message, _FULL)
 
     def _demand_model(self, model: str) -> None:
+        if model in self.lost:
+            message = f"the bundle of the model {model!r} cannot be loaded now"
+            raise ServiceError.of("stopped", "RM542", message, "Ask again in a few seconds.")
         if model not in self.models:
             known = ", ".join(sorted(self.models)) or "none"
             raise ServiceError.of(
@@ -276,6 +305,16 @@ class _Request:
         del self._service._open[self._request.id]
         if not self._ended:
             self._service._send(Cancel(id=self._request.id))
+
+
+async def _by(time: float, event: Awaitable[AnyEvent]) -> AnyEvent:
+    """Wait for an event until a time of the event loop."""
+    async with asyncio.timeout_at(None if math.isinf(time) else time):
+        return await event
+
+
+def _too_late(message: str, hint: str) -> ServiceError:
+    return ServiceError.of("timeout", "RM547", message, hint)
 
 
 def by_name(models: Mapping[str, ModelInfo]) -> list[ModelInfo]:

@@ -541,6 +541,11 @@ class CachePool:
         """Size of all caches, those in use and those kept for later."""
         return sum(cache.num_bytes for cache in self._made)
 
+    @property
+    def bytes_in_use(self) -> int:
+        """Size of all caches but those kept for later."""
+        return self.num_bytes - sum(cache.num_bytes for cache in self._idle)
+
     def bind_to(self, session: onnxruntime.InferenceSession) -> None:
         """Make all caches, also those in use, call another session of the same graph."""
         self._session = session
@@ -574,7 +579,6 @@ class CachePool:
 
     def _drop_idle(self) -> None:
         """Drop idle caches until the total is no more than what was once in use."""
-        in_use = self.num_bytes - sum(cache.num_bytes for cache in self._idle)
-        self._most_bytes = max(self._most_bytes, in_use)
+        self._most_bytes = max(self._most_bytes, self.bytes_in_use)
         while self._idle and self.num_bytes > self._most_bytes:
             del self._idle[0]

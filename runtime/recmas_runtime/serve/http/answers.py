@@ -36,6 +36,8 @@ Events = AsyncGenerator[Step | Piece | Done, None]
 
 # Weight of the newest answer in the mean time of one.
 _NEWEST: Final = 0.2
+# Until somebody has repaired a bundle.
+_LOST_S: Final = 10.0
 
 
 class Answers:
@@ -50,10 +52,16 @@ class Answers:
         """Return a loaded system.
 
         Raises:
-            ApiError: 404 if there is none of that name.
+            ApiError: 404 if there is none of that name, 503 if there will be one again.
         """
         if (model := self.service.models.get(name)) is not None:
             return model
+        if name in self.service.lost:
+            message = sentence(
+                f"the bundle of the model {name[:256]!r} cannot be loaded now",
+                "Ask again in a few seconds.",
+            )
+            raise ApiError(503, "RM542", message, param="model", retry_after_s=_LOST_S)
         known = ", ".join(sorted(self.service.models)) or "none"
         shown = repr(name) if len(name) <= MAX_NAME_CHARS else f"{name[:MAX_NAME_CHARS]!r}..."
         message = sentence(f"there is no model {shown}", f"Loaded are: {known}.")
@@ -101,21 +109,13 @@ class Answers:
             ApiError: There is no answer, or not in time.
         """
         start = time.perf_counter()
-        limit = self.settings.request_timeout_s
-        deadline = None if limit is None else asyncio.get_running_loop().time() + limit
+        limit_s = self.settings.request_timeout_s
         try:
-            async with aclosing(self.service.ask(ask)) as told:
-                while True:
-                    async with asyncio.timeout_at(deadline):
-                        event = await anext(told)
+            async with aclosing(self.service.ask(ask, limit_s=limit_s)) as told:
+                async for event in told:
                     if isinstance(event, Done):
                         self._mean_s += _NEWEST * (time.perf_counter() - start - self._mean_s)
                     yield event
-                    if isinstance(event, Done):
-                        return
-        except TimeoutError:
-            message = sentence(f"there was no answer within {limit:g} s", "Ask for fewer tokens.")
-            raise ApiError(504, "RM547", message) from None
         except ServiceError as error:
             raise self._refused(error, param, num_messages) from None
 
@@ -145,12 +145,8 @@ class Answers:
 
         async def one(read: Read) -> tuple[TokenRead, ...]:
             try:
-                async with asyncio.timeout(self.settings.request_timeout_s):
-                    return (await self.service.read(read)).tokens
-            except TimeoutError:
-                raise ApiError(
-                    504, "RM547", "reading the text took too long. Send a shorter one, or fewer."
-                ) from None
+                limit_s = self.settings.request_timeout_s
+                return (await self.service.read(read, limit_s=limit_s)).tokens
             except ServiceError as error:
                 raise self._refused(error, param) from None
 
@@ -162,7 +158,7 @@ class Answers:
     ) -> ApiError:
         codes = {"RM508": "recmas.baseline", "RM506": "recmas.rounds"}
         params = {**dict.fromkeys(("RM206", "RM500", "RM501", "RM543"), param), **codes}
-        return of_problems(
+        refused = of_problems(
             error.problems
             if num_messages is None
             else [_too_long(each, num_messages) for each in error.problems],
@@ -170,6 +166,8 @@ class Answers:
             params=params,
             retry_after_s=self._wait_s(error.reason),
         )
+        refused.is_counted = True
+        return refused
 
     def _wait_s(self, reason: str) -> float:
         """Return when there may be room: once those before have had their turns."""

@@ -18,7 +18,7 @@ from recmas_runtime.formats.codec import to_json
 from recmas_runtime.serve.http.answers import Answers
 from recmas_runtime.serve.http.chat import chat_routes
 from recmas_runtime.serve.http.completions import completion_routes
-from recmas_runtime.serve.http.errors import ApiError, documented, sentence
+from recmas_runtime.serve.http.errors import ERROR_KEY, ApiError, documented, sentence
 from recmas_runtime.serve.http.guard import Guard
 from recmas_runtime.serve.http.responses import responses_routes
 from recmas_runtime.serve.http.settings import HttpSettings, MetricsSource
@@ -30,6 +30,12 @@ _PROBES: Final = ("/health", "/ready")
 _METRICS: Final = "/metrics"
 
 
+class Build(BaseModel):
+    """Which bundle answers; the digest is another one once it has been replaced."""
+
+    digest: str
+
+
 class Model(BaseModel):
     """A loaded system, in OpenAI's keys."""
 
@@ -37,6 +43,7 @@ class Model(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: Literal["recmas"]
+    recmas: Build
 
 
 class ModelList(BaseModel):
@@ -116,12 +123,13 @@ def _path(route: BaseRoute) -> str:
     return route.path
 
 
-async def _as_error(_: Request, error: Exception) -> Response:
+async def _as_error(request: Request, error: Exception) -> Response:
     """Answer with the body that every error has."""
     assert isinstance(error, HTTPException)
     if not isinstance(error, ApiError):  # of the framework: no such path, or not by this method
         message = sentence(str(error.detail), "GET /openapi.json tells what there is.")
         error = ApiError(error.status_code, "RM546", message, headers=error.headers)
+    request.scope[ERROR_KEY] = error
     return error.response()
 
 
@@ -166,6 +174,7 @@ def _told(model: ModelInfo) -> dict[str, Any]:
         "object": "model",
         "created": model.created,
         "owned_by": "recmas",
+        "recmas": {"digest": model.digest},
     }
 
 

@@ -28,8 +28,17 @@ _KINDS: Final[dict[int, str]] = {
 }
 
 # Status of what the service says about a request.
-_STATUS: Final[dict[Reason, int]] = {"input": 400, "full": 429, "stopped": 503, "failed": 500}
+_STATUS: Final[dict[Reason, int]] = {
+    "input": 400,
+    "full": 429,
+    "stopped": 503,
+    "failed": 500,
+    "timeout": 504,
+}
 _NO_MODEL: Final = "RM540"
+_NO_ROOM: Final = "RM541"
+# Where a scope holds the error that a request was answered with.
+ERROR_KEY: Final = "recmas.error"
 
 
 class ErrorInfo(BaseModel):
@@ -53,7 +62,12 @@ class ApiError(HTTPException):
     Args:
         param: The key of the request that is at fault.
         retry_after_s: After which the same request may succeed.
+
+    Attributes:
+        is_counted: Whether observers of the service have seen it already.
     """
+
+    is_counted = False
 
     def __init__(
         self,
@@ -69,6 +83,14 @@ class ApiError(HTTPException):
         super().__init__(status, detail=message, headers={**(headers or {}), **wait})
         self.code = code
         self.param = param
+
+    @property
+    def reason(self) -> Reason:
+        """Whose matter it is, as `protocol.Failed` tells it."""
+        if self.code == _NO_ROOM:
+            return "full"
+        reasons = {status: reason for reason, status in _STATUS.items()}
+        return reasons.get(self.status_code, "input")
 
     def to_json(self) -> dict[str, Any]:
         """Return the body, which is also what a stream sends that fails."""

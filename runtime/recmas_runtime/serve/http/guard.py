@@ -18,7 +18,13 @@ from typing import Final
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from recmas_runtime.serve.http.errors import CLIENT_LEFT, ApiError, internal_error, sentence
+from recmas_runtime.serve.http.errors import (
+    CLIENT_LEFT,
+    ERROR_KEY,
+    ApiError,
+    internal_error,
+    sentence,
+)
 from recmas_runtime.serve.http.settings import HttpSettings, MetricsSource
 
 LOG: Final = logging.getLogger("recmas.serve.http")
@@ -96,6 +102,7 @@ class Guard:
         try:
             await self._run(scope, receive, response)
         except ApiError as error:
+            scope[ERROR_KEY] = error
             await error.response()(scope, receive, response)
         except _LeftError:
             response.status = CLIENT_LEFT
@@ -103,13 +110,18 @@ class Guard:
             LOG.exception("a request failed")
             if response.status:  # a part of the answer is out: only cutting it off says so
                 raise
-            await internal_error().response()(scope, receive, response)
+            scope[ERROR_KEY] = failed = internal_error()
+            await failed.response()(scope, receive, response)
         finally:
             self._num_running -= 1
             if self._metrics is not None:
                 seconds = time.perf_counter() - start
                 path = getattr(scope.get("route"), "path", "other")
-                self._metrics.on_response(path, response.status or CLIENT_LEFT, seconds)
+                status = response.status or CLIENT_LEFT
+                self._metrics.on_response(path, status, seconds)
+                told: ApiError | None = scope.get(ERROR_KEY)
+                if told is not None and not told.is_counted and status != CLIENT_LEFT:
+                    self._metrics.on_refusal(told.reason, told.code)
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         _check_size(scope)

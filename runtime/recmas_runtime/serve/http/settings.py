@@ -31,6 +31,9 @@ class MetricsSource(Protocol):
     def render(self) -> bytes:
         """Return the page."""
 
+    def on_refusal(self, reason: str, code: str) -> None:
+        """An error was told that no observer of the service has seen."""
+
     def on_response(self, route: str, status: int, seconds: float) -> None:
         """Receive the end of an HTTP response.
 

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from recmas_runtime.serve.http.answers import Events, client_left
-from recmas_runtime.serve.http.errors import ApiError, internal_error
+from recmas_runtime.serve.http.errors import ERROR_KEY, ApiError, internal_error
 from recmas_runtime.serve.http.guard import LOG
 from recmas_runtime.serve.http.settings import HttpSettings
 from recmas_runtime.serve.protocol import Done, Piece, Step
@@ -111,6 +111,7 @@ class EventStream(Response):
         self._source = source
         self._chunks = chunks
         self._settings = settings
+        self._failed: ApiError | None = None
 
     @classmethod
     async def open(cls, events: Events, chunks: Chunks, settings: HttpSettings) -> EventStream:
@@ -140,6 +141,7 @@ class EventStream(Response):
             for task in (pump, left):
                 task.cancel()
             await asyncio.gather(pump, left, return_exceptions=True)
+            scope[ERROR_KEY] = self._failed
             await self._source.close()
 
     async def _pump(self, send: Send) -> None:
@@ -164,10 +166,12 @@ class EventStream(Response):
                 async for part in parts:
                     yield part
         except ApiError as error:
+            self._failed = error
             yield self._chunks.fail(error)
         except Exception:
             LOG.exception("a stream failed")
-            yield self._chunks.fail(internal_error())
+            self._failed = internal_error()
+            yield self._chunks.fail(self._failed)
 
     async def _events_as_parts(self) -> AsyncGenerator[bytes, None]:
         clock = _Clock(self._settings.chunk_s)

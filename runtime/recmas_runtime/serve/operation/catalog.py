@@ -134,7 +134,8 @@ class WatchedFolder:
         Args:
             at_once: Also what was not there at the last look.
         """
-        if not self._service.is_ready:
+        service = self._service
+        if not service.is_ready and (service.models or not service.lost):
             return
         try:
             found = await asyncio.to_thread(_states, self._folder)
@@ -148,8 +149,7 @@ class WatchedFolder:
                 await self._remove(name)
         for name, state in sorted(found.items()):
             is_quiet = at_once or before.get(name) == state
-            is_lost = name in self._loaded and name not in self._service.models
-            if is_quiet and (is_lost or self._settled.get(name) != state):
+            if is_quiet and self._settled.get(name) != state:
                 await self._add(name, state)
 
     async def _add(self, name: str, state: str) -> None:
@@ -164,7 +164,6 @@ class WatchedFolder:
                 self._deaths[state] = deaths = self._deaths.get(state, 0) + 1
                 if deaths < _MOST_DEATHS:
                     return  # the engines are started again
-            self._loaded.discard(name)
             self._log.error("not loaded", model=name, path=path, reason=str(error))
         except RecmasError as error:
             self._log.error("not loaded", model=name, path=path, reason=str(error))
@@ -174,8 +173,6 @@ class WatchedFolder:
 
     async def _remove(self, name: str) -> None:
         self._loaded.discard(name)
-        if name not in self._service.models:  # it was broken when the engines were started again
-            return
         try:
             await self._catalog.remove(name)
         except ServiceError as error:

@@ -6,11 +6,11 @@ Texts of questions and answers are in neither unless somebody wants them there.
 from __future__ import annotations
 
 import time
-from typing import Final
+from typing import Any, Final
 
 from recmas_runtime.serve.log import ServiceLog, cut
 from recmas_runtime.serve.operation.asgi import App, Message, Receive, Scope, Send
-from recmas_runtime.serve.protocol import Ask, Done, Piece, Step
+from recmas_runtime.serve.protocol import Ask, Done, Piece, Read, Step, WasRead
 from recmas_runtime.serve.service import ServiceError
 
 # Asked every few seconds by whoever watches the service; only what is not as it should be is told.
@@ -64,29 +64,29 @@ class AnswerLog:
         self._log = log
         self._with_texts = with_texts
 
-    def begin(self, ask: Ask) -> _Watch:
+    def begin(self, request: Ask | Read) -> _Watch:
         """Note when a request came; see `Observer`."""
-        return _Watch(self._log, ask, with_texts=self._with_texts)
+        return _Watch(self._log, request, with_texts=self._with_texts)
 
 
 class _Watch:
     """The line of one request."""
 
-    def __init__(self, log: ServiceLog, ask: Ask, *, with_texts: bool) -> None:
+    def __init__(self, log: ServiceLog, request: Ask | Read, *, with_texts: bool) -> None:
         self._log = log
-        self._ask = ask
+        self._request = request
         self._with_texts = with_texts
         self._began = time.perf_counter()
-        self._done: Done | None = None
+        self._done: Done | WasRead | None = None
 
-    def event(self, event: Step | Piece | Done) -> None:
-        if isinstance(event, Done):
+    def event(self, event: Step | Piece | Done | WasRead) -> None:
+        if isinstance(event, Done | WasRead):
             self._done = event
 
     def end(self, error: ServiceError | None) -> None:
         ms = round((time.perf_counter() - self._began) * 1e3, 1)
-        texts = {"record": self._ask.record} if self._with_texts else {}
-        model = cut(self._ask.model)
+        model = cut(self._request.model)
+        texts = self._texts() if self._with_texts else {}
         if self._done is None:
             # Why is told without texts: messages may quote values of a record.
             code = error.problems[0].code if error is not None else None
@@ -95,6 +95,9 @@ class _Watch:
             self._log.info(
                 "no answer", model=model, how=how, code=code, reason=reason, ms=ms, **texts
             )
+            return
+        if isinstance(self._done, WasRead):
+            self._log.info("read", model=model, tokens=len(self._done.tokens), ms=ms, **texts)
             return
         answer = self._done.answer
         if self._with_texts:
@@ -110,6 +113,10 @@ class _Watch:
             ms=ms,
             **texts,
         )
+
+    def _texts(self) -> dict[str, Any]:
+        request = self._request
+        return {"record": request.record} if isinstance(request, Ask) else {"text": request.text}
 
     def _shows(self, error: ServiceError) -> bool:
         return self._with_texts or error.reason != "input"

@@ -134,6 +134,9 @@ async def serve_until(
 ) -> bool:
     """Answer requests until somebody wants an end, then let those that run end within the grace.
 
+    Until they have, others are refused by the application and not by the system: probes and
+    clients are told that this ends.
+
     Returns:
         Whether nobody wanted it to end at once.
 
@@ -160,8 +163,8 @@ async def serve_until(
         requests=service.num_open,
         grace_s=grace_s,
     )
-    server.should_exit = True
     await _close(stop, service, grace_s)
+    server.should_exit = True
     try:
         await asyncio.wait_for(running, _LAST_WORDS_S)
     except TimeoutError:

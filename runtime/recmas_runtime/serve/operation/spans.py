@@ -16,7 +16,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_
 
 from recmas_runtime.core.errors import fail, missing_package
 from recmas_runtime.serve.operation.asgi import App, Receive, Scope, Send
-from recmas_runtime.serve.protocol import Ask, Done, Piece, Step
+from recmas_runtime.serve.protocol import Ask, Done, Piece, Read, Step, WasRead
 from recmas_runtime.serve.service import ServiceError
 
 _PROVIDER: Final = "recmas"
@@ -57,23 +57,23 @@ class Spans:
     def __init__(self, provider: TracerProvider) -> None:
         self._tracer = provider.get_tracer("recmas")
 
-    def begin(self, ask: Ask) -> _Watch:
+    def begin(self, request: Ask | Read) -> _Watch:
         """Begin the span of a request; see `Observer`."""
-        return _Watch(self._tracer, ask)
+        return _Watch(self._tracer, request)
 
 
 class _Watch:
     """The spans of one request."""
 
-    def __init__(self, tracer: Tracer, ask: Ask) -> None:
+    def __init__(self, tracer: Tracer, request: Ask | Read) -> None:
         self._tracer = tracer
-        self._span = tracer.start_span(
-            f"chat {ask.model}", kind=SpanKind.INTERNAL, attributes=_request_attributes(ask)
-        )
+        attributes = _request_attributes(request)
+        name = f"{attributes['gen_ai.operation.name']} {request.model}"
+        self._span = tracer.start_span(name, kind=SpanKind.INTERNAL, attributes=attributes)
         self._within = set_span_in_context(self._span)
         self._agents: dict[tuple[str, int], Span] = {}  # those that run
 
-    def event(self, event: Step | Piece | Done) -> None:
+    def event(self, event: Step | Piece | Done | WasRead) -> None:
         if isinstance(event, Done):
             self._end_agents()
             self._span.set_attributes(_answer_attributes(event))
@@ -109,12 +109,13 @@ class _Watch:
             self._agents.pop(key).end()
 
 
-def _request_attributes(ask: Ask) -> dict[str, Any]:
+def _request_attributes(request: Ask | Read) -> dict[str, Any]:
+    sampling = request.sampling if isinstance(request, Ask) else {}
     return {
-        "gen_ai.operation.name": "chat",
+        "gen_ai.operation.name": "chat" if isinstance(request, Ask) else "text_completion",
         "gen_ai.provider.name": _PROVIDER,
-        "gen_ai.request.model": ask.model,
-        **{name: ask.sampling[key] for key, name in _SAMPLING.items() if key in ask.sampling},
+        "gen_ai.request.model": request.model,
+        **{name: sampling[key] for key, name in _SAMPLING.items() if key in sampling},
     }
 
 
