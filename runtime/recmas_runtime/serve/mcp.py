@@ -277,8 +277,8 @@ class _Outgoing(Protocol):
 
 def _unreadable(error: Exception) -> types.ErrorData | None:
     """Return what a client is told of a line that is no message; None for a blank one."""
-    first = error.errors()[0] if isinstance(error, ValidationError) else {}
-    if first.get("type") != "json_invalid":
+    first = error.errors()[0] if isinstance(error, ValidationError) else None
+    if first is None or first["type"] != "json_invalid":
         message = "a line that is no message of JSON-RPC 2.0"
         return types.ErrorData(code=types.INVALID_REQUEST, message=message)
     if not str(first["input"]).strip():
