@@ -276,7 +276,7 @@ class _Outgoing(Protocol):
 
 
 def _unreadable(error: Exception) -> types.ErrorData | None:
-    """Return what a client is told of a line that is no message; None for a blank one."""
+    """Return the error for a line that is no message; None for a blank one."""
     first = error.errors()[0] if isinstance(error, ValidationError) else None
     if first is None or first["type"] != "json_invalid":
         message = "a line that is no message of JSON-RPC 2.0"
