@@ -320,7 +320,7 @@ def test_an_input_is_never_written_over(hand_bundle: Path, tmp_path: Path, kind:
 
 
 @pytest.mark.parametrize("option", ["--output", "--trace"])
-@pytest.mark.parametrize("place", ["plan.json", "backbones", "new", "by a link"])
+@pytest.mark.parametrize("place", ["plan.json", "backbones", "new", "by a link", "a link out"])
 def test_nothing_is_written_into_the_bundle(
     hand_bundle: Path,
     tmp_path: Path,
@@ -334,6 +334,8 @@ def test_nothing_is_written_into_the_bundle(
     if place == "by a link":
         target = tmp_path / "link"
         target.symlink_to(bundle / "manifest.json")
+    elif place == "a link out":  # beside which other files would be written
+        target.symlink_to(tmp_path / "out")
     before = {path: path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
     questions = write_questions(tmp_path / "questions.jsonl", "1")
     arguments = ["run", str(bundle), "--input", str(questions), option, str(target), "--force"]

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def of_lines(folder: Path) -> list[dict[str, Any]]:
 
 def test_it_holds_what_the_trace_holds(traced: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = report(traced)
-    assert re.fullmatch(r".*report\.html: 2 records, 0\.\d MiB\n", capsys.readouterr().out)
+    assert re.fullmatch(r".*report\.html: 2 records, \d\d\.\d kB\n", capsys.readouterr().out)
     for number, line in enumerate(of_lines(traced / "trace"), 1):
         told = page.data(f"trace-{number}")
         assert told["thoughts"] == line["thoughts"]
@@ -102,6 +103,61 @@ def test_answers_stand_beside_the_trace(traced: Path) -> None:
         ("4", "e", ""),
         ("55", "f", ""),
     ]
+
+
+def test_answers_of_the_same_run_are_not_warned_of(
+    hand_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of systems that write to each other, of batches, and of a run that was resumed."""
+    questions, trace, answers = tmp_path / "q.jsonl", tmp_path / "trace", tmp_path / "a.jsonl"
+    questions.write_text(lines(*({"question": "4" * n} for n in (1, 9, 3, 5, 2))))
+    command = ["run", str(hand_bundle), "--input", str(questions), "--quiet"]
+    for baseline in ("recursive", "text", "single"):
+        chosen = [] if baseline == "recursive" else ["--baseline", baseline]
+        files = ["--output", str(answers), "--trace", str(trace), "--force"]
+        assert main([*command, *files, *chosen, "--batch", "3"]) == 0
+        out = tmp_path / f"{baseline}.html"
+        told = ["--answers", str(answers), "--json"]
+        capsys.readouterr()
+        assert main(["report", str(trace), "-o", str(out), *told]) == 0
+        assert json.loads(capsys.readouterr().out)["problems"] == [], baseline
+
+
+def test_answers_of_another_run_are_told(
+    traced: Path, hand_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers of lines are ids of every run; what the answers took tells runs apart."""
+    trace, answers = traced / "trace", traced / "a.jsonl"
+    first, second = (json.loads(line) for line in answers.read_text().splitlines())
+
+    def warned(*told: dict[str, Any]) -> tuple[list[str], list[str]]:
+        answers.write_text(lines(*told))
+        capsys.readouterr()
+        page = report(traced, "--answers", str(answers))
+        notes = [entry["note"].partition("; ")[2] for entry in page.data("index")]
+        return capsys.readouterr().err.splitlines(), notes
+
+    assert warned(first, second) == ([], ["", ""])
+    hint = "Name the file that the run with this --trace has written."
+    said = f"{answers}: warning[RM552]: "
+    (missing,), _ = warned(second)
+    assert missing == f"{said}1 record of the trace without an answer here: first record 17. {hint}"
+    usage = {**first["usage"], "prompt_tokens": first["usage"]["prompt_tokens"] + 1}
+    wanted = sum(step["prefilled_tokens"] for step in of_lines(trace)[0]["steps"])
+    other = f"prompt tokens: {wanted + 1} here, {wanted} there"
+    assert warned({**first, "usage": usage}, second) == (
+        [f"{said}1 answer of another run than the trace: first record 17, {other}. {hint}"],
+        [f"the answer is of another run ({other})", ""],
+    )
+    (together,), _ = warned({**first, "batch_size": 7}, second)
+    assert "first record 17, records that ran together: 7 here, 1 there" in together
+    # The same questions of the same system, asked again: nothing but the times differs.
+    again = traced / "again.jsonl"
+    questions = ["--input", str(traced / "q.jsonl"), "--output", str(again), "--quiet"]
+    assert main(["run", str(hand_bundle), *questions]) == 0
+    told = [json.loads(line) for line in again.read_text().splitlines()]
+    (timed,), _ = warned(*told)
+    assert re.search(r"2 answers of another run .*: first record 17, time of \w+: ", timed)
 
 
 def test_fields_are_named(traced: Path) -> None:
@@ -175,6 +231,76 @@ def test_texts_that_agents_wrote(hand_bundle: Path, tmp_path: Path) -> None:
     told = report(tmp_path).data("trace-1")
     assert told["thoughts"] == told["messages"] == []
     assert [step["texts"] for step in told["steps"] if step["op"] == "write"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "trace/trace.jsonl"], "the trace (trace.jsonl) and --output are the same file"),
+        (["-o", "link.jsonl"], "the trace (trace.jsonl) and --output are the same file"),
+        (["-o", "hard.jsonl"], "the trace (trace.jsonl) and --output are the same file"),
+        (["-o", "trace/000001.npz"], "--output trace/000001.npz is a file of a trace"),
+        (["-o", "other/trace.jsonl"], "--output other/trace.jsonl is a file of a trace"),
+        (["-o", "a.jsonl", "--answers", "a.jsonl"], "--answers and --output are the same file"),
+        (
+            ["-o", "a.jsonl.run.json", "--answers", "a.jsonl"],
+            "--answers' identity and --output are the same file",
+        ),
+        (
+            ["-o", "r.html", "--answers", "trace/trace.jsonl"],
+            "the trace (trace.jsonl) and --answers are the same file",
+        ),
+        (["-o", "bundle/plan.json"], "bundle/plan.json is inside the bundle"),
+        (["-o", "bundle/none/../new.html"], "bundle/new.html is inside the bundle"),
+        (["-o", "into.html"], "bundle/manifest.json is inside the bundle"),
+        (["-o", "bundle/out.html"], "bundle/out.html is inside the bundle"),
+        (["-o", "-", "--json"], "--json has standard output already"),
+    ],
+)
+def test_nothing_is_written_over_that_is_read(
+    arguments: list[str],
+    message: str,
+    traced: Path,
+    hand_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor files of traces and bundles, whatever --force says and whatever links lead there."""
+    monkeypatch.chdir(traced)
+    shutil.copytree(hand_bundle, "bundle")
+    shutil.copytree("trace", "other")
+    Path("link.jsonl").symlink_to("trace/trace.jsonl")
+    Path("hard.jsonl").hardlink_to("trace/trace.jsonl")
+    Path("into.html").symlink_to("bundle/manifest.json")
+    Path("bundle/out.html").symlink_to("../r.html")
+    Path("bundle/none").mkdir()
+    files = {path: path.read_bytes() for path in traced.rglob("*") if path.is_file()}
+    assert main(["report", "trace", *arguments, "--force"]) == 2
+    told = capsys.readouterr()
+    assert message in told.err + told.out
+    assert "RM506" in told.err + told.out
+    assert {path: path.read_bytes() for path in traced.rglob("*") if path.is_file()} == files
+
+
+def test_a_report_on_standard_output(
+    traced: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(traced)
+    report(traced)
+    written = Path("report.html").read_text()
+    capsys.readouterr()
+    assert main(["report", "trace", "-o", "-"]) == 0
+    told = capsys.readouterr()
+    assert told.out == written
+    assert re.fullmatch(r"<stdout>: 2 records, \d\d\.\d kB\n", told.err)
+    assert not Path("-").exists()
+
+
+def test_hints_ask_for_no_more_than_a_report_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "r")]) == 1
+    assert "Name a folder that `recmas run --trace DIR` has written." in capsys.readouterr().err
 
 
 def test_a_file_is_kept(traced: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -232,6 +232,45 @@ def test_nothing_but_messages_is_on_standard_output(hand_bundle: Path) -> None:
         assert server.wait(timeout=30) == 0
 
 
+def test_lines_that_are_no_messages_are_told(hand_bundle: Path) -> None:
+    """And answered, whatever came first; blank ones are no messages that anybody meant."""
+    initialized = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+    with subprocess.Popen(
+        [*COMMAND, str(hand_bundle), "--threads", "1"],
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+
+        def told(*sent: str) -> Any:
+            server.stdin.write("".join(f"{line}\n" for line in sent))  # type: ignore[union-attr]
+            server.stdin.flush()  # type: ignore[union-attr]
+            return json.loads(server.stdout.readline())  # type: ignore[union-attr]
+
+        for line, code in (
+            ("hello\x1b[31m", -32700),
+            ('{"jsonrpc": "2.0", ', -32700),
+            ("[]", -32600),
+            ('{"jsonrpc": "1.0", "id": 7, "method": "ping"}', -32600),
+        ):
+            error = told("", line)
+            assert (error["id"], error["error"]["code"]) == (None, code)
+        assert told(json.dumps(HELLO))["id"] == 1
+        answer = told(json.dumps(initialized), json.dumps(CALL))
+        assert answer["result"]["structuredContent"]["answer"] == "h"
+        assert told("no")["error"]["code"] == -32700
+        _, error_text = server.communicate(timeout=30)
+        assert server.returncode == 0
+    lines = error_text.splitlines()
+    assert len(lines) == 5
+    assert lines[0].startswith("<stdin>: a line that is no JSON: Invalid JSON: expected")
+    assert lines[2] == "<stdin>: a line that is no message of JSON-RPC 2.0"
+
+
 def test_a_signal_ends_it_while_its_client_is_silent(hand_bundle: Path) -> None:
     with subprocess.Popen(
         [*COMMAND, str(hand_bundle), "--threads", "1"],

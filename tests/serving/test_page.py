@@ -27,7 +27,7 @@ from recmas_runtime.cli.main import main
 from recmas_runtime.running.run_trace import RECORDS_NAME
 from recmas_runtime.serve.http.settings import HttpSettings
 from recmas_runtime.serve.page.routes import page_routes
-from recmas_runtime.serve.protocol import AgentInfo
+from recmas_runtime.serve.protocol import AgentInfo, LinkInfo
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -388,7 +388,88 @@ def test_a_failure_within_an_answer(page: Page) -> None:
     assert page.text("#error p") == "the engine broke. Do something else."
     assert page.text("#answer") == "So far"
     assert page.text("#progress").endswith("failed")
+    assert page.text("#status") == "There is no whole answer."
     assert not page.all("#graph .running")
+
+
+def test_a_blank_question_is_not_sent(page: Page, address: str) -> None:
+    page.open(address)
+    page.ask("  ")
+    field = page.one("#field-question")
+    words = "Write something here: there are only spaces."
+    assert field.get_attribute("validationMessage") == words
+    assert page.focused() == "field-question"
+    assert (page.text("#status"), page.text("#error")) == ("", "")
+    page.ask("4")
+    page.wait_for_answer()
+    # What was written is kept for another system, and looked at there too.
+    page.one("#field-question").clear()
+    page.one("#field-question").send_keys(" ")
+    page.choose("endless")
+    page.wait(lambda: page.one("#model").get_attribute("value") == "endless")
+    page.one("#send").click()
+    assert page.one("#field-question").get_attribute("validationMessage") == words
+
+
+@pytest.mark.parametrize(
+    ("latent_steps", "carries", "is_offered"),
+    [(2, "thoughts", True), (0, "written", True), (0, "text", False), (0, "cache", False)],
+)
+def test_thoughts_are_offered_where_vectors_are_read(
+    page: Page, latent_steps: int, carries: str, is_offered: bool
+) -> None:
+    agents = tuple(
+        AgentInfo(name=name, backbone="one", latent_steps=latent_steps) for name in ("a", "b")
+    )
+    link = LinkInfo(source="a", target="b", carries=carries, feedback=False)
+    model = structs.replace(MODEL, agents=agents, links=(link,), answer_agent="b")
+
+    async def start() -> ScriptedEngines:
+        engines = ScriptedEngines((failed("failed", "RM507", "the engine broke"),))
+        engines.models = {model.name: model}
+        return engines
+
+    with serving(start, page=page_routes()) as server:
+        page.open(f"{server.url}/")
+        page.wait(page.is_ready)
+        page.one("#settings summary").click()
+        assert page.one("#max-tokens").is_displayed()
+        assert page.one("#thoughts").is_displayed() == is_offered
+        body = page.driver.execute_script("return requestBody().recmas")
+    assert body["thoughts"] == (5 if is_offered else 0)
+
+
+def test_the_head_ends_where_the_content_ends(page: Page, address: str, report: Path) -> None:
+    edges = """
+const [a, b, c, d] = [...arguments].map((name) => document.querySelector(name));
+const [left, right] = ["left", "right"].map((side) => (e) => e.getBoundingClientRect()[side]);
+return [left(a) - left(b), right(c) - right(d)];
+"""
+    for size in ((1800, 900), DESK, PHONE):
+        page.open(address, size)
+        page.wait(page.is_ready)
+        sides = ("h1", "#ask", "#model", "#graph")
+        assert page.driver.execute_script(edges, *sides) == pytest.approx([0, 0], abs=0.6), size
+        page.open(report.as_uri(), size)
+        sides = ("h1", "#search", ".top h1", ".top h1")
+        assert page.driver.execute_script(edges, *sides) == pytest.approx([0, 0], abs=0.6), size
+
+
+def test_a_trace_says_why_it_has_no_thoughts(page: Page, hand_bundle: Path, tmp_path: Path) -> None:
+    for baseline, words in (
+        ("single", "No agent thinks here: this trace has no thoughts."),
+        (None, "This trace has no thoughts in words: none were asked for."),
+    ):
+        folder, out = tmp_path / f"{baseline}", tmp_path / f"{baseline}.html"
+        chosen = [] if baseline is None else ["--baseline", baseline]
+        run = ["run", str(hand_bundle), "4", "--trace", str(folder), "--quiet", *chosen]
+        assert main(run) == 0
+        told = [json.loads(line) for line in (folder / RECORDS_NAME).read_text().splitlines()]
+        (folder / RECORDS_NAME).write_text(lines(*({**told[0], "id": n} for n in range(1200))))
+        assert main(["report", str(folder), "-o", str(out)]) == 0
+        page.open(out.as_uri())
+        assert page.text("#record .trace > .note") == words
+        assert page.text("#found") == "1,200 of 1,200 records"
 
 
 def test_the_key_is_asked_for(page: Page, systems: dict[str, Path]) -> None:

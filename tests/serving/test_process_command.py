@@ -202,6 +202,23 @@ def test_a_second_signal_stops_at_once(hand_bundle: Path, tmp_path: Path) -> Non
         assert not Path(f"/proc/{worker}").exists()
 
 
+def test_an_interrupt_counts_where_a_shell_ignores_it(hand_bundle: Path, tmp_path: Path) -> None:
+    """As for what a script starts with `&`; a hang-up stays ignored, as `nohup` wants it."""
+    ignored = (signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}
+    try:
+        with serving(hand_bundle, folder=tmp_path) as server:
+            server.signal(signal.SIGHUP)
+            assert server.ask("7") == (200, "h")
+            assert not any("no new requests" in line["event"] for line in server.log)
+            server.signal(signal.SIGINT)
+            assert server.wait() == 0
+            assert server.events("stopped")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_the_worker_dies_with_its_front_end(hand_bundle: Path, tmp_path: Path) -> None:
     with serving(hand_bundle, folder=tmp_path) as server:
         worker = server.worker_pid()

@@ -390,7 +390,12 @@ def _parser(*, serves: bool) -> argparse.ArgumentParser:
     )
     report.add_argument("trace", type=Path, metavar="TRACE", help="folder of the trace")
     report.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", required=True, help="the file to write"
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        required=True,
+        help="the file to write; - is stdout",
     )
     report.add_argument(
         "--answers",
@@ -538,9 +543,14 @@ def _write_report(options: argparse.Namespace, outcome: Outcome) -> None:
         answers=options.answers,
         record=options.record,
         force=options.force,
+        problems=outcome.problems,
+        as_json=options.json,
     )
     outcome.data |= written.to_json()
-    outcome.text = written.text
+    if written.file == "-":
+        note(written.text)
+    else:
+        outcome.text = written.text
 
 
 def _doctor(options: argparse.Namespace, outcome: Outcome) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import stat
 import sys
 import time
 from collections import deque
@@ -17,6 +15,7 @@ from typing import Any, Final
 from msgspec import structs
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail, missing_package
+from recmas_runtime.core.files import refuse_one_file
 from recmas_runtime.core.printing import note, write_out
 from recmas_runtime.core.progress import LineProgress, Silent
 from recmas_runtime.core.text import counted, time_left
@@ -390,37 +389,18 @@ def _check_usage(options: argparse.Namespace, fields: Mapping[str, object] | Non
             raise fail("RM506", message, hint=_HELP)
     keep_out(options.bundle, {"--output": target if to_file else None, "--trace": options.trace})
     # Where a run reads and where it writes, none of which may be one file.
-    places: dict[str, str | int | None] = {"--input": source, "--output": target}
-    if not single and target is None and not options.json:
-        places["--output"] = STANDARD_STREAM
+    # Standard input and output are told by their descriptors.
+    is_told = target is not None or single or options.json
+    to_stdout = target == STANDARD_STREAM or not is_told
+    places: dict[str, str | int | None] = {
+        "--input": 0 if source == STANDARD_STREAM else source,
+        "--output": 1 if to_stdout else target,
+    }
     if to_file:
         places["--output's identity"] = f"{target}{IDENTITY_SUFFIX}"
     if options.trace is not None:
         places[f"--trace ({RECORDS_NAME})"] = str(options.trace / RECORDS_NAME)
-    seen: dict[tuple[int, int] | str, str] = {}
-    for number, (option, place) in enumerate(places.items()):
-        if place is None:
-            continue
-        # Standard input and output come first and second, which are their descriptors.
-        key = _identity(number if place == STANDARD_STREAM else str(place))
-        if key is not None and key in seen:
-            raise fail("RM506", f"{seen[key]} and {option} are the same file", hint=_HELP)
-        if key is not None:
-            seen[key] = option
-
-
-def _identity(place: str | int) -> tuple[int, int] | str | None:
-    """Return what tells a regular file, by path or descriptor, from others; None for other things.
-
-    A file that is not there yet is told by its path.
-    """
-    try:
-        found = os.fstat(place) if isinstance(place, int) else Path(place).stat()
-    except OSError:
-        return os.path.realpath(place) if isinstance(place, str) else None
-    except ValueError:  # NUL in a name
-        return None
-    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
+    refuse_one_file(places, hint=_HELP)
 
 
 def _sampling_overrides(options: argparse.Namespace) -> dict[str, Any]:

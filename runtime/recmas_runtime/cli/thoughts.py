@@ -156,7 +156,7 @@ def checked(cls: type[T], data: object, folder: Path, number: int) -> T:
 
 
 def _unreadable(message: str, path: Path, line: int | None = None) -> RecmasError:
-    hint = "Name a folder that `recmas run --trace DIR --thoughts 5` has written."
+    hint = "Name a folder that `recmas run --trace DIR` has written."
     return fail("RM502", message, file=str(path), line=line, hint=hint)
 
 

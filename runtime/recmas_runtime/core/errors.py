@@ -122,6 +122,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM547": (Exit.RUN_FAILED, "an answer that takes longer than the service allows"),
     "RM550": (Exit.OK, "warning: TensorRT engines of a bundle that are not used"),
     "RM551": (Exit.OK, "warning: a service with memory for fewer requests than were planned for"),
+    "RM552": (Exit.OK, "warning: a report whose trace and answers are not those of one run"),
     # RM6xx: evaluation
     "RM600": (Exit.USAGE, "a protocol that is not there or malformed"),
     "RM601": (Exit.RUN_FAILED, "data that does not fit the protocol"),

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
@@ -299,3 +299,35 @@ def _lock(folder: Path) -> Iterator[bool]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_ours = True
         yield is_ours
+
+
+def refuse_one_file(places: Mapping[str, str | int | None], *, hint: str) -> None:
+    """Refuse a file that is named twice: what is written would destroy what is read.
+
+    Args:
+        places: Paths or descriptors by the options that name them; None for those not given.
+
+    Raises:
+        RecmasError: RM506.
+    """
+    seen: dict[tuple[int, int] | str, str] = {}
+    for option, place in places.items():
+        key = None if place is None else _identity(place)
+        if key is not None and key in seen:
+            raise fail("RM506", f"{seen[key]} and {option} are the same file", hint=hint)
+        if key is not None:
+            seen[key] = option
+
+
+def _identity(place: str | int) -> tuple[int, int] | str | None:
+    """Return what tells a regular file, by path or descriptor, from others; None for other things.
+
+    A file that is not there yet is told by its path.
+    """
+    try:
+        found = os.fstat(place) if isinstance(place, int) else Path(place).stat()
+    except OSError:
+        return os.path.realpath(place) if isinstance(place, str) else None
+    except ValueError:  # NUL in a name
+        return None
+    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None

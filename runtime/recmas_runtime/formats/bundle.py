@@ -148,18 +148,38 @@ def keep_out(root: Path, places: Mapping[str, str | Path | None]) -> None:
         return
     for option, place in places.items():
         # NUL in a name is refused where the file is opened.
-        if place is None or "\0" in str(place) or _leads_out(root, Path(place)):
+        if place is None or "\0" in str(place):
             continue
-        raise fail(
-            "RM506",
-            f"{option} {place} is inside the bundle {root}",
-            hint="Name a place outside of it: a bundle holds what its build wrote, nothing else.",
-        )
+        if any(end.is_relative_to(os.path.realpath(root)) for end in _ends(Path(place))):
+            raise fail(
+                "RM506",
+                f"{option} {place} is inside the bundle {root}",
+                hint="Name a place outside of it: a bundle holds what its build wrote, no more.",
+            )
+
+
+def keep_out_of_any(option: str, place: Path) -> None:
+    """Refuse to write into whatever bundle a place lies in, also where the file there is a link.
+
+    Raises:
+        RecmasError: RM506.
+    """
+    if "\0" in str(place):  # refused where the file is opened
+        return
+    for whole in _ends(place):
+        for folder in whole.parents:
+            if os.path.isfile(folder / PLAN_NAME):  # noqa: PTH113 - any name
+                keep_out(folder, {option: whole})
 
 
 def _leads_out(root: Path, path: Path) -> bool:
     # realpath, because Path.resolve does not take links in a circle
     return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
+def _ends(path: Path) -> tuple[Path, Path]:
+    """Return where a path leads, and where its name lies: files are written beside, or replace."""
+    return Path(os.path.realpath(path)), Path(os.path.realpath(path.parent), path.name)
 
 
 def _cache_files(root: Path) -> Path | None:

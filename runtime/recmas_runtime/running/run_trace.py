@@ -33,6 +33,11 @@ def messages_name(record: Record) -> str:
     return f"{record.index + 1:06d}.npz"
 
 
+def is_trace_file(name: str) -> bool:
+    """Tell whether a trace's folder has such a file of its own: its lines, or messages."""
+    return name == RECORDS_NAME or _MESSAGES.fullmatch(name) is not None
+
+
 # Of `StepEvent`, per record.
 _COUNTS: Final = ("prefilled_tokens", "reused_tokens", "written_tokens", "cut_texts")
 # The same, of steps that hand over rows.

@@ -7,18 +7,22 @@ import os
 import re
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
-from typing import Any, Final, TextIO
+from typing import Any, Final, Protocol, TextIO
 
 import anyio
 import mcp_types as types
 import uvicorn
+from anyio.streams.memory import MemoryObjectSendStream
 from mcp.server import Server, ServerRequestContext
 from mcp.server.stdio import stdio_server
 from mcp.server.transport_security import TransportSecuritySettings
 from mcp.shared.exceptions import MCPError
+from mcp.shared.message import SessionMessage
+from pydantic import ValidationError
 
+from recmas_runtime.core.printing import note
 from recmas_runtime.core.text import counted, listed
 from recmas_runtime.formats.plan import field_place
 from recmas_runtime.serve.protocol import Ask, Done, ModelInfo, Piece, Step
@@ -234,8 +238,54 @@ def protocol_output() -> Iterator[TextIO]:
 
 async def serve_stdio(server: Server[Any], output: TextIO) -> None:
     """Serve one client over standard input and an output, until it closes them."""
-    async with stdio_server(stdout=anyio.wrap_file(output)) as (incoming, outgoing):
-        await server.run(incoming, outgoing, server.create_initialization_options())
+    async with (
+        stdio_server(stdout=anyio.wrap_file(output)) as (incoming, outgoing),
+        anyio.create_task_group() as tasks,
+    ):
+        to_server, messages = anyio.create_memory_object_stream[SessionMessage | Exception]()
+        tasks.start_soon(_pass_on, incoming, to_server, outgoing)
+        await server.run(messages, outgoing, server.create_initialization_options())
+        tasks.cancel_scope.cancel()
+
+
+async def _pass_on(
+    incoming: AsyncIterable[SessionMessage | Exception],
+    to_server: MemoryObjectSendStream[SessionMessage | Exception],
+    outgoing: _Outgoing,
+) -> None:
+    """Pass a client's messages on; say of lines that are none what is wrong with them.
+
+    The package leaves them without a word.
+    """
+    with suppress(anyio.ClosedResourceError, anyio.BrokenResourceError):  # the other side ended
+        async with to_server:
+            async for item in incoming:
+                if isinstance(item, SessionMessage):
+                    await to_server.send(item)
+                elif (error := _unreadable(item)) is not None:
+                    note(f"<stdin>: {error.message}")
+                    told = types.JSONRPCError(jsonrpc="2.0", id=None, error=error)
+                    await outgoing.send(SessionMessage(told))
+
+
+class _Outgoing(Protocol):
+    """Takes messages to a client."""
+
+    async def send(self, item: SessionMessage, /) -> None:
+        """Send one."""
+
+
+def _unreadable(error: Exception) -> types.ErrorData | None:
+    """Return the error for a line that is no message; None for a blank one."""
+    first = error.errors()[0] if isinstance(error, ValidationError) else None
+    if first is None or first["type"] != "json_invalid":
+        message = "a line that is no message of JSON-RPC 2.0"
+        return types.ErrorData(code=types.INVALID_REQUEST, message=message)
+    if not str(first["input"]).strip():
+        return None
+    return types.ErrorData(
+        code=types.PARSE_ERROR, message=f"a line that is no JSON: {first['msg']}"
+    )
 
 
 async def serve_http(server: Server[Any], listener: socket.socket) -> None:

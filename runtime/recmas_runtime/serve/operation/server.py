@@ -98,10 +98,18 @@ class Stop:
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Take signals within the block, in the running event loop; ignored ones stay ignored."""
+        """Take signals within the block, in the running event loop.
+
+        SIGHUP stays ignored where it is (`nohup`). SIGINT does not: shells without job control
+        ignore it for whatever they start with `&`.
+        """
         loop = asyncio.get_running_loop()
         before = {number: signal.getsignal(number) for number in SIGNALS}
-        mine = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]
+        mine = [
+            number
+            for number in SIGNALS
+            if number == signal.SIGINT or before[number] is not signal.SIG_IGN
+        ]
         for number in mine:
             loop.add_signal_handler(number, self.note, signal.Signals(number).name)
         try:

@@ -39,6 +39,16 @@ function duration(ms) {
   return `${ms >= 10 ? Math.round(ms) : ms.toFixed(1)} ms`;
 }
 
+/** Return a size with about three digits and a decimal unit. */
+function byteSize(number) {
+  const units = ["B", "kB", "MB", "GB"];
+  let place = 0;
+  for (; number >= 999.5 && place < units.length - 1; place += 1) {
+    number /= 1000;
+  }
+  return `${place === 0 ? number : short(number)} ${units[place]}`;
+}
+
 /** Return a number with about as many digits as one can compare at a glance. */
 function short(number) {
   return Math.abs(number) >= 1000 ? number.toFixed(0) : number.toPrecision(3);

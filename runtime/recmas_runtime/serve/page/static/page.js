@@ -42,6 +42,11 @@ async function choose(name) {
   $("rounds").value = String(system.rounds);
   $("max-tokens").max = String(system.max_new_tokens);
   $("max-tokens").value = String(system.default_max_tokens);
+  // Vectors of messages are read too, thoughts or not.
+  const hasVectors =
+    system.agents.some((agent) => agent.latent_steps > 0) ||
+    system.links.some((link) => !["text", "cache"].includes(link.carries));
+  $("thoughts-setting").hidden = $("thoughts").disabled = !hasVectors;
   $("send").disabled = $("model").disabled = false;
   $("answer").replaceChildren(el("p", { class: "empty" }, "The answer will stand here."));
   $("facts").textContent = "";
@@ -64,6 +69,12 @@ function fieldInputs(system) {
     const input = el("textarea", { id: `field-${name}`, name, rows, required: kind !== "system" });
     input.dataset.kind = kind;
     input.value = $(input.id)?.value ?? ""; // what was written for another system, or without a key
+    const checkBlank = () => {
+      const isBlank = input.required && input.value !== "" && input.value.trim() === "";
+      input.setCustomValidity(isBlank ? "Write something here: there are only spaces." : "");
+    };
+    input.addEventListener("input", checkBlank);
+    checkBlank();
     const words = name.replaceAll("_", " ");
     const label = words.charAt(0).toUpperCase() + words.slice(1);
     return el("div", { class: "field" }, el("label", { for: input.id }, label), input);
@@ -75,7 +86,7 @@ function requestBody() {
   const inputs = [...$("fields").querySelectorAll("textarea")];
   const of = (kind) => inputs.filter((input) => input.dataset.kind === kind);
   const messages = [
-    ...of("system").filter((input) => input.value).map(({ value }) => ({ role: "system", content: value })),
+    ...of("system").filter((input) => input.value.trim()).map(({ value }) => ({ role: "system", content: value })),
     ...of("question").map(({ value }) => ({ role: "user", content: value })),
   ];
   const record = {};
@@ -87,7 +98,7 @@ function requestBody() {
       (record[field] ??= [])[Number(index)] = value;
     }
   }
-  const recmas = { trace: true, thoughts: Number($("thoughts").value) };
+  const recmas = { trace: true, thoughts: $("thoughts").disabled ? 0 : Number($("thoughts").value) };
   if (Object.keys(record).length > 0) {
     // Entries that no prompt shows must still be there.
     const whole = (value) => (Array.isArray(value) ? Array.from(value, (entry) => entry ?? "-") : value);
@@ -147,6 +158,7 @@ async function run() {
       say("Stopped.");
     } else {
       show(error);
+      say("There is no whole answer.");
     }
   } finally {
     clearInterval(ticks);

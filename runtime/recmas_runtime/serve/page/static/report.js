@@ -26,7 +26,7 @@ function search(words) {
     item.hidden = !wanted.every((word) => text.includes(word));
     count += item.hidden ? 0 : 1;
   }
-  found.textContent = `${count} of ${counted(entries.length, "record")}`;
+  found.textContent = `${count.toLocaleString("en")} of ${counted(entries.length, "record")}`;
 }
 
 function open() {

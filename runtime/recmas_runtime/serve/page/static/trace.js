@@ -20,9 +20,10 @@ function traceView(trace) {
   if (trace.thoughts.length > 0) {
     view.append(changes(trace.thoughts), choice(shown));
   } else {
-    view.append(
-      el("p", { class: "note" }, "This trace has no thoughts in words: none were asked for, or no agent thinks.")
-    );
+    const none = trace.steps.some((step) => step.op === "think")
+      ? "This trace has no thoughts in words: none were asked for."
+      : "No agent thinks here: this trace has no thoughts.";
+    view.append(el("p", { class: "note" }, none));
   }
   const isOpen = trace.thoughts.length + trace.messages.length <= OPEN_THOUGHTS;
   for (const [round, agents] of byRound(trace)) {
@@ -261,7 +262,7 @@ function cardParts(name, part, reading) {
   for (const { agents, handed_rows: rows, handed_bytes: bytes } of part.steps) {
     if (rows > 0) {
       const targets = agents.slice(1).flatMap((name, i) => [i ? ", " : "", el("bdi", {}, name)]);
-      const size = bytes ? ` (${short(bytes / 2 ** 20)} MiB)` : "";
+      const size = bytes ? ` (${byteSize(bytes)})` : "";
       parts.push(el("h4", {}, "Sent to ", ...targets, `: ${counted(rows, "cache row")}${size}`));
     }
   }
