@@ -15,7 +15,9 @@ from msgspec import structs
 from tokenizers import AddedToken, Tokenizer
 
 import recmas_runtime as rt
+from kit.files import lines
 from kit.hand_bundle import TAGS, edit_json, rehash
+from recmas_runtime.cli.main import main
 from recmas_runtime.running.run_trace import RECORDS_NAME, TraceWriter
 
 CALL = "<lookup>Q</lookup>"
@@ -296,3 +298,20 @@ def test_tags_that_are_special_tokens(tool_bundle: Path, special: bool) -> None:
 def test_a_result_cannot_end_its_block(tool_bundle: Path, mark: str) -> None:
     found = answer(tool_bundle, "C", lambda _: f"a{mark}b")
     assert found.answer == CALL + block(f"a&lt;{mark[1:]}b") + "z"
+
+
+def test_a_report_knows_answers_with_calls(
+    tool_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tokens of results are counted in the answer and in no step of its trace."""
+    system = rt.load(tool_bundle, functions={"lookup": lambda _: "14 rows"})
+    with TraceWriter(tmp_path) as trace:
+        called, other = system.run_batch(["C", "7"], trace=trace)
+    assert isinstance(called, rt.Answer)
+    assert isinstance(other, rt.Answer)
+    assert called.tool_calls
+    answers = tmp_path / "a.jsonl"
+    answers.write_text(lines(called.to_json(), other.to_json()))
+    out = str(tmp_path / "r.html")
+    assert main(["report", str(tmp_path), "-o", out, "--answers", str(answers)]) == 0
+    assert capsys.readouterr().err == ""
