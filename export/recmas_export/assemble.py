@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from msgspec import structs
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from recmas_export.backbone_graph import (
     TOKENIZER,
     WEIGHTS,
     export_backbone,
+    prompt_decoder,
 )
 from recmas_export.parity import (
     OWN_TEXT,
@@ -201,14 +202,14 @@ class _Stages:
             for name, backbone in self.loaded.items():
                 precision, path = system.backbones[name].precision, self.folder / "backbones" / name
                 masked = self.plan.masked_layers(name, backbone.facts.num_layers)
+                wanted: dict[str, Any] = {
+                    "precision": precision,
+                    "decoders": decoders,
+                    "masked_layers": masked,
+                }
+                prompts = prompt_decoder(backbone, **wanted)
                 with rounded_layers(backbone, precision=precision, progress=self.progress):
-                    export_backbone(
-                        backbone,
-                        path,
-                        precision=precision,
-                        decoders=decoders,
-                        masked_layers=masked,
-                    )
+                    export_backbone(backbone, path, prompts=prompts, **wanted)
                 entry = _entry(backbone, self.folder, f"backbones/{name}", precision)
                 exported[name] = structs.replace(
                     entry, masked_layers=masked, row_positions=self.positions.get(name)
@@ -352,7 +353,9 @@ class _Stages:
         link = self.links[metadata["inner"]]
         inner = load_operands(self.folder / link.file, link)
         engine = BackboneEngine(entry, self.folder)
-        return measure_loss(backbone, engine, inner, passages, text=name)
+        # Where prompts are computed otherwise, what steps lose is what counts.
+        by_position = PRECISIONS[entry.precision].cpu_products == "rows in prompts"
+        return measure_loss(backbone, engine, inner, passages, text=name, by_position=by_position)
 
 
 def _write_links(folder: Path, links: Mapping[str, MaterializedLink]) -> dict[str, LinkEntry]:

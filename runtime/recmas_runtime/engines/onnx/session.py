@@ -30,9 +30,14 @@ PROVIDERS: Final[dict[Device, tuple[str, ...]]] = {
 # Documented options of the CUDA provider. Products in TF32 would keep 10 bits of what float32 says.
 _CUDA_OPTIONS: Final = {"use_tf32": "0"}
 _FATAL_ONLY: Final = 4  # what is raised need not be printed as well, in colours and unfiltered
-# Threads that wait for the next operator turn in a loop. Sessions take turns on the same cores, so
-# those of a run that has ended must not: they would hold a core that the next session needs.
-_ALWAYS: Final = {"session.force_spinning_stop": "1"}
+_ALWAYS: Final = {
+    # Threads that wait for the next operator turn in a loop. Sessions take turns on the same cores,
+    # so those of a run that has ended must not: they would hold a core that the next one needs.
+    "session.force_spinning_stop": "1",
+    # x64 processors without VNNI add products of 8-bit integers in 16 bits, which is too few for
+    # weights that use all 8; with this they take a slower way that is right. No other does.
+    "session.x64quantprecision": "1",
+}
 # What a run's graph id is if it must be neither captured nor replayed.
 NO_GRAPH: Final = -1
 
