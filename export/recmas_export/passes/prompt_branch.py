@@ -89,5 +89,5 @@ def _is(held: ir.Value | None, tensor: ir.TensorProtocol) -> bool:
 
 
 def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
+    kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
     return ir.Value(name=name, type=kind, shape=shape, const_value=tensor)

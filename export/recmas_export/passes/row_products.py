@@ -131,7 +131,7 @@ def smoothing(peaks_K: NDArray[np.float32], weight_KN: NDArray[np.float32]) -> N
     logs_K = _MIGRATED * np.log(inputs_K) - (1 - _MIGRATED) * np.log(weights_K)
     # A channel without weights must not move the others.
     logs_K = np.where(weights_K > tiny, logs_K, np.median(logs_K))
-    return np.exp(logs_K - logs_K.mean()).astype(np.float32)
+    return np.asarray(np.exp(logs_K - logs_K.mean()), np.float32)
 
 
 def quantized_channels(
