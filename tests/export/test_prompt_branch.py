@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kit.engines import Exported, identity_link, make_engine, random_ids, relative
 from kit.models import load_tiny
 from recmas_compiler.backbones.torch_model import TorchBackbone
+from recmas_compiler.bench.engine_worker import weight_bytes, weight_precision
 from recmas_export.backbone_graph import CPU_DECODER, export_backbone, prompt_decoder
 from recmas_runtime.formats.links import stack_operands
 
@@ -71,6 +72,11 @@ def test_what_both_read_is_stored_once(backbone: TorchBackbone, tmp_path: Path) 
     assert not any(branch.initializer for branch in branches.values())
     names = [tensor.name for tensor in graph.initializer]
     assert sum("table" in name for name in names) == 2, "cosines and sines"
+    # What a step reads is what it reads without the other branch.
+    blocks = exported(backbone, tmp_path / "blocks", with_prompts=False).folder / CPU_DECODER
+    both = case.folder / CPU_DECODER
+    assert weight_bytes(both) == pytest.approx(weight_bytes(blocks), rel=1e-3)
+    assert weight_precision(both) == weight_precision(blocks) == "int4"
 
 
 def test_float32_and_int8_have_one_decoder_for_both(backbone: TorchBackbone) -> None:

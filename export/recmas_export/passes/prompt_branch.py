@@ -13,6 +13,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from recmas_runtime.formats.layers import PROMPT_BRANCH
+
 _ONE: Final = "choice.one"
 
 
@@ -31,7 +33,7 @@ def choose_by_length(prompts: ir.Model, steps: ir.Model) -> ir.Model:
     # Those of steps keep their names, by which other graphs of the backbone share them.
     step, prompt = (
         _branch(model.graph, name, inputs, held)
-        for name, model in (("step", steps), ("prompt", prompts))
+        for name, model in (("step", steps), (PROMPT_BRANCH, prompts))
     )
     tape = Tape()
     positions = tape.op("Shape", (inputs["inputs_embeds"],), {"start": 1, "end": 2})
