@@ -29,10 +29,13 @@ from recmas_export.bundle.engine_files import (
     WEIGHTS,
 )
 from recmas_export.export_torch import trace_body, trace_embed, trace_head
+from recmas_export.passes.prompt_branch import choose_by_length
+from recmas_export.passes.row_products import QuantizeRows
 from recmas_export.pipeline import run_passes
+from recmas_export.rounding import input_peaks
 from recmas_export.weights_file import externalize_weights
 from recmas_runtime.core.errors import fail
-from recmas_runtime.formats.precisions import TARGETS, DecoderForm
+from recmas_runtime.formats.precisions import PRECISIONS, TARGETS, DecoderForm
 
 _TABLES: Final = frozenset({EMBED, HEAD})
 _LAST: Final = {DECODER: pipeline.PORTABLE, CPU_DECODER: pipeline.FOR_CPU}
@@ -45,12 +48,14 @@ def export_backbone(
     precision: str = "float32",
     decoders: Sequence[DecoderForm] = TARGETS["onnx"].decoders,
     masked_layers: Sequence[Sequence[int]] = (),
+    prompts: ir.Model | None = None,
 ) -> None:
     """Write a backbone's graphs, weights, tokenizer and chat template into `folder`.
 
     The model is left as it was. Equal weights give equal bytes. Blocks of integers are in the form
     that ONNX Runtime's CPU provider runs fastest; a decoder for the CPU is written besides the
     portable one where it has layers for it. Decoders have a mask for each group of masked layers.
+    What `prompt_decoder` has returned computes prompts on the CPU; it is used up.
 
     Raises:
         RecmasError: RM300 where the model cannot be traced.
@@ -70,16 +75,43 @@ def export_backbone(
             graphs[CPU_DECODER] = for_cpu
     run_passes(pipeline.STANDARD, decoder)
     layers, tables = pipeline.weight_passes(precision, backbone.dtype)
+    if CPU_DECODER in graphs and PRECISIONS[precision].cpu_products == "rows":
+        run_passes((QuantizeRows(input_peaks(backbone)),), graphs[CPU_DECODER])
     for name, graph in graphs.items():
         run_passes(tables if name in _TABLES else layers, graph)
         if name in _LAST:
             run_passes(_LAST[name], graph)
+    if CPU_DECODER in graphs and prompts is not None:
+        run_passes((*layers, *pipeline.FOR_CPU), prompts)
+        graphs[CPU_DECODER] = choose_by_length(prompts, graphs[CPU_DECODER])
     folder.mkdir(parents=True, exist_ok=True)
     externalize_weights(list(graphs.values()), folder / WEIGHTS)
     for name, graph in graphs.items():
         ir.save(graph, folder / name)
     (folder / TOKENIZER).write_text(backbone.tokenizer_json, encoding="utf-8")
     (folder / CHAT_TEMPLATE).write_text(backbone.chat_template, encoding="utf-8")
+
+
+def prompt_decoder(
+    backbone: TorchBackbone,
+    *,
+    precision: str,
+    decoders: Sequence[DecoderForm] = TARGETS["onnx"].decoders,
+    masked_layers: Sequence[Sequence[int]] = (),
+) -> ir.Model | None:
+    """Return the decoder that computes prompts on the CPU where one for steps would be slow.
+
+    It has weights of its own, those that the backbone has now. None where the precision or the
+    backbone has no such decoder.
+    """
+    if PRECISIONS[precision].cpu_products != "rows in prompts" or "cpu" not in decoders:
+        return None
+    decoder = trace_body(backbone.model, backbone.facts, masked_layers)
+    run_passes(pipeline.DECODER, decoder)
+    if not run_passes(pipeline.cpu_decoder(max_positions=backbone.facts.max_positions), decoder):
+        return None
+    has_rows = run_passes((QuantizeRows(input_peaks(backbone)),), decoder)
+    return decoder if has_rows else None
 
 
 def _refuse_unsupported(model: Any, facts: BackboneFacts) -> None:

@@ -22,7 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from recmas_compiler.api import BuildResult
-from recmas_compiler.backbones.facts import ENGINE_ELEMENT_BYTES, angle_tables_bytes, weights_bytes
+from recmas_compiler.backbones.facts import (
+    ENGINE_ELEMENT_BYTES,
+    angle_tables_bytes,
+    row_weights_bytes,
+    weights_bytes,
+)
 from recmas_compiler.backbones.sources import ResolvedSource, resolve_source
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Backbone
@@ -410,5 +415,6 @@ def _estimated_bytes(inputs: _Inputs) -> int:
         num_bytes += weights_bytes(
             backbone.facts, precision=backbone.precision, dtype=backbone.dtype
         )
+        num_bytes += row_weights_bytes(backbone.facts, precision=backbone.precision)
         num_bytes += angle_tables_bytes(backbone.facts)
     return num_bytes + (0 if inputs.corpus is None else corpus_bytes(inputs.corpus))

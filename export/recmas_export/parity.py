@@ -179,22 +179,21 @@ def measure_loss(
     passages: Sequence[NDArray[np.int64]],
     *,
     text: str,
+    by_position: bool = False,
 ) -> LossEntry:
     """Return how much worse an engine predicts the tokens of passages than the reference does.
 
     The inner link is any of the backbone's, without the G axis: it plays no part. `text` is how the
-    manifest names the passages, of which there is at least one.
+    manifest names the passages, of which there is at least one. They run as prompts, or with
+    `by_position` through calls of one position each, as steps do.
     """
-    grouped = stack_operands([inner])
+    run = _in_steps if by_position else _as_prompts
+    states = run(engine, stack_operands([inner]), [engine.embed(ids_T[None]) for ids_T in passages])
     cosines, agreements, expected, found = [], [], [], []
-    for ids_T in passages:
+    for ids_T, found_Td in zip(passages, states, strict=True):
         embeds_1Td = backbone.embed(torch.from_numpy(ids_T)[None])
         hidden_Td = _array(_hidden(backbone, embeds_1Td)[0, :-1])
-        cache, last = engine.new_cache(1, cache_capacity(len(ids_T))), np.array([len(ids_T) - 1])
-        found_1Td, _, _ = engine.forward(
-            cache, engine.embed(ids_T[None]), np.array([0]), last, grouped
-        )
-        other_Td = np.array(found_1Td[0, :-1])
+        other_Td = np.array(found_Td[:-1])
         logits_TV = _array(backbone.logits(torch.from_numpy(hidden_Td)))
         other_TV = engine.logits(np.ascontiguousarray(other_Td))
         cosines.append(_cosines(other_Td, hidden_Td))
@@ -209,6 +208,37 @@ def measure_loss(
         reference_loss=_mean(expected),
         loss=_mean(found),
     )
+
+
+def _as_prompts(
+    engine: BackboneEngine, inner: Operands, passages: Sequence[NDArray[np.float32]]
+) -> list[NDArray[np.float32]]:
+    """Return hidden states [T, d] of embedded passages [1, T, d], each of them one call."""
+    states = []
+    for embeds_1Td in passages:
+        length = embeds_1Td.shape[1]
+        cache, last = engine.new_cache(1, cache_capacity(length)), np.array([length - 1])
+        found_1Td, _, _ = engine.forward(cache, embeds_1Td, np.array([0]), last, inner)
+        states.append(np.array(found_1Td[0]))
+    return states
+
+
+def _in_steps(
+    engine: BackboneEngine, inner: Operands, passages: Sequence[NDArray[np.float32]]
+) -> list[NDArray[np.float32]]:
+    """Return hidden states [T, d] of embedded passages [1, T, d], one position of all a call."""
+    lengths, width = [p.shape[1] for p in passages], passages[0].shape[2]
+    rows, longest = len(passages), max(lengths)
+    embeds_BTd = np.zeros((rows, longest, width), np.float32)
+    for row, embeds_1Td in enumerate(passages):
+        embeds_BTd[row, : lengths[row]] = embeds_1Td[0]
+    cache, states_BTd = engine.new_cache(rows, cache_capacity(longest)), np.empty_like(embeds_BTd)
+    last_B = np.zeros(rows, np.int64)
+    for at in range(longest):
+        one_B1d = np.ascontiguousarray(embeds_BTd[:, at : at + 1])
+        found_B1d, _, _ = engine.forward(cache, one_B1d, np.full(rows, at), last_B, inner)
+        states_BTd[:, at] = found_B1d[:, 0]
+    return [states_BTd[row, :length] for row, length in enumerate(lengths)]
 
 
 def _prompt(backbone: TorchBackbone, capacity: int) -> list[int]:

@@ -19,11 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
-from recmas_compiler.links.calibration import sample_answers
+from recmas_compiler.links.calibration import sample_answers, sample_prompts
 from recmas_runtime.core.progress import Progress
 from recmas_runtime.formats.precisions import PRECISIONS
 
@@ -61,6 +63,35 @@ def rounded_layers(
     finally:
         for linear, weight in exact.items():
             linear.weight.data = weight
+
+
+@torch.no_grad()
+def input_peaks(backbone: TorchBackbone) -> dict[str, NDArray[np.float32]]:
+    """Return, by the name of each linear module, the peak of each channel of its input [K].
+
+    That is the largest share that it has of the largest magnitude of any row, over the prompts of
+    everyday requests. Names are those of a traced decoder, `body.` and the module's own.
+    """
+    peaks: dict[str, Tensor] = {}
+
+    def record(name: str, args: tuple[Any, ...]) -> None:
+        rows_TK = args[0].detach().flatten(0, -2).abs().float()
+        shares_TK = rows_TK / rows_TK.amax(1, keepdim=True).clamp(min=torch.finfo().tiny)
+        found_K = shares_TK.amax(0)
+        peaks[name] = torch.maximum(peaks[name], found_K) if name in peaks else found_K
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, n=f"body.{name}": record(n, args))
+        for name, module in backbone.body.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        for ids_T in sample_prompts(backbone):
+            backbone.body(inputs_embeds=backbone.embed(ids_T[None]), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: found_K.cpu().numpy() for name, found_K in peaks.items()}
 
 
 def compensated(weight_NK: Tensor, products_KK: Tensor, *, bits: int, block_size: int) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
+from typing import Any
 
 from torch import nn
 
@@ -17,7 +18,7 @@ from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.links.modules import load_link
 from recmas_compiler.lowering.materialize import MaterializedLink
 from recmas_compiler.lowering.prompt_parity import tokenizer_again
-from recmas_export.backbone_graph import export_backbone
+from recmas_export.backbone_graph import export_backbone, prompt_decoder
 from recmas_export.bundle.engine_files import LINK_ENGINE, PROBE, TOKENIZER
 from recmas_export.bundle.refused import OTHER_TEXTS, refuse
 from recmas_export.bundle.texts import MessagePath, Texts
@@ -30,7 +31,7 @@ from recmas_runtime.formats.ids import is_inner, link_file_name
 from recmas_runtime.formats.link_kinds import LinkRole, kind_named
 from recmas_runtime.formats.links import load_operands
 from recmas_runtime.formats.manifest import BackboneEntry, LinkEntry, LossEntry
-from recmas_runtime.formats.precisions import DecoderForm
+from recmas_runtime.formats.precisions import PRECISIONS, DecoderForm
 from recmas_runtime.formats.safetensors_file import write_tensors
 
 
@@ -69,10 +70,15 @@ def write_engines(
     Raises:
         RecmasError: RM300 where it cannot be traced, RM301 for the tokenizer.
     """
+    wanted: dict[str, Any] = {
+        "precision": precision,
+        "decoders": decoders,
+        "masked_layers": masked_layers,
+    }
+    # Of the weights as they are: rounding is for what steps read.
+    prompts = prompt_decoder(backbone, **wanted)
     with rounded_layers(backbone, precision=precision, progress=progress):
-        export_backbone(
-            backbone, folder, precision=precision, decoders=decoders, masked_layers=masked_layers
-        )
+        export_backbone(backbone, folder, prompts=prompts, **wanted)
     found = other_ids(
         folder / TOKENIZER, backbone.tokenizer, own_file=own_tokenizer_file(backbone.facts)
     )
@@ -167,7 +173,10 @@ def loss_of(
     """
     inner = load_operands(folder / link.file, link)
     passages = passages_of(backbone, text)
-    return measure_loss(backbone, BackboneEngine(entry, folder), inner, passages, text=name)
+    engine = BackboneEngine(entry, folder)
+    # Where prompts are computed otherwise, what steps lose is what counts.
+    by_position = PRECISIONS[entry.precision].cpu_products == "rows in prompts"
+    return measure_loss(backbone, engine, inner, passages, text=name, by_position=by_position)
 
 
 def _load(path: Path, link_id: str, entry: LinkEntry) -> nn.Module:

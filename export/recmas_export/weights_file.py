@@ -33,6 +33,7 @@ _SAFETENSORS_NAMES: Final = {
     ir.DataType.FLOAT16: "F16",
     ir.DataType.BFLOAT16: "BF16",
     ir.DataType.UINT8: "U8",
+    ir.DataType.INT8: "I8",
 }
 
 _NARROW: Final[dict[str, tuple[ir.DataType, Any]]] = {

@@ -15,6 +15,7 @@ from recmas_compiler.backbones.facts import (
     BackboneFacts,
     angle_tables_bytes,
     has_expert_blocks,
+    row_weights_bytes,
     weights_bytes,
 )
 from recmas_compiler.ir.graph import Graph
@@ -209,6 +210,7 @@ def _backbones(system: System, prompt_tokens: int | None) -> Iterator[BackboneMe
                 precision=backbone.precision,
                 agents=tuple(agent for cache in caches for agent in cache.agents),
                 weights_bytes=weights_bytes(backbone.facts, precision=backbone.precision)
+                + _for_prompts(backbone.facts, backbone.precision)
                 + _beside_experts(backbone.facts, backbone.precision),
                 tables_bytes=angle_tables_bytes(backbone.facts),
                 cache_bytes=sum(_cache_bytes(system, cache, prompt_tokens) for cache in caches),
@@ -221,6 +223,12 @@ def _backbones(system: System, prompt_tokens: int | None) -> Iterator[BackboneMe
                 packing_bytes=_packing_bytes(backbone.facts, backbone.precision),
                 tokenizer_bytes=backbone.facts.vocab_size * TOKENIZER_BYTES,
             )
+
+
+def _for_prompts(facts: BackboneFacts, precision: str) -> int:
+    """Return the most that a second copy of the layers takes, which prompts are computed with."""
+    has_copy = PRECISIONS[precision].cpu_products == "rows in prompts"
+    return row_weights_bytes(facts, precision=precision) if has_copy else 0
 
 
 def _beside_experts(facts: BackboneFacts, precision: str) -> int:

@@ -349,6 +349,17 @@ def weights_bytes(facts: BackboneFacts, *, precision: str, dtype: str = "float32
     return quantized + experts * DTYPE_BYTES[dtype]
 
 
+def row_weights_bytes(facts: BackboneFacts, *, precision: str) -> int:
+    """Return the most that a bundle stores for the CPU's decoder beside the blocks of others.
+
+    In memory it has these in place of blocks, which take more, or for prompts beside them.
+    """
+    is_blocks = PRECISIONS[precision].cpu_products == "blocks"
+    if is_blocks or facts.num_expert_parameters or not angle_tables_bytes(facts):
+        return 0
+    return facts.num_parameters - facts.num_tables * facts.vocab_size * facts.width
+
+
 def has_expert_blocks(facts: BackboneFacts, block_size: int) -> bool:
     """Whether experts are quantized: both of their widths must be whole numbers of blocks."""
     return not any(width % block_size for width in (facts.width, facts.expert_width))

@@ -29,6 +29,7 @@ from recmas_runtime.engines.interface import Floats, Indices
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
 from recmas_runtime.engines.onnx.session import make_session, onnx_runtime, resolve_device
 from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.formats.layers import PROMPT_BRANCH
 from recmas_runtime.formats.links import Operands, load_operands, stack_operands
 from recmas_runtime.formats.manifest import BackboneEntry
 
@@ -266,7 +267,7 @@ def weight_bytes(graph: Path) -> int:
 
     Counted are initializers as they are stored, so that scales and packed integers count as what
     they are; tables that are only looked up do not count. Of a layer's experts those count that one
-    position takes.
+    position takes. Where prompts have weights of their own, those of a step count.
     """
     model = onnx.load(str(graph), load_external_data=False)
     nodes = [node for node in _all_nodes(model.graph) if node.op_type not in _LOOKUPS]
@@ -322,23 +323,20 @@ def _number_taken(
 
 
 def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Yield the nodes of a graph and of the bodies in it."""
+    """Yield the nodes of a graph and of the bodies in it, but for one that computes prompts."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
+            if attribute.type == onnx.AttributeProto.GRAPH and attribute.g.name != PROMPT_BRANCH:
                 yield from _all_nodes(attribute.g)
 
 
 def weight_precision(graph: Path) -> str:
     """Return how a graph holds its weights: `int4`, `int8`, or the element type of the largest."""
     model = onnx.load(str(graph), load_external_data=False)
-    bits = [
-        attribute.i
-        for node in model.graph.node
-        for attribute in node.attribute
-        if attribute.name == "bits" and node.op_type not in _LOOKUPS
-    ]
+    nodes = [node for node in _all_nodes(model.graph) if node.op_type not in _LOOKUPS]
+    bits = [a.i for node in nodes for a in node.attribute if a.name == "bits"]
+    bits += [8 for node in nodes if node.op_type == "MatMulIntegerToFloat"]
     if bits:
         return f"int{min(bits)}"
     largest = max(model.graph.initializer, key=_num_bytes)

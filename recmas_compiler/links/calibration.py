@@ -81,15 +81,19 @@ def calibrate(backbone: TorchBackbone, *, progress: Progress, seed: int = 0) -> 
     )
 
 
+def sample_prompts(backbone: TorchBackbone) -> list[Tensor]:
+    """Return the chats [T] that `REQUESTS` begin with."""
+    return [torch.tensor(ids) for ids in _openings(backbone)]
+
+
 @torch.no_grad()
 def sample_answers(backbone: TorchBackbone, *, seed: int = 0) -> list[Tensor]:
     """Return answers to `REQUESTS` from the backbone's own distribution, each with its chat [T]."""
     draw = seeded_generator(f"answers:{seed}")
     answers_BT = torch.cat([next_B1 for *_, next_B1 in _answer(backbone, 1.0, draw)], dim=1)
-    openings = map(torch.tensor, _openings(backbone))
     return [
         torch.cat([opening_S.to(answer_T.device), answer_T])
-        for opening_S, answer_T in zip(openings, answers_BT, strict=True)
+        for opening_S, answer_T in zip(sample_prompts(backbone), answers_BT, strict=True)
     ]
 
 

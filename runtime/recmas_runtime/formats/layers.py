@@ -25,6 +25,9 @@ MOST_LAYERS = 4096
 # The decoder's input that says which rows of a cache no new position sees.
 HIDDEN_ROWS: Final = "hidden_rows"
 
+# The branch of a decoder that computes prompts, where they have weights of their own.
+PROMPT_BRANCH: Final = "prompt"
+
 # Engines compute in float32, and so do caches.
 _ELEMENT_BYTES = 4
 

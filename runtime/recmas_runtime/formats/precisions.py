@@ -70,6 +70,9 @@ class Precision:
     Attributes:
         layer_bits: Per weight of the matrices of the decoder's layers, without scales.
         block_size: Weights that share a scale; None where weights are floating-point numbers.
+        cpu_products: What products of the decoder for ONNX Runtime's CPU provider read: the same
+            blocks as the portable one, or rows of 8-bit integers, which have faster products; or
+            blocks in steps, and in prompts rows of a second copy of the weights.
         targets: Those of `TARGETS` that can build it.
         refusals: By each other target, why its engines cannot have it.
         tolerances: Allowed differences from the float32 reference, by figure. Where weights are
@@ -82,6 +85,7 @@ class Precision:
     layer_bits: int
     table_bits: int
     block_size: int | None = None
+    cpu_products: Literal["blocks", "rows", "rows in prompts"] = "blocks"
     targets: frozenset[str] = frozenset()
     refusals: Mapping[str, str] = field(default_factory=dict)
     tolerances: Mapping[str, float] = field(default_factory=dict)
@@ -141,6 +145,7 @@ PRECISIONS: Final[dict[str, Precision]] = {
         layer_bits=8,
         table_bits=8,
         block_size=32,
+        cpu_products="rows",
         targets=frozenset({"onnx"}),
         refusals={"tensorrt": "such weights are packed for ONNX Runtime"},
         # A weight is off by half of 1/128 of its block's largest: 3e-3 measured for the tables of
@@ -164,6 +169,7 @@ PRECISIONS: Final[dict[str, Precision]] = {
         # 0.09 nats, those of 8 bits nothing.
         table_bits=8,
         block_size=32,
+        cpu_products="rows in prompts",
         targets=frozenset({"onnx"}),
         refusals={"tensorrt": "such weights are packed for ONNX Runtime"},
         # As for int8 with 1/8 in the layers: 0.27 measured. Tables have 8 bits.
