@@ -11,7 +11,7 @@ TORCH_VERSION := torch==2.13.0
 TORCH_FROM := $(strip $(if $(filter %.whl,$(TORCH)),$(TORCH),$(if $(findstring ://,$(TORCH)),\
   --index-url $(TORCH) $(TORCH_VERSION),$(if $(TORCH),--find-links $(TORCH)) $(TORCH_VERSION))))
 
-.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-clients test-ray test-containers test-browser lint bench wheel wheel-check readme-check clean
+.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-serving test-clients test-ray test-containers test-browser lint bench wheel wheel-check readme-check clean
 
 setup: .venv/.ready
 
@@ -66,10 +66,16 @@ test-containers: setup
 	$(BIN)/python -m pytest -q -m containers tests/serving
 
 # The page of a service and reports, in Debian's chromium, which this installs where it may.
+BROWSER_TESTS ?= browser
 test-browser: setup
 	.ci/install-browser
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt selenium
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/serving
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "$(BROWSER_TESTS)" tests/serving
+
+# Two hundred prompts of SmolLM2, many at a time, against each alone: half an hour. A bundle that is
+# there already: RECMAS_SERVING_BUNDLE=DIR make test-serving
+test-serving: setup
+	$(BIN)/python -m pytest -q -s --show-capture=no -m heavy tests/serving
 
 # Clients of OpenAI's forms, unmodified, against a running server; they need Node 20 and curl, too.
 test-clients: setup .clients/.ready

@@ -9,7 +9,7 @@ Measures:
 - `ratio`: eight clients against one, and against a static batch of eight equal records
 - `curve`: 1, 2, 4, 8, 16 and 32 clients
 - `half`: the wait for the first token of an idle server, of one with four clients, and of one that
-  gets half of what eight clients can ask, at random times
+  is asked half as often as eight clients can, at random times
 - `mixed`: a short question beside four long ones, and beside four short ones
 
 Clients ask in a closed loop: each its next question when it has its answer. They talk to a service
@@ -20,9 +20,8 @@ and only those are asked whose greedy answers do not end before the most of `--t
 found out first and kept in `--questions`; how many ended early all the same is told.
 
 `--clock processor` takes all times in processor seconds of the service, or of the server that was
-started: with `--threads 1` they are about what it takes on a machine with nothing beside. Only
-where somebody is always asking do they say how long a client waits, so random arrivals are left
-out.
+started: with `--threads 1` they are about what it takes on a machine with nothing beside. Times
+that nobody asks in are left out, so random arrivals come by that clock, too.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import date
@@ -55,7 +54,8 @@ from kit.word_problems import word_problem, word_problems
 CURVE = (1, 2, 4, 8, 16, 32)
 MANY = 8
 BESIDE = 4
-# Sentences of a question: about 15 and 350 tokens.
+# Sentences of a short question, and of a long one where the bundle has room for it: about 25 and
+# 350 tokens.
 SHORT, LONG = 1, 22
 PERCENTILES = (50, 95)
 CLOCKS: Mapping[str, Clock] = {
@@ -74,6 +74,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--per-client", type=int, default=4, help="requests of each client")
     parser.add_argument("--most-clients", type=int, default=CURVE[-1], help="of the curve")
+    parser.add_argument(
+        "--chunk", type=int, default=ServiceLimits().chunk, help="of a service in this process"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--start", action="store_true", help="start `recmas serve`")
     where.add_argument("--url", help="of a server that runs")
@@ -89,34 +92,38 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.clock == "processor" and arguments.url:
         parser.error("--clock processor is for what this command starts")
-    figures = asyncio.run(measure_all(arguments))
-    print(tables(figures))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    asyncio.run(measure_all(arguments))
 
 
-async def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run what was asked for; returns figures, and what they were taken on."""
+async def measure_all(arguments: argparse.Namespace) -> None:
+    """Run what was asked for; prints a table for each measure as it is there."""
     rows: list[dict[str, Any]] = []
-    async with opened(arguments) as target:
-        bench = Bench(target=target, arguments=arguments)
-        await bench.find_questions(max(arguments.tokens))
-        for tokens in arguments.tokens:
-            for name in arguments.measures:
-                start = time.perf_counter()
-                found = await MEASURES[name](bench, tokens)
-                rows += ({"measure": name, "answer_tokens": tokens, **row} for row in found)
-                seconds = time.perf_counter() - start
-                print(f"{name}, {tokens} tokens: {seconds:.0f} s", file=sys.stderr, flush=True)
-    return {
+    figures = {
         "date": date.today().isoformat(),
         "machine": f"{describe_machine()['cpu']}, {arguments.threads} threads",
         "over": arguments.url or ("recmas serve" if arguments.start else "a service in process"),
         "clock": arguments.clock,
         "repeats": arguments.repeats,
-        "ended_early": bench.num_early,
         "rows": rows,
     }
+    print(
+        f"**{figures['machine']}; {figures['date']}; over {figures['over']}; "
+        f"{figures['clock']} seconds; medians of {figures['repeats']}**"
+    )
+    async with opened(arguments) as target:
+        bench = Bench(target=target, arguments=arguments)
+        await bench.find_questions(max(arguments.tokens))
+        for tokens in arguments.tokens:
+            for name in arguments.measures:
+                found = await MEASURES[name](bench, tokens)
+                found = [{"measure": name, "answer_tokens": tokens, **row} for row in found]
+                print(table(found), flush=True)
+                rows += found
+                figures["ended_early"] = bench.num_early
+                if arguments.json:
+                    text = json.dumps(figures, indent=1)
+                    arguments.json.write_text(f"{text}\n", encoding="utf-8")
+    print(f"\n{bench.num_early} answers ended early.")
 
 
 def opened(arguments: argparse.Namespace) -> AbstractAsyncContextManager[Target]:
@@ -128,7 +135,9 @@ def opened(arguments: argparse.Namespace) -> AbstractAsyncContextManager[Target]
         by_processor = arguments.clock == "processor"
         options = arguments.serve_option
         return started(arguments.bundle, arguments.threads, options, by_processor=by_processor)
-    limits = ServiceLimits(max_queue=256, kept_bytes=arguments.kept_mb * 2**20)
+    limits = ServiceLimits(
+        max_queue=256, kept_bytes=arguments.kept_mb * 2**20, chunk=arguments.chunk
+    )
     clock = CLOCKS[arguments.clock]
     return in_process(arguments.bundle, limits, arguments.threads, clock=clock)
 
@@ -184,6 +193,18 @@ class Bench:
             return word_problems(12 * MANY * self.arguments.per_client, least=5, most=5)
         lines = self.arguments.data.read_text(encoding="utf-8").splitlines()
         return [json.loads(line)["question"] for line in lines]
+
+    def longest_question(self) -> int:
+        """Return how many sentences a question may have for which the bundle has room."""
+        for sentences in range(LONG, SHORT, -1):
+            try:
+                for number in range(50):
+                    question = word_problem(number, sentences)
+                    self.static.prompts(rt.Record(id="1", fields={"question": question}))
+            except rt.RecmasError:
+                continue
+            return sentences
+        sys.exit("the bundle has room for short questions only")
 
     def questions(self, count: int) -> list[str]:
         """Return the next questions; what was asked least recently comes first."""
@@ -283,20 +304,26 @@ async def half(bench: Bench, tokens: int) -> list[dict[str, Any]]:
 
     async def arrivals() -> dict[str, Any]:
         questions = bench.questions(count)
-        start = time.perf_counter()
-        asked = []
+        clock, is_wall = bench.target.clock, bench.arguments.clock == "wall"
+        start = due = clock()
+        skipped = 0.0
+        asked: list[asyncio.Task[Seen]] = []
         for question in questions:
+            due += chance.expovariate(per_s)
+            while (left := due - clock() - skipped) > 0:
+                if is_wall or not all(task.done() for task in asked):
+                    await asyncio.sleep(min(left, 0.01))
+                else:  # nothing computes, so that the clock stands
+                    skipped += left
             asked.append(asyncio.create_task(bench.target.ask(question, tokens)))
-            await asyncio.sleep(chance.expovariate(per_s))
         seen = await asyncio.gather(*asked)
-        return bench.summary(seen, time.perf_counter() - start, tokens)
+        return bench.summary(seen, clock() + skipped - start, tokens)
 
     forms = {
         "idle: one question at a time": lambda: bench.closed_loop(1, count // 2, tokens),
         f"{MANY // 2} clients": lambda: bench.closed_loop(MANY // 2, count, tokens),
+        f"at random, {60 * per_s:.1f} a minute": arrivals,
     }
-    if bench.arguments.clock == "wall":
-        forms[f"at random, {60 * per_s:.1f} a minute"] = arrivals
     rows = await in_turn(bench, forms)
     return with_ratios(rows, "first_s", "p95")
 
@@ -304,6 +331,7 @@ async def half(bench: Bench, tokens: int) -> list[dict[str, Any]]:
 async def mixed(bench: Bench, tokens: int) -> list[dict[str, Any]]:
     """The time of a short question beside clients that ask short or long ones."""
     count = 2 * bench.arguments.per_client
+    longest = bench.longest_question()
     numbers = iter(range(10**6, 2 * 10**6))
 
     async def beside(sentences: int) -> dict[str, Any]:
@@ -327,7 +355,7 @@ async def mixed(bench: Bench, tokens: int) -> list[dict[str, Any]]:
         bench,
         {
             f"beside {BESIDE} short questions": lambda: beside(SHORT),
-            f"beside {BESIDE} long questions": lambda: beside(LONG),
+            f"beside {BESIDE} of {longest} sentences": lambda: beside(longest),
         },
     )
     return with_ratios(rows, "total_s", "p50")
@@ -398,32 +426,19 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{p}": ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in PERCENTILES}
 
 
-def tables(figures: Mapping[str, Any]) -> str:
-    """Return a Markdown table for each measure."""
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table of one measure."""
+    first = rows[0]
     lines = [
-        f"**{figures['machine']}; {figures['date']}; over {figures['over']}; "
-        f"{figures['clock']} seconds; medians of {figures['repeats']}; "
-        f"{figures['ended_early']} answers ended early**"
+        "",
+        f"{first['measure']}, answers of {first['answer_tokens']} tokens:",
+        "",
+        "| | requests/min | tokens/s | first token p50 | p95, s | ms a token | whole p50 "
+        f"| p95, s | prompt tokens | kept ones | {first['ratio_of']} against the first row |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *(line(row) for row in rows),
     ]
-    for (measure, tokens), rows in grouped(figures["rows"]):
-        lines += [
-            "",
-            f"{measure}, answers of {tokens} tokens:",
-            "",
-            "| | requests/min | tokens/s | first token p50 | p95, s | ms a token | whole p50 "
-            f"| p95, s | prompt tokens | kept ones | {rows[0]['ratio_of']} against the first row |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
-            *(line(row) for row in rows),
-        ]
     return "\n".join(lines)
-
-
-def grouped(
-    rows: Sequence[dict[str, Any]],
-) -> Iterator[tuple[tuple[str, int], list[dict[str, Any]]]]:
-    """Yield rows by measure and tokens, in order."""
-    for key in dict.fromkeys((row["measure"], row["answer_tokens"]) for row in rows):
-        yield key, [row for row in rows if (row["measure"], row["answer_tokens"]) == key]
 
 
 def line(row: Mapping[str, Any]) -> str:

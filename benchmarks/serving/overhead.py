@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def main() -> None:
         "answers": asyncio.run(answers(arguments)) if arguments.pairs else [],
     }
     if arguments.before is not None:
-        figures["starts"] = starts(arguments.before, arguments.starts)
+        figures["starts"] = starts(arguments.before, arguments.starts, OF_CHILDREN[arguments.clock])
     print(text(figures))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -119,7 +120,7 @@ async def pairs(
     }
 
 
-def starts(before: Path, count: int) -> list[dict[str, Any]]:
+def starts(before: Path, count: int, clock: Clock) -> list[dict[str, Any]]:
     """Time starts of this checkout and of another one, in turn."""
     checkouts = {"before": before, "now": ROOT}
     rows = []
@@ -127,7 +128,7 @@ def starts(before: Path, count: int) -> list[dict[str, Any]]:
         seconds: dict[str, list[float]] = {when: [] for when in checkouts}
         for number in range(count + 1):
             for when, folder in checkouts.items():
-                taken = start_s(folder, command)
+                taken = start_s(folder, command, clock)
                 if number > 0:  # the first one reads files from the disk
                     seconds[when].append(taken)
         rows.append(
@@ -140,12 +141,18 @@ def starts(before: Path, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def start_s(folder: Path, command: Sequence[str]) -> float:
+def start_s(folder: Path, command: Sequence[str], clock: Clock) -> float:
     """Time one start of a checkout's runtime."""
     env = {**os.environ, "PYTHONPATH": str(folder / "runtime")}
-    start = time.perf_counter()
+    start = clock()
     subprocess.run([sys.executable, *command], env=env, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def children_s() -> float:
+    """Return the processor seconds of all processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def text(figures: dict[str, Any]) -> str:
@@ -172,6 +179,8 @@ def text(figures: dict[str, Any]) -> str:
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
 
+
+OF_CHILDREN: dict[str, Clock] = {"wall": time.perf_counter, "processor": children_s}
 
 if __name__ == "__main__":
     main()

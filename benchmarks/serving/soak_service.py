@@ -6,9 +6,9 @@ Starts `recmas serve BUNDLE` and asks it over loopback: whole answers and stream
 sampled, clients that leave in the middle or give up at once, bodies that are wrong. Its worker is
 killed meanwhile. Every answer is compared with that of the same question asked alone, where only a
 choice between two tokens that are about as likely may differ, and what has no answer must have an
-error. Resident memory and open files of both processes are read all along;
-memory may grow by 2 % after the first tenth of the life of a process, files not at all. Ends with
-status 1 if anything of this does not hold.
+error. Resident memory and open files of both processes are read all along; memory may grow by 2 %
+over what it was after the first tenth, files not at all. Ends with status 1 if anything of this
+does not hold.
 """
 
 from __future__ import annotations
@@ -398,8 +398,8 @@ class Soak:
             print(f"  {line}")
         print("\n| process | requests | first tenth MB | largest after MB | growth | files |")
         print("|---|--:|--:|--:|--:|--:|")
-        for pid, readings in self.readings.items():
-            if (grown := self.growth(pid, readings)) is not None:
+        for pid in self.readings:
+            if (grown := self.growth(pid)) is not None:
                 failed.append(grown)
         for line in ("recmas_requests_running", "recmas_requests_waiting"):
             if self.metrics[line] != 0:
@@ -424,22 +424,33 @@ class Soak:
             arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
         return 1 if failed else 0
 
-    def growth(self, pid: int, readings: list[Reading]) -> str | None:
-        """Print how a process grew; return that if it is more than it may."""
-        name = "front end" if pid == self.server.pid else f"worker {pid}"
-        # The first tenth of all requests, which each process may take to settle.
+    def parts(self, pid: int) -> tuple[list[Reading], list[Reading]]:
+        """Return readings in the first tenth of all requests of a process's life, and later."""
+        readings = self.readings[pid]
         settled = readings[0].requests + self.arguments.requests // 10
         first = [each for each in readings if each.requests <= settled]
-        later = [each for each in readings if each.requests > settled]
+        return first, readings[len(first) :]
+
+    def growth(self, pid: int) -> str | None:
+        """Print how a process grew; return that if it is more than it may.
+
+        Workers are one program that was started several times, and how much one of them takes
+        depends on how many requests it ever had at once: each is held against what the largest of
+        them had settled at.
+        """
+        is_front_end = pid == self.server.pid
+        name = "front end" if is_front_end else f"worker {pid}"
+        first, later = self.parts(pid)
         if not later:
             return None
-        base = max(each.resident for each in first)
-        largest = max(each.resident for each in later)
+        alike = [other for other in self.readings if (other == self.server.pid) == is_front_end]
+        base = max(each.resident for other in alike for each in self.parts(other)[0])
+        own, largest = (max(each.resident for each in part) for part in (first, later))
         growth = largest / base - 1
         files = max(each.files for each in later) - max(each.files for each in first)
-        count = f"{readings[0].requests}-{readings[-1].requests}"
+        count = f"{first[0].requests}-{later[-1].requests}"
         print(
-            f"| {name} | {count} | {base / 1e6:.1f} | {largest / 1e6:.1f} | {growth:+.2%} | "
+            f"| {name} | {count} | {own / 1e6:.1f} | {largest / 1e6:.1f} | {growth:+.2%} | "
             f"{max(each.files for each in first)} {files:+d} |"
         )
         return f"{name}: {growth:+.2%}, {files:+d} files" if growth > ALLOWED or files > 0 else None

@@ -161,7 +161,7 @@ def test_texts_stay_texts(traced: Path) -> None:
     assert main(arguments) == 0
     page = Report(out)
     assert [name for name, _ in page.elements] == [name for name, _ in plain.elements]
-    assert page.of("title") == ['Trace <b>&"']
+    assert page.of("title") == ['Report: <b>&"']
     assert page.data("index")[0]["id"] == page.data("index")[0]["answer"] == HOSTILE
     trace = page.data("trace-1")
     assert trace["steps"][0]["texts"] == [HOSTILE]

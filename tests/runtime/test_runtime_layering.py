@@ -29,7 +29,7 @@ OPTIONAL = {
     "build_tensorrt": {"onnx"},
     "search": {"bm25s"},
     "tables": {"pyarrow"},
-    "ray": {"ray"},
+    "ray": {"fastapi", "ray"},
     "mcp": {"anyio", "mcp", "mcp_types", "uvicorn"},
     "http": {"fastapi", "pydantic", "starlette", "uvicorn"},
     "page": {"starlette"},

@@ -66,7 +66,7 @@ def run(command: list[str | Path], folder: Path, **more: str) -> str:
         env={**os.environ, **ALONE, "HF_HOME": str(folder / "hf"), **more},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert ran.returncode == 0, f"{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}"

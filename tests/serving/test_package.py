@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
 import re
 import shutil
+import socket
 import stat
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from msgspec import structs
 
 from kit.hand_bundle import edit_json
-from recmas_runtime.cli.main import main
+from recmas_runtime.cli.main import _parse, main
 from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.serve.local import LocalService
+from recmas_runtime.serve.metrics import Metrics
 from recmas_runtime.serve.packaging import package
+from recmas_runtime.serve.protocol import Ask
+from recmas_runtime.serve.service import ServiceError
 
 ROOT = Path(__file__).parent.parent.parent
 KUBERNETES = "1.34"
@@ -244,6 +252,50 @@ def test_names_that_clusters_take(name: str, expected: str, hand_bundle: Path) -
     assert package._values(named, package.PackageOptions())["name"] == expected
 
 
+def commands(folder: Path) -> Iterator[list[str]]:
+    """Yield what containers run, by the image, by compose and by Kubernetes."""
+    found = dict(instructions(folder))
+    entry = json.loads(found["ENTRYPOINT"])[3:]
+    yield [*entry, *json.loads(found["CMD"])]
+    yield [*entry, *documents(folder / "compose.yaml")[0]["services"]["recmas"]["command"]]
+    pod = documents(folder / "kubernetes.yaml")[0]["spec"]["template"]["spec"]
+    yield [*entry, *pod["containers"][0]["args"]]
+
+
+def test_containers_run_commands_that_there_are(packaged: Path) -> None:
+    parsed = [_parse(command) for command in commands(packaged)]
+    for options in parsed:
+        assert (options.bundles, options.host) == (["/bundles/by-hand"], "0.0.0.0")
+        assert (options.threads, options.max_batch, options.grace) == (2, 4, 30.0)
+    assert [options.open_metrics for options in parsed] == [False, True, True]
+    assert [options.allowed_hosts for options in parsed] == [None, "recmas", "*"]
+
+
+def test_every_metric_of_the_dashboard_is_there(packaged: Path, hand_bundle: Path) -> None:
+    async def scrape() -> str:
+        service = await LocalService.start({"hand": str(hand_bundle)}, threads=1)
+        service.worker_pid = os.getpid()
+        metrics = Metrics(service)
+        while service.gauges is None or not service.gauges.rows_per_step:
+            async for _ in service.ask(Ask(id=0, model="hand", record={"question": "7"})):
+                pass
+        with pytest.raises(ServiceError):
+            async for _ in service.ask(Ask(id=0, model="hand", record={})):
+                pass
+        metrics.on_response("/v1/models", 200, 0.1)
+        await service.close(0.0)
+        return metrics.render().decode()
+
+    page = asyncio.run(scrape())
+    dashboard = (packaged / "grafana/dashboards/recmas.json").read_text(encoding="utf-8")
+    used = set(re.findall(r"recmas_[a-z_]+", dashboard))
+    assert len(used) > 20
+    assert not {name for name in used if not re.search(rf"^{name}[ {{]", page, re.MULTILINE)}
+    labels = set(re.findall(r"by \(([^)]*)\)", dashboard))
+    for label in {each.strip() for group in labels for each in group.split(",")}:
+        assert re.search(rf"[{{,]{label}=", page), label
+
+
 def linter(name: str) -> str:
     """Return a program that `make test-containers` installs."""
     path = Path(sys.executable).parent / name
@@ -267,3 +319,39 @@ def test_the_manifest_fits_the_schema_of_kubernetes(packaged: Path) -> None:
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stderr.count("passed") + ran.stdout.count("passed") == 3
+
+
+@pytest.mark.containers
+def test_what_the_container_runs_on_a_root_that_is_read_only(packaged: Path) -> None:
+    """In a sandbox in place of an image, as nobody, with an empty folder for what is temporary."""
+    bwrap = shutil.which("bwrap")
+    assert bwrap is not None, "bubblewrap is not installed"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    _, command, _ = commands(packaged)
+    arguments = [*command, "--port", str(port)]
+    arguments[1] = "/mnt/bundle"
+    sandbox = [bwrap, "--unshare-user", "--unshare-pid", "--uid", "10001", "--gid", "10001"]
+    sandbox += ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--chdir", "/"]
+    sandbox += ["--ro-bind", str(packaged), "/mnt", "--tmpfs", "/media"]
+    variables = {"PYTHONPATH": "/mnt/runtime", "HOME": "/media", "TMPDIR": "/media"}
+    for name, value in {**variables, **keys_of(packaged)}.items():
+        sandbox += ["--setenv", name, value]
+    base = f"http://127.0.0.1:{port}"
+    key = {"Authorization": f"Bearer {keys_of(packaged)['RECMAS_API_KEY']}"}
+    body = {"model": "by-hand", "messages": [{"role": "user", "content": "It is 7"}]}
+    main_of = [sys.executable, "-m", "recmas_runtime.cli.main"]
+    with subprocess.Popen([*sandbox, *main_of, *arguments], stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline().startswith(b"Serving by-hand on http://0.0.0.0:")
+        _, probe = dict(instructions(packaged))["HEALTHCHECK"].split("CMD", 1)
+        here = [sys.executable, *json.loads(probe)[1:]]
+        here[2] = here[2].replace(":8000", f":{port}")
+        assert subprocess.run(here).returncode == 0
+        metrics = httpx.get(f"{base}/metrics", headers={"Host": f"recmas:{port}"})
+        assert "recmas_ready 1.0" in metrics.text
+        assert httpx.get(f"{base}/v1/models").status_code == 401
+        answer = httpx.post(f"{base}/v1/chat/completions", json=body, headers=key).json()
+        assert answer["choices"][0]["message"]["content"] == "h"
+        server.terminate()
+        server.wait(timeout=30)

@@ -5,6 +5,7 @@ Needs chromium with its driver and selenium: `make test-browser`.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -14,17 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec import structs
 
 from kit.bundles import BuildTiny
 from kit.files import lines
 from kit.hand_bundle import edit_json, write_hand_bundle
-from kit.http_server import local, serving
+from kit.http_server import MODEL, ScriptedEngines, failed, local, piece, serving, step
 from kit.message_specs import EVERY_KIND
 from kit.specs import MIXTURE
 from recmas_runtime.cli.main import main
 from recmas_runtime.running.run_trace import RECORDS_NAME
 from recmas_runtime.serve.http.settings import HttpSettings
 from recmas_runtime.serve.page.routes import page_routes
+from recmas_runtime.serve.protocol import AgentInfo
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -35,6 +38,35 @@ pytestmark = pytest.mark.browser
 HOSTILE = '<img src="x" onerror="document.title=1"><script>document.title=2</script> '
 LONG_S = 20
 DESK = (1280, 900)
+PICTURE = Path(__file__).parents[2] / "docs" / "images" / "serve-page.png"
+ON_SMOLLM2 = """
+recmas: 1
+name: sequential
+rounds: 3
+latent_steps: 8
+backbones:
+  smol: {source: builtin:smollm2-135m-instruct}
+agents:
+  planner:
+    backbone: smol
+    inner: {init: latentmas}
+    prompt:
+      first: "Question: {{ question }}  Which steps lead to the answer?"
+      then: "Question: {{ question }}  So far: {{ latent.solver }}  Which steps are better?"
+  critic:
+    backbone: smol
+    inner: {init: latentmas}
+    prompt: "Question: {{ question }}  A plan: {{ latent.planner }}  What is wrong with it?"
+  solver:
+    backbone: smol
+    inner: {init: latentmas}
+    prompt: "Question: {{ question }}  Notes: {{ latent.critic }}  Answer in one sentence."
+links:
+  planner -> critic: {}
+  critic -> solver: {}
+  solver -> planner: {feedback: true}
+answer: {agent: solver, max_new_tokens: 48}
+"""
 PHONE = (360, 740)
 OVERFLOWING = """
 const wide = [...document.body.querySelectorAll("*")].filter((element) => {
@@ -334,6 +366,31 @@ def test_an_error_is_told_in_words(page: Page, address: str) -> None:
     assert not page.all("#error .error")
 
 
+def test_a_failure_within_an_answer(page: Page) -> None:
+    """Engines that break halfway, which real ones do not on demand."""
+    critic = AgentInfo(name="critic", backbone="one", latent_steps=2)
+    model = structs.replace(MODEL, agents=(critic,), answer_agent="critic")
+    script = (step("think", 1), step("decode", 3), piece("So far"), 0.5)
+
+    async def start() -> ScriptedEngines:
+        engines = ScriptedEngines((*script, failed("failed", "RM507", "the engine broke")))
+        engines.models = {model.name: model}
+        return engines
+
+    with serving(start, page=page_routes()) as server:
+        page.open(f"{server.url}/")
+        page.ask("4")
+        page.wait(lambda: page.all("#graph .running") and page.text("#answer") == "So far")
+        assert [len(agent.find_elements("css selector", ".past")) for agent in agents(page)] == [2]
+        page.wait(lambda: page.all("#error .error"))
+    assert page.text("#error strong") == "The answer failed"
+    assert page.text("#error code") == "RM507"
+    assert page.text("#error p") == "the engine broke. Do something else."
+    assert page.text("#answer") == "So far"
+    assert page.text("#progress").endswith("failed")
+    assert not page.all("#graph .running")
+
+
 def test_the_key_is_asked_for(page: Page, systems: dict[str, Path]) -> None:
     with served({"by-hand": systems["by-hand"]}, api_keys=("a-long-secret",)) as address:
         page.open(address)
@@ -446,6 +503,30 @@ def test_every_kind_of_message_is_shown(page: Page, built_address: str) -> None:
     assert [text for text in sent if text.startswith("Sent to solver: ") and "vectors" in text]
 
 
+@pytest.mark.smollm2
+def test_the_picture_in_the_docs(
+    page: Page, build_tiny: BuildTiny, request: pytest.FixtureRequest
+) -> None:
+    """The page as it looks after a question to the real model; `--update-golden` writes it anew."""
+    with served({"sequential": build_tiny(ON_SMOLLM2).bundle}) as address:
+        page.open(address, (1100, 1420))
+        page.command("Emulation.setScrollbarsHidden", hidden=True)
+        page.ask("A pen costs 3 dollars. What do 4 pens cost?")
+        page.wait_for_answer()
+    page.one("#trace summary").click()
+    page.wait(lambda: page.all("#trace .tokens"))
+    assert len(page.all("#trace .agent-name")) == 9
+    assert page.text("#answer")
+    page.check_layout()
+    picture = base64.b64decode(page.command("Page.captureScreenshot")["data"])
+    page.command("Emulation.setScrollbarsHidden", hidden=False)
+    assert len(picture) < 200_000
+    if request.config.getoption("--update-golden"):
+        PICTURE.parent.mkdir(exist_ok=True)
+        PICTURE.write_bytes(picture)
+    assert PICTURE.is_file()
+
+
 @pytest.fixture
 def report(hand_bundle: Path, tmp_path: Path) -> Path:
     """A report of three records, the second of which says and does hostile things."""
@@ -482,6 +563,7 @@ def test_a_report_opens_from_its_file(
         "planner", "solver",
     ]  # fmt: skip
     assert len(page.all(".graph .feedback")) == 1
+    assert len(page.all(".graph .pip.past")) == 4
     page.check_layout()
     page.one("#search").send_keys("SHOE 6")
     assert page.text("#found") == "1 of 3 records"
@@ -503,4 +585,4 @@ def test_a_hostile_report_shows_texts(page: Page, report: Path) -> None:
     assert page.text("#record blockquote") == HOSTILE
     assert page.text("#record .tokens bdi") == HOSTILE.removesuffix(" ") + "\u2423"
     assert not page.all("img, article script")
-    assert page.driver.title == title == "Trace trace"
+    assert page.driver.title == title == "Report: trace"

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from recmas_runtime.cli.serve_options import add_serve_options
 from recmas_runtime.core.errors import (
     CODES,
     Exit,
@@ -175,7 +174,7 @@ class _ShowVersion(argparse.Action):
 
 
 def _parse(given: list[str]) -> argparse.Namespace:
-    parser = _parser()
+    parser = _parser(serves="serve" in given)
     options, left = parser.parse_known_args(given)
     # argparse before Python 3.13 settles an optional positional at the first chance it has, so in
     # `run BUNDLE --seed 1 QUESTION` the question is left over.
@@ -186,7 +185,8 @@ def _parse(given: list[str]) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(*, serves: bool) -> argparse.ArgumentParser:
+    """Return what reads a command line; the many options of `serve` only where it `serves`."""
     parser = _Parser(prog="recmas", description="Run latent multi-agent systems from bundles.")
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -216,6 +216,14 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="go on with an output file; tries failures again"
     )
     files.add_argument("--force", action="store_true", help="write over an output or trace")
+    files.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="HOST:PORT",
+        help="share the records among the machines of a Ray cluster: of this address, or else the "
+        "one that runs here",
+    )
     run.add_argument("--trace", type=Path, metavar="DIR", help="write messages and steps here")
     run.add_argument(
         "--thoughts",
@@ -273,7 +281,10 @@ def _parser() -> argparse.ArgumentParser:
 
     about = "Serve bundles behind OpenAI's HTTP forms."
     server = _command(commands, "serve", about, _serve, of_bundle=False)
-    add_serve_options(server)
+    if serves:
+        from recmas_runtime.cli.serve_options import add_serve_options
+
+        add_serve_options(server)
     _add_device(server)
 
     bench = _command(commands, "bench", "Measure a bundle beside its baselines.", _bench)

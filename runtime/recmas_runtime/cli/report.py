@@ -123,7 +123,7 @@ def _pieces(
     """Yield the file piece by piece, each with the number of records so far."""
     style, script = asset("style.css"), "\n".join(map(asset, REPORT_SCRIPTS))
     head, tail = asset("report.html").split("@data@")
-    title = _escaped(f"Trace {folder.resolve().name}")
+    title = _escaped(f"Report: {folder.resolve().name}")
     head = head.replace("@title@", title).replace("@policy@", report_policy(style, script))
     yield 0, head.replace("@style@", style)
     index: list[dict[str, Any]] = []

@@ -8,7 +8,7 @@ import stat
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,15 +16,16 @@ from typing import Any, Final
 
 from msgspec import structs
 
-from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.errors import Problem, RecmasError, fail, missing_package
 from recmas_runtime.core.printing import note, write_out
 from recmas_runtime.core.progress import LineProgress, Silent
 from recmas_runtime.core.text import counted, time_left
-from recmas_runtime.formats.bundle import keep_out
+from recmas_runtime.formats.bundle import keep_out, open_bundle
 from recmas_runtime.formats.codec import to_json
-from recmas_runtime.formats.plan import MAX_SEED, SamplingPlan, field_place, is_field
+from recmas_runtime.formats.plan import MAX_SEED, Plan, SamplingPlan, field_place, is_field
 from recmas_runtime.prompts.sampler import check_sampling
 from recmas_runtime.running.answer_file import IDENTITY_SUFFIX, AnswerWriter
+from recmas_runtime.running.baselines import apply_baseline
 from recmas_runtime.running.batch import check_batch
 from recmas_runtime.running.records import (
     Answer,
@@ -52,6 +53,9 @@ def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Proble
     what is wrong with single records; the others are answered all the same.
     """
     fields, overrides = check_options(options)
+    if options.ray is not None:
+        _run_on_ray(options, overrides, data, problems)
+        return
     system = load(
         options.bundle,
         device=options.device,
@@ -69,9 +73,63 @@ def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Proble
         if single is not None and not (options.json or options.output or options.trace):
             _stream(system, single, options, sampling)
         else:
-            _Run(system, sampling, options, data, problems).answer_all(single)
+
+            def answer(
+                records: Iterator[Record], _: int | None, trace: TraceWriter | None
+            ) -> Iterator[Answer | RecmasError]:
+                return system.answer_all(
+                    records, at_once=options.batch, sampling=sampling, trace=trace
+                )
+
+            source = _Source(system.plan, system.manifest.fingerprint, system.prompt_day, answer)
+            _Run(source, sampling, options, data, problems).answer_all(single)
     finally:
         problems += system.problems
+
+
+def _run_on_ray(
+    options: argparse.Namespace,
+    overrides: dict[str, Any],
+    data: dict[str, Any],
+    problems: list[Problem],
+) -> None:
+    """Have the records of a file answered by workers of a cluster."""
+    try:
+        from recmas_runtime.serve.operation.memory import BundleNeeds
+        from recmas_runtime.serve.ray.batch_workers import WorkerSettings, connected
+    except ModuleNotFoundError as error:
+        raise missing_package(error, extra="ray") from error
+    bundle = open_bundle(options.bundle, verify_hashes=False)
+    baseline = apply_baseline(bundle.plan, options.baseline, bundle.manifest)
+    if baseline.control is not None:
+        hint = "Run it without --ray."
+        message = f"--baseline {options.baseline} looks at all records, and --ray shares them"
+        raise fail("RM506", message, hint=hint)
+    plan = baseline.plan
+    if options.batch is not None:
+        check_batch(options.batch, plan)
+    sampling = structs.replace(plan.sampling, **overrides)
+    settings = WorkerSettings(
+        bundle=options.bundle.resolve(),
+        fingerprint=bundle.manifest.fingerprint,
+        baseline=options.baseline,
+        device=options.device,
+        memory_bytes=BundleNeeds.of(bundle).whole_bytes(
+            max_batch=options.batch or plan.limits.max_batch, kept_bytes=0
+        ),
+        threads=options.threads,
+        date=options.date,
+    )
+    with connected(options.ray or None, settings) as workers:
+
+        def answer(
+            records: Iterator[Record], total: int | None, _: TraceWriter | None
+        ) -> Iterator[Answer | RecmasError]:
+            at_once = options.batch or plan.limits.max_batch
+            return workers.answer_all(records, total=total, sampling=sampling, at_once=at_once)
+
+        source = _Source(plan, settings.fingerprint, workers.prompt_day, answer)
+        _Run(source, sampling, options, data, problems).answer_all(None)
 
 
 def check_options(options: argparse.Namespace) -> tuple[dict[str, object] | None, dict[str, Any]]:
@@ -104,11 +162,29 @@ def _stream(
         note(_summary(stream.answer))
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where answers come from: a system here, or workers of a cluster.
+
+    Attributes:
+        prompt_day: The date that prompts show; None if no chat template writes one.
+        answer: Yields for each record, in order, what came of it; it gets their number too, if that
+            is known.
+    """
+
+    plan: Plan
+    fingerprint: str
+    prompt_day: str | None
+    answer: Callable[
+        [Iterator[Record], int | None, TraceWriter | None], Iterator[Answer | RecmasError]
+    ]
+
+
 @dataclass
 class _Run:
     """A run over records, and what has come of it so far."""
 
-    system: System
+    source: _Source
     sampling: SamplingPlan
     options: argparse.Namespace
     data: dict[str, Any]
@@ -140,7 +216,7 @@ class _Run:
             quiet = options.quiet or not (options.json or options.output)
             progress = Silent() if quiet else LineProgress()
             advance = stack.enter_context(progress.stage("Answered", total))
-            for result in self._results(found, writer, trace):
+            for result in self._results(found, total, writer, trace):
                 if result is None:
                     self.num_resumed += 1
                 else:
@@ -157,6 +233,7 @@ class _Run:
     def _results(
         self,
         found: Iterator[Record | FailedRecord],
+        total: int | None,
         writer: AnswerWriter | None,
         trace: TraceWriter | None,
     ) -> Iterator[Answer | FailedRecord | None]:
@@ -171,10 +248,7 @@ class _Run:
                 if isinstance(item, Record) and not is_there:
                     yield item
 
-        results = self.system.answer_all(
-            asked(), at_once=self.options.batch, sampling=self.sampling, trace=trace
-        )
-        for result in results:
+        for result in self.source.answer(asked(), total, trace):
             while not isinstance(item := begun.popleft(), Record):
                 yield item
             if isinstance(result, RecmasError):
@@ -206,7 +280,7 @@ class _Run:
         self, stack: ExitStack, single: Record | None
     ) -> tuple[Iterator[Record | FailedRecord], int | None]:
         """Return what to answer, and how many there are, if that can be known."""
-        options, fields = self.options, self.system.plan.fields
+        options, fields = self.options, self.source.plan.fields
         if single is not None:
             return iter([single]), 1
         if options.input == STANDARD_STREAM:
@@ -221,11 +295,11 @@ class _Run:
         to_stdout = options.output == STANDARD_STREAM
         if options.output is not None and not to_stdout:
             identity = {
-                "bundle": self.system.plan.name,
-                "fingerprint": self.system.manifest.fingerprint,
+                "bundle": self.source.plan.name,
+                "fingerprint": self.source.fingerprint,
                 "baseline": options.baseline,
                 "sampling": to_json(self.sampling),
-                "date": self.system.prompt_day,
+                "date": self.source.prompt_day,
             }
             path = Path(options.output)
             return stack.enter_context(
@@ -308,6 +382,8 @@ def _check_usage(options: argparse.Namespace, fields: Mapping[str, object] | Non
         "--resume needs --output FILE": options.resume and not to_file,
         "--thoughts needs --trace DIR": options.thoughts is not None and options.trace is None,
         "give --resume or --force, not both": options.resume and options.force,
+        "--ray needs --input": options.ray is not None and source is None,
+        "--ray writes no --trace": options.ray is not None and options.trace is not None,
     }
     for message, is_wrong in wrong.items():
         if is_wrong:

@@ -194,6 +194,10 @@ class RecmasError(Exception):
         self.problems: tuple[Problem, ...] = found
         super().__init__("\n".join(str(p) for p in found))
 
+    def __reduce__(self) -> tuple[type[RecmasError], tuple[tuple[Problem, ...]]]:
+        """Let it cross processes, as what it says."""
+        return RecmasError, (self.problems,)
+
     @property
     def exit_code(self) -> Exit:
         """The exit status of the first error."""

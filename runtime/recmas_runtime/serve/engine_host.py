@@ -43,8 +43,8 @@ from recmas_runtime.serve.protocol import (
 )
 from recmas_runtime.serve.service import ServiceLimits
 
-# Two keep a text at half its pace beside prompts, and let more rows step together.
-_CHUNKS_PER_STEP: Final = 2
+# A text goes on after every part of a prompt, which is a twelfth of a second for SmolLM2.
+_CHUNKS_PER_STEP: Final = 1
 # How long a request may have to wait that comes while others wait for their tools.
 _WAIT_S: Final = 0.02
 _GAUGES_S: Final = 1.0
@@ -175,7 +175,7 @@ class EngineHost:
         """Answer, in a task of its own."""
         system = model.shared
         # A run whose engine calls are not shared comes back between them, to be cancelled there.
-        between = (lambda: None) if model.shares else self._scheduler.pause
+        between: Callable[[], None] = _go_on if model.shares else self._scheduler.pause
         if ask.baseline != "latent":
             system = system.baseline(ask.baseline)
         if ask.rounds is not None:
@@ -325,6 +325,10 @@ def _problems_of(error: BaseException) -> Sequence[Problem]:
         return [Problem(code="RM507", message="memory runs out", hint="Lower --max-batch.")]
     message = f"internal error: {type(error).__name__}: {error}"
     return [Problem(code="RM507", message=message, hint="This is a bug in recmas; report it.")]
+
+
+def _go_on() -> None:
+    """Do nothing, where others have their turn at every engine call."""
 
 
 def _record(ask: Ask) -> Record:

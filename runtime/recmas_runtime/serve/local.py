@@ -52,6 +52,11 @@ class LocalService(Service):
         service.is_ready = True
         return service
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread of the engines runs; without it nothing is answered any more."""
+        return self._thread.is_alive()
+
     def _send(self, request: AnyRequest) -> None:
         self._host.submit(request)
 

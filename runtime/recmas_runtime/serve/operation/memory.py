@@ -11,6 +11,8 @@ from recmas_runtime.core.errors import Problem, fail
 from recmas_runtime.core.text import counted, human_bytes
 from recmas_runtime.formats.bundle import Bundle
 
+# Of a front end and a worker before they load anything, and what engines compute in.
+PROCESS_BYTES: Final = 512 * 2**20
 _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUP: Final = Path("/sys/fs/cgroup")
 _HINT: Final = "Lower --max-batch or --keep-memory, serve fewer bundles, or use a larger machine."
@@ -39,6 +41,11 @@ class BundleNeeds:
             bytes_per_request=sum(c.bytes_per_sample for c in bundle.plan.caches.values()),
             max_batch=bundle.plan.limits.max_batch,
         )
+
+    def whole_bytes(self, *, max_batch: int, kept_bytes: int) -> int:
+        """Return what a service of this bundle alone takes, all of it."""
+        caches = max_batch * self.bytes_per_request
+        return self.weight_bytes + caches + kept_bytes + PROCESS_BYTES
 
 
 def fitting_batch(

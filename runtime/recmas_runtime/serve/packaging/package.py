@@ -17,6 +17,7 @@ from recmas_runtime.core.errors import fail
 from recmas_runtime.core.text import human_bytes
 from recmas_runtime.formats.bundle import Bundle, keep_out
 from recmas_runtime.formats.manifest import MANIFEST_NAME
+from recmas_runtime.serve.operation.memory import PROCESS_BYTES, BundleNeeds
 from recmas_runtime.serve.service import ServiceLimits
 
 _PACKAGE: Final = Path(__file__).parents[2]
@@ -26,8 +27,6 @@ _NAMES: Final = {"dockerignore": ".dockerignore", "env": ".env"}
 _BUNDLE: Final = "bundle"
 _RUNTIME: Final = "runtime"
 _MIB: Final = 2**20
-# What a front end and a worker take before they load anything, and what engines compute in.
-_PROCESS_BYTES: Final = 512 * _MIB
 _REFERENCE: Final = re.compile(
     r"[a-z0-9][a-z0-9._/:-]*(:[A-Za-z0-9._-]{1,128})?(@sha256:[0-9a-f]{64})?"
 )
@@ -158,18 +157,12 @@ def _values(bundle: Bundle, options: PackageOptions) -> dict[str, Any]:
 
 def _memory(bundle: Bundle, max_batch: int) -> tuple[int, str]:
     """Return the memory that a container needs, in MiB, and of what it is the sum."""
-    plan, manifest = bundle.plan, bundle.manifest
-    weights = {backbone.weights for backbone in manifest.backbones.values()}
-    weight_bytes = sum(manifest.files[file].size_bytes for file in weights)
-    request_bytes = sum(cache.bytes_per_sample for cache in plan.caches.values())
-    request_bytes += sum(snapshot.bytes_per_sample for snapshot in plan.snapshots.values())
-    kept_bytes = ServiceLimits().kept_bytes
-    whole = weight_bytes + max_batch * request_bytes + kept_bytes + _PROCESS_BYTES
-    memory_mib = -(-whole // _MIB)
+    needs, kept_bytes = BundleNeeds.of(bundle), ServiceLimits().kept_bytes
+    memory_mib = -(-needs.whole_bytes(max_batch=max_batch, kept_bytes=kept_bytes) // _MIB)
     return memory_mib, (
-        f"{memory_mib} MiB = weights {human_bytes(weight_bytes)} + {max_batch} requests of "
-        f"{human_bytes(request_bytes)} + kept prompts {human_bytes(kept_bytes)} + processes "
-        f"{human_bytes(_PROCESS_BYTES)}"
+        f"{memory_mib} MiB = weights {human_bytes(needs.weight_bytes)} + {max_batch} requests of "
+        f"{human_bytes(needs.bytes_per_request)} + kept prompts {human_bytes(kept_bytes)} + "
+        f"processes {human_bytes(PROCESS_BYTES)}"
     )
 
 

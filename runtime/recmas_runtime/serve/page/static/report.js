@@ -50,7 +50,9 @@ function open() {
     frame,
     traceView(trace)
   );
-  drawGraph(frame, systemOfTrace(trace), "Agents of this record");
+  const graph = drawGraph(frame, systemOfTrace(trace), "Agents of this record");
+  trace.steps.forEach((step) => graph.step(step));
+  graph.rest(false);
 }
 
 function shown(label, text) {
