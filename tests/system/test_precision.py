@@ -127,12 +127,14 @@ def test_fewer_bits_are_fewer_bytes_and_lose_more(build_tiny: BuildTiny) -> None
         backbone = built.program.system.backbones["small"]
         planned = weights_bytes(backbone.facts, precision=precision)
         (planned_memory,) = memory_plan(built.program).backbones
-        assert planned_memory.weights_bytes == planned
-        planned += row_weights_bytes(backbone.facts, precision=precision)
+        rows = row_weights_bytes(backbone.facts, precision=precision)
+        has_copy = PRECISIONS[precision].cpu_products == "rows in prompts"
+        assert planned_memory.weights_bytes == planned + rows * has_copy
+        planned += rows
         # norms and blocks that are not full weigh something in models this small
         assert 0.7 * sizes[precision] < planned < 1.05 * sizes[precision]
-    # In int8 layers are stored twice, in blocks and in rows.
-    assert sizes["float32"] > 1.5 * sizes["int8"] > 1.5 * sizes["int4"]
+    # Layers are stored twice, in blocks and in rows of 8 bits.
+    assert sizes["float32"] > 1.5 * sizes["int8"] > 1.5 * 1.1 * sizes["int4"]
     assert cosines["float32"] > cosines["int8"] > cosines["int4"]
 
 
