@@ -280,9 +280,10 @@ def test_run_refuses_arguments_before_it_builds(
 def test_build_says_what_it_built(project: Path) -> None:
     built = recmasc("build", "spec.yaml", "-o", "small", "--precision", "int8", cwd=project)
     assert built.returncode == Exit.OK, built.stderr
-    *_, parity, size, after = built.stdout.splitlines()
+    *_, parity, cache, size, after = built.stdout.splitlines()
     assert parity.startswith("tiny against the reference: hidden ")
     assert parity.endswith(("; greedy text equal.", "; greedy text different."))
+    assert cache.startswith("From the cache: ")
     assert size.startswith("Size ")
     assert ", loads in " in size
     assert after == 'Next: recmas run small "..."'

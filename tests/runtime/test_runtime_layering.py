@@ -30,7 +30,7 @@ OPTIONAL = {
     "search": {"bm25s"},
     "tables": {"pyarrow"},
     "ray": {"fastapi", "ray"},
-    "mcp": {"anyio", "mcp", "mcp_types", "uvicorn"},
+    "mcp": {"anyio", "mcp", "mcp_types", "pydantic", "uvicorn"},
     "http": {"fastapi", "pydantic", "starlette", "uvicorn"},
     "page": {"starlette"},
     "operation": {"fastapi", "opentelemetry", "pydantic", "uvicorn"},

@@ -185,7 +185,7 @@ def test_headers_and_the_role_come_before_anything_is_known() -> None:
 @pytest.mark.parametrize(
     ("reason", "code", "status"),
     [
-        ("input", "RM501", 400),
+        ("input", "RM500", 400),
         ("full", "RM541", 429),
         ("stopped", "RM542", 503),
         ("failed", "RM507", 500),
