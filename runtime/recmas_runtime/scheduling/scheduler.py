@@ -46,32 +46,31 @@ class SharedCalls(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """An engine call that a run waits for; its kind says with which others it may run."""
+    """An engine call that a run waits for; its kind says with which others it may run.
+
+    Attributes:
+        size: The number of its rows, or of its positions.
+        work: What the engine is to compute.
+    """
 
     engine: SharedCalls
-    # The number of its rows, or of its positions.
     size: int
+    work: Any
 
 
 @dataclass(frozen=True, eq=False)
 class StepCall(Call):
     """One position of some rows."""
 
-    work: Any
-
 
 @dataclass(frozen=True, eq=False)
 class ChunkCall(Call):
     """A part of a prompt."""
 
-    work: Any
-
 
 @dataclass(frozen=True, eq=False)
 class HeadCall(Call):
     """Logits of hidden states."""
-
-    work: Any
 
 
 class Task(greenlet.greenlet):
@@ -86,10 +85,8 @@ class Task(greenlet.greenlet):
         super().__init__(function, scheduler.main)
         # Callbacks and tools of a run see the context that it was started in.
         self.gr_context = contextvars.copy_context()
-        self.scheduler = scheduler
         self.engine_s = 0.0
         self.cached_positions = 0
-        self.is_cancelled = False
         self._future: Future[Any] = Future()
 
     @property
@@ -172,7 +169,6 @@ class Scheduler:
         self._resume = deque(each for each in self._resume if each[0] is not task)
         self._paused = [each for each in self._paused if each is not task]
         self._outside.discard(task)
-        task.is_cancelled = True
         if task:  # has begun
             task.throw(greenlet.GreenletExit())
         if not task.ended:
@@ -307,6 +303,7 @@ class Scheduler:
         for group in by_engine(waiting):
             engine = group[0][1].engine
             calls = [call for _, call in group]
+            size = sum(call.size for call in calls)
             start = time.perf_counter()
             try:
                 try:
@@ -326,7 +323,7 @@ class Scheduler:
                 ]
             now = time.perf_counter()
             self.counts.seconds[kind] += now - start
-            share = (now - self._accounted) / sum(call.size for call in calls)
+            share = (now - self._accounted) / size
             for task, call in group:
                 task.engine_s += share * call.size
             self._accounted = now

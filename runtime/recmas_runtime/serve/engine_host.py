@@ -15,6 +15,7 @@ from typing import Any, Final
 from msgspec import structs
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail, is_out_of_memory
+from recmas_runtime.formats.manifest import MANIFEST_NAME
 from recmas_runtime.formats.plan import Step as PlanStep
 from recmas_runtime.formats.plan import ThinkStep, agents_of, feedback_links
 from recmas_runtime.running.records import Record
@@ -365,7 +366,7 @@ def model_info(name: str, path: Path, system: System, ms: float) -> ModelInfo:
     """Return what a front end must know of a loaded system."""
     plan = system.plan
     feedback = feedback_links(plan)
-    manifest = path / "manifest.json"
+    manifest = path / MANIFEST_NAME
     # Files keep their times when a folder is moved or copied with them; the folder does not.
     created = max(manifest.stat().st_mtime, path.stat().st_ctime)
     backbone = system.manifest.backbones[plan.agents[plan.answer_agent].backbone]
