@@ -17,6 +17,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -41,6 +42,7 @@ from recmas_compiler.lowering.static_cache import (
 from recmas_export.passes.experts import IN, OUT, SUM
 from recmas_export.passes.tidy import OPSET, TRACED
 from recmas_export.trace.capture import capture
+from recmas_export.trace.repeat import LayersDifferError, find_repetition, repeat_layers
 from recmas_export.trace.states import PortableStates, StateCache, StateTrace, portable_kernels
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.layers import (
@@ -54,6 +56,9 @@ from recmas_runtime.formats.plan import cache_capacity
 BATCH, POSITIONS, CAPACITY = "batch", "positions", "capacity"
 
 IMPLEMENTATION = "recmas_portable"
+
+# What `_Body` calls the layers it runs.
+_BODY = "body"
 
 # What models pass to every attention implementation and what has no effect here: dropout is off in
 # evaluation, windows and causality are in the explicit mask, positions are in the rotated keys.
@@ -76,6 +81,29 @@ def trace_body(
     Raises:
         RecmasError: RM300 where the model cannot be traced.
     """
+    kinds = tuple(zip(facts.attention, _groups(masked_layers, facts), strict=True))
+    repetition = find_repetition(body_of(model), facts.layers, kinds)
+    if repetition is not None:
+        first = replace(
+            facts,
+            num_layers=repetition.traced,
+            layers=facts.layers[: repetition.traced],
+            attention=facts.attention[: repetition.traced],
+        )
+        try:
+            with repetition.first_layers():
+                graph = _trace_layers(model, first, masked_layers)
+            repeat_layers(graph, repetition, body=_BODY)
+        except (RecmasError, LayersDifferError):
+            pass
+        else:
+            return graph
+    return _trace_layers(model, facts, masked_layers)
+
+
+def _trace_layers(
+    model: PreTrainedModel, facts: BackboneFacts, masked_layers: Sequence[Sequence[int]]
+) -> ir.Model:
     kept = cache_tensors(facts.layers)
     masks = [hidden_rows_tensor(len(masked_layers))] if masked_layers else []
     tensors = [*kept, *masks]
@@ -351,6 +379,17 @@ class PortableCache:
         return found
 
 
+def _groups(masked_layers: Sequence[Sequence[int]], facts: BackboneFacts) -> list[int | None]:
+    """Return by layer the group of masked layers that it is in.
+
+    A layer without attention sees no rows anyway.
+    """
+    groups = {layer: number for number, group in enumerate(masked_layers) for layer in group}
+    return [
+        None if kind == "none" else groups.get(layer) for layer, kind in enumerate(facts.attention)
+    ]
+
+
 @contextmanager
 def portable_attention(model: PreTrainedModel) -> Iterator[None]:
     """Make `model` use portable attention, masks and experts inside the block, its own after it."""
@@ -402,15 +441,13 @@ class _Body(torch.nn.Module):
         masked_layers: Sequence[Sequence[int]],
     ) -> None:
         super().__init__()
-        self.body = body_of(model)
+        self.body = body_of(model)  # by this name `_BODY`
         self._layers = facts.layers
         self._states = states
-        # A layer without attention sees no rows anyway.
         self._masked = {
-            layer: number
-            for number, group in enumerate(masked_layers)
-            for layer in group
-            if facts.attention[layer] != "none"
+            layer: group
+            for layer, group in enumerate(_groups(masked_layers, facts))
+            if group is not None
         }
         self._cache_argument = cache_argument(self.body)
 

@@ -519,11 +519,15 @@ def exercised(name: str) -> tuple[str, ...]:
     return tuple(word for word, has in words.items() if has)
 
 
-def zoo_config(name: str) -> tuple[Any, Any]:
-    """Return what loads the model of a row, and its config."""
+def zoo_config(name: str, *, rounds: int = 1) -> tuple[Any, Any]:
+    """Return what loads the model of a row, and its config; `rounds` of its two layers."""
     kind, tokenizer = FAMILIES[_KIND], make_tokenizer(_KIND)
-    common = {**COMMON_DIMS, "num_hidden_layers": 2, "vocab_size": tokenizer.get_vocab_size()}
-    row = SEEING[name].text if name in SEEING else ZOO[name]
+    common = {
+        **COMMON_DIMS,
+        "num_hidden_layers": 2 * rounds,
+        "vocab_size": tokenizer.get_vocab_size(),
+    }
+    row = _repeated(SEEING[name].text if name in SEEING else ZOO[name], rounds)
     entries = {key: v for key, v in {**common, **row}.items() if v is not _NOT_GIVEN}
     end, pad = tokenizer.token_to_id(kind.eos), tokenizer.token_to_id(kind.pad)
     tokens = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
@@ -533,6 +537,14 @@ def zoo_config(name: str) -> tuple[Any, Any]:
         if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             loader = AutoModelForImageTextToText
     return loader, AutoConfig.for_model(model_type, **{**tokens, **entries})
+
+
+def _repeated(row: Mapping[str, Any], rounds: int) -> dict[str, Any]:
+    """Return the entries of a row with what they list by layer `rounds` times."""
+    return {
+        key: value * rounds if isinstance(value, list) and len(value) == 2 else value
+        for key, value in row.items()
+    }
 
 
 def write_zoo_config(folder: Path, name: str, config: Any, model: Any) -> None:
@@ -545,10 +557,10 @@ def write_zoo_config(folder: Path, name: str, config: Any, model: Any) -> None:
     path.write_text(json.dumps(written), encoding="utf-8")
 
 
-def write_zoo_model(folder: Path, name: str, *, seed: int = 0) -> Path:
+def write_zoo_model(folder: Path, name: str, *, seed: int = 0, rounds: int = 1) -> Path:
     """Write the tiny model of a row of `ZOO` with its tokenizer; returns its folder."""
     kind, tokenizer = FAMILIES[_KIND], make_tokenizer(_KIND)
-    loader, config = zoo_config(name)
+    loader, config = zoo_config(name, rounds=rounds)
     model = random_model(loader, config, seed=seed)
     logging.disable_progress_bar()
     model.save_pretrained(folder)
