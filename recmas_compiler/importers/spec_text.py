@@ -149,7 +149,7 @@ class _Writer:
         self.agents = [_without_slots_in_system(agent) for agent in team.agents]
         shown = fields_of(text for agent in self.agents for text in agent.texts)
         self.asks = team.asks_question or not shown
-        self.fields = [*([QUESTION] if self.asks else []), *(f for f in shown if f != QUESTION)]
+        self.fields = list(dict.fromkeys([*([QUESTION] if self.asks else []), *shown]))
         self.forward, self.feedback, self.rounds = self._links()
 
     def _links(self) -> tuple[list[Edge], list[Edge], int]:

@@ -108,7 +108,7 @@ class _Reader:
     rounds: list[int] = field(default_factory=list)
 
     def team(self, root: Node) -> Team:
-        piece = self._piece(root, [])
+        piece = self._piece(root, [], root)
         check_number(root.place, len(piece.order))
         for name in piece.order:
             self.names[name] = free_slug(name, list(self.names.values()))
@@ -135,11 +135,12 @@ class _Reader:
             remarks=tuple(self.files.remarks),
         )
 
-    def _piece(self, node: Node, above: list[Node]) -> _Piece:
+    def _piece(self, node: Node, above: list[Node], at: Node) -> _Piece:
+        """Read an agent and all below it; `at` is where it is named."""
         if any(node is other for other in above):
             way = " -> ".join(other.file for other in (*above, node))
             message = f"the agent is inside of itself: {way}."
-            raise above[-1].refuse("RM163", message, "Remove the `config_path` that leads back.")
+            raise at.refuse("RM163", message, "Remove the `config_path` that leads back.")
         above = [*above, node]
         found = node.get("agent_class")
         kind = "LlmAgent" if found is None else found.text().rpartition(".")[2] or "LlmAgent"
@@ -174,11 +175,11 @@ class _Reader:
                 message = "an agent that is made by code."
                 hint = "Write it as a YAML file, and name that by `config_path`."
                 raise item.need("code").refuse("RM161", message, hint)
+            at = item
             if "config_path" in item.mapping():
-                reference = item.need("config_path")
-                path = self.files.beside(reference, reference.text())
-                item = self.files.open(path)
-            pieces.append(self._piece(item, above))
+                at = item.need("config_path")
+                item = self.files.open(self.files.beside(at, at.text()))
+            pieces.append(self._piece(item, above, at))
         if not pieces:
             raise node.need("sub_agents").refuse("RM161", "the list is empty.", "Name agents.")
         return pieces
@@ -348,17 +349,17 @@ class _Graph:
     def _file(self, node: Node, name: str) -> str:
         if name in self.units:
             return self.units[name]
-        unit = self._piece(self.reader.files.open(self.reader.files.beside(node, name)))
+        unit = self._piece(self.reader.files.open(self.reader.files.beside(node, name)), node)
         self.units[name] = unit
         return unit
 
-    def _piece(self, node: Node) -> str:
+    def _piece(self, node: Node, at: Node) -> str:
         name = str(node.need("name").value)
         if name in self.units:
             message = f"two nodes are called `{name}`."
             raise node.need("name").refuse("RM162", message, "Give every node its own name.")
         self.units[name] = name
-        self.pieces[name] = self.reader._piece(node, self.above)
+        self.pieces[name] = self.reader._piece(node, self.above, at)
         return name
 
     def _inline(self, node: Node) -> str:
@@ -372,7 +373,7 @@ class _Graph:
         found = node.get("agent_class")
         if found is not None and found.text().rpartition(".")[2] in ("JoinNode", "FunctionNode"):
             return self._code(node, str(node.need("name").value))
-        return self._piece(node)
+        return self._piece(node, node)
 
     def _code(self, node: Node, name: str) -> str:
         if name not in self.units:

@@ -62,6 +62,7 @@ _REASONS: Final[Mapping[str, str]] = {
     "displayName": "labels have no meaning here",
     "description": "labels have no meaning here",
     "metadata": "labels have no meaning here",
+    "id": "the model is that of --backbone",
     "model": "the model is that of --backbone",
     "inputSchema": "records and answers are text",
     "outputSchema": "records and answers are text",
@@ -466,6 +467,7 @@ class _Reader:
                 if not answers:
                     item.leave(ONLY_ANSWERS)
                     continue
+                item.text_at("kind")
                 key = item.get("name") or item.need("kind")
                 named.append(key.text())
             tools = tools_named(named) if named else tools

@@ -32,7 +32,8 @@ from recmas_runtime.core.text import listed
 FILE_NAMES: Final = "crew.jsonc, flow.yaml, or config/agents.yaml with config/tasks.yaml"
 _FLOW: Final = ("flow.yaml", "flow.yml")
 _CLASSIC: Final = ("config/agents.yaml", "agents.yaml")
-_FOLDERS: Final = ("", "src/*/", "crews/*/", "src/*/crews/*/")
+# Where they are looked for: in the folder itself, in a project, in a flow's own folders.
+_FOLDERS: Final = (("",), ("src/*/",), ("crews/*/", "src/*/crews/*/"))
 
 
 def read(path: Path) -> Team:
@@ -65,18 +66,19 @@ def _find(path: Path) -> Path:
     if not path.is_dir():
         hint = f"Give the folder of a crew, with {FILE_NAMES}."
         raise fail("RM160", "there is no such folder", file=str(path), hint=hint)
-    for names in (CREW_FILES, _FLOW, _CLASSIC):
-        found = [
-            file
-            for folder in _FOLDERS
-            for name in names
-            for file in sorted(path.glob(folder + name))
-        ]
-        if len(found) > 1 and found[0].parent != path and found[0].parent.parent != path:
-            hint = f"Give one of them: {listed(str(_project(file)) for file in found)}."
-            raise fail("RM161", f"there are {len(found)} crews", file=str(path), hint=hint)
-        if found:
-            return found[0]
+    for folders in _FOLDERS:
+        for names in (CREW_FILES, _FLOW, _CLASSIC):
+            found = [
+                file
+                for folder in folders
+                for name in names
+                for file in sorted(path.glob(folder + name))
+            ]
+            if len({_project(file) for file in found}) > 1:
+                hint = f"Give one of them: {listed(_project(file) for file in found)}."
+                raise fail("RM161", f"there are {len(found)} crews", file=str(path), hint=hint)
+            if found:
+                return found[0]
     hint = f"It has to hold {FILE_NAMES}."
     raise fail("RM161", "this is no crew of CrewAI", file=str(path), hint=hint)
 
