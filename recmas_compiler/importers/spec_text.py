@@ -51,6 +51,9 @@ _CHARACTERS_PER_TOKEN: Final = 3
 _TOKENS_OF_A_FIELD: Final = 96
 _TOKENS_OF_A_TEMPLATE: Final = 48
 _FEWEST_PROMPT_TOKENS: Final = 512
+_STEP_OF_PROMPT_TOKENS: Final = 256
+# What the default backbone holds, 8192 positions, without room for thoughts and an answer.
+_MOST_PROMPT_TOKENS: Final = 7680
 _ABOUT: Final[Mapping[Carries, str]] = {
     "thoughts": "vectors that agents have thought: train it first, untrained they mislead who "
     "answers",
@@ -121,7 +124,7 @@ def write_spec(team: Team, options: ImportOptions, *, out: Path) -> Written:
         num_links=len(writer.forward) + len(writer.feedback),
         fields=tuple(writer.fields),
         to_fill=to_fill,
-        warnings=warnings,
+        warnings=(*warnings, *writer.shortened(str(out))),
     )
 
 
@@ -305,7 +308,7 @@ class _Writer:
         return "\n".join(lines) + "\n"
 
     def _build(self) -> str:
-        limit = f"  max_prompt_tokens: {self._prompt_tokens()}"
+        limit = f"  max_prompt_tokens: {self._limit()}"
         return (
             "build:\n"
             "  target: onnx\n"
@@ -315,14 +318,32 @@ class _Writer:
         )
 
     def _prompt_tokens(self) -> int:
-        """Return a limit that the longest prompt should keep, messages included."""
+        """Return how many positions the longest prompt may take, messages included; a guess."""
         own = {agent.name: self._own_tokens(agent) for agent in self.agents}
         most = 0
         for agent in self.agents:
             senders = [sender for group in self._senders(agent.name) for sender in group]
             taken = sum(self._message_tokens(own[sender]) for sender in senders)
             most = max(most, own[agent.name] + taken)
-        return max(_FEWEST_PROMPT_TOKENS, 1 << math.ceil(math.log2(most)))
+        steps = math.ceil(most / _STEP_OF_PROMPT_TOKENS)
+        return max(_FEWEST_PROMPT_TOKENS, steps * _STEP_OF_PROMPT_TOKENS)
+
+    def _limit(self) -> int:
+        tokens = self._prompt_tokens()
+        is_default = self.options.backbone == DEFAULT_BACKBONE
+        return min(tokens, _MOST_PROMPT_TOKENS) if is_default else tokens
+
+    def shortened(self, file: str) -> list[Problem]:
+        """Return a warning where prompts may be too long for the default backbone."""
+        if self._limit() == self._prompt_tokens():
+            return []
+        message = (
+            f"a prompt may take {self._prompt_tokens()} positions with its messages, and this "
+            "backbone holds 8192: a record whose prompt is longer is refused."
+        )
+        hint = "Choose a --backbone for longer texts, or let links carry `text`."
+        found = Problem(code="RM167", severity="warning", message=message, hint=hint, file=file)
+        return [found]
 
     def _own_tokens(self, agent: TeamAgent) -> int:
         texts = [*agent.texts, _QUESTION if self.asks else ()]

@@ -81,7 +81,7 @@ def test_a_pair_of_crewai_is_the_sequential_spec(
     graph = re.sub(r"^  \w+ system\n(    \|.*\n)+", "", graph, flags=re.MULTILINE)
     graph = graph.replace("system  crewai_pair", "system  sequential")
     # which makes prompts longer
-    graph = graph.replace("max_prompt_tokens=1024", "max_prompt_tokens=512")
+    graph = graph.replace("max_prompt_tokens=768", "max_prompt_tokens=512")
     assert graph == written_out
 
 
