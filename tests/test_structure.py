@@ -62,6 +62,8 @@ LAYERS = (
     "recmas_compiler.spec.patterns",
     "recmas_compiler.spec.checks",
     "recmas_compiler.spec",
+    "recmas_compiler.importers",
+    "recmas_compiler.importers.readers",
     "recmas_compiler.backbones.config",
     "recmas_compiler.backbones.loaded",
     "recmas_compiler.backbones.fetching",

@@ -37,7 +37,7 @@ COMMANDS: Final = {
     "data": Entry("data", "data", "Write a published data set as JSON lines."),
     "eval": Entry("evaluate", "evaluate", "Measure how often a system is right, and its cost."),
     "bench": Entry("bench", "bench", "Measure the time and tokens of a system or its engines."),
-    "import": Entry("released", "import_", "Turn systems that others trained into specs."),
+    "import": Entry("importing", "import_", "Turn teams and systems of others into specs."),
     "export-links": Entry("released", "export_links", "Write trained links in the released form."),
     "doctor": Entry("doctor", "doctor", "Tell what this machine has and what works on it."),
 }

@@ -17,12 +17,7 @@ from recmas_runtime.core.text import counted
 HUB: Final = "hf"
 
 
-@click.group("import")
-def import_() -> None:
-    """Turn systems that others trained into specs."""
-
-
-@import_.command("released", short_help="A released RecursiveMAS system.")
+@click.command("released", short_help="A released RecursiveMAS system.")
 @click.argument("style_name", metavar="STYLE")
 @click.option("--from", "origin", metavar="FOLDER|hf", help="Where the repositories are.")
 @click.option(

@@ -166,13 +166,8 @@ class Layout:
         Rows of a cache were computed knowing those before them. A receiver that has both reads one
         text, and the first row of all.
         """
-        read: dict[str, list[str]] = {}
-        for role in self.roles:
-            sources = [source for source, target in self.forward if target == role.agent]
-            all_read = [earlier for source in sources for earlier in (*read[source], source)]
-            read[role.agent] = list(dict.fromkeys(all_read))
-        forward = [(source, agent) for agent, sources in read.items() for source in sources]
-        return replace(self, forward=tuple(forward))
+        forward = links_of_rows([role.agent for role in self.roles], self.forward)
+        return replace(self, forward=forward)
 
     @property
     def answer_agent(self) -> str:
@@ -188,6 +183,22 @@ class Layout:
     def waits(self, agent: str) -> bool:
         """Tell whether an agent gets its messages only from the second round on."""
         return any(target == agent for _, target in self.feedback)
+
+
+def links_of_rows(
+    agents: Sequence[str], forward: Sequence[tuple[str, str]]
+) -> tuple[tuple[str, str], ...]:
+    """Return links by which agents also read the rows of those that their senders read.
+
+    Args:
+        agents: In an order in which every link of `forward` points on.
+    """
+    read: dict[str, list[str]] = {}
+    for agent in agents:
+        sources = [source for source, target in forward if target == agent]
+        all_read = [earlier for source in sources for earlier in (*read[source], source)]
+        read[agent] = list(dict.fromkeys(all_read))
+    return tuple((source, agent) for agent, sources in read.items() for source in sources)
 
 
 def sequential(chain: tuple[str, ...]) -> Layout:

@@ -65,6 +65,15 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM153": (Exit.OK, "warning: an early end of the rounds that can never come"),
     "RM155": (Exit.OK, "warning: a chat template that writes the date of the day"),
     "RM156": (Exit.OK, "warning: prompts that do not show what is asked"),
+    # RM16x: teams of other frameworks
+    "RM160": (Exit.SPEC_INVALID, "a team's file that cannot be read"),
+    "RM161": (Exit.SPEC_INVALID, "a team's file of another form"),
+    "RM162": (Exit.SPEC_INVALID, "a team that names what is not there, or two things alike"),
+    "RM163": (Exit.SPEC_INVALID, "a team whose order is not known before it runs"),
+    "RM164": (Exit.SPEC_INVALID, "a path that leaves the folder of a team"),
+    "RM165": (Exit.OK, "warning: a key of a team's file that is not carried over"),
+    "RM166": (Exit.OK, "warning: a prompt that is to be filled in"),
+    "RM167": (Exit.OK, "warning: a part of a team that runs otherwise here"),
     # RM2xx: backbones and compilation
     "RM200": (Exit.ENVIRONMENT, "a backbone's files are not there"),
     "RM201": (Exit.ENVIRONMENT, "a Python package that this needs is not installed"),

@@ -1,0 +1,1 @@
+"""One reader per form of team file: `read(path)` returns a `Team`."""

@@ -1,0 +1,1 @@
+raise RuntimeError("imports never run the code of a team")
