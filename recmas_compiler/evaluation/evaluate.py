@@ -78,6 +78,20 @@ class EvalOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OtherSystem:
+    """A system over the bundle's engines that is made for an evaluation and is no baseline.
+
+    Attributes:
+        digest: Of what it is beside the bundle, such as its prompts: answers of another one are not
+            mixed with its own.
+        of: Makes it from the loaded bundle.
+    """
+
+    digest: str
+    of: Callable[[System], System]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluated:
     """What an evaluation gave, and what a reader of its figures should know."""
 
@@ -87,8 +101,13 @@ class Evaluated:
     interrupted: bool
 
 
-def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
+def evaluate(
+    options: EvalOptions, *, progress: Progress, others: Mapping[str, OtherSystem] | None = None
+) -> Evaluated:
     """Run an evaluation; whatever can be refused is refused before a system is loaded.
+
+    Args:
+        others: By the names that `options.baselines` have for them.
 
     Raises:
         RecmasError: What concerns the whole run; single records that fail are in the report.
@@ -99,8 +118,9 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
         UNTRAINED if name == OLD_UNTRAINED else baseline_name(name) for name in options.baselines
     )
     names = tuple(dict.fromkeys(asked)) or (LATENT,)
+    others = dict(others or {})
     for name in names:
-        if name != UNTRAINED:
+        if name != UNTRAINED and name not in others:
             apply_baseline(bundle.plan, name, bundle.manifest)
     untrained = _untrained_bundle(options, names, bundle)
     batch_size = bundle.plan.limits.max_batch if options.batch is None else options.batch
@@ -109,7 +129,7 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
     device = choose_device(bundle, options.device, warnings)
     data = load_data(options.data, protocol, shown=bundle.plan.fields)
     _check_fields(bundle, data)
-    folder = options.out or Path("out") / f"{bundle.plan.name}-{protocol.name}"
+    folder = output_folder(options)
     keep_out(bundle.root, {"--out": folder})
     with make_check(protocol.check) as check:
         broken = check_records(check, data.questions, protocol, progress=progress)
@@ -132,12 +152,13 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
             date=opening.date,
             judge=_judge_text(protocol),
             left_out=", ".join(sorted(map(str, skipped))) or None,
+            others=", ".join(f"{name} {other.digest}" for name, other in others.items()) or None,
         )
         made_folder(folder)
         with exclusive(folder, code="RM503", what="evaluation"):
             resumed = claim_folder(folder, identity, resume=options.resume)
             evaluation = run_systems(
-                _systems(names, options),
+                _systems(names, options, others),
                 questions,
                 protocol=protocol,
                 check=check,
@@ -169,6 +190,14 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
         ),
         interrupted=evaluation.interrupted,
     )
+
+
+def output_folder(options: EvalOptions) -> Path:
+    """Return where an evaluation writes."""
+    if options.out is not None:
+        return options.out
+    name = load_protocol(options.protocol, overrides=options.overrides).name
+    return Path("out") / f"{open_bundle(options.bundle, verify_hashes=False).plan.name}-{name}"
 
 
 def check_records(
@@ -270,12 +299,16 @@ def option_overrides(
     return tuple(found)
 
 
-def _systems(names: Sequence[str], options: EvalOptions) -> Mapping[str, Callable[[], System]]:
+def _systems(
+    names: Sequence[str], options: EvalOptions, others: Mapping[str, OtherSystem]
+) -> Mapping[str, Callable[[], System]]:
     """Return how to make each system; all but the untrained one share one set of engines."""
     opened = partial(load, device=options.device, threads=options.threads)
     base = cache(partial(opened, options.bundle))
 
     def make(name: str) -> System:
+        if name in others:
+            return others[name].of(base())
         if name != UNTRAINED:
             return base().baseline(name)
         assert options.untrained_bundle is not None

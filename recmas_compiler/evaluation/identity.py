@@ -25,6 +25,7 @@ class Identity:
         date: The day that chat templates write; None where none writes it.
         judge: The packages that decide what is right, with their versions.
         left_out: Ids of records that are not asked; None for none.
+        others: Systems that are made for this evaluation, with their digests; None for none.
     """
 
     protocol: str
@@ -37,6 +38,7 @@ class Identity:
     date: str | None
     judge: str
     left_out: str | None
+    others: str | None = None
 
 
 _WORDS: Final = {
@@ -50,6 +52,7 @@ _WORDS: Final = {
     "date": "the date in the prompts",
     "judge": "the judge",
     "left_out": "what is left out",
+    "others": "what was made for it",
 }
 
 
@@ -119,6 +122,8 @@ def _is_empty_start(path: Path) -> bool:
 def _compare(path: Path, identity: Identity) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        # What was written before there were others says nothing of them.
+        found.setdefault("others", None)
         before = Identity(**{field.name: found[field.name] for field in fields(Identity)})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise fail(
