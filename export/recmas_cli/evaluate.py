@@ -132,16 +132,25 @@ def evaluate(
             hint = f"Add --baseline {TEXTGRAD}."
             raise fail("RM506", f"--textgrad without --baseline {TEXTGRAD}", hint=hint)
         return shown(run_evaluation(asked, progress=progress))
-    learned = optimised_prompts(asked, textgrad, progress=progress)
-    budget = {"textgrad": learned.to_json()}
-    if learned.interrupted:
-        return Outcome(text=learned.to_text(), data=budget, interrupted=True)
-    other = OtherSystem(digest=learned.digest, of=learned.system)
-    outcome = shown(run_evaluation(asked, progress=progress, others={TEXTGRAD: other}))
+    learned: list[TextGradients] = []
+
+    def optimised() -> OtherSystem:
+        learned.append(found := optimised_prompts(asked, textgrad, progress=progress))
+        if found.interrupted:
+            raise KeyboardInterrupt
+        return OtherSystem(digest=found.digest, of=found.system)
+
+    try:
+        outcome = shown(run_evaluation(asked, progress=progress, others={TEXTGRAD: optimised}))
+    except KeyboardInterrupt:
+        if not learned:
+            raise
+        outcome = Outcome(text="Partial: the run was interrupted.", interrupted=True)
+    (found,) = learned
     return replace(
         outcome,
-        text=f"{outcome.text}\n\n{learned.to_text()}",
-        data={**outcome.data, **budget},
+        text=f"{outcome.text}\n\n{found.to_text()}",
+        data={**outcome.data, "textgrad": found.to_json()},
     )
 
 

@@ -27,6 +27,7 @@ from recmas_compiler.evaluation.identity import (
     claim_folder,
     made_folder,
     prompt_digest,
+    refuse_taken,
 )
 from recmas_compiler.evaluation.report import Report, asked_text, make_report, write_report
 from recmas_compiler.evaluation.runner import run_systems
@@ -102,12 +103,16 @@ class Evaluated:
 
 
 def evaluate(
-    options: EvalOptions, *, progress: Progress, others: Mapping[str, OtherSystem] | None = None
+    options: EvalOptions,
+    *,
+    progress: Progress,
+    others: Mapping[str, Callable[[], OtherSystem]] | None = None,
 ) -> Evaluated:
     """Run an evaluation; whatever can be refused is refused before a system is loaded.
 
     Args:
-        others: By the names that `options.baselines` have for them.
+        others: By the names that `options.baselines` have for them. They are made once all else
+            has been checked, which may take hours.
 
     Raises:
         RecmasError: What concerns the whole run; single records that fail are in the report.
@@ -118,9 +123,9 @@ def evaluate(
         UNTRAINED if name == OLD_UNTRAINED else baseline_name(name) for name in options.baselines
     )
     names = tuple(dict.fromkeys(asked)) or (LATENT,)
-    others = dict(others or {})
+    makers = dict(others or {})
     for name in names:
-        if name != UNTRAINED and name not in others:
+        if name != UNTRAINED and name not in makers:
             apply_baseline(bundle.plan, name, bundle.manifest)
     untrained = _untrained_bundle(options, names, bundle)
     batch_size = bundle.plan.limits.max_batch if options.batch is None else options.batch
@@ -131,6 +136,7 @@ def evaluate(
     _check_fields(bundle, data)
     folder = output_folder(options)
     keep_out(bundle.root, {"--out": folder})
+    refuse_taken(folder, resume=options.resume)
     with make_check(protocol.check) as check:
         broken = check_records(check, data.questions, protocol, progress=progress)
         if broken and not options.skip_broken:
@@ -141,6 +147,7 @@ def evaluate(
             raise RecmasError([problem for _, problem in broken[:MAX_PROBLEMS]])
         opening = AnswerOpening.of(bundle)
         _check_scored(protocol, opening, questions)
+        made = {name: make() for name, make in makers.items()}
         identity = Identity(
             protocol=protocol.digest(),
             data=data.digest,
@@ -152,13 +159,13 @@ def evaluate(
             date=opening.date,
             judge=_judge_text(protocol),
             left_out=", ".join(sorted(map(str, skipped))) or None,
-            others=", ".join(f"{name} {other.digest}" for name, other in others.items()) or None,
+            others=", ".join(f"{name} {other.digest}" for name, other in made.items()) or None,
         )
         made_folder(folder)
         with exclusive(folder, code="RM503", what="evaluation"):
             resumed = claim_folder(folder, identity, resume=options.resume)
             evaluation = run_systems(
-                _systems(names, options, others),
+                _systems(names, options, made),
                 questions,
                 protocol=protocol,
                 check=check,

@@ -97,13 +97,7 @@ def claim_folder(folder: Path, identity: Identity, *, resume: bool) -> bool:
             another evaluation, RM503 if the folder cannot be written.
     """
     path = folder / NAME
-    if path.exists() and not _is_empty_start(path):
-        if not resume:
-            raise fail(
-                "RM302",
-                f"{folder} holds an evaluation already",
-                hint="Pass --resume to go on with it, or choose another --out.",
-            )
+    if refuse_taken(folder, resume=resume):
         _compare(path, identity)
         return True
     try:
@@ -111,6 +105,23 @@ def claim_folder(folder: Path, identity: Identity, *, resume: bool) -> bool:
     except OSError as error:
         raise _unwritable(folder, error) from error
     return False
+
+
+def refuse_taken(folder: Path, *, resume: bool) -> bool:
+    """Return whether a folder has answers of an evaluation to go on from.
+
+    Raises:
+        RecmasError: RM302 if it has and they are not to be resumed.
+    """
+    path = folder / NAME
+    taken = path.exists() and not _is_empty_start(path)
+    if taken and not resume:
+        raise fail(
+            "RM302",
+            f"{folder} holds an evaluation already",
+            hint="Pass --resume to go on with it, or choose another --out.",
+        )
+    return taken
 
 
 def _is_empty_start(path: Path) -> bool:

@@ -15,6 +15,8 @@ from recmas_runtime.core.errors import Problem, RecmasError, fail
 BASELINE: Final = "textgrad"
 # Budgets may grow when a run is resumed; everything else decides what a run is.
 _BUDGET: Final = ("steps", "max_tokens", "max_seconds")
+# An endpoint may move; its model may not.
+_PLACE: Final = ("url", "key_env", "timeout_s", "retries")
 _MOST: Final = 2**40
 
 
@@ -75,7 +77,7 @@ class TextGradSettings(BaseModel):
 
     def identity(self) -> dict[str, object]:
         """Return what decides what a run is; its budget may grow on resuming."""
-        kept = self.model_dump(mode="json", exclude={"data", "timeout_s", "retries", *_BUDGET})
+        kept = self.model_dump(mode="json", exclude={"data", *_PLACE, *_BUDGET})
         return {"textgrad": kept}
 
     @property
