@@ -146,11 +146,11 @@ def evaluate(
         if not learned:
             raise
         outcome = Outcome(text="Partial: the run was interrupted.", interrupted=True)
-    (found,) = learned
+    (result,) = learned
     return replace(
         outcome,
-        text=f"{outcome.text}\n\n{found.to_text()}",
-        data={**outcome.data, "textgrad": found.to_json()},
+        text=f"{outcome.text}\n\n{result.to_text()}",
+        data={**outcome.data, "textgrad": result.to_json()},
     )
 
 

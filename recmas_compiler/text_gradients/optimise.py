@@ -20,13 +20,20 @@ from recmas_compiler.text_gradients.forward import Asker, Written
 from recmas_compiler.text_gradients.package import import_textgrad
 from recmas_compiler.text_gradients.prompts import (
     Parameter,
+    has_relative_paths,
     keeps_marks,
     marks_text,
     parameters_of,
     spec_with_texts,
     with_texts,
 )
-from recmas_compiler.text_gradients.result import Proposal, Spent, StepReport, TextGradients
+from recmas_compiler.text_gradients.result import (
+    LinkCost,
+    Proposal,
+    Spent,
+    StepReport,
+    TextGradients,
+)
 from recmas_compiler.text_gradients.settings import BASELINE, TextGradSettings
 from recmas_compiler.text_gradients.state import State, load_state, save_state
 from recmas_runtime.core.errors import RecmasError, fail
@@ -122,6 +129,7 @@ def optimise(options: OptimiseOptions, *, progress: Progress) -> TextGradients:
         "prompts": prompt_digest(bundle.plan),
         "package": f"{BASELINE} {version(BASELINE)}",
     }
+    links = {} if settings.training is None else _link_costs(settings.training)
     made_folder(options.folder)
     with (
         make_check(protocol.check) as check,
@@ -167,7 +175,46 @@ def optimise(options: OptimiseOptions, *, progress: Progress) -> TextGradients:
             else f"{settings.model} at {settings.url}",
             stopped=stopped,
             spec_file=spec_file,
+            has_relative_paths=run.has_relative_paths,
+            links=links,
         )
+
+
+def _link_costs(folder: Path) -> dict[str, LinkCost]:
+    """Return what the loops of a training took, by their folders' names.
+
+    Raises:
+        RecmasError: RM506 if there is none.
+    """
+    from recmas_compiler.training.loop.metrics import COST_NAME, read_cost  # imports torch
+
+    try:
+        found = {
+            str(path.parent.relative_to(folder)): read_cost(path.parent)
+            for path in sorted(folder.glob(f"**/{COST_NAME}"))
+        }
+    except (OSError, ValueError, TypeError) as error:
+        raise _no_training(folder) from error
+    if not found:
+        raise _no_training(folder)
+    return {
+        name: LinkCost(
+            trainable_parameters=cost.trainable_parameters,
+            steps=cost.steps,
+            seconds=cost.total_seconds,
+            tokens=cost.tokens_per_step * cost.steps,
+        )
+        for name, cost in found.items()
+    }
+
+
+def _no_training(folder: Path) -> RecmasError:
+    return fail(
+        "RM506",
+        "--textgrad training names no folder of a training: there is no cost that can be read",
+        file=str(folder),
+        hint="Give the --out of `recmasc train`.",
+    )
 
 
 def _refuse_shared(learned: Sequence[Question], tested: Sequence[Question], file: Path) -> None:
@@ -217,6 +264,11 @@ class _Run:
         self._validation = validation
         self._spec_yaml = spec_yaml
         self._identity = identity
+
+    @property
+    def has_relative_paths(self) -> bool:
+        """Whether the spec names files from where it stands."""
+        return has_relative_paths(self._spec_yaml)
 
     def go(self, progress: Progress) -> str:
         """Make the steps that are left; returns why it stopped."""

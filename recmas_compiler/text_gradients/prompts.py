@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from msgspec import structs
@@ -19,6 +20,8 @@ from recmas_runtime.formats.plan import AgentPlan, Plan, PrefillStep, PromptPart
 
 Place = Literal["system", "first", "then"]
 _PLACES: Final[tuple[Place, ...]] = ("system", "first", "then")
+# Keys of the language whose values may be paths.
+_PATHS: Final = ("source", "template", "weights", "corpus", "loss_text")
 _OPENING: Final = re.compile(r"\{\{|\{%|\{#")
 
 
@@ -118,6 +121,24 @@ def spec_with_texts(spec_yaml: str, plan: Plan, texts: Mapping[str, str], *, rew
             else:
                 agent["prompt"] = written
     return write_yaml(root)
+
+
+def has_relative_paths(spec_yaml: str) -> bool:
+    """Tell whether a resolved spec names files from where it stands."""
+    return any(
+        not Path(value.removeprefix("gguf:")).is_absolute()
+        for key, value in _texts(parse_yaml(spec_yaml, file="spec.yaml").value)
+        if key in _PATHS and not value.startswith(("builtin:", "hf:")) and value != "none"
+    )
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every text of a document with the key that it stands under."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _texts(inner, name)
+    elif isinstance(value, str):
+        yield key, value
 
 
 def marks_of(text: str) -> Counter[tuple[str, str]]:

@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, Final, Literal
 
 from recmas_compiler.text_gradients.prompts import with_texts
@@ -99,6 +100,16 @@ class StepReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinkCost:
+    """What a loop of `recmasc train` took, beside which textual gradients are told."""
+
+    trainable_parameters: int
+    steps: int
+    seconds: float
+    tokens: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextGradients:
     """The outcome of a run.
 
@@ -110,6 +121,8 @@ class TextGradients:
         start_validation: Share of validation records right before; None without any.
         validation: With the texts now.
         spec_file: The spec with these prompts; None if the run was stopped before the first step.
+        has_relative_paths: Whether it names files from where the bundle's spec stood.
+        links: What a training of links took, by loop, where one was named.
         stopped: `steps`, `tokens`, `seconds`, or `interrupted`.
         engine: What criticised, in words.
     """
@@ -127,6 +140,8 @@ class TextGradients:
     engine: str
     stopped: str
     spec_file: Path | None
+    has_relative_paths: bool
+    links: Mapping[str, LinkCost] = field(default_factory=dict)
 
     @property
     def interrupted(self) -> bool:
@@ -138,6 +153,11 @@ class TextGradients:
         """How many proposals there were of each fate, in the order of `FATES`."""
         found = Counter(one.fate for step in self.steps for one in step.proposals)
         return {fate: found[fate] for fate in FATES if found[fate]}
+
+    @property
+    def step_seconds(self) -> float:
+        """Median seconds per step; None of the first measurement is in it. 0 without a step."""
+        return median(step.spent.seconds for step in self.steps) if self.steps else 0.0
 
     @property
     def digest(self) -> str:
@@ -167,6 +187,8 @@ class TextGradients:
             "validation": self.validation,
             "start": dict(self.start),
             "texts": dict(self.texts),
+            "links": {name: asdict(one) for name, one in self.links.items()},
+            "step_seconds": self.step_seconds,
             "spec": None if self.spec_file is None else str(self.spec_file),
         }
 
@@ -178,6 +200,11 @@ class TextGradients:
             f"{self.engine}; {spent.tokens:,} tokens ({spent.forward_tokens:,} of the system, "
             f"{spent.backward_tokens:,} in {counted(spent.calls, 'backward call')}), "
             f"{spent.seconds:.0f} s; stopped by {self.stopped}."
+        ]
+        lines += [
+            f"Links, {name}: {counted(one.steps, 'step')}, {one.tokens:,.0f} tokens with a loss, "
+            f"{one.seconds:.0f} s, {one.trainable_parameters:,} parameters."
+            for name, one in self.links.items()
         ]
         if self.fates:
             fates = "; ".join(
@@ -198,4 +225,9 @@ class TextGradients:
             lines.append("No prompt has changed.")
         if self.spec_file is not None:
             lines.append(f"Wrote {self.spec_file}.")
+            if self.has_relative_paths:
+                lines.append(
+                    "Relative paths in it are those of the spec that the bundle was built from: "
+                    "put it beside that one."
+                )
         return "\n".join(lines)

@@ -49,6 +49,9 @@ class TextGradSettings(BaseModel):
     handover_tokens: int | None = Field(default=None, ge=1, le=999_999)
     """Most tokens of a text between agents, as N of `text@N`; None for those of an answer."""
 
+    training: Path | None = None
+    """Folder of a `recmasc train` of the same system, whose cost is told beside this one's."""
+
     rewrites: Literal["instructions", "prompt"] = "instructions"
     """What learns: the longest run of lines without fields and slots, or whole prompts."""
 
@@ -77,7 +80,7 @@ class TextGradSettings(BaseModel):
 
     def identity(self) -> dict[str, object]:
         """Return what decides what a run is; its budget may grow on resuming."""
-        kept = self.model_dump(mode="json", exclude={"data", *_PLACE, *_BUDGET})
+        kept = self.model_dump(mode="json", exclude={"data", "training", *_PLACE, *_BUDGET})
         return {"textgrad": kept}
 
     @property
