@@ -106,14 +106,18 @@ def optimise(options: OptimiseOptions, *, progress: Progress) -> TextGradients:
     baseline = settings.text_baseline
     apply_baseline(bundle.plan, baseline, bundle.manifest)
     parameters = parameters_of(bundle.plan, rewrites=settings.rewrites)
-    wanted = settings.records + settings.validation
-    protocol = load_protocol(options.protocol, overrides=(*options.overrides, f"n={wanted}"))
+    number = None if settings.records is None else settings.records + settings.validation
+    protocol = load_protocol(
+        options.protocol,
+        overrides=(*options.overrides, f"n={'null' if number is None else number}"),
+    )
     data = load_data(settings.data, protocol, shown=bundle.plan.fields)
-    if len(data.questions) < wanted:
+    num_training = len(data.questions) - settings.validation
+    if num_training < (settings.records or 1):
         raise fail(
             "RM506",
-            f"--textgrad records and validation ask for {wanted} records, there are "
-            f"{len(data.questions)}",
+            f"--textgrad records and validation ask for {number or settings.validation + 1} "
+            f"records, there are {len(data.questions)}",
             file=str(settings.data),
             hint="Lower one of them, or give more data.",
         )
@@ -150,8 +154,8 @@ def optimise(options: OptimiseOptions, *, progress: Progress) -> TextGradients:
                 ),
                 opening=AnswerOpening.of(bundle).thinking,
             ),
-            training=data.questions[: settings.records],
-            validation=data.questions[settings.records :],
+            training=data.questions[:num_training],
+            validation=data.questions[num_training:],
             spec_yaml=bundle.file(SPEC_NAME).read_text(encoding="utf-8"),
             identity=identity,
             state=found or State(texts=start),
@@ -166,7 +170,7 @@ def optimise(options: OptimiseOptions, *, progress: Progress) -> TextGradients:
             rewrites=settings.rewrites,
             start_validation=state.start_validation,
             validation=state.validation,
-            num_records=settings.records,
+            num_records=num_training,
             num_validation=settings.validation,
             steps=state.steps,
             spent=state.spent,

@@ -34,11 +34,12 @@ class TextGradSettings(BaseModel):
     batch: int = Field(default=3, ge=1, le=1024)
     """Records per step."""
 
-    records: int = Field(default=24, ge=1, le=1_000_000)
-    """The training part: so many records of `data`, as the protocol selects them."""
+    records: int | None = Field(default=None, ge=1, le=1_000_000)
+    """The training part: so many records of `data`, as the protocol selects them; None for all but
+    those of the validation."""
 
     validation: int = Field(default=16, ge=0, le=1_000_000)
-    """Records after these by which a step is kept or taken back; 0 keeps every step."""
+    """The records after these, by which a step is kept or taken back; 0 keeps every step."""
 
     max_tokens: int = Field(default=_MOST, ge=1, le=_MOST)
     """Stop after the step in which so many tokens have been read and written, all engines."""
