@@ -23,12 +23,18 @@ _NO_KEY: Final = "none"
 
 
 class CountingEngine(EngineLM):
-    """An engine of textgrad's that counts its calls and the tokens that it reads and writes."""
+    """An engine of textgrad's that counts its calls and the tokens that it reads and writes.
+
+    Attributes:
+        num_untold: Calls whose tokens nobody told.
+        last_reply: The last text, as it came.
+    """
 
     def __init__(self, name: str) -> None:
         self.model_string = name
         self.num_calls = 0
         self.num_tokens = 0
+        self.num_untold = 0
         self.last_reply = ""
 
     def generate(self, prompt: str, system_prompt: str | None = None, **_: Any) -> str:
@@ -39,7 +45,8 @@ class CountingEngine(EngineLM):
         """
         text, tokens = self.reply(prompt, system_prompt or self.system_prompt)
         self.num_calls += 1
-        self.num_tokens += tokens
+        self.num_tokens += tokens or 0
+        self.num_untold += tokens is None
         self.last_reply = text
         return text
 
@@ -47,8 +54,8 @@ class CountingEngine(EngineLM):
         """Return what `generate` returns."""
         return self.generate(prompt, **kwargs)
 
-    def reply(self, prompt: str, system: str) -> tuple[str, int]:
-        """Return the reply, and the tokens that were read and written."""
+    def reply(self, prompt: str, system: str) -> tuple[str, int | None]:
+        """Return the reply, and the tokens that were read and written; None if nobody tells."""
         raise NotImplementedError
 
 
@@ -110,7 +117,7 @@ class EndpointEngine(CountingEngine):
             max_retries=settings.retries,
         )
 
-    def reply(self, prompt: str, system: str) -> tuple[str, int]:
+    def reply(self, prompt: str, system: str) -> tuple[str, int | None]:
         """Return the greedy reply."""
         try:
             found = self._client.chat.completions.create(
@@ -135,8 +142,7 @@ class EndpointEngine(CountingEngine):
                 hint="See that it runs; --resume goes on from the last whole step.",
             ) from error
         text = found.choices[0].message.content or ""
-        tokens = 0 if found.usage is None else found.usage.total_tokens
-        return text, tokens
+        return text, None if found.usage is None else found.usage.total_tokens
 
 
 def open_engine(settings: TextGradSettings, base: System) -> CountingEngine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -138,12 +139,13 @@ def optimise(options: OptimiseOptions, *, progress: Progress) -> TextGradients:
     with (
         make_check(protocol.check) as check,
         exclusive(options.folder, code="RM503", what="run of textgrad"),
+        load(options.bundle, device=options.device, threads=options.threads) as base,
     ):
         found = load_state(options.folder, identity, resume=options.resume)
         start = {one.name: one.text for one in parameters}
         run = _Run(
             options=options,
-            base=load(options.bundle, device=options.device, threads=options.threads),
+            base=base,
             parameters=parameters,
             asker=Asker(
                 check=check,
@@ -223,7 +225,7 @@ def _no_training(folder: Path) -> RecmasError:
 
 def _refuse_shared(learned: Sequence[Question], tested: Sequence[Question], file: Path) -> None:
     """Refuse to learn from what is tested on: prompts could hold its answers."""
-    asked = [_asked(question) for question in tested]
+    asked = {_asked(question) for question in tested}
     shared = next((one for one in learned if _asked(one) in asked), None)
     if shared is not None:
         raise fail(
@@ -235,8 +237,10 @@ def _refuse_shared(learned: Sequence[Question], tested: Sequence[Question], file
         )
 
 
-def _asked(question: Question) -> dict[str, object]:
-    return {name: value for name, value in question.record.fields.items() if name != "id"}
+def _asked(question: Question) -> str:
+    """Return what a record shows, to be compared."""
+    fields = {name: value for name, value in question.record.fields.items() if name != "id"}
+    return json.dumps(fields, sort_keys=True, default=str)
 
 
 class _Run:
@@ -313,7 +317,8 @@ class _Run:
     def _step(self, number: int) -> None:
         """Make one step and write the state behind it."""
         began = time.perf_counter()
-        calls, backward = self.engine.num_calls, self.engine.num_tokens
+        engine = self.engine
+        calls, backward, untold = engine.num_calls, engine.num_tokens, engine.num_untold
         questions = self._batch(number)
         texts = dict(self.state.texts)
         runs = self._asker.ask(self._system(texts), questions)
@@ -350,8 +355,9 @@ class _Run:
             validation=share,
             spent=Spent(
                 forward_tokens=forward,
-                backward_tokens=self.engine.num_tokens - backward,
-                calls=self.engine.num_calls - calls,
+                backward_tokens=engine.num_tokens - backward,
+                calls=engine.num_calls - calls,
+                untold_calls=engine.num_untold - untold,
                 seconds=time.perf_counter() - began,
             ),
         )

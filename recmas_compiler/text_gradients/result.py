@@ -33,6 +33,14 @@ FATES: Final[Mapping[Fate, str]] = {
 }
 
 
+_STOPPED: Final = {
+    "steps": "all steps were made",
+    "tokens": "stopped at `max_tokens`",
+    "seconds": "stopped at `max_seconds`",
+    "interrupted": "interrupted, --resume goes on",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spent:
     """What a run took, resumed parts together.
@@ -41,11 +49,13 @@ class Spent:
         forward_tokens: Read and written by the text system, on training and validation records.
         backward_tokens: Read and written by the backward engine: losses, gradients, updates.
         calls: Of the backward engine.
+        untold_calls: Those of them whose tokens the endpoint did not tell; they are not counted.
     """
 
     forward_tokens: int = 0
     backward_tokens: int = 0
     calls: int = 0
+    untold_calls: int = 0
     seconds: float = 0.0
 
     @property
@@ -55,9 +65,6 @@ class Spent:
 
     def __add__(self, other: Spent) -> Spent:
         return Spent(**{name: getattr(self, name) + getattr(other, name) for name in asdict(self)})
-
-    def __sub__(self, other: Spent) -> Spent:
-        return Spent(**{name: getattr(self, name) - getattr(other, name) for name in asdict(self)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +206,13 @@ class TextGradients:
             f"TextGrad: {counted(len(self.steps), 'step')} on {self.num_records} records by "
             f"{self.engine}; {spent.tokens:,} tokens ({spent.forward_tokens:,} of the system, "
             f"{spent.backward_tokens:,} in {counted(spent.calls, 'backward call')}), "
-            f"{spent.seconds:.0f} s; stopped by {self.stopped}."
+            f"{spent.seconds:.0f} s; {_STOPPED[self.stopped]}."
         ]
+        if spent.untold_calls:
+            lines.append(
+                f"The endpoint did not tell the tokens of {counted(spent.untold_calls, 'call')}, "
+                "which are not counted."
+            )
         lines += [
             f"Links, {name}: {counted(one.steps, 'step')}, {one.tokens:,.0f} tokens with a loss, "
             f"{one.seconds:.0f} s, {one.trainable_parameters:,} parameters."
@@ -213,7 +225,7 @@ class TextGradients:
             bare = sum(not one.has_tags for step in self.steps for one in step.proposals)
             lines.append(f"Proposals: {fates}.")
             if bare:
-                lines.append(f"{counted(bare, 'reply')} had no tags around the new text.")
+                lines.append(f"{counted(bare, 'proposal')} had no tags around the new text.")
         if self.start_validation is not None and self.validation is not None:
             lines.append(
                 f"Validation, {self.num_validation} records: {self.start_validation:.1%} right "

@@ -49,6 +49,7 @@ class Endpoint:
         self.keys: set[str] = set()
         self.reply: Reply = lambda system, prompt: "Say more."
         self.status = 200
+        self.tells_usage = True
         endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -66,7 +67,7 @@ class Endpoint:
                 return self._send(
                     200,
                     {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
-                     "choices": [choice], "usage": usage},
+                     "choices": [choice], "usage": usage if endpoint.tells_usage else None},
                 )  # fmt: skip
 
             def _send(self, status: int, body: object) -> None:
@@ -103,6 +104,8 @@ def training(tmp_path: Path) -> Path:
 
 
 Optimise = Callable[..., TextGradients]
+# What differs between two runs of the same.
+TIMES = ("seconds", "step_seconds", "spec")
 
 
 @pytest.fixture
@@ -222,7 +225,7 @@ def test_replies_without_tags_are_taken_where_that_is_asked_for(
     endpoint.reply = lambda system, prompt: "Plan in three steps."
     found = run("steps=1", "untagged=take", *by_endpoint(endpoint))
     assert found.texts == {"planner.system": "Plan in three steps."}
-    assert "1 reply had no tags" in found.to_text()
+    assert "1 proposal had no tags" in found.to_text()
 
 
 def test_a_step_after_which_fewer_are_right_is_taken_back(
@@ -276,7 +279,7 @@ class StopAfter(Silent):
 def timeless(found: TextGradients) -> Any:
     def without(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: without(v) for k, v in value.items() if k not in ("seconds", "spec")}
+            return {k: without(v) for k, v in value.items() if k not in TIMES}
         return [without(v) for v in value] if isinstance(value, list | tuple) else value
 
     return without(found.to_json())
@@ -298,6 +301,13 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(run: Optimise) -> None:
     assert whole.engine == "the backbone 'tiny'"
 
 
+def test_all_records_learn_unless_a_number_is_given(run: Optimise, endpoint: Endpoint) -> None:
+    found = run("steps=1", "records=null", "validation=2", *by_endpoint(endpoint))
+    assert (found.num_records, found.num_validation) == (2, 2)
+    with pytest.raises(RecmasError, match="ask for 5 records, there are 4"):
+        run("records=null", "validation=4", *by_endpoint(endpoint), out="other")
+
+
 def test_budgets_end_a_run_and_may_grow(run: Optimise, endpoint: Endpoint) -> None:
     short = run("steps=3", "max_tokens=1", *by_endpoint(endpoint))
     assert (short.stopped, len(short.steps)) == ("tokens", 0)
@@ -305,6 +315,14 @@ def test_budgets_end_a_run_and_may_grow(run: Optimise, endpoint: Endpoint) -> No
     assert (more.stopped, len(more.steps)) == ("seconds", 0)
     whole = run("steps=2", *by_endpoint(endpoint), resume=True)
     assert (whole.stopped, len(whole.steps)) == ("steps", 2)
+
+
+def test_tokens_that_the_endpoint_does_not_tell_are_told(run: Optimise, endpoint: Endpoint) -> None:
+    endpoint.tells_usage = False
+    found = run("steps=1", *by_endpoint(endpoint))
+    assert found.spent.backward_tokens == 0
+    assert found.spent.untold_calls == found.spent.calls == len(endpoint.asked)
+    assert f"the tokens of {found.spent.calls} calls" in found.to_text()
 
 
 def test_a_prompt_that_the_endpoint_cannot_read_costs_its_gradients(
