@@ -11,7 +11,7 @@ TORCH_VERSION := torch==2.13.0
 TORCH_FROM := $(strip $(if $(filter %.whl,$(TORCH)),$(TORCH),$(if $(findstring ://,$(TORCH)),\
   --index-url $(TORCH) $(TORCH_VERSION),$(if $(TORCH),--find-links $(TORCH)) $(TORCH_VERSION))))
 
-.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-serving test-clients test-ray test-containers test-browser lint bench wheel wheel-check readme-check clean
+.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-serving test-clients test-textgrad test-ray test-containers test-browser lint bench wheel wheel-check readme-check clean
 
 setup: .venv/.ready
 
@@ -81,6 +81,16 @@ test-serving: setup
 test-clients: setup .clients/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m clients tests/serving
 
+# The package textgrad brings litellm and pandas, which nothing else here wants: over .venv's packages.
+test-textgrad: setup .textgrad/.ready
+	OMP_NUM_THREADS=1 .textgrad/bin/python -m pytest -q -m textgrad tests/evaluation
+
+.textgrad/.ready: pyproject.toml constraints.txt
+	$(BIN)/python -m venv .textgrad
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(.textgrad/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
+	.textgrad/bin/python -m pip install --quiet --constraint constraints.txt textgrad
+	touch $@
+
 .clients/.ready: tests/serving/clients/requirements.txt tests/serving/clients/package.json
 	$(PYTHON) -m venv .clients/python
 	.clients/python/bin/python -m pip install --quiet --requirement tests/serving/clients/requirements.txt
@@ -115,4 +125,4 @@ wheel-check: setup
 	bash .ci/wheel-check out/sequential
 
 clean:
-	rm -rf .venv .versions .clients build dist out *.egg-info
+	rm -rf .venv .versions .clients .textgrad build dist out *.egg-info

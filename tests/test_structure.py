@@ -83,6 +83,7 @@ LAYERS = (
     "recmas_compiler.evaluation.data",
     "recmas_compiler.evaluation.checks",
     "recmas_compiler.evaluation",
+    "recmas_compiler.text_gradients",
     "recmas_compiler.bench",
     "recmas_compiler",
     "recmas_export.trace",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,15 @@ from recmas_cli.console import (
     command,
     shown_progress,
 )
+from recmas_runtime.core.errors import fail
 
 if TYPE_CHECKING:
-    from recmas_compiler.evaluation.evaluate import Evaluated
+    from recmas_compiler.evaluation.evaluate import EvalOptions, Evaluated
+    from recmas_compiler.text_gradients import TextGradients
+    from recmas_runtime.core.progress import Progress
+
+
+TEXTGRAD = "textgrad"
 
 
 def list_protocols(context: click.Context, _: click.Parameter, value: str) -> str:
@@ -53,7 +60,8 @@ def list_protocols(context: click.Context, _: click.Parameter, value: str) -> st
     multiple=True,
     metavar="NAME",
     help="latent (the system itself), single, all-context, text, text@N, moa, moa@N, "
-    "latentmas, null, shuffled, mean or untrained-links; may be repeated  [default: latent].",
+    "latentmas, null, shuffled, mean, untrained-links or textgrad; may be repeated  "
+    "[default: latent].",
 )
 @click.option(
     "--untrained-bundle",
@@ -85,6 +93,14 @@ def list_protocols(context: click.Context, _: click.Parameter, value: str) -> st
     is_flag=True,
     help="Leave records out whose own solution fails their tests; without it they are an error.",
 )
+@click.option(
+    "--textgrad",
+    "textgrad",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Of --baseline textgrad: data=FILE, steps=N and what else `docs/evaluation.md` lists; may "
+    "be repeated.",
+)
 @click.option("--resume", is_flag=True, help="Go on with the answers that are there.")
 @DEVICE
 @THREADS
@@ -97,6 +113,7 @@ def evaluate(
     seeds: str | None,
     score: str | None,
     overrides: tuple[str, ...],
+    textgrad: tuple[str, ...],
     quiet: bool,
     **options: Any,
 ) -> Outcome:
@@ -104,12 +121,60 @@ def evaluate(
 
     The report says how often each is right, at what cost in tokens and time.
     """
-    from recmas_compiler.evaluation.evaluate import EvalOptions, option_overrides
+    from recmas_compiler.evaluation.evaluate import EvalOptions, OtherSystem, option_overrides
     from recmas_compiler.evaluation.evaluate import evaluate as run_evaluation
 
     found = (*overrides, *option_overrides(limit, seeds, score))
     asked = EvalOptions(bundle=bundle, overrides=found, **options)
-    return shown(run_evaluation(asked, progress=shown_progress(quiet=quiet)))
+    progress = shown_progress(quiet=quiet)
+    if TEXTGRAD not in asked.baselines:
+        if textgrad:
+            hint = f"Add --baseline {TEXTGRAD}."
+            raise fail("RM506", f"--textgrad without --baseline {TEXTGRAD}", hint=hint)
+        return shown(run_evaluation(asked, progress=progress))
+    learned: list[TextGradients] = []
+
+    def optimised() -> OtherSystem:
+        learned.append(found := optimised_prompts(asked, textgrad, progress=progress))
+        if found.interrupted:
+            raise KeyboardInterrupt
+        return OtherSystem(digest=found.digest, of=found.system)
+
+    try:
+        outcome = shown(run_evaluation(asked, progress=progress, others={TEXTGRAD: optimised}))
+    except KeyboardInterrupt:
+        if not learned:
+            raise
+        outcome = Outcome(text="Partial: the run was interrupted.", interrupted=True)
+    (result,) = learned
+    return replace(
+        outcome,
+        text=f"{outcome.text}\n\n{result.to_text()}",
+        data={**outcome.data, "textgrad": result.to_json()},
+    )
+
+
+def optimised_prompts(
+    asked: EvalOptions, given: tuple[str, ...], *, progress: Progress
+) -> TextGradients:
+    """Return what textual gradients make of the prompts of the text system, or made before."""
+    from recmas_compiler.evaluation.evaluate import output_folder
+    from recmas_compiler.text_gradients import OptimiseOptions, optimise, read_settings
+
+    return optimise(
+        OptimiseOptions(
+            bundle=asked.bundle,
+            protocol=asked.protocol,
+            settings=read_settings(given),
+            folder=output_folder(asked) / TEXTGRAD,
+            test_data=asked.data,
+            overrides=asked.overrides,
+            resume=asked.resume,
+            device=asked.device,
+            threads=asked.threads,
+        ),
+        progress=progress,
+    )
 
 
 def shown(done: Evaluated) -> Outcome:

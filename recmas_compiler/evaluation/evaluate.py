@@ -27,6 +27,7 @@ from recmas_compiler.evaluation.identity import (
     claim_folder,
     made_folder,
     prompt_digest,
+    refuse_taken,
 )
 from recmas_compiler.evaluation.report import Report, asked_text, make_report, write_report
 from recmas_compiler.evaluation.runner import run_systems
@@ -78,6 +79,20 @@ class EvalOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OtherSystem:
+    """A system over the bundle's engines that is made for an evaluation and is no baseline.
+
+    Attributes:
+        digest: Of what it is beside the bundle, such as its prompts: answers of another one are not
+            mixed with its own.
+        of: Makes it from the loaded bundle.
+    """
+
+    digest: str
+    of: Callable[[System], System]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluated:
     """What an evaluation gave, and what a reader of its figures should know."""
 
@@ -87,8 +102,17 @@ class Evaluated:
     interrupted: bool
 
 
-def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
+def evaluate(
+    options: EvalOptions,
+    *,
+    progress: Progress,
+    others: Mapping[str, Callable[[], OtherSystem]] | None = None,
+) -> Evaluated:
     """Run an evaluation; whatever can be refused is refused before a system is loaded.
+
+    Args:
+        others: By the names that `options.baselines` have for them. They are made once all else
+            has been checked, which may take hours.
 
     Raises:
         RecmasError: What concerns the whole run; single records that fail are in the report.
@@ -99,8 +123,9 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
         UNTRAINED if name == OLD_UNTRAINED else baseline_name(name) for name in options.baselines
     )
     names = tuple(dict.fromkeys(asked)) or (LATENT,)
+    makers = dict(others or {})
     for name in names:
-        if name != UNTRAINED:
+        if name != UNTRAINED and name not in makers:
             apply_baseline(bundle.plan, name, bundle.manifest)
     untrained = _untrained_bundle(options, names, bundle)
     batch_size = bundle.plan.limits.max_batch if options.batch is None else options.batch
@@ -109,8 +134,9 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
     device = choose_device(bundle, options.device, warnings)
     data = load_data(options.data, protocol, shown=bundle.plan.fields)
     _check_fields(bundle, data)
-    folder = options.out or Path("out") / f"{bundle.plan.name}-{protocol.name}"
+    folder = output_folder(options)
     keep_out(bundle.root, {"--out": folder})
+    refuse_taken(folder, resume=options.resume)
     with make_check(protocol.check) as check:
         broken = check_records(check, data.questions, protocol, progress=progress)
         if broken and not options.skip_broken:
@@ -121,6 +147,7 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
             raise RecmasError([problem for _, problem in broken[:MAX_PROBLEMS]])
         opening = AnswerOpening.of(bundle)
         _check_scored(protocol, opening, questions)
+        made = {name: make() for name, make in makers.items()}
         identity = Identity(
             protocol=protocol.digest(),
             data=data.digest,
@@ -132,12 +159,13 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
             date=opening.date,
             judge=_judge_text(protocol),
             left_out=", ".join(sorted(map(str, skipped))) or None,
+            others=", ".join(f"{name} {other.digest}" for name, other in made.items()) or None,
         )
         made_folder(folder)
         with exclusive(folder, code="RM503", what="evaluation"):
             resumed = claim_folder(folder, identity, resume=options.resume)
             evaluation = run_systems(
-                _systems(names, options),
+                _systems(names, options, made),
                 questions,
                 protocol=protocol,
                 check=check,
@@ -169,6 +197,14 @@ def evaluate(options: EvalOptions, *, progress: Progress) -> Evaluated:
         ),
         interrupted=evaluation.interrupted,
     )
+
+
+def output_folder(options: EvalOptions) -> Path:
+    """Return where an evaluation writes."""
+    if options.out is not None:
+        return options.out
+    name = load_protocol(options.protocol, overrides=options.overrides).name
+    return Path("out") / f"{open_bundle(options.bundle, verify_hashes=False).plan.name}-{name}"
 
 
 def check_records(
@@ -270,12 +306,16 @@ def option_overrides(
     return tuple(found)
 
 
-def _systems(names: Sequence[str], options: EvalOptions) -> Mapping[str, Callable[[], System]]:
+def _systems(
+    names: Sequence[str], options: EvalOptions, others: Mapping[str, OtherSystem]
+) -> Mapping[str, Callable[[], System]]:
     """Return how to make each system; all but the untrained one share one set of engines."""
     opened = partial(load, device=options.device, threads=options.threads)
     base = cache(partial(opened, options.bundle))
 
     def make(name: str) -> System:
+        if name in others:
+            return others[name].of(base())
         if name != UNTRAINED:
             return base().baseline(name)
         assert options.untrained_bundle is not None

@@ -25,6 +25,7 @@ class Identity:
         date: The day that chat templates write; None where none writes it.
         judge: The packages that decide what is right, with their versions.
         left_out: Ids of records that are not asked; None for none.
+        others: Systems that are made for this evaluation, with their digests; None for none.
     """
 
     protocol: str
@@ -37,6 +38,7 @@ class Identity:
     date: str | None
     judge: str
     left_out: str | None
+    others: str | None = None
 
 
 _WORDS: Final = {
@@ -50,6 +52,7 @@ _WORDS: Final = {
     "date": "the date in the prompts",
     "judge": "the judge",
     "left_out": "what is left out",
+    "others": "what was made for it",
 }
 
 
@@ -94,13 +97,7 @@ def claim_folder(folder: Path, identity: Identity, *, resume: bool) -> bool:
             another evaluation, RM503 if the folder cannot be written.
     """
     path = folder / NAME
-    if path.exists() and not _is_empty_start(path):
-        if not resume:
-            raise fail(
-                "RM302",
-                f"{folder} holds an evaluation already",
-                hint="Pass --resume to go on with it, or choose another --out.",
-            )
+    if refuse_taken(folder, resume=resume):
         _compare(path, identity)
         return True
     try:
@@ -108,6 +105,23 @@ def claim_folder(folder: Path, identity: Identity, *, resume: bool) -> bool:
     except OSError as error:
         raise _unwritable(folder, error) from error
     return False
+
+
+def refuse_taken(folder: Path, *, resume: bool) -> bool:
+    """Return whether a folder has answers of an evaluation to go on from.
+
+    Raises:
+        RecmasError: RM302 if it has and they are not to be resumed.
+    """
+    path = folder / NAME
+    taken = path.exists() and not _is_empty_start(path)
+    if taken and not resume:
+        raise fail(
+            "RM302",
+            f"{folder} holds an evaluation already",
+            hint="Pass --resume to go on with it, or choose another --out.",
+        )
+    return taken
 
 
 def _is_empty_start(path: Path) -> bool:
@@ -119,6 +133,8 @@ def _is_empty_start(path: Path) -> bool:
 def _compare(path: Path, identity: Identity) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        # What was written before there were others says nothing of them.
+        found.setdefault("others", None)
         before = Identity(**{field.name: found[field.name] for field in fields(Identity)})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise fail(
