@@ -78,8 +78,8 @@ def bench() -> None:
     "baselines",
     multiple=True,
     metavar="NAME",
-    help="single, all-context, text, text@N, moa, moa@N, latentmas, null, shuffled or mean; may be "
-    "repeated  [default: text].",
+    help="single, all-context, text, text@N, moa, moa@N, latentmas, looplm, null, shuffled or "
+    "mean; may be repeated  [default: text].",
 )
 @click.option(
     "--untrained-bundle",

@@ -53,7 +53,8 @@ def list_protocols(context: click.Context, _: click.Parameter, value: str) -> st
     multiple=True,
     metavar="NAME",
     help="latent (the system itself), single, all-context, text, text@N, moa, moa@N, "
-    "latentmas, null, shuffled, mean or untrained-links; may be repeated  [default: latent].",
+    "latentmas, looplm, null, shuffled, mean or untrained-links; may be repeated  "
+    "[default: latent].",
 )
 @click.option(
     "--untrained-bundle",
