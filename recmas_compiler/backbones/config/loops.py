@@ -46,8 +46,7 @@ def why_looped(model_type: str, values: Mapping[str, Any]) -> str | None:
             return f"`{name}` {_LOOPED[name]}"
     for name in _PASSES:
         passes = values.get(name)
-        is_number = isinstance(passes, int | float) and not isinstance(passes, bool)
-        if is_number and passes > 1:
+        if isinstance(passes, int | float) and not isinstance(passes, bool) and passes > 1:
             return (
                 f"it runs its own layers {passes:g} times over (`{name}`), which the code of "
                 f"`{model_type}` does not"
