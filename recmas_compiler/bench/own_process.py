@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from recmas_runtime.core.errors import Exit, Problem, RecmasError, fail
 
-_POLL_S: Final = 0.2
+_POLL_S: Final = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ from recmas_compiler.training.settings import TrainSettings, train_settings
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.core.files import exclusive, sha256_of, write_whole
 from recmas_runtime.core.progress import Advance, Progress
+from recmas_runtime.core.text import counted
 
 TABLE: Final = "table.json"
 LOOPLM_SPEC: Final = "looplm.yaml"
@@ -52,7 +53,8 @@ class RowResult:
         steps: Of its last stage.
         step_s: Median seconds of a step; of an inner stage, of a step of each agent.
         wall_s: Of the whole process that trained it, and of that of the row that it starts from:
-            loading, closed forms and measuring included. Parts of a resumed run add up.
+            loading, closed forms and measuring included. Parts of a resumed run add up. Of textual
+            gradients, of their steps.
         losses: Held out, in nats per token of the answer: its own first, then under controls.
         accuracy: Share of right answers with Wilson's interval; `by` says what right is.
     """
@@ -285,15 +287,13 @@ class _RowRun:
         )
 
     def _note_textgrad(self, ran: Ran) -> None:
-        told: dict[str, Any] = ran.data.get(TEXTGRAD) or {}
-        steps = len(told.get("steps", ()))
-        self._note_wall(ran.wall_s)
+        told: dict[str, Any] = ran.data[TEXTGRAD]
+        steps, seconds = len(told["steps"]), told["spent"]["seconds"]
         self.result.trainable_parameters = 0
         self.result.peak_memory_mb = ran.peak_memory_mb
-        self.result.wall_s = self._walls()
-        if steps:
-            self.result.steps = steps
-            self.result.step_s = told["spent"]["seconds"] / steps
+        self.result.wall_s = seconds
+        self.result.steps = steps
+        self.result.step_s = seconds / steps if steps else None
 
     @property
     def _own_backbone(self) -> str:
@@ -316,11 +316,13 @@ class _RowRun:
         """Return what tells how far a command has come."""
 
         def look() -> None:
-            steps = 0
-            for path in self.folder.glob("**/metrics.jsonl"):
-                with suppress(OSError):
-                    steps += path.read_bytes().count(_STEP)
-            done = f", {steps} steps" if what == "train" else ""
+            done = ""
+            if what == "train":
+                steps = 0
+                for path in self.folder.glob("**/metrics.jsonl"):
+                    with suppress(OSError):
+                        steps += path.read_bytes().count(_STEP)
+                done = f", {counted(steps, 'step')}"
             self.advance(0, note=f"{self.row.title}: {what}{done}")
 
         return look
