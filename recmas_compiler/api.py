@@ -232,7 +232,8 @@ def train(
     Args:
         out: Folder for metrics, checkpoints and curves; None for `out/NAME-training`.
         stage: Inner links agent by agent, all links through the whole program, or both in turn.
-        method: `lora` or `sft` trains the answer agent's backbone alone in the place of links.
+        method: In the place of links `lora` or `sft` trains the answer agent's backbone alone,
+            `text` that of all agents, which write for each other.
         steps: Of each stage, instead of what the spec says.
         resume: Go on from the last checkpoints in `out`.
         make_sink: Takes a stage's name and gives what receives its metrics, entry by entry.

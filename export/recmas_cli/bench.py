@@ -1,4 +1,4 @@
-"""`recmasc bench`: a bundle's system beside its baselines, or its engines beside other engines."""
+"""`recmasc bench`: systems, engines and trainings beside others of their kind."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from recmas_cli.console import (
     DEVICE,
     FILE,
     FOLDER,
+    OFFLINE,
     QUIET,
+    SET,
+    SPEC,
     THREADS,
     Outcome,
     command,
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from recmas_runtime.running.system import System
 
 _PAPER_ROUNDS: Final = (1, 2, 3)
+# What every command of a cost table runs in a process of its own.
+_COMMANDS: Final = "recmas_cli.main"
 
 
 class _Numbers(click.ParamType[tuple[int, ...]]):
@@ -56,7 +61,7 @@ class _DefaultGroup(click.Group):
 
 @click.group(cls=_DefaultGroup)
 def bench() -> None:
-    """Measure a bundle: its system beside others, or its engines beside others.
+    """Measure a bundle's system or engines beside others, or what can learn in a spec.
 
     `recmasc bench BUNDLE` is short for `recmasc bench systems BUNDLE`.
     """
@@ -78,8 +83,8 @@ def bench() -> None:
     "baselines",
     multiple=True,
     metavar="NAME",
-    help="single, all-context, text, text@N, moa, moa@N, latentmas, null, shuffled or mean; may be "
-    "repeated  [default: text].",
+    help="single, all-context, text, text@N, moa, moa@N, latentmas, looplm, null, shuffled or "
+    "mean; may be repeated  [default: text].",
 )
 @click.option(
     "--untrained-bundle",
@@ -232,3 +237,61 @@ def bench_engines(
             (out / "engines.md").write_text(report.to_markdown() + "\n", encoding="utf-8")
             draw_engines(report, out / "engines.png")
     return Outcome(text=report.to_markdown(), data=report.to_json(), interrupted=report.interrupted)
+
+
+@bench.command("training", short_help="What can learn from a spec's data, beside its costs.")
+@SPEC
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    metavar="NAME",
+    help="inner and outer (links), looplm, lora, sft, text or textgrad; may be repeated  "
+    "[default: all].",
+)
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Of every stage and method.")
+@click.option(
+    "--rounds",
+    type=_Numbers(),
+    default=(),
+    help="Rounds of the system; the outer stage has a row for each  [default: the spec's].",
+)
+@click.option(
+    "--hourly-rate",
+    type=click.FloatRange(min=0),
+    metavar="RATE",
+    help="What an hour of this machine costs; the table then has prices.",
+)
+@click.option("--data", type=FILE, help="Questions to ask built bundles, with --protocol.")
+@click.option("--protocol", metavar="NAME|FILE", help="How to ask and to check.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N questions.")
+@SET
+@click.option(
+    "-o",
+    "--out",
+    type=FOLDER,
+    required=True,
+    help="Folder for the table and all that is trained; table.md and table.json are in it.",
+)
+@click.option("--resume", is_flag=True, help="Go on; finished rows are kept.")
+@OFFLINE
+@QUIET
+@command
+def bench_training(*, quiet: bool, **options: Any) -> Outcome:
+    """Train all that can learn from the data of a SPEC, and put it beside its costs.
+
+    Links, a self-loop, LoRA, full fine-tuning, a text system fine-tuned or with prompts by textual
+    gradients: the same records, as many steps; trainable parameters, memory, seconds, price,
+    held-out loss and right answers of each.
+    """
+    from recmas_compiler.bench.training_costs import measure_training
+    from recmas_compiler.bench.training_report import costs_json, costs_markdown
+    from recmas_compiler.bench.training_rows import TrainingCostOptions
+    from recmas_runtime.bench.command import writing
+
+    asked = TrainingCostOptions(**options)
+    found = measure_training(asked, commands=_COMMANDS, progress=shown_progress(quiet=quiet))
+    text = costs_markdown(found)
+    with writing(asked.out):
+        (asked.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    return Outcome(text=text, data=costs_json(found), interrupted=found.interrupted)

@@ -36,7 +36,9 @@ COMMANDS: Final = {
     "run": Entry("run", "run", "Run a bundle, or a spec that is built first."),
     "data": Entry("data", "data", "Write a published data set as JSON lines."),
     "eval": Entry("evaluate", "evaluate", "Measure how often a system is right, and its cost."),
-    "bench": Entry("bench", "bench", "Measure the time and tokens of a system or its engines."),
+    "bench": Entry(
+        "bench", "bench", "Measure a system, its engines, or what can learn from its data."
+    ),
     "import": Entry("importing", "import_", "Turn teams and systems of others into specs."),
     "export-links": Entry("released", "export_links", "Write trained links in the released form."),
     "doctor": Entry("doctor", "doctor", "Tell what this machine has and what works on it."),

@@ -60,7 +60,7 @@ def list_protocols(context: click.Context, _: click.Parameter, value: str) -> st
     multiple=True,
     metavar="NAME",
     help="latent (the system itself), single, all-context, text, text@N, moa, moa@N, "
-    "latentmas, null, shuffled, mean, untrained-links or textgrad; may be repeated  "
+    "latentmas, looplm, null, shuffled, mean, untrained-links or textgrad; may be repeated  "
     "[default: latent].",
 )
 @click.option(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import click
 
@@ -39,10 +39,11 @@ PROCESS_MODULE: Final = "recmas_cli.training_main"
 )
 @click.option(
     "--method",
-    type=click.Choice(["links", "lora", "sft"]),
+    type=click.Choice(["links", *get_args(MethodName)]),
     default="links",
     show_default=True,
-    help="What learns; lora and sft train the answer agent alone, to compare with.",
+    help="What learns; to compare with, lora and sft train the answer agent alone, text all agents "
+    "of a text system.",
 )
 @click.option("--steps", type=click.IntRange(min=1), metavar="N", help="Steps of each stage.")
 @SET
@@ -75,7 +76,7 @@ def train(
     stage: Stage,
     out: Path | None,
     nproc: int,
-    method: Literal["links", "lora", "sft"],
+    method: Literal["links"] | MethodName,
     resume: bool,
     eval_only: bool,
     tensorboard: Path | None,
@@ -210,13 +211,18 @@ def _trained(session: Session, report: RunReport, stage: Stage, out: Path) -> Ou
 
 
 def _method_trained(session: Session, report: RunReport, method: MethodName, out: Path) -> Outcome:
-    from recmas_compiler.training.tasks.finetuning import MODEL
+    from recmas_compiler.training.tasks.finetuning import MODEL, SingleAgentTask, TextSystemTask
 
     agent, figures = session.system.answer_agent, report.stages[method]
     costs, model = _costs(out), out / method / MODEL
+    who, figure = (
+        ("all agents", TextSystemTask.figure)
+        if method == "text"
+        else (f"`{agent}` alone", SingleAgentTask.figure)
+    )
     lines = [
-        f"{method} of `{agent}` alone: {figures['steps']} steps",
-        f"  held-out loss {_change(figures, 'alone')}",
+        f"{method} of {who}: {figures['steps']} steps",
+        f"  held-out loss {_change(figures, figure)}",
     ]
     if method in costs:
         learning = costs[method]["trainable_parameters"]

@@ -21,6 +21,7 @@ from recmas_compiler.backbones.config.layer_types import (
     AttentionKind,
     layer_types,
 )
+from recmas_compiler.backbones.config.loops import LOOP_HINT, unrolled, why_looped
 from recmas_compiler.backbones.config.parameters import (
     count_expert_parameters,
     count_parameters,
@@ -153,7 +154,10 @@ class _Reader:
         for name, other in defaults.get("names", {}).items():
             if other in given:
                 given.setdefault(name, given[other])
-        values = filled | given
+        values = unrolled(model_type, filled | given)
+        why = why_looped(model_type, values)
+        if why is not None:
+            raise self._unusable(why, hint=LOOP_HINT)
         if text is not config and not defaults:
             raise self._unsupported(
                 f"`{model_type}`, its text model, has no causal class of its own"

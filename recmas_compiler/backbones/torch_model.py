@@ -41,6 +41,7 @@ from recmas_compiler.backbones.loaded.own_head import body_of, head_of
 from recmas_compiler.backbones.loaded.own_layers import layers_of
 from recmas_compiler.backbones.loaded.row_positions import RowsStayError, row_positions_of
 from recmas_compiler.backbones.loaded.text_model import text_model, wraps_text_model
+from recmas_compiler.backbones.loaded.whole_gradients import with_whole_gradients
 from recmas_compiler.backbones.own_tokenizer import TOKENIZER_FILE, load_tokenizer
 from recmas_compiler.backbones.sources import (
     ADAPTER_CONFIG,
@@ -254,7 +255,7 @@ def _loaded(model: Any, info: Mapping[str, Any], resolved: ResolvedSource) -> An
             f"backbone {resolved.source!r} lacks {len(missing)} weights, such as {missing[0]!r}",
             hint="Download it again, or choose the complete model rather than an adapter.",
         )
-    return text_model(model).requires_grad_(False).eval()
+    return with_whole_gradients(text_model(model)).requires_grad_(False).eval()
 
 
 def _check_layers(model: Any, facts: BackboneFacts) -> None:

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Think
+from recmas_compiler.ir.text_links import writing_agents
 from recmas_compiler.lowering.prompt_trial import template_digests
 from recmas_compiler.spec.document.places import path_of
 from recmas_compiler.spec.document.problems import problem_at
@@ -37,7 +38,7 @@ from recmas_runtime.core.files import exclusive, sha256_of
 OUTER: Final = "outer"
 HIDDEN_STATES: Final = "hidden_states"
 # What a run's folder holds of its own; the user may keep other things there.
-_PLACES: Final = ("inner", OUTER, "lora", "sft", HIDDEN_STATES)
+_PLACES: Final = ("inner", OUTER, *get_args(MethodName), HIDDEN_STATES)
 
 
 @contextmanager
@@ -64,9 +65,11 @@ def prepared_run(
         RecmasError: RM302 if the folder holds a run and `resume` is off, or another training writes
             there; RM303 if results could not be written; RM700 for data that cannot be used; RM703
             if the checkpoints are of another run; RM704 for more processes than a batch has
-            records.
+            records; RM705 if a text system has nobody to learn from.
     """
     shared: Stage = stage if method is None else "outer"
+    if method == "text":
+        _check_texts(spec, program, settings)
     check_processes(settings.section, shared, num_processes)
     loops = _loops(program, settings, stage, method)
     for place, _ in loops:
@@ -166,6 +169,28 @@ def claimed(folder: Path) -> Iterator[None]:
             with suppress(OSError):
                 for path in reversed(made):
                     path.rmdir()
+
+
+def _check_texts(spec: Spec, program: Graph, settings: TrainSettings) -> None:
+    """Make sure that the data has a text for everyone who writes, and that one backbone learns.
+
+    Raises:
+        RecmasError: RM705.
+    """
+    system, place = program.system, spec.position("train", "targets")
+    writing = writing_agents(system)
+    for agent in writing:
+        if agent not in settings.section.targets:
+            message = f"nothing says what `{agent}` should write: it has no target."
+            hint = f"Name a field of the data in `train.targets.{agent}`."
+            raise RecmasError(problem_at(place, "RM705", message, hint=hint))
+    backbones = sorted({system.backbone_of(agent).name for agent in writing})
+    if len(backbones) > 1:
+        named = ", ".join(f"`{name}`" for name in backbones)
+        message = f"--method text trains one backbone, and the agents are on {named}."
+        hint = "Put all agents on one backbone, or train links."
+        place = spec.position("backbones", backbones[-1])
+        raise RecmasError(problem_at(place, "RM705", message, hint=hint))
 
 
 def inner_place(agent: str) -> str:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from torch import nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.graph import Graph
+from recmas_compiler.ir.text_links import text_system, writing_agents
 from recmas_compiler.links.link_set import RECEIPT_NAME, finish_replacing
 from recmas_compiler.links.trained import ReceiptError, read_receipt
 from recmas_compiler.lowering.materialize import MaterializedLink
+from recmas_compiler.lowering.training_graph.calls import CallWriter, TrainExample
 from recmas_compiler.spec.document.problems import problem_at
 from recmas_compiler.spec.schema.sections import Section
 from recmas_compiler.spec.schema.train import (
@@ -26,7 +29,7 @@ from recmas_compiler.spec.schema.train import (
     no_bias,
 )
 from recmas_compiler.spec.spec import Spec
-from recmas_compiler.training.data.examples import Examples
+from recmas_compiler.training.data.examples import Examples, leave_out_long
 from recmas_compiler.training.data.hidden_state_cache import HiddenStates, cached_hidden_states
 from recmas_compiler.training.loop.checkpoint import writing
 from recmas_compiler.training.loop.checkpoint_head import newest_head
@@ -55,6 +58,7 @@ from recmas_compiler.training.tasks.additions import Additions
 from recmas_compiler.training.tasks.finetuning import (
     METHODS,
     SingleAgentTask,
+    TextSystemTask,
     calls_without_slots,
 )
 from recmas_compiler.training.tasks.inner import InnerTask, inner_baselines
@@ -118,7 +122,7 @@ def train_program(
             world=world,
             progress=progress,
             # Steps of usual length are lost in the rounding of bfloat16 weights.
-            weights="float32" if method == "sft" else None,
+            weights="float32" if method in ("sft", "text") else None,
             examples=examples,
             kept_dtype=_kept_dtype(options) if options.resume else None,
         )
@@ -163,7 +167,7 @@ def run_method(session: Session, method: MethodName, options: RunOptions) -> Run
 
     Args:
         session: Its answer agent's backbone is changed; the other backbones are freed.
-        options: How the run is started; results are in its folder's `lora` or `sft`.
+        options: How the run is started; results are in its folder's `lora`, `sft` or `text`.
 
     Raises:
         RecmasError: As `Loop.run`; RM201 without peft, RM303 if results cannot be written, RM704 if
@@ -174,17 +178,7 @@ def run_method(session: Session, method: MethodName, options: RunOptions) -> Run
     backbone = session.backbone(agent)
     _free_others(session, backbone)
     learner = METHODS[method](backbone, section)
-    task = SingleAgentTask(
-        calls_without_slots(session.system, session.backbones, agent),
-        agent,
-        backbone,
-        {f"{agent}.{method}": learner.weights},
-        train=session.examples.train,
-        held_out=session.examples.held_out[: section.eval_records],
-        batch_size=section.outer.batch_size,
-        checkpointed=section.checkpoint_calls,
-        compute=session.compute,
-    )
+    task = method_task(session, method, {f"{agent}.{method}": learner.weights})
     stage = section.outer.model_copy(update={"lr": learner.settings.lr})
     report = RunReport()
     result = _run_loop(session, task, stage, options, report, place=method, own=(learner.settings,))
@@ -194,6 +188,47 @@ def run_method(session: Session, method: MethodName, options: RunOptions) -> Run
     world.wait()
     report.stages[method], report.interrupted = result.figures, result.interrupted
     return report
+
+
+def method_task(
+    session: Session, method: MethodName | None, learning: Mapping[str, nn.Module]
+) -> SingleAgentTask:
+    """Return the task of a method: the answer agent alone, or for `text` all agents.
+
+    Args:
+        learning: What learns, by name.
+
+    Raises:
+        RecmasError: RM700 if all records of a text system are too long.
+    """
+    agent, section, system = session.system.answer_agent, session.settings.section, session.system
+    examples, make = session.examples, SingleAgentTask
+    writer = calls_without_slots(system, session.backbones, agent)
+    if method == "text":
+        make = TextSystemTask
+        texts = writer = CallWriter(text_system(system), session.backbones)
+
+        def lengths(example: TrainExample) -> dict[tuple[str, int], int]:
+            return {
+                (name, round_): call.num_positions({})
+                for name in writing_agents(system)
+                for round_, call in enumerate(texts.write_given(name, example), start=1)
+            }
+
+        examples = leave_out_long(
+            examples, lengths, max_length=section.max_length, progress=session.progress
+        )
+    return make(
+        writer,
+        agent,
+        session.backbone(agent),
+        learning,
+        train=examples.train,
+        held_out=examples.held_out[: section.eval_records],
+        batch_size=section.outer.batch_size,
+        checkpointed=section.checkpoint_calls,
+        compute=session.compute,
+    )
 
 
 def _check_learning(session: Session, stage: Stage) -> None:

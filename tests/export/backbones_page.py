@@ -58,6 +58,16 @@ it has none (for the rows of an image), so thoughts would be read as padding in 
 models were not trained on that, and nothing measures what it costs. So they are refused until
 somebody has tried. Gemma 4 without such inputs is not concerned.
 
+## Models that loop their own layers
+
+Where transformers' code unrolls such a loop into a cache of one entry for every visit, the model
+runs as one of more layers than it has weights for (`hrm_text`). Those whose code comes with their
+weights (`ouro`, `huginn_raven`), those whose passes send each other messages (`inkling2_loop`, of
+transformers 5.24 on), and configs that ask a plain model for several passes (`total_ut_steps`,
+`loop_num_passes`, `mean_recurrence`), which transformers would run once, are refused by `recmasc
+check` (RM202). What a loop of thoughts is worth on any backbone is the baseline
+[`looplm`](evaluation.md#controls-and-baselines).
+
 ## Keys that are chosen
 
 Layers that score keys and attend to the best of them (`indexed_attention` and its kin) choose by

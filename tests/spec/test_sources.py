@@ -51,6 +51,59 @@ def test_llama(tmp_path: Path) -> None:
     )
 
 
+OVER = (
+    "over and over, whose code comes with its weights, and recmas runs none but that of "
+    "transformers"
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"model_type": "ouro", "total_ut_steps": 4}, f"`ouro` runs all its layers {OVER}"),
+        ({"model_type": "huginn_raven"}, f"`huginn_raven` runs its core layers {OVER}"),
+        (
+            {
+                "model_type": "inkling2_loop",
+                "architectures": ["Inkling2LoopForConditionalGeneration"],
+                "text_config": {"model_type": "inkling2_loop_text", "loop_num_passes": 3},
+            },
+            "`inkling2_loop` runs its middle layers in several passes, with messages from each to "
+            "the next",
+        ),
+        (
+            {"total_ut_steps": 4},
+            "it runs its own layers 4 times over (`total_ut_steps`), which the code of `llama` "
+            "does not",
+        ),
+    ],
+)
+def test_models_that_loop_their_own_layers(
+    tmp_path: Path, config: dict[str, object], told: str
+) -> None:
+    with pytest.raises(RecmasError) as caught:
+        facts(tmp_path, **config)
+    (problem,) = caught.value.problems
+    assert str(problem) == (
+        f"spec.yaml:5:13: error[RM202]: recmas cannot use the backbone `model`: {told}. Let an "
+        "agent feed its thoughts back instead: `--baseline looplm`, or a spec as "
+        "specs/self_loop.yaml."
+    )
+
+
+def test_one_pass_is_no_loop(tmp_path: Path) -> None:
+    assert facts(tmp_path, total_ut_steps=1).num_layers == 2
+
+
+def test_layers_that_run_several_times_have_rows_for_each(tmp_path: Path) -> None:
+    hrm = {"model_type": "hrm_text", "hidden_size": 32, "num_attention_heads": 4, "head_dim": 8}
+    older = facts(tmp_path, **hrm, num_hidden_layers=2, H_cycles=2, L_cycles=1)
+    newer = facts(tmp_path, **hrm, num_hidden_layers=8, num_layers_per_stack=2)
+    assert (older.num_layers, len(older.layers)) == (8, 8)
+    assert older.num_parameters == newer.num_parameters
+    assert facts(tmp_path, **hrm, num_hidden_layers=2).num_layers == 16
+
+
 def test_a_folder_is_known_by_its_files_and_not_by_its_place(tmp_path: Path) -> None:
     draw = random.Random("weights")
     weights = bytearray(draw.randbytes(20 * 2**20))  # more than is read byte by byte

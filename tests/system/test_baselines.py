@@ -299,7 +299,7 @@ def test_baselines_that_cannot_be(build_tiny: BuildTiny, name: str, told: str) -
     (problem,) = caught.value.problems
     assert (problem.code, problem.message) == ("RM508", told)
     assert (
-        "latent, single, all-context, text, moa, latentmas, null, shuffled, mean, text@N"
+        "latent, single, all-context, text, moa, latentmas, looplm, null, shuffled, mean, text@N"
         in problem.hint
     )
 

@@ -107,10 +107,10 @@ class Batch:
 
 
 class CallWriter:
-    """Renders and tokenizes calls with each agent's own chat template and tokenizer."""
+    """Renders and tokenizes calls of a system with each agent's own template and tokenizer."""
 
     def __init__(self, system: System, backbones: Mapping[str, TorchBackbone]) -> None:
-        self._system = system
+        self.system = system
         self._agents = {name: agent_plan(system, name) for name in system.agents}
         self._chats = {
             name: Chat.load(b.tokenizer_json, b.chat_template, b.special_tokens, day=system.day)
@@ -128,7 +128,7 @@ class CallWriter:
         self._changed: dict[str, dict[str, None]] = {}
 
     def _chat(self, agent: str) -> Chat:
-        if agent == self._system.answer_agent:
+        if agent == self.system.answer_agent:
             return self._answer_chat
         return self._chats[self._agents[agent].backbone]
 
@@ -235,7 +235,7 @@ class CallWriter:
         This is the text of the field that it is made of, else the sender's target, else the fields
         that the sender's prompt shows.
         """
-        source, form = self._system.links[link].source, self._system.links[link].form
+        source, form = self.system.links[link].source, self.system.links[link].form
         record = {**example.fields, "id": example.id}
         if form.of is not None:
             return field_text(form.of, record)
@@ -279,16 +279,16 @@ class CallWriter:
         declared = self._agents[agent]
         tokenizer = self._chats[declared.backbone].tokenizer
         forms = {
-            link.source: link.form for link in self._system.links.values() if link.target == agent
+            link.source: link.form for link in self.system.links.values() if link.target == agent
         }
         before = {
             link.source
-            for link in self._system.links.values()
+            for link in self.system.links.values()
             if link.target == agent and not link.feedback
         }
         opening: Variant = "then" if declared.first is None else "first"
         rounds = [(opening, before)]
-        if self._system.rounds > 1 and not before.issuperset(declared.slots("then")):
+        if self.system.rounds > 1 and not before.issuperset(declared.slots("then")):
             rounds.append(("then", set(declared.slots("then"))))
 
         def ideal(sender: str, senders: set[str]) -> Tokens:
@@ -302,6 +302,37 @@ class CallWriter:
             items = (ideal(i.agent, senders) if isinstance(i, Slot) else i for i in turn.items)
             turns.append(replace(turn, items=tuple(items)))
         return tuple(turns)
+
+    def write_given(self, agent: str, example: TrainExample) -> tuple[Call, ...]:
+        """Return an agent's turns of round 1 and of later rounds, senders' targets in their slots.
+
+        They stand there as the texts of a text system do. Later rounds have a turn of their own
+        only where it is another one.
+
+        Raises:
+            RecmasError: As `write`.
+        """
+        declared = self._agents[agent]
+        links = [link for link in self.system.links.values() if link.target == agent]
+        before = {link.source for link in links if not link.feedback}
+        opening: Variant = "then" if declared.first is None else "first"
+        rounds = [(opening, before)]
+        if self.system.rounds > 1 and not before.issuperset(declared.slots("then")):
+            rounds.append(("then", set(declared.slots("then"))))
+        return tuple(
+            self.write(
+                agent,
+                variant,
+                "turn",
+                example,
+                {
+                    slot: self._target(slot, example)
+                    for slot in declared.slots(variant)
+                    if slot in senders and self.system.sent_by(slot)
+                },
+            )
+            for variant, senders in rounds
+        )
 
     def _target(self, agent: str, example: TrainExample) -> str:
         if agent not in example.targets:

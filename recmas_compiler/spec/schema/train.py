@@ -20,7 +20,7 @@ from recmas_runtime.formats.link_kinds import (
 
 Preset = Literal["default", "released", "paper"]
 Stage = Literal["inner", "outer", "all"]  # what `recmasc train --stage` takes
-MethodName = Literal["lora", "sft"]  # what may learn in the place of links
+MethodName = Literal["lora", "sft", "text"]  # what may learn in the place of links
 Mode = Literal["teacher_forced", "rollout"]
 Supervise = Literal["final", "all"]
 BackboneDtype = Literal["auto", "float32", "bfloat16"]
@@ -217,7 +217,7 @@ class LoraSection(Section):
 
 
 class SftSection(Section):
-    """What `--method sft` trains: all weights of the answer agent alone.
+    """All weights learn: `--method sft` for the answer agent alone, `text` for all agents.
 
     Steps, batches and data are those of the outer stage.
     """

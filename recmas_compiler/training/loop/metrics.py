@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ METRICS_NAME: Final = "metrics.jsonl"
 COST_NAME: Final = "cost.json"
 CURVES_NAME: Final = "curves.png"
 
-_FIGURES: Final = ("latent", "null", "shuffled", "mean", "cosine", "alone")
+_FIGURES: Final = ("latent", "null", "shuffled", "mean", "cosine", "alone", "given texts")
 _ROUNDS: Final = ("-", "--", ":", "-.")
 # Wider running means would hide the beginning.
 _SMOOTHED_OVER: Final = 20
@@ -44,7 +45,11 @@ def peak_memory_mb(device: torch.device) -> float:
     """Return the most memory so far in MiB: of the GPU if one is used, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
+    with suppress(OSError, StopIteration):
+        # What getrusage tells begins with the peak of the process that started this one.
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # in KiB
 
 
 @dataclass(frozen=True, kw_only=True)

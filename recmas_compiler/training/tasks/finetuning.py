@@ -1,8 +1,10 @@
-"""The answer agent on its own, to compare with: without messages, its own backbone learns.
+"""What links are compared with: the weights of a backbone learn, from the same records.
 
-It is asked what the runtime's baseline `single` asks it, and learns from the same records in the
-same order as links do. `lora` trains low-rank additions to its matrices (arXiv 2106.09685), `sft`
-all of its weights; both end as a backbone of their own, a folder that a spec can name.
+The answer agent on its own is asked what the runtime's baseline `single` asks it: `lora` trains
+low-rank additions to its matrices (arXiv 2106.09685), `sft` all of its weights. `text` trains all
+weights of the backbone that all agents share, to write the texts that the data has for each of
+them: the text system learns what to hand over. All end as a backbone of their own, a folder that a
+spec can name.
 
 Shape legend: N rows, S columns, D width.
 """
@@ -14,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 import torch
 from safetensors.torch import save
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.ops import System
+from recmas_compiler.ir.text_links import writing_agents
 from recmas_compiler.lowering.reference import module_name
 from recmas_compiler.lowering.training_graph.agent_calls import Row, pad_rows, recomputed
 from recmas_compiler.lowering.training_graph.calls import Call, CallWriter, TrainExample
@@ -58,6 +61,8 @@ class SingleAgentTask:
     batch_size: int
     checkpointed: bool
     compute: torch.dtype
+    # What the held-out figure is called.
+    figure: ClassVar[str] = "alone"
 
     def __post_init__(self) -> None:
         self.name = f"`{self.agent}` alone"
@@ -66,7 +71,11 @@ class SingleAgentTask:
 
     def loss(self, places: Sequence[int], at: AtStep | None = None) -> Loss:
         """Return the loss of the records at these places."""
-        return self._loss([self.train[place] for place in places])
+        return self.loss_of([self.train[place] for place in places])
+
+    def turns(self, example: TrainExample) -> Sequence[Call]:
+        """Return the turns of a record that have a loss."""
+        return (self.writer.write(self.agent, "then", "turn", example),)
 
     def finish_step(self, at: AtStep, world: World) -> None:
         """Do nothing: a step is the optimizer's."""
@@ -79,18 +88,19 @@ class SingleAgentTask:
         sums = torch.zeros(2, dtype=torch.float64, device=world.device)
         batches = range(0, len(self.held_out), self.batch_size)
         for first in world.share(batches):
-            loss = self._loss(self.held_out[first : first + self.batch_size])
+            loss = self.loss_of(self.held_out[first : first + self.batch_size])
             sums[0] += loss.total.double()
             sums[1] += loss.tokens
         total, tokens = world.add_up(sums).tolist()
-        return {"alone": total / tokens}
+        return {self.figure: total / tokens}
 
     def gradient_figures(self, tokens: float) -> Mapping[str, Any]:
         """Return nothing more: there are no rounds."""
         return {}
 
-    def _loss(self, examples: Sequence[TrainExample]) -> Loss:
-        calls = [self.writer.write(self.agent, "then", "turn", e) for e in examples]
+    def loss_of(self, examples: Sequence[TrainExample]) -> Loss:
+        """Return the loss of records; what is said of records in it is of all turns, in order."""
+        calls = [turn for example in examples for turn in self.turns(example)]
         rows = [Row(pieces=(_ids(call),), num_wanted=call.num_target_tokens + 1) for call in calls]
         device = self.backbone.model.device
         reduced = self.compute != torch.float32
@@ -116,6 +126,27 @@ class SingleAgentTask:
             return hidden_NSD
 
         return recomputed(run, padded.embeds_NSD, checkpointed=self.checkpointed)
+
+
+class TextSystemTask(SingleAgentTask):
+    """Trains the backbone of all agents to write what the data has for each, turn by turn.
+
+    Slots hold the senders' texts as the data has them: what should have been handed over.
+    """
+
+    figure = "given texts"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.name = "the text system"
+
+    def turns(self, example: TrainExample) -> Sequence[Call]:
+        """Return the turns of all agents that have a part in the answer."""
+        return [
+            call
+            for agent in writing_agents(self.writer.system)
+            for call in self.writer.write_given(agent, example)
+        ]
 
 
 def calls_without_slots(
@@ -212,7 +243,7 @@ class LoraLearner:
 
 
 METHODS: Final = MappingProxyType[MethodName, Callable[[TorchBackbone, TrainSection], Learner]](
-    {"lora": LoraLearner, "sft": FullLearner}
+    {"lora": LoraLearner, "sft": FullLearner, "text": FullLearner}
 )
 
 

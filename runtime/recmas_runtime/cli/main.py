@@ -237,7 +237,7 @@ def _parser(*, serves: bool) -> argparse.ArgumentParser:
         default="latent",
         metavar="NAME",
         help="run an alternative on the same engines: single, all-context, text, text@N, moa, "
-        "moa@N, latentmas, null, shuffled, mean",
+        "moa@N, latentmas, looplm, null, shuffled, mean",
     )
     run.add_argument(
         "--date",

@@ -272,6 +272,8 @@ class WriteStep(PlanStep, frozen=True, kw_only=True):
 class DecodeStep(PlanStep, frozen=True, kw_only=True):
     """Write the answer's text from the agent's last prefill.
 
+    Where a think step stands right before it, the text follows the thoughts.
+
     Attributes:
         exits: The messages that the last round takes from the round before it. A round that sent
             one over each of these links may be followed by the last one, as `stop_when` decides.

@@ -20,6 +20,7 @@ from recmas_runtime.formats.layers import has_states, sequence_bytes, states_byt
 from recmas_runtime.formats.manifest import Manifest
 from recmas_runtime.formats.messages import RowsOf
 from recmas_runtime.formats.plan import (
+    MAX_LATENT_STEPS,
     AgentPlan,
     CachePlan,
     DecodeStep,
@@ -361,6 +362,52 @@ def _refuse_latentmas(plan: Plan, manifest: Manifest, others: Sequence[str]) -> 
             )
 
 
+def _looplm(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
+    """A looped language model: the answer agent alone feeds its thoughts back, then answers.
+
+    It takes as many latent steps as all agents of the system in all rounds together, at once and
+    behind its prompt without slots; the answer follows the last thought.
+    """
+    name, entry = plan.answer_agent, manifest.backbones[plan.agents[plan.answer_agent].backbone]
+    thinking = [step for step in plan.steps if isinstance(step, ThinkStep)]
+    steps = sum(plan.agents[agent].latent_steps for step in thinking for agent in step.agents)
+    most = min(MAX_LATENT_STEPS, entry.max_positions - plan.sampling.max_new_tokens - 1)
+    if not 0 < steps <= most:
+        raise _unusable(f"looplm: the system takes {steps} latent steps, not 1 to {most}")
+    agent = structs.replace(
+        _without_slots(plan.agents[name]),
+        inner=_looping_link(plan, manifest),
+        latent_steps=steps,
+    )
+    alone = _only_answer(plan, manifest, agent)
+    room = entry.max_positions - steps - plan.sampling.max_new_tokens
+    longest = min(plan.limits.max_prompt_tokens, room)
+    prefill, decode = alone.steps
+    think = ThinkStep(
+        round=1, agents=(name,), fused=any(step.fused for step in thinking), cache=name
+    )
+    whole = structs.replace(
+        alone,
+        limits=structs.replace(plan.limits, max_prompt_tokens=longest),
+        caches={name: _cache(plan, manifest, (name,), latent_steps=steps)},
+        steps=(prefill, think, decode),
+    )
+    return Baseline(plan=whole)
+
+
+def _looping_link(plan: Plan, manifest: Manifest) -> str:
+    """Return the inner link of the answer agent, or of another agent if it has no use for its own.
+
+    The closed form is that of the backbone, whoever thinks on it.
+    """
+    backbone = plan.agents[plan.answer_agent].backbone
+    others = [agent.inner for agent in plan.agents.values() if agent.backbone == backbone]
+    for inner in (plan.agents[plan.answer_agent].inner, *others):
+        if manifest.links[inner].init != "unused":
+            return inner
+    raise _unusable(f"looplm: nobody on backbone {backbone!r} makes latent steps")
+
+
 def _only_answer(plan: Plan, manifest: Manifest, agent: AgentPlan) -> Plan:
     """Return a plan of one round in which the answer agent answers at once, its slots empty."""
     name = plan.answer_agent
@@ -420,11 +467,14 @@ def _with_room(plan: Plan, manifest: Manifest) -> Plan:
     return structs.replace(plan, limits=structs.replace(plan.limits, max_prompt_tokens=longest))
 
 
-def _cache(plan: Plan, manifest: Manifest, agents: tuple[str, ...]) -> CachePlan:
+def _cache(
+    plan: Plan, manifest: Manifest, agents: tuple[str, ...], *, latent_steps: int = 0
+) -> CachePlan:
     """Return a cache for a group of agents, at the limits of the latent plan."""
     backbone = plan.agents[agents[0]].backbone
     entry = manifest.backbones[backbone]
-    capacity = cache_capacity(plan.limits.max_prompt_tokens + plan.sampling.max_new_tokens)
+    rows = plan.limits.max_prompt_tokens + latent_steps + plan.sampling.max_new_tokens
+    capacity = cache_capacity(rows)
     return CachePlan(
         backbone=backbone,
         agents=agents,
@@ -480,6 +530,7 @@ _CHANGES: Final[dict[str, Callable[[Plan, Manifest, int | None], Baseline]]] = {
     "text": _text,
     "moa": _moa,
     "latentmas": _latentmas,
+    "looplm": _looplm,
     NULL: _null,
     SHUFFLED: _shuffled,
     MEAN: _mean,

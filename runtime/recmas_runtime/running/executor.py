@@ -330,6 +330,8 @@ class Execution:
         else:
             thoughts, embeds = self._think_unfused(sequences, len(step.agents), num_steps)
         sequences.went_on(num_steps - 1)
+        if step is self.plan.steps[-2]:
+            sequences.stand_behind(thoughts[-1], embeds[-1], num_steps - 1)
         batch = self.num_records
         for group, agent in enumerate(step.agents):
             rows = slice(group * batch, (group + 1) * batch)

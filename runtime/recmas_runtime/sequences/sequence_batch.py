@@ -375,6 +375,11 @@ class SequenceBatch:
         """Note that a rollout has run positions behind each row, which no text follows."""
         self._stand = self._stand + positions
 
+    def stand_behind(self, thought_RD: Floats, embeds_RD: Floats, positions: int) -> None:
+        """Keep the positions that a rollout has run, for text that follows its last thought."""
+        self.lengths = self.lengths + positions
+        self.thought, self.next_embeds = thought_RD[:, None], embeds_RD[:, None]
+
     def select(self, rows: Sequence[int], *, keep: bool) -> SequenceBatch:
         """Return a batch of some of the rows, in ascending order, to write text.
 

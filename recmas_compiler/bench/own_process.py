@@ -1,0 +1,121 @@
+"""Commands in processes of their own: what each says, how long it takes, and its most memory."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from recmas_runtime.core.errors import Exit, Problem, RecmasError, fail
+
+_POLL_S: Final = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """A command that has ended.
+
+    Attributes:
+        data: What it found out.
+        peak_memory_mb: Most resident memory that was seen, in MiB; None where nobody tells.
+        interrupted: Whether it was, and has said what there is so far.
+    """
+
+    data: dict[str, Any]
+    wall_s: float
+    peak_memory_mb: float | None
+    interrupted: bool
+
+
+def run_alone(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    log: Path,
+    look: Callable[[], None] = lambda: None,
+) -> Ran:
+    """Run a module that prints one JSON object with `data` or `problems`, as commands do.
+
+    Ctrl-C reaches it once, through this process, so that a training can end its step and save;
+    the second one ends it at once.
+
+    Args:
+        log: Gets what it says on stderr, behind what is there.
+        look: Is called now and then while it runs.
+
+    Raises:
+        RecmasError: Its problems; RM507 if it ended without a word.
+        KeyboardInterrupt: It was interrupted here and had nothing to say.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    began = time.perf_counter()
+    peak: float | None = None
+    asked_to_stop = False
+    # A file and no pipe, which would fill up while nobody reads it.
+    with log.open("ab") as told, tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(  # noqa: S603  # our own modules
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=told,
+            start_new_session=True,
+        )
+        with process:
+            try:
+                while process.poll() is None:
+                    try:
+                        with suppress(subprocess.TimeoutExpired):
+                            process.wait(_POLL_S)
+                        peak = _larger(peak, _resident_peak_mb(process.pid))
+                        look()
+                    except KeyboardInterrupt:
+                        if asked_to_stop:
+                            raise
+                        asked_to_stop = True
+                        process.send_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                process.kill()
+                raise
+        said.seek(0)
+        printed = said.read()
+    try:
+        answer: dict[str, Any] = json.loads(printed)
+    except ValueError:
+        if asked_to_stop:
+            raise KeyboardInterrupt from None
+        raise fail(
+            "RM507",
+            f"the process of `{' '.join((module, *arguments[:2]))}` ended with status "
+            f"{process.returncode}",
+            hint=f"What it said is in {log}.",
+        ) from None
+    problems = [Problem(**found) for found in answer.get("problems") or ()]
+    if any(p.severity == "error" for p in problems):
+        raise RecmasError(problems)
+    return Ran(
+        data=answer.get("data") or {},
+        wall_s=time.perf_counter() - began,
+        peak_memory_mb=peak,
+        interrupted=process.returncode == Exit.INTERRUPTED,
+    )
+
+
+def _resident_peak_mb(pid: int) -> float | None:
+    """Return the most resident memory of a process so far, as Linux tells it."""
+    with suppress(OSError, ValueError):
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    return None
+
+
+def _larger(one: float | None, other: float | None) -> float | None:
+    return max((value for value in (one, other) if value is not None), default=None)
