@@ -69,6 +69,7 @@ def test_remarks_are_read(commands: ModuleType, tmp_path: Path) -> None:
     assert commands.problems(found) == []
     assert commands.counted(found) == "5 commands are run, 1 are not (needs a GPU: 1)"
     assert commands.run_page(found, tmp_path, set()) == ["page.md:14: false"]
+    assert commands.run_page(found[1:2], tmp_path, set()) == []  # another page, in the same folder
     found[3].not_run = "whim"
     assert "page.md:20: `not run: whim`" in commands.problems(found)[0]
 

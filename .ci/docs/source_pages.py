@@ -23,6 +23,7 @@ import python_pages
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 INDEX: Final = "docs/index.md"
+_ERRORS: Final = "docs/errors.md"
 
 # Pages from outside of `docs`, under the names that they have in the site.
 OTHERS: Final = {
@@ -51,6 +52,12 @@ class Page:
     name: str
     text: str
     source: str
+
+    @property
+    def title(self) -> str:
+        """Its first heading."""
+        first = re.search(r"^# +(.+?) *$", self.text, re.M)
+        return first[1] if first else self.name
 
     @property
     def anchors(self) -> set[str]:
@@ -90,7 +97,7 @@ def write(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     pages, made, broken = written_pages(), generated_pages(), []
-    places: dict[str, list[Page]] = {"docs/errors.md": [Page("errors.md", "", "docs/errors.md")]}
+    places: dict[str, list[Page]] = {_ERRORS: [Page("errors.md", "# Error codes", _ERRORS)]}
     for page in pages:
         places.setdefault(page.source, []).append(page)
     for page in pages:
@@ -123,11 +130,13 @@ def _with_links(text: str, page: Page, places: dict[str, list[Page]], folder: Pa
         file = os.path.normpath(Path(page.source).parent / path) if path else page.source
         file = FOLDERS.get(file, file)
         if file in places:
-            found = [p for p in places[file] if not anchor or not p.text or anchor in p.anchors]
+            found = [p for p in places[file] if not anchor or file == _ERRORS or anchor in p.anchors]
             if not found:
                 missing.append(f"{page.source}: no heading `#{anchor}` in {file}")
                 return match[0]
             name = found[0].name
+            if re.fullmatch(r"\[`?[\w./]+\.md`?\]", label):
+                label = f"[{found[0].title}]"  # a file's name says nothing in the site
             return f"{label}({'' if name == page.name else name}{'#' if anchor else ''}{anchor})"
         if (ROOT / file).is_file():
             copy = folder / "files" / file
