@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from recmas_compiler.spec.schema.document import SECTIONS
+from recmas_compiler.spec.schema.json_schema import key_rows
+from recmas_runtime.core.errors import CODES
 
 ROOT = Path(__file__).parent.parent
 INDEX = ROOT / "docs/index.md"
@@ -72,6 +78,40 @@ def test_remarks_are_read(commands: ModuleType, tmp_path: Path) -> None:
     assert commands.run_page(found[1:2], tmp_path, set()) == []  # another page, in the same folder
     found[3].not_run = "whim"
     assert "page.md:20: `not run: whim`" in commands.problems(found)[0]
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Loads a module that makes pages of the site."""
+    monkeypatch.syspath_prepend(ROOT / ".ci/docs")
+    return import_module
+
+
+def test_the_site_has_every_key(made: Callable[[str], ModuleType]) -> None:
+    text = (ROOT / "specs/README.md").read_text(encoding="utf-8")
+    guide, keys = made("language_pages").split(text)
+    for path, section in SECTIONS.items():
+        name = ".".join(path) or "spec"
+        for key, row in zip(section.model_fields, key_rows(name), strict=True):
+            anchor = f"[`{key}`]{{#key-{name.replace('.', '-').replace('*', 'name')}-{key}}}"
+            assert keys.count(anchor) == 1
+            assert f"  {row.meaning}\n" in keys
+    # Nothing of the page is lost between the two, but for the tables.
+    headings = re.findall(r"^#+ (.*)", text, re.M)
+    both = re.findall(r"^#+ (.*)", guide + keys, re.M)
+    assert sorted(headings) == sorted(both)
+
+
+def test_the_site_has_what_is_said_under_each_code(made: Callable[[str], ModuleType]) -> None:
+    pages = made("error_pages")
+    said = pages.messages(ROOT)
+    assert len(said.keys() & CODES.keys()) > 0.9 * len(CODES)
+    hint = "Add `SOURCE: SETTINGS` to `links`, or remove the slot."
+    message = "`TARGET` has a slot for `SOURCE`, but no link brings its message."
+    assert (message, hint) in said["RM113"]
+    page = pages.page((ROOT / "docs/errors.md").read_text(encoding="utf-8"), root=ROOT)
+    for code, (_, meaning) in CODES.items():
+        assert f"\n### {code}\n\n{meaning[0].upper()}{meaning[1:]}." in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

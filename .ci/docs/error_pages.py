@@ -44,7 +44,7 @@ def page(written: str, *, root: Path) -> str:
     for code, (status, meaning) in CODES.items():
         if code[:3] != family:
             family = code[:3]
-            lines += ["", f"## {family}xx: {FAMILIES[family].lower()}", ""]
+            lines += ["", f"## {family}xx: {FAMILIES.get(family, 'other').lower()}", ""]
         lines += [f"(error-{code.lower()})=", f"### {code}", ""]
         tail = "" if status is Exit.OK else f" Exit status {int(status)}."
         lines += [f"{meaning[0].upper()}{meaning[1:]}.{tail}", ""]
@@ -67,8 +67,10 @@ def messages(root: Path) -> dict[str, list[Said]]:
     found: dict[str, dict[Said, None]] = {}
     for package in PACKAGES:
         for path in sorted((root / package).rglob("*.py")):
-            tree = ast.parse(path.read_text("utf-8"))
-            for scope in ast.walk(tree):
+            text = path.read_text("utf-8")
+            if not re.search(r'"RM\d{3}"', text):
+                continue
+            for scope in ast.walk(ast.parse(text)):
                 if isinstance(scope, ast.FunctionDef | ast.AsyncFunctionDef):
                     for code, said in _said_in(scope):
                         found.setdefault(code, {})[said] = None

@@ -108,9 +108,9 @@ def write(folder: Path) -> None:
             broken.append(str(error))
         if page.source == INDEX:
             every = {other.name for other in pages} | set(made)
-            text, left_out = _navigation(text, made)
-            left_out = every - left_out - {page.name}
-            broken += [f"{name} is in no list of {INDEX}: add a line" for name in sorted(left_out)]
+            text, named = _navigation(text)
+            left_out = sorted(every - named - {page.name})
+            broken += [f"{name} is in no list of {INDEX}: add a line" for name in left_out]
         (folder / page.name).write_text(text, "utf-8")
     for name, text in made.items():
         (folder / name).write_text(text, "utf-8")
@@ -130,7 +130,9 @@ def _with_links(text: str, page: Page, places: dict[str, list[Page]], folder: Pa
         file = os.path.normpath(Path(page.source).parent / path) if path else page.source
         file = FOLDERS.get(file, file)
         if file in places:
-            found = [p for p in places[file] if not anchor or file == _ERRORS or anchor in p.anchors]
+            found = [
+                p for p in places[file] if not anchor or file == _ERRORS or anchor in p.anchors
+            ]
             if not found:
                 missing.append(f"{page.source}: no heading `#{anchor}` in {file}")
                 return match[0]
@@ -158,7 +160,7 @@ def _with_links(text: str, page: Page, places: dict[str, list[Page]], folder: Pa
     return "".join(pieces)
 
 
-def _navigation(text: str, made: dict[str, str]) -> tuple[str, set[str]]:
+def _navigation(text: str) -> tuple[str, set[str]]:
     """Return the index with a tree of pages for each of its lists, and the pages that they name.
 
     A generated page stands in a list as its name in code, for it is no file of the repository.
