@@ -35,6 +35,7 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
 html_copy_source = False
+html_show_search_summary = False  # would be fetched, which browsers refuse from the disk
 # No button that would need an address of the repository.
 html_theme_options: dict[str, list[str]] = {"top_of_page_buttons": []}
 pygments_style = "default"
