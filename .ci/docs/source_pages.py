@@ -20,6 +20,7 @@ import command_pages
 import error_pages
 import language_pages
 import python_pages
+from recmas_runtime.core.errors import CODES
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 INDEX: Final = "docs/index.md"
@@ -38,6 +39,8 @@ FOLDERS: Final = {"docs": INDEX, "specs": "specs/README.md"}
 _LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^()\s]+)\)")
 _HEADING = re.compile(r"^#+ +(.+?) *$", re.M)
 _FENCE = re.compile(r"^( *```).*?^\1 *$", re.M | re.S)
+# Code, links and headings, in which a code is no link of its own; blocks of code begin with spaces.
+_NO_PLAIN_TEXT = re.compile(r"(`[^`]*`|!?\[[^\]]*\]\([^)]*\)|^#.*$|^ {4}.*$)", re.M)
 _REMARK = re.compile(r"^<!-- (?:not run|before|file|status):.*-->\n", re.M)
 
 
@@ -152,12 +155,26 @@ def _with_links(text: str, page: Page, places: dict[str, list[Page]], folder: Pa
 
     pieces, at = [], 0
     for fence in _FENCE.finditer(text):
-        pieces += [_LINK.sub(other, text[at : fence.start()]), fence[0]]
+        pieces += [_with_codes(_LINK.sub(other, text[at : fence.start()])), fence[0]]
         at = fence.end()
-    pieces.append(_LINK.sub(other, text[at:]))
+    pieces.append(_with_codes(_LINK.sub(other, text[at:])))
     if missing:
         raise BrokenLinkError("\n".join(missing))
     return "".join(pieces)
+
+
+def _with_codes(text: str) -> str:
+    """Return the text with links from error codes to what is said of them."""
+    parts = _NO_PLAIN_TEXT.split(text)
+    for place in range(0, len(parts), 2):
+        parts[place] = re.sub(
+            r"\bRM\d{3}\b",
+            lambda code: (
+                f"[{code[0]}](errors.md#{code[0].lower()})" if code[0] in CODES else code[0]
+            ),
+            parts[place],
+        )
+    return "".join(parts)
 
 
 def _navigation(text: str) -> tuple[str, set[str]]:
