@@ -11,7 +11,7 @@ TORCH_VERSION := torch==2.13.0
 TORCH_FROM := $(strip $(if $(filter %.whl,$(TORCH)),$(TORCH),$(if $(findstring ://,$(TORCH)),\
   --index-url $(TORCH) $(TORCH_VERSION),$(if $(TORCH),--find-links $(TORCH)) $(TORCH_VERSION))))
 
-.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-serving test-clients test-ray test-containers test-browser lint bench wheel wheel-check readme-check clean
+.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-serving test-clients test-importers test-ray test-containers test-browser lint bench wheel wheel-check readme-check clean
 
 setup: .venv/.ready
 
@@ -80,6 +80,17 @@ test-serving: setup
 # Clients of OpenAI's forms, unmodified, against a running server; they need Node 20 and curl, too.
 test-clients: setup .clients/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m clients tests/serving
+
+# Teams that the frameworks themselves load, and write; each is in an environment of its own, 1.5 GB.
+test-importers: setup .importers/.ready
+	$(BIN)/python -m pytest -q -m importers tests/importers
+
+.importers/.ready: tests/importers/real_packages.txt
+	while read -r name packages; do \
+	  $(PYTHON) -m venv ".importers/$$name" && \
+	  ".importers/$$name/bin/python" -m pip install --quiet $$packages || exit 1; \
+	done < $<
+	touch $@
 
 .clients/.ready: tests/serving/clients/requirements.txt tests/serving/clients/package.json
 	$(PYTHON) -m venv .clients/python
