@@ -11,7 +11,7 @@ TORCH_VERSION := torch==2.13.0
 TORCH_FROM := $(strip $(if $(filter %.whl,$(TORCH)),$(TORCH),$(if $(findstring ://,$(TORCH)),\
   --index-url $(TORCH) $(TORCH_VERSION),$(if $(TORCH),--find-links $(TORCH)) $(TORCH_VERSION))))
 
-.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-serving test-clients test-textgrad test-ray test-containers test-browser lint bench wheel wheel-check readme-check docs clean
+.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-serving test-clients test-textgrad test-ray test-containers test-browser lint bench wheel wheel-check readme-check docs clean test-importers
 
 setup: .venv/.ready
 
@@ -89,6 +89,17 @@ test-textgrad: setup .textgrad/.ready
 	$(BIN)/python -m venv .textgrad
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$$(.textgrad/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
 	.textgrad/bin/python -m pip install --quiet --constraint constraints.txt textgrad
+	touch $@
+
+# Teams that the frameworks themselves load, and write; each is in an environment of its own, 1.5 GB.
+test-importers: setup .importers/.ready
+	$(BIN)/python -m pytest -q -m importers tests/importers
+
+.importers/.ready: tests/importers/real_packages.txt
+	while read -r name packages; do \
+	  $(PYTHON) -m venv ".importers/$$name" && \
+	  ".importers/$$name/bin/python" -m pip install --quiet $$packages || exit 1; \
+	done < $<
 	touch $@
 
 .clients/.ready: tests/serving/clients/requirements.txt tests/serving/clients/package.json

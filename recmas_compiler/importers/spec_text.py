@@ -263,14 +263,17 @@ class _Writer:
         if self.carries == "cache":
             rest = joined(agent.task, calls, expected, by="\n")
             slots = " ".join(f"{{{{ latent.{sender} }}}}" for sender in senders)
-            return f"{slots}\n{self._whole(rest, senders)}" if slots else self._whole(rest, senders)
+            whole = self._whole(agent, rest, senders)
+            return f"{slots}\n{whole}" if slots else whole
         inline = agent.shown_senders
         messages = _messages([sender for sender in senders if sender not in inline])
         # What changes from round to round stands behind all that does not.
         ends = [expected, messages] if fields_of([expected]) else [messages, expected]
-        return self._whole(joined(agent.task, calls, *ends, by="\n"), senders)
+        return self._whole(agent, joined(agent.task, calls, *ends, by="\n"), senders)
 
-    def _whole(self, rest: Text, senders: Sequence[str]) -> str:
+    def _whole(self, agent: TeamAgent, rest: Text, senders: Sequence[str]) -> str:
+        if not (rest or self.asks):
+            rest = (Blank(agent.name),)
         text = joined(_QUESTION, rest, by="\n\n") if self.asks else rest
         return _shown(text, senders=senders, is_cache=self.carries == "cache")
 
@@ -406,7 +409,7 @@ def _shown(text: Text, *, senders: Sequence[str] = (), is_cache: bool = False) -
                 if not there:
                     pieces.append("(nothing yet)")
                 elif is_cache:
-                    pieces.append(f"(what {listed(there)} handed over, above)")
+                    pieces.append("(see above)")
                 else:
                     pieces.append(" ".join(f"{{{{ latent.{agent} }}}}" for agent in there))
             case Blank():

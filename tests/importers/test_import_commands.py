@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+import yaml
 
 from kit.commands import run_recmasc
 from recmas_compiler.importers.json_source import parse_json
@@ -40,6 +41,23 @@ def test_places_to_fill_in_are_listed(tmp_path: Path) -> None:
         text = text.replace(f"{{{{ fill in: what {agent} is asked }}}}", "Do it.")
     out.write_text(text)
     assert run_recmasc("check", out).exit_code == 0
+
+
+def test_nodes_behind_a_hidden_route_are_named(tmp_path: Path) -> None:
+    """As LangGraph draws a route without a path map: the node before it seems to end the graph."""
+    nodes = [{"id": name} for name in ("__start__", "ask", "answer", "__end__")]
+    edges = [("__start__", "ask"), ("ask", "__end__")]
+    graph = {"nodes": nodes, "edges": [{"source": s, "target": t} for s, t in edges]}
+    (tmp_path / "graph.json").write_text(json.dumps(graph))
+    ran = run_recmasc("import", "langgraph", tmp_path / "graph.json", "-o", tmp_path / "s.yaml")
+    assert ran.exit_code == 0
+    assert "`answer` is left out: no edge of the dump leads to it; routes show only" in ran.stderr
+    assert set(load_agents(tmp_path / "s.yaml")) == {"ask"}
+
+
+def load_agents(path: Path) -> dict[str, object]:
+    agents: dict[str, object] = yaml.safe_load(path.read_text())["agents"]
+    return agents
 
 
 def test_existing_files_stay(tmp_path: Path) -> None:

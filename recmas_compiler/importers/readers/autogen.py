@@ -102,6 +102,7 @@ class _Reader:
     agents: dict[str, Node] = field(default_factory=dict)  # name there -> configuration
     names: dict[str, str] = field(default_factory=dict)  # name there -> name here
     others: list[str] = field(default_factory=list)  # participants that are no agents
+    speakers: list[str] = field(default_factory=list)  # all, in turn
 
     def team(self) -> Team:
         self._participants()
@@ -140,6 +141,7 @@ class _Reader:
             if name in self.agents or name in self.others:
                 message = f"two participants are called `{name}`."
                 raise key.refuse("RM162", message, "Give every participant a name of its own.")
+            self.speakers.append(name)
             if component.kind == "AssistantAgent":
                 self.agents[name] = component.config
                 continue
@@ -163,9 +165,8 @@ class _Reader:
             message = "nothing bounds the number of turns; `rounds` is 2, or what --rounds says"
             self.files.remark(place, message)
             return order, edges, order[-1], None
-        everyone = len(self.agents) + len(self.others)
-        speakers = [*self.agents, *self.others]
-        last = speakers[(turns - 1) % everyone]
+        everyone = len(self.speakers)
+        last = self.speakers[(turns - 1) % everyone]
         answer = last if last in self.agents else order[-1]
         return order, edges, answer, math.ceil(turns / everyone)
 

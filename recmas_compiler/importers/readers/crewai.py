@@ -207,5 +207,5 @@ def _leave_rest(members: Members, code: CrewCode) -> None:
                 members.files.num_carried_in_code += 1  # agents=self.agents
                 continue
             reason = REASONS.get(key.name, "it has no meaning here")
-            left = LeftOut(key=f"{method.name}.{key.name}", place=key.place, reason=reason)
+            left = LeftOut(key=key.path, place=key.place, reason=reason)
             members.files.left_in_code.append(left)

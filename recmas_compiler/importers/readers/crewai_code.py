@@ -23,9 +23,15 @@ _CODE: Final = "only names that stand in crew.py can be read, and it is never ru
 class CodeKey:
     """An argument in the code that a reader may carry over."""
 
+    owner: str
     name: str
     place: SourcePosition
     names: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """How messages name it."""
+        return f"{self.owner}.{self.name}"
 
 
 @dataclass(kw_only=True)
@@ -169,16 +175,20 @@ class _Class:
                 self._leave(keyword, f"{method.name}.config")
         elif isinstance(value, ast.Constant) and isinstance(value.value, str):
             method.texts[key] = value.value
-            method.keys[key] = CodeKey(name=key, place=place, names=(value.value,))
+            method.keys[key] = CodeKey(
+                owner=method.name, name=key, place=place, names=(value.value,)
+            )
         elif isinstance(value, ast.List | ast.Tuple):
             names = tuple(_last_name(item) for item in value.elts)
             if all(names):
-                method.keys[key] = CodeKey(name=key, place=place, names=names)
+                method.keys[key] = CodeKey(owner=method.name, name=key, place=place, names=names)
             else:
                 self._leave(keyword, f"{method.name}.{key}")
         elif isinstance(value, ast.Constant):
-            method.keys[key] = CodeKey(name=key, place=place, names=(str(value.value),))
+            method.keys[key] = CodeKey(
+                owner=method.name, name=key, place=place, names=(str(value.value),)
+            )
         elif name := _last_name(value):
-            method.keys[key] = CodeKey(name=key, place=place, names=(name,))
+            method.keys[key] = CodeKey(owner=method.name, name=key, place=place, names=(name,))
         else:
             self._leave(keyword, f"{method.name}.{key}")

@@ -132,7 +132,7 @@ class Members:
         if isinstance(node, Node):
             node.leave(reason)
         else:
-            left = LeftOut(key=node.name, place=node.place, reason=reason)
+            left = LeftOut(key=node.path, place=node.place, reason=reason)
             if left not in self.files.left_in_code:
                 self.files.left_in_code.append(left)
 

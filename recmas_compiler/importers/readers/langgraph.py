@@ -21,6 +21,7 @@ _START: Final = "__start__"
 _END: Final = "__end__"
 # Of the classes in `data.id`: nodes that run tools and no model.
 _TOOL_NODES: Final = ("ToolNode", "ValidationNode")
+_HIDDEN: Final = "routes show only with a path map, or a Literal as what they return"
 _MOST_NODES: Final = 1000
 _REASONS: Final[Mapping[str, str]] = {
     "metadata": "labels have no meaning here",
@@ -69,7 +70,10 @@ class _Reader:
         order = order_from(starts, agents, edges)
         for name in agents:
             if name not in order:
-                self.nodes[name].need("id").leave(f"no edge leads to `{name}`")
+                key = self.nodes[name].need("id")
+                key.leave(f"no edge of the dump leads to `{name}`")
+                message = f"`{name}` is left out: no edge of the dump leads to it"
+                self.files.remark(key.place, f"{message}; {_HIDDEN}")
         edges = [(s, t) for s, t in edges if s in order and t in order]
         for name in order:
             self.names[name] = free_slug(name, list(self.names.values()))
