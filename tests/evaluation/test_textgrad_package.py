@@ -22,6 +22,7 @@ import recmas_compiler as rc
 import recmas_runtime as rt
 from kit.commands import run_recmasc
 from kit.files import lines
+from kit.http_server import local, serving
 from recmas_compiler.text_gradients import OptimiseOptions, TextGradients, optimise, read_settings
 from recmas_compiler.text_gradients.package import import_textgrad
 from recmas_runtime.core.errors import RecmasError
@@ -331,6 +332,7 @@ def test_a_prompt_that_the_endpoint_cannot_read_costs_its_gradients(
     endpoint.status = 400
     found = run("steps=1", *by_endpoint(endpoint))
     assert found.steps[0].num_cut == 2
+    assert "2 records had gradients over what the engine reads." in found.to_text()
     assert found.steps[0].proposals == ()
 
 
@@ -387,3 +389,13 @@ def test_the_command_optimises_evaluates_and_builds(
         "--textgrad", "records=2",
     )  # fmt: skip
     assert "which is tested on" in shared.output
+
+
+def test_what_a_service_of_ours_cannot_read_is_counted(run: Optimise, tiny_bundle: Path) -> None:
+    # It takes prompts of 384 tokens, and textgrad's are longer.
+    with serving(local({"tiny": tiny_bundle})) as served:
+        settings = [f"url={served.url}/v1", "model=tiny", "key_env=NO_KEY", "reply_tokens=6"]
+        found = run("steps=1", "batch=1", *settings)
+    (step,) = found.steps
+    assert (step.num_wrong, step.num_cut, step.proposals) == (1, 1, ())
+    assert found.spent.backward_tokens > 0  # the loss was short enough
