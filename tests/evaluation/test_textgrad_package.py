@@ -27,6 +27,7 @@ from recmas_compiler.text_gradients import OptimiseOptions, TextGradients, optim
 from recmas_compiler.text_gradients.package import import_textgrad
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Silent
+from recmas_runtime.running.records import Record
 
 pytestmark = pytest.mark.textgrad
 
@@ -399,3 +400,25 @@ def test_what_a_service_of_ours_cannot_read_is_counted(run: Optimise, tiny_bundl
     (step,) = found.steps
     assert (step.num_wrong, step.num_cut, step.proposals) == (1, 1, ())
     assert found.spent.backward_tokens > 0  # the loss was short enough
+
+
+def test_texts_that_are_too_long_together_are_not_all_taken(
+    run: Optimise, endpoint: Endpoint, tiny_bundle: Path
+) -> None:
+    def reply(system: str, prompt: str) -> str:
+        marks = re.findall(r"\{\{ \S+ \}\}", prompt.partition("<CONSTRAINTS>")[2])
+        words = " ".join(["many words"] * length)
+        return f"<IMPROVED_VARIABLE>{' '.join(marks)} {words}</IMPROVED_VARIABLE>"
+
+    endpoint.reply = reply
+    fates = set()
+    for length in (4, 10, 20, 30, 40):  # the planner's system text and prompt share one limit
+        found = run("steps=1", "batch=1", "validation=0", "rewrites=prompt",
+                    *by_endpoint(endpoint), out=f"run-{length}")  # fmt: skip
+        planner = [p.fate for p in found.steps[0].proposals if p.parameter.startswith("planner.")]
+        fates.add(tuple(planner))
+        with rt.load(tiny_bundle, threads=1) as base:
+            learned = base.with_plan(found.plan(base.plan))
+            for question in ("T0", "T1", "T2"):
+                learned.prompts(Record(id=question, fields={"question": question}))
+    assert ("kept", "too long", "too long") in fates
