@@ -410,14 +410,22 @@ class _Run:
                 if error.problems[0].code != "RM501":
                     raise
                 num_cut += 1  # what of its graph has been gone through keeps its gradients
-        return num_cut, [
-            self._proposal(parameter, variables[parameter.name], texts)
-            for parameter in parameters
-            if variables[parameter.name].gradients
-        ]
+        proposals = []
+        together = dict(texts)  # prompts that fit one by one may be too long together
+        for parameter in parameters:
+            if variables[parameter.name].gradients:
+                proposal = self._proposal(parameter, variables[parameter.name], together)
+                proposals.append(proposal)
+                if proposal.fate == "kept":
+                    together[parameter.name] = proposal.text
+        return num_cut, proposals
 
     def _proposal(self, parameter: Parameter, variable: Any, texts: dict[str, str]) -> Proposal:
-        """Have a new text written for a parameter and look at it; `kept` is yet to be measured."""
+        """Have a new text written for a parameter and look at it; `kept` is yet to be measured.
+
+        Args:
+            texts: Of all parameters, those that this step has replaced before included.
+        """
         from textgrad import TextualGradientDescent
 
         optimiser = TextualGradientDescent(

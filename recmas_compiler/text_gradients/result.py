@@ -208,6 +208,12 @@ class TextGradients:
             f"{spent.backward_tokens:,} in {counted(spent.calls, 'backward call')}), "
             f"{spent.seconds:.0f} s; {_STOPPED[self.stopped]}."
         ]
+        for count, what in (
+            (sum(step.num_failed for step in self.steps), "could not be asked"),
+            (sum(step.num_cut for step in self.steps), "had gradients over what the engine reads"),
+        ):
+            if count:
+                lines.append(f"{counted(count, 'record')} {what}.")
         if spent.untold_calls:
             lines.append(
                 f"The endpoint did not tell the tokens of {counted(spent.untold_calls, 'call')}, "

@@ -22,10 +22,12 @@ import recmas_compiler as rc
 import recmas_runtime as rt
 from kit.commands import run_recmasc
 from kit.files import lines
+from kit.http_server import local, serving
 from recmas_compiler.text_gradients import OptimiseOptions, TextGradients, optimise, read_settings
 from recmas_compiler.text_gradients.package import import_textgrad
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.progress import Silent
+from recmas_runtime.running.records import Record
 
 pytestmark = pytest.mark.textgrad
 
@@ -331,6 +333,7 @@ def test_a_prompt_that_the_endpoint_cannot_read_costs_its_gradients(
     endpoint.status = 400
     found = run("steps=1", *by_endpoint(endpoint))
     assert found.steps[0].num_cut == 2
+    assert "2 records had gradients over what the engine reads." in found.to_text()
     assert found.steps[0].proposals == ()
 
 
@@ -387,3 +390,35 @@ def test_the_command_optimises_evaluates_and_builds(
         "--textgrad", "records=2",
     )  # fmt: skip
     assert "which is tested on" in shared.output
+
+
+def test_what_a_service_of_ours_cannot_read_is_counted(run: Optimise, tiny_bundle: Path) -> None:
+    # It takes prompts of 384 tokens, and textgrad's are longer.
+    with serving(local({"tiny": tiny_bundle})) as served:
+        settings = [f"url={served.url}/v1", "model=tiny", "key_env=NO_KEY", "reply_tokens=6"]
+        found = run("steps=1", "batch=1", *settings)
+    (step,) = found.steps
+    assert (step.num_wrong, step.num_cut, step.proposals) == (1, 1, ())
+    assert found.spent.backward_tokens > 0  # the loss was short enough
+
+
+def test_texts_that_are_too_long_together_are_not_all_taken(
+    run: Optimise, endpoint: Endpoint, tiny_bundle: Path
+) -> None:
+    def reply(system: str, prompt: str) -> str:
+        marks = re.findall(r"\{\{ \S+ \}\}", prompt.partition("<CONSTRAINTS>")[2])
+        words = " ".join(["many words"] * length)
+        return f"<IMPROVED_VARIABLE>{' '.join(marks)} {words}</IMPROVED_VARIABLE>"
+
+    endpoint.reply = reply
+    fates = set()
+    for length in (4, 10, 20, 30, 40):  # the planner's system text and prompt share one limit
+        found = run("steps=1", "batch=1", "validation=0", "rewrites=prompt",
+                    *by_endpoint(endpoint), out=f"run-{length}")  # fmt: skip
+        planner = [p.fate for p in found.steps[0].proposals if p.parameter.startswith("planner.")]
+        fates.add(tuple(planner))
+        with rt.load(tiny_bundle, threads=1) as base:
+            learned = base.with_plan(found.plan(base.plan))
+            for question in ("T0", "T1", "T2"):
+                learned.prompts(Record(id=question, fields={"question": question}))
+    assert ("kept", "too long", "too long") in fates
