@@ -259,6 +259,7 @@ def test_finished_rows_are_kept(
         (("--method", "dropout"), "--method dropout is none of inner, outer, looplm, lora"),
         (("--data", "q.jsonl"), "--data and --protocol belong together"),
         (("--limit", "3"), "--limit without --data"),
+        (("--hourly-rate", "nan"), "--hourly-rate nan is no price"),
         (("--rounds", "0"), "are not all 1 or more"),
     ],
 )
