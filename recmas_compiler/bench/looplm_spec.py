@@ -53,7 +53,12 @@ def looplm_spec(spec: Spec, program: Graph, *, links_dir: Path) -> str:
     document: dict[str, Any] = spec.document.model_dump(mode="json", exclude_none=True)
     base = spec.base_dir
     own: dict[str, Any] = document["agents"][name]
-    asked = _template(without_slots(system.agents[name].then))
+    parts = system.agents[name].then
+    # A prompt of one line, about a message, would leave nothing to ask.
+    asked = _template(without_slots(parts)) or _template(p for p in parts if p.kind != "slot")
+    if not asked:
+        message = f"looplm: the prompt of `{name}` is a message and nothing else"
+        raise fail("RM508", message, hint="Leave looplm out, or give it a text.")
     own["prompt"] = {"first": asked, "then": f"{asked}\n\n{{{{ latent.{name} }}}}"}
     own["latent_steps"] = steps
     if "weights" in own["inner"]:

@@ -181,7 +181,8 @@ class _RowRun:
             self._ask()
         except RecmasError as error:
             first = error.problems[0]
-            if first.code not in _OF_ONE_ROW:
+            # A self-loop is a spec of its own: what is wrong with it is nothing to the others.
+            if first.code not in _OF_ONE_ROW and self.row.key != "looplm":
                 raise
             self.result.why_not = f"{first.message} ({first.code})"
 
@@ -239,16 +240,14 @@ class _RowRun:
                 self.result.why_not = "textual gradients need --data and --protocol"
             return
         overrides = list(row.overrides)
-        links: tuple[str, ...] = ("--untrained-links",)
         # Untrained systems share a bundle, whatever is asked of it.
         bundle = self.folder / "bundle" if row.train is not None else self.out / "bundle"
+        links = self.out / LINKS / "none" if row.links is None else self.folder / row.links
+        overrides.append(f"train.links_dir={links}")
         if row.model is not None:
             overrides.append(self._own_backbone)
-        elif row.links is not None:
-            links = ()
-            overrides.append(f"train.links_dir={self.folder / row.links}")
         built = ("build", str(row.spec), "--out", str(bundle), "--quiet")
-        self._recmasc(*built, *links, *sets(overrides))
+        self._recmasc(*built, *sets(overrides))
         limit = () if options.limit is None else ("--limit", str(options.limit))
         ran = self._recmasc(
             "eval",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Final, Literal
 
@@ -67,7 +68,7 @@ class TrainingCostOptions:
             f"--method {', '.join(unknown)} is none of {listed(METHODS)}": bool(unknown),
             "--data and --protocol belong together": (self.data is None) != (self.protocol is None),
             "--limit without --data": self.limit is not None and self.data is None,
-            f"--hourly-rate {self.hourly_rate} is less than 0": (self.hourly_rate or 0) < 0,
+            f"--hourly-rate {self.hourly_rate} is no price": not 0 <= (self.hourly_rate or 0) < inf,
             f"--rounds {self.rounds} are not all 1 or more": min(self.rounds, default=1) < 1,
         }
         for message, is_wrong in wrong.items():

@@ -78,6 +78,39 @@ def test_the_self_loop_has_the_steps_of_the_system(here: Path, tmp_path: Path) -
     assert loop.document.train.data == str(here.parent / "train.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [
+        ("{{ latent.planner }} Say it.", "Say it."),
+        ("{% raw %}x^{{2}}{% endraw %} of {{ question }}", None),
+    ],
+)
+def test_the_prompt_of_the_self_loop(
+    here: Path, tmp_path: Path, prompt: str, asked: str | None
+) -> None:
+    path = here.parent / "other.yaml"
+    other = prompt if "latent" in prompt else f"{prompt} {{{{ latent.planner }}}}"
+    path.write_text(SPEC.replace("{{ question }} Use {{ latent.planner }} and answer.", other))
+    spec = load_spec(path)
+    loop = tmp_path / "looplm.yaml"
+    program = run_pipeline(build_topology(spec))
+    loop.write_text(looplm_spec(spec, program, links_dir=tmp_path))
+    (agent,) = build_topology(load_spec(loop)).system.agents.values()
+    assert agent.first is not None
+    shown = "".join(part.value for part in agent.first)
+    assert shown == (asked or "x^{{2}} of question")
+
+
+def test_a_prompt_that_is_only_a_message_has_no_self_loop(here: Path, tmp_path: Path) -> None:
+    path = here.parent / "message.yaml"
+    path.write_text(
+        SPEC.replace("{{ question }} Use {{ latent.planner }} and answer.", "{{ latent.planner }}")
+    )
+    spec = load_spec(path)
+    with pytest.raises(RecmasError, match=r"RM508.*is a message and nothing else"):
+        looplm_spec(spec, run_pipeline(build_topology(spec)), links_dir=tmp_path)
+
+
 def test_a_system_without_latent_steps_has_no_self_loop(here: Path, tmp_path: Path) -> None:
     spec = load_spec(here, overrides=["latent_steps=0"])
     with pytest.raises(RecmasError, match=r"RM508.*takes 0 latent steps"):
@@ -226,6 +259,7 @@ def test_finished_rows_are_kept(
         (("--method", "dropout"), "--method dropout is none of inner, outer, looplm, lora"),
         (("--data", "q.jsonl"), "--data and --protocol belong together"),
         (("--limit", "3"), "--limit without --data"),
+        (("--hourly-rate", "nan"), "--hourly-rate nan is no price"),
         (("--rounds", "0"), "are not all 1 or more"),
     ],
 )

@@ -10,8 +10,9 @@ from torch import nn
 def with_whole_gradients(model: Any) -> Any:
     """Have a model's gradients go through every pass over its layers; returns the model.
 
-    HRM computes the early passes of each cycle without gradients, frozen or not: so it was trained.
-    What learns in front of it would be told of a part of its effect only. Numbers are the same.
+    HRM computes the early passes of each cycle without gradients, in evaluation too, as it was
+    pretrained: what learns in front of it would see a part of its effect only. Outputs are the
+    same.
     """
     modules: list[Any] = [part for part in model.modules() if isinstance(part, nn.Module)]
     for part in modules:

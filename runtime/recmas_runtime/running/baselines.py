@@ -373,7 +373,11 @@ def _looplm(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
     steps = sum(plan.agents[agent].latent_steps for step in thinking for agent in step.agents)
     most = min(MAX_LATENT_STEPS, entry.max_positions - plan.sampling.max_new_tokens - 1)
     if not 0 < steps <= most:
-        raise _unusable(f"looplm: the system takes {steps} latent steps, not 1 to {most}")
+        raise fail(
+            "RM508",
+            f"looplm: the system takes {steps} latent steps, not 1 to {most}",
+            hint="It is for systems whose agents think, as links that carry thoughts have them do.",
+        )
     agent = structs.replace(
         _without_slots(plan.agents[name]),
         inner=_looping_link(plan, manifest),
