@@ -14,6 +14,7 @@ from recmas_cli.console import (
     FOLDER,
     QUIET,
     THREADS,
+    TRACKER,
     Outcome,
     command,
     shown_progress,
@@ -86,6 +87,7 @@ def list_protocols(context: click.Context, _: click.Parameter, value: str) -> st
     help="Leave records out whose own solution fails their tests; without it they are an error.",
 )
 @click.option("--resume", is_flag=True, help="Go on with the answers that are there.")
+@TRACKER
 @DEVICE
 @THREADS
 @QUIET

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -91,6 +92,15 @@ def write_cost(folder: Path, learning: Mapping[str, nn.Module], world: World) ->
 def read_cost(folder: Path) -> Cost:
     """Return what `write_cost` left in a loop's folder."""
     return Cost(**json.loads((folder / COST_NAME).read_bytes()))
+
+
+def read_costs(folder: Path) -> dict[str, Cost]:
+    """Return what every loop in a run's folder took, by its own folder; not what is damaged."""
+    costs = {}
+    for path in sorted(folder.glob(f"**/{COST_NAME}")):
+        with suppress(OSError, ValueError, TypeError, RecursionError):  # an earlier loop's
+            costs[str(path.parent.relative_to(folder))] = read_cost(path.parent)
+    return costs
 
 
 def draw_curves(
