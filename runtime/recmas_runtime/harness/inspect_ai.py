@@ -17,7 +17,7 @@ from msgspec import structs
 from recmas_runtime.core.errors import Problem, RecmasError, fail, missing_package
 from recmas_runtime.core.text import listed
 from recmas_runtime.formats.bundle import open_bundle
-from recmas_runtime.harness.tested_system import SystemArguments, changed
+from recmas_runtime.harness.evaluated_system import SystemArguments, changed
 from recmas_runtime.prompts.earlier_turns import EarlierTurn
 from recmas_runtime.running.baselines import apply_baseline, with_rounds
 from recmas_runtime.serve.conversation import to_record

@@ -11,7 +11,7 @@ from msgspec import structs
 from recmas_runtime.checking.machine import package_versions
 from recmas_runtime.core.errors import fail, missing_package
 from recmas_runtime.core.text import listed
-from recmas_runtime.harness.tested_system import Asked, SystemArguments, TestedSystem
+from recmas_runtime.harness.evaluated_system import Asked, EvaluatedSystem, SystemArguments
 from recmas_runtime.prompts.earlier_turns import EarlierTurn
 from recmas_runtime.prompts.sampler import SamplingSettings
 
@@ -74,8 +74,8 @@ class RecmasLM(LM):  # type: ignore[misc]
             raise fail("RM506", "no bundle is named", hint=hint)
         given["device"] = "auto" if device in _ANY_DEVICE else device
         self._given = SystemArguments.of({**given, "bundle": bundle})
-        self.tested = TestedSystem.load(self._given)
-        most = self.tested.system.plan.limits.max_batch
+        self.evaluated = EvaluatedSystem.load(self._given)
+        most = self.evaluated.system.plan.limits.max_batch
         self._at_once = _at_once(at_once, batch_size, max_batch_size, most)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -84,7 +84,7 @@ class RecmasLM(LM):  # type: ignore[misc]
         with tqdm(total=len(requests), desc="recmas answers", disable=disable_tqdm) as bar:
             for settings, places in _alike(requests, self._settings):
                 asked = [_asked(requests[place]) for place in places]
-                texts = self.tested.answers(asked, settings, at_once=self._at_once)
+                texts = self.evaluated.answers(asked, settings, at_once=self._at_once)
                 for place, text in zip(places, texts, strict=True):
                     found[place] = text
                     self.cache_hook.add_partial("generate_until", requests[place].args, text)
@@ -106,7 +106,7 @@ class RecmasLM(LM):  # type: ignore[misc]
                     context, continuation = self._split(*requests[place].args[:2])
                     groups.setdefault(context, []).append((place, continuation))
                 parts = list(groups.values())
-                scored = self.tested.likelihoods(
+                scored = self.evaluated.likelihoods(
                     [_asked(requests[part[0][0]], context) for context, part in groups.items()],
                     [list(dict.fromkeys(text for _, text in part)) for part in parts],
                     at_once=self._at_once,
@@ -140,11 +140,11 @@ class RecmasLM(LM):  # type: ignore[misc]
     @property
     def tokenizer_name(self) -> str:
         """What lm_eval's cache of requests tells models apart by."""
-        return f"recmas-{self.tested.system.manifest.fingerprint[:16]}"
+        return f"recmas-{self.evaluated.system.manifest.fingerprint[:16]}"
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what a file of results says of the model."""
-        system = self.tested.system
+        system = self.evaluated.system
         versions = package_versions(_VERSIONS)
         return {
             "recmas": {
@@ -160,7 +160,7 @@ class RecmasLM(LM):  # type: ignore[misc]
 
     def _settings(self, request: Any) -> SamplingSettings:
         """Return the sampling of a request, over the bundle's."""
-        plan = self.tested.system.plan.sampling
+        plan = self.evaluated.system.plan.sampling
         given = dict(request.args[1])
         given = normalize_gen_kwargs(given, default_max_gen_toks=plan.max_new_tokens)
         until, limit = given.pop("until"), given.pop("max_gen_toks")
@@ -181,7 +181,7 @@ class RecmasLM(LM):  # type: ignore[misc]
 
     def _split(self, context: str, continuation: str) -> tuple[str, str]:
         """Return both, white space moved to where the tokens of a whole text have it."""
-        if context.startswith(_CHAT) or not self.tested.continues_context:
+        if context.startswith(_CHAT) or not self.evaluated.continues_context:
             return context, continuation
         bare = context.rstrip()
         return bare, context[len(bare) :] + continuation

@@ -17,6 +17,7 @@ from recmas_runtime.prompts.earlier_turns import EarlierTurn
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES
 from recmas_runtime.prompts.sampler import SamplingSettings
 from recmas_runtime.running.baselines import LATENT
+from recmas_runtime.running.controls import NULL
 from recmas_runtime.running.records import Record
 from recmas_runtime.running.system import System, load
 from recmas_runtime.serve.conversation import to_record
@@ -55,9 +56,12 @@ class SystemArguments(StrictStruct, frozen=True, kw_only=True):
         Raises:
             RecmasError: RM506 for arguments that there are not, or of another type.
         """
+        # Harnesses read numbers wherever something looks like one, and Inspect YAML's null.
+        read = {**given, "bundle": str(given.get("bundle", ""))}
+        if given.get("baseline", LATENT) is None:
+            read["baseline"] = NULL
         try:
-            # Harnesses read numbers wherever something looks like one.
-            return msgspec.convert({**given, "bundle": str(given.get("bundle", ""))}, cls)
+            return msgspec.convert(read, cls)
         except msgspec.ValidationError as error:
             raise fail(
                 "RM506",
@@ -91,7 +95,7 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestedSystem:
+class EvaluatedSystem:
     """A loaded system, and how a harness's texts become its records."""
 
     system: System
@@ -217,7 +221,7 @@ class TestedSystem:
             raise fail(
                 "RM500",
                 f"document {asked.id!r} has no field {self.answer!r}, which the model argument "
-                f"answer names; it has {listed(asked.document)}",
+                f"answer names; it has {listed(asked.document or ['none'])}",
                 hint="Name the field that holds the right answer, or leave the argument out.",
             )
         return str(asked.document[self.answer])
