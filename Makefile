@@ -11,7 +11,7 @@ TORCH_VERSION := torch==2.13.0
 TORCH_FROM := $(strip $(if $(filter %.whl,$(TORCH)),$(TORCH),$(if $(findstring ://,$(TORCH)),\
   --index-url $(TORCH) $(TORCH_VERSION),$(if $(TORCH),--find-links $(TORCH)) $(TORCH_VERSION))))
 
-.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-serving test-clients test-textgrad test-ray test-containers test-browser lint bench wheel wheel-check readme-check docs clean test-importers
+.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-serving test-clients test-textgrad test-ray test-containers test-browser lint bench wheel wheel-check readme-check docs clean test-importers test-harness test-trackers
 
 setup: .venv/.ready
 
@@ -109,6 +109,27 @@ test-importers: setup .importers/.ready
 	npm install --silent --no-audit --no-fund --prefix .clients/node
 	touch $@
 
+# Evaluation harnesses with bundles as models, beside the runtime alone.
+test-harness: setup .harness/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m harness tests/harness
+
+.harness/.ready: pyproject.toml constraints.txt tests/harness/requirements.txt
+	$(PYTHON) -m venv .harness
+	.harness/bin/python -m pip install --quiet --requirement tests/harness/requirements.txt
+	.harness/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu]'
+	touch $@
+
+# Trackers of experiments, each with its package; all else is that of `make setup`.
+test-trackers: setup .trackers/.ready
+	OMP_NUM_THREADS=1 .trackers/bin/python -m pytest -q -m trackers tests/trackers
+
+.trackers/.ready: pyproject.toml tests/trackers/requirements.txt
+	$(PYTHON) -m venv .trackers
+	.trackers/bin/python -m pip install --quiet --requirement tests/trackers/requirements.txt
+	.trackers/bin/python -m pip install --quiet --no-deps --editable .
+	echo $(CURDIR)/$$(ls -d .venv/lib/python3*/site-packages) > $$(ls -d .trackers/lib/python3*/site-packages)/zz_setup.pth
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -140,4 +161,4 @@ wheel-check: setup
 	bash .ci/wheel-check out/sequential
 
 clean:
-	rm -rf .venv .versions .clients .textgrad build dist out *.egg-info
+	rm -rf .venv .versions .clients .textgrad build dist out *.egg-info .harness .trackers

@@ -225,6 +225,7 @@ def train(
     steps: int | None = None,
     resume: bool = False,
     make_sink: Callable[[str], Sink] | None = None,
+    trackers: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> RunReport:
     """Train a program's links; they land beside its spec, where `build` finds them.
@@ -237,6 +238,8 @@ def train(
         steps: Of each stage, instead of what the spec says.
         resume: Go on from the last checkpoints in `out`.
         make_sink: Takes a stage's name and gives what receives its metrics, entry by entry.
+        trackers: `tensorboard`, `wandb`, `mlflow` or `trackio`, which write into `out` or, as
+            `NAME=PLACE`, elsewhere.
 
     Raises:
         RecmasError: RM104 without `train`, RM302 if `out` holds a run or another training writes
@@ -246,9 +249,11 @@ def train(
     """
     _demand(program, Program, _COMPILE_FIRST)
     _check_training(stage, method, steps)
+    from recmas_compiler.trackers.tracking import chosen_trackers
     from recmas_compiler.training.preflight import prepared_run
     from recmas_compiler.training.settings import train_settings, with_steps
 
+    chosen = chosen_trackers(trackers)
     settings = train_settings(program.spec)
     if steps is not None:
         settings = with_steps(settings, steps)
@@ -264,7 +269,7 @@ def train(
     ) as examples:
         from recmas_compiler.training.run import RunOptions, train_program
 
-        options = RunOptions(folder=folder, resume=resume, make_sink=make_sink)
+        options = RunOptions(folder=folder, resume=resume, make_sink=make_sink, trackers=chosen)
         _, report = train_program(
             program.spec,
             program.graph,
@@ -298,6 +303,7 @@ def evaluate(
     out: str | Path | None = None,
     resume: bool = False,
     skip_broken: bool = False,
+    trackers: Sequence[str] = (),
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
@@ -317,6 +323,7 @@ def evaluate(
         out: Folder for answers and report; None for `out/SYSTEM-PROTOCOL`.
         resume: Go on with the answers that are there.
         skip_broken: Leave records out whose own solution fails their tests.
+        trackers: As in `train`.
         device: `auto`, `cpu`, `cuda` or `tensorrt`.
         threads: None for the physical cores.
 
@@ -341,6 +348,7 @@ def evaluate(
         device=device,
         threads=threads,
         skip_broken=skip_broken,
+        trackers=tuple(trackers),
     )
     return run_evaluation(options, progress=progress or Silent())
 

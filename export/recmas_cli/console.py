@@ -44,6 +44,14 @@ SET = click.option(
     metavar="KEY.PATH=VALUE",
     help="Override a key of the spec; may be repeated.",
 )
+TRACKER = click.option(
+    "--tracker",
+    "trackers",
+    multiple=True,
+    metavar="NAME[=PLACE]",
+    help="Write figures, settings and results for tensorboard, wandb (offline), mlflow or trackio, "
+    "into a folder of --out or the named one; may be repeated.",
+)
 OFFLINE = click.option(
     "--offline",
     is_flag=True,

@@ -15,6 +15,7 @@ from recmas_cli.console import (
     FOLDER,
     QUIET,
     THREADS,
+    TRACKER,
     Outcome,
     command,
     shown_progress,
@@ -102,6 +103,7 @@ def list_protocols(context: click.Context, _: click.Parameter, value: str) -> st
     "be repeated.",
 )
 @click.option("--resume", is_flag=True, help="Go on with the answers that are there.")
+@TRACKER
 @DEVICE
 @THREADS
 @QUIET

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import click
 
-from recmas_cli.console import FOLDER, OFFLINE, QUIET, SET, SPEC, Outcome, command, shown_progress
+from recmas_cli.console import (
+    FOLDER,
+    OFFLINE,
+    QUIET,
+    SET,
+    SPEC,
+    TRACKER,
+    Outcome,
+    command,
+    shown_progress,
+)
 from recmas_compiler.api import Program, load_and_compile, training_folder, with_trained_links
 from recmas_compiler.spec.schema.train import MethodName, Stage
+from recmas_compiler.trackers.tracking import chosen_trackers
 from recmas_compiler.training.preflight import check_processes, prepared_run
 from recmas_compiler.training.settings import TrainSettings, train_settings
 from recmas_runtime.core.errors import fail
 
 if TYPE_CHECKING:
-    from recmas_compiler.training.loop.loop import Sink
     from recmas_compiler.training.receipt import RunReport
     from recmas_compiler.training.session import Session
 
@@ -62,9 +71,8 @@ PROCESS_MODULE: Final = "recmas_cli.training_main"
     metavar="N",
     help="Processes on this machine that share the work, one per GPU.",
 )
-@click.option(
-    "--tensorboard", type=FOLDER, metavar="DIR", help="Write the figures for TensorBoard too."
-)
+@TRACKER
+@click.option("--tensorboard", metavar="DIR", help="The same as --tracker tensorboard=DIR.")
 @OFFLINE
 @QUIET
 @command
@@ -79,7 +87,8 @@ def train(
     method: Literal["links"] | MethodName,
     resume: bool,
     eval_only: bool,
-    tensorboard: Path | None,
+    trackers: tuple[str, ...],
+    tensorboard: str | None,
     offline: bool,
     quiet: bool,
 ) -> Outcome:
@@ -94,6 +103,8 @@ def train(
             f"--method {method} has no inner stage and no --eval-only",
             hint="Leave these options out.",
         )
+    named = [] if tensorboard is None else [f"tensorboard={tensorboard}"]
+    chosen = chosen_trackers((*trackers, *named))
     own = None if method == "links" else method
     if nproc > 1:
         shared: Stage = stage if own is None else "outer"
@@ -102,7 +113,6 @@ def train(
     if eval_only:
         return _evaluated(with_trained_links(program), settings, quiet=quiet)
     folder = out if out is not None else training_folder(program.spec)
-    make_sink = None if tensorboard is None else _tensorboard(tensorboard)
     is_main = int(os.environ.get("RANK", "0")) == 0
     with prepared_run(
         program.spec,
@@ -123,7 +133,7 @@ def train(
             program.graph,
             settings,
             examples,
-            RunOptions(folder=folder, resume=resume, make_sink=make_sink),
+            RunOptions(folder=folder, resume=resume, trackers=chosen),
             stage=stage,
             method=own,
             progress=shown_progress(quiet=quiet or not is_main),
@@ -269,14 +279,9 @@ def _outcome(
 
 
 def _costs(out: Path) -> dict[str, Any]:
-    """Return what every loop in a run's folder took, by its own folder."""
-    from recmas_compiler.training.loop.metrics import COST_NAME, read_cost
+    from recmas_compiler.training.loop.metrics import read_costs
 
-    costs = {}
-    for folder in sorted(path.parent for path in out.glob(f"**/{COST_NAME}")):
-        with suppress(OSError, ValueError, TypeError, RecursionError):  # an earlier loop's, damaged
-            costs[str(folder.relative_to(out))] = asdict(read_cost(folder))
-    return costs
+    return {place: asdict(cost) for place, cost in read_costs(out).items()}
 
 
 def _stage_lines(stages: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
@@ -299,30 +304,3 @@ def _change(figures: Mapping[str, Any], name: str) -> str:
     if after is None:
         return "not measured"
     return f"{'-' if before is None else f'{before:.4f}'} -> {after:.4f}"
-
-
-def _tensorboard(folder: Path) -> Callable[[str], Sink]:
-    """Return what makes a stage's writer; RM201 without the package."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise fail(
-            "RM201",
-            "--tensorboard needs the package tensorboard, which is not installed",
-            hint="Install it with `pip install tensorboard`.",
-        ) from error
-
-    def make(title: str) -> Sink:
-        writer = SummaryWriter(str(folder / title.replace(" ", "-")))
-
-        def write(entry: Mapping[str, Any]) -> None:
-            kind, step = entry["kind"], entry["step"]
-            for name, value in entry.items():
-                parts = value if isinstance(value, dict) else {"": value}
-                for part, number in parts.items():
-                    if name not in ("kind", "step"):
-                        writer.add_scalar(f"{kind}/{name}/{part}".rstrip("/"), number, step)
-
-        return write
-
-    return make

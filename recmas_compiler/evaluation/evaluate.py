@@ -6,6 +6,7 @@ import datetime
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -31,6 +32,12 @@ from recmas_compiler.evaluation.identity import (
 )
 from recmas_compiler.evaluation.report import Report, asked_text, make_report, write_report
 from recmas_compiler.evaluation.runner import run_systems
+from recmas_compiler.evaluation.tracked import (
+    evaluation_results,
+    evaluation_run,
+    tell_answers,
+)
+from recmas_compiler.trackers.tracking import chosen_trackers, tracked_run
 from recmas_runtime.checking.machine import package_versions
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.files import exclusive
@@ -62,6 +69,7 @@ class EvalOptions:
         device: `auto`, `cpu`, `cuda` or `tensorrt`.
         threads: None for the physical cores.
         skip_broken: Leave records out whose own solution fails their tests, with a warning.
+        trackers: Receive figures, settings and results, as `NAME` or `NAME=PLACE`.
     """
 
     bundle: Path
@@ -76,6 +84,7 @@ class EvalOptions:
     device: str
     threads: int | None
     skip_broken: bool = False
+    trackers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +126,7 @@ def evaluate(
     Raises:
         RecmasError: What concerns the whole run; single records that fail are in the report.
     """
+    trackers = chosen_trackers(options.trackers)
     protocol = load_protocol(options.protocol, overrides=options.overrides)
     bundle = open_bundle(options.bundle, verify_hashes=False)
     asked = (
@@ -162,8 +172,16 @@ def evaluate(
             others=", ".join(f"{name} {other.digest}" for name, other in made.items()) or None,
         )
         made_folder(folder)
-        with exclusive(folder, code="RM503", what="evaluation"):
+        with exclusive(folder, code="RM503", what="evaluation"), ExitStack() as stack:
             resumed = claim_folder(folder, identity, resume=options.resume)
+            tracking = stack.enter_context(
+                tracked_run(
+                    trackers,
+                    evaluation_run(identity, protocol, bundle, options.data, names),
+                    folder=folder,
+                    resume=resumed,
+                )
+            )
             evaluation = run_systems(
                 _systems(names, options, made),
                 questions,
@@ -175,6 +193,7 @@ def evaluate(
                 opening=opening.thinking,
                 title=f"{protocol.name}, {asked_text(protocol.model_dump(), bundle.plan)}",
                 progress=progress,
+                on_answers=partial(tell_answers, tracking),
             )
             report = make_report(
                 evaluation,
@@ -187,6 +206,7 @@ def evaluate(
                 threads=options.threads,
             )
             written = tuple(write_report(report, folder))
+            tracking.ended(evaluation_results(report), interrupted=evaluation.interrupted)
     return Evaluated(
         report=report,
         written=written,
@@ -194,6 +214,7 @@ def evaluate(
             *left_out_warnings(data.left_out, file=str(options.data)),
             *_warnings(protocol, identity, broken),
             *warnings,
+            *tracking.problems,
         ),
         interrupted=evaluation.interrupted,
     )

@@ -232,6 +232,7 @@ def run_systems(
     title: str,
     seed: int = SEED,
     progress: Progress,
+    on_answers: Callable[[str, Sequence[ScoredAnswer]], None] | None = None,
 ) -> Evaluation:
     """Ask all systems in turn, a few batches each, so that busy times of a machine fall on all.
 
@@ -242,6 +243,7 @@ def run_systems(
         opening: What the prompt has begun of the answer, such as a mark that opens thinking.
         title: Of the progress.
         seed: Of the permutation of `shuffled`.
+        on_answers: Is given a system's name and all its answers whenever there are more.
 
     Raises:
         RecmasError: What concerns the whole run, such as sampling settings out of bounds or an
@@ -280,6 +282,8 @@ def run_systems(
                     else:
                         scored = _score_job(made[name], job, drawn)
                     logs[name].append(scored := _with_senders(scored, made[name], job))
+                    if on_answers is not None:
+                        on_answers(name, logs[name].scored)
                     advance(len(scored), note=_shares(logs))
         except KeyboardInterrupt:
             interrupted = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +30,8 @@ from recmas_compiler.spec.schema.train import (
 )
 from recmas_compiler.spec.spec import Spec
 from recmas_compiler.training.data.examples import Examples, leave_out_long
+from recmas_compiler.trackers.tracking import TrackerChoice
+from recmas_compiler.training.data.examples import Examples
 from recmas_compiler.training.data.hidden_state_cache import HiddenStates, cached_hidden_states
 from recmas_compiler.training.loop.checkpoint import writing
 from recmas_compiler.training.loop.checkpoint_head import newest_head
@@ -63,6 +65,7 @@ from recmas_compiler.training.tasks.finetuning import (
 )
 from recmas_compiler.training.tasks.inner import InnerTask, inner_baselines
 from recmas_compiler.training.tasks.outer import OuterTask
+from recmas_compiler.training.tracked import sinks_beside, tracked_training, training_results
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.files import sha256_of, write_whole
 from recmas_runtime.core.progress import Progress
@@ -88,11 +91,13 @@ class RunOptions:
     Attributes:
         folder: Where metrics, checkpoints and curves go, by stage.
         make_sink: Gives a stage's metrics another reader.
+        trackers: Receive figures, settings and results.
     """
 
     folder: Path
     resume: bool
     make_sink: Callable[[str], Sink] | None = None
+    trackers: tuple[TrackerChoice, ...] = ()
 
 
 def train_program(
@@ -112,7 +117,8 @@ def train_program(
         examples: Those that `prepared_run` gave.
 
     Raises:
-        RecmasError: As `run_stages` and `run_method`; RM702 if memory does not suffice.
+        RecmasError: As `run_stages`, `run_method` and `open_tracking`; RM702 if memory does not
+            suffice.
     """
     with joined_world() as world, memory_named(lambda: "outside of the steps"):
         session = open_session(
@@ -126,11 +132,21 @@ def train_program(
             examples=examples,
             kept_dtype=_kept_dtype(options) if options.resume else None,
         )
-        if method is not None:
-            report = run_method(session, method, options)
-        else:
-            report = run_stages(session, stage, options)
-    report.warnings = session.spec.warnings + session.examples.warnings + report.warnings
+        with tracked_training(
+            session,
+            method or stage,
+            options.trackers,
+            folder=options.folder,
+            resume=options.resume,
+        ) as tracking:
+            watched = replace(options, make_sink=sinks_beside(tracking, options.make_sink))
+            if method is not None:
+                report = run_method(session, method, watched)
+            else:
+                report = run_stages(session, stage, watched)
+            tracking.ended(training_results(report, options.folder), interrupted=report.interrupted)
+    found = session.spec.warnings + session.examples.warnings + report.warnings
+    report.warnings = found + tracking.problems
     return session, report
 
 

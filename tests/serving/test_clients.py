@@ -30,6 +30,7 @@ from kit.http_server import (
     serving,
     step,
 )
+from kit.lm_eval_tasks import write_letter_tasks
 from recmas_runtime.serve.http.settings import HttpSettings
 
 pytestmark = pytest.mark.clients
@@ -161,44 +162,12 @@ def test_litellm(served: Served, tmp_path: Path) -> None:
 
 
 QUESTIONS = 20
-LETTERS = "abcdefghij"
-WRITTEN = """\
-task: letters_written
-dataset_path: json
-dataset_kwargs: {data_files: {test: questions.jsonl}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{letter}}"
-generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 8, do_sample: false, temperature: 0.0}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-"""
-CHOSEN = """\
-task: letters_chosen
-dataset_path: json
-dataset_kwargs: {data_files: {test: questions.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{choices.index(letter)}}"
-target_delimiter: ""
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-"""
 
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
     """Twenty questions whose answers the bundle knows, as two tasks of lm-eval."""
-    (tmp_path / "letters_written.yaml").write_text(WRITTEN)
-    (tmp_path / "letters_chosen.yaml").write_text(CHOSEN)
-    lines = []
-    for number in range(QUESTIONS):
-        digit = number % 10
-        choices = [LETTERS[(digit + step_) % 10] for step_ in (3, 0, 5, 7)]
-        question = f"Number {number}: what follows {digit}"
-        lines.append({"question": question, "letter": LETTERS[digit], "choices": choices})
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_letter_tasks(tmp_path, QUESTIONS)
     (tmp_path / "tokenizer").mkdir()
     make_tokenizer().save(str(tmp_path / "tokenizer/tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}

@@ -98,6 +98,15 @@ def read_cost(folder: Path) -> Cost:
     return Cost(**json.loads((folder / COST_NAME).read_bytes()))
 
 
+def read_costs(folder: Path) -> dict[str, Cost]:
+    """Return what every loop in a run's folder took, by its own folder; not what is damaged."""
+    costs = {}
+    for path in sorted(folder.glob(f"**/{COST_NAME}")):
+        with suppress(OSError, ValueError, TypeError, RecursionError):  # an earlier loop's
+            costs[str(path.parent.relative_to(folder))] = read_cost(path.parent)
+    return costs
+
+
 def draw_curves(
     folder: Path, *, title: str, levels: Mapping[str, float] | None = None
 ) -> Path | None:

@@ -159,6 +159,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM756": (Exit.OK, "warning: trained links that learned with other prompts or settings"),
     "RM757": (Exit.OK, "warning: trained links without a receipt that can be read"),
     "RM758": (Exit.OK, "warning: batches with more records than there are"),
+    "RM759": (Exit.OK, "warning: a tracker that failed and receives nothing more"),
 }
 
 

@@ -137,7 +137,7 @@ class Batch:
         sequences = execution.answer_sequences
         for row, record in enumerate(self._records):
             check_room(sequences, row, read[row], record)
-        losses = score_candidates(sequences, read)
+        found = score_candidates(sequences, read)
         now = clock()
         self._total_ms = (now - start) * 1e3
         plan = execution.plan
@@ -152,8 +152,9 @@ class Batch:
                 id=record.id,
                 record=record.given,
                 candidates=tuple(candidates[row]),
-                losses=tuple(losses[row]),
+                losses=tuple(each.loss for each in found[row]),
                 num_tokens=tuple(map(len, read[row])),
+                greedy=tuple(each.greedy for each in found[row]),
                 rounds=self._rounds(row),
                 usage=self._usage(row, None),
                 timing_ms=timing,

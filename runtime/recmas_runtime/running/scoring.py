@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.core.text import counted
 from recmas_runtime.engines.interface import Backbone, Floats, Operands
-from recmas_runtime.formats.manifest import BackboneEntry
-from recmas_runtime.formats.plan import AgentPlan, cache_capacity
+from recmas_runtime.formats.manifest import BackboneEntry, Manifest
+from recmas_runtime.formats.plan import AgentPlan, Plan, cache_capacity
+from recmas_runtime.prompts.render import Tokens
 from recmas_runtime.prompts.tokenizer import IncrementalDecoder, Tokenizer
 from recmas_runtime.running.executor import Engines
-from recmas_runtime.running.record_prompts import RecordError
+from recmas_runtime.running.record_prompts import RecordError, RecordPrompts
 from recmas_runtime.running.records import Record, RecordId, Timing, Usage
 from recmas_runtime.sequences.sequence_batch import SequenceBatch
 
@@ -44,6 +45,7 @@ class Scores:
         id: The record's.
         losses: By candidate the sum over its tokens of their negative log likelihood, in nats.
         num_tokens: By candidate.
+        greedy: By candidate, whether each of its tokens is the likeliest in its place.
         rounds: As in `Answer`, like what follows; nothing was written for the answer itself.
     """
 
@@ -52,6 +54,7 @@ class Scores:
     candidates: tuple[str, ...]
     losses: tuple[float, ...]
     num_tokens: tuple[int, ...]
+    greedy: tuple[bool, ...]
     rounds: int
     usage: Usage
     timing_ms: Timing
@@ -86,6 +89,36 @@ class Scores:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class CandidateReader:
+    """Finds the tokens of records' candidates behind the answer agent's prompts.
+
+    Attributes:
+        tokenizer: What that agent's prompts are made with.
+        verbatim: Take candidates character by character; see `read_candidates`.
+    """
+
+    plan: Plan
+    manifest: Manifest
+    tokenizer: Tokenizer
+    verbatim: bool
+
+    def __call__(
+        self, texts: Sequence[str], prompts: RecordPrompts, record: Record
+    ) -> dict[str, tuple[int, ...]]:
+        """Return a record's candidates with their tokens; RM500 for those of no use."""
+        agent = self.plan.answer_agent
+        last = prompts.get(agent, self.plan.answer_prefill.variants[0], {}).items[-1]
+        return read_candidates(
+            texts,
+            last.ids if isinstance(last, Tokens) else (),
+            self.tokenizer,
+            record=record,
+            num_rows=self.manifest.backbones[self.plan.agents[agent].backbone].vocab_size,
+            verbatim=self.verbatim,
+        )
+
+
 def read_candidates(
     texts: Sequence[str],
     prompt_ids: Sequence[int],
@@ -93,6 +126,7 @@ def read_candidates(
     *,
     record: Record,
     num_rows: int,
+    verbatim: bool = False,
 ) -> dict[str, tuple[int, ...]]:
     """Return a record's candidates with their tokens behind the last tokens of a prompt.
 
@@ -101,6 +135,7 @@ def read_candidates(
 
     Args:
         num_rows: Of the backbone's table of embeddings.
+        verbatim: Leave the white space around candidates as it is, and put none before them.
 
     Raises:
         RecmasError: RM500 for no candidates, for one that is there twice or empty, or that the
@@ -111,9 +146,9 @@ def read_candidates(
     space = " " if before and not before[-1].isspace() else ""
     found: dict[str, tuple[int, ...]] = {}
     for text in texts:
-        written = space + text.strip()
+        written = text if verbatim else space + text.strip()
         ids = tokenizer.encode_piece(written, [(0, len(written))], continues=True)
-        if not text.strip():
+        if not (text if verbatim else text.strip()):
             why = "is empty"
         elif text in found:
             why = "is there twice"
@@ -148,17 +183,24 @@ def check_room(
         raise RecordError(row, error)
 
 
+class Likelihood(NamedTuple):
+    """The loss of a text in nats, and whether each of its tokens is the likeliest in its place."""
+
+    loss: float
+    greedy: bool
+
+
 def score_candidates(
     sequences: SequenceBatch, candidates: Sequence[Sequence[Sequence[int]]]
-) -> list[list[float]]:
-    """Return the loss of every candidate of every row, in nats; the sequences stay as they are.
+) -> list[list[Likelihood]]:
+    """Return how likely every candidate of every row is; the sequences stay as they are.
 
     Args:
         sequences: R rows, each prefilled up to where an answer begins.
         candidates: By row, token ids; rows may have different numbers of them.
     """
     first_RV = _log_likelihoods(sequences.logits())
-    found = [[0.0 for _ in row] for row in candidates]
+    found = [[Likelihood(0.0, True) for _ in row] for row in candidates]
     # The longest ones first: texts that are read beside each other are then about as long.
     orders = [
         sorted(range(len(row)), key=[-len(ids) for ids in row].__getitem__) for row in candidates
@@ -167,17 +209,23 @@ def score_candidates(
         # Rows with fewer candidates read their shortest one again beside the others.
         places = [order[min(turn, len(order) - 1)] for order in orders]
         column = [row[place] for row, place in zip(candidates, places, strict=True)]
-        later = _later_losses(sequences, column)
+        later = _later_tokens(sequences, column)
         for row, (place, ids) in enumerate(zip(places, column, strict=True)):
-            found[row][place] = float(-first_RV[row, ids[0]]) + later[row]
+            first = _told(first_RV[row], ids[0])
+            loss, greedy = later[row]
+            found[row][place] = Likelihood(first.loss + loss, first.greedy and greedy)
     return found
 
 
-def _later_losses(sequences: SequenceBatch, column: Sequence[Sequence[int]]) -> list[float]:
-    """Return the loss of a text's tokens after the first one, one text for each row."""
-    losses = [0.0 for _ in column]
+def _told(told_V: NDArray[np.float64], token_id: int) -> Likelihood:
+    return Likelihood(float(-told_V[token_id]), int(told_V.argmax()) == token_id)
+
+
+def _later_tokens(sequences: SequenceBatch, column: Sequence[Sequence[int]]) -> list[Likelihood]:
+    """Return how likely a text's tokens after the first one are, one text for each row."""
+    found = [Likelihood(0.0, True) for _ in column]
     if max(map(len, column)) == 1:
-        return losses
+        return found
     # The last token is not read, only told; a text of a single one keeps its row company.
     hidden_RSD = sequences.look_ahead([ids[:-1] or ids for ids in column])
     wanted = [(row, s) for row, ids in enumerate(column) for s in range(len(ids) - 1)]
@@ -186,8 +234,9 @@ def _later_losses(sequences: SequenceBatch, column: Sequence[Sequence[int]]) -> 
         hidden_ND = np.ascontiguousarray(np.stack([hidden_RSD[row, s] for row, s in some]))
         told_NV = _log_likelihoods(sequences.engine.logits(hidden_ND))
         for n, (row, s) in enumerate(some):
-            losses[row] -= float(told_NV[n, column[row][s + 1]])
-    return losses
+            loss, greedy = _told(told_NV[n], column[row][s + 1])
+            found[row] = Likelihood(found[row].loss + loss, found[row].greedy and greedy)
+    return found
 
 
 def _log_likelihoods(logits: Floats) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ from recmas_runtime.core.text import counted
 from recmas_runtime.engines.interface import FREE_MEMORY, Floats, OutOfMemoryError
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant
-from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Prompt, PromptSource, Tokens
+from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Prompt, PromptSource
 from recmas_runtime.prompts.sampler import SamplingSettings, chosen_sampling
 from recmas_runtime.prompts.tool_turns import PLAIN_RESULTS, answer_chat, result_form
 from recmas_runtime.running.baselines import apply_baseline, with_rounds
@@ -49,7 +49,7 @@ from recmas_runtime.running.records import (
     is_one,
 )
 from recmas_runtime.running.run_trace import Trace, reads_thoughts
-from recmas_runtime.running.scoring import ReadToken, Scores, read_candidates, read_text
+from recmas_runtime.running.scoring import CandidateReader, ReadToken, Scores, read_text
 from recmas_runtime.scheduling.limits import CHUNK, KEPT_BYTES
 from recmas_runtime.scheduling.scheduler import Scheduler, current_task
 from recmas_runtime.tools.toolbox import Toolbox
@@ -408,6 +408,7 @@ class System:
         records: Sequence[Question],
         candidates: Sequence[Sequence[str]],
         *,
+        verbatim: bool = False,
         progress: Progress | None = None,
     ) -> list[Scores | RecmasError]:
         """Return for each record how likely its candidates are as answers, or why that is unknown.
@@ -417,9 +418,12 @@ class System:
 
         Args:
             candidates: By record, texts that could be the answer.
+            verbatim: Leave the white space around them as it is; without it they are read as the
+                answer agent would begin its answer, see `scoring.read_candidates`.
         """
         if self._control is not None and self.covered is None:
-            return self.over(records).score_batch(records, candidates, progress=progress)
+            over = self.over(records)
+            return over.score_batch(records, candidates, verbatim=verbatim, progress=progress)
 
         def scores(part: Sequence[Ready]) -> list[Scores]:
             batch = Batch(self._execution(part, self.plan.sampling), records_of(part), None)
@@ -428,7 +432,7 @@ class System:
         asked: list[tuple[Question, Sequence[str] | None]] = [
             *zip(records, candidates, strict=True)
         ]
-        return self._run_all(asked, scores, "scoring", progress)
+        return self._run_all(asked, scores, "scoring", progress, verbatim=verbatim)
 
     def read_text(self, text: str | Sequence[int], *, top: int = 0) -> list[ReadToken]:
         """Have the answer agent's backbone alone read a text; for the rest see `scoring`."""
@@ -442,15 +446,23 @@ class System:
         run: Callable[[Sequence[Ready]], list[Result]],
         title: str,
         progress: Progress | None,
+        *,
+        verbatim: bool = False,
     ) -> list[Result | RecmasError]:
         """Run records, each with its candidates, in batches; those that cannot run say why."""
+        read = CandidateReader(
+            plan=self.plan,
+            manifest=self.manifest,
+            tokenizer=self._answer_chat.tokenizer,
+            verbatim=verbatim,
+        )
         results: list[Result | RecmasError | None] = [None] * len(asked)
         ready: list[Ready] = []
         for index, (question, candidates) in enumerate(asked):
             try:
                 one = self._ready(question, index)
-                read = self._read_candidates(candidates, one.prompts, one.record)
-                ready.append(replace(one, candidates=read))
+                found = {} if candidates is None else read(candidates, one.prompts, one.record)
+                ready.append(replace(one, candidates=found))
             except RecmasError as error:
                 results[index] = error
         with (progress or Silent()).stage(title, len(asked)) as advance:
@@ -460,20 +472,6 @@ class System:
                     results[index] = result
                 advance(len(part))
         return [result for result in results if result is not None]
-
-    def _read_candidates(
-        self, texts: Sequence[str] | None, prompts: RecordPrompts, record: Record
-    ) -> dict[str, tuple[int, ...]]:
-        """Return candidates, if any are wanted, with their tokens behind the answer's prompt."""
-        if texts is None:
-            return {}
-        step = self.plan.answer_prefill
-        agent = self.plan.answer_agent
-        last = prompts.get(agent, step.variants[0], {}).items[-1]
-        before = last.ids if isinstance(last, Tokens) else ()
-        num_rows = self.manifest.backbones[self.plan.agents[agent].backbone].vocab_size
-        chat = self._answer_chat
-        return read_candidates(texts, before, chat.tokenizer, record=record, num_rows=num_rows)
 
     def _sender(self, record: Record) -> RecordPrompts | None:
         """Return the prompts of the record whose messages this one gets; None for its own."""

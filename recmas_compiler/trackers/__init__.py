@@ -1,0 +1,1 @@
+"""Trackers of experiments: where trainings and evaluations write their figures besides files."""

@@ -1,0 +1,1 @@
+"""Systems as models of evaluation harnesses: lm-evaluation-harness and Inspect."""
