@@ -11,21 +11,20 @@ Shape legend: R rows (records), S positions of a call, N tokens, d width, V voca
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.errors import RecmasError, RecordError, fail
 from recmas_runtime.core.text import counted
 from recmas_runtime.engines.interface import Backbone, Floats, Operands
 from recmas_runtime.formats.manifest import BackboneEntry
 from recmas_runtime.formats.plan import AgentPlan, cache_capacity
 from recmas_runtime.prompts.tokenizer import IncrementalDecoder, Tokenizer
 from recmas_runtime.running.executor import Engines
-from recmas_runtime.running.record_prompts import RecordError
 from recmas_runtime.running.records import Record, RecordId, Timing, Usage
 from recmas_runtime.sequences.sequence_batch import SequenceBatch
 
@@ -80,8 +79,8 @@ class Scores:
             "losses": [round(loss, 6) for loss in self.losses],
             "num_tokens": list(self.num_tokens),
             "rounds": self.rounds,
-            "usage": asdict(self.usage),
-            "timing_ms": {phase: round(ms, 3) for phase, ms in asdict(self.timing_ms).items()},
+            "usage": self.usage.to_json(),
+            "timing_ms": self.timing_ms.to_json(),
             "batch_size": self.batch_size,
         }
 
