@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+Close = Callable[[], Coroutine[Any, Any, None]]
 
 
 class BackgroundLoop:
@@ -21,6 +22,11 @@ class BackgroundLoop:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
+        self._closing: list[Close] = []
+
+    def at_end(self, close: Close) -> None:
+        """Close something in the loop when that ends."""
+        self._closing.append(close)
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Begin work; cancelling the future ends it where it is."""
@@ -34,8 +40,16 @@ class BackgroundLoop:
                     target=_run, args=(self._loop,), name="remote models", daemon=True
                 )
                 thread.start()
-                weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
+                weakref.finalize(self, _end, self._loop, self._closing)
             return self._loop
+
+
+def _end(loop: asyncio.AbstractEventLoop, closing: Sequence[Close]) -> None:
+    async def close() -> None:
+        await asyncio.gather(*(each() for each in closing), return_exceptions=True)
+        loop.stop()
+
+    asyncio.run_coroutine_threadsafe(close(), loop)
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

@@ -88,6 +88,7 @@ class RemoteModel:
         self.loop = loop
         self._key = key
         self._client = _client(entry, key)
+        loop.at_end(self._client.close)
 
     def ask(self, request: RemoteRequest) -> Future[RemoteReply]:
         """Send a question; the future has the whole reply, or raises RM56x."""
