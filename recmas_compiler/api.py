@@ -156,7 +156,7 @@ def with_trained_links(program: Program, *, dump_ir: str | Path | None = None) -
     if program.trained is not None:
         return program
     system = program.graph.system
-    facts = {name: system.backbone_of(name).facts for name in system.agents}
+    facts = {name: system.backbone_of(name).facts for name in system.local_agents}
     ends = {name: end_of(backbone) for name, backbone in facts.items()}
     trained = find_trained_links(program.spec, ends, templates=template_digests(system))
     if trained is None:

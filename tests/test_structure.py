@@ -44,6 +44,7 @@ LAYERS = (
     "recmas_runtime.engines",
     "recmas_runtime.engines.onnx",
     "recmas_runtime.engines.tensorrt",
+    "recmas_runtime.remote",
     "recmas_runtime.scheduling",
     "recmas_runtime.sequences",
     "recmas_runtime.running",

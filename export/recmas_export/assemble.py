@@ -242,7 +242,7 @@ class _Stages:
 
     def links(self) -> dict[str, LinkEntry]:
         """Write the links that engines and plan use."""
-        used = [agent.inner for agent in self.plan.agents.values()]
+        used = [agent.inner for agent in self.plan.agents.values() if agent.inner]
         used += [link for link, entry in self.plan.links.items() if entry.has_vectors]
         starts, applied = self._link_starts(), self.program.system.link_weights
         (self.folder / "links").mkdir()
@@ -267,12 +267,13 @@ class _Stages:
 
     def _link_starts(self) -> dict[str, _LinkStart]:
         system = self.program.system
-        on = {name: system.backbone_of(name).name for name in system.agents}
+        on = {name: system.backbone_of(name).name for name in system.local_agents}
         starts = {
             inner_link_id(name): _LinkStart(
                 weights=agent.inner, role="inner", ends=(on[name], on[name])
             )
             for name, agent in system.agents.items()
+            if agent.inner is not None
         }
         return starts | {
             link.id: _LinkStart(

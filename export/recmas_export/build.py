@@ -33,7 +33,7 @@ from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import Backbone
 from recmas_compiler.ir.printer import print_graph
 from recmas_compiler.links.files import LinkWeights
-from recmas_compiler.lowering.plan import live_agents, live_backbones
+from recmas_compiler.lowering.plan import live_agents, live_backbones, live_remotes
 from recmas_compiler.passes.pipeline import PIPELINE
 from recmas_compiler.spec.spec import Spec
 from recmas_export.bundle.attachments import (
@@ -275,6 +275,9 @@ def build(
                 prompt_digests=parts.prompt_digests,
                 token_digests=parts.token_digests,
                 layer_scores=parts.layer_scores,
+                remotes={
+                    name: program.system.remotes[name].entry for name in live_remotes(program)
+                },
             )
             started = time.perf_counter()
             with watcher.stage("Writing the bundle"):
@@ -326,7 +329,11 @@ class _Inputs:
 def _inputs(program: Graph) -> _Inputs:
     system = program.system
     backbones = {name: system.backbones[name] for name in live_backbones(program)}
-    links = {inner_link_id(name): system.agents[name].inner for name in live_agents(program)}
+    links = {
+        inner_link_id(name): inner
+        for name in live_agents(program)
+        if (inner := system.agents[name].inner) is not None
+    }
     links |= {link.id: link.weights for link in system.links.values() if link.weights is not None}
     files = {i: Path(weights.file) for i, weights in links.items() if weights.file is not None}
     measures_loss = any(PRECISIONS[b.precision].is_quantized for b in backbones.values())

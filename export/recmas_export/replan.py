@@ -102,10 +102,11 @@ class Replanner:
             for name, section in spec.document.agents.items()
             if name in self._bundle.plan.agents
         }
-        anything = next(iter(entries))
+        anything = next(iter(entries), "")
         return {
             name: _facts(shared.get(name, name), entries[shared.get(name, anything)])
-            for name in spec.document.backbones
+            for name, section in spec.document.backbones.items()
+            if not section.is_remote
         }
 
 

@@ -19,6 +19,7 @@ from xml.sax.saxutils import escape
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import (
     Agent,
+    Ask,
     Decode,
     Flow,
     Link,
@@ -188,7 +189,7 @@ def topology_svg(topology: Graph) -> str:
     system = topology.system
     title = f"{system.name}: {counted(system.rounds, 'round')}"
     # of names in bold 14 px and notes in 11 px
-    widest = max(max(14 * len(a.name), 11 * len(_note(a))) for a in system.agents.values())
+    widest = max(max(14 * len(a.name), 11 * len(_note(a, system))) for a in system.agents.values())
     layout = lay_out(topology, box_width=math.ceil(widest * CHARACTER_WIDTH + 28))
     lines = [
         *(_path("feedback", _rounded(lane)) for lane in layout.lanes.values()),
@@ -226,13 +227,15 @@ def _agent(agent: Agent, box: Box, system: System) -> str:
             f'<rect class="{"answer" if answers else "agent"}" x="{_n(box.x)}" y="{_n(box.y)}" '
             f'width="{_n(box.width)}" height="{_n(box.height)}" rx="8"/>\n',
             _text("name", centre, first_line, agent.name),
-            _text("note", centre, first_line + 17, _note(agent)),
+            _text("note", centre, first_line + 17, _note(agent, system)),
             _text("answers", centre, first_line + 33, "writes the answer") if answers else "",
         )
     )
 
 
-def _note(agent: Agent) -> str:
+def _note(agent: Agent, system: System) -> str:
+    if system.is_remote(agent.name):
+        return f"{agent.backbone}, behind an API"
     return f"{agent.backbone}, {counted(agent.latent_steps, 'latent step')}"
 
 
@@ -296,7 +299,7 @@ def topology_mermaid(topology: Graph) -> str:
     lines = ["flowchart LR"]
     for name, agent in system.agents.items():
         answers = name == system.answer_agent
-        label = f"<b>{name}</b><br/>{_note(agent)}"
+        label = f"<b>{name}</b><br/>{_note(agent, system)}"
         lines.append(f'  {ids[name]}(["{label}"])' if answers else f'  {ids[name]}["{label}"]')
     for link in (edge.op for edge in topology.edges() if isinstance(edge.op, Link)):
         arrow = "-. next round .->" if link.feedback else "-->"
@@ -329,6 +332,10 @@ def program_mermaid(program: Graph) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _at_most(tokens: int | None) -> str:
+    return "" if tokens is None else f"<br/>{counted(tokens, 'token')} at most"
+
+
 def _shape(op: NodeOp, system: System) -> str:
     match op:
         case Prefill(agents=agents):
@@ -340,6 +347,8 @@ def _shape(op: NodeOp, system: System) -> str:
             return f'["write {", ".join(agents)}<br/>{counted(max_tokens, "token")} at most"]'
         case Send(source=source, targets=targets):
             return f'(["{source} to {", ".join(targets)}"])'
+        case Ask(agents=agents, max_tokens=most):
+            return f'[["ask {", ".join(agents)}{_at_most(most)}"]]'
         case Decode(agent=agent):
             return f'[["decode {agent}"]]'
         case Agent():

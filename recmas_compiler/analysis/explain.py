@@ -9,12 +9,14 @@ from recmas_compiler.backbones.facts import BackboneFacts, weights_bytes
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import (
     Agent,
+    Ask,
     Link,
     Prefill,
     Send,
     System,
     Think,
     Write,
+    ask_id,
     chosen_count,
     prefill_id,
     send_id,
@@ -73,7 +75,7 @@ def _share_backbones(record: Record, count_tokens: CountTokens) -> Iterator[str]
         if backbone.shared_as != name:
             yield f"{name} is the same model as {backbone.shared_as} and uses its weights."
     for name, backbone in system.backbones.items():
-        users = [agent for agent in system.agents if system.backbone_of(agent).name == name]
+        users = [agent for agent in system.local_agents if system.backbone_of(agent).name == name]
         if len(users) > 1:
             size = weights_bytes(backbone.facts, precision=backbone.precision, dtype=backbone.dtype)
             saved = human_bytes((len(users) - 1) * size)
@@ -85,15 +87,18 @@ def _share_backbones(record: Record, count_tokens: CountTokens) -> Iterator[str]
 
 def _unroll_rounds(record: Record, count_tokens: CountTokens) -> Iterator[str]:
     system = record.after.system
+    asks = [op for op in record.after.nodes().values() if isinstance(op, Ask)]
     kinds = Counter(type(op) for op in record.after.nodes().values())
     parts = (
         counted(kinds[Prefill], "prompt"),
         counted(kinds[Think], "latent rollout"),
         counted(kinds[Send], "message"),
         *([counted(kinds[Write], "text")] if kinds[Write] else []),
+        *([f"{counted(len(asks), 'call')} of remote models"] if asks else []),
         "1 answer",
     )
     yield f"{counted(system.rounds, 'round')} unrolled: {listed(parts)}."
+    yield from _remote_models(system)
     for link in system.links.values():
         if link.form.carries != "thoughts":
             yield _carried(system, link)
@@ -107,9 +112,25 @@ def _unroll_rounds(record: Record, count_tokens: CountTokens) -> Iterator[str]:
         yield f"No turn in round {system.rounds}, as they come after the answer: {listed(late)}."
 
 
+def _remote_models(system: System) -> Iterator[str]:
+    """Yield which agents are asked over a network, and where."""
+    for name, remote in system.remotes.items():
+        entry = remote.entry
+        users = [agent for agent, op in system.agents.items() if op.backbone == name]
+        key = (
+            "without a key" if entry.api_key_env is None else f"with the key in {entry.api_key_env}"
+        )
+        yield (
+            f"{listed(users)}: asked over the network, {entry.name}, {key}; prompts go there as "
+            "chat messages, and its tokens are counted apart."
+        )
+
+
 def _carried(system: System, link: Link) -> str:
     """Return what the messages of a link are, how large, and what they cost."""
     form = link.form
+    if form.carries == "text":
+        return f"{link.id} hands over text: {link.source} writes at most {form.max_tokens} tokens."
     facts = system.backbone_of(link.source).facts
     most = system.build.max_prompt_tokens
     if form.carries == "cache":
@@ -125,8 +146,6 @@ def _carried(system: System, link: Link) -> str:
             f"{link.id} copies rows of {rows}, of {of}: {human_bytes(size)} a row. "
             f"{link.target} computes its prompt again in every round."
         )
-    if form.carries == "text":
-        return f"{link.id} hands over text: {link.source} writes at most {form.max_tokens} tokens."
     count = num_vectors(system, link.source, form).removeprefix("<=")
     vectors = f"at most {count} vectors of {system.backbone_of(link.target).facts.width} numbers"
     if form.carries == "written":
@@ -159,6 +178,8 @@ def _remove_dead_steps(record: Record, count_tokens: CountTokens) -> Iterator[st
         if gone and gone == turns:
             empty = "it takes no latent steps, so its messages are empty"
             useless = "nothing it thinks reaches the answer"
+            if system.is_remote(agent.name):
+                empty = "nothing it writes reaches the answer"
             yield f"{agent.name} never runs: {useless if agent.latent_steps else empty}."
         elif gone:
             yield f"{agent.name} does not run in {_in_rounds(gone)}: nobody reads it there."
@@ -184,7 +205,8 @@ def _why_unread(record: Record, link: Link, round_: int) -> str:
 def _rounds(program: Graph, agent: str) -> list[int]:
     """Return the rounds in which an agent, not yet part of a batch, runs."""
     rounds = range(1, program.system.rounds + 1)
-    return [round_ for round_ in rounds if prefill_id(round_, (agent,)) in program]
+    make = ask_id if program.system.is_remote(agent) else prefill_id
+    return [round_ for round_ in rounds if make(round_, (agent,)) in program]
 
 
 def _hoist_prompt_prefix(record: Record, count_tokens: CountTokens) -> Iterator[str]:
@@ -276,6 +298,8 @@ def _batch_parallel_agents(record: Record, count_tokens: CountTokens) -> Iterato
     for op in record.after.nodes().values():
         if isinstance(op, Prefill) and len(op.agents) > 1:
             batches.setdefault(op.agents, []).append(op.round)
+        elif isinstance(op, Ask) and len(op.agents) > 1:
+            yield f"{listed(op.agents)} in round {op.round}: asked at the same time."
     for agents, rounds in batches.items():
         yield (
             f"{listed(agents)} in {_in_rounds(rounds)}: one batch, so the weights are read once "

@@ -73,6 +73,7 @@ class MemoryPlan:
     Attributes:
         prompt_tokens: Positions of every prompt, messages included.
         num_links: Inner and outer links that the program uses.
+        remotes: By agent, the model behind an API that it runs on, which takes no memory here.
     """
 
     prompt_tokens: int
@@ -80,6 +81,7 @@ class MemoryPlan:
     num_links: int
     links_bytes: int
     max_batch: int
+    remotes: dict[str, str]
 
     @property
     def weights_bytes(self) -> int:
@@ -110,7 +112,7 @@ class MemoryPlan:
         fixed = self.runtime_bytes + self.weights_bytes
         kept = self.cache_bytes(batch=batch) + self.snapshot_bytes(batch=batch)
         running = kept + self.activation_bytes(batch=batch)
-        return fixed + max(running, *(backbone.packing_bytes for backbone in self.backbones))
+        return fixed + max([running, *(backbone.packing_bytes for backbone in self.backbones)])
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
@@ -126,6 +128,11 @@ class MemoryPlan:
             | {k: {"one": f(batch=1), "max": f(batch=self.max_batch)} for k, f in by_batch.items()}
         )
 
+    def _remote_rows(self) -> Iterator[tuple[str, str]]:
+        """Yield the models behind an API, each with its agents."""
+        for model in dict.fromkeys(self.remotes.values()):
+            yield model, ", ".join(name for name, on in self.remotes.items() if on == model)
+
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [
             ("", "weights", "caches, 1 record", f"caches, {self.max_batch} records", "agents")
@@ -134,6 +141,7 @@ class MemoryPlan:
             caches = (backbone.cache_bytes, self.max_batch * backbone.cache_bytes)
             sizes = map(human_bytes, (backbone.weights_bytes + backbone.tables_bytes, *caches))
             rows.append((backbone.name, *sizes, ", ".join(backbone.agents)))
+        rows += ((name, "none here", "", "", agents) for name, agents in self._remote_rows())
         rows.append((f"links ({self.num_links})", human_bytes(self.links_bytes)))
         batches = (1, self.max_batch)
         caches_of = [self.cache_bytes(batch=batch) for batch in batches]
@@ -177,13 +185,18 @@ def memory_plan(program: Graph, *, prompt_tokens: int | None = None) -> MemoryPl
         num_links=len(links),
         links_bytes=sum(links.values()) * ENGINE_ELEMENT_BYTES,
         max_batch=system.build.max_batch,
+        remotes={
+            name: system.remotes[agent.backbone].entry.name
+            for name, agent in system.agents.items()
+            if system.is_remote(name)
+        },
     )
 
 
 def _check_positions(system: System, prompt_tokens: int) -> None:
     """Refuse prompts that leave no room for what an agent adds to them."""
     room = {}
-    for name in system.agents:
+    for name in system.local_agents:
         most = system.backbone_of(name).facts.max_positions
         room[name] = most - appended_rows(system, name)
     least = min(room, key=room.__getitem__)
@@ -265,10 +278,12 @@ def _links_used(program: Graph) -> Iterator[tuple[str, int]]:
             case Think(agents=agents):
                 for name in agents:
                     inner = program.system.agents[name].inner
+                    assert inner is not None, "remote models do not think"
                     yield inner_link_id(name), inner.num_parameters("inner")
             case Send(source=source, links=links, apply_inner=apply_inner):
                 if apply_inner:
                     inner = program.system.agents[source].inner
+                    assert inner is not None, "remote models send text"
                     yield inner_link_id(source), inner.num_parameters("inner")
                 for link in links:
                     outer = program.system.links[link].weights

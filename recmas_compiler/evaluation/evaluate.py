@@ -44,7 +44,7 @@ from recmas_runtime.core.files import exclusive
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.core.text import counted, listed
 from recmas_runtime.formats.bundle import Bundle, keep_out, open_bundle
-from recmas_runtime.formats.plan import AgentPlan, DecodeStep, field_place
+from recmas_runtime.formats.plan import AgentPlan, field_place
 from recmas_runtime.prompts.chat_template import ChatTemplate, read_template
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES, messages_of
 from recmas_runtime.running.baselines import LATENT, apply_baseline, baseline_name
@@ -277,9 +277,11 @@ class AnswerOpening:
         """Render every agent's prompt once, without the texts of a record."""
         plan = bundle.plan
         day = plan.day or datetime.date.today()
-        answering = next(s.agent for s in reversed(plan.steps) if isinstance(s, DecodeStep))
+        answering = plan.answer_agent
         thinking, has_date = "", False
         for name, agent in plan.agents.items():
+            if agent.backbone in bundle.manifest.remotes:
+                continue  # its service renders its prompts
             entry = bundle.manifest.backbones[agent.backbone]
             text = read_template(bundle.file(entry.chat_template), file=entry.chat_template)
             template = ChatTemplate(text, entry.special_tokens, day=day)

@@ -245,7 +245,22 @@ def report_table(report: Report) -> str:
         cost = [_figure(system.usage.get(key), ".0f") for key in names]
         cost += [_figure(system.rounds, ".2g"), _figure(system.ms.get("total"), ".3f", scale=1e-3)]
         cost_rows.append([name, *cost])
-    return f"{fitted_tables(head, rows)}\n\n{fitted_tables(costs, cost_rows)}"
+    tables = f"{fitted_tables(head, rows)}\n\n{fitted_tables(costs, cost_rows)}"
+    return "\n\n".join((tables, *_remote_lines(report)))
+
+
+def _remote_lines(report: Report) -> Iterator[str]:
+    """Yield what remote models took, over all answers of a system; nothing where none was asked."""
+    for system in report.systems:
+        for model, took in system.remote.items():
+            cost = "" if took["cost"] is None else f", cost {took['cost']:.4g}"
+            left = took["uncounted_calls"]
+            more = f"; {left} calls the endpoint did not count" if left else ""
+            yield (
+                f"- {system.name}: {took['calls']} calls of remote model {model}, "
+                f"{took['prompt_tokens']} prompt tokens, {took['completion_tokens']} written"
+                f"{cost}{more}"
+            )
 
 
 def fitted_tables(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

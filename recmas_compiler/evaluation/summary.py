@@ -17,6 +17,7 @@ from recmas_compiler.evaluation.intervals import (
     wilson,
 )
 from recmas_compiler.evaluation.runner import ScoredAnswer, SystemAnswers
+from recmas_runtime.scheduling.remote_calls import sum_by_model
 
 # Generated tokens, which a latent system saves.
 _WRITTEN: Final = ("handover_tokens", "completion_tokens")
@@ -46,6 +47,7 @@ class SystemSummary:
             text.
         failed: Records that could not be run, with the reason; they count as wrong.
         usage: Means per answer: tokens, latent steps.
+        remote: By remote model, what all its calls took.
         rounds: Mean rounds that ran; None if no record did.
         ms: Mean milliseconds per question by phase: the batch's time, shared evenly.
     """
@@ -71,6 +73,7 @@ class SystemSummary:
     num_same_input: int
     failed: tuple[dict[str, str], ...]
     usage: dict[str, float]
+    remote: dict[str, dict[str, Any]]
     rounds: float | None
     ms: dict[str, float]
 
@@ -170,7 +173,11 @@ def summarize(answers: SystemAnswers) -> SystemSummary:
         failed=tuple(
             {"id": one.id, "reason": one.failure} for one in scored if one.failure is not None
         ),
-        usage=_means(answer["usage"] for _, answer in ran),
+        usage=_means(
+            {name: count for name, count in answer["usage"].items() if name != "remote"}
+            for _, answer in ran
+        ),
+        remote=sum_by_model(answer["usage"].get("remote", {}) for _, answer in ran),
         rounds=mean(answer["rounds"] for _, answer in ran) if ran else None,
         ms=_means(
             {phase: ms / one.batch_size for phase, ms in answer["timing_ms"].items()}
@@ -278,7 +285,8 @@ def _pass_at(scored: Sequence[ScoredAnswer]) -> dict[str, float]:
 
 def _means(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     listed = list(rows)
-    return {name: mean(row[name] for row in listed) for name in (listed[0] if listed else ())}
+    names = dict.fromkeys(name for row in listed for name in row)
+    return {name: mean(row.get(name, 0.0) for row in listed) for name in names}
 
 
 def _change(

@@ -19,6 +19,7 @@ from recmas_compiler.ir.ops import (
     BuildOptions,
     Level,
     Link,
+    Remote,
     System,
 )
 from recmas_compiler.links.files import (
@@ -102,6 +103,8 @@ def _describe_backbones(
 ) -> dict[str, BackboneFacts]:
     facts = {}
     for name, section in spec.document.backbones.items():
+        if section.is_remote:
+            continue  # nothing of it is here, and nobody asks it before a run
         try:
             facts[name] = describe_backbone(
                 section.source,
@@ -183,13 +186,15 @@ def _agent(
     spec: Spec, name: str, facts: Mapping[str, BackboneFacts], problems: list[Problem]
 ) -> Agent | None:
     section, prompts = spec.document.agents[name], spec.declared.prompts[name]
-    backbone = facts.get(section.backbone)
-    if backbone is None:
-        return None
-    loc: Loc = ("agents", name, "inner")
-    weights = _weights(spec, loc, section.inner, "inner", backbone, backbone, problems)
-    if weights is None:
-        return None
+    weights = None
+    if not spec.declared.is_remote(name):
+        backbone = facts.get(section.backbone)
+        if backbone is None:
+            return None
+        loc: Loc = ("agents", name, "inner")
+        weights = _weights(spec, loc, section.inner, "inner", backbone, backbone, problems)
+        if weights is None:
+            return None
     return Agent(
         name=name,
         backbone=section.backbone,
@@ -213,15 +218,17 @@ def _link(
     section = spec.declared.links[source, target]
     agents = spec.document.agents
     read_from, write_to = facts.get(agents[source].backbone), facts.get(agents[target].backbone)
-    if read_from is None or write_to is None:
-        return None
     loc: Loc = ("links", link_name(source, target))
     form, weights = section.form, None
+    if form.carries != "text" and (read_from is None or write_to is None):
+        return None
     if form.has_vectors:
+        assert read_from is not None and write_to is not None, "returned above"  # noqa: PT018
         weights = _weights(spec, loc, section, "outer", read_from, write_to, problems)
         if weights is None:
             return None
     if form.carries == "cache":
+        assert read_from is not None, "returned above"
         is_moved = (source, target) in _moved(spec)
         backbone = agents[source].backbone
         problems += _refused_rows(spec, loc, form, backbone, read_from, is_moved=is_moved)
@@ -411,6 +418,14 @@ def _system(
                 where=spec.position("backbones", name),
             )
             for name, section in document.backbones.items()
+            if name in facts
+        },
+        remotes={
+            name: Remote(
+                name=name, entry=section.remote, where=spec.position("backbones", name, "source")
+            )
+            for name, section in document.backbones.items()
+            if section.is_remote
         },
         agents=agents,
         links=links,

@@ -8,7 +8,7 @@ from statistics import fmean
 
 import networkx as nx
 
-from recmas_compiler.ir.ops import Decode, EdgeOp, Level, NodeOp, Prefill, Send, System
+from recmas_compiler.ir.ops import EdgeOp, Level, NodeOp, PromptOp, Send, System, is_answer
 from recmas_runtime.formats.ids import outer_link_id
 from recmas_runtime.formats.plan import Message, SentMessage
 
@@ -170,17 +170,17 @@ class Graph:
         return self.replaced(edges=kept)
 
 
-def route_messages(graph: Graph, prefill_id: str) -> dict[Message, str]:
-    """Return what a Prefill takes, each message with the Send that yields it.
+def route_messages(graph: Graph, step: str) -> dict[Message, str]:
+    """Return what a Prefill or an Ask takes, each message with the Send that yields it.
 
-    Messages are in the order of the Prefill's agents and of their slots; a slot without one stays
+    Messages are in the order of the step's agents and of their slots; a slot without one stays
     empty. Two rounds' Sends of one source can flow into the same Prefill (a batch in which one
     agent is reached forward and another by feedback), so a message is told apart by its round.
     """
-    op = graph.op(prefill_id)
-    assert isinstance(op, Prefill), f"{prefill_id} is not a Prefill"
+    op = graph.op(step)
+    assert isinstance(op, PromptOp), f"{step} reads no prompt"
     sends: dict[tuple[str, int], str] = {}  # (link, round)
-    for predecessor in graph.predecessors(prefill_id):
+    for predecessor in graph.predecessors(step):
         send = graph.op(predecessor)
         if isinstance(send, Send):
             sends |= {(link, send.round): predecessor for link in send.links}
@@ -204,12 +204,12 @@ def find_exits(graph: Graph) -> tuple[SentMessage, ...]:
     system = graph.system
     if system.rounds < 3:
         return ()
-    (decode,) = (step for step, op in graph.nodes().items() if isinstance(op, Decode))
-    needed = graph.ancestors(decode)
+    (answer,) = (step for step, op in graph.nodes().items() if is_answer(op))
+    needed = graph.ancestors(answer) | {answer}
     taken = (
         message
         for step, op in graph.in_order()
-        if step in needed and isinstance(op, Prefill) and op.round == system.rounds
+        if step in needed and isinstance(op, PromptOp) and op.round == system.rounds
         for message in route_messages(graph, step)
     )
     return tuple(

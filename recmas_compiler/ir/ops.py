@@ -1,7 +1,8 @@
 """The payloads of both IR levels: frozen, typed, each with the place it was declared at.
 
 Topology IR (may be cyclic): nodes are `Agent`, edges are `Link`.
-Program IR (acyclic): nodes are `Prefill`, `Think`, `Write`, `Send`, `Decode`, edges are `Flow`.
+Program IR (acyclic): nodes are `Prefill`, `Think`, `Write`, `Send`, `Decode`, `Ask`, edges are
+`Flow`.
 The tables that both levels refer to by name travel in `System`.
 """
 
@@ -16,6 +17,7 @@ from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.spec.document.places import SourcePosition
 from recmas_runtime.formats.ids import inner_link_id, outer_link_id
+from recmas_runtime.formats.manifest import RemoteEntry
 from recmas_runtime.formats.messages import THOUGHTS, MessageForm, masked_layers, moved_links
 from recmas_runtime.formats.plan import (
     Limits,
@@ -68,12 +70,22 @@ class Backbone:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Remote:
+    """A model behind an API, as declared: it stands in the place of a backbone."""
+
+    name: str
+    entry: RemoteEntry
+    where: SourcePosition
+
+
+@dataclass(frozen=True, kw_only=True)
 class Agent:
-    """A role on a backbone (a topology node).
+    """A role on a backbone or a remote model (a topology node).
 
     Attributes:
         system: System text as parts (text and field); empty for none.
         first: Prompt used while a slot has no message yet; None if not declared.
+        inner: None on a remote model, which has no states that a link could map.
         chat_template: Extra variables for the chat template.
     """
 
@@ -83,7 +95,7 @@ class Agent:
     system: tuple[PromptPart, ...]
     first: tuple[PromptPart, ...] | None
     then: tuple[PromptPart, ...]
-    inner: LinkWeights
+    inner: LinkWeights | None
     chat_template: dict[str, bool | int | float | str] = field(default_factory=dict)
     where: SourcePosition
 
@@ -253,8 +265,31 @@ class Decode:
     cache: str | None = None
 
 
-StepOp = Prefill | Think | Write | Send | Decode
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """Have remote models write from prompts that go there as chat messages (a program node).
+
+    Attributes:
+        max_tokens: Most tokens of each text that is handed over; None for the answer, which is then
+            written by this step and by no Decode.
+    """
+
+    agents: tuple[str, ...]
+    round: int
+    variants: tuple[Variant, ...]
+    max_tokens: int | None
+
+
+StepOp = Prefill | Think | Write | Send | Decode | Ask
+# Those that read prompts, and those that work in a cache.
+PromptOp = Prefill | Ask
+CacheOp = Prefill | Think | Write | Decode
 NodeOp = Agent | StepOp
+
+
+def is_answer(op: NodeOp) -> bool:
+    """Tell whether a step writes the answer; there is exactly one."""
+    return isinstance(op, Decode) or (isinstance(op, Ask) and op.max_tokens is None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,6 +328,7 @@ class System:
     """The declared tables, shared by both levels and never changed by program passes.
 
     Attributes:
+        remotes: Models behind an API, by name; none is that of a backbone.
         caches: By id; empty before PlanCaches.
         snapshots: By id; empty before PlanSnapshots.
         stop_when: Early end of the rounds; None runs all of them.
@@ -310,6 +346,7 @@ class System:
     backbones: dict[str, Backbone]
     agents: dict[str, Agent]
     links: dict[str, Link]
+    remotes: dict[str, Remote] = field(default_factory=dict)
     caches: dict[str, Cache] = field(default_factory=dict)
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     stop_when: StopPlan | None = None
@@ -318,6 +355,15 @@ class System:
     search_corpus: str | None = None
     loss_text: str | None = None
     date: str | None = None
+
+    def is_remote(self, agent: str) -> bool:
+        """Tell whether an agent runs on a model behind an API."""
+        return self.agents[agent].backbone in self.remotes
+
+    @property
+    def local_agents(self) -> dict[str, Agent]:
+        """The agents that run on backbones."""
+        return {name: agent for name, agent in self.agents.items() if not self.is_remote(name)}
 
     @property
     def day(self) -> datetime.date | None:
@@ -348,7 +394,10 @@ class System:
         inner = {
             inner_link_id(name): agent.inner
             for name, agent in self.agents.items()
-            if any(link.form.has_vectors or link.form.needs_thoughts for link in self.sent_by(name))
+            if agent.inner is not None
+            and any(
+                link.form.has_vectors or link.form.needs_thoughts for link in self.sent_by(name)
+            )
         }
         outer = {link.id: link.weights for link in self.links.values() if link.weights is not None}
         return inner | outer
@@ -368,7 +417,7 @@ class System:
         return len(masked_layers(num_layers, [link.form.layers for link in links])) + len(chosen)
 
     def backbone_of(self, agent: str) -> Backbone:
-        """Return the backbone whose weights and engine `agent` uses, after sharing."""
+        """Return the backbone whose weights and engine a local agent uses, after sharing."""
         declared = self.backbones[self.agents[agent].backbone]
         return self.backbones[declared.shared_as]
 
@@ -399,6 +448,11 @@ def write_id(round_: int, agents: tuple[str, ...]) -> str:
 def send_id(round_: int, source: str, targets: tuple[str, ...]) -> str:
     """Return the id of a Send: `r1/planner->critic/send`, or `r1/planner->critic+solver/send`."""
     return f"r{round_}/{outer_link_id(source, '+'.join(targets))}/send"
+
+
+def ask_id(round_: int, agents: tuple[str, ...]) -> str:
+    """Return the id of an Ask: `r1/planner/ask`."""
+    return f"r{round_}/{'+'.join(agents)}/ask"
 
 
 def decode_id(round_: int, agent: str) -> str:

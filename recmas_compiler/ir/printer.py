@@ -21,6 +21,7 @@ from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.ir.graph import Graph, route_messages
 from recmas_compiler.ir.ops import (
     Agent,
+    Ask,
     Backbone,
     BuildOptions,
     Cache,
@@ -29,6 +30,7 @@ from recmas_compiler.ir.ops import (
     Link,
     NodeOp,
     Prefill,
+    Remote,
     Send,
     Snapshot,
     System,
@@ -55,6 +57,7 @@ def print_graph(graph: Graph) -> str:
     sections = [
         _settings(graph),
         _section("backbones", map(_backbone_row, system.backbones.values())),
+        _section("remote models", map(_remote_row, system.remotes.values())),
         _section("agents", (_agent_row(a, system) for a in system.agents.values())),
         _section("links", map(_link_row, system.links.values())),
         _section("caches", map(_cache_row, system.caches.values())),
@@ -143,6 +146,12 @@ def _backbone_row(backbone: Backbone) -> Row:
     )
 
 
+def _remote_row(remote: Remote) -> Row:
+    told = {k: v for k, v in to_json(remote.entry).items() if k not in ("model", "base_url")}
+    rest = (f"{key}={json.dumps(value, sort_keys=True)}" for key, value in sorted(told.items()))
+    return (remote.name, remote.entry.name, " ".join(rest))
+
+
 def _short_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -164,8 +173,7 @@ def _agent_row(agent: Agent, system: System) -> Row:
         agent.name,
         agent.backbone,
         f"steps={agent.latent_steps}",
-        "inner",
-        *_weights(agent.inner),
+        *(("", "", "", "") if agent.inner is None else ("inner", *_weights(agent.inner))),
         "answers" if agent.name == system.answer_agent else "",
         *(variables if agent.chat_template else ()),
     )
@@ -227,13 +235,14 @@ def _topology_rows(graph: Graph) -> Iterator[Row]:
     for name in order:
         agent = graph.op(name)
         assert isinstance(agent, Agent), f"{name} is not an agent"
-        width = graph.system.backbone_of(name).facts.width
+        is_remote = graph.system.is_remote(name)
+        width = 0 if is_remote else graph.system.backbone_of(name).facts.width
         incoming = [(source, graph.edge(source, name)) for source in graph.predecessors(name)]
         operands = [
             f"{s}=%{s}{'@previous' if isinstance(e, Link) and e.feedback else ''}"
             for s, e in incoming
         ]
-        shape = f"thoughts[B,{agent.latent_steps},{width}]"
+        shape = "text[B]" if is_remote else f"thoughts[B,{agent.latent_steps},{width}]"
         yield (f"%{name}", f": {shape}", _call("agent", agent.backbone, *operands))
 
 
@@ -259,7 +268,9 @@ def _result(op: NodeOp, system: System) -> str:
             return f"message[{fan_out}B,{num_vectors(system, source, form)},{width}]"
         case Write(agents=agents, max_tokens=max_tokens):
             return f"text[{_batch(agents)},<={max_tokens}]"
-        case Decode():
+        case Ask(agents=agents, max_tokens=int(max_tokens)):
+            return f"text[{_batch(agents)},<={max_tokens}]"
+        case Decode() | Ask():
             return "text[B]"
         case Agent():
             raise AssertionError(f"an agent in a program: {op.name}")
@@ -281,14 +292,12 @@ def num_vectors(system: System, source: str, form: MessageForm) -> str:
 def _step_call(graph: Graph, step: str, op: NodeOp) -> str:
     taken = [f"%{source}" for source in graph.predecessors(step)]
     match op:
-        case Prefill(agents=agents, variants=variants, cache=cache):
-            slots = dict.fromkeys(agents, "")
-            for message, send in route_messages(graph, step).items():
-                slots[message.agent] += f", {message.slot}=%{send}"
-            prompts = [
-                f"{agent}.{variant}({slots[agent].removeprefix(', ')})"
-                for agent, variant in zip(agents, variants, strict=True)
-            ]
+        case Ask(max_tokens=most):
+            return _call(
+                "ask", *_prompts_read(graph, step, op), *([f"tokens={most}"] if most else [])
+            )
+        case Prefill(cache=cache):
+            prompts = _prompts_read(graph, step, op)
             kept = [] if op.reuse is None else [f"reuse=%{op.reuse}"]
             kept += [] if op.prefix_of is None else [f"prefix=%{op.prefix_of}"]
             kept += [] if op.restore is None else [f"restore={op.restore}"]
@@ -308,6 +317,16 @@ def _step_call(graph: Graph, step: str, op: NodeOp) -> str:
             return _call("decode", *taken, *_cache(cache))
         case Agent():
             raise AssertionError(f"an agent in a program: {op.name}")
+
+
+def _prompts_read(graph: Graph, step: str, op: Prefill | Ask) -> list[str]:
+    slots = dict.fromkeys(op.agents, "")
+    for message, send in route_messages(graph, step).items():
+        slots[message.agent] += f", {message.slot}=%{send}"
+    return [
+        f"{agent}.{variant}({slots[agent].removeprefix(', ')})"
+        for agent, variant in zip(op.agents, op.variants, strict=True)
+    ]
 
 
 def _batch(agents: tuple[str, ...]) -> str:

@@ -9,16 +9,20 @@ from typing import NamedTuple
 from recmas_compiler.ir.graph import Graph, route_messages
 from recmas_compiler.ir.ops import (
     Agent,
+    Ask,
+    CacheOp,
     Decode,
     Flow,
     Level,
     Link,
     NodeOp,
     Prefill,
+    PromptOp,
     Send,
     System,
     Think,
     Write,
+    is_answer,
 )
 from recmas_compiler.links.files import LinkWeights
 from recmas_runtime.core.errors import Problem, RecmasError
@@ -42,6 +46,8 @@ FLOWS: dict[tuple[type[NodeOp], type[NodeOp]], str] = {
     (Think, Send): "thoughts",
     (Write, Send): "written",
     (Send, Prefill): "message",
+    (Send, Ask): "message",
+    (Ask, Send): "written",
 }
 
 
@@ -68,7 +74,8 @@ def _unresolved_names(graph: Graph) -> Iterator[str]:
         if key != backbone.name or backbone.shared_as not in system.backbones:
             yield key
     for key, agent in system.agents.items():
-        if key != agent.name or agent.backbone not in system.backbones:
+        on = system.remotes if agent.backbone in system.remotes else system.backbones
+        if key != agent.name or agent.backbone not in on:
             yield key
     for key, link in system.links.items():
         if key != link.id or not {link.source, link.target} <= system.agents.keys():
@@ -109,14 +116,15 @@ def _unknown_precisions(graph: Graph) -> Iterator[str]:
 
 def _misfitting_links(graph: Graph) -> Iterator[str]:
     system = graph.system
-    width = {name: system.backbone_of(name).facts.width for name in system.agents}
+    width = {name: system.backbone_of(name).facts.width for name in system.local_agents}
     for name, agent in system.agents.items():
-        if _ends(agent.inner) != (width[name], width[name]):
+        wanted = (width[name], width[name]) if name in width else None
+        if (None if agent.inner is None else _ends(agent.inner)) != wanted:
             yield inner_link_id(name)
     for link in system.links.values():
         fits = link.weights is None or _ends(link.weights) == (
-            width[link.source],
-            width[link.target],
+            width.get(link.source),
+            width.get(link.target),
         )
         if not fits or (link.weights is None) == link.form.has_vectors:
             yield link.id
@@ -124,6 +132,18 @@ def _misfitting_links(graph: Graph) -> Iterator[str]:
 
 def _ends(weights: LinkWeights) -> tuple[int, int]:
     return weights.in_dim, weights.out_dim
+
+
+def _latent_remotes(graph: Graph) -> Iterator[str]:
+    system = graph.system
+    yield from system.remotes.keys() & system.backbones.keys()
+    for name, agent in system.agents.items():
+        if system.is_remote(name) and agent.latent_steps:
+            yield name
+    for link in system.links.values():
+        is_remote = system.is_remote(link.source) or system.is_remote(link.target)
+        if is_remote and link.form.carries != "text":
+            yield link.id
 
 
 def _impossible_rows(graph: Graph) -> Iterator[str]:
@@ -165,6 +185,7 @@ def _never_filled(graph: Graph) -> Iterator[str]:
 
 SYSTEM_RULES: tuple[Rule, ...] = (
     Rule("names_resolve", _unresolved_names, "every name in the tables is that of an entry"),
+    Rule("remotes_speak_text", _latent_remotes, "agents on remote models take and give text"),
     Rule("equal_share", _unequal_shares, "a backbone uses the weights of an equal one"),
     Rule("bounds", _unbounded, "counts and limits are in bounds"),
     Rule("known_dtype", _unknown_dtypes, "a backbone's dtype is one with a known size"),
@@ -224,7 +245,7 @@ def _unresolved_references(graph: Graph) -> Iterator[str]:
         known = set(_who(op)) <= system.agents.keys()
         if isinstance(op, Send):
             known &= set(op.links) <= system.links.keys()
-        if isinstance(op, Prefill):
+        if isinstance(op, PromptOp):
             known &= len(op.variants) == len(op.agents)
         if not known:
             yield step
@@ -233,8 +254,8 @@ def _unresolved_references(graph: Graph) -> Iterator[str]:
 def _who(op: NodeOp) -> tuple[str, ...]:
     """Return the agents that a step runs; none twice in a valid program."""
     match op:
-        case Prefill(agents=agents) | Think(agents=agents) | Write(agents=agents):
-            return agents
+        case Prefill() | Think() | Write() | Ask():
+            return op.agents
         case Send(source=source):
             return (source,)
         case Decode(agent=agent):
@@ -255,12 +276,13 @@ def _cycles(graph: Graph) -> Iterator[str]:
 
 
 def _not_one_decode(graph: Graph) -> Iterator[str]:
-    decodes = {step: op for step, op in graph.nodes().items() if isinstance(op, Decode)}
+    decodes = {step: op for step, op in graph.nodes().items() if is_answer(op)}
     if not decodes:
         yield "program"
     yield from list(decodes)[1:]
     for step, op in decodes.items():
-        if (op.agent, op.round) != (graph.system.answer_agent, graph.system.rounds):
+        assert isinstance(op, Decode | Ask)
+        if (_who(op), op.round) != ((graph.system.answer_agent,), graph.system.rounds):
             yield step
 
 
@@ -298,19 +320,20 @@ def _without_origin(graph: Graph) -> Iterator[str]:
                 holds = (prefill.agents, prefill.round) == (_who(op), op.round)
             case (Send(), _):
                 form = graph.system.links[op.links[0]].form
+                writes = Ask if graph.system.is_remote(op.source) else Write
                 needed = {
                     Prefill: form.needs_context,
                     Think: form.needs_thoughts,
-                    Write: form.needs_text,
+                    writes: form.needs_text,
                 }
                 holds = {type(step) for step in taken} == {k for k in needed if needed[k]} and all(
-                    isinstance(step, Prefill | Think | Write)
+                    isinstance(step, Prefill | Think | Write | Ask)
                     and op.source in step.agents
                     and step.round == op.round
                     for step in taken
                 )
             case _:
-                holds = isinstance(op, Prefill)
+                holds = isinstance(op, PromptOp)
         if not holds:
             yield step
 
@@ -327,11 +350,13 @@ def _mixed_batches(graph: Graph) -> Iterator[str]:
     system = graph.system
     batch: dict[str, tuple[str, ...]] = {}
     for step, op in graph.nodes().items():
-        if isinstance(op, Prefill | Think | Write | Decode):
+        if isinstance(op, CacheOp | Ask):
             who = _who(op)
-            backbones = {system.backbone_of(name).name for name in who}
+            remote = {name for name in who if system.is_remote(name)}
+            backbones = {system.backbone_of(name).name for name in who if name not in remote}
+            is_one = remote == set(who) if isinstance(op, Ask) else not remote
             stable = all(batch.setdefault(name, who) == who for name in who)
-            if len(backbones) != 1 or not stable:
+            if not (is_one and stable) or len(backbones) > 1:
                 yield step
 
 
@@ -358,17 +383,18 @@ def _inner_not_once(graph: Graph) -> Iterator[str]:
 
 def _unequal_texts(graph: Graph) -> Iterator[str]:
     for step, op in graph.nodes().items():
-        if isinstance(op, Write):
+        if isinstance(op, Write | Ask) and not is_answer(op):
             forms = [link.form for name in op.agents for link in graph.system.sent_by(name)]
             most = {form.max_tokens for form in forms if form.needs_text}
             states = any(form.needs_written_states for form in forms)
-            if most != {op.max_tokens} or op.keeps_states != states:
+            keeps = isinstance(op, Write) and op.keeps_states
+            if most != {op.max_tokens} or keeps != states:
                 yield step
 
 
 def _wrong_variants(graph: Graph) -> Iterator[str]:
     for step, op in graph.nodes().items():
-        if isinstance(op, Prefill):
+        if isinstance(op, PromptOp):
             expected = tuple(_variant(graph.system, name, op.round) for name in op.agents)
             if op.variants != expected:
                 yield step
@@ -382,7 +408,7 @@ def _variant(system: System, name: str, round_: int) -> Variant:
 
 def _wrong_messages(graph: Graph) -> Iterator[str]:
     for step, op in graph.nodes().items():
-        if not isinstance(op, Prefill):
+        if not isinstance(op, PromptOp):
             continue
         due = {
             (agent, slot)
@@ -454,7 +480,7 @@ UNROLLED_RULES: tuple[Rule, ...] = (
     Rule("steps_resolve", _unresolved_references, "steps name agents and links of the tables"),
     Rule("flow_kinds", _wrong_flows, "steps take from each other only what FLOWS lists"),
     Rule("acyclic", _cycles, "a program has no cycle"),
-    Rule("one_decode", _not_one_decode, "the answer agent decodes once, in the last round"),
+    Rule("one_decode", _not_one_decode, "the answer agent writes once, in the last round"),
     Rule("rounds_in_bounds", _rounds_out_of_bounds, "a step's round is one of the system's"),
     # What makes caches safe: an agent's next Prefill cannot overtake its steps of this round.
     Rule("rounds_in_order", _rounds_out_of_order, "all steps of a round run before the next round"),
@@ -492,7 +518,7 @@ UNROLLED_RULES: tuple[Rule, ...] = (
 
 def _without_cache(graph: Graph) -> Iterator[str]:
     for step, op in graph.nodes().items():
-        if isinstance(op, Prefill | Think | Write | Decode):
+        if isinstance(op, CacheOp):
             cache = graph.system.caches.get(op.cache or "")
             if cache is None or cache.agents != _who(op):
                 yield step
@@ -526,7 +552,7 @@ def _small_caches(graph: Graph) -> Iterator[str]:
 def _wrong_lifetimes(graph: Graph) -> Iterator[str]:
     used: dict[str, list[str]] = {cache: [] for cache in graph.system.caches}
     for step, op in graph.in_order():
-        if isinstance(op, Prefill | Think | Write | Decode) and op.cache is not None:
+        if isinstance(op, CacheOp) and op.cache is not None:
             used[op.cache].append(step)
         if isinstance(op, Prefill) and op.prefix_of is not None:
             source = graph.op(op.prefix_of)

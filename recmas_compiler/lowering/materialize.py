@@ -124,6 +124,8 @@ def _unused_links(
         link_id = inner_link_id(name)
         if link_id in applied or (only is not None and link_id not in only):
             continue
+        if agent.inner is None:
+            continue  # on a remote model, which has no engine
         module = make_link(agent.inner.kind, "inner", agent.inner.in_dim, agent.inner.out_dim)
         backbone = system.backbone_of(name)
         # A baseline takes steps where the system takes none.
@@ -152,7 +154,7 @@ def declared_links(
     """Yield each applied link's id, weights, role, agents at its ends, and place in the spec."""
     applied = system.link_weights
     for name, agent in system.agents.items():
-        if inner_link_id(name) in applied:
+        if agent.inner is not None and inner_link_id(name) in applied:
             yield inner_link_id(name), agent.inner, "inner", (name, name), agent.where
     for link_id, link in system.links.items():
         if link.weights is not None:

@@ -7,6 +7,7 @@ from msgspec import structs
 from recmas_compiler.ir.graph import Graph, find_exits, route_messages
 from recmas_compiler.ir.ops import (
     Agent,
+    Ask,
     Decode,
     Level,
     Prefill,
@@ -19,11 +20,14 @@ from recmas_compiler.ir.ops import (
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.plan import (
     AgentPlan,
+    AskStep,
     CachePlan,
+    CacheStep,
     DecodeStep,
     LinkPlan,
     Plan,
     PrefillStep,
+    PromptStep,
     SendStep,
     SnapshotPlan,
     Step,
@@ -52,7 +56,7 @@ def build_plan(program: Graph) -> Plan:
     opening = {
         agent
         for step in steps
-        if isinstance(step, PrefillStep)
+        if isinstance(step, PromptStep)
         for agent, variant in zip(step.agents, step.variants, strict=True)
         if variant == "first"
     }
@@ -60,7 +64,7 @@ def build_plan(program: Graph) -> Plan:
         name: agent_plan(system, name, has_first=name in opening) for name in live_agents(program)
     }
     sent = {link for step in steps if isinstance(step, SendStep) for link in step.links}
-    used = {step.cache for step in steps if not isinstance(step, SendStep)}
+    used = {step.cache for step in steps if isinstance(step, CacheStep)}
     return Plan(
         name=system.name,
         rounds=system.rounds,
@@ -101,12 +105,13 @@ def build_plan(program: Graph) -> Plan:
 def agent_plan(system: System, name: str, *, has_first: bool = True) -> AgentPlan:
     """Return an agent, without its `first` prompt if no step uses that."""
     agent = system.agents[name]
+    is_remote = system.is_remote(name)
     return AgentPlan(
-        backbone=system.backbone_of(name).name,
+        backbone=agent.backbone if is_remote else system.backbone_of(name).name,
         system=agent.system,
         first=agent.first if has_first else None,
         then=agent.then,
-        inner=inner_link_id(name),
+        inner="" if is_remote else inner_link_id(name),
         latent_steps=agent.latent_steps,
         chat_template=agent.chat_template,
     )
@@ -122,7 +127,7 @@ def live_agents(program: Graph) -> tuple[str, ...]:
     live: set[str] = set()
     for _, op in program.in_order():
         match op:
-            case Prefill():
+            case Prefill() | Ask():
                 live.update(op.agents)
                 for agent, variant in zip(op.agents, op.variants, strict=True):
                     live.update(system.agents[agent].slots(variant))
@@ -139,8 +144,15 @@ def live_agents(program: Graph) -> tuple[str, ...]:
 
 def live_backbones(program: Graph) -> tuple[str, ...]:
     """Return the shared backbones that the live agents use, in the order of declaration."""
-    used = {program.system.backbone_of(agent).name for agent in live_agents(program)}
+    local = program.system.local_agents
+    used = {program.system.backbone_of(a).name for a in live_agents(program) if a in local}
     return tuple(name for name in program.system.backbones if name in used)
+
+
+def live_remotes(program: Graph) -> tuple[str, ...]:
+    """Return the remote models that the live agents use, in the order of declaration."""
+    used = {program.system.agents[agent].backbone for agent in live_agents(program)}
+    return tuple(name for name in program.system.remotes if name in used)
 
 
 def _step(program: Graph, step: str, op: StepOp) -> Step:
@@ -182,6 +194,16 @@ def _step(program: Graph, step: str, op: StepOp) -> Step:
                 targets=op.targets,
                 links=op.links,
                 apply_inner=op.apply_inner,
+            )
+        case Ask():
+            return AskStep(
+                round=op.round,
+                agents=op.agents,
+                variants=op.variants,
+                messages=tuple(route_messages(program, step)),
+                max_new_tokens=op.max_tokens,
+                greedy=op.max_tokens is not None,
+                exits=find_exits(program) if op.max_tokens is None else (),
             )
         case Decode():
             return DecodeStep(

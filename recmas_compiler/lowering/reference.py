@@ -26,6 +26,7 @@ from recmas_compiler.lowering.materialize import materialize_links
 from recmas_compiler.lowering.plan import agent_plan, build_plan
 from recmas_compiler.lowering.torch_rows import Rows, cut_rows, extend, join_rows, seen_rows
 from recmas_compiler.passes.remove_dead_steps import RemoveDeadSteps
+from recmas_runtime.core.errors import fail
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.engines.interface import HandedRows, behind_sink
 from recmas_runtime.formats.layers import has_states
@@ -530,6 +531,14 @@ def to_torch(
 def load_backbones(program: Graph, *, progress: Progress) -> dict[str, TorchBackbone]:
     """Load every backbone that a program's agents use, once each, by the shared name."""
     system = program.system
+    remote = [name for name in system.agents if system.is_remote(name)]
+    if remote:
+        raise fail(
+            "RM129",
+            f"`{remote[0]}` runs on a model behind an API, whose weights are not here to be run in "
+            "torch",
+            hint="Give the agent a backbone, or build the spec and run the bundle.",
+        )
     used = {system.backbone_of(agent).name: system.backbone_of(agent) for agent in system.agents}
     return {
         name: load_backbone(b.facts, progress=progress, dtype=b.dtype, template=b.template)

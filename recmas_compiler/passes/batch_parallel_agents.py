@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from recmas_compiler.ir.graph import Edge, Graph
 from recmas_compiler.ir.ops import (
+    Ask,
     Decode,
     Level,
     Prefill,
@@ -13,6 +14,7 @@ from recmas_compiler.ir.ops import (
     System,
     Think,
     Write,
+    ask_id,
     prefill_id,
     think_id,
     write_id,
@@ -25,10 +27,10 @@ from recmas_compiler.passes.prompt_prefix import takes_rows
 class BatchParallelAgents(Pass):
     """Run agents of one generation as rows of one batch.
 
-    1. Agents form a batch if they share a backbone, take the same number of latent steps, stand
-       in the same generation of the links that are not feedback (so none waits for another), and
-       do the same kinds of steps in the same rounds, with equal reuse and fusion; and rows come
-       before the prompts of all of them or of none.
+    1. Agents form a batch if they share a backbone, or run on remote models, take the same number
+       of latent steps, stand in the same generation of the links that are not feedback (so none
+       waits for another), and do the same kinds of steps in the same rounds, with equal reuse and
+       fusion; and rows come before the prompts of all of them or of none.
     2. A batch is the same in every round, so its cache can live on from round to round.
     3. Rows are ordered by agent, in order of declaration. Sends stay apart: each source has links
        of its own.
@@ -54,7 +56,9 @@ def _batches(graph: Graph) -> list[tuple[str, ...]]:
     alike: dict[tuple[object, ...], list[str]] = {}
     for name, agent in graph.system.agents.items():  # 3
         if name in work:
-            backbone = graph.system.backbone_of(name).name
+            # Calls of remote models run side by side, whichever they are of.
+            is_remote = graph.system.is_remote(name)
+            backbone = None if is_remote else graph.system.backbone_of(name).name
             key = (backbone, agent.latent_steps, generation[name], work[name])  # 1, 2
             alike.setdefault(key, []).append(name)
     return [tuple(agents) for agents in alike.values() if len(agents) > 1]
@@ -85,6 +89,8 @@ def _work(graph: Graph) -> dict[str, tuple[tuple[object, ...], ...]]:
                 done = (op.round, "write", op.max_tokens, op.keeps_states)
             case Decode(agent=agent):
                 done = (op.round, "decode")
+            case Ask(agents=(agent,)):
+                done = (op.round, "ask", op.max_tokens)
             case _:
                 continue
         work[agent] = (*work.get(agent, ()), done)
@@ -118,6 +124,14 @@ def _merged_steps(
             case Write(agents=(agent,)) if agent == agents[0]:
                 members = tuple(write_id(op.round, (name,)) for name in agents)
                 merged[write_id(op.round, agents)] = members, replace(op, agents=agents)
+            case Ask(agents=(agent,)) if agent == agents[0]:
+                members = tuple(ask_id(op.round, (name,)) for name in agents)
+                asks = [a for a in map(graph.op, members) if isinstance(a, Ask)]
+                variants = tuple(a.variants[0] for a in asks)
+                merged[ask_id(op.round, agents)] = (
+                    members,
+                    replace(op, agents=agents, variants=variants),
+                )
             case _:
                 pass
     return merged

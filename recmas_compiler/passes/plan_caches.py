@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import Cache, Decode, Level, NodeOp, Prefill, System, Think, Write
+from recmas_compiler.ir.ops import Cache, CacheOp, Decode, Level, NodeOp, Prefill, System
 from recmas_compiler.passes.pass_base import Pass
 from recmas_runtime.formats.layers import sequence_bytes
 from recmas_runtime.formats.plan import cache_capacity
@@ -33,7 +33,7 @@ class PlanCaches(Pass):
         nodes: dict[str, NodeOp] = {}
         for step, op in graph.in_order():
             nodes[step] = op
-            if isinstance(op, Prefill | Think | Write | Decode):
+            if isinstance(op, CacheOp):
                 agents = (op.agent,) if isinstance(op, Decode) else op.agents
                 users.setdefault(agents, []).append(step)  # 1, 3
                 nodes[step] = replace(op, cache="+".join(agents))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import Decode, Level
+from recmas_compiler.ir.ops import Level, is_answer
 from recmas_compiler.passes.pass_base import Pass
 
 
@@ -13,7 +13,7 @@ from recmas_compiler.passes.pass_base import Pass
 class RemoveDeadSteps(Pass):
     """Drop every step that the answer does not depend on.
 
-    1. The Decode is needed.
+    1. The step that writes the answer is needed.
     2. What a needed step takes something from is needed.
     3. Nothing else is: messages of the last round's feedback links, agents whose thoughts reach
        the answer in no round, and agents without latent steps that do not write the answer.
@@ -25,7 +25,7 @@ class RemoveDeadSteps(Pass):
     def __call__(self, graph: Graph) -> Graph:
         """Return the program with needed steps only."""
         steps = graph.nodes()
-        needed = {step for step, op in steps.items() if isinstance(op, Decode)}  # 1
+        needed = {step for step, op in steps.items() if is_answer(op)}  # 1
         needed |= {earlier for step in needed for earlier in graph.ancestors(step)}  # 2
         if len(needed) == len(steps):
             return graph

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from recmas_compiler.ir.graph import Edge, Graph
 from recmas_compiler.ir.ops import (
     Agent,
+    Ask,
     Decode,
     Flow,
     Level,
@@ -16,6 +17,7 @@ from recmas_compiler.ir.ops import (
     System,
     Think,
     Write,
+    ask_id,
     decode_id,
     prefill_id,
     send_id,
@@ -43,6 +45,7 @@ class UnrollRounds(Pass):
        declared; else it is `then`.
     6. A Send flows into the target's Prefill of the same round, over a feedback link into that of
        the next round, and only where the prompt in use has the slot.
+    7. The turn of an agent on a remote model is one Ask in place of Prefill, Write and Decode.
     """
 
     requires = Level.TOPOLOGY
@@ -60,8 +63,12 @@ class UnrollRounds(Pass):
             for name in within_round.order():  # 1
                 if last and name in waiting:  # 4
                     continue
+                answers = last and name == system.answer_agent
+                if system.is_remote(name):  # 7
+                    _add_ask(system, name, round_, nodes, edges, answers=answers)
+                    continue
                 prefill = _add_prefill(system, system.agents[name], round_, nodes, edges)
-                if last and name == system.answer_agent:  # 4
+                if answers:  # 4
                     decode = decode_id(round_, name)
                     nodes[decode] = Decode(agent=name, round=round_)
                     edges.append(Edge(prefill, decode, Flow(carries="hidden")))
@@ -76,12 +83,52 @@ def _add_prefill(
     variant = _variant(system, agent, round_)
     prefill = prefill_id(round_, (agent.name,))
     nodes[prefill] = Prefill(agents=(agent.name,), round=round_, variants=(variant,))
+    _add_received(system, agent, round_, variant, prefill, nodes, edges)
+    return prefill
+
+
+def _add_received(
+    system: System,
+    agent: Agent,
+    round_: int,
+    variant: Variant,
+    step: str,
+    nodes: dict[str, NodeOp],
+    edges: list[Edge],
+) -> None:
     for slot in dict.fromkeys(agent.slots(variant)):  # 6
         sent_in = system.links[outer_link_id(slot, agent.name)].sent_in(round_)
         send = send_id(sent_in, slot, (agent.name,))
         if send in nodes:
-            edges.append(Edge(send, prefill, Flow(carries="message")))
-    return prefill
+            edges.append(Edge(send, step, Flow(carries="message")))
+
+
+def _add_ask(
+    system: System,
+    name: str,
+    round_: int,
+    nodes: dict[str, NodeOp],
+    edges: list[Edge],
+    *,
+    answers: bool,
+) -> None:
+    agent, links = system.agents[name], system.sent_by(name)
+    variant = _variant(system, agent, round_)
+    ask = ask_id(round_, (name,))
+    if not (answers or links):
+        return  # nobody reads what it would write
+    texts = [link.form.max_tokens or 0 for link in links]
+    nodes[ask] = Ask(
+        agents=(name,),
+        round=round_,
+        variants=(variant,),
+        max_tokens=None if answers else max(texts),
+    )
+    _add_received(system, agent, round_, variant, ask, nodes, edges)
+    for link in () if answers else links:
+        send = send_id(round_, name, (link.target,))
+        nodes[send] = Send(source=name, targets=(link.target,), round=round_, apply_inner=False)
+        edges.append(Edge(ask, send, Flow(carries="written")))
 
 
 def _add_sends(

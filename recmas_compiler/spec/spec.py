@@ -20,6 +20,7 @@ from recmas_compiler.spec.document.yaml_source import (
     write_yaml,
 )
 from recmas_compiler.spec.patterns.layouts import expand_pattern
+from recmas_compiler.spec.schema.backbones import LOCAL_KEYS
 from recmas_compiler.spec.schema.declared import Declared, normalize_link_names
 from recmas_compiler.spec.schema.document import SPECS, SpecDocument, validate
 from recmas_runtime.core.errors import Problem, RecmasError
@@ -31,7 +32,15 @@ def resolved_yaml(document: SpecDocument) -> str:
 
     Equal documents give equal text, and the text loads back to an equal spec.
     """
-    return write_yaml(document.model_dump(mode="python", exclude_none=True))
+    values = document.model_dump(mode="python", exclude_none=True)
+    remote = {name for name, section in document.backbones.items() if section.is_remote}
+    for name, backbone in values["backbones"].items():
+        for key in LOCAL_KEYS if name in remote else ():
+            backbone.pop(key, None)
+    for agent in values["agents"].values():
+        if agent["backbone"] in remote:
+            del agent["inner"]  # it has no states that a link could map
+    return write_yaml(values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,9 +29,8 @@ from recmas_compiler.spec.schema.train import (
     no_bias,
 )
 from recmas_compiler.spec.spec import Spec
-from recmas_compiler.training.data.examples import Examples, leave_out_long
 from recmas_compiler.trackers.tracking import TrackerChoice
-from recmas_compiler.training.data.examples import Examples
+from recmas_compiler.training.data.examples import Examples, leave_out_long
 from recmas_compiler.training.data.hidden_state_cache import HiddenStates, cached_hidden_states
 from recmas_compiler.training.loop.checkpoint import writing
 from recmas_compiler.training.loop.checkpoint_head import newest_head

@@ -259,7 +259,9 @@ def _with_files(program: Graph, folder: Path) -> Graph:
 
     system = program.system
     agents = {
-        name: replace(agent, inner=file_of(agent.inner, inner_link_id(name)))
+        name: agent
+        if agent.inner is None
+        else replace(agent, inner=file_of(agent.inner, inner_link_id(name)))
         for name, agent in system.agents.items()
     }
     links = {

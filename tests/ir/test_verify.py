@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kit.graphs import EXAMPLES, backbone, diamond, mixture, sequential, stateful, topology
+from kit.graphs import EXAMPLES, backbone, diamond, mixture, remote, sequential, stateful, topology
 from recmas_compiler.ir.graph import Edge, Graph
 from recmas_compiler.ir.ops import Cache, Decode, Flow, Level, NodeOp, Prefill, Send, Think
 from recmas_compiler.ir.verify import RULES, verify
@@ -162,6 +162,7 @@ def two_caches() -> Graph:
 
 SYSTEM_BREAKERS: dict[str, Callable[[], Graph]] = {
     "names_resolve": lambda: with_system(sequential(), answer_agent="nobody"),
+    "remotes_speak_text": lambda: with_system(sequential(), remotes={"smol": remote("smol")}),
     "equal_share": lambda: with_system(
         sequential(),
         backbones={

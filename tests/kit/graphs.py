@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from recmas_compiler.backbones.facts import BackboneFacts
 from recmas_compiler.ir.graph import Edge, Graph
-from recmas_compiler.ir.ops import Agent, Backbone, BuildOptions, Level, Link, System
+from recmas_compiler.ir.ops import Agent, Backbone, BuildOptions, Level, Link, Remote, System
 from recmas_compiler.links.files import LinkWeights
 from recmas_compiler.spec.document.places import UNKNOWN
 from recmas_runtime.formats.layers import LayerShape, StateShape, uniform_layers
+from recmas_runtime.formats.manifest import RemoteEntry
 from recmas_runtime.formats.messages import MessageForm
 from recmas_runtime.formats.plan import PromptPart, SamplingPlan
 
@@ -53,6 +54,12 @@ def stateful(name: str, **changes: object) -> Backbone:
     state = LayerShape(states=(StateShape(name="recurrent", shape=(6, 100)),))
     layers = (state, *uniform_layers(1, heads=3, key_width=64))
     return backbone(name, layers=layers, attention=("linear", "full"), **changes)
+
+
+def remote(name: str) -> Remote:
+    """Return a model behind an API."""
+    entry = RemoteEntry(model="far", base_url="http://127.0.0.1:9/v1")
+    return Remote(name=name, entry=entry, where=UNKNOWN)
 
 
 def topology(

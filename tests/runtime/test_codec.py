@@ -17,7 +17,7 @@ from recmas_runtime.formats.codec import from_json, parse_json, read_json_file, 
 from recmas_runtime.formats.manifest import Manifest, ParityEntry
 from recmas_runtime.formats.plan import Plan
 
-STEPS = "prefill, think, send, write, decode"
+STEPS = "prefill, think, send, write, decode, ask"
 LATENT_STEPS = "agents.planner.latent_steps"
 VARIABLE = "agents.solver.chat_template.x"
 SCALAR = "expected true or false or an integer or a number or a string"

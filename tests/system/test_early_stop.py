@@ -12,8 +12,8 @@ import recmas_runtime as rt
 from kit.bundles import BuildTiny
 from kit.specs import SPECS
 from recmas_runtime.formats.plan import StopPlan
-from recmas_runtime.running.executor import mean_cosine
 from recmas_runtime.running.system import System
+from recmas_runtime.sequences.messages import mean_cosine
 
 QUESTIONS = ["What is 7 * 8?", "Name a colour, please.", "A", "Why do cats sleep all day long?"]
 ROUNDS = 5

@@ -76,4 +76,5 @@ class LoadedBackbones(Mapping[str, "TorchBackbone"]):
 def used_backbones(program: Graph) -> dict[str, Backbone]:
     """Return the backbones that agents use, by shared name, also those of dead agents."""
     system = program.system
-    return {system.backbone_of(agent).name: system.backbone_of(agent) for agent in system.agents}
+    backbones = (system.backbone_of(agent) for agent in system.local_agents)
+    return {backbone.name: backbone for backbone in backbones}

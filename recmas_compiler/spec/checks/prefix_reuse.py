@@ -25,8 +25,8 @@ def check_reuse(declared: Declared) -> Iterator[Problem]:
         return
     takes_rows = {target for (_, target), link in declared.links.items() if link.carries == "cache"}
     for agent, prompts in declared.prompts.items():
-        if agent in takes_rows:
-            continue  # nothing of its prompt can stay, wherever its slots are
+        if agent in takes_rows or declared.is_remote(agent):
+            continue  # nothing of its prompt stays here, wherever its slots are
         kept = _after_first_slot(prompts.then.parts)
         fields = dict.fromkeys(part.value for part in kept if part.kind == "field")
         if not fields:

@@ -10,6 +10,7 @@ from typing import Final
 from recmas_compiler.spec.checks.fields import check_fields
 from recmas_compiler.spec.checks.messages import check_messages
 from recmas_compiler.spec.checks.prefix_reuse import check_reuse
+from recmas_compiler.spec.checks.remote import check_remote
 from recmas_compiler.spec.checks.serve import check_serve
 from recmas_compiler.spec.checks.settings import (
     check_settings,
@@ -288,6 +289,7 @@ CHECKS: tuple[Callable[[Declared], Iterator[Problem]], ...] = (
     check_cycles,
     check_first,
     check_messages,
+    check_remote,
     check_settings,
     check_support,
     check_reuse,

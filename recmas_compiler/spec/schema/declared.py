@@ -229,8 +229,20 @@ class Declared:
             if source in agents and target in agents
         }
 
+    def is_remote(self, agent: str) -> bool:
+        """Tell whether an agent runs on a model behind an API."""
+        backbone = self.document.backbones.get(self.document.agents[agent].backbone)
+        return backbone is not None and backbone.is_remote
+
+    @property
+    def remote_agents(self) -> tuple[str, ...]:
+        """The agents that run on models behind an API."""
+        return tuple(name for name in self.document.agents if self.is_remote(name))
+
     def latent_steps(self, agent: str) -> int:
-        """Return the latent steps of an agent."""
+        """Return the latent steps of an agent; one behind an API takes none."""
+        if self.is_remote(agent):
+            return 0
         own = self.document.agents[agent].latent_steps
         return self.document.latent_steps if own is None else own
 

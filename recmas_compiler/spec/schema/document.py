@@ -9,8 +9,9 @@ from typing import Annotated, Final, get_args
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from recmas_compiler.spec.document.places import Loc, Places
+from recmas_compiler.spec.document.places import Loc, Places, SourcePosition
 from recmas_compiler.spec.document.problems import (
+    SET_PREFIX,
     SYNONYMS,
     Language,
     did_you_mean,
@@ -21,13 +22,13 @@ from recmas_compiler.spec.document.problems import (
     show,
 )
 from recmas_compiler.spec.document.yaml_source import Value
+from recmas_compiler.spec.schema.backbones import SECRET_KEYS, BackboneSection
 from recmas_compiler.spec.schema.sections import (
     MAX_AGENTS,
     PATH_PATTERN,
     PATTERN_NAMES,
     AgentSection,
     AnswerSection,
-    BackboneSection,
     BuildSection,
     Day,
     Given,
@@ -42,6 +43,7 @@ from recmas_compiler.spec.schema.sections import (
 from recmas_compiler.spec.schema.train import TrainSection
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import SLUG_PATTERN
+from recmas_runtime.formats.manifest import URL_PATTERN
 from recmas_runtime.formats.plan import (
     FIELD_PATTERN,
     MAX_LATENT_STEPS,
@@ -112,10 +114,12 @@ NAMED: Final[dict[tuple[str, ...], str]] = {
     ("agents",): "agent",
     ("links",): "link",
     ("agents", "*", "chat_template"): "template variable",
+    ("backbones", "*", "body"): "key of a request",
     ("train", "targets"): "agent",
     ("train", "outer", "rates"): "link",
 }
 
+_IDENTIFIERS: Final = ("template variable", "key of a request")
 _SLUG_RULE: Final = "lower-case letters, digits, `-` and `_`, beginning with a letter or digit"
 _START_HINT: Final = "`recmasc init sequential` writes a spec to begin with."
 
@@ -132,6 +136,7 @@ SPECS: Final = Language(
         ("train", "targets"): "Add `targets: {AGENT: FIELD}` with the texts to learn.",
     },
     text_rules={
+        URL_PATTERN: "the address of an endpoint, such as http://127.0.0.1:8000/v1",
         f"^{SLUG_PATTERN}$": f"a name ({_SLUG_RULE})",
         f"^{FIELD_PATTERN}$": "a field (such as `question`, or `facts[0]` for an entry of a list)",
         PATH_PATTERN: "a path",
@@ -152,6 +157,13 @@ _INDEPENDENT: Final[tuple[tuple[str, ...], ...]] = (
     ("backbones", "*", "dtype"),
     ("backbones", "*", "precision"),
     ("backbones", "*", "template"),
+    ("backbones", "*", "base_url"),
+    ("backbones", "*", "api_key_env"),
+    ("backbones", "*", "timeout_s"),
+    ("backbones", "*", "max_retries"),
+    ("backbones", "*", "prices"),
+    ("backbones", "*", "body"),
+    ("backbones", "*", "leave_out"),
     ("agents", "*", "system"),
     ("agents", "*", "latent_steps"),
     ("agents", "*", "chat_template"),
@@ -198,6 +210,8 @@ def validate(root: dict[str, Value], places: Places) -> tuple[SpecDocument | Non
 def _problem(detail: ErrorDetails, places: Places) -> Problem:
     """Return the finding for an error; here stand those that only specs have."""
     loc = detail["loc"]
+    if loc[:1] == ("backbones",) and len(loc) > 2 and is_secret(str(loc[-1]), detail):
+        return secret_problem(places.key(loc), ".".join(map(str, loc)))
     if detail["type"] == "one_pattern":
         given = detail["ctx"]["given"]
         place = places.key(("pattern", *given[1:2]))
@@ -208,7 +222,7 @@ def _problem(detail: ErrorDetails, places: Places) -> Problem:
         return SPECS.problem(place, "RM118", "`pattern` names no pattern.", hint)
     if loc[-1] == "[key]":  # so pydantic's paths end where a name is wrong
         kind = next(kind for pattern, kind in NAMED.items() if matches(loc[:-2], pattern))
-        rule = "an identifier" if kind == "template variable" else _SLUG_RULE
+        rule = "an identifier" if kind in _IDENTIFIERS else _SLUG_RULE
         message = f"{show(loc[-2])} is not a name for a {kind}."
         return SPECS.problem(places.key(loc[:-1]), "RM105", message, f"Use {rule}.")
     if loc == ("recmas",) and detail["type"] != "missing":
@@ -220,6 +234,29 @@ def _problem(detail: ErrorDetails, places: Places) -> Problem:
     if loc[-1] == "precision" and detail["type"] == "literal_error":
         return _unknown_precision(detail, places)
     return schema_problem(detail, places, SPECS)
+
+
+def is_secret(key: str, detail: ErrorDetails) -> bool:
+    """Tell whether what was refused may be a key or a password."""
+    if detail["type"] == "extra_forbidden":
+        return key.lower() in SECRET_KEYS
+    if detail["type"] != "string_pattern_mismatch":
+        return False
+    return key == "api_key_env" or (
+        key == "base_url" and not {"@", "?"}.isdisjoint(detail["input"])
+    )
+
+
+def secret_problem(place: SourcePosition, path: str) -> Problem:
+    """Return the finding for a secret in a spec, which is shown nowhere."""
+    if place.file.startswith(SET_PREFIX):
+        place = replace(place, file=f"{SET_PREFIX}{path}=...")
+    message = f"`{path}` seems to hold a secret, which a spec and its bundle must not hold."
+    hint = (
+        "Put the key into an environment variable, and name that with `api_key_env: VARIABLE` "
+        "(capital letters, digits and _)."
+    )
+    return SPECS.problem(place, "RM130", message, hint)
 
 
 def _misused_part(detail: ErrorDetails, places: Places) -> Problem:

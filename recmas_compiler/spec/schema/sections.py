@@ -47,7 +47,7 @@ from recmas_runtime.formats.plan import (
     History,
     parse_day,
 )
-from recmas_runtime.formats.precisions import Dtype, PrecisionName, TargetName
+from recmas_runtime.formats.precisions import PrecisionName, TargetName
 
 MAX_AGENTS: Final = 64
 
@@ -299,25 +299,6 @@ Day = Annotated[str, AfterValidator(_day), WithJsonSchema({"type": "string", "fo
 TemplateValue = Annotated[bool | int | float | str, BeforeValidator(_plain_value)]
 
 
-class BackboneSection(Section):
-    """A frozen causal language model that agents run on."""
-
-    source: FilePath
-    """Where its weights are: `builtin:NAME`, `hf:ORG/NAME@REVISION`, `gguf:PATH` of a file of
-    llama.cpp's, or a folder with `config.json`; paths are relative to the spec."""
-
-    dtype: Dtype = "float32"
-    """Element type that its weights are rounded to and stored in. Engines compute in float32
-    whatever it is; `bfloat16` and `float16` halve the bundle."""
-
-    precision: Given[PrecisionName] = None
-    """Precision of this backbone's engines instead of `build.precision`."""
-
-    template: Given[FilePath] = None
-    """Chat template instead of the backbone's own: a Jinja file, relative to the spec, or `none`
-    for plain text, as models without one were trained on."""
-
-
 class WeightsSection(Section):
     """Where a link's weights come from: a file, or a start."""
 
@@ -499,7 +480,8 @@ class AgentSection(Section):
     """A role on a backbone."""
 
     backbone: Slug
-    """Name of a backbone."""
+    """Name of a backbone. An agent on one behind an API takes and gives `text` alone, and takes no
+    latent steps."""
 
     system: Given[Annotated[str, StringConstraints(max_length=100_000)]] = None
     """System text. It may hold `{{ field }}` and `{{ field[0] }}`, but no slots. Without it there

@@ -82,7 +82,9 @@ def _case(name: str, system: System, *, rounds: int | None = None) -> Case:
 
 # Of `Usage`, and what else is counted of a run.
 USAGE: Final = ("prompt_tokens", "latent_steps", "handover_tokens", "completion_tokens")
-COUNTS: Final = (*USAGE, "rounds", "texts", "cut_texts")
+# What remote models took; zero where none is asked.
+REMOTE: Final = ("remote_calls", "remote_prompt_tokens", "remote_completion_tokens", "remote_cost")
+COUNTS: Final = (*USAGE, "rounds", "texts", "cut_texts", *REMOTE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,7 @@ class Run:
     first_ms: float
     answer_tokens: tuple[int, ...]
     phases: Mapping[str, float]
-    counts: Mapping[str, int]
+    counts: Mapping[str, float]
     problems: tuple[Problem, ...]
 
 
@@ -170,7 +172,12 @@ def run_once(case: Case, batch: Sequence[Record], sampling: SamplingPlan) -> Run
     results = case.system.run_batch(batch, sampling=sampling, trace=texts)
     ms = (time.perf_counter() - start) * 1e3
     answers = [result for result in results if isinstance(result, Answer)]
-    counts = {name: sum(getattr(a.usage, name) for a in answers) for name in USAGE}
+    counts: dict[str, float] = {}
+    counts |= {name: sum(getattr(a.usage, name) for a in answers) for name in USAGE}
+    remote = [took for answer in answers for took in answer.usage.remote.values()]
+    for name in REMOTE:
+        own = (getattr(took, name.removeprefix("remote_")) for took in remote)
+        counts[name] = sum(value or 0 for value in own)
     counts |= {"rounds": sum(answer.rounds for answer in answers)}
     counts |= {"texts": texts.num_texts, "cut_texts": texts.num_cut}
     # Every answer of a batch carries the time of the whole batch.
@@ -199,6 +206,6 @@ class _TextCounter:
     ) -> None:
         for event in events:
             self.first_ms += event.first_ms  # of the decode, the only one that has any
-            if event.op == "write":
+            if event.texts:
                 self.num_texts += len(records) * len(event.agents)
                 self.num_cut += sum(event.cut_texts)

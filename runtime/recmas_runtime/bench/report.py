@@ -11,6 +11,7 @@ from typing import Any, Final
 from recmas_runtime.bench.latency import PERCENTILES, Latency
 from recmas_runtime.bench.measure import (
     COUNTS,
+    REMOTE,
     BenchSettings,
     Case,
     Run,
@@ -104,7 +105,11 @@ class Row:
             "seconds_per_question": Spread.of(cost.seconds).to_json(),
             "phases_ms_per_question": {k: round(v, 3) for k, v in cost.phases_ms.items()},
             "per_question": {
-                **{name: round(value, 3) for name, value in cost.counts.items()},
+                **{
+                    name: round(value, 6 if name in REMOTE else 3)
+                    for name, value in cost.counts.items()
+                    if value or name not in REMOTE
+                },
                 "generated_tokens": round(cost.generated_tokens, 3),
                 "sequential_steps": round(cost.sequential_steps, 3),
             },
@@ -268,6 +273,10 @@ class BenchReport:
         head = ["system", "rounds", "steps", *(f"{name} ms" for name in phases)]
         cells = ([*_label(row), *(f"{row.cost.phases_ms[n]:.1f}" for n in phases)] for row in rows)
         lines += ["", "## Where the time goes", "", markdown_table(head, cells)]
+        asking = [row for row in rows if row.cost.counts["remote_calls"]]
+        if asking:
+            title = "## Remote models, per question"
+            lines += ["", title, "", markdown_table(_REMOTE_HEAD, map(_remote_cells, asking))]
         return "\n".join(lines)
 
     def _circumstances(self) -> list[str]:
@@ -362,6 +371,16 @@ _HEAD: Final = (
     *("system", "rounds", "steps", "seconds", "speed-up", "paper"),
     *("generated", "tokens saved", "paper", "with latent steps", "prompt", "cut texts"),
 )
+
+
+_REMOTE_HEAD: Final = (
+    *("system", "rounds", "steps", "calls", "prompt tokens", "written tokens", "cost"),
+)
+
+
+def _remote_cells(row: Row) -> list[str]:
+    calls, prompt, written, cost = (row.cost.counts[name] for name in REMOTE)
+    return [*_label(row), f"{calls:.1f}", f"{prompt:.0f}", f"{written:.0f}", f"{cost:.3g}"]
 
 
 def _cells(row: Row) -> list[str]:

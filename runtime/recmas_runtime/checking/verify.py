@@ -54,7 +54,8 @@ class CaseReport:
 class VerifyReport:
     """What was found out about a bundle; the probe's figure is its distance from the answer.
 
-    Folders of TensorRT engines come with who built them.
+    Folders of TensorRT engines come with who built them, models behind an API with their address:
+    they are not asked.
     """
 
     num_files: int
@@ -63,6 +64,7 @@ class VerifyReport:
     cases: tuple[CaseReport, ...]
     engines: Mapping[str, str]
     problems: tuple[Problem, ...]
+    remotes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -74,6 +76,7 @@ class VerifyReport:
         return {
             "num_files": self.num_files,
             "device": self.device,
+            "remotes": list(self.remotes),
             "probe_absolute": _finite(self.probe_absolute),
             "cases": [
                 {
@@ -159,6 +162,7 @@ def verify_bundle(
         cases=tuple(cases),
         engines=engines_text(bundle.root),
         problems=tuple(problems),
+        remotes=tuple(entry.name for entry in bundle.manifest.remotes.values()),
     )
 
 

@@ -12,6 +12,7 @@ from recmas_runtime.formats.codec import to_json
 from recmas_runtime.formats.manifest import LinkEntry, LossEntry
 from recmas_runtime.formats.messages import MessageForm
 from recmas_runtime.formats.plan import (
+    AskStep,
     DecodeStep,
     Plan,
     PrefillStep,
@@ -77,6 +78,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "fields": list(plan.fields),
         "conversation": to_json(plan.conversation),
         "parity": to_json(manifest.parity),
+        "remotes": to_json(manifest.remotes),
         "engines": engines_text(bundle.root),
     }
 
@@ -102,6 +104,11 @@ def bundle_text(bundle: Bundle) -> str:
             human_bytes(b["weights_bytes"]),
         )
         for name, b in facts["backbones"].items()
+    )
+    lines += ["", "remote models"] if manifest.remotes else []
+    lines += _indented(
+        (name, entry.name, f"key in {entry.api_key_env}" if entry.api_key_env else "no key")
+        for name, entry in manifest.remotes.items()
     )
     lines += ["", "agents"]
     lines += _indented(
@@ -188,6 +195,8 @@ def step_text(plan: Plan, step: Step) -> str:
             return f"send {step.source} -> {', '.join(step.targets)}"
         case WriteStep():
             return f"write {' + '.join(step.agents)}"
+        case AskStep():
+            return f"ask {' + '.join(step.agents)}"
         case DecodeStep():
             return f"decode {step.agent}"
 
@@ -205,6 +214,7 @@ def verify_text(report: VerifyReport) -> str:
             f"parity  {case.backbone}: {_figures_text(case.figures, case.precision)}; "
             f"greedy text {greedy}"
         )
+    lines += [f"remote  {name}: is asked at runs, never here" for name in report.remotes]
     verdict = "the bundle is whole and right" if report.ok else "the bundle is not right"
     return "\n".join([*lines, f"{verdict} on {report.device}"])
 

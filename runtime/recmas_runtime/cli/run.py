@@ -30,6 +30,7 @@ from recmas_runtime.running.records import (
     Answer,
     FailedRecord,
     Record,
+    Usage,
     count_records,
     open_records,
     question_record,
@@ -42,7 +43,7 @@ from recmas_runtime.tools.toolbox import terminal_ask
 
 STANDARD_STREAM: Final = "-"
 # Phases that most systems do not have.
-_SILENT: Final = ("write", "tools")
+_SILENT: Final = ("write", "tools", "ask")
 
 
 def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Problem]) -> None:
@@ -331,8 +332,20 @@ def _summary(answer: Answer) -> str:
     return (
         f"[{answer.finish_reason}] {counted(answer.rounds, 'round')}, "
         f"{usage.prompt_tokens} prompt tokens, {usage.latent_steps} latent steps, {handed_over}"
-        f"{usage.completion_tokens} answer tokens | {times}"
+        f"{usage.completion_tokens} answer tokens{_remote(usage)} | {times}"
     )
+
+
+def _remote(usage: Usage) -> str:
+    """Return what remote models took; nothing where none was asked."""
+    told = ""
+    for model, took in usage.remote.items():
+        cost = "" if took.cost is None else f", cost {took.cost:.3g}"
+        told += (
+            f"; {model}: {counted(took.calls, 'call')}, {took.prompt_tokens} prompt tokens, "
+            f"{took.completion_tokens} written{cost}"
+        )
+    return told
 
 
 def _given_fields(options: argparse.Namespace) -> dict[str, object] | None:

@@ -59,6 +59,8 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM126": (Exit.SPEC_INVALID, "a text to measure losses over that cannot be used"),
     "RM127": (Exit.SPEC_INVALID, "a link that cannot carry what it says"),
     "RM128": (Exit.SPEC_INVALID, "a conversation that does not fit the prompts"),
+    "RM129": (Exit.SPEC_INVALID, "a model behind an API that is to do what takes weights"),
+    "RM130": (Exit.SPEC_INVALID, "a secret in a spec"),
     "RM150": (Exit.OK, "warning: prompt tokens that could be reused across rounds are not"),
     "RM151": (Exit.OK, "warning: an agent whose thoughts nobody receives"),
     "RM152": (Exit.OK, "warning: links without trained weights"),
@@ -132,6 +134,16 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM550": (Exit.OK, "warning: TensorRT engines of a bundle that are not used"),
     "RM551": (Exit.OK, "warning: a service with memory for fewer requests than were planned for"),
     "RM552": (Exit.OK, "warning: a report whose trace and answers are not those of one run"),
+    "RM560": (Exit.ENVIRONMENT, "the key of a remote model is not there"),
+    "RM561": (Exit.RUN_FAILED, "a remote model that cannot be reached"),
+    "RM562": (Exit.RUN_FAILED, "a remote model that refuses the key"),
+    "RM563": (Exit.RUN_FAILED, "a remote model that has too many requests"),
+    "RM564": (Exit.RUN_FAILED, "a remote model that fails"),
+    "RM565": (Exit.RUN_FAILED, "a reply of a remote model that cannot be used"),
+    "RM566": (Exit.RUN_FAILED, "a remote model that does not answer in time"),
+    "RM567": (Exit.RUN_FAILED, "a prompt that is too long for a remote model"),
+    "RM568": (Exit.RUN_FAILED, "a remote model that refuses a request"),
+    "RM569": (Exit.USAGE, "a remote model that is to do what takes weights"),
     # RM6xx: evaluation
     "RM600": (Exit.USAGE, "a protocol that is not there or malformed"),
     "RM601": (Exit.RUN_FAILED, "data that does not fit the protocol"),
@@ -216,6 +228,19 @@ class RecmasError(Exception):
         """The exit status of the first error."""
         first = next(p for p in self.problems if p.severity == "error")
         return CODES[first.code][0]
+
+
+class RecordError(RecmasError):
+    """An error of one record, at this place of its batch, that shows only while the batch runs.
+
+    Attributes:
+        names_record: Whether its messages say which record it is.
+    """
+
+    def __init__(self, record: int, error: RecmasError, *, names_record: bool = True) -> None:
+        super().__init__(error.problems)
+        self.record = record
+        self.names_record = names_record
 
 
 def fail(

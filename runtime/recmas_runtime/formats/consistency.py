@@ -13,17 +13,26 @@ from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import inner_link_id, outer_link_id
 from recmas_runtime.formats.layers import LayerShape, RowPositions, cache_tensors, has_states
 from recmas_runtime.formats.link_kinds import FORMS
-from recmas_runtime.formats.manifest import MANIFEST_NAME, PLAN_NAME, SPEC_NAME, Manifest
+from recmas_runtime.formats.manifest import (
+    MANIFEST_NAME,
+    PLAN_NAME,
+    RESERVED,
+    SPEC_NAME,
+    Manifest,
+)
 from recmas_runtime.formats.messages import KINDS_OF_ROWS, moved_links
 from recmas_runtime.formats.plan import (
+    AskStep,
+    CacheStep,
     DecodeStep,
     LinkPlan,
     Plan,
     PrefillStep,
+    PromptStep,
     SendStep,
-    Step,
     ThinkStep,
     WriteStep,
+    agents_of,
     field_place,
     form_of,
     is_field,
@@ -92,6 +101,15 @@ def backbones_are_usable(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, 
                 yield f"{where}.eos_token_ids", f"token {token_id} of a vocabulary of {size}"
 
 
+def remote_models_are_told_apart(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
+    """A name is that of a backbone or of a remote model; what recmas says is not said again."""
+    for name, remote in manifest.remotes.items():
+        if name in manifest.backbones:
+            yield f"remotes.{name}", "a backbone has that name"
+        for key in sorted(remote.body.keys() & RESERVED):
+            yield f"remotes.{name}.body", f"{key!r} is what the runtime says itself"
+
+
 def row_positions_fit_their_layers(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
     """Rows that turn are in the cache, in a known way, and pairs lie within their width."""
     for name, backbone in manifest.backbones.items():
@@ -131,10 +149,14 @@ def parity_cases_have_backbones(manifest: Manifest, plan: Plan) -> Iterator[tupl
 
 
 def agents_have_what_they_name(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
-    """Backbone and inner link exist and fit; the answer agent exists."""
+    """Backbone and inner link exist and fit; remote agents have none; the answer agent exists."""
     if plan.answer_agent not in plan.agents:
         yield "answer_agent", f"unknown agent {plan.answer_agent!r}"
     for name, agent in plan.agents.items():
+        if agent.backbone in manifest.remotes:
+            if agent.inner or agent.latent_steps:
+                yield f"agents.{name}", f"latent steps on a remote model, {agent.backbone!r}"
+            continue
         backbone = manifest.backbones.get(agent.backbone)
         if backbone is None:
             yield f"agents.{name}.backbone", f"unknown backbone {agent.backbone!r}"
@@ -209,6 +231,10 @@ def links_fit_their_agents(manifest: Manifest, plan: Plan) -> Iterator[tuple[str
             yield where, f"unknown agent {unknown[0]!r}"
             continue
         source, target = (plan.agents[agent].backbone for agent in (link.source, link.target))
+        remote = [name for name in (source, target) if name in manifest.remotes]
+        if remote and link.carries != "text":
+            yield f"{where}.carries", f"a remote model, {remote[0]!r}, takes and gives text only"
+            continue
         if not link.has_vectors:
             for key, what in _impossible(manifest, link, (source, target)):
                 yield f"{where}.{key}", what
@@ -284,22 +310,15 @@ def steps_name_what_exists(manifest: Manifest, plan: Plan) -> Iterator[tuple[str
         for agent in agents_of(step):
             if agent not in plan.agents:
                 yield where, f"unknown agent {agent!r}"
-        if not isinstance(step, SendStep):
+        if isinstance(step, AskStep):
+            for agent in step.agents:
+                if agent in plan.agents and plan.agents[agent].backbone not in manifest.remotes:
+                    yield where, f"agent {agent!r} is on no remote model"
+        if isinstance(step, CacheStep):
             if step.cache not in plan.caches:
                 yield f"{where}.cache", f"unknown cache {step.cache!r}"
             elif agents_of(step) != plan.caches[step.cache].agents:
                 yield f"{where}.cache", f"cache {step.cache!r} is not that of the step's agents"
-
-
-def agents_of(step: Step) -> tuple[str, ...]:
-    """Return the agents that a step runs; for a send, source and targets."""
-    match step:
-        case PrefillStep() | ThinkStep() | WriteStep():
-            return step.agents
-        case SendStep():
-            return (step.source, *step.targets)
-        case DecodeStep():
-            return (step.agent,)
 
 
 def sends_use_their_links(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
@@ -337,7 +356,7 @@ def snapshots_are_of_states(manifest: Manifest, plan: Plan) -> Iterator[tuple[st
                 yield f"steps[{index}].{key}", what
             made.update(step.snapshots)
             restored.update(() if step.restore is None else (step.restore,))
-        if isinstance(step, SendStep):
+        if not isinstance(step, CacheStep):
             continue
         if behind.get(step.cache) == "think" and isinstance(step, ThinkStep | DecodeStep):
             yield f"steps[{index}]", "the layer states are those behind a rollout already"
@@ -391,12 +410,12 @@ def exits_are_what_the_last_round_takes(
     taken = {
         (message.link, message.round)
         for step in plan.steps
-        if isinstance(step, PrefillStep) and step.round == plan.rounds
+        if isinstance(step, PromptStep) and step.round == plan.rounds
         for message in step.messages
         if message.round < plan.rounds
     }
     for index, step in enumerate(plan.steps):
-        if isinstance(step, DecodeStep):
+        if isinstance(step, DecodeStep | AskStep) and index == len(plan.steps) - 1:
             exits = {(exit_.link, exit_.round) for exit_ in step.exits}
             if exits != (taken if plan.rounds > 2 else set()):
                 yield f"steps[{index}].exits", "not the messages that the last round waits for"
@@ -406,7 +425,7 @@ def steps_come_in_order(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, s
     """Thinking follows a prefill, sending a thought; slots are filled; the last step decodes."""
     prefilled: dict[str, int] = {}  # cache -> round of its last prefill
     read: dict[str, int] = {}  # agent -> round of its last prompt
-    written: dict[str, WriteStep] = {}  # agent -> its last text
+    written: dict[str, WriteStep | AskStep] = {}  # agent -> its last text
     thought: dict[str, ThinkStep] = {}  # agent -> its last rollout
     sent: set[tuple[str, int]] = set()  # (link, round)
     for index, step in enumerate(plan.steps):
@@ -448,7 +467,8 @@ def steps_come_in_order(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, s
                     yield where, f"{step.source!r} has no thoughts of this round"
                 if form.needs_text and (write is None or write.round != step.round):
                     yield where, f"{step.source!r} has written nothing in this round"
-                if form.needs_written_states and write is not None and not write.keeps_states:
+                keeps = isinstance(write, WriteStep) and write.keeps_states
+                if form.needs_written_states and write is not None and not keeps:
                     yield where, f"{step.source!r} keeps no states of what it has written"
                 in_think = form.carries == "thoughts" and think is not None and think.fused
                 if form.has_vectors and not step.apply_inner and not in_think:
@@ -458,17 +478,29 @@ def steps_come_in_order(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, s
                 if prefilled.get(step.cache) != step.round:
                     yield where, "there is no prefill of this round to write from"
                 written.update(dict.fromkeys(step.agents, step))
+            case AskStep():
+                if len(step.variants) != len(step.agents):
+                    yield f"{where}.variants", "one is needed for each agent"
+                    continue
+                for what in _misrouted(plan, step, sent):
+                    yield f"{where}.messages", what
+                written.update(dict.fromkeys(step.agents, step))
             case DecodeStep():
                 if step.agent != plan.answer_agent or step.round != plan.rounds:
                     yield where, "only the answer agent decodes, in the last round"
                 if prefilled.get(step.cache) != step.round:
                     yield where, "there is no prefill of this round to decode from"
+    last = plan.steps[-1] if plan.steps else None
+    asks = isinstance(last, AskStep) and (last.agents, last.round) == (
+        (plan.answer_agent,),
+        plan.rounds,
+    )
     places = [i for i, step in enumerate(plan.steps) if isinstance(step, DecodeStep)]
-    if places != [len(plan.steps) - 1]:
+    if places != ([] if asks else [len(plan.steps) - 1]):
         yield "steps", f"exactly the last step must decode, found it at {places}"
 
 
-def _misrouted(plan: Plan, step: PrefillStep, sent: set[tuple[str, int]]) -> Iterator[str]:
+def _misrouted(plan: Plan, step: PromptStep, sent: set[tuple[str, int]]) -> Iterator[str]:
     """Complain about prompts that do not exist, and about slots and messages that do not fit."""
     messages = list(step.messages)
     for agent, variant in zip(step.agents, step.variants, strict=True):
@@ -498,6 +530,7 @@ STAGES: Final[tuple[tuple[str, tuple[Rule, ...]], ...]] = (
         MANIFEST_NAME,
         (
             backbones_are_usable,
+            remote_models_are_told_apart,
             row_positions_fit_their_layers,
             links_are_of_known_form,
             parity_cases_have_backbones,

@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Final
+from typing import Annotated, ClassVar, Final, Literal, get_args
 
 from msgspec import Meta, field
 
-from recmas_runtime.formats.codec import Count, Dim, Finite, Size, StrictStruct
+from recmas_runtime.formats.codec import Count, Dim, Finite, Size, StrictStruct, Whole
 from recmas_runtime.formats.layers import MOST_LAYERS, LayerShape, RowPositions
 from recmas_runtime.formats.messages import Layers
 
 # A parity case runs as a batch of sequences of unequal length.
 PARITY_ROWS: Final = 2
 
+MOST_POSITIONS: Final = 2**31
+
 MANIFEST_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 PLAN_NAME = "plan.json"
 SPEC_NAME = "spec.yaml"
+
+# How a spec names such a model, before its name at the endpoint.
+OPENAI: Final = "openai:"
+# Where nothing else is said: the service that gave the form its name, and where its key is.
+OPENAI_URL: Final = "https://api.openai.com/v1"
+OPENAI_KEY: Final = "OPENAI_API_KEY"
+
+VARIABLE_PATTERN: Final = r"^[A-Z_][A-Z0-9_]{0,127}$"
+# Without a name, a password, a query or a fragment.
+URL_PATTERN: Final = r"^https?://[^\s/?#@\\]+(?:/[^\s?#\\]*)?$"
+MAX_RETRIES: Final = 16
+MAX_TIMEOUT_S: Final = 3600.0
+TIMEOUT_S: Final = 120.0
+RETRIES: Final = 2
+# Of what recmas says in a request, that which some models refuse.
+LeftOut = Literal["max_completion_tokens", "seed", "stop", "temperature", "top_p"]
+# All that it may say.
+RESERVED: Final = frozenset(
+    {
+        *get_args(LeftOut),
+        *("messages", "min_p", "model", "n", "repetition_penalty", "stream", "stream_options"),
+        *("tools", "top_k"),
+    }
+)
+
+BodyValue = bool | Whole | Finite | str
 
 
 class FileEntry(StrictStruct, frozen=True, kw_only=True):
@@ -60,7 +88,7 @@ class BackboneEntry(StrictStruct, frozen=True, kw_only=True):
     width: Dim
     layers: Annotated[tuple[LayerShape, ...], Meta(min_length=1, max_length=MOST_LAYERS)]
     vocab_size: Count
-    max_positions: Annotated[int, Meta(ge=1, le=2**31)]
+    max_positions: Annotated[int, Meta(ge=1, le=MOST_POSITIONS)]
     dtype: str
     bos_token: str | None
     eos_token_ids: tuple[Annotated[int, Meta(ge=0, le=2**24)], ...]
@@ -84,6 +112,49 @@ class BackboneEntry(StrictStruct, frozen=True, kw_only=True):
     def decoder_on(self, device: str) -> str:
         """Return the decoder that runs on a device."""
         return self.cpu_decoder if device == "cpu" and self.cpu_decoder else self.decoder
+
+
+class Prices(StrictStruct, frozen=True, kw_only=True):
+    """What a million tokens cost, in whatever currency the spec's author counts."""
+
+    prompt: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.0
+    completion: Annotated[float, Meta(ge=0.0, le=1e9)] = 0.0
+
+
+class RemoteEntry(StrictStruct, frozen=True, kw_only=True, omit_defaults=True):
+    """A model behind an endpoint of OpenAI's form.
+
+    Attributes:
+        model: Its name there.
+        base_url: The endpoint, up to and with its version, such as `http://127.0.0.1:8000/v1`.
+        api_key_env: The environment variable that holds the key; None where there is none.
+        timeout_s: Most seconds without a byte of the answer.
+        max_retries: Further attempts where one fails for a reason that may pass.
+        prices: None where they are not known.
+        leave_out: What recmas would say in a request, and does not.
+        body: Further keys of each request.
+    """
+
+    model: Annotated[str, Meta(min_length=1, max_length=512)]
+    base_url: Annotated[str, Meta(pattern=URL_PATTERN, max_length=2048)]
+    api_key_env: Annotated[str, Meta(pattern=VARIABLE_PATTERN)] | None = None
+    timeout_s: Annotated[float, Meta(gt=0.0, le=MAX_TIMEOUT_S)] = TIMEOUT_S
+    max_retries: Annotated[int, Meta(ge=0, le=MAX_RETRIES)] = RETRIES
+    prices: Prices | None = None
+    leave_out: tuple[LeftOut, ...] = ()
+    body: dict[str, BodyValue] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The model as messages name it."""
+        return f"{OPENAI}{self.model} at {self.base_url}"
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
+        """Return what so many tokens cost; None without prices."""
+        if self.prices is None:
+            return None
+        prices = self.prices
+        return (prompt_tokens * prices.prompt + completion_tokens * prices.completion) / 1e6
 
 
 class LinkEntry(StrictStruct, frozen=True, kw_only=True):
@@ -169,6 +240,8 @@ class Manifest(StrictStruct, frozen=True, kw_only=True):
             earlier builds.
         token_digests: sha256 of the ids that each backbone's tokenizer gives texts in which
             tokenizers differ; likewise.
+        remotes: Models behind an API, by the names that agents have for them; no backbone is of the
+            same name.
     """
 
     newest_version: ClassVar = MANIFEST_VERSION
@@ -188,3 +261,14 @@ class Manifest(StrictStruct, frozen=True, kw_only=True):
     prompt_digests: dict[str, dict[str, str]] = field(default_factory=dict)
     token_digests: dict[str, str] = field(default_factory=dict)
     layer_scores: dict[str, LayerScores] = field(default_factory=dict)
+    remotes: dict[str, RemoteEntry] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> dict[str, int]:
+        """By backbone, the rows of its table of embeddings."""
+        return {name: entry.vocab_size for name, entry in self.backbones.items()}
+
+    def max_positions_of(self, model: str) -> int:
+        """Return the longest sequence of a backbone; of a remote model that is its own matter."""
+        entry = self.backbones.get(model)
+        return MOST_POSITIONS if entry is None else entry.max_positions

@@ -94,7 +94,9 @@ class AgentPlan(StrictStruct, frozen=True, kw_only=True):
     """What the runtime needs to know of an agent.
 
     Attributes:
+        backbone: What it runs on: a backbone, or a remote model.
         system: System text, parts of kind text or field; empty for no system message.
+        inner: Its inner link; empty for an agent on a remote model, which has none.
         first: Prompt while a slot has no message yet; None if it is never used.
         then: Prompt with all slots filled.
         chat_template: Extra variables for the chat template, such as `enable_thinking`.
@@ -235,6 +237,24 @@ class ThinkStep(PlanStep, frozen=True, kw_only=True):
     cache: str
 
 
+class AskStep(PlanStep, frozen=True, kw_only=True):
+    """Have remote models write from the prompts of `agents`, which go there as chat messages.
+
+    Attributes:
+        variants: As of a prefill, and so are the messages, which are all of text.
+        max_new_tokens: Most tokens of each text; None for as many as an answer may have.
+        greedy: Ask for the likeliest tokens, whatever the answer's sampling is.
+        exits: As of a decode, where it is the plan's last step and writes the answer.
+    """
+
+    agents: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    messages: tuple[Message, ...] = ()
+    max_new_tokens: Count | None = None
+    greedy: bool = False
+    exits: tuple[SentMessage, ...] = ()
+
+
 class SendStep(PlanStep, frozen=True, kw_only=True):
     """Make messages of what the source has of this round, all of one form.
 
@@ -285,7 +305,10 @@ class DecodeStep(PlanStep, frozen=True, kw_only=True):
     exits: tuple[SentMessage, ...] = ()
 
 
-Step = PrefillStep | ThinkStep | SendStep | WriteStep | DecodeStep
+Step = PrefillStep | ThinkStep | SendStep | WriteStep | DecodeStep | AskStep
+# Those that read prompts, and those that work in a cache.
+PromptStep = PrefillStep | AskStep
+CacheStep = PrefillStep | ThinkStep | WriteStep | DecodeStep
 
 
 def agents_of(step: Step) -> tuple[str, ...]:
@@ -480,9 +503,16 @@ class Plan(StrictStruct, frozen=True, kw_only=True):
         return masked_layers(num_layers, [link.layers for link in on_it])
 
     @property
-    def answer_prefill(self) -> PrefillStep:
-        """The prefill of the answer itself, the last one."""
-        return next(step for step in reversed(self.steps) if isinstance(step, PrefillStep))
+    def answer_prompt(self) -> PromptStep:
+        """The step that reads the prompt of the answer itself, the last one that reads any."""
+        return next(step for step in reversed(self.steps) if isinstance(step, PromptStep))
+
+    @property
+    def answer_step(self) -> DecodeStep | AskStep:
+        """The step that writes the answer, the last one."""
+        step = self.steps[-1]
+        assert isinstance(step, DecodeStep | AskStep), "a plan ends with its answer"
+        return step
 
     def num_latent_steps(self, step: ThinkStep) -> int:
         """Return the length of a rollout, which is that of each of its agents."""
@@ -491,8 +521,8 @@ class Plan(StrictStruct, frozen=True, kw_only=True):
 
 def feedback_links(plan: Plan) -> frozenset[str]:
     """Return the ids of the links whose message is seen in a later round than it is sent in."""
-    prefills = (step for step in plan.steps if isinstance(step, PrefillStep))
-    return frozenset(m.link for step in prefills for m in step.messages if m.round < step.round)
+    prompts = (step for step in plan.steps if isinstance(step, PromptStep))
+    return frozenset(m.link for step in prompts for m in step.messages if m.round < step.round)
 
 
 def compared_links(plan: Plan) -> dict[int, frozenset[str]]:
@@ -502,8 +532,7 @@ def compared_links(plan: Plan) -> dict[int, frozenset[str]]:
     there equally many in every round. Rounds that the last one cannot follow, because it would lack
     a message of whatever kind, do not appear.
     """
-    (decode,) = (step for step in plan.steps if isinstance(step, DecodeStep))
-    required = {message.link for message in decode.exits}
+    required = {message.link for message in plan.answer_step.exits}
     thoughts = {name for name, link in plan.links.items() if link.carries == "thoughts"}
     sent: dict[int, set[str]] = {round_: set() for round_ in range(1, plan.rounds + 1)}
     for step in plan.steps:

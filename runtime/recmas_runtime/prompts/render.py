@@ -12,7 +12,7 @@ from datetime import date
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from recmas_runtime.core.errors import RecmasError, fail
 from recmas_runtime.formats.messages import RowsOf
@@ -71,6 +71,13 @@ class Slot:
     agent: str
 
 
+class ChatMessage(NamedTuple):
+    """A message of a conversation: `system`, `user` or `assistant`."""
+
+    role: str
+    content: str
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt ready to be embedded: pieces and slots in order.
@@ -80,11 +87,13 @@ class Prompt:
             assistant's turn.
         fields: By field of the record, which of the prompt's text tokens overlap with its text,
             slots not counted. Both are known where the prompt was built with `placed` only.
+        messages: In place of all that, where it is for a remote model.
     """
 
     items: tuple[Tokens | Slot, ...]
     num_closing: int = 0
     fields: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    messages: tuple[ChatMessage, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -189,6 +198,35 @@ def build_prompt(
     )
     num_closing, fields = places.find(tokenizer, marks)
     return Prompt(items, num_closing=num_closing, fields=fields)
+
+
+def chat_messages(
+    *,
+    system: Sequence[PromptPart],
+    prompt: Sequence[PromptPart],
+    record: Mapping[str, object],
+    turns: Sequence[EarlierTurn] = (),
+) -> tuple[ChatMessage, ...]:
+    """Return one agent's prompt for one record, for a service that renders prompts itself.
+
+    Slots that nothing fills show nothing. There are no tokens here: what a text spells is a matter
+    of the service.
+
+    Args:
+        system: Parts of the system text; there is no system message if the text is empty.
+        turns: Come before the prompt as turns of their own; system messages among them stand in
+            the system text, behind the agent's.
+
+    Raises:
+        RecmasError: RM500 if a field is missing or unusable.
+    """
+    fields = {**record, **as_fields(turns)}
+    if not joined(system, fields):
+        system = ()
+    text = joined([*system, *system_parts(turns, is_first=not system)], fields)
+    earlier = [ChatMessage(role, joined([part], fields)) for role, part in turn_parts(turns)]
+    first = [ChatMessage("system", text)] if text else []
+    return (*first, *earlier, ChatMessage("user", joined(prompt, fields)))
 
 
 def field_text(shown: str, record: Mapping[str, object]) -> str:

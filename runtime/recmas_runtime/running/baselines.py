@@ -22,6 +22,7 @@ from recmas_runtime.formats.messages import RowsOf
 from recmas_runtime.formats.plan import (
     MAX_LATENT_STEPS,
     AgentPlan,
+    AskStep,
     CachePlan,
     DecodeStep,
     LinkPlan,
@@ -29,10 +30,12 @@ from recmas_runtime.formats.plan import (
     Plan,
     PrefillStep,
     PromptPart,
+    PromptStep,
     SendStep,
     SnapshotPlan,
     Step,
     ThinkStep,
+    Variant,
     WriteStep,
     cache_capacity,
     prompt_fields,
@@ -100,7 +103,7 @@ def with_rounds(plan: Plan, rounds: int) -> Plan:
         if step.round != plan.rounds:
             continue
         changes: dict[str, object] = {"round": rounds}
-        if isinstance(step, PrefillStep):
+        if isinstance(step, PromptStep):
             changes["messages"] = tuple(
                 structs.replace(message, round=message.round - moved)
                 for message in step.messages
@@ -108,7 +111,7 @@ def with_rounds(plan: Plan, rounds: int) -> Plan:
             )
             if rounds == 1:
                 changes["variants"] = ("first",) * len(step.agents)
-        elif isinstance(step, DecodeStep):
+        if isinstance(step, DecodeStep | AskStep):
             changes["exits"] = tuple(
                 structs.replace(exit_, round=exit_.round - moved)
                 for exit_ in step.exits
@@ -168,7 +171,7 @@ def _shuffled(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
 def _mean(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
     """The same run, but the answer is written from the mean of all other records' messages."""
     _demand_slots(plan, MEAN)
-    for message in plan.answer_prefill.messages:
+    for message in plan.answer_prompt.messages:
         link = plan.links[message.link]
         if not link.has_vectors:
             raise _unusable(
@@ -195,6 +198,8 @@ def _text(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
                 continue
             case SendStep():
                 step = structs.replace(step, apply_inner=False)
+            case AskStep() if step is not plan.answer_step:
+                step = structs.replace(step, max_new_tokens=limit, greedy=False)
         steps.append(step)
         if isinstance(step, PrefillStep) and senders & {(step.round, a) for a in step.agents}:
             write = WriteStep(
@@ -229,7 +234,11 @@ def _moa(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
             sorted(others, key=lambda n: agents[n].backbone), key=lambda n: agents[n].backbone
         )
     ]
-    groups = [*by_backbone, (plan.answer_agent,)]
+    groups = [
+        group
+        for group in (*by_backbone, (plan.answer_agent,))
+        if agents[group[0]].backbone not in manifest.remotes
+    ]
     links = {
         outer_link_id(source, target): LinkPlan(source=source, target=target, carries="text")
         for source in others
@@ -261,19 +270,33 @@ def _moa(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
         for group in by_backbone:
             cache = "+".join(group)
             snapshot = cache if cache in snapshots else None
-            steps.append(
-                PrefillStep(
+            variants: tuple[Variant, ...] = ("first" if round_ == 1 else "then",) * len(group)
+            messages = seen(group, round_ - 1) if round_ > 1 else ()
+            if group not in groups:
+                asks = AskStep(
                     round=round_,
                     agents=group,
-                    variants=("first" if round_ == 1 else "then",) * len(group),
-                    messages=seen(group, round_ - 1) if round_ > 1 else (),
-                    reuse_prefix=round_ > 1,
-                    cache=cache,
-                    restore=snapshot if round_ > 1 else None,
-                    snapshots=(snapshot,) if snapshot and round_ < plan.rounds else (),
+                    variants=variants,
+                    messages=messages,
+                    max_new_tokens=limit,
                 )
-            )
-            steps.append(WriteStep(round=round_, agents=group, cache=cache, max_new_tokens=limit))
+                steps.append(asks)
+            else:
+                steps.append(
+                    PrefillStep(
+                        round=round_,
+                        agents=group,
+                        variants=variants,
+                        messages=messages,
+                        reuse_prefix=round_ > 1,
+                        cache=cache,
+                        restore=snapshot if round_ > 1 else None,
+                        snapshots=(snapshot,) if snapshot and round_ < plan.rounds else (),
+                    )
+                )
+                steps.append(
+                    WriteStep(round=round_, agents=group, cache=cache, max_new_tokens=limit)
+                )
             steps += [
                 SendStep(
                     round=round_,
@@ -285,7 +308,7 @@ def _moa(plan: Plan, manifest: Manifest, limit: int | None) -> Baseline:
                 for source in group
             ]
     answer = (plan.answer_agent,)
-    steps += _answer_steps(plan.answer_agent, plan.rounds, seen(answer, plan.rounds))
+    steps += _answer_steps(plan, manifest, plan.rounds, seen(answer, plan.rounds))
     whole = structs.replace(
         _with_text(plan, manifest, agents, links, steps), caches=caches, snapshots=snapshots
     )
@@ -298,7 +321,7 @@ def _latentmas(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
     Each agent has the whole turns of all before it, thoughts included, as rows of the cache before
     its own prompt. There is one round, and lines that hold slots are left out of the prompts.
     """
-    turns = [a for step in plan.steps if isinstance(step, PrefillStep) for a in step.agents]
+    turns = [a for step in plan.steps if isinstance(step, PromptStep) for a in step.agents]
     others = [name for name in dict.fromkeys(turns) if name != plan.answer_agent]
     _refuse_latentmas(plan, manifest, others)
     roomy = _with_room(plan, manifest)
@@ -325,7 +348,7 @@ def _latentmas(plan: Plan, manifest: Manifest, _: int | None) -> Baseline:
             links[link] = LinkPlan(source=name, target=target, carries="cache", rows=rows)
             messages[target].append(Message(agent=target, slot=name, link=link, round=1))
         steps.append(SendStep(round=1, source=name, targets=later, links=ids, apply_inner=False))
-    steps += _answer_steps(plan.answer_agent, 1, tuple(messages[plan.answer_agent]))
+    steps += _answer_steps(plan, manifest, 1, tuple(messages[plan.answer_agent]))
     whole = structs.replace(
         roomy,
         rounds=1,
@@ -344,6 +367,8 @@ def _refuse_latentmas(plan: Plan, manifest: Manifest, others: Sequence[str]) -> 
     if not others:
         raise _unusable("latentmas: there is no agent besides the answer agent")
     backbones = sorted({plan.agents[name].backbone for name in (*others, plan.answer_agent)})
+    if remote := [name for name in backbones if name in manifest.remotes]:
+        raise _unusable(f"latentmas: {remote[0]!r} is a model behind an API, which has no rows")
     if len(backbones) > 1:
         named = ", ".join(map(repr, backbones))
         raise _unusable(f"latentmas: rows of one backbone mean nothing to another, of {named}")
@@ -415,20 +440,28 @@ def _looping_link(plan: Plan, manifest: Manifest) -> str:
 def _only_answer(plan: Plan, manifest: Manifest, agent: AgentPlan) -> Plan:
     """Return a plan of one round in which the answer agent answers at once, its slots empty."""
     name = plan.answer_agent
+    is_remote = agent.backbone in manifest.remotes
+    caches = {} if is_remote else {name: _cache(plan, manifest, (name,))}
     return structs.replace(
         plan,
         rounds=1,
         agents={name: agent},
         links={},
-        caches={name: _cache(plan, manifest, (name,))},
+        caches=caches,
         snapshots={},
-        steps=_answer_steps(name, 1, ()),
+        steps=_answer_steps(plan, manifest, 1, ()),
         fields=prompt_fields([agent]),
         stop_when=None,
     )
 
 
-def _answer_steps(name: str, round_: int, messages: tuple[Message, ...]) -> tuple[Step, ...]:
+def _answer_steps(
+    plan: Plan, manifest: Manifest, round_: int, messages: tuple[Message, ...]
+) -> tuple[Step, ...]:
+    name = plan.answer_agent
+    if plan.agents[name].backbone in manifest.remotes:
+        ask = AskStep(round=round_, agents=(name,), variants=("then",), messages=messages)
+        return (ask,)
     decode = DecodeStep(round=round_, agent=name, cache=name)
     return _prefill(name, round_, messages), decode
 
@@ -465,8 +498,9 @@ def _with_text(
 
 def _with_room(plan: Plan, manifest: Manifest) -> Plan:
     """Return a plan whose prompts may grow: half of a backbone's positions are left to text."""
-    backbones = {agent.backbone for agent in plan.agents.values()}
-    positions = min(manifest.backbones[backbone].max_positions for backbone in backbones)
+    # Remote models have bounds of their own.
+    backbones = {agent.backbone for agent in plan.agents.values()} - manifest.remotes.keys()
+    positions = min((manifest.backbones[name].max_positions for name in backbones), default=0)
     longest = max(plan.limits.max_prompt_tokens, positions // 2)
     return structs.replace(plan, limits=structs.replace(plan.limits, max_prompt_tokens=longest))
 

@@ -8,21 +8,22 @@ from typing import TypeVar
 
 import numpy as np
 
-from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.errors import RecmasError, RecordError, fail
 from recmas_runtime.engines.interface import Floats, OutOfMemoryError
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.plan import Plan, ThinkStep
 from recmas_runtime.running.executor import Execution, tool_events
 from recmas_runtime.running.generation import RowDecoder
-from recmas_runtime.running.record_prompts import RecordError, RecordPrompts, named_failure
+from recmas_runtime.running.record_prompts import RecordPrompts, named_failure
 from recmas_runtime.running.records import Answer, Record, Timing, Usage
 from recmas_runtime.running.run_trace import StepEvent, Trace, reads_thoughts
 from recmas_runtime.running.scoring import Scores, check_room, score_candidates
 from recmas_runtime.scheduling.engine_lock import EngineLock
+from recmas_runtime.scheduling.remote_calls import RemoteWriter, Replies, usage_by_model
 from recmas_runtime.sequences.thoughts import RecordReadings, ThoughtReader, Vectors
 
 Result = TypeVar("Result")
-PHASES = ("prefill", "think", "send", "write", "decode", "tools")
+PHASES = ("prefill", "think", "send", "write", "decode", "tools", "ask")
 
 
 class AnswerStream:
@@ -65,7 +66,7 @@ class Batch:
         self._execution = execution
         self._records = records
         self._trace = trace
-        self._writers: list[RowDecoder] = []
+        self._writers: Sequence[RowDecoder | RemoteWriter] = []
         self._total_ms = 0.0
 
     def run(self) -> list[Answer]:
@@ -90,7 +91,14 @@ class Batch:
         called = tool_events(generator, plan.rounds, agents)
         ms = (now - decode_start) * 1e3 - sum(event.ms for event in called)
         first_ms = ((generator.first_at or now) - start) * 1e3
-        decoded = StepEvent(op="decode", round=plan.rounds, agents=agents, ms=ms, first_ms=first_ms)
+        decoded = StepEvent(
+            op=plan.answer_step.op,
+            round=plan.rounds,
+            agents=agents,
+            ms=ms,
+            first_ms=first_ms,
+            remote=tuple((use,) for use in generator.uses),
+        )
         execution.events += [decoded, *called]
         # Not before: a record that proves too long in a round makes the others start over.
         if self._trace is not None:
@@ -176,7 +184,7 @@ class Batch:
         """Return whether a record took part in a round; some run for its neighbours only."""
         return round_ < self._rounds(row) or round_ == self._execution.plan.rounds
 
-    def _usage(self, row: int, writer: RowDecoder | None) -> Usage:
+    def _usage(self, row: int, writer: RowDecoder | RemoteWriter | None) -> Usage:
         """Count what a record took; rounds that only its neighbours needed are not among it."""
         plan = self._execution.plan
         events = [event for event in self._execution.events if self._ran(row, event.round)]
@@ -190,6 +198,7 @@ class Batch:
             ),
             handover_tokens=sum(e.written_tokens[row] for e in events if e.written_tokens),
             completion_tokens=writer.num_tokens if writer else 0,
+            remote=usage_by_model(use for e in events if e.remote for use in e.remote[row]),
         )
 
     def _messages(self, row: int) -> dict[str, Floats]:
@@ -238,6 +247,7 @@ class Ready:
 
     Attributes:
         sender: The prompts of the record whose messages it gets; None for its own.
+        replies: What remote models have told it, however often it runs.
     """
 
     index: int
@@ -245,6 +255,7 @@ class Ready:
     prompts: RecordPrompts
     sender: RecordPrompts | None = None
     candidates: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    replies: Replies = field(default_factory=dict)
 
 
 def records_of(part: Sequence[Ready]) -> list[Record]:

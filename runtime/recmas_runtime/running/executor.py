@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from msgspec import structs
@@ -19,30 +19,51 @@ from recmas_runtime.engines.interface import Backbone, Floats, Indices, Operands
 from recmas_runtime.engines.onnx.backbone import LinkEngine
 from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.plan import (
+    AskStep,
+    CacheStep,
     DecodeStep,
     Plan,
     PrefillStep,
+    PromptStep,
     SamplingPlan,
     SendStep,
     Step,
     ThinkStep,
+    Variant,
     WriteStep,
     cache_capacity,
     compared_links,
     slot_positions,
 )
-from recmas_runtime.prompts.render import Prompt, PromptSource, Tokens, common_prefix
+from recmas_runtime.prompts.render import ChatMessage, Prompt, PromptSource, common_prefix
 from recmas_runtime.running.controls import MeanMessages
-from recmas_runtime.running.generation import AnswerTools, DecoderSettings, TextGenerator
+from recmas_runtime.running.generation import (
+    AnswerTools,
+    DecoderSettings,
+    RowDecoder,
+    TextGenerator,
+)
 from recmas_runtime.running.run_trace import StepEvent
+from recmas_runtime.scheduling.remote_calls import (
+    RemoteAnswers,
+    RemoteCalls,
+    RemoteQuestion,
+    RemoteWriter,
+    Replies,
+    questions_of,
+)
 from recmas_runtime.sequences.messages import (
     Messages,
     Received,
+    StepCounts,
     Turn,
+    handed_counts,
+    mean_cosine,
     sends_rows,
     sends_states,
+    splice,
 )
-from recmas_runtime.sequences.sequence_batch import DECODE_HEADROOM, Rows, SequenceBatch
+from recmas_runtime.sequences.sequence_batch import DECODE_HEADROOM, SequenceBatch
 from recmas_runtime.sequences.snapshots import Snapshots
 
 # Streams of hand-over texts lie apart from those of answers, which are seeded `seed + index`.
@@ -50,18 +71,6 @@ _SEEDS_OF_A_STEP = 2**64
 
 
 StepListener = Callable[[Step], None]
-
-
-class _Tokens(TypedDict, total=False):
-    """What a step dealt with, per record; the counts and texts of `StepEvent`."""
-
-    prefilled_tokens: tuple[int, ...]
-    reused_tokens: tuple[int, ...]
-    written_tokens: tuple[int, ...]
-    cut_texts: tuple[int, ...]
-    handed_rows: tuple[int, ...]
-    handed_bytes: tuple[int, ...]
-    texts: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +81,7 @@ class Engines:
     link: LinkEngine
     operands: Mapping[str, Operands]
     decoder_settings: Mapping[str, DecoderSettings]
+    remotes: RemoteCalls = field(default_factory=RemoteCalls)
     _stacked: dict[tuple[str, ...], Operands] = field(default_factory=dict, repr=False)
 
     def stacked(self, links: Sequence[str]) -> Operands:
@@ -94,6 +104,7 @@ class Execution:
         converged: [B], the round after which a record's recursion ended early; 0 if it did not.
         keeps_thoughts: Whether `thoughts` fills, for a trace; else each is dropped once it is sent.
         thoughts: By agent and round, the thoughts and their inner link's outputs, each [M, B, d].
+        replies: By record, what remote models have told it.
         on_step: Is called before each step of the plan.
         clock: What times are told by, in seconds.
     """
@@ -111,11 +122,13 @@ class Execution:
     events: list[StepEvent] = field(default_factory=list)
     keeps_thoughts: bool = False
     thoughts: dict[tuple[str, int], tuple[Floats, Floats]] = field(default_factory=dict)
+    replies: Sequence[Replies] = ()
     on_step: StepListener | None = None
     clock: Callable[[], float] = time.perf_counter
     _sequences: dict[str, SequenceBatch] = field(default_factory=dict)
     _thoughts: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
     _turns: dict[str, Turn] = field(default_factory=dict)
+    _texts: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.converged = np.zeros(self.num_records, np.int64)
@@ -145,19 +158,25 @@ class Execution:
 
     def received(self) -> list[dict[str, Floats]]:
         """Return by record the messages [M, d] for the answer agent's slots, after the rounds."""
-        step = self.plan.answer_prefill
+        step = self.plan.answer_prompt
         agent = self.plan.answer_agent
         return [self._received(step, agent, b).vectors for b in range(self.num_records)]
 
     @property
     def answer_sequences(self) -> SequenceBatch:
         """The answer agent's sequences, one a record, prefilled for its answer."""
-        return self._sequences[self.plan.answer_prefill.cache]
+        step = self.plan.answer_step
+        assert isinstance(step, DecodeStep), "a remote model has no sequences"
+        return self._sequences[step.cache]
 
-    def answer(self) -> TextGenerator:
-        """Return what decodes the answers, one a record; their sequences are then used up."""
+    def answer(self) -> TextGenerator | RemoteAnswers:
+        """Return what writes the answers, one a record; their sequences are then used up."""
+        step = self.plan.answer_step
         if self.on_step is not None:
-            self.on_step(self.plan.steps[-1])
+            self.on_step(step)
+        if isinstance(step, AskStep):
+            questions = self._questions(step)
+            return self.engines.remotes.answers(questions, self.replies, clock=self.clock)
         return TextGenerator(
             self.answer_sequences,
             settings=self._decoder_settings(self.plan.answer_agent),
@@ -168,9 +187,31 @@ class Execution:
             clock=self.clock,
         )
 
+    def _questions(self, step: AskStep) -> list[RemoteQuestion]:
+        """Return what agents ask; records whose recursion has ended ask nothing."""
+
+        def messages(b: int, agent: str, variant: Variant) -> tuple[ChatMessage, ...]:
+            texts = self._received(step, agent, b).texts
+            return self._prompts_of(step)(b, agent, variant, texts).messages
+
+        seeds = {b: s for b, s in enumerate(self.seeds) if self._runs(b, step.round)}
+        return questions_of(step, self.plan, seeds, self.sampling, messages)
+
+    def _ask(self, step: AskStep) -> StepCounts:
+        """Have remote models write hand-over texts; returns what that took, per record."""
+        told = self.engines.remotes.ask(self._questions(step), self.replies)
+        rows = range(self.num_records)
+        for agent in step.agents:
+            self._texts[agent] = [told.text(b, agent) for b in rows]
+        return {
+            "cut_texts": tuple(told.num_cut(b) for b in rows),
+            "texts": tuple(told.texts(b) for b in rows),
+            "remote": tuple(told.uses(b) for b in rows),
+        }
+
     def _run(self, step: Step) -> list[StepEvent]:
         start = self.clock()
-        tokens: _Tokens = {}
+        tokens: StepCounts = {}
         events: list[StepEvent] = []
         agents: tuple[str, ...]
         match step:
@@ -183,13 +224,15 @@ class Execution:
                 tokens = self._send(step)
             case WriteStep(agents=agents):
                 tokens, events = self._write(step)
+            case AskStep(agents=agents):
+                tokens = self._ask(step)
             case DecodeStep():
                 raise AssertionError("a plan decodes once, at its end")
         ms = (self.clock() - start) * 1e3 - sum(event.ms for event in events)
         done = replace(StepEvent(op=step.op, round=step.round, agents=agents, ms=ms), **tokens)
         return [done, *events]
 
-    def _prefill(self, step: PrefillStep) -> _Tokens:
+    def _prefill(self, step: PrefillStep) -> StepCounts:
         """Run prompts into their cache; returns text tokens prefilled and reused, per record."""
         sequences = self._sequences.get(step.cache) or self._new_sequences(step.cache)
         batch = self.num_records
@@ -200,11 +243,11 @@ class Execution:
             for b in range(batch):
                 received.append(self._received(step, agent, b))
                 vectors = received[-1].vectors
-                if self.mean is not None and step is self.plan.answer_prefill:
+                if self.mean is not None and step is self.plan.answer_prompt:
                     vectors = {s: self.mean.of_others(s, own) for s, own in vectors.items()}
                     received[-1].vectors = vectors
                 prompts.append(self._prompts_of(step)(b, agent, variant, received[-1].texts))
-                embeds.append(_splice(sequences.engine, prompts[-1], vectors))
+                embeds.append(splice(sequences.engine, prompts[-1], vectors))
         leading = [prompt.leading_ids for prompt in prompts]
         other = self._sequences.get(step.prefix_from or "")  # None if an early exit left it out
         keep_hidden = any(sends_states(self.plan, agent) for agent in step.agents)
@@ -293,7 +336,7 @@ class Execution:
         self._snapshots.keep(sequences.prefill(embeds, kept, stops, keep_hidden=keep_hidden))
         return kept
 
-    def _received(self, step: PrefillStep, agent: str, b: int) -> Received:
+    def _received(self, step: PromptStep, agent: str, b: int) -> Received:
         """Return what fills the slots of one prompt, and what comes before it."""
         received = Received()
         for message in step.messages:
@@ -301,8 +344,8 @@ class Execution:
                 received.add(message.slot, self._sent(message.link, message.round)[b])
         return received
 
-    def _prompts_of(self, step: PrefillStep) -> PromptSource:
-        if self.answer_prompts is not None and step is self.plan.answer_prefill:
+    def _prompts_of(self, step: PromptStep) -> PromptSource:
+        if self.answer_prompts is not None and step is self.plan.answer_prompt:
             return self.answer_prompts
         return self.prompts
 
@@ -361,20 +404,20 @@ class Execution:
                 position += 1
         return np.stack(thoughts), np.stack(embeds)
 
-    def _send(self, step: SendStep) -> _Tokens:
-        form, turn = self.plan.links[step.links[0]], self._turns[step.source]
+    def _send(self, step: SendStep) -> StepCounts:
+        form = self.plan.links[step.links[0]]
         match form.carries:
             case "thoughts":
                 self._send_thoughts(step)
             case "text":
-                self._keep(step, turn.texts)
+                self._keep(step, self._texts[step.source])
             case "cache":
-                rows = turn.rows_sent(form)
+                rows = self._turns[step.source].rows_sent(form)
                 self._keep(step, rows)
-                return _handed(rows, len(step.links))
+                return handed_counts(rows, len(step.links))
             case "context" | "written":
                 steps = self.plan.agents[step.source].latent_steps
-                self._send_states(step, turn.states_sent(form, steps))
+                self._send_states(step, self._turns[step.source].states_sent(form, steps))
         return {}
 
     def _keep(self, step: SendStep, messages: Messages) -> None:
@@ -406,7 +449,7 @@ class Execution:
         x = np.ascontiguousarray(np.broadcast_to(x, (len(step.links), *x.shape[1:])))
         return self.engines.link.apply(x, outer)
 
-    def _write(self, step: WriteStep) -> tuple[_Tokens, list[StepEvent]]:
+    def _write(self, step: WriteStep) -> tuple[StepCounts, list[StepEvent]]:
         """Write hand-over texts; returns tokens per record, and what the tools took."""
         place = self.plan.steps.index(step) + 1
         sequences = self._sequences[step.cache]
@@ -434,7 +477,7 @@ class Execution:
             pass
         for group, agent in enumerate(step.agents):
             rows = generator.writers[group * batch : (group + 1) * batch]
-            self._turns[agent].texts = [writer.text for writer in rows]
+            self._texts[agent] = [writer.text for writer in rows]
         if step.keeps_states:
             if sequences.keeps_states:
                 self._read_again(step)
@@ -449,7 +492,7 @@ class Execution:
                 if sends_rows(self.plan, agent, "written"):
                     self._turns[agent].keep_rows("written", [len(ids) for ids in written])
         by_record = [generator.writers[b::batch] for b in range(batch)]
-        tokens: _Tokens = {
+        tokens: StepCounts = {
             "written_tokens": tuple(sum(w.num_tokens for w in ws) for ws in by_record),
             "cut_texts": tuple(sum(w.finish_reason == "length" for w in ws) for ws in by_record),
             "prefilled_tokens": tuple(sum(w.num_result_tokens for w in ws) for ws in by_record),
@@ -521,7 +564,7 @@ class Execution:
         longest, after = 0, 0
         slots = slot_positions(self.plan)
         for step in self.plan.steps:
-            if isinstance(step, SendStep) or step.cache != cache_id:
+            if not isinstance(step, CacheStep) or step.cache != cache_id:
                 continue
             match step:
                 case PrefillStep():
@@ -539,38 +582,14 @@ class Execution:
         return cache_capacity(min(longest + after, max(longest, most)))
 
 
-def _splice(engine: Backbone[Any], prompt: Prompt, thoughts: Mapping[str, Floats]) -> Floats:
-    """Return one prompt's input embeddings [T, d], messages in their slots."""
-    pieces: list[Floats] = []
-    for item in prompt.items:
-        if isinstance(item, Tokens):
-            pieces.append(engine.embed(np.array([item.ids], np.int64))[0])
-        elif item.agent in thoughts:  # else the slot stays empty
-            pieces.append(thoughts[item.agent])
-    return np.concatenate(pieces)
-
-
-def _handed(rows: Sequence[Sequence[Rows]], num_links: int) -> _Tokens:
-    """Count rows that are handed over, by record, and their bytes, for all links together."""
-    return {
-        "handed_rows": tuple(num_links * sum(piece.count for piece in own) for own in rows),
-        "handed_bytes": tuple(num_links * sum(piece.num_bytes for piece in own) for own in rows),
-    }
-
-
-def tool_events(generator: TextGenerator, round_: int, agents: tuple[str, ...]) -> list[StepEvent]:
+def tool_events(
+    generator: TextGenerator | RemoteAnswers, round_: int, agents: tuple[str, ...]
+) -> list[StepEvent]:
     """Return what the tools took that a text called; nothing if it called none."""
     # Only the answer agent has tools, so rows are records.
-    calls = [(row, r) for row, writer in enumerate(generator.writers) for r in writer.results]
+    writers: Sequence[RowDecoder | RemoteWriter] = generator.writers
+    calls = [(row, r) for row, writer in enumerate(writers) for r in writer.results]
     if not calls:
         return []
     ms = sum(result.ms for _, result in calls)
     return [StepEvent(op="tools", round=round_, agents=agents, ms=ms, tool_calls=tuple(calls))]
-
-
-def mean_cosine(left_BMD: Floats, right_BMD: Floats) -> Floats:
-    """Return for each record the mean over positions of the cosine between two messages [B]."""
-    products = np.sum(left_BMD * right_BMD, axis=-1)
-    norms = np.linalg.norm(left_BMD, axis=-1) * np.linalg.norm(right_BMD, axis=-1)
-    cosines = products / np.maximum(norms, np.finfo(np.float32).tiny)
-    return np.asarray(cosines.mean(axis=-1), np.float32)

@@ -20,6 +20,7 @@ from recmas_runtime.prompts.tokenizer import IncrementalDecoder, Tokenizer
 from recmas_runtime.prompts.tool_turns import PLAIN_RESULTS, ResultForm
 from recmas_runtime.running.records import FinishReason
 from recmas_runtime.scheduling.engine_lock import EngineLock
+from recmas_runtime.scheduling.remote_calls import RemoteUse
 from recmas_runtime.sequences.sequence_batch import SequenceBatch
 from recmas_runtime.tools.call_forms import is_in_marks
 from recmas_runtime.tools.calls import ToolCall, ToolResult, result_block
@@ -270,6 +271,7 @@ class TextGenerator:
         # Of each row, the tokens of its text, without the one that ended it.
         self.written: list[list[int]] = [[] for _ in seeds]
         self._clock = clock
+        self.uses: Sequence[RemoteUse] = ()  # no remote model has a part in it
         # When the first tokens were there, by the clock.
         self.first_at: float | None = None
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.text import listed
 from recmas_runtime.engines.interface import Backbone
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
 from recmas_runtime.engines.onnx.probe import measure_probe
@@ -28,10 +29,12 @@ from recmas_runtime.formats.manifest import PLAN_NAME, BackboneEntry, Manifest
 from recmas_runtime.formats.plan import Plan, parse_day
 from recmas_runtime.formats.precisions import TENSORRT, TOLERANCES
 from recmas_runtime.prompts.chat_template import read_template
-from recmas_runtime.prompts.render import Chat
+from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Chat
+from recmas_runtime.remote.model import RemoteModel, open_models
 from recmas_runtime.running.executor import Engines
 from recmas_runtime.running.generation import DecoderSettings
 from recmas_runtime.scheduling.engine_lock import EngineLock, TaskLock
+from recmas_runtime.scheduling.remote_calls import RemoteCalls
 from recmas_runtime.scheduling.scheduler import Scheduler
 from recmas_runtime.scheduling.shared_engine import SharedEngine
 
@@ -249,10 +252,32 @@ class LoadedBundle:
             for name, engine in self.engines.backbones.items()
             if isinstance(engine, BackboneEngine)
         }
-        return replace(
-            self,
-            engines=replace(self.engines, backbones=backbones),
-            lock=TaskLock(self.lock, scheduler),
+        lock = TaskLock(self.lock, scheduler)
+        remotes = replace(self.engines.remotes, lock=lock)
+        engines = replace(self.engines, backbones=backbones, remotes=remotes)
+        return replace(self, engines=engines, lock=lock)
+
+    def prompt_day(self, plan: Plan) -> str | None:
+        """Return the date that prompts of a plan show; None if no chat template writes one."""
+        hello = [{"role": "user", "content": "Hello"}]
+        for agent in plan.agents.values():
+            chat = self.chats.get(agent.backbone)
+            variables = {**DEFAULT_VARIABLES, **agent.chat_template}
+            try:
+                if chat is not None and chat.template.changes_with_the_day(hello, **variables):
+                    return self.day.isoformat()
+            except RecmasError:
+                continue  # such a template fails for every record, which is told there
+        return None
+
+    def no_weights(self, agent: str, plan: Plan) -> RecmasError:
+        """Return RM569 for what takes the weights of an agent on a remote model."""
+        entry = self.manifest.remotes[plan.agents[agent].backbone]
+        return fail(
+            "RM569",
+            f"agent {agent!r} runs on {entry.name}, which writes text: it neither scores the "
+            "likelihood of others' text nor reads any for its hidden states",
+            hint="Let an agent answer whose weights are in the bundle.",
         )
 
 
@@ -263,12 +288,31 @@ def _day_of(plan: Plan) -> datetime.date | None:
         raise malformed(PLAN_NAME, f"the date is none: {error}") from error
 
 
+def open_remotes(bundle: Bundle) -> dict[str, RemoteModel]:
+    """Open the models behind an API that a bundle names; nobody is asked anything yet.
+
+    Raises:
+        RecmasError: RM560 for keys that are not there, RM201 without the package `openai`.
+    """
+    agents = bundle.plan.agents.items()
+    entries = bundle.manifest.remotes
+    users = {
+        model: [name for name, agent in agents if agent.backbone == model] for model in entries
+    }
+    return open_models(entries, {model: listed(names) for model, names in users.items()})
+
+
 def load_parts(
-    bundle: Bundle, opened: OpenedEngines, *, day: datetime.date | None = None
+    bundle: Bundle,
+    opened: OpenedEngines,
+    models: Mapping[str, RemoteModel] | None = None,
+    *,
+    day: datetime.date | None = None,
 ) -> LoadedBundle:
     """Load what systems of a bundle share, around open engines; RM40x for files that are wrong.
 
     Args:
+        models: What `open_remotes` has opened; None where no run will ask them.
         day: For chat templates that write the date; None for that of the bundle, or else today.
     """
     manifest = bundle.manifest
@@ -285,11 +329,13 @@ def load_parts(
             max_positions=entry.max_positions,
             num_rows=entry.vocab_size,
         )
+    lock = EngineLock()
     engines = Engines(
         backbones=opened.backbones,
         link=opened.link,
         operands=read_operands(bundle.file, manifest.links),
         decoder_settings=decoder_settings,
+        remotes=RemoteCalls(models=models or {}, lock=lock),
     )
     return LoadedBundle(
         manifest=manifest,
@@ -298,6 +344,7 @@ def load_parts(
         problems=opened.problems,
         engines=engines,
         chats=chats,
+        lock=lock,
     )
 
 

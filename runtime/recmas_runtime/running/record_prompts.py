@@ -6,35 +6,34 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.errors import RecmasError, RecordError, fail
 from recmas_runtime.core.text import counted
 from recmas_runtime.formats.messages import MessageForm, message_spans
 from recmas_runtime.formats.plan import (
     Plan,
-    PrefillStep,
     PromptPart,
+    PromptStep,
     SendStep,
     Variant,
     slot_positions,
 )
 from recmas_runtime.prompts.chat_template import ChatTemplate
 from recmas_runtime.prompts.earlier_turns import EarlierTurn
-from recmas_runtime.prompts.render import Chat, Prompt, Tokens, build_prompt, text_chars
+from recmas_runtime.prompts.render import (
+    Chat,
+    Prompt,
+    Tokens,
+    build_prompt,
+    chat_messages,
+    text_chars,
+)
 from recmas_runtime.prompts.tokenizer import Tokenizer
 from recmas_runtime.running.records import Record, check_record
 
 
-class RecordError(RecmasError):
-    """An error of one record, at this place of its batch, that shows only while the batch runs."""
-
-    def __init__(self, record: int, error: RecmasError) -> None:
-        super().__init__(error.problems)
-        self.record = record
-
-
 def named_failure(failure: RecmasError, record: Record) -> RecmasError:
     """Return an engine's failure as that of a record."""
-    if isinstance(failure, RecordError):
+    if isinstance(failure, RecordError) and failure.names_record:
         return failure
     named = RecmasError(
         replace(problem, message=f"record {record.id!r}: {problem.message}")
@@ -77,7 +76,7 @@ class RecordPrompts:
         self._built = {
             (agent, variant): self._build(agent, variant, {})
             for step in plan.steps
-            if isinstance(step, PrefillStep)
+            if isinstance(step, PromptStep)
             for agent, variant in zip(step.agents, step.variants, strict=True)
         }
         self._check_messages()
@@ -94,10 +93,13 @@ class RecordPrompts:
         spec = self._plan.agents[agent]
         fields = {field_of_slot(slot): text for slot, text in texts.items()}
         is_answer = agent == self._plan.answer_agent
-        chat = (self._answer_chat if is_answer else None) or self._chats[spec.backbone]
         parts = with_texts(spec.parts(variant), texts)
         record = {**self._record.fields, **fields}
         turns = self._record.turns if is_answer else ()
+        if spec.backbone not in self._chats:  # a remote model, which has templates of its own
+            messages = chat_messages(system=spec.system, prompt=parts, record=record, turns=turns)
+            return Prompt((), messages=messages)
+        chat = (self._answer_chat if is_answer else None) or self._chats[spec.backbone]
         self._refuse_long(agent, (*spec.system, *parts), record, chat.tokenizer, turns)
         with _refused_turns(turns, agent, chat.template):
             prompt = build_prompt(
@@ -156,7 +158,7 @@ class RecordPrompts:
                     sizes[link, step.round] = num_positions(form, *turns[step.source], steps)
                     if form.needs_context and step.source not in follows:
                         begins.add((link, step.round))
-            if not isinstance(step, PrefillStep):
+            if not isinstance(step, PromptStep):
                 continue
             for agent, variant in zip(step.agents, step.variants, strict=True):
                 received = [m for m in step.messages if m.agent == agent]

@@ -22,6 +22,7 @@ from recmas_runtime.core.text import listed
 from recmas_runtime.formats.plan import field_place, filled_fields
 from recmas_runtime.prompts.earlier_turns import EarlierTurn
 from recmas_runtime.prompts.render import field_text
+from recmas_runtime.scheduling.remote_calls import RemoteUsage
 from recmas_runtime.tools.calls import ToolResult
 
 FinishReason = Literal["stop", "length"]
@@ -64,12 +65,22 @@ class Usage:
             tool results.
         handover_tokens: Of text that agents wrote for each other; latent systems write none.
         completion_tokens: Of the answer, including one that ended it.
+        remote: By remote model, what its calls took. No other count has any of that but
+            `completion_tokens`, where such a model writes the answer.
     """
 
     prompt_tokens: int
     latent_steps: int
     handover_tokens: int
     completion_tokens: int
+    remote: Mapping[str, RemoteUsage] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form that answers have; `remote` is there where such models were asked."""
+        told = asdict(self)
+        if not self.remote:
+            del told["remote"]
+        return told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +88,8 @@ class Timing:
     """Wall time by phase, in milliseconds: of the whole batch, the same in each of its answers.
 
     Of a record that shared engine calls with others it is its share of their time. Hand-over text
-    is `write`, the answer's `decode`; neither counts the time inside tools.
+    is `write`, the answer's `decode`; neither counts the time inside tools. What remote models
+    write, of whichever kind, is `ask`.
     """
 
     prefill: float
@@ -87,6 +99,14 @@ class Timing:
     decode: float
     tools: float
     total: float
+    ask: float = 0.0
+
+    def to_json(self) -> dict[str, float]:
+        """Return the form that answers have; `ask` is there where remote models were asked."""
+        told = {phase: round(ms, 3) for phase, ms in asdict(self).items()}
+        if not self.ask:
+            del told["ask"]
+        return told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +140,8 @@ class Answer:
             "answer": self.answer,
             "finish_reason": self.finish_reason,
             "rounds": self.rounds,
-            "usage": asdict(self.usage),
-            "timing_ms": {phase: round(ms, 3) for phase, ms in asdict(self.timing_ms).items()},
+            "usage": self.usage.to_json(),
+            "timing_ms": self.timing_ms.to_json(),
             "batch_size": self.batch_size,
             "tool_calls": [result.to_json() for result in self.tool_calls],
         }

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol, Self, TypeGuard, runtime_checkable
 
@@ -18,6 +18,7 @@ from recmas_runtime.core.files import exclusive, reason_of
 from recmas_runtime.core.jsonl import JsonLines
 from recmas_runtime.formats.codec import to_json
 from recmas_runtime.running.records import Record
+from recmas_runtime.scheduling.remote_calls import RemoteUse
 from recmas_runtime.sequences.thoughts import RecordReadings
 from recmas_runtime.tools.calls import ToolResult
 
@@ -49,7 +50,7 @@ class StepEvent:
     """What one step did, for traces and timing.
 
     Attributes:
-        op: prefill, think, send, write, tools or decode.
+        op: prefill, think, send, write, ask, tools or decode.
         agents: Agents that ran; for send the source, then the targets.
         ms: Wall time; that of tools is not part of the text they were called from.
         prefilled_tokens: Text tokens run through the backbone, like all counts per record.
@@ -61,6 +62,7 @@ class StepEvent:
             ended before.
         tool_calls: The record's place in the batch, and what came of the call.
         first_ms: Of a decode: the time to its first tokens.
+        remote: Per record, what calls of remote models took.
     """
 
     op: str
@@ -76,6 +78,7 @@ class StepEvent:
     texts: tuple[tuple[str, ...], ...] = ()
     tool_calls: tuple[tuple[int, ToolResult], ...] = ()
     first_ms: float = 0.0
+    remote: tuple[tuple[RemoteUse, ...], ...] = ()
 
     def of_record(self, row: int) -> dict[str, Any]:
         """Return the step with the counts of one record of the batch; the time is the batch's."""
@@ -89,6 +92,7 @@ class StepEvent:
             **{name: counts[row] if (counts := getattr(self, name)) else 0 for name in _COUNTS},
             **rows,
             **texts,
+            **({"remote": [asdict(use) for use in self.remote[row]]} if self.remote else {}),
             "tool_calls": [call.to_json() for place, call in self.tool_calls if place == row],
         }
 

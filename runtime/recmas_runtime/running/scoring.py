@@ -11,14 +11,14 @@ Shape legend: R rows (records), S positions of a call, N tokens, d width, V voca
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.errors import RecmasError, RecordError, fail
 from recmas_runtime.core.text import counted
 from recmas_runtime.engines.interface import Backbone, Floats, Operands
 from recmas_runtime.formats.manifest import BackboneEntry, Manifest
@@ -26,7 +26,7 @@ from recmas_runtime.formats.plan import AgentPlan, Plan, cache_capacity
 from recmas_runtime.prompts.render import Tokens
 from recmas_runtime.prompts.tokenizer import IncrementalDecoder, Tokenizer
 from recmas_runtime.running.executor import Engines
-from recmas_runtime.running.record_prompts import RecordError, RecordPrompts
+from recmas_runtime.running.record_prompts import RecordPrompts
 from recmas_runtime.running.records import Record, RecordId, Timing, Usage
 from recmas_runtime.sequences.sequence_batch import SequenceBatch
 
@@ -83,8 +83,8 @@ class Scores:
             "losses": [round(loss, 6) for loss in self.losses],
             "num_tokens": list(self.num_tokens),
             "rounds": self.rounds,
-            "usage": asdict(self.usage),
-            "timing_ms": {phase: round(ms, 3) for phase, ms in asdict(self.timing_ms).items()},
+            "usage": self.usage.to_json(),
+            "timing_ms": self.timing_ms.to_json(),
             "batch_size": self.batch_size,
         }
 
@@ -108,13 +108,13 @@ class CandidateReader:
     ) -> dict[str, tuple[int, ...]]:
         """Return a record's candidates with their tokens; RM500 for those of no use."""
         agent = self.plan.answer_agent
-        last = prompts.get(agent, self.plan.answer_prefill.variants[0], {}).items[-1]
+        last = prompts.get(agent, self.plan.answer_prompt.variants[0], {}).items[-1]
         return read_candidates(
             texts,
             last.ids if isinstance(last, Tokens) else (),
             self.tokenizer,
             record=record,
-            num_rows=self.manifest.backbones[self.plan.agents[agent].backbone].vocab_size,
+            num_rows=self.manifest.num_rows[self.plan.agents[agent].backbone],
             verbatim=self.verbatim,
         )
 

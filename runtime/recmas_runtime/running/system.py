@@ -8,13 +8,13 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Self, TypeVar, Unpack, overload
 
-from recmas_runtime.core.errors import Problem, RecmasError, fail
+from recmas_runtime.core.errors import Problem, RecmasError, RecordError, fail
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.core.text import counted
 from recmas_runtime.engines.interface import FREE_MEMORY, Floats, OutOfMemoryError
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.plan import Plan, SamplingPlan, Variant
-from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Prompt, PromptSource
+from recmas_runtime.prompts.render import Chat, Prompt, PromptSource
 from recmas_runtime.prompts.sampler import SamplingSettings, chosen_sampling
 from recmas_runtime.prompts.tool_turns import PLAIN_RESULTS, answer_chat, result_form
 from recmas_runtime.running.baselines import apply_baseline, with_rounds
@@ -38,8 +38,9 @@ from recmas_runtime.running.open_engines import (
     given_day,
     load_parts,
     open_engines,
+    open_remotes,
 )
-from recmas_runtime.running.record_prompts import RecordError, RecordPrompts, named_failure
+from recmas_runtime.running.record_prompts import RecordPrompts, named_failure
 from recmas_runtime.running.records import (
     Answer,
     Question,
@@ -81,7 +82,8 @@ def load(
 
     Raises:
         RecmasError: RM40x for a bundle that is not whole, RM504 for a device that is not there,
-            RM506 for a date that is none, threads out of bounds, and tools that nobody can call.
+            RM506 for a date that is none, threads out of bounds, and tools that nobody can call;
+            RM560 where the key of a remote model is not in its environment variable.
     """
     check_arguments(threads, functions, ask)
     day = None if date is None else given_day(date)
@@ -97,8 +99,9 @@ def load(
             ask=ask,
         )
     try:
+        models = open_remotes(bundle)  # before anything takes long
         opened = open_engines(bundle, device=device, threads=threads)
-        return System(bundle.plan, load_parts(bundle, opened, day=day), toolbox)
+        return System(bundle.plan, load_parts(bundle, opened, models, day=day), toolbox)
     except MemoryError:
         raise OutOfMemoryError("the bundle cannot be loaded", FREE_MEMORY) from None
 
@@ -124,7 +127,9 @@ class System:
         self.device = loaded.device
         self._open: LoadedBundle | None = loaded
         self._toolbox = toolbox
-        self._answer_chat = answer_chat(loaded.chats, plan.agents[plan.answer_agent], plan.tools)
+        agent = plan.agents[plan.answer_agent]
+        is_local = agent.backbone in loaded.chats
+        self._chat = answer_chat(loaded.chats, agent, plan.tools) if is_local else None
         self._tools = None if toolbox is None else self._answer_tools(toolbox)
         self._control = control
         self.covered = covered
@@ -141,6 +146,12 @@ class System:
         rounds = counted(self.plan.rounds, "round")
         state = "closed" if self._open is None else f"on {self.device}"
         return f"<System {self.plan.name!r}: {agents}, {rounds}, {state}>"
+
+    @property
+    def _answer_chat(self) -> Chat:
+        if self._chat is None:
+            raise self.loaded.no_weights(self.plan.answer_agent, self.plan)
+        return self._chat
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -450,19 +461,17 @@ class System:
         verbatim: bool = False,
     ) -> list[Result | RecmasError]:
         """Run records, each with its candidates, in batches; those that cannot run say why."""
-        read = CandidateReader(
-            plan=self.plan,
-            manifest=self.manifest,
-            tokenizer=self._answer_chat.tokenizer,
-            verbatim=verbatim,
-        )
+        wants_tokens = any(candidates is not None for _, candidates in asked)
+        read = self._candidate_reader(verbatim=verbatim) if wants_tokens else None
         results: list[Result | RecmasError | None] = [None] * len(asked)
         ready: list[Ready] = []
         for index, (question, candidates) in enumerate(asked):
             try:
                 one = self._ready(question, index)
-                found = {} if candidates is None else read(candidates, one.prompts, one.record)
-                ready.append(replace(one, candidates=found))
+                if candidates is not None and read is not None:
+                    found = read(candidates, one.prompts, one.record)
+                    one = replace(one, candidates=found)
+                ready.append(one)
             except RecmasError as error:
                 results[index] = error
         with (progress or Silent()).stage(title, len(asked)) as advance:
@@ -472,6 +481,14 @@ class System:
                     results[index] = result
                 advance(len(part))
         return [result for result in results if result is not None]
+
+    def _candidate_reader(self, *, verbatim: bool) -> CandidateReader:
+        return CandidateReader(
+            plan=self.plan,
+            manifest=self.manifest,
+            tokenizer=self._answer_chat.tokenizer,
+            verbatim=verbatim,
+        )
 
     def _sender(self, record: Record) -> RecordPrompts | None:
         """Return the prompts of the record whose messages this one gets; None for its own."""
@@ -516,17 +533,7 @@ class System:
     @property
     def prompt_day(self) -> str | None:
         """The date that prompts show, as YYYY-MM-DD; None if no chat template writes one."""
-        hello = [{"role": "user", "content": "Hello"}]
-        for agent in self.plan.agents.values():
-            template = self.loaded.chats[agent.backbone].template
-            try:
-                if template.changes_with_the_day(
-                    hello, **{**DEFAULT_VARIABLES, **agent.chat_template}
-                ):
-                    return self.date
-            except RecmasError:
-                continue  # such a template fails for every record, which is told there
-        return None
+        return self.loaded.prompt_day(self.plan)
 
     def check_question(self, record: Record) -> None:
         """Raise RM500 for a question that no prompt shows: it would be answered unread."""
@@ -534,14 +541,12 @@ class System:
 
     def prompts(self, record: Record) -> RecordPrompts:
         """Return every prompt of a record; RM500, RM501 or RM206 if one cannot be built."""
-        backbones = self.manifest.backbones
-        num_rows = {name: entry.vocab_size for name, entry in backbones.items()}
         return RecordPrompts(
             self.plan,
             self.loaded.chats,
             record,
-            num_rows=num_rows,
-            answer_chat=self._answer_chat,
+            num_rows=self.manifest.num_rows,
+            answer_chat=self._chat,
         )
 
     def _answer_tools(self, toolbox: Toolbox) -> AnswerTools:
@@ -591,8 +596,10 @@ class System:
             mean=None if self.covered is None else self.covered.mean,
             tools=self._tools,
             keeps_thoughts=reads_thoughts(trace),
+            replies=[ready.replies for ready in part],
         )
 
     def _settings(self, sampling: SamplingPlan | None, over: SamplingSettings) -> SamplingPlan:
-        backbone = self.loaded.manifest.backbones[self.plan.agents[self.plan.answer_agent].backbone]
-        return chosen_sampling(self.plan, backbone.max_positions, sampling, over)
+        model = self.plan.agents[self.plan.answer_agent].backbone
+        most = self.loaded.manifest.max_positions_of(model)
+        return chosen_sampling(self.plan, most, sampling, over)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from types import MappingProxyType
 from typing import Final, TypeVar
 
 from recmas_runtime.core.errors import fail
-from recmas_runtime.scheduling.scheduler import Scheduler
+from recmas_runtime.scheduling.scheduler import Scheduler, current_task
 
 Result = TypeVar("Result")
 
@@ -64,6 +65,18 @@ class EngineLock:
         with self.given_up():
             return function()
 
+    def wait(self, future: Future[Result]) -> Result:
+        """Wait for what computes elsewhere, such as a remote model; others use the engines."""
+        task = current_task()
+        with self.given_up():
+            if task is not None:  # on engines that runs do not share: others have their turn
+                result: Result = task.scheduler.wait_outside(future)
+                return result
+            try:
+                return future.result()
+            finally:
+                future.cancel()  # nobody waits for it any more, where this was interrupted
+
     @contextmanager
     def given_up(self) -> Iterator[None]:
         """Let others compute within the block, which is inside of `held`; then wait to go on."""
@@ -100,4 +113,9 @@ class TaskLock(EngineLock):
     def run_outside(self, function: Callable[[], Result]) -> Result:
         """Run what computes elsewhere in a thread; other runs go on meanwhile."""
         result: Result = self._scheduler.in_thread(function)
+        return result
+
+    def wait(self, future: Future[Result]) -> Result:
+        """Wait for what computes elsewhere; other runs go on meanwhile."""
+        result: Result = self._scheduler.wait_outside(future)
         return result

@@ -77,7 +77,9 @@ class Task(greenlet.greenlet):
     """A run.
 
     Attributes:
+        scheduler: Whose run it is.
         engine_s: Its share of all time so far: a call's time is divided among those it ran for.
+        outside_s: Time that it waited for what computes elsewhere.
         cached_positions: Of its prompts, those that were taken from other runs.
     """
 
@@ -85,7 +87,9 @@ class Task(greenlet.greenlet):
         super().__init__(function, scheduler.main)
         # Callbacks and tools of a run see the context that it was started in.
         self.gr_context = contextvars.copy_context()
+        self.scheduler = scheduler
         self.engine_s = 0.0
+        self.outside_s = 0.0
         self.cached_positions = 0
         self._future: Future[Any] = Future()
 
@@ -105,8 +109,8 @@ class Task(greenlet.greenlet):
         return self._future.result()
 
     def clock(self) -> float:
-        """Return its share of the time so far, in seconds."""
-        return self.engine_s
+        """Return its share of the time so far, in seconds, and what it has waited elsewhere."""
+        return self.engine_s + self.outside_s
 
 
 @dataclass
@@ -241,10 +245,24 @@ class Scheduler:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(_TOOL_THREADS, "tools")
         context = contextvars.copy_context()
-        future = self._threads.submit(context.run, function)
+        return self.wait_outside(self._threads.submit(context.run, function))
+
+    def wait_outside(self, future: Future[Any]) -> Any:
+        """Pause the current task until a future is done; returns what it has, or raises it.
+
+        Outside of tasks it just waits. A task that is cancelled meanwhile cancels the future.
+        """
+        task = current_task()
+        if task is None:
+            return future.result()
+        start = time.perf_counter()
         self._outside.add(task)
         future.add_done_callback(lambda done: self._came_back.put((task, *_outcome(done))))
-        return self.main.switch(None)
+        try:
+            return self.main.switch(None)
+        finally:
+            future.cancel()
+            task.outside_s += time.perf_counter() - start
 
     def pause(self) -> None:
         """Let the others go on, and whoever calls `run_once`, before the current task does."""

@@ -8,18 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict
 
 import numpy as np
 
-from recmas_runtime.engines.interface import Floats
+from recmas_runtime.engines.interface import Backbone, Floats
 from recmas_runtime.formats.messages import MessageForm, RowsOf, message_spans
 from recmas_runtime.formats.plan import Plan
-from recmas_runtime.prompts.render import Prompt
+from recmas_runtime.prompts.render import Prompt, Tokens
+from recmas_runtime.scheduling.remote_calls import RemoteUse
 from recmas_runtime.sequences.sequence_batch import Rows, SequenceBatch
 
 # Of each record, in order: thoughts [B, M, d]; or a list of vectors [n, d], of texts, or of the
 # pieces of rows that one message is made of.
 Messages = Floats | list[Floats] | list[str] | list[tuple[Rows, ...]]
+
+
+class StepCounts(TypedDict, total=False):
+    """What a step dealt with, per record; the counts and texts of `run_trace.StepEvent`."""
+
+    prefilled_tokens: tuple[int, ...]
+    reused_tokens: tuple[int, ...]
+    written_tokens: tuple[int, ...]
+    cut_texts: tuple[int, ...]
+    handed_rows: tuple[int, ...]
+    handed_bytes: tuple[int, ...]
+    texts: tuple[tuple[str, ...], ...]
+    remote: tuple[tuple[RemoteUse, ...], ...]
 
 
 @dataclass(kw_only=True)
@@ -57,7 +72,7 @@ class Turn:
         first_row: The row of the first record within the sequences.
         prompts: Of each record, and by slot how many positions vectors took in it.
         embeds: Input embeddings [T, d] of the prompts, where layers keep states.
-        texts: What it has written, and the states [n, d] at the tokens of that, if they are kept.
+        written: The states [n, d] at the tokens that it has written, if they are kept.
     """
 
     sequences: SequenceBatch
@@ -65,7 +80,6 @@ class Turn:
     prompts: Sequence[Prompt]
     slots: Sequence[Mapping[str, int]]
     embeds: Sequence[Floats]
-    texts: list[str] = field(default_factory=list)
     written: list[Floats] = field(default_factory=list)
     _rows: dict[RowsOf, list[Rows]] = field(default_factory=dict)
 
@@ -117,6 +131,33 @@ def pooled(states_TD: Floats, spans: Sequence[tuple[int, int]]) -> Floats:
     """Return the mean of states over each span of positions, [n, d]."""
     means = [states_TD[first:last].mean(axis=0, dtype=np.float32) for first, last in spans]
     return np.stack(means) if means else states_TD[:0]
+
+
+def splice(engine: Backbone[Any], prompt: Prompt, thoughts: Mapping[str, Floats]) -> Floats:
+    """Return one prompt's input embeddings [T, d], messages in their slots."""
+    pieces: list[Floats] = []
+    for item in prompt.items:
+        if isinstance(item, Tokens):
+            pieces.append(engine.embed(np.array([item.ids], np.int64))[0])
+        elif item.agent in thoughts:  # else the slot stays empty
+            pieces.append(thoughts[item.agent])
+    return np.concatenate(pieces)
+
+
+def handed_counts(rows: Sequence[Sequence[Rows]], num_links: int) -> StepCounts:
+    """Count rows that are handed over, by record, and their bytes, for all links together."""
+    return {
+        "handed_rows": tuple(num_links * sum(piece.count for piece in own) for own in rows),
+        "handed_bytes": tuple(num_links * sum(piece.num_bytes for piece in own) for own in rows),
+    }
+
+
+def mean_cosine(left_BMD: Floats, right_BMD: Floats) -> Floats:
+    """Return for each record the mean over positions of the cosine between two messages [B]."""
+    products = np.sum(left_BMD * right_BMD, axis=-1)
+    norms = np.linalg.norm(left_BMD, axis=-1) * np.linalg.norm(right_BMD, axis=-1)
+    cosines = products / np.maximum(norms, np.finfo(np.float32).tiny)
+    return np.asarray(cosines.mean(axis=-1), np.float32)
 
 
 def sends_states(plan: Plan, agent: str) -> bool:

@@ -16,8 +16,13 @@ from msgspec import structs
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail, is_out_of_memory
 from recmas_runtime.formats.manifest import MANIFEST_NAME
+from recmas_runtime.formats.plan import (
+    MAX_NEW_TOKENS,
+    ThinkStep,
+    agents_of,
+    feedback_links,
+)
 from recmas_runtime.formats.plan import Step as PlanStep
-from recmas_runtime.formats.plan import ThinkStep, agents_of, feedback_links
 from recmas_runtime.running.records import Record
 from recmas_runtime.running.system import System, load
 from recmas_runtime.scheduling.scheduler import Scheduler, Task, current_task
@@ -322,7 +327,7 @@ class _Opened:
 
 
 # What a request can be wrong about.
-_OF_INPUT = frozenset({"RM206", "RM500", "RM501", "RM505", "RM506", "RM508", "RM543"})
+_OF_INPUT = frozenset({"RM206", "RM500", "RM501", "RM505", "RM506", "RM508", "RM543", "RM567"})
 
 
 def _problems_of(error: BaseException) -> Sequence[Problem]:
@@ -369,7 +374,7 @@ def model_info(name: str, path: Path, system: System, ms: float) -> ModelInfo:
     manifest = path / MANIFEST_NAME
     # Files keep their times when a folder is moved or copied with them; the folder does not.
     created = max(manifest.stat().st_mtime, path.stat().st_ctime)
-    backbone = system.manifest.backbones[plan.agents[plan.answer_agent].backbone]
+    positions = system.manifest.max_positions_of(plan.agents[plan.answer_agent].backbone)
     thinking = {name for step in plan.steps if isinstance(step, ThinkStep) for name in step.agents}
     return ModelInfo(
         name=name,
@@ -395,7 +400,9 @@ def model_info(name: str, path: Path, system: System, ms: float) -> ModelInfo:
         ),
         fields=plan.fields,
         max_new_tokens=max(
-            1, backbone.max_positions - plan.limits.max_prompt_tokens, plan.sampling.max_new_tokens
+            1,
+            min(MAX_NEW_TOKENS, positions - plan.limits.max_prompt_tokens),
+            plan.sampling.max_new_tokens,
         ),
         default_max_tokens=plan.sampling.max_new_tokens,
         max_batch=plan.limits.max_batch,

@@ -121,7 +121,11 @@ _OUTPUT: Final[dict[str, Any]] = {
         "answer": {"type": "string"},
         "finish_reason": {"enum": ["stop", "length"]},
         "rounds": _COUNT,
-        "usage": {"type": "object", "additionalProperties": _COUNT},
+        "usage": {
+            "type": "object",
+            "properties": {"remote": {"type": "object"}},
+            "additionalProperties": _COUNT,
+        },
         "tool_calls": {"type": "array", "items": {"type": "object"}},
     },
     "required": ["answer", "finish_reason", "rounds", "usage", "tool_calls"],

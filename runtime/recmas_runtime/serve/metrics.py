@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -37,6 +37,7 @@ _ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
 # Of the label `model` where a request names none that is loaded: labels come from nobody outside.
 _NO_MODEL: Final = ""
 _USAGE: Final = ("prompt", "latent", "completion", "cached")
+_REMOTE: Final = ("prompt", "completion")
 
 
 class Metrics:
@@ -168,12 +169,16 @@ class _Watch:
             self._metrics.agents.labels(*labels).observe(now - began)
 
     def _count_tokens(self, done: Done) -> None:
-        usage: dict[str, int] = done.answer["usage"]
+        usage: dict[str, Any] = done.answer["usage"]
         # Text that agents write for each other is completion too: the engine writes it.
         written = usage["completion_tokens"] + usage["handover_tokens"]
         counts = usage["prompt_tokens"], usage["latent_steps"], written, done.cached_tokens
         for kind, count in zip(_USAGE, counts, strict=True):
             self._metrics.tokens.labels(self._model, kind).inc(count)
+        for model in usage.get("remote", {}).values():
+            for kind in _REMOTE:
+                labels = self._model, f"remote_{kind}"
+                self._metrics.tokens.labels(*labels).inc(model[f"{kind}_tokens"])
 
 
 class _ReadWatch:

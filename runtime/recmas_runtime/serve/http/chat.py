@@ -182,7 +182,7 @@ def chat_routes(answers: Answers) -> APIRouter:
         "/v1/chat/completions",
         response_model=None,
         summary="Answer a conversation",
-        responses={200: whole, **documented(400, 404, 408, 413, 415, 429, 504)},
+        responses={200: whole, **documented(400, 404, 408, 413, 415, 429, 502, 504)},
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         model = answers.model(body.model)

@@ -147,7 +147,7 @@ def completion_routes(answers: Answers) -> APIRouter:
         "/v1/completions",
         response_model=None,
         summary="Answer a prompt, or tell how likely a text is",
-        responses={200: whole, **documented(400, 404, 408, 413, 415, 429, 504)},
+        responses={200: whole, **documented(400, 404, 408, 413, 415, 429, 502, 504)},
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         model = answers.model(body.model)

@@ -23,6 +23,7 @@ _KINDS: Final[dict[int, str]] = {
     404: "not_found_error",
     429: "rate_limit_error",
     500: "server_error",
+    502: "server_error",
     503: "service_unavailable_error",
     504: "timeout_error",
 }
@@ -36,6 +37,13 @@ _STATUS: Final[dict[Reason, int]] = {
     "timeout": 504,
 }
 _NO_MODEL: Final = "RM540"
+# What went wrong behind a service that is well itself: a gateway says so.
+_STATUS_OF_CODE: Final[dict[str, int]] = {
+    _NO_MODEL: 404,
+    **dict.fromkeys(("RM561", "RM562", "RM564", "RM565", "RM568"), 502),
+    "RM563": 503,
+    "RM566": 504,
+}
 _NO_ROOM: Final = "RM541"
 # Where a scope holds the error that a request was answered with.
 ERROR_KEY: Final = "recmas.error"
@@ -89,7 +97,7 @@ class ApiError(HTTPException):
         """Whose matter it is, as `protocol.Failed` tells it."""
         if self.code == _NO_ROOM:
             return "full"
-        reasons = {status: reason for reason, status in _STATUS.items()}
+        reasons = {502: "failed", **{status: reason for reason, status in _STATUS.items()}}
         return reasons.get(self.status_code, "input")
 
     def to_json(self) -> dict[str, Any]:
@@ -126,7 +134,7 @@ def of_problems(
         retry_after_s: Is told where trying again may help.
     """
     first = problems[0]
-    status = 404 if first.code == _NO_MODEL else _STATUS[reason]
+    status = _STATUS_OF_CODE.get(first.code, _STATUS[reason])
     return ApiError(
         status,
         first.code,
@@ -174,7 +182,9 @@ _DESCRIPTIONS: Final = {
     431: "Headers that are too large or too many.",
     429: "No room for another request; try again after `Retry-After`.",
     500: "The engine failed.",
-    503: "The service starts, ends or was restarted; try again after `Retry-After`.",
-    504: "The answer took longer than the service allows.",
+    502: "A model behind an API failed, which an agent of the system runs on.",
+    503: "The service starts, ends or was restarted, or a model behind an API has no room; try "
+    "again after `Retry-After`.",
+    504: "The answer took longer than the service allows, or a model behind an API did.",
 }
 _ANYWHERE: Final = (401, 414, 421, 431, 500, 503)

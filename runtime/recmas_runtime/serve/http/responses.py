@@ -149,7 +149,7 @@ def responses_routes(answers: Answers) -> APIRouter:
         "/v1/responses",
         response_model=None,
         summary="Answer a conversation",
-        responses={200: whole, **documented(400, 404, 408, 413, 415, 429, 504)},
+        responses={200: whole, **documented(400, 404, 408, 413, 415, 429, 502, 504)},
     )
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         model = answers.model(body.model)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from recmas_runtime.scheduling.remote_calls import sum_by_model
 from recmas_runtime.serve.protocol import Ask, Done, ModelInfo
 
 
@@ -23,14 +24,29 @@ class CompletionDetails(BaseModel):
     latent_steps: int
 
 
+class RemoteTokens(BaseModel):
+    """What calls of one remote model took; the cost is in the currency of the spec's prices."""
+
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+    uncounted_calls: int
+    cost: float | None
+
+
 class Usage(BaseModel):
-    """What answers took, over all agents and rounds; the total is the sum of both."""
+    """What answers took, over all agents and rounds; the total is the sum of both.
+
+    What remote models took stands apart, by the names that the spec has for them; of it only the
+    tokens of an answer that such a model wrote are among the others.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
     completion_tokens_details: CompletionDetails
+    remote: dict[str, RemoteTokens] | None = None
 
 
 class ToldOfAnswer(BaseModel):
@@ -52,7 +68,8 @@ def usage_of(answers: Sequence[Done]) -> dict[str, Any]:
     Text that agents write for each other is of their tokens, as reasoning is in OpenAI's count.
     Latent steps are told beside it: they are no tokens, and clients add up what is.
     """
-    used: list[Mapping[str, int]] = [done.answer["usage"] for done in answers]
+    used: list[Mapping[str, Any]] = [done.answer["usage"] for done in answers]
+    remote = sum_by_model(each["remote"] for each in used if "remote" in each)
     prompt = sum(each["prompt_tokens"] for each in used)
     handover = sum(each["handover_tokens"] for each in used)
     completion = handover + sum(each["completion_tokens"] for each in used)
@@ -65,6 +82,7 @@ def usage_of(answers: Sequence[Done]) -> dict[str, Any]:
             "reasoning_tokens": handover,
             "latent_steps": sum(each["latent_steps"] for each in used),
         },
+        **({"remote": remote} if remote else {}),
     }
 
 

@@ -6,6 +6,7 @@ Texts of questions and answers are in neither unless somebody wants them there.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any, Final
 
 from recmas_runtime.serve.log import ServiceLog, cut
@@ -107,7 +108,8 @@ class _Watch:
             model=model,
             finish=answer["finish_reason"],
             rounds=answer["rounds"],
-            **answer["usage"],
+            **{name: value for name, value in answer["usage"].items() if name != "remote"},
+            **_remote(answer["usage"]),
             cached_tokens=self._done.cached_tokens,
             queued_ms=round(self._done.queued_ms, 1),
             ms=ms,
@@ -120,3 +122,10 @@ class _Watch:
 
     def _shows(self, error: ServiceError) -> bool:
         return self._with_texts or error.reason != "input"
+
+
+def _remote(usage: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what remote models took, all of them together; nothing where none was asked."""
+    models = list(usage.get("remote", {}).values())
+    names = ("calls", "prompt_tokens", "completion_tokens", "cost")
+    return {f"remote_{n}": sum(m[n] or 0 for m in models) for n in names if models}
