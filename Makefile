@@ -11,7 +11,7 @@ TORCH_VERSION := torch==2.13.0
 TORCH_FROM := $(strip $(if $(filter %.whl,$(TORCH)),$(TORCH),$(if $(findstring ://,$(TORCH)),\
   --index-url $(TORCH) $(TORCH_VERSION),$(if $(TORCH),--find-links $(TORCH)) $(TORCH_VERSION))))
 
-.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-serving test-clients test-textgrad test-ray test-containers test-browser lint bench wheel wheel-check readme-check docs clean test-importers test-harness test-trackers
+.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-serving test-clients test-textgrad test-ray test-containers test-browser lint bench wheel wheel-check readme-check docs clean test-importers test-harness test-trackers bench-paper
 
 setup: .venv/.ready
 
@@ -141,6 +141,11 @@ bench: setup
 	$(BIN)/recmasc bench engines out/bench
 	$(BIN)/python benchmarks/latent_phase.py out/bench --beside naive,cached
 	$(BIN)/python benchmarks/memory.py out/one-agent out/bench
+
+# The paper's tables on the released weights: docs/paper.md. Shows the cost and asks before it starts.
+PAPER ?= benchmarks/paper/paper.yaml
+bench-paper: setup
+	$(BIN)/python benchmarks/paper/table.py run $(PAPER)
 
 # To copy to machines that only run bundles, or to install from.
 wheel:

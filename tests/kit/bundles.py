@@ -68,7 +68,7 @@ class _ExportOnce:
 
     def __call__(self, backbone: TorchBackbone, folder: Path, **options: object) -> None:
         config = {k: v for k, v in backbone.model.config.to_dict().items() if k != "_name_or_path"}
-        facts = replace(backbone.facts, source="", identity="")
+        facts = replace(backbone.facts, source="", identity="", folder=None)
         texts = backbone.tokenizer_json, backbone.chat_template
         weights = weights_digest(backbone.model)
         made = self.made_once(

@@ -89,7 +89,7 @@ class Scores:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class CandidateReader:
     """Finds the tokens of records' candidates behind the answer agent's prompts.
 

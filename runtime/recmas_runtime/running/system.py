@@ -461,8 +461,10 @@ class System:
         verbatim: bool = False,
     ) -> list[Result | RecmasError]:
         """Run records, each with its candidates, in batches; those that cannot run say why."""
-        wants_tokens = any(candidates is not None for _, candidates in asked)
-        read = self._candidate_reader(verbatim=verbatim) if wants_tokens else None
+        read = None
+        if any(candidates is not None for _, candidates in asked):
+            tokenizer = self._answer_chat.tokenizer
+            read = CandidateReader(self.plan, self.manifest, tokenizer, verbatim)
         results: list[Result | RecmasError | None] = [None] * len(asked)
         ready: list[Ready] = []
         for index, (question, candidates) in enumerate(asked):
@@ -481,14 +483,6 @@ class System:
                     results[index] = result
                 advance(len(part))
         return [result for result in results if result is not None]
-
-    def _candidate_reader(self, *, verbatim: bool) -> CandidateReader:
-        return CandidateReader(
-            plan=self.plan,
-            manifest=self.manifest,
-            tokenizer=self._answer_chat.tokenizer,
-            verbatim=verbatim,
-        )
 
     def _sender(self, record: Record) -> RecordPrompts | None:
         """Return the prompts of the record whose messages this one gets; None for its own."""
