@@ -1,0 +1,61 @@
+"""Every framework's adapter against a running endpoint of a tiny model: `make test-frameworks`."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from kit.race import ENVIRONMENTS, RACE, TOKENS, Run
+
+pytestmark = pytest.mark.frameworks
+
+
+@pytest.mark.parametrize("system", ["langgraph", "crewai", "autogen"])
+def test_a_framework_sends_the_same_and_answers_the_same(ask: Run, system: str) -> None:
+    mine, loop = ask(system, 2), ask("plain", 2)
+    assert [call["messages"] for call in mine["asked"]] == [
+        [{"role": m["role"], "content": m["content"]} for m in call["messages"]]
+        for call in loop["asked"]
+    ]
+    assert mine["answer"] == loop["answer"]
+    for call in mine["asked"]:
+        limit = call["sampling"].get("max_tokens") or call["sampling"]["max_completion_tokens"]
+        assert (limit, call["sampling"]["temperature"]) == (TOKENS, 0)
+        assert "stop" not in call["sampling"]
+    assert mine["outside"] == []
+
+
+def test_prompts_of_crewai_itself_are_longer(ask: Run) -> None:
+    own, given = ask("crewai-own", 1), ask("crewai", 1)
+    assert own["calls"] == given["calls"] == 3
+    assert own["prompt_tokens"] > given["prompt_tokens"]
+
+
+def test_avp_thinks_and_answers(ask: Run) -> None:
+    found = ask("avp", 2)
+    assert found["calls"] == 6
+    assert found["latent_steps"] == 5 * 4
+    assert found["answer"]
+    assert found["outside"] == []
+
+
+def test_an_adapter_that_asks_outside_is_found_out() -> None:
+    """CrewAI's telemetry, left on: what the check of all the others would see."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import lockstep; outside = [];"
+        "sys.addaudithook(lambda e, a: lockstep._refuse_outside(e, a, outside));"
+        "import crewai; crewai.telemetry.Telemetry().deploy_signup_error_span();"
+        "from opentelemetry import trace;"
+        "trace.get_tracer_provider().force_flush(); print(outside)"
+    )
+    python = ENVIRONMENTS / "crewai/bin/python"
+    done = subprocess.run(
+        [python, "-c", program, RACE / "adapters"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+        env={"HOME": "/tmp"},
+    )
+    assert "telemetry.crewai.com" in done.stdout
