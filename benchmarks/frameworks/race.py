@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from cells import ENDPOINTS, RACERS, Setting, plan, run_cell
+from cells import ENDPOINTS, LLAMA_CPP, RACERS, RECMAS, Setting, plan, run_cell
 from race_table import write_report
 from team import TEAM, endpoint_spec, team_spec
 
@@ -67,15 +68,21 @@ def main() -> None:
     files = {cell: folder / "cells" / f"{cell.name}.json" for cell in cells}
     left = [cell for cell in cells if not files[cell].exists()]
     if not given.table_only and left:
+        # Whatever ends this program ends the servers and systems that it started.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         setting = prepare(given, systems, endpoints)
         logs = folder / "logs"
         logs.mkdir(exist_ok=True)
-        for number, cell in enumerate(left, start=1):
-            print(f"{number} of {len(left)}: {cell.name}", file=sys.stderr, flush=True)
-            start = cell.block * given.block
-            end = min(start + given.block, by_rounds[cell.rounds])
-            found = run_cell(cell, questions[start:end], setting, logs)
-            _write(files[cell], found)
+        try:
+            for number, cell in enumerate(left, start=1):
+                print(f"{number} of {len(left)}: {cell.name}", file=sys.stderr, flush=True)
+                start = cell.block * given.block
+                end = min(start + given.block, by_rounds[cell.rounds])
+                _write(files[cell], run_cell(cell, questions[start:end], setting, logs))
+        except KeyboardInterrupt:
+            print("interrupted: the same command goes on from here", file=sys.stderr)
+            sys.exit(130)
     print(write_report(folder, questions))
 
 
@@ -155,7 +162,7 @@ def prepare(given: argparse.Namespace, systems: Sequence[str], endpoints: Sequen
     )
     needed = {racer.environment for name, racer in RACERS.items() if name in systems} - {""}
     missing = [given.environments / name for name in sorted(needed)]
-    missing += [setting.llama_server] * (ENDPOINTS[0] in endpoints)
+    missing += [setting.llama_server] * (LLAMA_CPP in endpoints)
     missing = [path for path in missing if not path.exists()]
     if missing:
         raise SystemExit(f"{missing[0]} is missing: `make frameworks` installs it")
@@ -164,18 +171,21 @@ def prepare(given: argparse.Namespace, systems: Sequence[str], endpoints: Sequen
     if "avp" in systems and not setting.weights.exists():
         python = given.environments / "avp/bin/python"
         _run(python, HERE / "adapters/avp_weights.py", gguf, setting.weights)
-    team = json.loads(TEAM.read_text(encoding="utf-8"))
-    specs = {
-        setting.single: endpoint_spec(precision=given.precision),
-        setting.team: team_spec(
+    asking = any(RACERS[system].asks for system in systems)
+    specs = {}
+    if asking and RECMAS in endpoints:
+        specs[setting.single] = endpoint_spec(precision=given.precision)
+    if {"text", "latent"} & set(systems):
+        team = json.loads(TEAM.read_text(encoding="utf-8"))
+        specs[setting.team] = team_spec(
             team,
             rounds=MAX_ROUNDS,
             latent_steps=given.latent_steps,
             precision=given.precision,
-        ),
-    }
+        )
     for bundle, spec in specs.items():
         if not bundle.exists():
+            print(f"building {bundle.name}", file=sys.stderr, flush=True)
             path = bundle.with_suffix(".yaml")
             path.write_text(spec, encoding="utf-8")
             _run(Path(sys.executable).with_name("recmasc"), "build", path, "--out", bundle)

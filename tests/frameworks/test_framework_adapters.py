@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 
-from kit.race import ENVIRONMENTS, RACE, TOKENS, Run
+from kit.race import TOKENS, Run
 
 pytestmark = pytest.mark.frameworks
 
@@ -38,24 +36,3 @@ def test_avp_thinks_and_answers(ask: Run) -> None:
     assert found["latent_steps"] == 5 * 4
     assert found["answer"]
     assert found["outside"] == []
-
-
-def test_an_adapter_that_asks_outside_is_found_out() -> None:
-    """CrewAI's telemetry, left on: what the check of all the others would see."""
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import lockstep; outside = [];"
-        "sys.addaudithook(lambda e, a: lockstep._refuse_outside(e, a, outside));"
-        "import crewai; crewai.telemetry.Telemetry().deploy_signup_error_span();"
-        "from opentelemetry import trace;"
-        "trace.get_tracer_provider().force_flush(); print(outside)"
-    )
-    python = ENVIRONMENTS / "crewai/bin/python"
-    done = subprocess.run(
-        [python, "-c", program, RACE / "adapters"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-        env={"HOME": "/tmp"},
-    )
-    assert "telemetry.crewai.com" in done.stdout

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 from kit.race import QUESTION, RACE, TOKENS, Run
 
@@ -38,3 +40,31 @@ def test_thoughts_write_only_the_answer(ask: Run) -> None:
     assert latent["latent_steps"] == 8 * 4
     assert latent["peak_kib"] > 0
     assert latent["outside"] == []
+
+
+def test_an_adapter_that_asks_outside_is_refused_and_found_out() -> None:
+    """As telemetry that nobody switched off would be."""
+    program = """if True:
+        import sys, urllib.request
+        sys.path.insert(0, sys.argv[1])
+        from lockstep import answer_questions
+        def ask(question):
+            try:
+                urllib.request.urlopen("http://telemetry.example/", timeout=5)
+            except OSError as error:
+                return {"answer": str(error)}
+        sys.argv = ["ask", "--team", sys.argv[2], "--rounds", "1", "--max-tokens", "1"]
+        answer_questions(lambda settings: ask)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program, RACE / "adapters", RACE / "team.json"],
+        input=json.dumps(QUESTION) + "\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    ready, row = map(json.loads, done.stdout.splitlines())
+    assert ready == {"ready": True}
+    assert row["outside"] == ["telemetry.example"]
+    assert "asks nobody outside" in row["answer"]
