@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from processes import free_port, peak_kib, processor_s, running, wait_until_up
-from recorder import Recorder, recording
+from recorder import Call, Recorder, recording
 
 HERE = Path(__file__).parent
 # Asked first in every process, and not counted.
@@ -77,12 +77,14 @@ class Cell:
     endpoint: str
     rounds: int
     block: int
+    at_once: int = 1
 
     @property
     def name(self) -> str:
         """Return the name of its file."""
         endpoint = self.endpoint.replace(" ", "-")
-        return f"{self.system}-{endpoint}-r{self.rounds}-b{self.block}"
+        at_once = f"-x{self.at_once}" if self.at_once > 1 else ""
+        return f"{self.system}-{endpoint}-r{self.rounds}{at_once}-b{self.block}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +114,12 @@ def plan(
     endpoints: Sequence[str],
     questions_by_rounds: Mapping[int, int],
     block: int,
+    at_once: Sequence[int] = (1,),
 ) -> list[Cell]:
-    """Return all cells in the order they run: block by block, another system first each time."""
+    """Return all cells in the order they run: block by block, another system first each time.
+
+    AVP takes one question at a time.
+    """
     cells = []
     for number in range(-(-max(questions_by_rounds.values()) // block)):
         for rounds, questions in questions_by_rounds.items():
@@ -123,8 +129,16 @@ def plan(
             for system in (*systems[first:], *systems[:first]):
                 where = endpoints if RACERS[system].asks else (IN_PROCESS,)
                 cells += [
-                    Cell(system=system, endpoint=endpoint, rounds=rounds, block=number)
+                    Cell(
+                        system=system,
+                        endpoint=endpoint,
+                        rounds=rounds,
+                        block=number,
+                        at_once=together,
+                    )
                     for endpoint in where
+                    for together in at_once
+                    if together == 1 or system != "avp"
                 ]
     return cells
 
@@ -138,7 +152,7 @@ def run_cell(
     with ExitStack() as stack:
         recorder, server = None, None
         if cell.endpoint != IN_PROCESS:
-            url, server = stack.enter_context(_endpoint(cell.endpoint, setting, log))
+            url, server = stack.enter_context(_endpoint(cell, setting, log))
             recorder = stack.enter_context(recording(url))
         command = _command(cell, setting, recorder)
         environment = _environment(logs)
@@ -148,21 +162,42 @@ def run_cell(
         assert adapter.stdin is not None
         assert adapter.stdout is not None
         _said(adapter.stdout, log)
-        rows = []
-        for question in ({"id": "warm-up", "question": WARM_UP}, *questions):
+        rows: list[dict[str, Any]] = []
+        groups = [[{"id": "warm-up", "question": WARM_UP}]]
+        for start in range(0, len(questions), cell.at_once):
+            groups.append([dict(q) for q in questions[start : start + cell.at_once]])
+        for group in groups:
             before = processor_s(server) if server else 0.0
-            print(json.dumps({"question": question["question"]}), file=adapter.stdin, flush=True)
-            row = {"id": question["id"], **_said(adapter.stdout, log)}
-            if server and recorder:
-                row["server_processor_s"] = processor_s(server) - before
-                row["server_peak_kib"] = peak_kib(server)
-                row |= _counts(recorder)
-            rows.append(row)
+            words = {"questions": [question["question"] for question in group]}
+            print(json.dumps(words), file=adapter.stdin, flush=True)
+            said = _said(adapter.stdout, log)
+            if server:
+                said["server_processor_s"] = processor_s(server) - before
+                said["server_peak_kib"] = peak_kib(server)
+            rows += _rows(group, said, recorder)
     return {"cell": asdict(cell), "rows": rows[1:]}
 
 
-def _counts(recorder: Recorder) -> dict[str, Any]:
-    calls = recorder.take()
+def _rows(
+    group: Sequence[Mapping[str, str]], said: dict[str, Any], recorder: Recorder | None
+) -> list[dict[str, Any]]:
+    """Return a row for each question: its answer, its calls, and its share of the time."""
+    answers = said.pop("answers")
+    calls = recorder.take() if recorder else []
+    for name in ("seconds", "processor_s", "server_processor_s"):
+        if name in said:
+            said[name] /= len(group)
+    rows = []
+    for question, answer in zip(group, answers, strict=True):
+        row = {"id": question["id"], **answer, **said}
+        if recorder:
+            # Prompts begin with the question, and the calls of one question come one by one.
+            row |= _counts([c for c in calls if question["question"] in c.messages[-1]["content"]])
+        rows.append(row)
+    return rows
+
+
+def _counts(calls: Sequence[Call]) -> dict[str, Any]:
     return {
         "calls": len(calls),
         "prompt_tokens": sum(call.prompt_tokens for call in calls),
@@ -197,6 +232,7 @@ def _command(cell: Cell, setting: Setting, recorder: Recorder | None) -> list[st
         "--baseline": racer.baseline,
         "--threads": setting.threads,
         "--latent-steps": setting.latent_steps,
+        "--at-once": cell.at_once,
     }
     adapter = str(HERE / "adapters" / racer.adapter)
     return [python, adapter, *(str(word) for pair in options.items() for word in pair)]
@@ -211,18 +247,20 @@ def _environment(home: Path) -> dict[str, str]:
 
 
 @contextmanager
-def _endpoint(name: str, setting: Setting, log: Path) -> Iterator[tuple[str, int]]:
+def _endpoint(cell: Cell, setting: Setting, log: Path) -> Iterator[tuple[str, int]]:
     """Start a server; gives its address in OpenAI's form, and its process."""
     port, threads = free_port(), setting.threads
-    if name == LLAMA_CPP:
+    if cell.endpoint == LLAMA_CPP:
         command = (
             f"{setting.llama_server} --model {setting.model} --alias single --threads {threads}"
         )
         command += f" --host 127.0.0.1 --port {port} --ctx-size 8192 --offline"
+        if cell.at_once > 4:  # its own number of slots
+            command += f" --parallel {cell.at_once}"
     else:
         recmas = Path(sys.executable).with_name("recmas")
         command = f"{recmas} serve single={setting.single} --port {port} --threads {threads} --json"
-    health = f"http://127.0.0.1:{port}/{'ready' if name == RECMAS else 'health'}"
+    health = f"http://127.0.0.1:{port}/{'ready' if cell.endpoint == RECMAS else 'health'}"
     with running(command.split(), log=log, environment=os.environ) as server:
         wait_until_up(health, server, log)
         yield f"http://127.0.0.1:{port}/v1", server.pid

@@ -38,6 +38,7 @@ HERE = Path(__file__).parent
 DEFAULT_SYSTEMS = ("langgraph", "crewai", "autogen", "plain", "avp", "text", "latent")
 PRECISIONS = ("int4", "float32")
 MAX_ROUNDS = 3
+MAX_AT_ONCE = 8
 
 
 def main() -> None:
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--systems", default=",".join(DEFAULT_SYSTEMS), help=", ".join(RACERS))
     parser.add_argument("--endpoints", default=",".join(ENDPOINTS))
     parser.add_argument("--precision", choices=PRECISIONS, default="int4")
+    parser.add_argument("--at-once", default="1", help="1 [default], 8, or 1,8")
     parser.add_argument("--block", type=int, default=10, help="questions of a cell [default: 10]")
     parser.add_argument("--max-tokens", type=int, default=96, help="of each text [default: 96]")
     parser.add_argument("--latent-steps", type=int, default=16)
@@ -64,7 +66,8 @@ def main() -> None:
     folder = given.out / given.precision
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     keep_settings(folder, given, questions)
-    cells = plan(systems, endpoints, by_rounds, given.block)
+    at_once = read_at_once(given.at_once)
+    cells = plan(systems, endpoints, by_rounds, given.block, at_once)
     files = {cell: folder / "cells" / f"{cell.name}.json" for cell in cells}
     left = [cell for cell in cells if not files[cell].exists()]
     if not given.table_only and left:
@@ -97,6 +100,14 @@ def read_rounds(text: str, limit: int) -> dict[int, int]:
             raise SystemExit(f"--rounds {text}: {questions!r} is no number of questions")
         found[int(rounds)] = int(questions or limit)
     return found
+
+
+def read_at_once(text: str) -> list[int]:
+    """Return how many questions run at a time, each number a set of cells of its own."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and 1 <= int(part) <= MAX_AT_ONCE for part in parts):
+        raise SystemExit(f"--at-once {text}: numbers from 1 to {MAX_AT_ONCE}, commas between them")
+    return [int(part) for part in parts]
 
 
 def read_questions(path: Path, limit: int) -> list[dict[str, str]]:

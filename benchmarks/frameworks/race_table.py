@@ -41,14 +41,15 @@ class Row:
         same_messages: Questions at which every message that reached the endpoint is that of the
             first system of the same endpoint and rounds; None in process.
         same_answers: The same of the answers.
-        times_as_fast: As the fastest framework on any endpoint at these rounds, on the questions
-            that both answered; below 1 for what is slower.
+        times_as_fast: As the fastest framework on any endpoint at these rounds, as many questions
+            at once, on those that both answered; below 1 for what is slower.
         saved: Share of that framework's written tokens that are not written.
     """
 
     system: str
     endpoint: str
     rounds: int
+    at_once: int
     questions: int
     seconds: float
     slowest_s: float
@@ -68,7 +69,7 @@ class Row:
 
 
 Answered = dict[str, dict[str, Any]]  # what was answered, by the question's id
-Key = tuple[int, str, str]  # rounds, endpoint, system
+Key = tuple[int, int, str, str]  # rounds, questions at once, endpoint, system
 
 
 def write_report(folder: Path, questions: Sequence[Mapping[str, str]]) -> str:
@@ -92,11 +93,12 @@ def rows_of(cells: Sequence[Mapping[str, Any]], answers: Mapping[str, str]) -> l
     answered: dict[Key, Answered] = defaultdict(dict)
     for cell in cells:
         where = cell["cell"]
-        key = (where["rounds"], where["endpoint"], where["system"])
+        key = (where["rounds"], where["at_once"], where["endpoint"], where["system"])
         answered[key] |= {row["id"]: row for row in cell["rows"]}
     names = list(RACERS)
     order = sorted(
-        answered, key=lambda key: (key[0], key[1] == IN_PROCESS, key[1], names.index(key[2]))
+        answered,
+        key=lambda key: (*key[:2], key[2] == IN_PROCESS, key[2], names.index(key[3])),
     )
     return [_row(key, answered, order, answers) for key in order]
 
@@ -104,7 +106,7 @@ def rows_of(cells: Sequence[Mapping[str, Any]], answers: Mapping[str, str]) -> l
 def _row(
     key: Key, answered: Mapping[Key, Answered], order: Sequence[Key], answers: Mapping[str, str]
 ) -> Row:
-    rounds, endpoint, system = key
+    rounds, at_once, endpoint, system = key
     mine = answered[key]
 
     def mean(name: str) -> float:
@@ -113,13 +115,14 @@ def _row(
     def most_mib(name: str) -> float:
         return max(row.get(name, 0) for row in mine.values()) / MIB
 
-    first = next(other for other in order if other[:2] == key[:2])
+    first = next(other for other in order if other[:3] == key[:3])
     alike = None if endpoint == IN_PROCESS or system == "crewai-own" else answered[first]
-    fastest = _fastest(rounds, mine, answered)
+    fastest = _fastest(key, mine, answered)
     return Row(
         system=system,
         endpoint=endpoint,
         rounds=rounds,
+        at_once=at_once,
         questions=len(mine),
         seconds=mean("seconds"),
         slowest_s=max(row["seconds"] for row in mine.values()),
@@ -157,12 +160,12 @@ def _same(mine: Answered, alike: Answered | None, what: Any) -> int | None:
     return sum(what(row) == what(alike[id_]) for id_, row in mine.items() if id_ in alike)
 
 
-def _fastest(rounds: int, mine: Answered, answered: Mapping[Key, Answered]) -> Answered | None:
+def _fastest(key: Key, mine: Answered, answered: Mapping[Key, Answered]) -> Answered | None:
     """Return the fastest framework that answered all of these questions."""
     found = [
         rows
-        for (others_rounds, _, system), rows in answered.items()
-        if others_rounds == rounds and system in FRAMEWORKS and mine.keys() <= rows.keys()
+        for other, rows in answered.items()
+        if other[:2] == key[:2] and other[3] in FRAMEWORKS and mine.keys() <= rows.keys()
     ]
     return min(found, key=lambda rows: _sum(rows, mine, "seconds"), default=None)
 
@@ -183,7 +186,7 @@ def _saved(other: Answered | None, mine: Answered) -> float | None:
 
 def table_of(rows: Sequence[Row]) -> str:
     """Return the table as Markdown."""
-    head = ["system", "endpoint", "rounds", "s", "times as fast", "processor s", "calls"]
+    head = ["system", "endpoint", "rounds", "at once", "s", "times as fast", "processor s", "calls"]
     head += ["prompt", "cached", "written", "saved", "steps", "MiB", "right", "same"]
     return markdown_table(head, [_line(row) for row in rows])
 
@@ -194,6 +197,7 @@ def _line(row: Row) -> list[str]:
         TITLES[row.system],
         row.endpoint,
         str(row.rounds),
+        str(row.at_once),
         f"{row.seconds:.2f}",
         "" if row.times_as_fast is None else f"{row.times_as_fast:.2f}",
         _pair(row.processor_s, ".2f", in_process),
@@ -214,7 +218,12 @@ def _pair(pair: tuple[float, float], form: str, in_process: bool) -> str:
 
 
 def _draw(rows: Sequence[Row], settings: Mapping[str, Any], path: Path) -> bool:
-    """Draw seconds and written tokens by rounds, a line for each system on each endpoint."""
+    """Draw seconds and written tokens by rounds, a line for each system on each endpoint.
+
+    Only those of one question at a time, unless there are no others.
+    """
+    fewest = min((row.at_once for row in rows), default=1)
+    rows = [row for row in rows if row.at_once == fewest]
 
     def panel(name: str, axes: Any) -> None:
         lines = list(dict.fromkeys((row.system, row.endpoint) for row in rows))

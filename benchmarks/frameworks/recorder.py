@@ -10,7 +10,7 @@ import http.client
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -85,7 +85,9 @@ def recording(upstream: str) -> Iterator[Recorder]:
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
-            self.wfile.write(answer)
+            # A system that was ended reads no answer.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                self.wfile.write(answer)
 
         def log_message(self, format: str, *args: object) -> None:
             pass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 
 from kit.bundles import BuildTiny
 from kit.http_server import local, serving
-from kit.race import ENVIRONMENTS, QUESTION, TOKENS, Run, Tiny
+from kit.race import ENVIRONMENTS, QUESTIONS, TOKENS, Run, Tiny
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def tiny(build_tiny: BuildTiny, families: Path) -> Tiny:
 
 @pytest.fixture
 def ask(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """Ask a system one question; those that ask an endpoint have a service in this process."""
+    """Ask a system questions, the endpoint a service of the tiny model in this process."""
     import cells
     from team import TEAM
 
@@ -56,10 +56,17 @@ def ask(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
         monkeypatch.setattr(cells, "_endpoint", endpoint)
 
-        def run(system: str, rounds: int) -> dict[str, Any]:
+        def run(
+            system: str,
+            rounds: int,
+            questions: Sequence[Mapping[str, str]] = QUESTIONS[:1],
+        ) -> list[dict[str, Any]]:
+            at_once = len(questions)
             where = cells.RECMAS if cells.RACERS[system].asks else cells.IN_PROCESS
-            cell = cells.Cell(system=system, endpoint=where, rounds=rounds, block=0)
-            (row,) = cells.run_cell(cell, [QUESTION], setting, tmp_path)["rows"]
-            return dict(row)
+            cell = cells.Cell(
+                system=system, endpoint=where, rounds=rounds, block=0, at_once=at_once
+            )
+            rows = cells.run_cell(cell, questions, setting, tmp_path)["rows"]
+            return list(rows)
 
         yield run

@@ -12,7 +12,7 @@ import pytest
 import race_table
 
 import race
-from kit.race import QUESTION
+from kit.race import QUESTIONS
 
 
 def answered(id_: str, seconds: float, answer: str, **more: Any) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def answered(id_: str, seconds: float, answer: str, **more: Any) -> dict[str, An
 
 
 def cell(system: str, endpoint: str, *rows: dict[str, Any], block: int = 0) -> dict[str, Any]:
-    where = {"system": system, "endpoint": endpoint, "rounds": 1, "block": block}
+    where = {"system": system, "endpoint": endpoint, "rounds": 1, "block": block, "at_once": 1}
     return {"cell": where, "rows": list(rows)}
 
 
@@ -73,6 +73,8 @@ def test_plan_takes_turns_and_runs_what_has_no_endpoint_once() -> None:
         *[(1, 3, "plain"), (1, 3, "plain"), (1, 3, "latent")],
     ]
     assert len({c.name for c in planned}) == len(planned)
+    together = cells.plan(["plain", "avp"], ["llama.cpp"], {2: 1}, block=2, at_once=(1, 8))
+    assert [(c.system, c.at_once) for c in together] == [("plain", 1), ("plain", 8), ("avp", 1)]
 
 
 def test_rounds_and_their_questions() -> None:
@@ -87,10 +89,10 @@ def test_rounds_and_their_questions() -> None:
 
 def test_cells_of_other_settings_are_refused(tmp_path: Path) -> None:
     given = {"precision": "int4", "max_tokens": 96, "latent_steps": 16, "block": 10, "threads": 2}
-    race.keep_settings(tmp_path, argparse.Namespace(**given), [QUESTION])
-    race.keep_settings(tmp_path, argparse.Namespace(**given), [QUESTION])
+    race.keep_settings(tmp_path, argparse.Namespace(**given), QUESTIONS)
+    race.keep_settings(tmp_path, argparse.Namespace(**given), QUESTIONS)
     with pytest.raises(SystemExit, match="cells of another max_tokens: take another --out"):
-        race.keep_settings(tmp_path, argparse.Namespace(**given | {"max_tokens": 8}), [QUESTION])
+        race.keep_settings(tmp_path, argparse.Namespace(**given | {"max_tokens": 8}), QUESTIONS)
 
 
 def test_too_few_questions_are_told(tmp_path: Path) -> None:

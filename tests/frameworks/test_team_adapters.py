@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 
-from kit.race import QUESTION, RACE, TOKENS, Run
+import pytest
+
+from kit.race import QUESTIONS, RACE, TOKENS, Run
 
 
 def test_texts_of_recmas_are_those_of_a_loop_of_requests(ask: Run) -> None:
-    loop, text = ask("plain", 2), ask("text", 2)
+    (loop,), (text,) = ask("plain", 2), ask("text", 2)
     assert loop["answer"] == text["answer"]
     assert loop["written_tokens"] == text["written_tokens"] == 6 * TOKENS
     assert loop["calls"] == text["calls"] == 6
@@ -23,7 +25,7 @@ def test_texts_of_recmas_are_those_of_a_loop_of_requests(ask: Run) -> None:
         {"role": "system", "content": team["system"]}
     ]
     shown = [call["messages"][1]["content"] for call in calls]
-    question = QUESTION["question"]
+    question = QUESTIONS[0]["question"]
     assert shown[0] == planner["first"].replace("{question}", question)
     assert shown[1] == critic["then"].replace("{question}", question).replace(
         "{text}", calls[0]["text"]
@@ -35,11 +37,26 @@ def test_texts_of_recmas_are_those_of_a_loop_of_requests(ask: Run) -> None:
 
 
 def test_thoughts_write_only_the_answer(ask: Run) -> None:
-    latent = ask("latent", 3)
+    (latent,) = ask("latent", 3)
     assert latent["written_tokens"] == TOKENS
     assert latent["latent_steps"] == 8 * 4
     assert latent["peak_kib"] > 0
     assert latent["outside"] == []
+
+
+@pytest.mark.parametrize("system", ["plain", "text", "latent"])
+def test_questions_at_once_are_answered_as_one_by_one(ask: Run, system: str) -> None:
+    together = ask(system, 1, QUESTIONS)
+    assert [row["id"] for row in together] == ["0", "1", "2"]
+    assert [row["calls"] for row in together] == [3, 3, 3]
+    assert len({row["seconds"] for row in together}) == 1, "each has its share of the same time"
+    (last,) = ask(system, 1, QUESTIONS[-1:])
+    assert together[-1]["answer"] == last["answer"]
+    if system == "plain":
+        one, other = (
+            [(c["messages"], c["text"]) for c in r["asked"]] for r in (together[-1], last)
+        )
+        assert one == other
 
 
 def test_an_adapter_that_asks_outside_is_refused_and_found_out() -> None:
@@ -58,7 +75,7 @@ def test_an_adapter_that_asks_outside_is_refused_and_found_out() -> None:
     """
     done = subprocess.run(
         [sys.executable, "-c", program, RACE / "adapters", RACE / "team.json"],
-        input=json.dumps(QUESTION) + "\n",
+        input=json.dumps({"questions": ["Who is there?"]}) + "\n",
         capture_output=True,
         text=True,
         timeout=60,
@@ -67,4 +84,4 @@ def test_an_adapter_that_asks_outside_is_refused_and_found_out() -> None:
     ready, row = map(json.loads, done.stdout.splitlines())
     assert ready == {"ready": True}
     assert row["outside"] == ["telemetry.example"]
-    assert "asks nobody outside" in row["answer"]
+    assert "asks nobody outside" in row["answers"][0]["answer"]

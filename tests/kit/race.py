@@ -14,9 +14,13 @@ ENVIRONMENTS = ROOT / ".frameworks"
 sys.path.append(str(RACE))  # its files import each other by name
 
 TOKENS = 12
-QUESTION = {"id": "0", "question": "What are 3 and 4 {together}?", "answer": "7"}
+QUESTIONS = (
+    {"id": "0", "question": "What are 3 and 4 {together}?", "answer": "7"},
+    {"id": "1", "question": "How many legs have two cats?", "answer": "8"},
+    {"id": "2", "question": "What is left of 9 apples, if 4 are eaten?", "answer": "5"},
+)
 
-Run = Callable[..., dict[str, Any]]
+Run = Callable[..., list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)

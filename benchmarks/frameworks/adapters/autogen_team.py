@@ -8,6 +8,7 @@ documentation tells to write them, with its client.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 
 from autogen_agentchat.agents import BaseChatAgent
@@ -52,6 +53,19 @@ class Member(BaseChatAgent):
 
 def make(settings: Settings) -> Ask:
     """Return the team as a function of the question."""
+    # A loop belongs to its thread, and a client and a team to their loop.
+    mine = threading.local()
+
+    def ask(question: str) -> dict[str, object]:
+        if not hasattr(mine, "loop"):
+            mine.loop = asyncio.new_event_loop()
+            mine.team = _team(settings)
+        return {"answer": mine.loop.run_until_complete(_run(mine.team, question))}
+
+    return ask
+
+
+def _team(settings: Settings) -> RoundRobinGroupChat:
     client = OpenAIChatCompletionClient(
         base_url=settings.url,
         model=settings.model,
@@ -71,17 +85,15 @@ def make(settings: Settings) -> Ask:
     members = [Member(agent, settings.system, client) for agent in settings.agents]
     # The task counts as a message.
     end = MaxMessageTermination(1 + len(members) * settings.rounds)
-    team = RoundRobinGroupChat(members, termination_condition=end)
-    loop = asyncio.new_event_loop()
+    return RoundRobinGroupChat(members, termination_condition=end)
 
-    async def run(question: str) -> str:
-        result = await team.run(task=question)
-        await team.reset()
-        last = result.messages[-1]
-        assert isinstance(last, TextMessage)
-        return last.content
 
-    return lambda question: {"answer": loop.run_until_complete(run(question))}
+async def _run(team: RoundRobinGroupChat, question: str) -> str:
+    result = await team.run(task=question)
+    await team.reset()
+    last = result.messages[-1]
+    assert isinstance(last, TextMessage)
+    return last.content
 
 
 if __name__ == "__main__":

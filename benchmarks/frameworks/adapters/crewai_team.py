@@ -37,7 +37,7 @@ def make(settings: Settings) -> Ask:
         )
         for name in members
     }
-    asked: list[str] = []
+    asked: dict[object, str] = {}  # questions by task
 
     if settings.baseline != "own":
 
@@ -45,14 +45,13 @@ def make(settings: Settings) -> Ask:
         def as_the_team_writes(context: LLMCallHookContext) -> None:
             earlier = context.task.context
             text = earlier[0].output.raw if earlier else None
-            prompt = members[context.agent.role].prompt(asked[-1], text)
+            prompt = members[context.agent.role].prompt(asked[context.task.id], text)
             context.messages[:] = [
                 {"role": "system", "content": settings.system},
                 {"role": "user", "content": prompt},
             ]
 
     def ask(question: str) -> dict[str, object]:
-        asked.append(question)
         tasks: list[Task] = []
         for _ in range(settings.rounds):
             for name, member in members.items():
@@ -64,6 +63,7 @@ def make(settings: Settings) -> Ask:
                         context=tasks[-1:],
                     )
                 )
+                asked[tasks[-1].id] = question
         crew = Crew(
             agents=list(agents.values()),
             tasks=tasks,

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,25 +51,47 @@ class Settings:
     baseline: str
     threads: int
     latent_steps: int
+    at_once: int
 
 
 Ask = Callable[[str], dict[str, Any]]
 """Takes a question; returns `answer`, and counts that no endpoint sees."""
+AskAll = Callable[[list[str]], list[dict[str, Any]]]
 
 
 def answer_questions(make: Callable[[Settings], Ask]) -> None:
-    """Answer a JSON line `{"question": ...}` with one that holds the answer and its cost."""
+    """Answer JSON lines `{"questions": [...]}`, the questions of a line at once, each in a thread.
+
+    A line comes back for each, with what came of every question and what they took together.
+    """
+
+    def make_all(settings: Settings) -> AskAll:
+        ask = make(settings)
+        pool = ThreadPoolExecutor(settings.at_once)
+
+        def ask_all(questions: list[str]) -> list[dict[str, Any]]:
+            if settings.at_once == 1:  # as anybody would call it
+                return [ask(question) for question in questions]
+            return list(pool.map(ask, questions))
+
+        return ask_all
+
+    answer_together(make_all)
+
+
+def answer_together(make: Callable[[Settings], AskAll]) -> None:
+    """The same for what takes several questions by itself."""
     outside: list[str] = []
     sys.addaudithook(lambda event, arguments: _refuse_outside(event, arguments, outside))
     # Frameworks print; what the driver reads is what standard output was at the start.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    ask = make(_settings())
+    ask_all = make(_settings())
     print(json.dumps({"ready": True}), file=out, flush=True)
     for line in sys.stdin:
-        question = json.loads(line)["question"]
+        questions = json.loads(line)["questions"]
         wall, processor = time.perf_counter(), time.process_time()
-        found = ask(question)
+        found: dict[str, Any] = {"answers": ask_all(questions)}
         found |= {
             "seconds": time.perf_counter() - wall,
             "processor_s": time.process_time() - processor,
@@ -89,6 +112,7 @@ def _settings() -> Settings:
     parser.add_argument("--baseline", default="latent")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--latent-steps", type=int, default=16)
+    parser.add_argument("--at-once", type=int, default=1)
     given = parser.parse_args()
     team = json.loads(given.team.read_text(encoding="utf-8"))
     return Settings(
@@ -102,6 +126,7 @@ def _settings() -> Settings:
         baseline=given.baseline,
         threads=given.threads,
         latent_steps=given.latent_steps,
+        at_once=given.at_once,
     )
 
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from lockstep import Ask, Settings, answer_questions
+from lockstep import AskAll, Settings, answer_together
 
 import recmas_runtime as rt
 from recmas_runtime.formats.plan import SamplingPlan
 
 
-def make(settings: Settings) -> Ask:
-    """Return the loaded bundle as a function of the question."""
+def make(settings: Settings) -> AskAll:
+    """Return the loaded bundle as a function of questions."""
     system = rt.load(settings.bundle, threads=settings.threads).with_rounds(settings.rounds)
     if settings.baseline == "text":
         system = system.baseline(f"text@{settings.max_tokens}")
     sampling = SamplingPlan(max_new_tokens=settings.max_tokens, temperature=0.0)
 
-    def ask(question: str) -> dict[str, object]:
-        found = system.run(question, sampling=sampling)
+    def ask(questions: list[str]) -> list[dict[str, object]]:
+        if settings.at_once == 1:
+            return [counted(system.run(question, sampling=sampling)) for question in questions]
+        found = system.answer_all(questions, at_once=settings.at_once, sampling=sampling)
+        return [counted(result) for result in found]
+
+    def counted(found: rt.Answer | rt.RecmasError) -> dict[str, object]:
+        if isinstance(found, rt.RecmasError):
+            raise found
         return {
             "answer": found.answer,
             "calls": len(settings.agents) * settings.rounds,
@@ -29,4 +36,4 @@ def make(settings: Settings) -> Ask:
 
 
 if __name__ == "__main__":
-    answer_questions(make)
+    answer_together(make)
