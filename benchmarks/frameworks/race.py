@@ -35,7 +35,7 @@ from recmas_compiler.backbones.sources import SMOLLM2, resolve_source
 from recmas_runtime.checking.machine import describe_machine
 
 HERE = Path(__file__).parent
-DEFAULT_SYSTEMS = ("langgraph", "crewai", "autogen", "plain", "avp", "text", "latent")
+DEFAULT_SYSTEMS = ("langgraph", "crewai", "autogen", "avp", "text", "latent")
 PRECISIONS = ("int4", "float32")
 MAX_ROUNDS = 3
 MAX_AT_ONCE = 8

@@ -11,7 +11,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from cells import IN_PROCESS, RACERS
+from cells import IN_PROCESS, RACERS, RECMAS
 
 from recmas_compiler.analysis.plots import COLOURS, save_figure
 from recmas_compiler.evaluation.checks.math import equal_numbers, extract_math, read_number
@@ -40,7 +40,8 @@ class Row:
         peak_mib: The same, the most that either ever held.
         same_messages: Questions at which every message that reached the endpoint is that of the
             first system of the same endpoint and rounds; None in process.
-        same_answers: The same of the answers.
+        same_answers: The same of the answers; those of recmas' texts are held against the endpoint
+            that `recmas serve` is. None where other answers are meant to come.
         times_as_fast: As the fastest framework on any endpoint at these rounds, as many questions
             at once, on those that both answered; below 1 for what is slower.
         saved: Share of that framework's written tokens that are not written.
@@ -115,8 +116,7 @@ def _row(
     def most_mib(name: str) -> float:
         return max(row.get(name, 0) for row in mine.values()) / MIB
 
-    first = next(other for other in order if other[:3] == key[:3])
-    alike = None if endpoint == IN_PROCESS or system == "crewai-own" else answered[first]
+    alike = _alike(key, answered, order)
     fastest = _fastest(key, mine, answered)
     return Row(
         system=system,
@@ -134,12 +134,23 @@ def _row(
         written_tokens=mean("written_tokens"),
         latent_steps=mean("latent_steps"),
         right=sum(is_right(row["answer"], answers[id_]) for id_, row in mine.items()),
-        same_messages=_same(mine, alike, messages_of),
+        same_messages=None if endpoint == IN_PROCESS else _same(mine, alike, messages_of),
         same_answers=_same(mine, alike, lambda row: row["answer"]),
         outside=tuple(sorted({host for row in mine.values() for host in row["outside"]})),
         times_as_fast=_ratio(fastest, mine, "seconds"),
         saved=_saved(fastest, mine),
     )
+
+
+def _alike(key: Key, answered: Mapping[Key, Answered], order: Sequence[Key]) -> Answered | None:
+    """Return the answers that a system's should be equal to."""
+    rounds, at_once, endpoint, system = key
+    if system == "text":
+        endpoint = RECMAS
+    elif endpoint == IN_PROCESS or system == "crewai-own":
+        return None
+    where = (rounds, at_once, endpoint)
+    return next((answered[other] for other in order if other[:3] == where), None)
 
 
 def messages_of(row: Mapping[str, Any]) -> list[list[tuple[str, str]]]:
@@ -209,7 +220,7 @@ def _line(row: Row) -> list[str]:
         f"{row.latent_steps:.0f}" if row.latent_steps else "",
         _pair(row.peak_mib, ".0f", in_process),
         f"{row.right}/{row.questions}",
-        "" if row.same_messages is None else f"{row.same_messages}, {row.same_answers}",
+        ", ".join(str(n) for n in (row.same_messages, row.same_answers) if n is not None),
     ]
 
 

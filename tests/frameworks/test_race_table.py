@@ -47,6 +47,21 @@ def test_rows_compare_on_the_questions_that_both_answered() -> None:
     assert latent.same_answers is None
 
 
+def test_texts_of_recmas_are_held_against_its_own_endpoint() -> None:
+    rows = race_table.rows_of(
+        [
+            cell("crewai", "llama.cpp", answered("0", 8.0, "7"), answered("1", 8.0, "8")),
+            cell("crewai", "recmas serve", answered("0", 9.0, "seven"), answered("1", 9.0, "8")),
+            cell("text", "in process", answered("0", 4.0, "seven"), answered("1", 4.0, "9")),
+        ],
+        {"0": "7", "1": "8"},
+    )
+    text = rows[-1]
+    assert (text.same_messages, text.same_answers, text.times_as_fast) == (None, 1, 2.0)
+    last = race_table.table_of(rows).splitlines()[-1]
+    assert [word.strip() for word in last.split("|")[-3:-1]] == ["0/2", "1"]
+
+
 def test_report_holds_every_row(tmp_path: Path) -> None:
     (tmp_path / "cells").mkdir()
     for number, one in enumerate(CELLS):
