@@ -11,7 +11,7 @@ TORCH_VERSION := torch==2.13.0
 TORCH_FROM := $(strip $(if $(filter %.whl,$(TORCH)),$(TORCH),$(if $(findstring ://,$(TORCH)),\
   --index-url $(TORCH) $(TORCH_VERSION),$(if $(TORCH),--find-links $(TORCH)) $(TORCH_VERSION))))
 
-.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-serving test-clients test-textgrad test-ray test-containers test-browser lint bench wheel wheel-check readme-check docs clean test-importers test-harness test-trackers bench-paper
+.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-serving test-clients test-textgrad test-ray test-containers test-browser lint bench wheel wheel-check readme-check docs clean test-importers test-harness test-trackers bench-paper test-frameworks frameworks bench-frameworks
 
 setup: .venv/.ready
 
@@ -130,6 +130,29 @@ test-trackers: setup .trackers/.ready
 	echo $(CURDIR)/$$(ls -d .venv/lib/python3*/site-packages) > $$(ls -d .trackers/lib/python3*/site-packages)/zz_setup.pth
 	touch $@
 
+# The team of benchmarks/frameworks in LangGraph, CrewAI, AutoGen and AVP: each has an environment of
+# its own, with 2 GB of packages in all, and llama.cpp's server is built from its sources.
+FRAMEWORKS := .frameworks
+frameworks: setup $(FRAMEWORKS)/langgraph/.ready $(FRAMEWORKS)/crewai/.ready $(FRAMEWORKS)/autogen/.ready $(FRAMEWORKS)/avp/.ready $(FRAMEWORKS)/llama.cpp/.ready
+
+$(FRAMEWORKS)/%/.ready: benchmarks/frameworks/requirements/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(if $(filter avp,$*),$(@D)/bin/python -m pip install --quiet $(TORCH_FROM))
+	$(@D)/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+$(FRAMEWORKS)/llama.cpp/.ready: .ci/install-llama-server
+	PYTHON="$(PYTHON)" .ci/install-llama-server $(@D)
+	touch $@
+
+# Each adapter against a running endpoint of a tiny model.
+test-frameworks: frameworks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m frameworks tests/frameworks
+
+# DATA=gsm8k_test.jsonl: questions with answers (docs/data.md).
+bench-frameworks: frameworks
+	$(BIN)/python benchmarks/frameworks/race.py --data $(DATA) --rounds $(or $(ROUNDS),3:20,2:10,1:10)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -166,4 +189,4 @@ wheel-check: setup
 	bash .ci/wheel-check out/sequential
 
 clean:
-	rm -rf .venv .versions .clients .textgrad build dist out *.egg-info .harness .trackers
+	rm -rf .venv .versions .clients .textgrad .importers .harness .trackers .frameworks build dist out *.egg-info
