@@ -180,13 +180,16 @@ def _with_codes(text: str) -> str:
 def _navigation(text: str) -> tuple[str, set[str]]:
     """Return the index with a tree of pages for each of its lists, and the pages that they name.
 
-    A generated page stands in a list as its name in code, for it is no file of the repository.
+    A generated page stands in a list as its name in code, for it is no file of the repository, and
+    what the line says of that; in the site its title takes the place of the line.
     """
     named: set[str] = set()
     first, *sections = re.split(r"^(?=## )", text, flags=re.M)
     parts = [first]
     for section in sections:
-        section = re.sub(r"^- `(\w+\.(?:md|rst))`$", lambda m: f"- []({m[1]})", section, flags=re.M)
+        section = re.sub(
+            r"^- `(\w+\.(?:md|rst))`: .*$", lambda m: f"- []({m[1]})", section, flags=re.M
+        )
         names = re.findall(r"^- \[[^\]]*\]\((\w+\.(?:md|rst))", section, re.M)
         named.update(names)
         title = section.split("\n", 1)[0][3:]
