@@ -34,6 +34,7 @@ from recmas_compiler.importers.team import (
 )
 from recmas_compiler.importers.texts import SCOPED_BRACES, parse_text
 from recmas_compiler.importers.texts import field as field_named
+from recmas_runtime.formats.ids import path_text
 
 ROOT_FILE: Final = "root_agent.yaml"
 _START: Final = "START"
@@ -138,7 +139,7 @@ class _Reader:
     def _piece(self, node: Node, above: list[Node], at: Node) -> _Piece:
         """Read an agent and all below it; `at` is where it is named."""
         if any(node is other for other in above):
-            way = " -> ".join(other.file for other in (*above, node))
+            way = path_text(*(other.file for other in (*above, node)))
             message = f"the agent is inside of itself: {way}."
             raise at.refuse("RM163", message, "Remove the `config_path` that leads back.")
         above = [*above, node]
