@@ -10,7 +10,9 @@ import pytest
 import recmas_runtime as rt
 from kit.bundles import BuildTiny
 from kit.remote_systems import KEY_ENV, Reply, completion, endpoint
+from recmas_cli.build import _load_seconds
 from recmas_export.replan import Replanner
+from recmas_runtime.core.progress import Silent
 from recmas_runtime.formats.bundle import open_bundle
 
 KEY = "sk-verysecret"
@@ -69,6 +71,8 @@ def test_a_build_asks_nobody_and_a_run_does(
         # In round 2 the planner sees what the solver wrote for it.
         assert far.asked[2]["messages"][0]["content"].startswith("P What is 7? ")
     assert far.keys == [f"Bearer {KEY}"] * 4
+    monkeypatch.delenv(KEY_ENV)
+    assert _load_seconds(built.bundle, Silent()) > 0  # `recmasc build` needs no key
     # `recmasc bench --rounds` makes other plans of the bundle alone.
     plan = Replanner(open_bundle(built.bundle)).plan(rounds=3)
     assert [step.round for step in plan.steps if step.op == "ask"] == [1, 2, 3]

@@ -35,6 +35,7 @@ OPTIONAL = {
     "page": {"starlette"},
     "operation": {"fastapi", "opentelemetry", "pydantic", "uvicorn"},
     "metrics": {"prometheus_client"},
+    "remote": {"openai"},
 }
 FOREIGN = (
     "torch",
@@ -42,6 +43,7 @@ FOREIGN = (
     "networkx",
     "pydantic",
     "onnx",
+    "openai",
     "recmas_compiler",
     "recmas_export",
 )

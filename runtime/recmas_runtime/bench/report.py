@@ -103,7 +103,9 @@ class Row:
             "rounds": self.case.rounds,
             "latent_steps": self.case.latent_steps,
             "seconds_per_question": Spread.of(cost.seconds).to_json(),
-            "phases_ms_per_question": {k: round(v, 3) for k, v in cost.phases_ms.items()},
+            "phases_ms_per_question": {
+                name: round(ms, 3) for name, ms in cost.phases_ms.items() if ms or name != "ask"
+            },
             "per_question": {
                 **{
                     name: round(value, 6 if name in REMOTE else 3)

@@ -357,7 +357,8 @@ function systemOfTrace(trace) {
     const acting = op === "send" ? agents.slice(0, 1) : agents;
     acting.filter((agent) => !names.includes(agent)).forEach((agent) => names.push(agent));
     acting.filter((agent) => !first.has(agent)).forEach((agent) => first.set(agent, place));
-    answers = op === "decode" ? agents[0] : answers;
+    // An ask is the last step where a model behind an API writes the answer.
+    answers = ["decode", "ask"].includes(op) ? agents[0] : answers;
     for (const target of op === "send" ? agents.slice(1) : []) {
       const isVector = vectors.has(`${agents[0]}->${target}`);
       const carries = rows === undefined ? (isVector ? "vectors" : "text") : "cache";

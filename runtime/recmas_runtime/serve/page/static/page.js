@@ -10,6 +10,7 @@ const DOING = {
   send: "sends",
   write: "writes for others",
   decode: "writes the answer",
+  ask: "asks a model behind an API",
   tools: "uses a tool",
 };
 

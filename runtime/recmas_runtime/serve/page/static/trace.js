@@ -3,7 +3,7 @@
 // The trace of one answer: steps with their times, and by round and agent what was thought, written
 // and sent. A trace is what a line of `trace.jsonl` holds: {steps, thoughts, messages}.
 
-const PHASES = ["prefill", "think", "write", "send", "decode", "tools"];
+const PHASES = ["prefill", "think", "write", "send", "ask", "decode", "tools"];
 const OPEN_THOUGHTS = 160; // more are opened one by one
 
 const HEAD = { value: "head", label: "as the next token", unit: "probability" };
@@ -135,6 +135,8 @@ function tokenCounts(step) {
     [step.reused_tokens, "kept"],
     [step.written_tokens, "written"],
     [step.handed_rows, "rows handed over"],
+    [(step.remote ?? []).reduce((sum, call) => sum + (call.prompt_tokens ?? 0), 0), "read elsewhere"],
+    [(step.remote ?? []).reduce((sum, call) => sum + (call.completion_tokens ?? 0), 0), "written elsewhere"],
   ];
   return parts.filter(([count]) => count > 0).map(([n, what]) => `${n} ${what}`).join(", ");
 }
