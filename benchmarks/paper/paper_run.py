@@ -200,8 +200,9 @@ def recmasc_process(arguments: Sequence[str]) -> tuple[int, dict[str, Any] | Non
                 printed, _ = process.communicate()
                 break
             except KeyboardInterrupt:
-                # The terminal has sent it to the process too, which writes what it has and ends.
-                process.send_signal(signal.SIGINT) if not sys.stdin.isatty() else None
+                # It writes what it has and ends; a terminal has interrupted it, too.
+                if not sys.stdin.isatty():
+                    process.send_signal(signal.SIGINT)
     try:
         said = json.loads(printed)
     except ValueError:

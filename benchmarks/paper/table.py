@@ -51,6 +51,9 @@ def run_table(arguments: list[str], recmasc: Recmasc = recmasc_process) -> int:
         print(_write(grid))
     except RecmasError as error:
         return _report(error.problems, error.exit_code)
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on.", file=sys.stderr)
+        return Exit.INTERRUPTED
     return Exit.OK
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +19,12 @@ import pytest
 from kit.bundles import each_backbone_exported_once
 from kit.commands import run_recmasc
 from kit.files import MadeOnce
-from paper_data import paper_module, write_config, write_data
+from paper_data import PAPER, paper_module, write_config, write_data
 from recmas_compiler.evaluation.intervals import wilson
 from recmas_compiler.released.styles import STYLES
 from recmas_runtime.core.errors import Exit
 from recmas_runtime.core.jsonl import read_json_lines
-from released_form import Release, write_release
+from released_form import write_release
 
 table = paper_module("table")
 config = paper_module("paper_config")
@@ -79,8 +83,11 @@ def small(folder: Path, weights: Path, out: Path, **changes: Any) -> Path:
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory, families: Path) -> Path:
     """The released form of two styles; the model that most tests build stands for all four."""
-    root = tmp_path_factory.mktemp("weights")
-    for name in STYLE_NAMES:
+    return write_weights(tmp_path_factory.mktemp("weights"), STYLE_NAMES, families)
+
+
+def write_weights(root: Path, styles: Iterable[str], families: Path) -> Path:
+    for name in styles:
         roles = [agent.role for agent in STYLES[name].agents]
         write_release(root, STYLES[name], types=dict.fromkeys(roles, "llama"))
     for model in root.glob("*/config.json"):
@@ -309,14 +316,37 @@ def test_other_settings_are_another_evaluation(run: Run, weights: Path, tmp_path
 
 
 @pytest.mark.heavy
-def test_the_whole_table_in_processes(
-    release: Release, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Five styles, nine benchmarks, all systems and tools as shipped, but for size."""
+def test_an_interrupted_run_goes_on(weights: Path, tmp_path: Path) -> None:
+    """Ctrl-C ends the process that runs, and the table; the same command ends what it began."""
+    write_data(tmp_path / "data")
+    path = small(
+        tmp_path, weights, tmp_path / "out", styles={"distillation": {}}, benchmarks=["medqa"],
+        runs=40,
+    )  # fmt: skip
+    command = [sys.executable, str(PAPER / "table.py"), "run", str(path), "--yes"]
+    answers = tmp_path / "out" / "cells" / "distillation" / "medqa" / "answers-latent.jsonl"
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
+        while not answers.exists() or not answers.stat().st_size:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(600) == Exit.INTERRUPTED
+    assert cells_of(tmp_path / "out")["distillation", "medqa"]["status"] == "interrupted"
+    before = answers.read_bytes()
+    assert 0 < len(before.splitlines()) < 80
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, check=False)
+    assert ended.returncode == Exit.OK
+    assert answers.read_bytes().startswith(before)
+    assert len(answers.read_bytes().splitlines()) == 80
+    assert cells_of(tmp_path / "out")["distillation", "medqa"]["status"] == "done"
+
+
+@pytest.mark.heavy
+def test_the_whole_table(families: Path, tmp_path: Path, made_once: MadeOnce) -> None:
+    """Five styles, nine benchmarks, all systems and the tool as shipped, but for size."""
     listed = write_data(tmp_path / "data")
-    for name in STYLES:
-        write_release(tmp_path / "released", STYLES[name])
-    shipped = json.loads(json.dumps({"deliberation": {"set": ["answer.tools.python={}"]}}))
+    write_weights(tmp_path / "released", STYLES, families)
+    shipped = {"deliberation": {"set": ["answer.tools.python={}"]}}
     path = small(
         tmp_path,
         tmp_path / "released",
@@ -325,9 +355,10 @@ def test_the_whole_table_in_processes(
         styles={name: shipped.get(name, {}) for name in STYLES},
         benchmarks=list(config.load_grid(write_config(tmp_path / "all.yaml")).benchmarks),
         systems=[*CONTROLS, "single", "text", "moa"],
-        rounds=3,
+        runs=1,
     )
-    assert table.run_table(["run", str(path), "--yes"]) == Exit.OK
+    with each_backbone_exported_once(made_once):
+        assert table.run_table(["run", str(path), "--yes"], Commands()) == Exit.OK
     cells = cells_of(tmp_path / "out")
     assert len(cells) == 45
     assert {cell["status"] for cell in cells.values()} == {"done"}
