@@ -13,6 +13,7 @@ from recmas_compiler.spec.document.places import path_of
 from recmas_compiler.spec.document.yaml_source import write_yaml
 from recmas_compiler.spec.spec import Spec
 from recmas_runtime.core.errors import fail
+from recmas_runtime.formats.ids import link_name
 from recmas_runtime.formats.plan import MAX_LATENT_STEPS, PromptPart
 from recmas_runtime.running.baselines import without_slots
 
@@ -86,7 +87,7 @@ def looplm_spec(spec: Spec, program: Graph, *, links_dir: Path) -> str:
             "rounds": 2,
             "backbones": {own["backbone"]: backbone},
             "agents": {name: own},
-            "links": {f"{name} -> {name}": {"feedback": True}},
+            "links": {link_name(name, name): {"feedback": True}},
             "answer": answer,
             "build": build,
             "train": train,
