@@ -155,7 +155,7 @@ def _load_seconds(folder: Path, progress: Progress) -> float:
     with progress.stage("Opening the bundle"):
         started = time.perf_counter()
         bundle = open_bundle(folder)
-        load_parts(bundle, open_engines(bundle, device="auto"))
+        load_parts(bundle, open_engines(bundle, device="auto", threads=None))
         return time.perf_counter() - started
 
 

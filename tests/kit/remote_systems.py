@@ -52,11 +52,12 @@ def completion(text: str | None, reason: str = "stop", **more: Any) -> dict[str,
 
 @dataclass
 class Reply:
-    """What the endpoint sends: a body as JSON, or text as it is, after a while."""
+    """What the endpoint sends: a body as JSON, or text as it is, after a while or an event."""
 
     body: object = field(default_factory=lambda: completion("4"))
     status: int = 200
     after_s: float = 0.0
+    after: threading.Event | None = None
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -111,6 +112,8 @@ def endpoint(answering: Answering | Sequence[Reply] | Reply) -> Iterator[Endpoin
                 found.most_at_once = max(found.most_at_once, now)
                 reply = reply_to(body)
             time.sleep(reply.after_s)
+            if reply.after is not None:
+                reply.after.wait(30)
             with lock:
                 now -= 1
             raw, kind = _encoded(reply, streams=bool(body.get("stream")))

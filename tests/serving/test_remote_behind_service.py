@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,13 +73,15 @@ def test_failures_have_the_status_of_a_gateway(tmp_path: Path) -> None:
 
 
 def test_a_waiting_request_stalls_no_other(tmp_path: Path) -> None:
+    let_go = threading.Event()
+
     def answering(body: dict[str, Any]) -> Reply:
         is_slow = "slow" in body["messages"][-1]["content"]
-        return Reply(completion("5"), after_s=1.5 if is_slow else 0.0)
+        return Reply(completion("5"), after=let_go if is_slow else None)
 
     with (
         endpoint(answering) as far,
-        serving(local({"far": bundle(tmp_path, far.url)})) as served,
+        serving(local({"far": bundle(tmp_path, far.url, timeout_s=60.0)})) as served,
         ThreadPoolExecutor(1) as pool,
     ):
         slow = pool.submit(asked, served, "far", "slow")
@@ -87,6 +90,7 @@ def test_a_waiting_request_stalls_no_other(tmp_path: Path) -> None:
         for _ in range(3):
             assert asked(served, "far").status_code == 200
         assert not slow.done()
+        let_go.set()
         assert slow.result().status_code == 200
 
 
