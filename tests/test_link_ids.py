@@ -31,6 +31,7 @@ OTHER_ARROWS = {
         "-. reuses cache .->",
     },  # arrows of Mermaid
     "recmas_compiler.ir.printer": {"->"},  # widths
+    "recmas_compiler.trackers.mlflow_store": {"->"},  # not in names of metrics there
     "recmas_compiler.spec.schema.declared": {
         "Write `source -> target` with the names of two agents."
     },

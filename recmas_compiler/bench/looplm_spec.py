@@ -51,7 +51,7 @@ def looplm_spec(spec: Spec, program: Graph, *, links_dir: Path) -> str:
         raise fail("RM508", message, hint="Leave looplm out.")
     system = program.system
     name = system.answer_agent
-    document: dict[str, Any] = spec.document.model_dump(mode="json", exclude_none=True)
+    document: dict[str, Any] = spec.document.model_dump(exclude_none=True)
     base = spec.base_dir
     own: dict[str, Any] = document["agents"][name]
     parts = system.agents[name].then
