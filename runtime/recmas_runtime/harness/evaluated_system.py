@@ -231,14 +231,16 @@ def ends_with_question(system: System, serve: ServePlan) -> bool:
     """Return whether the answer agent's prompt ends with the question and nothing behind it."""
     plan = system.plan
     agent = plan.agents[plan.answer_agent]
-    parts = agent.parts(plan.answer_prefill.variants[0])
+    parts = agent.parts(plan.answer_prompt.variants[0])
     last = parts[-1] if parts else None
     if last is None or last.kind != "field" or last.value != serve.field_of("last_user"):
         return False
-    template = system.loaded.chats[agent.backbone].template
+    chat = system.loaded.chats.get(agent.backbone)
+    if chat is None:  # a remote model's, which nobody here sees
+        return False
     asked = [{"role": "user", "content": _PROBE}]
     variables = {**DEFAULT_VARIABLES, **agent.chat_template}
-    return template.render(asked, add_generation_prompt=True, **variables).endswith(_PROBE)
+    return chat.template.render(asked, add_generation_prompt=True, **variables).endswith(_PROBE)
 
 
 def _other_fields(plan: Plan, serve: ServePlan, asked: Asked) -> dict[str, Any]:
