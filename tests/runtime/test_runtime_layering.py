@@ -36,6 +36,9 @@ OPTIONAL = {
     "operation": {"fastapi", "opentelemetry", "pydantic", "uvicorn"},
     "metrics": {"prometheus_client"},
     "remote": {"openai"},
+    "inspect_ai": {"inspect_ai"},
+    "lm_eval": {"lm_eval"},
+    "lm_eval_model": {"lm_eval", "tqdm"},
 }
 FOREIGN = (
     "torch",

@@ -397,13 +397,17 @@ def _description(layer: nn.Module, number: int) -> Hashable:
                 if key.endswith("_hooks") and hooks
             ),
             tuple(
-                (key, value - number if key == _OWN_NUMBER else _plain(value))
+                (key, _from_own(value, number) if key == _OWN_NUMBER else _plain(value))
                 for key, value in sorted(vars(module).items())
                 if key not in _INTERNAL
             ),
         )
         for name, module in layer.named_modules()
     )
+
+
+def _from_own(value: object, number: int) -> Hashable:
+    return value - number if isinstance(value, int) else _plain(value)
 
 
 def _sizes(tensors: Mapping[str, torch.Tensor | None]) -> Iterator[Hashable]:

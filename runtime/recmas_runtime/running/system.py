@@ -461,18 +461,15 @@ class System:
         verbatim: bool = False,
     ) -> list[Result | RecmasError]:
         """Run records, each with its candidates, in batches; those that cannot run say why."""
-        read = None
-        if any(candidates is not None for _, candidates in asked):
-            tokenizer = self._answer_chat.tokenizer
-            read = CandidateReader(self.plan, self.manifest, tokenizer, verbatim)
         results: list[Result | RecmasError | None] = [None] * len(asked)
         ready: list[Ready] = []
         for index, (question, candidates) in enumerate(asked):
             try:
                 one = self._ready(question, index)
-                if candidates is not None and read is not None:
-                    found = read(candidates, one.prompts, one.record)
-                    one = replace(one, candidates=found)
+                if candidates is not None:
+                    tokenizer = self._answer_chat.tokenizer
+                    read = CandidateReader(self.plan, self.manifest, tokenizer, verbatim)
+                    one = replace(one, candidates=read(candidates, one.prompts, one.record))
                 ready.append(one)
             except RecmasError as error:
                 results[index] = error
