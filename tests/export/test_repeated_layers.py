@@ -72,6 +72,7 @@ def test_layers_of_many_kinds_are_copied(
     check_equal(copied, whole)
 
 
+@pytest.mark.families
 def test_a_layer_that_differs_is_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a number of its own, or in what the model does between layers."""
     backbone = load_tiny(tmp_path, "llama", num_hidden_layers=5)

@@ -25,8 +25,15 @@ RECORDS: list[dict[str, object]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("llama", "float16"),
+        ("gemma3", "bfloat16"),
+        pytest.param("llama", "bfloat16", marks=pytest.mark.families),
+        pytest.param("gemma3", "float16", marks=pytest.mark.families),
+    ],
+)
 def test_half_the_bytes(family: str, dtype: str, tmp_path: Path) -> None:
     folder = write_tiny_backbone(tmp_path / "model", family)
     facts = describe_backbone(str(folder), base_dir=tmp_path)

@@ -73,7 +73,12 @@ def only_case(built: Built) -> ParityEntry:
 
 @pytest.mark.parametrize(
     ("family", "precision"),
-    [("llama", "int8"), ("llama", "int4"), ("qwen3", "int4"), ("gemma3", "int4")],
+    [
+        ("llama", "int8"),
+        pytest.param("llama", "int4", marks=pytest.mark.families),
+        pytest.param("qwen3", "int4", marks=pytest.mark.families),
+        ("gemma3", "int4"),
+    ],
 )
 def test_systems_run_and_say_what_they_lost(
     build_tiny: BuildTiny, family: str, precision: str

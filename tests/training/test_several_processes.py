@@ -72,7 +72,7 @@ def test_more_processes_than_records_in_a_batch(
     assert "5 processes cannot share batches of 4 records" in problem["message"]
 
 
-@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize("debug", [False, pytest.param(True, marks=pytest.mark.heavy)])
 def test_a_mistake_is_told_once_with_its_own_status(case: Path, debug: bool) -> None:
     missing = ["--set", "train.data=none.jsonl"]  # what the processes find themselves
     more = ["--nproc", "2", *missing, *(["--debug"] if debug else [])]

@@ -56,7 +56,7 @@ def steps(graph: TrainingGraph, lengths: list[int]) -> list[float]:
 @pytest.mark.parametrize(
     ("family", "mode"),
     [
-        ("llama", "teacher_forced"),
+        pytest.param("llama", "teacher_forced", marks=pytest.mark.heavy),
         ("llama", "rollout"),
         pytest.param("gemma3", "teacher_forced", marks=pytest.mark.heavy),
         pytest.param("gemma3", "rollout", marks=pytest.mark.heavy),
@@ -84,6 +84,7 @@ def test_new_lengths_compile_nothing_anew(
     assert first + rest == pytest.approx(expected, rel=TOLERANCES["loss_relative"])
 
 
+@pytest.mark.heavy
 def test_checkpointed_calls_compile(tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     backbone = tiny("llama", num_hidden_layers=1)
