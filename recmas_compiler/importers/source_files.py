@@ -321,6 +321,15 @@ def unknown(node: Node, what: str, name: str, known: Mapping[str, object]) -> Re
 
 
 ONLY_ANSWERS: Final = "only the agent that answers calls tools"
+# Names in requests of OpenAI's form, which most frameworks hand on, and those of `answer`.
+OPENAI_SAMPLING: Final = {
+    "temperature": "temperature",
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "top_p": "top_p",
+    "seed": "seed",
+    "stop": "stop",
+}
 ONLY_SAMPLES: Final = "only the agent that answers samples tokens"
 
 

@@ -11,6 +11,7 @@ from typing import Final
 from recmas_compiler.importers.arrange import has_loop, order_from, without
 from recmas_compiler.importers.source_files import (
     ONLY_ANSWERS,
+    OPENAI_SAMPLING,
     Node,
     TeamFiles,
     check_number,
@@ -23,14 +24,7 @@ from recmas_compiler.importers.texts import SINGLE_BRACES, parse_text
 # The envelope of a component; its docstring is none of the team's words.
 _ENVELOPE: Final = ("provider", "component_type", "version", "component_version", "label")
 _SPEAKERS: Final = ("SelectorGroupChat", "Swarm", "MagenticOneGroupChat")
-_SAMPLING: Final = {
-    "temperature": "temperature",
-    "max_tokens": "max_new_tokens",
-    "max_completion_tokens": "max_new_tokens",
-    "top_p": "top_p",
-    "seed": "seed",
-    "stop": "stop",
-}
+_NEEDS_ALL: Final = "an agent runs once all its senders have"
 _REASONS: Final[Mapping[str, str]] = {
     "description": "only who chooses speakers, or people, read it",
     "model_client": "the model is that of --backbone",
@@ -47,10 +41,9 @@ _REASONS: Final[Mapping[str, str]] = {
     "emit_team_events": "see `recmas run --trace`",
     "metadata": "labels have no meaning here",
     "termination_condition": "a system ends after its rounds",
-    "activation_group": "an agent runs once all its senders have",
-    "activation_condition": "an agent runs once all its senders have",
+    "activation_group": _NEEDS_ALL,
+    "activation_condition": _NEEDS_ALL,
 }
-_NEEDS_ALL: Final = "an agent runs once all its senders have"
 _CONDITION: Final = "links have no conditions: the agent behind it runs in every round"
 
 
@@ -251,7 +244,7 @@ class _Reader:
         for name, config in self.agents.items():
             client = config.get("model_client")
             settings = None if client is None else client.get("config")
-            taken = take_sampling(settings, _SAMPLING, answers=name == answer)
+            taken = take_sampling(settings, OPENAI_SAMPLING, answers=name == answer)
             sampling = taken or sampling
             named = []
             for node in _tools_of(config):

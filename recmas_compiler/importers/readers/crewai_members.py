@@ -14,6 +14,7 @@ from typing import Final
 from recmas_compiler.importers.readers.crewai_code import CodeKey, CrewCode, Method
 from recmas_compiler.importers.source_files import (
     ONLY_ANSWERS,
+    OPENAI_SAMPLING,
     Node,
     TeamFiles,
     check_number,
@@ -37,14 +38,6 @@ from recmas_compiler.importers.texts import field as field_named
 from recmas_compiler.spec.document.places import SourcePosition
 
 CREW_FILES: Final = ("crew.jsonc", "crew.json")
-_SAMPLING: Final = {
-    "temperature": "temperature",
-    "max_tokens": "max_new_tokens",
-    "max_completion_tokens": "max_new_tokens",
-    "top_p": "top_p",
-    "seed": "seed",
-    "stop": "stop",
-}
 _ONE_SETTING: Final = "the model is that of --backbone"
 _REVIEW: Final = "there is no review between agents; `answer.tools.ask` lets the answer agent ask"
 _LOOPS: Final = "an agent has its latent steps, and no loop of its own"
@@ -150,7 +143,7 @@ class Members:
                 self.files.num_carried_in_code += 1
         for use in self.settings:
             assert isinstance(use.node, Node)
-            taken = take_sampling(use.node, _SAMPLING, answers=answer in use.owners)
+            taken = take_sampling(use.node, OPENAI_SAMPLING, answers=answer in use.owners)
             sampling.update(taken)
         return tools_named(named), sampling
 
