@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import os
-import resource
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -24,6 +23,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from recmas_runtime.checking.machine import peak_resident_bytes
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.engines.interface import Floats, Indices
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
@@ -351,7 +351,6 @@ def _num_bytes(tensor: onnx.TensorProto) -> int:
     return len(tensor.raw_data) or math.prod(tensor.dims) * element.itemsize
 
 
-_STATUS: Final = Path("/proc/self/status")
 _RESET: Final = Path("/proc/self/clear_refs")
 _PEAK: Final = "5"
 
@@ -360,17 +359,6 @@ def restart_peak() -> None:
     """Forget the peak so far, where the system can: on Linux."""
     with contextlib.suppress(OSError):
         _RESET.write_text(_PEAK)
-
-
-def peak_resident_bytes() -> int:
-    """Return the most resident memory since `restart_peak`, or since the start of the process."""
-    try:
-        lines = _STATUS.read_text().splitlines()
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    (kilobytes,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
-    return int(kilobytes) * 1024
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from recmas_runtime.checking.machine import peak_resident_bytes_of
 from recmas_runtime.core.errors import Exit, Problem, RecmasError, fail
 
 _POLL_S: Final = 0.5
@@ -57,7 +58,7 @@ def run_alone(
     """
     command = [sys.executable, "-m", module, *arguments]
     began = time.perf_counter()
-    peak: float | None = None
+    peak: int | None = None
     asked_to_stop = False
     # A file and no pipe, which would fill up while nobody reads it.
     with log.open("ab") as told, tempfile.TemporaryFile() as said:
@@ -74,7 +75,7 @@ def run_alone(
                     try:
                         with suppress(subprocess.TimeoutExpired):
                             process.wait(_POLL_S)
-                        peak = _larger(peak, _resident_peak_mb(process.pid))
+                        peak = _larger(peak, peak_resident_bytes_of(process.pid))
                         look()
                     except KeyboardInterrupt:
                         if asked_to_stop:
@@ -103,19 +104,10 @@ def run_alone(
     return Ran(
         data=answer.get("data") or {},
         wall_s=time.perf_counter() - began,
-        peak_memory_mb=peak,
+        peak_memory_mb=None if peak is None else peak / 2**20,
         interrupted=process.returncode == Exit.INTERRUPTED,
     )
 
 
-def _resident_peak_mb(pid: int) -> float | None:
-    """Return the most resident memory of a process so far, as Linux tells it."""
-    with suppress(OSError, ValueError):
-        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return None
-
-
-def _larger(one: float | None, other: float | None) -> float | None:
+def _larger(one: int | None, other: int | None) -> int | None:
     return max((value for value in (one, other) if value is not None), default=None)

@@ -21,12 +21,12 @@ from kit.specs import SEQUENTIAL
 from recmas_cli.main import main
 from recmas_compiler.bench.engine_worker import (
     ENGINES,
-    peak_resident_bytes,
     restart_peak,
     weight_bytes,
     weight_precision,
 )
 from recmas_compiler.bench.engines import EngineOptions, engines_of
+from recmas_runtime.checking.machine import peak_resident_bytes
 from recmas_runtime.core.errors import Exit
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.safetensors_file import read_tensors

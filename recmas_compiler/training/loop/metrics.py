@@ -7,7 +7,6 @@ parts of a resumed run count together.
 from __future__ import annotations
 
 import json
-import resource
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from torch import nn
 
 from recmas_compiler.analysis.plots import COLOURS, Panel, save_figure
 from recmas_compiler.training.loop.distributed import World
+from recmas_runtime.checking.machine import peak_resident_bytes
 from recmas_runtime.core.files import write_whole
 from recmas_runtime.core.jsonl import read_json_lines
 from recmas_runtime.core.text import first_line
@@ -45,11 +45,7 @@ def peak_memory_mb(device: torch.device) -> float:
     """Return the most memory so far in MiB: of the GPU if one is used, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    with suppress(OSError, StopIteration):
-        # What getrusage tells begins with the peak of the process that started this one.
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # in KiB
+    return peak_resident_bytes() / 2**20
 
 
 @dataclass(frozen=True, kw_only=True)

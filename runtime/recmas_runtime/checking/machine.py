@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -77,6 +78,27 @@ def total_memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def peak_resident_bytes() -> int:
+    """Return the most resident memory of this process so far.
+
+    What getrusage tells begins with the peak of the process that started this one, so it is asked
+    only where Linux's /proc is not.
+    """
+    told = peak_resident_bytes_of(os.getpid())
+    if told is not None:
+        return told
+    import resource  # not everywhere
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_resident_bytes_of(pid: int) -> int | None:
+    """Return the most resident memory of a process so far; None where nobody tells."""
+    told = _entry(f"/proc/{pid}/status", "VmHWM:")
+    return int(told.split()[0]) * 1024 if told else None
 
 
 def machine_text(facts: Mapping[str, Any]) -> str:
