@@ -9,6 +9,7 @@ import pytest
 
 import recmas_runtime as rt
 from kit.bundles import BuildTiny
+from kit.commands import run_recmasc
 from kit.remote_systems import KEY_ENV, Reply, completion, endpoint
 from recmas_cli.build import _load_seconds
 from recmas_export.replan import Replanner
@@ -76,6 +77,41 @@ def test_a_build_asks_nobody_and_a_run_does(
     # `recmasc bench --rounds` makes other plans of the bundle alone.
     plan = Replanner(open_bundle(built.bundle)).plan(rounds=3)
     assert [step.round for step in plan.steps if step.op == "ask"] == [1, 2, 3]
+
+
+PROTOCOL = """
+name: words
+version: 1
+description: Exact words.
+data: {source: nowhere, split: test, fields: {question: [question]}, gold: {answer: [answer]}}
+max_new_tokens: 4
+check: {kind: exact}
+"""
+
+
+def test_eval_and_bench_ask_and_count(
+    build_tiny: BuildTiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(KEY_ENV, KEY)
+    (tmp_path / "words.yaml").write_text(PROTOCOL)
+    records = [{"id": f"q{i}", "question": f"Q{i}", "answer": f"a{i}"} for i in range(3)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    with endpoint(Reply(completion("a plan"))) as far:
+        bundle = build_tiny(MIXED.format(url=far.url, variable=KEY_ENV)).bundle
+        where = ("--data", tmp_path / "data.jsonl", "--protocol", tmp_path / "words.yaml")
+        names = ("latent", "text", "shuffled", "single", "null")
+        asked = (*(f"--baseline={name}" for name in names), "--out", tmp_path / "out")
+        evaluated = run_recmasc("eval", bundle, *where, *asked)
+        assert evaluated.exit_code == 0, evaluated.output
+        # The planner is asked in each of two rounds; who answers alone, or with nothing, asks not.
+        assert len(far.asked) == 3 * 2 * len(("latent", "text", "shuffled"))
+        for name in ("latent", "text", "shuffled"):
+            assert f"- {name}: 6 calls of remote model far, 66 prompt tokens" in evaluated.stdout
+        benched = run_recmasc("bench", bundle, "--rounds", "1", "--repeats", "1", "--limit", "2")
+    assert benched.exit_code == 0, benched.output
+    table = benched.stdout.split("## Remote models, per question")[1]
+    (row,) = (line.split("|") for line in table.splitlines() if "latent" in line)
+    assert [cell.strip() for cell in row[4:8]] == ["1.0", "11", "2", "no prices"]
 
 
 def files_of(bundle: Path) -> list[Path]:

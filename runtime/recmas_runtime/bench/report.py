@@ -382,7 +382,9 @@ _REMOTE_HEAD: Final = (
 
 def _remote_cells(row: Row) -> list[str]:
     calls, prompt, written, cost = (row.cost.counts[name] for name in REMOTE)
-    return [*_label(row), f"{calls:.1f}", f"{prompt:.0f}", f"{written:.0f}", f"{cost:.3g}"]
+    # Models without prices add nothing, and a price of nothing would be no news either.
+    price = f"{cost:.3g}" if cost else "no prices"
+    return [*_label(row), f"{calls:.1f}", f"{prompt:.0f}", f"{written:.0f}", price]
 
 
 def _cells(row: Row) -> list[str]:
