@@ -23,8 +23,10 @@ import yaml
 from msgspec import structs
 
 from kit.hand_bundle import edit_json
+from kit.remote_systems import write_mixed_bundle
 from recmas_runtime.cli.main import _parse, main
 from recmas_runtime.formats.bundle import open_bundle
+from recmas_runtime.formats.manifest import RemoteEntry
 from recmas_runtime.serve.local import LocalService
 from recmas_runtime.serve.metrics import Metrics
 from recmas_runtime.serve.packaging import package
@@ -108,13 +110,49 @@ def test_the_image_needs_what_the_extras_name() -> None:
         project = tomllib.load(file)["project"]
     extras = project["optional-dependencies"]
     template = Path(package.__file__).parent / "templates/requirements.txt"
-    wanted = {*project["dependencies"], *extras["cpu"], *extras["serve"]}
-    assert sorted(wanted) == template.read_text(encoding="utf-8").splitlines()
+    wanted = {*project["dependencies"], *extras["cpu"], *extras["serve"], *extras["remote"]}
+    lines = template.read_text(encoding="utf-8").splitlines()
+    assert sorted(wanted) == [line for line in lines if not line.startswith("{%")]
 
 
 def test_requirements_have_the_versions_of_here(packaged: Path) -> None:
     lines = (packaged / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", line) for line in lines)
+    assert not any(line.startswith("openai") for line in lines), "nobody behind an API"
+
+
+def test_keys_of_remote_models_come_from_whoever_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = "http://127.0.0.1:8123/v1"
+    entry = RemoteEntry(model="far", base_url=url, api_key_env="FAR_KEY")
+    bundle, out = write_mixed_bundle(tmp_path / "bundle", entry), tmp_path / "out"
+    monkeypatch.setenv("FAR_KEY", "sk-verysecret")
+    assert main(["package", str(bundle), "-o", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert "Write the keys of models behind an API there, too: FAR_KEY." in told
+    assert f"{url} is this machine" in told
+    assert keys_of(out)["FAR_KEY"] == ""
+    requirements = (out / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.split("==")[0] for line in requirements] == sorted(
+        line.split("==")[0] for line in requirements
+    )
+    assert any(line.startswith("openai==") for line in requirements)
+    (compose,) = documents(out / "compose.yaml")
+    assert compose["services"]["recmas"]["environment"] == {
+        "RECMAS_API_KEY": "${RECMAS_API_KEY:?it is in the file .env}",
+        "FAR_KEY": "${FAR_KEY:?write it to the file .env}",
+    }
+    deployment, *_ = documents(out / "kubernetes.yaml")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["env"][1] == {
+        "name": "FAR_KEY",
+        "valueFrom": {"secretKeyRef": {"name": "by-hand-models", "key": "FAR_KEY"}},
+    }
+    secret = 'kubectl create secret generic by-hand-models --from-literal=FAR_KEY="$FAR_KEY"'
+    assert secret in (out / "kubernetes.yaml").read_text(encoding="utf-8")
+    for path in out.rglob("*"):
+        assert not path.is_file() or b"sk-verysecret" not in path.read_bytes(), path
 
 
 def test_the_dockerfile(packaged: Path) -> None:

@@ -9,11 +9,11 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from ipaddress import ip_address
 from typing import Any, Final, TextIO
 
 from mcp.server import Server
 
+from recmas_runtime.core.addresses import is_loopback
 from recmas_runtime.core.errors import Exit, Problem, RecmasError, fail
 from recmas_runtime.core.files import reason_of
 from recmas_runtime.core.printing import note
@@ -98,11 +98,7 @@ def _listen(place: str) -> socket.socket:
     """Return a socket at `[HOST:]PORT`, on this machine only: whoever reaches it is answered."""
     host, colon, port = place.rpartition(":")
     host = host.removeprefix("[").removesuffix("]") if colon else "127.0.0.1"
-    try:
-        is_here = host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        is_here = False
-    if not port.isdecimal() or int(port) > 65535 or not is_here:
+    if not port.isdecimal() or int(port) > 65535 or not is_loopback(host):
         raise fail(
             "RM545",
             f"--http {place!r} is no address that this serves at",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from recmas_runtime.core.addresses import is_loopback
 from recmas_runtime.core.errors import fail
 from recmas_runtime.serve.keys import check_key
 
@@ -91,12 +91,7 @@ class HttpSettings:
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the address that is bound."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
 
     @property
     def hosts(self) -> frozenset[str]:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import jinja2
 
+from recmas_runtime.core.addresses import is_loopback
 from recmas_runtime.core.errors import fail
 from recmas_runtime.core.text import human_bytes
 from recmas_runtime.formats.bundle import Bundle, keep_out
@@ -55,6 +57,9 @@ class Package:
 
     Attributes:
         memory_bytes: What a container gets; see `memory_note`.
+        remote_keys: Environment variables with the keys of models behind an API, which the bundle
+            names and only its owner has.
+        unreachable: Endpoints that are on this machine, and so not on a container's.
     """
 
     folder: Path
@@ -62,6 +67,8 @@ class Package:
     memory_bytes: int
     memory_note: str
     files: tuple[str, ...]
+    remote_keys: tuple[str, ...] = ()
+    unreachable: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the form that `--json` prints."""
@@ -70,17 +77,28 @@ class Package:
             "image": self.image,
             "memory_bytes": self.memory_bytes,
             "files": list(self.files),
+            "remote_keys": list(self.remote_keys),
+            "unreachable": list(self.unreachable),
         }
 
     @property
     def text(self) -> str:
         """What comes next, for people."""
-        return (
-            f"{self.folder}: {len(self.files)} files, the runtime and the bundle.\n"
-            f"Build and start it with its metrics: cd {self.folder} && docker compose up --build\n"
-            f"Memory of a container: {self.memory_note}\n"
-            "Its keys are in .env: keep that file to yourself."
-        )
+        lines = [
+            f"{self.folder}: {len(self.files)} files, the runtime and the bundle.",
+            f"Build and start it with its metrics: cd {self.folder} && docker compose up --build",
+            f"Memory of a container: {self.memory_note}",
+            "Its keys are in .env: keep that file to yourself.",
+        ]
+        if self.remote_keys:
+            names = ", ".join(self.remote_keys)
+            lines.append(f"Write the keys of models behind an API there, too: {names}.")
+        lines += [
+            f"{url} is this machine, and in a container the container itself: build the bundle "
+            "with an address that is reached from there."
+            for url in self.unreachable
+        ]
+        return "\n".join(lines)
 
 
 def write_package(bundle: Bundle, out: Path, options: PackageOptions, *, force: bool) -> Package:
@@ -123,6 +141,14 @@ def write_package(bundle: Bundle, out: Path, options: PackageOptions, *, force: 
         memory_bytes=values["memory_mib"] * _MIB,
         memory_note=values["memory_note"],
         files=tuple(sorted(written)),
+        remote_keys=tuple(values["remote_keys"]),
+        unreachable=tuple(
+            sorted(
+                url
+                for url in {entry.base_url for entry in bundle.manifest.remotes.values()}
+                if is_loopback(urlsplit(url).hostname or "")
+            )
+        ),
     )
 
 
@@ -152,6 +178,10 @@ def _values(bundle: Bundle, options: PackageOptions) -> dict[str, Any]:
         "grafana_image": "grafana/grafana:12.1.0",
         "api_key": secrets.token_hex(32),
         "grafana_password": secrets.token_hex(16),
+        "has_remotes": bool(bundle.manifest.remotes),
+        "remote_keys": sorted(
+            {each.api_key_env for each in bundle.manifest.remotes.values() if each.api_key_env}
+        ),
     }
 
 
@@ -175,7 +205,8 @@ def _filled(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         name = path.relative_to(_TEMPLATES).as_posix()
         text = path.read_text(encoding="utf-8")
         if path.name == "requirements.txt":
-            text = "".join(f"{_pinned(line)}\n" for line in text.splitlines())
+            lines = environment.from_string(text).render(values).splitlines()
+            text = "".join(f"{_pinned(line)}\n" for line in lines)
         elif path.suffix != ".json":
             text = environment.from_string(text).render(values)
         yield _NAMES.get(name, name), text
