@@ -55,8 +55,7 @@ def looplm_spec(spec: Spec, program: Graph, *, links_dir: Path) -> str:
     base = spec.base_dir
     own: dict[str, Any] = document["agents"][name]
     parts = system.agents[name].then
-    # A prompt of one line, about a message, would leave nothing to ask.
-    asked = _template(without_slots(parts)) or _template(p for p in parts if p.kind != "slot")
+    asked = _template(without_slots(parts))
     if not asked:
         message = f"looplm: the prompt of `{name}` is a message and nothing else"
         raise fail("RM508", message, hint="Leave looplm out, or give it a text.")

@@ -69,6 +69,10 @@ def test_the_prompt_is_that_of_the_runtimes_baseline() -> None:
         "field:q", "text:\nSeen: ", "slot:a", "text:\nWith ", "field:b", "text: ", "slot:a"
     )
     assert without_slots(prompt) == parts("field:q", "text:\n", "text:With ", "field:b", "text: ")
+    # Where every line is about a message, they stay without it: an empty prompt asks nothing.
+    prompt = parts("text:Use ", "slot:a", "text: to answer.")
+    assert without_slots(prompt) == parts("text:Use ", "text: to answer.")
+    assert without_slots(parts("slot:a")) == ()
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

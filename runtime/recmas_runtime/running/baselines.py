@@ -525,7 +525,8 @@ def _cache(
 def without_slots(prompt: Parts) -> Parts:
     """Return a prompt without its slots, and without the lines that are about nothing else.
 
-    This is what an agent is asked that is on its own; a line with a field stays.
+    This is what an agent is asked that is on its own; a line with a field stays. Where all lines
+    are about slots, they stay without them: nobody can answer an empty prompt.
     """
     lines: list[list[PromptPart]] = [[]]
     for part in prompt:
@@ -534,13 +535,14 @@ def without_slots(prompt: Parts) -> Parts:
             lines[-1].append(PromptPart(kind=part.kind, value=text))
             if part.kind == "text" and text.endswith("\n"):
                 lines.append([])
-    return tuple(
-        part
+    kept = [
+        line
         for line in lines
         if {part.kind for part in line} >= {"field"} or all(part.kind == "text" for part in line)
-        for part in line
-        if part.kind != "slot"
-    )
+    ]
+    if not any(part.kind == "field" or part.value.strip() for line in kept for part in line):
+        kept = lines
+    return tuple(part for line in kept for part in line if part.kind != "slot")
 
 
 def _without_slots(agent: AgentPlan) -> AgentPlan:
