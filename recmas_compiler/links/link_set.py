@@ -14,7 +14,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Final
 
@@ -32,11 +32,14 @@ _RENAME_EXCHANGE: Final = 2
 
 
 @contextmanager
-def replaced_links(folder: Path) -> Iterator[Path]:
+def replaced_links(folder: Path, *, held: Path | None = None) -> Iterator[Path]:
     """Give a folder to write link files and their receipt in; they are the set of `folder` after.
 
     If the block fails, or the process is killed in it, the set before stays. Other files in the
     folder stay in any case.
+
+    Args:
+        held: A folder whose lock the caller has; links may go straight below it.
 
     Raises:
         OSError: If they cannot be written.
@@ -45,7 +48,8 @@ def replaced_links(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     home = folder.parent if _can_be_renamed(folder) else folder
-    with _locked(home):
+    is_held = held is not None and home == held.resolve()
+    with nullcontext() if is_held else _locked(home):
         for left in home.glob(f".{folder.name}.writing-*"):  # a killed training's: we have a lock
             shutil.rmtree(left, ignore_errors=True)
         finish_replacing(folder)

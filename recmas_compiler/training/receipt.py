@@ -47,15 +47,19 @@ def keep_links(
     report: RunReport,
     *,
     folders: Sequence[Path],
+    run: Path,
 ) -> None:
     """Write links with their receipt into folders; what was there stays until all of it is written.
+
+    Args:
+        run: The folder of the run, which is its own until it ends.
 
     Raises:
         RecmasError: RM303.
     """
     if session.world.is_main:
         for folder in folders:
-            with writing(folder), replaced_links(folder) as staged:
+            with writing(folder), replaced_links(folder, held=run) as staged:
                 _write(staged, session, links, report)
     session.world.wait()
 

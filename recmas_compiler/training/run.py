@@ -304,9 +304,10 @@ def _inner_stage(
             return
     report.trained = tuple(inner_link_id(agent) for agent in session.thinkers)
     kept = {link_id: links[link_id] for link_id in report.trained}
-    keep_links(session, kept, report, folders=(options.folder / "inner" / LINKS,))
+    run = options.folder
+    keep_links(session, kept, report, folders=(run / "inner" / LINKS,), run=run)
     if is_last:  # else an outer stage that fails would leave half a training in the place of links
-        keep_links(session, links, report, folders=(session.settings.links_dir,))
+        keep_links(session, links, report, folders=(session.settings.links_dir,), run=run)
 
 
 def _hidden_states(session: Session, agent: str, folder: Path) -> tuple[HiddenStates, HiddenStates]:
@@ -396,7 +397,7 @@ def _outer_stage(session: Session, options: RunOptions, report: RunReport) -> No
     if not result.interrupted:
         report.trained = tuple(dict.fromkeys((*learned, *learning)))
         folders = (options.folder / OUTER / LINKS, session.settings.links_dir)
-        keep_links(session, links, report, folders=folders)
+        keep_links(session, links, report, folders=folders, run=options.folder)
 
 
 def _start(

@@ -242,7 +242,8 @@ def test_a_trace_without_thoughts_says_how_to_make_one(
     assert main(["thoughts", str(tmp_path)]) == 2
     assert capsys.readouterr().err == (
         f"{tmp_path}: error[RM506]: this trace was written without thoughts. Run again with them: "
-        "recmas run BUNDLE QUESTION --trace DIR --thoughts 5.\n"
+        "recmas run BUNDLE QUESTION --trace DIR --thoughts 5. Agents that take no latent steps "
+        "have none.\n"
     )
 
 

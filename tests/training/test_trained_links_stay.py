@@ -310,6 +310,15 @@ def wait_for_steps(metrics: Path, count: int, running: subprocess.Popen[bytes]) 
         time.sleep(0.005)
 
 
+def test_links_may_go_into_the_folder_of_the_run(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out, links in (("straight", "straight/links"), ("below", "below/kept/links")):
+        given = ("train", here, "--stage", "outer", "--steps", "1", "--out", out)
+        recmasc(capsys, *given, "--set", f"train.links_dir={links}")
+        assert len(list(Path(links).glob("*.safetensors"))) == len(IDS)
+
+
 def test_sigterm_writes_a_checkpoint_and_says_so(here: Path) -> None:
     before = files(Path("links"))
     running = begin(here, "--out", "ended", "--steps", "5000")

@@ -167,5 +167,8 @@ def _nothing(folder: Path, record: str | None, num_records: int) -> RecmasError:
         message = "the trace holds " + ("no records" if record is None else f"no record {record!r}")
     hint = "Records without an answer have no trace."
     if num_records:
-        hint = "Run again with them: recmas run BUNDLE QUESTION --trace DIR --thoughts 5."
+        hint = (
+            "Run again with them: recmas run BUNDLE QUESTION --trace DIR --thoughts 5. Agents that "
+            "take no latent steps have none."
+        )
     return fail("RM506", message, file=str(folder), hint=hint)
