@@ -19,8 +19,9 @@ from recmas_compiler.analysis.memory import memory_plan
 from recmas_compiler.spec.spec import load_spec
 
 CHILD = """
-import json, resource, sys
+import json, sys
 import recmas_runtime as rt
+from recmas_runtime.checking.machine import peak_resident_bytes
 
 class Longest:
     tokens = 0
@@ -36,8 +37,7 @@ records = [rt.Record(id=str(i), fields={"question": question}, index=i) for i in
 found = system.run_batch(records, sampling=rt.SamplingPlan(max_new_tokens=16), trace=longest)
 assert all(isinstance(answer, rt.Answer) for answer in found), found
 steps = max(agent.latent_steps for agent in system.plan.agents.values())
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"peak": peak, "prompt": longest.tokens + steps}))
+print(json.dumps({"peak": peak_resident_bytes(), "prompt": longest.tokens + steps}))
 """
 
 
