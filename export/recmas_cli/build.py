@@ -207,11 +207,14 @@ def _trained_note(program: Program) -> str:
     """Say which links are trained, and what their messages are worth."""
     trained = program.trained
     if trained is None or not trained.used:
-        learned = any(link.file for link in _all_links(program).values())
-        return f"What messages bring: {'' if learned else 'untrained, '}not measured.\n"
-    named = {"own": "latent", "shuffled": "shuffled", "null": "null"}
+        links = _all_links(program).values()
+        # Rows and texts have no weights that could learn.
+        is_learned = not links or any(link.file for link in links)
+        return f"What messages bring: {'' if is_learned else 'untrained, '}not measured.\n"
     losses = trained.held_out
-    told = [f"{name} {losses[key]:.3f}" for name, key in named.items() if key in losses]
+    told = [
+        f"{name} {losses[name]:.3f}" for name in ("latent", "shuffled", "null") if name in losses
+    ]
     worth = f"{', '.join(told)} nats per token of held-out answers" if told else "not measured"
     return (
         f"Trained links from {trained.folder}: {', '.join(trained.used)}.\n"

@@ -99,8 +99,8 @@ def list_protocols(context: click.Context, _: click.Parameter, value: str) -> st
     "textgrad",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Of --baseline textgrad: data=FILE, steps=N and what else `docs/evaluation.md` lists; may "
-    "be repeated.",
+    help="Of --baseline textgrad: data=FILE, steps=N and more, which another KEY lists; may be "
+    "repeated.",
 )
 @click.option("--resume", is_flag=True, help="Go on with the answers that are there.")
 @TRACKER

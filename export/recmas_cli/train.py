@@ -216,7 +216,7 @@ def _trained(session: Session, report: RunReport, stage: Stage, out: Path) -> Ou
         "links_dir": str(folder),
         "trained": list(report.trained),
     }
-    lines = _stage_lines(report.stages)
+    lines = _stage_lines(report.stages, interrupted=report.interrupted)
     return _outcome(session, report, data, lines, costs=_costs(out), done=done)
 
 
@@ -232,7 +232,7 @@ def _method_trained(session: Session, report: RunReport, method: MethodName, out
     )
     lines = [
         f"{method} of {who}: {figures['steps']} steps",
-        f"  held-out loss {_change(figures, figure)}",
+        f"  held-out loss {_change(figures, figure, interrupted=report.interrupted)}",
     ]
     if method in costs:
         learning = costs[method]["trainable_parameters"]
@@ -259,7 +259,8 @@ def _outcome(
 ) -> Outcome:
     """Return what both kinds of run say, and how they end: with `done` unless interrupted."""
     examples = session.examples
-    ending = "Stopped before the end. Go on with --resume." if report.interrupted else done
+    stopped = "Stopped before the end. Go on with the same command and --resume."
+    ending = stopped if report.interrupted else done
     return Outcome(
         text="\n".join([*lines, ending]),
         data={
@@ -284,23 +285,28 @@ def _costs(out: Path) -> dict[str, Any]:
     return {place: asdict(cost) for place, cost in read_costs(out).items()}
 
 
-def _stage_lines(stages: Mapping[str, Mapping[str, Any]]) -> Sequence[str]:
+def _stage_lines(stages: Mapping[str, Mapping[str, Any]], *, interrupted: bool) -> Sequence[str]:
     """Return the figures of the stages in words, before -> after."""
     lines = []
     for agent, figures in stages.get("inner", {}).items():
-        measured = _change(figures, "cosine")
+        measured = _change(figures, "cosine", interrupted=interrupted)
         levels = ", ".join(f"{name} {level:.3f}" for name, level in figures["baselines"].items())
         compared = f" (held out; {levels})" if levels else ""
         lines.append(f"inner {agent}: {figures['steps']} steps, cosine {measured}{compared}")
     outer = stages.get("outer")
     if outer:
         lines.append(f"outer: {outer['steps']} steps; held-out loss with generated thoughts:")
-        lines += [f"  {name:<9} {_change(outer, name)}" for name in outer["after"]]
+        lines += [
+            f"  {name:<9} {_change(outer, name, interrupted=interrupted)}"
+            for name in outer["after"]
+        ]
     return lines
 
 
-def _change(figures: Mapping[str, Any], name: str) -> str:
+def _change(figures: Mapping[str, Any], name: str, *, interrupted: bool) -> str:
     before, after = figures["before"].get(name), figures["after"].get(name)
     if after is None:
         return "not measured"
+    if interrupted and figures["before"] == figures["after"]:  # its start was measured last
+        return f"{after:.4f} at the start, not measured since"
     return f"{'-' if before is None else f'{before:.4f}'} -> {after:.4f}"

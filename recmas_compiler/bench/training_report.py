@@ -40,7 +40,7 @@ def costs_markdown(costs: TrainingCosts) -> str:
     ]
     notes += [f"Not run: {row.title}: {row.why_not}." for row in costs.rows if not row.is_done]
     if costs.interrupted:
-        notes.append("Stopped before the end. Go on with --resume.")
+        notes.append("Stopped before the end. Go on with the same command and --resume.")
     return "\n".join([*lines, "", *notes])
 
 

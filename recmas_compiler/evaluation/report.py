@@ -150,7 +150,7 @@ def _asked(protocol: Mapping[str, Any], bundle: int) -> str:
     score = protocol["score"]
     match score["by"]:
         case "candidates":
-            return f"ranked among {score['candidates']} candidates, or the choices"
+            return f"ranked among at most {score['candidates']} candidates, or the choices"
         case "likelihood":
             return "the right answer's likelihood"
     return _limit(protocol["max_new_tokens"], bundle)

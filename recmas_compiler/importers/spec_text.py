@@ -199,7 +199,8 @@ class _Writer:
                 "last_user}`."
             )
         fields = " ".join(f"--field {name}=TEXT" for name in self.fields)
-        run = 'recmas run DIR "QUESTION"' if len(self.fields) == 1 else f"recmas run DIR {fields}"
+        is_asked = self.fields == [QUESTION]
+        run = 'recmas run DIR "QUESTION"' if is_asked else f"recmas run DIR {fields}"
         commands = {
             "recmasc check FILE": "is everything in order?",
             "recmasc explain FILE": "what does the compiler make of it?",

@@ -149,6 +149,14 @@ def test_what_names_no_baseline_is_refused(system: rt.System, name: Any) -> None
         system.baseline(name)
 
 
+def test_a_baseline_that_is_refused_is_not_offered(hand_bundle: Path) -> None:
+    with pytest.raises(rt.RecmasError, match=r"RM508.*latentmas: ") as refused:
+        rt.load(hand_bundle, threads=1).baseline("latentmas")
+    named = (refused.value.problems[0].hint or "").removesuffix(".").split(" are ")[1].split(", ")
+    assert "looplm" in named
+    assert "latentmas" not in named
+
+
 @pytest.mark.parametrize("given", [1.5, True, None, "", "x" * 2000, ["a"]])
 def test_an_id_that_is_none_is_refused(system: rt.System, given: object) -> None:
     (error,) = system.run_batch([{"question": "7", "id": given}])

@@ -300,7 +300,7 @@ def test_a_batch_larger_than_the_data_is_said(
 def begin(here: Path, *more: str) -> subprocess.Popen[bytes]:
     arguments = [*COMMAND, str(here), "--quiet", "--stage", "outer", *more]
     return subprocess.Popen(
-        arguments, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        arguments, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
@@ -321,11 +321,14 @@ def test_links_may_go_into_the_folder_of_the_run(
 
 def test_sigterm_writes_a_checkpoint_and_says_so(here: Path) -> None:
     before = files(Path("links"))
-    running = begin(here, "--out", "ended", "--steps", "5000")
+    never = ("--set", "train.outer.eval_every=5000")
+    running = begin(here, "--out", "ended", "--steps", "5000", *never)
     wait_for_steps(Path("ended/outer") / METRICS_NAME, 5, running)
     running.send_signal(random.choice([signal.SIGTERM, signal.SIGHUP]))
-    _, said = running.communicate()
+    shown, said = running.communicate()
     assert running.returncode == Exit.INTERRUPTED
+    assert b"at the start, not measured since" in shown
+    assert b"->" not in shown
     assert b"finishing this step; once more stops without saving" in said
     newest = max(path.name for path in Path("ended/outer/checkpoints").iterdir())
     steps = Path("ended/outer") / METRICS_NAME

@@ -18,6 +18,7 @@ from recmas_runtime.cli.serve_options import KEY_VARIABLE
 from recmas_runtime.core.errors import Problem, RecmasError, fail, missing_package
 from recmas_runtime.core.printing import note, write_out
 from recmas_runtime.formats.bundle import Bundle
+from recmas_runtime.formats.plan import field_place, filled_fields
 from recmas_runtime.serve.log import ServiceLog
 from recmas_runtime.serve.operation.catalog import named_bundles
 from recmas_runtime.serve.operation.memory import (
@@ -78,7 +79,7 @@ def serve(
     def when_ready(url: str, models: Sequence[str]) -> None:
         data.update(url=url, models=[*models], pid=os.getpid(), key=bool(http.api_keys))
         ready = {"ready": True, **data}
-        line = json.dumps(ready) if as_json else _hello(url, models, _authorization(keys))
+        line = json.dumps(ready) if as_json else _hello(url, models, _authorization(keys), bundles)
         with suppress(BrokenPipeError):  # nobody reads it, and nobody needs to
             write_out(f"{line}\n")
 
@@ -116,11 +117,20 @@ def _authorization(keys: KeyFile) -> str:
     return f' -H "Authorization: Bearer {keys.in_shell or "KEY"}"' if keys.keys else ""
 
 
-def _hello(url: str, models: Sequence[str], authorization: str) -> str:
+def _hello(
+    url: str, models: Sequence[str], authorization: str, bundles: Mapping[str, Bundle]
+) -> str:
     """Return the line that says where to ask, and how."""
     if not models:
         return f"Serving on {url}, with no models yet."
-    body = {"model": models[0], "messages": [{"role": "user", "content": "Hello?"}]}
+    body: dict[str, Any] = {"model": models[0]}
+    body["messages"] = [{"role": "user", "content": "Hello?"}]
+    if bundle := bundles.get(models[0]):
+        plan = bundle.plan
+        others = plan.conversation.others(plan.fields)
+        wanted = [field for field in plan.fields if field_place(field).name in others]
+        if wanted:
+            body["recmas"] = {"record": filled_fields(wanted, "...")}
     return (
         f"Serving {', '.join(models)} on {url}. Ask: curl {url}/v1/chat/completions{authorization} "
         f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"

@@ -560,7 +560,10 @@ def _answers_of(agents: Sequence[str]) -> Parts:
 
 
 def _unusable(message: str) -> RecmasError:
-    known = [LATENT, *BASELINES, *(f"{name}@N" for name in _WITH_LIMIT)]
+    """Return the refusal of a baseline, which the message begins with; the others are offered."""
+    refused = message.partition(":")[0]
+    named = [LATENT, *BASELINES, *(f"{name}@N" for name in _WITH_LIMIT)]
+    known = [name for name in named if name.partition("@")[0] != refused]
     return fail("RM508", message, hint=f"Baselines are {', '.join(known)}.")
 
 
