@@ -321,7 +321,7 @@ def test_links_may_go_into_the_folder_of_the_run(
 
 def test_sigterm_writes_a_checkpoint_and_says_so(here: Path) -> None:
     before = files(Path("links"))
-    never = ("--set", "train.outer.eval_every=5000")
+    never = ("--set", "train.eval_every=5000")
     running = begin(here, "--out", "ended", "--steps", "5000", *never)
     wait_for_steps(Path("ended/outer") / METRICS_NAME, 5, running)
     running.send_signal(random.choice([signal.SIGTERM, signal.SIGHUP]))
