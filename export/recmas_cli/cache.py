@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 import click
 
 from recmas_cli.console import Outcome, command
-from recmas_export.cache.settings import FOLDER_VARIABLE, OFF, size_of, user_store
-from recmas_export.cache.store import Kept, Store
+from recmas_runtime.cache.settings import FOLDER_VARIABLE, OFF, size_of, user_store
+from recmas_runtime.cache.store import Kept, Store
 from recmas_runtime.core.errors import fail
 from recmas_runtime.core.files import reason_of
 from recmas_runtime.core.text import counted, human_bytes

@@ -39,7 +39,7 @@ from recmas_runtime.running.records import (
 )
 from recmas_runtime.running.run_trace import RECORDS_NAME, TraceWriter
 from recmas_runtime.running.system import System, load
-from recmas_runtime.tools.toolbox import terminal_ask
+from recmas_runtime.tools.human import terminal_ask
 
 STANDARD_STREAM: Final = "-"
 # Phases that most systems do not have.
