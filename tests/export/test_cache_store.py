@@ -13,9 +13,9 @@ import pytest
 
 from kit.killed import kill, killed_in
 from recmas_export.build import own_digest, part_conditions, tool_versions
-from recmas_runtime.cache import store as store_module
 from recmas_export.cache.build_parts import BuildParts
 from recmas_export.cache.machine import machine
+from recmas_runtime.cache import store as store_module
 from recmas_runtime.cache.settings import size_of, user_store
 from recmas_runtime.cache.store import CacheEntry, Store, copy_and_hash
 from recmas_runtime.core.errors import RecmasError

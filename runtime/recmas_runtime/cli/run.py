@@ -62,6 +62,7 @@ def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Proble
         threads=options.threads,
         ask=terminal_ask(),
         date=options.date,
+        cache=options.cache,
     ).baseline(options.baseline)
     sampling = structs.replace(system.plan.sampling, **overrides)
     if options.batch is not None:
@@ -119,6 +120,7 @@ def _run_on_ray(
         ),
         threads=options.threads,
         date=options.date,
+        cache=options.cache,
     )
     with connected(options.ray or None, settings) as workers:
 
