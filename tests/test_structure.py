@@ -38,6 +38,7 @@ MAY_HOLD_MORE = {
 LAYERS = (
     "recmas_runtime.core",
     "recmas_runtime.formats",
+    "recmas_runtime.cache",
     "recmas_runtime.tools.sandbox",
     "recmas_runtime.tools",
     "recmas_runtime.prompts",

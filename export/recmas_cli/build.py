@@ -150,12 +150,12 @@ def _load_seconds(folder: Path, progress: Progress) -> float:
 
     Models behind an API are no part of it: their keys need not be where a bundle is built.
     """
-    from recmas_runtime.running.open_engines import load_parts, open_engines
+    from recmas_runtime.running.open_engines import load_bundle
 
     with progress.stage("Opening the bundle"):
         started = time.perf_counter()
         bundle = open_bundle(folder)
-        load_parts(bundle, open_engines(bundle, device="auto", threads=None))
+        load_bundle(bundle, device="auto", threads=None)
         return time.perf_counter() - started
 
 

@@ -48,8 +48,8 @@ from recmas_export.bundle.engine_files import LINK_ENGINE, PROBE
 from recmas_export.cache.build_parts import BuildParts, Reuse
 from recmas_export.cache.loaded_backbones import used_backbones
 from recmas_export.cache.machine import further_tools, machine
-from recmas_export.cache.settings import user_store
-from recmas_export.cache.store import FORMAT
+from recmas_runtime.cache.settings import user_store
+from recmas_runtime.cache.store import FORMAT
 from recmas_runtime.checking.build_tensorrt import build_engines
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.files import clear_away_dead_builds, sha256_of

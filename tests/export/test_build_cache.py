@@ -17,7 +17,7 @@ from kit.files import MadeOnce
 from kit.models import write_tiny_backbone
 from recmas_export import torch_parts
 from recmas_export.build import BuildResult, build
-from recmas_export.cache.store import Store
+from recmas_runtime.cache.store import Store
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.bundle import open_bundle
 

@@ -13,11 +13,11 @@ import pytest
 
 from kit.killed import kill, killed_in
 from recmas_export.build import own_digest, part_conditions, tool_versions
-from recmas_export.cache import store as store_module
 from recmas_export.cache.build_parts import BuildParts
 from recmas_export.cache.machine import machine
-from recmas_export.cache.settings import size_of, user_store
-from recmas_export.cache.store import CacheEntry, Store, copy_and_hash
+from recmas_runtime.cache import store as store_module
+from recmas_runtime.cache.settings import size_of, user_store
+from recmas_runtime.cache.store import CacheEntry, Store, copy_and_hash
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.files import sha256_of
 from recmas_runtime.formats.manifest import FileEntry
@@ -185,7 +185,7 @@ def test_a_kill_leaves_nothing_that_would_be_taken(
 HAMMER = """
 import random, sys, tempfile
 from pathlib import Path
-from recmas_export.cache.store import Store
+from recmas_runtime.cache.store import Store
 from test_cache_store import keep, taken
 draw = random.Random(int(sys.argv[1]))
 store = Store(Path(sys.argv[2]), limit_bytes=1_000_000)
@@ -318,15 +318,15 @@ def test_conditions_name_code_tools_and_machine(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_processors_are_told_apart(tmp_path: Path) -> None:
-    from recmas_export.cache.machine import _cpu
+    from recmas_runtime.cache.processor import cpu_facts
 
     text = (
         "processor\t: 0\nmodel name\t: A\nflags\t\t: fpu avx2\ncpu MHz\t: 2.5\n\nprocessor\t: 1\n"
     )
     path = tmp_path / "cpuinfo"
     path.write_text(text)
-    assert _cpu(path) == {"model name": "A", "flags": "fpu avx2"}
-    assert _cpu(tmp_path / "none") == {}
+    assert cpu_facts(path) == {"model name": "A", "flags": "fpu avx2"}
+    assert cpu_facts(tmp_path / "none") == {}
 
 
 def test_the_code_of_every_package_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

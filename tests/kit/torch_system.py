@@ -12,7 +12,7 @@ from recmas_compiler.bench.torch_engine import TorchEngine
 from recmas_runtime.engines.interface import Backbone
 from recmas_runtime.engines.onnx.backbone import LinkEngine
 from recmas_runtime.formats.bundle import open_bundle
-from recmas_runtime.running.open_engines import OpenedEngines, load_parts
+from recmas_runtime.running.open_engines import LoadedBundle, OpenedEngines, read_texts
 from recmas_runtime.running.system import System
 
 
@@ -47,4 +47,4 @@ def load_torch_system(
         provider="cpu",
         problems=[],
     )
-    return System(bundle.plan, load_parts(bundle, opened))
+    return System(bundle.plan, LoadedBundle.of(bundle, opened, read_texts(bundle)))

@@ -1,1 +1,1 @@
-"""What builds have made, kept for other builds: the store, its settings, the parts of a build."""
+"""What builds have made, kept for other builds: the parts of a build and what they depend on."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
-from recmas_export.cache.store import CacheEntry, Store
+from recmas_runtime.cache.store import CacheEntry, Store
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.files import reason_of, sha256_of
 from recmas_runtime.core.text import counted

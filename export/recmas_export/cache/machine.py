@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import platform
-from pathlib import Path
 from typing import Final
 
+from recmas_runtime.cache.processor import processor
 from recmas_runtime.engines.onnx.session import physical_cores
 
 # What changes with which instructions, or how many threads, torch and its libraries compute.
@@ -36,18 +35,12 @@ FURTHER_TOOLS: Final = (
     "tiktoken",
 )
 
-# Of the first processor of Linux, what says which code libraries choose.
-_TOLD: Final = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features")
-
 
 def machine() -> dict[str, object]:
     """Return what tells this machine from others that may round numbers in another way."""
     return {
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "processor": platform.processor(),
+        **processor(),
         "cores": physical_cores(),
-        "cpu": _cpu(Path("/proc/cpuinfo")),
         "variables": {name: os.environ.get(name) for name in _VARIABLES},
     }
 
@@ -62,14 +55,3 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu(cpuinfo: Path) -> dict[str, str]:
-    """Return what Linux says of the first processor; nothing elsewhere."""
-    try:
-        first = cpuinfo.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in first.splitlines())
-    told = {name.strip(): value.strip() for name, _, value in pairs}
-    return {name: told[name] for name in _TOLD if name in told}

@@ -10,17 +10,11 @@ from pathlib import Path
 from typing import Final
 
 from recmas_runtime.core.errors import fail
-from recmas_runtime.core.files import locked, reason_of, sha256_of
+from recmas_runtime.core.files import cache_folder, locked, reason_of, sha256_of
 from recmas_runtime.core.progress import Progress
 
 _PIECE_BYTES: Final = 1 << 20
 _MEGABYTE: Final = 1_000_000
-
-
-def cache_folder() -> Path:
-    """Return the folder for what can be made again: `recmas` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "recmas"
 
 
 def join_parts(

@@ -60,6 +60,7 @@ class BenchOptions:
     device: str
     threads: int | None
     out: Path | None
+    cache: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +97,13 @@ def bench(
         if root is not None:
             keep_out(root, {"--out": options.out})
     make_folder(options.out)
-    system = load(options.bundle, device=options.device, threads=options.threads)
+    device, threads, cache = options.device, options.threads, options.cache
+    system = load(options.bundle, device=device, threads=threads, cache=cache)
     loaded = [system]
     forms = forms_of(options.bundle, system)
     untrained: tuple[System, ...] = ()
     if options.untrained_bundle is not None:
-        other = load(options.untrained_bundle, device=options.device, threads=options.threads)
+        other = load(options.untrained_bundle, device=device, threads=threads, cache=cache)
         loaded.append(other)
         untrained = forms_of(options.untrained_bundle, other).by_rounds
     plans = [form.plan for form in (*forms.by_rounds, *forms.by_steps)]

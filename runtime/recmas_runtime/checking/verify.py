@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from recmas_runtime.cache.store import Store
 from recmas_runtime.checking.parity import (
     BACKBONE_CASE,
     case_links,
@@ -35,7 +36,7 @@ from recmas_runtime.formats.precisions import beyond_tolerance
 from recmas_runtime.formats.safetensors_file import read_tensors
 from recmas_runtime.prompts.samples import PromptDigests, prompt_digests, token_digest
 from recmas_runtime.prompts.trial import render_once
-from recmas_runtime.running.open_engines import LoadedBundle, load_parts, open_engines
+from recmas_runtime.running.open_engines import LoadedBundle, load_bundle
 from recmas_runtime.running.records import Record
 from recmas_runtime.running.system import System
 
@@ -97,12 +98,14 @@ def verify_bundle(
     device: str = "auto",
     threads: int | None = None,
     progress: Progress | None = None,
+    store: Store | None = None,
 ) -> VerifyReport:
     """Hash every file, render every prompt, run the known-answer probe and every parity case.
 
     Args:
         device: `auto`, `cpu`, `cuda` or `tensorrt`.
         threads: Threads within an operator; None takes the physical cores.
+        store: Where packed weights are kept that runs would take; they are hashed too.
 
     Raises:
         RecmasError: If the bundle cannot be opened or run at all; figures out of tolerance are
@@ -110,9 +113,8 @@ def verify_bundle(
     """
     watcher = progress or Silent()
     bundle = open_bundle(path, verify_hashes=True, progress=watcher)
-    opened = open_engines(bundle, device=device, threads=threads)
-    problems = [*opened.problems]
-    loaded = load_parts(bundle, opened)
+    loaded = load_bundle(bundle, device=device, threads=threads, store=store, verify_hashes=True)
+    problems = [*loaded.problems]
     problems += _prompt_problems(bundle, loaded)
     problems += _changed_tokens(bundle, loaded)
     problems += _tokens_without_rows(bundle, loaded)
@@ -127,7 +129,7 @@ def verify_bundle(
         for relative in unlisted_files(bundle)
     ]
     with watcher.stage("Running known cases", 1 + len(bundle.manifest.parity)) as advance:
-        where = opened.provider
+        where = loaded.provider
         probe, file = math.inf, bundle.manifest.probe
         with _failures_as_findings(file, problems):
             probe = measure_probe(bundle.file(file), threads=threads, device=where)
@@ -137,11 +139,11 @@ def verify_bundle(
         cases = []
         operands = read_operands(bundle.file, bundle.manifest.links)
         with _failures_as_findings(bundle.manifest.link_engine, problems):
-            _try_links(opened.link, bundle.manifest, operands)
+            _try_links(loaded.engines.link, bundle.manifest, operands)
         for entry in bundle.manifest.parity:
             with _failures_as_findings(entry.file, problems):
-                backbone = opened.backbones[entry.backbone]
-                case = _run_case(bundle, entry, backbone, opened.link, operands)
+                backbone = loaded.engines.backbones[entry.backbone]
+                case = _run_case(bundle, entry, backbone, loaded.engines.link, operands)
                 precision = bundle.manifest.backbones[entry.backbone].precision
                 problems += out_of_tolerance(entry.file, case.figures, precision=precision)
                 # Quantized kernels round differently from one processor to another.
@@ -157,7 +159,7 @@ def verify_bundle(
             advance()
     return VerifyReport(
         num_files=len(bundle.manifest.files),
-        device=opened.device,
+        device=loaded.device,
         probe_absolute=probe,
         cases=tuple(cases),
         engines=engines_text(bundle.root),

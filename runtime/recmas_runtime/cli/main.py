@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from recmas_runtime.cli.cache import add_cache_options, run_cache
 from recmas_runtime.core.errors import (
     CODES,
     Exit,
@@ -406,6 +407,15 @@ def command_parser(*, serves: bool) -> argparse.ArgumentParser:
     report.add_argument("--record", metavar="ID", help="only the record with this id")
     report.add_argument("--force", action="store_true", help="write over the file")
 
+    cache = _command(
+        commands,
+        "cache",
+        "Show or shrink what is kept on this machine for later.",
+        _cache,
+        of_bundle=False,
+    )
+    add_cache_options(cache)
+
     _command(commands, "inspect", "Tell what is in a bundle.", _inspect)
     _command(commands, "doctor", "Tell what this machine has.", _doctor, of_bundle=False)
     return parser
@@ -439,6 +449,12 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
         help="where to run; auto takes the best that is there",
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: physical cores")
+    parser.add_argument(
+        "--no-cache",
+        dest="cache",
+        action="store_false",
+        help="neither take packed weights from the user's cache nor keep them there",
+    )
 
 
 def _progress(options: argparse.Namespace) -> Progress:
@@ -497,6 +513,7 @@ def _package(options: argparse.Namespace, outcome: Outcome) -> None:
 
 
 def _verify(options: argparse.Namespace, outcome: Outcome) -> None:
+    from recmas_runtime.cache.settings import user_store
     from recmas_runtime.checking.verify import verify_bundle
     from recmas_runtime.cli.inspect import verify_text
 
@@ -505,6 +522,7 @@ def _verify(options: argparse.Namespace, outcome: Outcome) -> None:
         device=options.device,
         threads=options.threads,
         progress=_progress(options),
+        store=user_store() if options.cache else None,
     )
     outcome.data |= report.to_json()
     outcome.text = verify_text(report)
@@ -517,6 +535,10 @@ def _engines(options: argparse.Namespace, outcome: Outcome) -> None:
     built = build_engines(options.bundle, progress=_progress(options), reuse=not options.force)
     outcome.data |= built.to_json()
     outcome.text = built.text
+
+
+def _cache(options: argparse.Namespace, outcome: Outcome) -> None:
+    outcome.text = run_cache(options, outcome.data)
 
 
 def _inspect(options: argparse.Namespace, outcome: Outcome) -> None:

@@ -66,6 +66,7 @@ async def _server(options: argparse.Namespace) -> AsyncIterator[Server[Any]]:
             ServiceLimits(max_queue=options.max_queue),
             device=options.device,
             threads=options.threads,
+            cache=options.cache,
         )
     except ServiceError as error:
         problems = [

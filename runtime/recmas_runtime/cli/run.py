@@ -39,7 +39,7 @@ from recmas_runtime.running.records import (
 )
 from recmas_runtime.running.run_trace import RECORDS_NAME, TraceWriter
 from recmas_runtime.running.system import System, load
-from recmas_runtime.tools.toolbox import terminal_ask
+from recmas_runtime.tools.human import terminal_ask
 
 STANDARD_STREAM: Final = "-"
 # Phases that most systems do not have.
@@ -62,6 +62,7 @@ def run(options: argparse.Namespace, data: dict[str, Any], problems: list[Proble
         threads=options.threads,
         ask=terminal_ask(),
         date=options.date,
+        cache=options.cache,
     ).baseline(options.baseline)
     sampling = structs.replace(system.plan.sampling, **overrides)
     if options.batch is not None:
@@ -119,6 +120,7 @@ def _run_on_ray(
         ),
         threads=options.threads,
         date=options.date,
+        cache=options.cache,
     )
     with connected(options.ray or None, settings) as workers:
 

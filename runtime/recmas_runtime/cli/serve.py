@@ -69,6 +69,7 @@ def serve(
         log=ServiceLog(sys.stderr, options.log_format),
         log_texts=options.log_prompts,
         otlp=options.otlp,
+        cache=options.cache,
     )
 
     for warning in warnings:

@@ -97,7 +97,10 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM303": (Exit.RUN_FAILED, "the disk is full or not writable"),
     "RM304": (Exit.VERIFICATION, "an operator of a step runs on an unexpected provider"),
     "RM305": (Exit.USAGE, "a cache of builds that cannot be one, or a size that is none"),
-    "RM350": (Exit.OK, "warning: parts of a build that could not be kept for later ones"),
+    "RM350": (
+        Exit.OK,
+        "warning: parts of a build, or packed weights, that could not be kept for later",
+    ),
     # RM4xx: bundles
     "RM400": (Exit.VERIFICATION, "not a bundle, or an incomplete one"),
     "RM401": (Exit.VERIFICATION, "a bundle file is missing or altered"),

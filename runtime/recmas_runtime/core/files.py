@@ -31,6 +31,16 @@ def reason_of(error: OSError) -> str:
     return f"{reason} (raise `ulimit -n`)" if error.errno == errno.EMFILE else reason
 
 
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: `recmas` in the user's cache folder.
+
+    Raises:
+        RuntimeError: For a user without a home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "recmas"
+
+
 def open_regular(path: Path, *, file: str) -> BufferedReader:
     """Open a regular file for reading in binary mode; messages name it `file`.
 

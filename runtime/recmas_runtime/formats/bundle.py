@@ -52,10 +52,10 @@ class Bundle:
             RecmasError: RM402 if it leaves the bundle, RM401 if it is missing or not listed.
         """
         if relative not in self.manifest.files:
-            raise _altered(relative, "the manifest does not list this file")
+            raise altered(relative, "the manifest does not list this file")
         path = inside(self.root, relative)
         if not os.path.isfile(path):  # noqa: PTH113 - any name, also one that no system takes
-            raise _altered(relative, "the file is missing")
+            raise altered(relative, "the file is missing")
         return path
 
 
@@ -212,9 +212,7 @@ def _check_files(
             with open_regular(inside(root, relative), file=relative) as stream:
                 size_bytes = os.fstat(stream.fileno()).st_size
             if size_bytes != entry.size_bytes:
-                raise _altered(
-                    relative, f"{size_bytes} bytes, the manifest says {entry.size_bytes}"
-                )
+                raise altered(relative, f"{size_bytes} bytes, the manifest says {entry.size_bytes}")
         except RecmasError as error:
             problems += error.problems
             continue
@@ -225,14 +223,14 @@ def _check_files(
             to_hash.append((relative, entry))
     for relative in referenced_files(manifest):
         if relative not in manifest.files:
-            problems += _altered(
+            problems += altered(
                 relative, "the manifest uses this file but does not list it"
             ).problems
     total = sum(entry.size_bytes for _, entry in to_hash)
     with (progress if verify_hashes else Silent()).stage("Hashing (bytes)", total) as advance:
         for relative, entry in to_hash:
             if sha256_of(root / relative) != entry.sha256:
-                problems += _altered(relative, "the file's SHA-256 is not the manifest's").problems
+                problems += altered(relative, "the file's SHA-256 is not the manifest's").problems
             advance(entry.size_bytes)
     if problems:
         raise RecmasError(problems)
@@ -243,11 +241,15 @@ def _check_external_data(root: Path, manifest: Manifest) -> None:
     problems: list[Problem] = []
     for relative in graph_files(manifest):
         folder = relative.rpartition("/")[0]
-        for data in external_data(inside(root, relative), file=relative):
-            place = f"{folder}/{data.location}" if folder else data.location
-            try:
-                inside(root, place)
-            except RecmasError:
+        found = external_data(inside(root, relative), file=relative)
+        places = {
+            location: f"{folder}/{location}" if folder else location
+            for location in {data.location for data in found}
+        }
+        outside = {location for location, place in places.items() if not _is_inside(root, place)}
+        for data in found:
+            place = places[data.location]
+            if data.location in outside:
                 problems += fail(
                     "RM402",
                     f"the graph reads {data.location!r}, which is not inside the bundle",
@@ -258,7 +260,7 @@ def _check_external_data(root: Path, manifest: Manifest) -> None:
             entry = manifest.files.get(place)
             if entry is None:
                 message = f"the graph reads {place!r}, which the manifest does not list"
-                problems += _altered(relative, message).problems
+                problems += altered(relative, message).problems
             elif not 0 <= data.offset <= data.offset + data.length <= entry.size_bytes:
                 problems += malformed(
                     relative,
@@ -269,5 +271,14 @@ def _check_external_data(root: Path, manifest: Manifest) -> None:
         raise RecmasError(problems)
 
 
-def _altered(relative: str, message: str) -> RecmasError:
+def _is_inside(root: Path, relative: str) -> bool:
+    try:
+        inside(root, relative)
+    except RecmasError:
+        return False
+    return True
+
+
+def altered(relative: str, message: str) -> RecmasError:
+    """Return RM401 for a file that is not what the manifest says of it."""
     return fail("RM401", message, file=relative, hint=_COPY_AGAIN)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -27,6 +28,7 @@ _MESSAGES: Final[Mapping[str, Mapping[int, str]]] = {
     "tensor": {13: "entry"},
 }
 _KEY: Final = 1
+_KEYS: Final = re.compile(b"location|offset|length")
 _VALUE: Final = 2
 # Graphs within graphs; real ones have one or two.
 _MAX_DEPTH: Final = 64
@@ -50,9 +52,9 @@ def external_data(path: Path, *, file: str) -> frozenset[ExternalData]:
     with open_regular(path, file=file) as stream:
         if os.fstat(stream.fileno()).st_size == 0:
             raise _no_graph(file)
-        raw = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         try:
-            return frozenset(_walk(raw, "model", 0))
+            return frozenset(_walk(mapped, _Part("model", 0, len(mapped)), 0))
         except (IndexError, ValueError):
             raise _no_graph(file) from None
 
@@ -62,54 +64,65 @@ def _no_graph(file: str) -> RecmasError:
     return fail("RM507", "this is not an ONNX graph", file=file, hint=hint)
 
 
-def _walk(raw: memoryview, message: str, depth: int) -> Iterator[ExternalData]:
+class _Part(NamedTuple):
+    """A message within a file: the bytes from start to end."""
+
+    message: str
+    start: int
+    end: int
+
+
+def _walk(raw: mmap.mmap, part: _Part, depth: int) -> Iterator[ExternalData]:
     if depth > _MAX_DEPTH:
         raise ValueError("nested too deeply")
-    inner, entries = _MESSAGES[message], {}
-    for number, part in _fields(raw):
+    inner, entries = _MESSAGES[part.message], {}
+    for number, start, end in _fields(raw, part.start, part.end):
         name = inner.get(number)
         if name == "entry":
-            key, value = _entry(part)
+            key, value = _entry(raw, start, end)
             entries[key] = value
-        elif name is not None:
-            yield from _walk(part, name, depth + 1)
+        # Most nodes have no external data, and walking all of them takes long.
+        elif name is not None and _KEYS.search(raw, start, end):
+            yield from _walk(raw, _Part(name, start, end), depth + 1)
     if entries:
         offset, length = (int(entries.get(key, "0") or 0) for key in ("offset", "length"))
         yield ExternalData(entries.get("location", ""), offset, length)
 
 
-def _entry(raw: memoryview) -> tuple[str, str]:
+def _entry(raw: mmap.mmap, start: int, end: int) -> tuple[str, str]:
     parts = {
-        number: bytes(part).decode("utf-8", "surrogateescape") for number, part in _fields(raw)
+        number: raw[first:last].decode("utf-8", "surrogateescape")
+        for number, first, last in _fields(raw, start, end)
     }
     return parts.get(_KEY, ""), parts.get(_VALUE, "")
 
 
-def _fields(raw: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yield the fields of a message that have bytes, by number."""
-    place = 0
-    while place < len(raw):
-        tag, place = _varint(raw, place)
+def _fields(raw: mmap.mmap, place: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the fields of a message that have bytes: number, start and end."""
+    while place < end:
+        tag, place = _varint(raw, place, end)
         number, kind = tag >> 3, tag & 7
         if kind == _VARINT:
-            _, place = _varint(raw, place)
+            _, place = _varint(raw, place, end)
             continue
         if kind == _BYTES:
-            size, place = _varint(raw, place)
+            size, place = _varint(raw, place, end)
         elif kind in (_FIXED64, _FIXED32):
             size = 8 if kind == _FIXED64 else 4
         else:  # groups, which no version of ONNX has
             raise ValueError(f"wire type {kind}")
-        if place + size > len(raw):
+        if place + size > end:
             raise ValueError("cut off")
         if kind == _BYTES:
-            yield number, raw[place : place + size]
+            yield number, place, place + size
         place += size
 
 
-def _varint(raw: memoryview, place: int) -> tuple[int, int]:
+def _varint(raw: mmap.mmap, place: int, end: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
+        if place >= end:
+            raise ValueError("cut off")
         byte = raw[place]
         place += 1
         value |= (byte & 0x7F) << shift

@@ -6,7 +6,6 @@ first model that is opened.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import Mapping
@@ -18,11 +17,14 @@ from recmas_runtime.core.errors import RecmasError, missing_package
 from recmas_runtime.formats.manifest import OPENAI_URL, RemoteEntry
 from recmas_runtime.formats.plan import SamplingPlan
 from recmas_runtime.prompts.render import ChatMessage
-from recmas_runtime.remote.event_loop import BackgroundLoop
 from recmas_runtime.remote.failures import failure_of, no_key, unusable
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # most bundles have no such models, and all this takes a while to import
+    import asyncio
+
     from openai import AsyncOpenAI
+
+    from recmas_runtime.remote.event_loop import BackgroundLoop
 
 # Sent where there is no key: the package does not do without, and endpoints without one ignore it.
 _NO_KEY: Final = "none"
@@ -63,6 +65,8 @@ class RemoteStream:
     """A reply that comes piece by piece; `next` is asked until it gives None."""
 
     def __init__(self, model: RemoteModel, request: RemoteRequest) -> None:
+        import asyncio
+
         self._model = model
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
         self.reply: Future[RemoteReply] = model.loop.submit(model.write(request, self._pieces))
@@ -212,6 +216,10 @@ def open_models(
     missing = [no_key(entries[name], users[name]) for name, key in keys.items() if key == ""]
     if missing:
         raise RecmasError(problem for error in missing for problem in error.problems)
+    if not entries:
+        return {}
+    from recmas_runtime.remote.event_loop import BackgroundLoop
+
     loop = BackgroundLoop()
     return {name: RemoteModel(entry, loop, keys[name]) for name, entry in entries.items()}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.text import THINKING_MARKS
@@ -24,7 +24,9 @@ from recmas_runtime.scheduling.remote_calls import RemoteUse
 from recmas_runtime.sequences.sequence_batch import SequenceBatch
 from recmas_runtime.tools.call_forms import is_in_marks
 from recmas_runtime.tools.calls import ToolCall, ToolResult, result_block
-from recmas_runtime.tools.toolbox import Toolbox
+
+if TYPE_CHECKING:
+    from recmas_runtime.tools.toolbox import Toolbox
 
 # Special tokens that an answer shows: whoever reads it must find the end of the thinking.
 _SHOWN: Final = frozenset(mark for marks in THINKING_MARKS for mark in marks)

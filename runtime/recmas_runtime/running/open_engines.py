@@ -6,14 +6,17 @@ import ctypes
 import datetime
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from recmas_runtime.cache.store import Store
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.text import listed
 from recmas_runtime.engines.interface import Backbone
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
+from recmas_runtime.engines.onnx.packed import PackedGraphs
 from recmas_runtime.engines.onnx.probe import measure_probe
 from recmas_runtime.engines.onnx.session import Device, onnx_runtime, resolve_device
 from recmas_runtime.engines.tensorrt.engine_cache import (
@@ -24,7 +27,7 @@ from recmas_runtime.engines.tensorrt.engine_cache import (
 )
 from recmas_runtime.formats.bundle import Bundle
 from recmas_runtime.formats.codec import malformed
-from recmas_runtime.formats.links import read_operands
+from recmas_runtime.formats.links import Operands, read_operands
 from recmas_runtime.formats.manifest import PLAN_NAME, BackboneEntry, Manifest
 from recmas_runtime.formats.plan import Plan, parse_day
 from recmas_runtime.formats.precisions import TENSORRT, TOLERANCES
@@ -37,6 +40,9 @@ from recmas_runtime.scheduling.engine_lock import EngineLock, TaskLock
 from recmas_runtime.scheduling.remote_calls import RemoteCalls
 from recmas_runtime.scheduling.scheduler import Scheduler
 from recmas_runtime.scheduling.shared_engine import SharedEngine
+
+if TYPE_CHECKING:
+    from recmas_runtime.tools.toolbox import Toolbox
 
 Function = Callable[[str], str]
 # More is a mistake: the command line has the same bound.
@@ -131,12 +137,23 @@ class OpenedEngines:
     problems: list[Problem]
 
 
-def open_engines(bundle: Bundle, *, device: str, threads: int | None) -> OpenedEngines:
+def open_engines(
+    bundle: Bundle,
+    *,
+    device: str,
+    threads: int | None,
+    store: Store | None = None,
+    verify_hashes: bool = False,
+) -> OpenedEngines:
     """Open a bundle's engines.
 
     Devices `cpu` and `cuda` are ONNX Runtime's; `tensorrt` takes nothing else; `auto` takes
     TensorRT where the bundle has engines for this machine, then CUDA, then the CPU. Without
     threads, an operator takes the physical cores.
+
+    Args:
+        store: Where weights that are packed for this processor are kept; None for nowhere.
+        verify_hashes: Compare with their digest those that are taken from there.
 
     Raises:
         RecmasError: RM504 for a device that is not there, RM507 or RM510 if a graph or plan is
@@ -145,10 +162,13 @@ def open_engines(bundle: Bundle, *, device: str, threads: int | None) -> OpenedE
     problems: list[Problem] = []
     engines = _find_engines(bundle, device, problems)
     provider = _find_provider(bundle, device, threads, problems)
+    packed = None
+    if store is not None:
+        packed = PackedGraphs(bundle, store, problems, verify_hashes=verify_hashes)
 
     def on_onnx(entry: BackboneEntry) -> Backbone[Any]:
         return BackboneEngine(
-            entry, bundle.root, threads=threads, device=provider, problems=problems
+            entry, bundle.root, threads=threads, device=provider, problems=problems, packed=packed
         )
 
     backbones: Mapping[str, Backbone[Any]] | None = None
@@ -195,17 +215,84 @@ def _find_engines(bundle: Bundle, device: str, problems: list[Problem]) -> Engin
     return find_engines_or_say_why(bundle, problems) if device == "auto" else None
 
 
+def open_toolbox(
+    bundle: Bundle, functions: Mapping[str, Function] | None, ask: Function | None
+) -> Toolbox | None:
+    """Return the tools of a bundle with those of the caller, see `load`; None for none."""
+    tools = bundle.plan.tools
+    if tools is None:
+        return None
+    from recmas_runtime.tools.toolbox import Toolbox
+
+    corpus = tools.search.corpus if tools.search is not None else None
+    return Toolbox(
+        tools,
+        corpus=None if corpus is None else bundle.file(corpus),
+        functions=functions,
+        ask=ask,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """What is read of a bundle beside its engines."""
+
+    day: datetime.date
+    chats: Mapping[str, Chat]
+    operands: Mapping[str, Operands]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadedBundle:
-    """What a bundle loads once and every system on it shares; problems say why on which device."""
+    """What a bundle loads once and every system on it shares; problems say why on which device.
+
+    Device and provider are those of `OpenedEngines`.
+    """
 
     manifest: Manifest
     day: datetime.date
     device: str
+    provider: Device
     problems: list[Problem]
     engines: Engines
     chats: Mapping[str, Chat]
     lock: EngineLock = field(default_factory=EngineLock)
+
+    @classmethod
+    def of(
+        cls,
+        bundle: Bundle,
+        opened: OpenedEngines,
+        texts: Texts,
+        models: Mapping[str, RemoteModel] | None = None,
+    ) -> LoadedBundle:
+        """Put together what was opened and read."""
+        lock = EngineLock()
+        engines = Engines(
+            backbones=opened.backbones,
+            link=opened.link,
+            operands=texts.operands,
+            decoder_settings={
+                name: DecoderSettings(
+                    tokenizer=texts.chats[name].tokenizer,
+                    eos_token_ids=frozenset(entry.eos_token_ids),
+                    max_positions=entry.max_positions,
+                    num_rows=entry.vocab_size,
+                )
+                for name, entry in bundle.manifest.backbones.items()
+            },
+            remotes=RemoteCalls(models=models or {}, lock=lock),
+        )
+        return cls(
+            manifest=bundle.manifest,
+            day=texts.day,
+            device=opened.device,
+            provider=opened.provider,
+            problems=opened.problems,
+            engines=engines,
+            chats=texts.chats,
+            lock=lock,
+        )
 
     @property
     def can_share(self) -> bool:
@@ -302,50 +389,46 @@ def open_remotes(bundle: Bundle) -> dict[str, RemoteModel]:
     return open_models(entries, {model: listed(names) for model, names in users.items()})
 
 
-def load_parts(
+def load_bundle(
     bundle: Bundle,
-    opened: OpenedEngines,
-    models: Mapping[str, RemoteModel] | None = None,
     *,
+    device: str,
+    threads: int | None,
+    models: Mapping[str, RemoteModel] | None = None,
     day: datetime.date | None = None,
+    store: Store | None = None,
+    verify_hashes: bool = False,
 ) -> LoadedBundle:
-    """Load what systems of a bundle share, around open engines; RM40x for files that are wrong.
+    """Open a bundle's engines and read what systems on them share; see `open_engines`.
 
     Args:
         models: What `open_remotes` has opened; None where no run will ask them.
         day: For chat templates that write the date; None for that of the bundle, or else today.
+
+    Raises:
+        RecmasError: RM40x for files that are wrong, and what `open_engines` raises.
     """
-    manifest = bundle.manifest
+    # Engines are opened without Python's lock: what they leave of it is enough for the texts.
+    with ThreadPoolExecutor(1) as beside:
+        reading = beside.submit(read_texts, bundle, day)
+        opened = open_engines(
+            bundle, device=device, threads=threads, store=store, verify_hashes=verify_hashes
+        )
+        texts = reading.result()
+    return LoadedBundle.of(bundle, opened, texts, models)
+
+
+def read_texts(bundle: Bundle, day: datetime.date | None = None) -> Texts:
+    """Read tokenizers, chat templates and links; RM40x for files that are wrong."""
     day = day or _day_of(bundle.plan) or datetime.date.today()
-    chats, decoder_settings = {}, {}
-    for name, entry in manifest.backbones.items():
+    chats = {}
+    for name, entry in bundle.manifest.backbones.items():
         template = read_template(bundle.file(entry.chat_template), file=entry.chat_template)
         chats[name] = Chat.load(
             bundle.file(entry.tokenizer), template, entry.special_tokens, day=day
         )
-        decoder_settings[name] = DecoderSettings(
-            tokenizer=chats[name].tokenizer,
-            eos_token_ids=frozenset(entry.eos_token_ids),
-            max_positions=entry.max_positions,
-            num_rows=entry.vocab_size,
-        )
-    lock = EngineLock()
-    engines = Engines(
-        backbones=opened.backbones,
-        link=opened.link,
-        operands=read_operands(bundle.file, manifest.links),
-        decoder_settings=decoder_settings,
-        remotes=RemoteCalls(models=models or {}, lock=lock),
-    )
-    return LoadedBundle(
-        manifest=manifest,
-        day=day,
-        device=opened.device,
-        problems=opened.problems,
-        engines=engines,
-        chats=chats,
-        lock=lock,
-    )
+    operands = read_operands(bundle.file, bundle.manifest.links)
+    return Texts(day=day, chats=chats, operands=operands)
 
 
 def check_arguments(

@@ -6,8 +6,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Self, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack, overload
 
+from recmas_runtime.cache.settings import user_store
 from recmas_runtime.core.errors import Problem, RecmasError, RecordError, fail
 from recmas_runtime.core.progress import Progress, Silent
 from recmas_runtime.core.text import counted
@@ -36,9 +37,9 @@ from recmas_runtime.running.open_engines import (
     LoadedBundle,
     check_arguments,
     given_day,
-    load_parts,
-    open_engines,
+    load_bundle,
     open_remotes,
+    open_toolbox,
 )
 from recmas_runtime.running.record_prompts import RecordPrompts, named_failure
 from recmas_runtime.running.records import (
@@ -53,7 +54,9 @@ from recmas_runtime.running.run_trace import Trace, reads_thoughts
 from recmas_runtime.running.scoring import CandidateReader, ReadToken, Scores, read_text
 from recmas_runtime.scheduling.limits import CHUNK, KEPT_BYTES
 from recmas_runtime.scheduling.scheduler import Scheduler, current_task
-from recmas_runtime.tools.toolbox import Toolbox
+
+if TYPE_CHECKING:
+    from recmas_runtime.tools.toolbox import Toolbox
 
 Result = TypeVar("Result")
 
@@ -66,6 +69,7 @@ def load(
     functions: Mapping[str, Function] | None = None,
     ask: Function | None = None,
     date: str | None = None,
+    cache: bool = True,
 ) -> System:
     """Open a bundle and its engines.
 
@@ -79,29 +83,29 @@ def load(
         ask: Puts a question of the model to a human and returns the reply; None if nobody is there.
         date: `YYYY-MM-DD` for chat templates that write the date; None for the bundle's, or else
             today, which then stays for this system.
+        cache: Keep packed weights in the user's cache, and take them from there.
 
     Raises:
-        RecmasError: RM40x for a bundle that is not whole, RM504 for a device that is not there,
-            RM506 for a date that is none, threads out of bounds, and tools that nobody can call;
-            RM560 where the key of a remote model is not in its environment variable.
+        RecmasError: RM305 for a cache that cannot be one, RM40x for a bundle that is not whole,
+            RM504 for a device that is not there, RM506 for a date that is none, threads out of
+            bounds, and tools that nobody can call; RM560 where the key of a remote model is not in
+            its environment variable.
     """
     check_arguments(threads, functions, ask)
     day = None if date is None else given_day(date)
     bundle = open_bundle(Path(path), verify_hashes=False)
-    tools = bundle.plan.tools
-    toolbox = None
-    if tools is not None:
-        corpus = tools.search.corpus if tools.search is not None else None
-        toolbox = Toolbox(
-            tools,
-            corpus=None if corpus is None else bundle.file(corpus),
-            functions=functions,
-            ask=ask,
-        )
+    toolbox = open_toolbox(bundle, functions, ask)
     try:
         models = open_remotes(bundle)  # before anything takes long
-        opened = open_engines(bundle, device=device, threads=threads)
-        return System(bundle.plan, load_parts(bundle, opened, models, day=day), toolbox)
+        loaded = load_bundle(
+            bundle,
+            device=device,
+            threads=threads,
+            models=models,
+            day=day,
+            store=user_store() if cache else None,
+        )
+        return System(bundle.plan, loaded, toolbox)
     except MemoryError:
         raise OutOfMemoryError("the bundle cannot be loaded", FREE_MEMORY) from None
 

@@ -74,11 +74,13 @@ class EngineHost:
         *,
         device: str = "auto",
         threads: int | None = None,
+        cache: bool = True,
     ) -> None:
         self._emit = emit
         self._limits = limits
         self._device = device
         self._threads = threads
+        self._cache = cache
         self._inbox: queue.SimpleQueue[AnyRequest | _Opened | None] = queue.SimpleQueue()
         self._models: dict[str, _Model] = {}
         self._waiting: deque[_Waiting] = deque()
@@ -238,7 +240,7 @@ class EngineHost:
         start = time.perf_counter()
         try:
             opened: System | Exception = load(
-                request.path, device=self._device, threads=self._threads
+                request.path, device=self._device, threads=self._threads, cache=self._cache
             )
         except Exception as error:  # whatever it is, it ends this one load
             opened = error

@@ -20,11 +20,16 @@ class LocalService(Service):
     """
 
     def __init__(
-        self, limits: ServiceLimits, *, device: str = "auto", threads: int | None = None
+        self,
+        limits: ServiceLimits,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        cache: bool = True,
     ) -> None:
         super().__init__(limits)
         self._loop = asyncio.get_running_loop()
-        self._host = EngineHost(self._tell, limits, device=device, threads=threads)
+        self._host = EngineHost(self._tell, limits, device=device, threads=threads, cache=cache)
         self._thread = threading.Thread(target=self._host.run, name="engines", daemon=True)
 
     @classmethod
@@ -35,13 +40,14 @@ class LocalService(Service):
         *,
         device: str = "auto",
         threads: int | None = None,
+        cache: bool = True,
     ) -> Self:
         """Load bundles, by name, and return a service that is ready.
 
         Raises:
             ServiceError: One cannot be loaded.
         """
-        service = cls(limits or ServiceLimits(), device=device, threads=threads)
+        service = cls(limits or ServiceLimits(), device=device, threads=threads, cache=cache)
         service._thread.start()
         try:
             for model, path in bundles.items():

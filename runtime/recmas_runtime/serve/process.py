@@ -61,10 +61,11 @@ class WorkerService(Service):
         *,
         device: str = "auto",
         threads: int | None = None,
+        cache: bool = True,
     ) -> None:
         super().__init__(limits)
         self._log = log
-        self._settings = WorkerSettings(limits=limits, device=device, threads=threads)
+        self._settings = WorkerSettings(limits=limits, device=device, threads=threads, cache=cache)
         self._loop = asyncio.get_running_loop()
         self._worker: _Worker | None = None
         self._watching: asyncio.Task[None] | None = None  # ends after its worker has died
@@ -88,6 +89,7 @@ class WorkerService(Service):
         log: ServiceLog | None = None,
         device: str = "auto",
         threads: int | None = None,
+        cache: bool = True,
     ) -> Self:
         """Load bundles, by name, and return a service that is ready.
 
@@ -95,7 +97,11 @@ class WorkerService(Service):
             ServiceError: One cannot be loaded.
         """
         service = cls(
-            limits or ServiceLimits(), log or ServiceLog(sys.stderr), device=device, threads=threads
+            limits or ServiceLimits(),
+            log or ServiceLog(sys.stderr),
+            device=device,
+            threads=threads,
+            cache=cache,
         )
         try:
             await service._start_worker()

@@ -18,6 +18,7 @@ class WorkerSettings(StrictStruct, frozen=True, kw_only=True):
     limits: ServiceLimits
     device: str
     threads: Count | None
+    cache: bool
 
 
 SETTINGS: Final = msgspec.json.Decoder(WorkerSettings)

@@ -47,7 +47,13 @@ def main(descriptor: int) -> int:
         except OSError:  # the front end is gone
             os._exit(1)
 
-    host = EngineHost(emit, settings.limits, device=settings.device, threads=settings.threads)
+    host = EngineHost(
+        emit,
+        settings.limits,
+        device=settings.device,
+        threads=settings.threads,
+        cache=settings.cache,
+    )
     threading.Thread(target=_read, args=(lines, host), daemon=True).start()
     host.run()
     return 0

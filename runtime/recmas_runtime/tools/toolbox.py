@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Final
 
 from recmas_runtime.core.errors import RecmasError
-from recmas_runtime.core.terminal import harmless
 from recmas_runtime.formats.plan import PythonPlan, SearchPlan, ToolsPlan
 from recmas_runtime.tools.call_scanner import CallScanner
 from recmas_runtime.tools.calls import Status, ToolCall, ToolResult, valid_text
@@ -186,22 +184,6 @@ class Toolbox:
 
     def _too_long(self) -> str:
         return f"stopped: it took longer than {self._plan.timeout_s:g} s"
-
-
-def terminal_ask() -> Callable[[str], str] | None:
-    """Return a function that asks on standard error and reads a line of standard input.
-
-    None where either is no terminal: nobody would see the question.
-    """
-    return _ask if sys.stdin.isatty() and sys.stderr.isatty() else None
-
-
-def _ask(question: str) -> str:
-    print(f"\nThe agent asks: {harmless(question)}\n> ", end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError("nobody answered: the input has ended")
-    return line.strip()
 
 
 def _called(function: Callable[[], str]) -> Outcome:

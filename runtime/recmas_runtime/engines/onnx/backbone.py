@@ -16,6 +16,7 @@ import numpy as np
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.engines.interface import Floats, Indices, Operands
 from recmas_runtime.engines.onnx.caches import Cache, CachePool, Memory, Series
+from recmas_runtime.engines.onnx.packed import PackedGraphs
 from recmas_runtime.engines.onnx.session import Device, call_onnx, make_session
 from recmas_runtime.formats.layers import HIDDEN_ROWS, cache_tensors, is_rows
 from recmas_runtime.formats.manifest import BackboneEntry
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 class BackboneEngine:
     """One backbone's engines. Agents that share a backbone share this object and its weights.
 
-    Where CUDA graphs are refused, at any time, `problems` gets a warning.
+    Where CUDA graphs are refused, at any time, `problems` gets a warning. On the CPU, graphs whose
+    weights are packed are opened by way of `packed`, where it is given.
 
     Raises:
         RecmasError: RM404 if the decoder has other caches than the entry says, RM504 if the device
@@ -42,6 +44,7 @@ class BackboneEngine:
         threads: int | None = None,
         device: Device = "cpu",
         problems: list[Problem] | None = None,
+        packed: PackedGraphs | None = None,
     ) -> None:
         self.entry = entry
         self.device = device
@@ -50,9 +53,13 @@ class BackboneEngine:
         self._open = functools.partial(
             make_session, root / entry.decoder_on(device), threads=threads, device=device
         )
-        self.decoder = self._open_decoder()
-        _check_caches(self.decoder, entry, entry.decoder_on(device))
-        self._takes_batches = entry.decoder_on(device) == entry.decoder
+        open_packed = None
+        if packed is not None and device == "cpu":
+            open_packed = functools.partial(packed.open, weights=entry.weights, threads=threads)
+        decoder = entry.decoder_on(device)
+        self.decoder = self._open_decoder() if open_packed is None else open_packed(decoder)
+        _check_caches(self.decoder, entry, decoder)
+        self._takes_batches = decoder == entry.decoder
         self.memory = Memory(device, shared=device == "cpu")
         self.caches = CachePool(self.decoder, entry, self.memory)
         # The table is read in place from the mapped weights file: packing would copy all of it.
@@ -61,11 +68,16 @@ class BackboneEngine:
             root / entry.embed, threads=threads, device=device, options=unpacked
         )
         # Quantized products are fast only on packed weights: unpacked ones are widened each time.
-        self._head = make_session(
-            root / entry.head,
-            threads=threads,
-            device=device,
-            options=unpacked if entry.precision == "float32" else None,
+        is_read_in_place = entry.precision == "float32"
+        self._head = (
+            open_packed(entry.head)
+            if open_packed is not None and not is_read_in_place
+            else make_session(
+                root / entry.head,
+                threads=threads,
+                device=device,
+                options=unpacked if is_read_in_place else None,
+            )
         )
 
     def _open_decoder(self) -> onnxruntime.InferenceSession:

@@ -92,6 +92,8 @@ def make_session(
     options: Mapping[str, str] | None = None,
     profile: Path | None = None,
     cuda_graphs: bool = False,
+    optimized: bytes | None = None,
+    write_optimized: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """Open a graph.
 
@@ -100,6 +102,8 @@ def make_session(
         cuda_graphs: Let runs be captured into CUDA graphs, see `run_options`; only runs with bound
             buffers are then possible. Devices without them ignore it.
         profile: Start of the name of a file that every kernel is recorded in; None for no record.
+        optimized: What ONNX Runtime has made of the graph at `path` before, to open in its place.
+        write_optimized: Where it is to write what it makes of the graph; None for nowhere.
 
     Raises:
         RecmasError: RM504 if the device cannot be used, RM507 if the graph is refused.
@@ -111,9 +115,12 @@ def make_session(
     settings.intra_op_num_threads = threads if threads is not None else physical_cores()
     settings.inter_op_num_threads = 1  # plans are sequences: there is nothing to overlap
     settings.log_severity_level = _FATAL_ONLY
-    sums = {} if adds_in_32_bits() else _WIDE_SUMS
-    for name, value in {**_ALWAYS, **sums, **(options or {})}.items():
+    for name, value in {**lasting_options(), **(options or {})}.items():
         settings.add_session_config_entry(name, value)
+    if optimized is not None:
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if write_optimized is not None:
+        settings.optimized_model_filepath = str(write_optimized)
     if profile is not None:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(profile)
@@ -121,7 +128,7 @@ def make_session(
     cuda_options = {**_CUDA_OPTIONS, "enable_cuda_graph": str(int(cuda_graphs))}
     try:
         session = ort.InferenceSession(
-            str(path),
+            str(path) if optimized is None else optimized,
             settings,
             providers=[first] if device == "cpu" else [(first, cuda_options), *others],
             # It would print, and go on without the provider that was asked for.
@@ -145,6 +152,11 @@ def make_session(
             hint="Check the CUDA driver and libraries, or use --device cpu.",
         )
     return session
+
+
+def lasting_options() -> dict[str, str]:
+    """Return the options that every session here has."""
+    return {**_ALWAYS, **({} if adds_in_32_bits() else _WIDE_SUMS)}
 
 
 @functools.cache

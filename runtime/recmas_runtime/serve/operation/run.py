@@ -43,6 +43,7 @@ class ServeSettings:
         grace_s: That requests get which run when a signal comes.
         log_texts: Whether questions and answers go into the log.
         otlp: Where spans go; None for nowhere.
+        cache: Whether packed weights are kept in the user's cache.
     """
 
     bundles: Mapping[str, str]
@@ -55,6 +56,7 @@ class ServeSettings:
     log: ServiceLog
     log_texts: bool
     otlp: str | None
+    cache: bool = True
 
 
 async def run(
@@ -112,6 +114,7 @@ async def _start(settings: ServeSettings) -> WorkerService:
         log=settings.log,
         device=settings.device,
         threads=settings.threads,
+        cache=settings.cache,
     )
 
 

@@ -49,6 +49,7 @@ class WorkerSettings:
         memory_bytes: Of each worker.
         threads: Of each worker; None for a few, or as many as the smallest machine has.
         date: For chat templates that write the date; None for the bundle's, or else today.
+        cache: Whether packed weights are kept in the cache of each machine.
     """
 
     bundle: Path
@@ -58,6 +59,7 @@ class WorkerSettings:
     memory_bytes: int
     threads: int | None = None
     date: str | None = None
+    cache: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ class _Worker:
                 device=settings.device,
                 threads=settings.threads,
                 date=settings.date,
+                cache=settings.cache,
             )
             if system.manifest.fingerprint != settings.fingerprint:
                 raise fail(

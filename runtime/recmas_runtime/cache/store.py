@@ -1,4 +1,4 @@
-"""Files that builds have made, kept under a digest of all that they were made from.
+"""Files that can be made again, kept under a digest of all that they were made from.
 
     entries/KEY.json   what an entry is, its data, and its files by name with size and sha256
     blobs/ab/abcd...   files, each named by its own sha256, so that entries share equal ones
@@ -6,9 +6,10 @@
     lock               held while entries and blobs come and go
 
 A file is compared with its name while it is copied out, an entry with the digest in its first line:
-what is damaged is removed and counts as not there. Files come in beside and are renamed, so that a
-build which is killed leaves nothing that another one would take. Nothing here is a program or is
-unpickled.
+what is damaged is removed and counts as not there. Files that are used where they are, `files_of`,
+are compared by size, and by digest where their user wants that. Files come in beside and are
+renamed, so that a process which is killed leaves nothing that another one would take. Nothing here
+is a program or is unpickled.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _DIGEST: Final = re.compile("[0-9a-f]{64}")
 
 
 class CacheEntry(StrictStruct, frozen=True, kw_only=True):
-    """What a build has made: files by name, and what is said of them as JSON.
+    """What was made: files by name, and what is said of them as JSON.
 
     Attributes:
         kind: What it is, such as `engines`.
@@ -141,9 +142,30 @@ class Store:
             os.utime(self._entry(key))
         return True
 
+    def files_of(self, key: str, entry: CacheEntry) -> dict[str, Path] | None:
+        """Return where an entry's files are, by name, to be read there; it then counts as used.
+
+        Who has opened or mapped a file keeps it, also when the entry is removed.
+
+        Returns:
+            None where a file is gone or has another size; then the entry is forgotten.
+        """
+        if not all(map(self._has, entry.files.values())):
+            self.forget(key)
+            return None
+        with suppress(OSError):
+            os.utime(self._entry(key))
+        return {name: self._blob(file.sha256) for name, file in entry.files.items()}
+
     def forget(self, key: str) -> None:
         """Remove an entry whose data are not what they should be."""
         with suppress(OSError):
+            self._entry(key).unlink(missing_ok=True)
+
+    def forget_file(self, key: str, file: FileEntry) -> None:
+        """Remove a damaged file, and an entry that holds it."""
+        with suppress(OSError), self._locked():
+            self._blob(file.sha256).unlink(missing_ok=True)
             self._entry(key).unlink(missing_ok=True)
 
     def keep(self, key: str, entry: CacheEntry, paths: Mapping[str, Path]) -> None:
@@ -158,11 +180,7 @@ class Store:
         size_bytes = sum(file.size_bytes for file in entry.files.values())
         if size_bytes > self.limit_bytes:
             return
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for each in (self._entries, self._blobs, self._writing):
-            each.mkdir(exist_ok=True)
-        if shutil.disk_usage(self.folder).free < size_bytes + _LEFT_FREE_BYTES:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._make_ready(size_bytes)
         with ExitStack() as stack:
             staged: dict[str, Path] = {}
             for name, file in entry.files.items():
@@ -172,7 +190,31 @@ class Store:
                 with paths[name].open("rb") as source:
                     if copy_and_hash(source, path) != file:
                         return  # somebody changes the files meanwhile
-            written = stack.enter_context(self._staged())
+            self.place(key, entry, staged)
+
+    @contextmanager
+    def room(self, number: int, *, size_bytes: int) -> Iterator[tuple[Path, ...]]:
+        """Give paths for files that are written in the store itself, for `place`.
+
+        Their names have as many characters as a digest. What is not placed is gone afterwards.
+
+        Args:
+            size_bytes: Of all of them, about.
+
+        Raises:
+            OSError: The store cannot be written to, or its disk is nearly full.
+        """
+        self._make_ready(size_bytes)
+        with ExitStack() as stack:
+            yield tuple(stack.enter_context(self._staged()) for _ in range(number))
+
+    def place(self, key: str, entry: CacheEntry, staged: Mapping[str, Path]) -> None:
+        """Put an entry in its place, with those of its files that are new, by digest.
+
+        Raises:
+            OSError: The store cannot be written to.
+        """
+        with self._staged() as written:
             written.write_bytes(_written(entry))
             with self._locked():
                 for digest, path in staged.items():
@@ -182,6 +224,13 @@ class Store:
                 if all(map(self._has, entry.files.values())):
                     written.replace(self._entry(key))
                 self._evict(self.limit_bytes, spared=key)
+
+    def _make_ready(self, size_bytes: int) -> None:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for each in (self._entries, self._blobs, self._writing):
+            each.mkdir(exist_ok=True)
+        if shutil.disk_usage(self.folder).free < size_bytes + _LEFT_FREE_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def entries(self) -> list[Kept]:
         """Return all entries that can be read, the one that was used last first."""
@@ -243,7 +292,7 @@ class Store:
     @contextmanager
     def _staged(self) -> Iterator[Path]:
         """Give a path for a file on its way in, locked as long as somebody writes it."""
-        path = self._writing / secrets.token_hex(8)
+        path = self._writing / secrets.token_hex(32)
         with ExitStack() as stack:
             with self._locked():
                 path.touch()
@@ -254,7 +303,7 @@ class Store:
                 path.unlink(missing_ok=True)
 
     def _clear_away_dead_writes(self) -> None:
-        """Remove what killed builds were writing; the lock is held."""
+        """Remove what killed processes were writing; the lock is held."""
         for path in self._writing.iterdir() if self._writing.is_dir() else ():
             with suppress(OSError), locked(path, wait=False):
                 path.unlink()

@@ -1,4 +1,4 @@
-"""Where the cache of builds is and how large it may get, as the environment says."""
+"""Where the cache is and how large it may get, as the environment says."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Final
 
-from recmas_compiler.backbones.fetching.joined import cache_folder
-from recmas_export.cache.store import Store
+from recmas_runtime.cache.store import Store
 from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.files import cache_folder
 
 FOLDER_VARIABLE: Final = "RECMAS_CACHE"
 SIZE_VARIABLE: Final = "RECMAS_CACHE_SIZE"
@@ -24,14 +24,14 @@ _UNITS: Final = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 def user_store() -> Store | None:
     """Return the store of the environment: `RECMAS_CACHE`, no larger than `RECMAS_CACHE_SIZE`.
 
-    It is `recmas/builds` in the user's cache folder unless told otherwise; None for `off`, and for
-    a user without a folder.
+    It is `recmas/builds` in the user's cache folder unless told otherwise; None for `off`, for a
+    user without a folder, and on a system without locks of files.
 
     Raises:
         RecmasError: RM305 for a size that is none, or something else than a folder in its place.
     """
     told = os.environ.get(FOLDER_VARIABLE, "")
-    if told == OFF:
+    if told == OFF or os.name != "posix":
         return None
     limit_bytes = size_of(
         os.environ.get(SIZE_VARIABLE, "") or DEFAULT_SIZE, said_by=f"the variable {SIZE_VARIABLE}"
