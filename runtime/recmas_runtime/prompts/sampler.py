@@ -134,6 +134,11 @@ def chosen_sampling(
     return settings
 
 
+def is_greedy(sampling: SamplingPlan) -> bool:
+    """Return whether each token is that of the largest logit, whatever was written before."""
+    return sampling.temperature == 0.0 and sampling.repetition_penalty == 1.0
+
+
 def _is(kind: type, value: object) -> bool:
     """Return whether a setting is a number of a kind, which truth values are not here."""
     return isinstance(value, kind) and not isinstance(value, bool)
