@@ -13,7 +13,7 @@ import pytest
 from msgspec import structs
 
 import recmas_runtime as rt
-from kit.bundles import BuildTiny
+from kit.bundles import BuildTiny, Built
 from kit.specs import ANSWER
 from recmas_runtime.formats.plan import SpeculationPlan
 from recmas_runtime.formats.precisions import PRECISIONS
@@ -39,11 +39,17 @@ QUESTIONS = ("one two one two", "a b a b a b", "7 * 8 = 56, 8 * 7 =", "x")
 
 
 @pytest.fixture(scope="module")
-def systems(build_tiny: BuildTiny) -> dict[str, rt.System]:
+def built(build_tiny: BuildTiny) -> Built:
+    drafts = "max_new_tokens: 12, speculation: {max_draft: 5}"
+    return build_tiny(WRITERS.replace("max_new_tokens: 12", drafts))
+
+
+@pytest.fixture(scope="module")
+def systems(built: Built) -> dict[str, rt.System]:
     """The system without drafts, and with short and long ones."""
-    system = build_tiny(WRITERS).system
+    system = built.system
     return {
-        "none": system,
+        "none": system.with_plan(structs.replace(system.plan, speculation=None)),
         "short": drafting(system, max_draft=1, min_match=2),
         "long": drafting(system, max_draft=12, min_match=1),
     }
@@ -68,17 +74,17 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[DraftedRow]:
 
 
 def test_texts_stay_the_same(systems: dict[str, rt.System], rows: list[DraftedRow]) -> None:
-    for question, most in product(QUESTIONS, (1, 2, 5, 40)):
+    for question, most in product(QUESTIONS, (1, 3, 40)):
         plain = systems["none"].run(question, max_new_tokens=most)
         for name in ("short", "long"):
             drafted = systems[name].run(question, max_new_tokens=most)
             assert drafted.answer == plain.answer, (question, most, name)
             assert drafted.finish_reason == plain.finish_reason
             assert drafted.usage == plain.usage
-            pieces = systems[name].stream(question, max_new_tokens=most)
-            assert "".join(pieces) == plain.answer
+        pieces = systems["long"].stream(question, max_new_tokens=most)
+        assert "".join(pieces) == plain.answer
     accepted = [row.num_accepted for row in rows]
-    assert sum(accepted) > 100
+    assert sum(accepted) > 50
     assert any(0 < row.num_accepted < row.num_drafted for row in rows), "some are partly wrong"
 
 
@@ -87,21 +93,21 @@ def test_a_text_ends_within_a_draft(
 ) -> None:
     whole = systems["none"].run(QUESTIONS[1], max_new_tokens=40).answer
     # A stop string begins at every place; most lie in what is drafted.
-    for start in range(4, len(whole) - 3, 3):
+    for start in range(4, len(whole) - 3, 11):
         stop = (whole[start : start + 3],)
         texts = [s.run(QUESTIONS[1], max_new_tokens=40, stop=stop) for s in systems.values()]
         assert len({(t.answer, t.finish_reason, t.usage.completion_tokens) for t in texts}) == 1
     settings = systems["none"].loaded.engines.decoder_settings
     tokens = settings["tiny"].tokenizer.encode(whole)
     ended = []
-    for token_id in sorted(set(tokens)):
+    for token_id in sorted(set(tokens))[:5]:
         other = dataclasses.replace(settings["tiny"], eos_token_ids=frozenset({token_id}))
         monkeypatch.setitem(settings, "tiny", other)
         texts = [s.run(QUESTIONS[1], max_new_tokens=40) for s in systems.values()]
         assert len({(t.answer, t.finish_reason, repr(t.usage)) for t in texts}) == 1
         ended.append(texts[0].finish_reason)
     assert "stop" in ended
-    assert sum(row.num_accepted for row in rows) > 100
+    assert sum(row.num_accepted for row in rows) > 50
 
 
 def test_close_choices_are_made_again(
@@ -109,7 +115,7 @@ def test_close_choices_are_made_again(
 ) -> None:
     wide = dataclasses.replace(PRECISIONS["float32"], draft_margin=1e9)
     monkeypatch.setitem(PRECISIONS, "float32", wide)
-    for question in QUESTIONS:
+    for question in QUESTIONS[:2]:
         plain, _, drafted = (s.run(question, max_new_tokens=30).answer for s in systems.values())
         assert drafted == plain
     assert sum(row.num_reread for row in rows) > 10
@@ -195,14 +201,11 @@ def test_a_stream_that_is_left_frees_what_it_holds(systems: dict[str, rt.System]
     assert systems["long"].run(QUESTIONS[1], max_new_tokens=40).answer == plain
 
 
-def test_drafts_are_built_into_bundles(build_tiny: BuildTiny) -> None:
-    text = WRITERS.replace("max_new_tokens: 12", "max_new_tokens: 12, speculation: {max_draft: 5}")
-    built = build_tiny(text)
+def test_drafts_are_built_into_bundles(built: Built) -> None:
     assert built.system.plan.speculation == SpeculationPlan(max_draft=5)
     assert built.program.system.speculation == built.system.plan.speculation
-    records: list[dict[str, object]] = [{"question": question} for question in QUESTIONS[:2]]
-    texts = [built.system.run(record).answer for record in records]
-    assert texts == built.reference(records).texts
+    records: list[dict[str, object]] = [{"question": QUESTIONS[0]}]
+    assert [built.system.run(r).answer for r in records] == built.reference(records).texts
 
 
 @pytest.mark.parametrize(
