@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,38 @@ class Group:
         }
 
 
+def measure(
+    systems: Mapping[str, rt.System],
+    ways: Sequence[str],
+    question: str,
+    max_new_tokens: int,
+    groups: Mapping[str, Group],
+) -> bool:
+    """Answer a question each way; returns whether its prompt is short enough for the bundle."""
+    found: dict[str, tuple[rt.Answer, StepEvent, float]] = {}
+    for way in ways:
+        trace = Decodes()
+        start = time.thread_time()
+        (answer,) = systems[way].run_batch([question], trace=trace, max_new_tokens=max_new_tokens)
+        thread_s = time.thread_time() - start
+        if isinstance(answer, rt.RecmasError):
+            return False
+        assert trace.last is not None
+        # Processor time of the prompts is not told apart, so their share by the clock is.
+        share = answer.timing_ms.decode / answer.timing_ms.total
+        found[way] = answer, trace.last, thread_s * share
+    answer, decode, _ = found["with"]
+    group = groups[answer.finish_reason]
+    group.num_drafted += sum(decode.drafted_tokens)
+    group.num_accepted += sum(decode.accepted_tokens)
+    group.num_tokens += answer.usage.completion_tokens
+    group.num_same += answer.answer == found["without"][0].answer
+    for way, (told, _, thread_s) in found.items():
+        group.clock_s[way].append(told.timing_ms.decode / 1e3)
+        group.thread_s[way].append(thread_s)
+    return True
+
+
 def main() -> None:
     """Answer questions both ways, and print the figures of each group as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -101,36 +134,13 @@ def main() -> None:
     lines = options.data.read_text(encoding="utf-8").splitlines()[: options.questions]
     groups = {reason: Group() for reason in GROUPS}
     num_refused = 0
-    for place, line in enumerate(lines):
-        question = json.loads(line)["question"]
-        texts, taken = {}, {}
-        group = None
-        for way in _WAYS if place % 2 else reversed(_WAYS):
-            trace = Decodes()
-            start = time.thread_time()
-            (answer,) = systems[way].run_batch(
-                [question], trace=trace, max_new_tokens=options.max_new_tokens
-            )
-            thread_s = time.thread_time() - start
-            if isinstance(answer, rt.RecmasError):  # the prompt is longer than the bundle allows
-                num_refused += way == "with"
-                continue
-            assert trace.last is not None
-            # Processor time of the prompts is not told apart, so their share by the clock is.
-            share = answer.timing_ms.decode / answer.timing_ms.total
-            taken[way] = answer.timing_ms.decode / 1e3, thread_s * share
-            texts[way] = answer.answer
-            group = groups[answer.finish_reason]
-            if way == "with":
-                group.num_drafted += sum(trace.last.drafted_tokens)
-                group.num_accepted += sum(trace.last.accepted_tokens)
-                group.num_tokens += answer.usage.completion_tokens
-        if group is None:
-            continue
-        group.num_same += texts["with"] == texts["without"]
-        for way, (clock_s, thread_s) in taken.items():
-            group.clock_s[way].append(clock_s)
-            group.thread_s[way].append(thread_s)
+    try:
+        for place, line in enumerate(lines):
+            ways = _WAYS if place % 2 else tuple(reversed(_WAYS))
+            question = json.loads(line)["question"]
+            num_refused += not measure(systems, ways, question, options.max_new_tokens, groups)
+    except KeyboardInterrupt:
+        print("interrupted: these are the questions so far", file=sys.stderr)
     told = {GROUPS[reason]: group.to_json() for reason, group in groups.items() if group.num_tokens}
     print(json.dumps({"bundle": str(options.bundle), "refused": num_refused, **told}, indent=2))
 
