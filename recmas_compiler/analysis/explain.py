@@ -107,6 +107,12 @@ def _unroll_rounds(record: Record, count_tokens: CountTokens) -> Iterator[str]:
         f"In round {system.rounds} {system.answer_agent} only writes the answer: "
         "it takes no latent steps there."
     )
+    if system.speculation is not None:
+        yield (
+            f"Greedy text is drafted by prompt lookup, at most {system.speculation.max_draft} "
+            "tokens at a time, and verified by one call; it stays the same, and a draft takes no "
+            "rows beyond those of the text."
+        )
     if waiting:
         late = [name for name in system.agents if name in waiting]
         yield f"No turn in round {system.rounds}, as they come after the answer: {listed(late)}."

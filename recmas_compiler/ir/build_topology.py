@@ -29,11 +29,13 @@ from recmas_compiler.links.files import (
     fitting_kind,
     read_link_header,
 )
+from recmas_compiler.spec.checks.speculation import writers
 from recmas_compiler.spec.document.places import Loc, is_file, is_folder, path_of
 from recmas_compiler.spec.document.problems import in_reading_order, problem_at
 from recmas_compiler.spec.schema.sections import (
     LinkSection,
     ServeSection,
+    SpeculationSection,
     ToolsSection,
     WeightsSection,
 )
@@ -47,6 +49,7 @@ from recmas_runtime.formats.plan import (
     SamplingPlan,
     SearchPlan,
     ServePlan,
+    SpeculationPlan,
     StopPlan,
     ToolsPlan,
     prompt_fields,
@@ -161,6 +164,21 @@ def _beyond_backbone(spec: Spec, name: str, facts: BackboneFacts) -> list[Proble
         hint += f", or target `{others[0]}`." if others else "."
         place = spec.position("backbones", name, "source")
         problems.append(problem_at(place, "RM203", message, hint=hint))
+    drafts = document.answer.speculation is not None
+    with_state = [i for i, layer in enumerate(facts.layers) if layer.states]
+    if (
+        drafts
+        and with_state
+        and any(document.agents[a].backbone == name for a in writers(spec.declared))
+    ):
+        message = (
+            f"{len(with_state)} of {facts.num_layers} layers of `{name}` ({facts.model_type}) keep "
+            f"a state, the first is layer {with_state[0]}: it does not go back behind a draft that "
+            "was wrong."
+        )
+        hint = "Remove `speculation`, or use another backbone."
+        place = spec.position("answer", "speculation")
+        problems.append(problem_at(place, "RM121", message, hint=hint))
     prompt = document.build.max_prompt_tokens
     for agent, section in document.agents.items():
         if section.backbone != name:
@@ -391,6 +409,10 @@ def _serve(section: ServeSection | None, agents: Iterable[Agent]) -> ServePlan |
     return ServePlan(fields=fields, history=section.history)
 
 
+def _speculation(section: SpeculationSection | None) -> SpeculationPlan | None:
+    return None if section is None else SpeculationPlan(**section.model_dump())
+
+
 def _system(
     spec: Spec,
     facts: Mapping[str, BackboneFacts],
@@ -405,7 +427,9 @@ def _system(
         name=document.name,
         rounds=document.rounds,
         answer_agent=answer.agent,
-        sampling=SamplingPlan(**answer.model_dump(exclude={"agent", "stop_when", "tools"})),
+        sampling=SamplingPlan(
+            **answer.model_dump(exclude={"agent", "speculation", "stop_when", "tools"})
+        ),
         build=BuildOptions(**build.model_dump(exclude={"loss_text"})),
         backbones={
             name: Backbone(
@@ -430,6 +454,7 @@ def _system(
         agents=agents,
         links=links,
         stop_when=None if answer.stop_when is None else StopPlan(cosine=answer.stop_when.cosine),
+        speculation=_speculation(answer.speculation),
         tools=_tools(answer.tools),
         serve=_serve(document.serve, agents.values()),
         date=document.date,

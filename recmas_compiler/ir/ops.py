@@ -24,6 +24,7 @@ from recmas_runtime.formats.plan import (
     PromptPart,
     SamplingPlan,
     ServePlan,
+    SpeculationPlan,
     StopPlan,
     ToolsPlan,
     Variant,
@@ -332,6 +333,7 @@ class System:
         caches: By id; empty before PlanCaches.
         snapshots: By id; empty before PlanSnapshots.
         stop_when: Early end of the rounds; None runs all of them.
+        speculation: How greedy text is drafted; None for no drafts.
         serve: What becomes of a conversation; None for the usual.
         date: Day for chat templates that write it, as `YYYY-MM-DD`; None for that of loading.
         search_corpus: Absolute path of the file or folder that is copied to `SEARCH_CORPUS`.
@@ -350,6 +352,7 @@ class System:
     caches: dict[str, Cache] = field(default_factory=dict)
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     stop_when: StopPlan | None = None
+    speculation: SpeculationPlan | None = None
     tools: ToolsPlan | None = None
     serve: ServePlan | None = None
     search_corpus: str | None = None

@@ -95,6 +95,8 @@ def _settings(graph: Graph) -> str:
         rows.append(("date", system.date))
     if system.stop_when is not None:
         rows.append(("stop when", " ".join(_options(system.stop_when))))
+    if system.speculation is not None:
+        rows.append(("speculation", " ".join(_options(system.speculation))))
     rows += _tool_rows(system)
     if system.serve is not None:
         taken = [f"{name}={part}" for name, part in system.serve.fields.items()]

@@ -96,6 +96,7 @@ def build_plan(program: Graph) -> Plan:
         limits=system.build.limits,
         fields=prompt_fields(agents.values()),
         stop_when=system.stop_when,
+        speculation=system.speculation,
         tools=system.tools,
         serve=system.serve,
         date=system.date,

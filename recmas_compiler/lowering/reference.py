@@ -40,7 +40,6 @@ from recmas_runtime.formats.plan import (
     ThinkStep,
     Variant,
     WriteStep,
-    compared_links,
 )
 from recmas_runtime.prompts.render import Chat, Prompt, Tokens, build_prompt, common_prefix
 from recmas_runtime.prompts.sampler import Sampler
@@ -48,7 +47,7 @@ from recmas_runtime.prompts.tool_turns import answer_chat
 from recmas_runtime.running.generation import DecoderSettings, RowDecoder, visible_specials
 from recmas_runtime.running.record_prompts import field_of_slot, with_texts
 from recmas_runtime.running.records import FinishReason
-from recmas_runtime.sequences.messages import sends_rows
+from recmas_runtime.sequences.messages import compared_links, sends_rows
 
 Record = Mapping[str, object]
 

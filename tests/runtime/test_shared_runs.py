@@ -41,6 +41,9 @@ class Doubling:
     def run_steps(self, calls: Sequence[Any]) -> list[Any]:
         return self._run("step", calls)
 
+    def run_draft(self, call: Any) -> Any:
+        return self._run("draft", [call])[0]
+
     def run_chunk(self, call: Any) -> Any:
         return self._run("chunk", [call])[0]
 
@@ -95,6 +98,28 @@ def test_a_text_goes_on_beside_a_long_prompt() -> None:
     chunks = sum(kind == "chunk" for kind, _ in engine.ran)
     assert 8 <= chunks <= 9, "two before each of four steps, and one as the text ends"
     run_all(scheduler, [reader])
+
+
+def test_a_draft_runs_where_no_other_row_waits() -> None:
+    scheduler, engine, other = Scheduler(), Doubling(), Doubling()
+
+    def text(where: Doubling, steps: int) -> Callable[[], int]:
+        def run() -> int:
+            call = StepCall(where, 1, 3, num_drafted=2)
+            return sum(scheduler.wait_for(call) for _ in range(steps))
+
+        return run
+
+    tasks = [scheduler.start(text(engine, steps)) for steps in (1, 3)]
+    tasks.append(scheduler.start(text(other, 2)))
+    run_all(scheduler, tasks)
+    assert [task.result for task in tasks] == [6, 18, 12]
+    assert [kind for kind, _ in engine.ran] == ["step", "draft", "draft"]
+    assert [kind for kind, _ in other.ran] == ["draft", "draft"], (
+        "its rows share no call with these"
+    )
+    assert dict(scheduler.counts.rows_per_step) == {2: 1, 1: 4}
+    assert scheduler.counts.seconds["verify"] > 0
 
 
 def test_a_run_that_fails_costs_no_other() -> None:

@@ -19,6 +19,7 @@ from recmas_compiler.spec.checks.settings import (
     check_tools,
     check_train,
 )
+from recmas_compiler.spec.checks.speculation import check_speculation
 from recmas_compiler.spec.document.problems import did_you_mean, problem_at
 from recmas_compiler.spec.schema.declared import Declared
 from recmas_compiler.spec.schema.sections import LinkSection
@@ -294,6 +295,7 @@ CHECKS: tuple[Callable[[Declared], Iterator[Problem]], ...] = (
     check_support,
     check_reuse,
     check_stop_when,
+    check_speculation,
     check_tools,
     check_serve,
     check_train,

@@ -36,7 +36,9 @@ from recmas_runtime.formats.link_kinds import (
 from recmas_runtime.formats.messages import MAX_EVERY, MAX_LAYERS, Carries, MessageForm, RowsOf
 from recmas_runtime.formats.plan import (
     FIELD_PATTERN,
+    MAX_DRAFT,
     MAX_LATENT_STEPS,
+    MAX_MATCH,
     MAX_NEW_TOKENS,
     MAX_REPETITION_PENALTY,
     MAX_SEED,
@@ -45,6 +47,7 @@ from recmas_runtime.formats.plan import (
     MAX_TOP_K,
     ConversationPart,
     History,
+    SpeculationMethod,
     parse_day,
 )
 from recmas_runtime.formats.precisions import PrecisionName, TargetName
@@ -224,6 +227,23 @@ class ToolsSection(Section):
         return bool(self.search or self.python or self.ask or self.functions)
 
 
+class SpeculationSection(Section):
+    """Speculative decoding: greedy text is drafted, and a draft is verified by one engine call.
+
+    The text stays the same.
+    """
+
+    method: SpeculationMethod = "prompt_lookup"
+    """`prompt_lookup` drafts what followed the last tokens where they stood before, in the prompt
+    or in the text."""
+
+    max_draft: int = Field(default=12, ge=1, le=MAX_DRAFT)
+    """Most tokens of a draft; a match of n tokens drafts at most 2^n."""
+
+    min_match: int = Field(default=1, ge=1, le=MAX_MATCH)
+    """So many last tokens at least must have stood there."""
+
+
 class AnswerSection(Section):
     """Which agent writes the text, and how its tokens are chosen."""
 
@@ -258,6 +278,10 @@ class AnswerSection(Section):
 
     stop_when: Given[StopSection] = None
     """Early end of the recursion; without it all rounds run."""
+
+    speculation: Given[SpeculationSection] = None
+    """Speculative decoding of all text that is greedy, hand-over texts included; without it each
+    token is a call of its own."""
 
     tools: Given[ToolsSection] = None
     """Tools of the answer agent; without it there are none."""

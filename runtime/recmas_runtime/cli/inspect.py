@@ -75,6 +75,7 @@ def bundle_facts(bundle: Bundle) -> dict[str, Any]:
         "num_files": len(manifest.files),
         "limits": to_json(plan.limits),
         "sampling": to_json(plan.sampling),
+        "speculation": to_json(plan.speculation),
         "fields": list(plan.fields),
         "conversation": to_json(plan.conversation),
         "parity": to_json(manifest.parity),
@@ -144,6 +145,11 @@ def bundle_text(bundle: Bundle) -> str:
         *(
             [f"snapshots   {human_bytes(facts['snapshot_bytes_per_sample'])} per record"]
             if plan.snapshots
+            else []
+        ),
+        *(
+            [f"drafts      of at most {plan.speculation.max_draft} tokens, by prompt lookup"]
+            if plan.speculation
             else []
         ),
         f"fields      {', '.join(plan.fields) or 'none: every question gets the same answer'}",

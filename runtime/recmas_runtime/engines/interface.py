@@ -241,6 +241,23 @@ class Backbone(Protocol[CacheT]):
             [R, 1, d].
         """
 
+    def read_draft(
+        self, cache: CacheT, inputs_embeds: Floats, write_index: Indices, inner: Operands
+    ) -> Floats:
+        """Run a token of one sequence and those that are drafted behind it, or fewer of them.
+
+        An engine that others wait for runs the first token beside theirs and leaves the draft.
+
+        Args:
+            cache: Of one sequence; is written at `write_index .. write_index + S`.
+            inputs_embeds: [1, S, d].
+            write_index: [1], the position of the first token, behind others.
+            inner: Of one group.
+
+        Returns:
+            Hidden states [1, n, d] of the first n tokens, 1 <= n <= S.
+        """
+
     def rollout(
         self,
         cache: CacheT,

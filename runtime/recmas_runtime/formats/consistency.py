@@ -37,7 +37,7 @@ from recmas_runtime.formats.plan import (
     form_of,
     is_field,
 )
-from recmas_runtime.formats.precisions import DTYPE_BYTES, TOLERANCES, buildable
+from recmas_runtime.formats.precisions import DTYPE_BYTES, PRECISIONS, TOLERANCES, buildable
 
 # Yields (where in the file, what is wrong).
 Rule = Callable[[Manifest, Plan], Iterator[tuple[str, str]]]
@@ -99,6 +99,19 @@ def backbones_are_usable(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, 
         for token_id in backbone.eos_token_ids:
             if token_id >= size:
                 yield f"{where}.eos_token_ids", f"token {token_id} of a vocabulary of {size}"
+
+
+def drafts_can_be_verified(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
+    """Text is drafted only where a verified draft is the text that there is without one."""
+    if plan.speculation is None:
+        return
+    writers = [a for step in plan.steps if isinstance(step, WriteStep) for a in step.agents]
+    for agent in dict.fromkeys((plan.answer_agent, *writers)):
+        backbone = manifest.backbones.get(plan.agents[agent].backbone)
+        if backbone is None:
+            continue  # behind an API, whose service drafts or does not
+        if PRECISIONS[backbone.precision].draft_margin is None or has_states(backbone.layers):
+            yield "speculation", f"text of {agent!r} cannot be drafted on its backbone"
 
 
 def remote_models_are_told_apart(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, str]]:
@@ -553,6 +566,7 @@ STAGES: Final[tuple[tuple[str, tuple[Rule, ...]], ...]] = (
             sends_use_their_links,
             moved_rows_can_be_moved,
             snapshots_are_of_states,
+            drafts_can_be_verified,
             steps_come_in_order,
             exits_are_what_the_last_round_takes,
         ),

@@ -355,6 +355,27 @@ class SamplingPlan(StrictStruct, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
 
 
+# A longer draft is rarely right to its end, and a call of so many positions takes as long as many.
+MAX_DRAFT: Final = 64
+MAX_MATCH: Final = 16
+SpeculationMethod = Literal["prompt_lookup"]
+
+
+class SpeculationPlan(StrictStruct, frozen=True, kw_only=True):
+    """How greedy text is drafted (speculative decoding); the text stays what it is.
+
+    Attributes:
+        method: `prompt_lookup` drafts what followed the last tokens where they stood before, in
+            the prompt or in the text so far.
+        max_draft: Most tokens of a draft.
+        min_match: So many last tokens at least must have stood there.
+    """
+
+    method: SpeculationMethod = "prompt_lookup"
+    max_draft: Annotated[int, Meta(ge=1, le=MAX_DRAFT)] = 12
+    min_match: Annotated[int, Meta(ge=1, le=MAX_MATCH)] = 1
+
+
 class StopPlan(StrictStruct, frozen=True, kw_only=True):
     """When the recursion may end before its last round.
 
@@ -475,6 +496,7 @@ class Plan(StrictStruct, frozen=True, kw_only=True):
     fields: tuple[str, ...]
     snapshots: dict[str, SnapshotPlan] = field(default_factory=dict)
     stop_when: StopPlan | None = None
+    speculation: SpeculationPlan | None = None
     tools: ToolsPlan | None = None
     serve: ServePlan | None = None
     date: Annotated[str, Meta(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
@@ -523,27 +545,6 @@ def feedback_links(plan: Plan) -> frozenset[str]:
     """Return the ids of the links whose message is seen in a later round than it is sent in."""
     prompts = (step for step in plan.steps if isinstance(step, PromptStep))
     return frozenset(m.link for step in prompts for m in step.messages if m.round < step.round)
-
-
-def compared_links(plan: Plan) -> dict[int, frozenset[str]]:
-    """Return, by round, the links that decide whether a record has converged in it.
-
-    These are the links that sent thoughts in the round and in the one before: of these alone are
-    there equally many in every round. Rounds that the last one cannot follow, because it would lack
-    a message of whatever kind, do not appear.
-    """
-    required = {message.link for message in plan.answer_step.exits}
-    thoughts = {name for name, link in plan.links.items() if link.carries == "thoughts"}
-    sent: dict[int, set[str]] = {round_: set() for round_ in range(1, plan.rounds + 1)}
-    for step in plan.steps:
-        if isinstance(step, SendStep):
-            sent[step.round].update(step.links)
-    found = {
-        round_: frozenset(sent[round_] & sent[round_ - 1] & thoughts)
-        for round_ in range(2, plan.rounds)
-        if required & thoughts and required <= sent[round_]
-    }
-    return {round_: links for round_, links in found.items() if links}
 
 
 def slot_positions(plan: Plan) -> dict[tuple[str, Variant], dict[str, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -12,8 +12,8 @@ from recmas_runtime.core.errors import RecmasError, RecordError, fail
 from recmas_runtime.engines.interface import Floats, OutOfMemoryError
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.plan import Plan, ThinkStep
-from recmas_runtime.running.executor import Execution, tool_events
-from recmas_runtime.running.generation import RowDecoder
+from recmas_runtime.running.executor import Execution
+from recmas_runtime.running.generation import RowDecoder, draft_counts, tool_events
 from recmas_runtime.running.record_prompts import RecordPrompts, named_failure
 from recmas_runtime.running.records import Answer, Record, Timing, Usage
 from recmas_runtime.running.run_trace import StepEvent, Trace, reads_thoughts
@@ -99,7 +99,8 @@ class Batch:
             first_ms=first_ms,
             remote=tuple((use,) for use in generator.uses),
         )
-        execution.events += [decoded, *called]
+        counts = draft_counts(generator, len(self._records))
+        execution.events += [replace(decoded, **counts), *called]
         # Not before: a record that proves too long in a round makes the others start over.
         if self._trace is not None:
             messages = [self._messages(row) for row in range(len(self._records))]

@@ -32,7 +32,6 @@ from recmas_runtime.formats.plan import (
     Variant,
     WriteStep,
     cache_capacity,
-    compared_links,
     slot_positions,
 )
 from recmas_runtime.prompts.render import ChatMessage, Prompt, PromptSource, common_prefix
@@ -40,23 +39,25 @@ from recmas_runtime.running.controls import MeanMessages
 from recmas_runtime.running.generation import (
     AnswerTools,
     DecoderSettings,
-    RowDecoder,
     TextGenerator,
+    draft_counts,
+    tool_events,
 )
 from recmas_runtime.running.run_trace import StepEvent
 from recmas_runtime.scheduling.remote_calls import (
     RemoteAnswers,
     RemoteCalls,
     RemoteQuestion,
-    RemoteWriter,
     Replies,
     questions_of,
 )
+from recmas_runtime.sequences.drafts import PromptLookup
 from recmas_runtime.sequences.messages import (
     Messages,
     Received,
     StepCounts,
     Turn,
+    compared_links,
     handed_counts,
     mean_cosine,
     sends_rows,
@@ -184,6 +185,7 @@ class Execution:
             seeds=self.seeds,
             tools=self.tools,
             keeps_sequences=False,
+            lookups=self._lookups((self.plan.answer_agent,)),
             clock=self.clock,
         )
 
@@ -472,6 +474,7 @@ class Execution:
             tools=self.tools if step.agents == (self.plan.answer_agent,) else None,
             # The next round reads prompts behind what this one left.
             keeps_sequences=True,
+            lookups=self._lookups(step.agents),
         )
         for _ in generator.pieces():
             pass
@@ -495,6 +498,7 @@ class Execution:
         tokens: StepCounts = {
             "written_tokens": tuple(sum(w.num_tokens for w in ws) for ws in by_record),
             "cut_texts": tuple(sum(w.finish_reason == "length" for w in ws) for ws in by_record),
+            **draft_counts(generator, batch),
             "prefilled_tokens": tuple(sum(w.num_result_tokens for w in ws) for ws in by_record),
             "texts": tuple(
                 tuple(w.text for w in ws) if self._runs(b, step.round) else ()
@@ -542,6 +546,12 @@ class Execution:
         has_converged = lowest >= self.plan.stop_when.cosine
         self.converged[(self.converged == 0) & has_converged] = round_
 
+    def _lookups(self, agents: Sequence[str]) -> list[PromptLookup] | None:
+        """Return what drafts the texts behind the prompts of agents, where the plan has drafts."""
+        plan = self.plan.speculation
+        prompts = (prompt for agent in agents for prompt in self._turns[agent].prompts)
+        return None if plan is None else [PromptLookup(plan, prompt) for prompt in prompts]
+
     def _decoder_settings(self, agent: str) -> DecoderSettings:
         return self.engines.decoder_settings[self.plan.agents[agent].backbone]
 
@@ -580,16 +590,3 @@ class Execution:
                     after = max(after, most)
         most = self.engines.backbones[self.plan.caches[cache_id].backbone].entry.max_positions
         return cache_capacity(min(longest + after, max(longest, most)))
-
-
-def tool_events(
-    generator: TextGenerator | RemoteAnswers, round_: int, agents: tuple[str, ...]
-) -> list[StepEvent]:
-    """Return what the tools took that a text called; nothing if it called none."""
-    # Only the answer agent has tools, so rows are records.
-    writers: Sequence[RowDecoder | RemoteWriter] = generator.writers
-    calls = [(row, r) for row, writer in enumerate(writers) for r in writer.results]
-    if not calls:
-        return []
-    ms = sum(result.ms for _, result in calls)
-    return [StepEvent(op="tools", round=round_, agents=agents, ms=ms, tool_calls=tuple(calls))]

@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Final
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.core.text import THINKING_MARKS
 from recmas_runtime.formats.plan import SamplingPlan
-from recmas_runtime.prompts.sampler import Sampler, StopMatcher
+from recmas_runtime.formats.precisions import PRECISIONS
+from recmas_runtime.prompts.sampler import Sampler, StopMatcher, is_greedy
 from recmas_runtime.prompts.tokenizer import IncrementalDecoder, Tokenizer
 from recmas_runtime.prompts.tool_turns import PLAIN_RESULTS, ResultForm
 from recmas_runtime.running.records import FinishReason
+from recmas_runtime.running.run_trace import StepEvent
 from recmas_runtime.scheduling.engine_lock import EngineLock
-from recmas_runtime.scheduling.remote_calls import RemoteUse
+from recmas_runtime.scheduling.remote_calls import RemoteAnswers, RemoteUse, RemoteWriter
+from recmas_runtime.sequences.drafts import DraftedRow, PromptLookup
+from recmas_runtime.sequences.messages import StepCounts
 from recmas_runtime.sequences.sequence_batch import SequenceBatch
 from recmas_runtime.tools.call_forms import is_in_marks
 from recmas_runtime.tools.calls import ToolCall, ToolResult, result_block
@@ -260,6 +264,7 @@ class TextGenerator:
         seeds: Sequence[int],
         tools: AnswerTools | None = None,
         keeps_sequences: bool,
+        lookups: Sequence[PromptLookup] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._sequences = sequences
@@ -272,17 +277,28 @@ class TextGenerator:
         self.writers = [RowDecoder(settings, stop, tools, specials=specials) for _ in seeds]
         # Of each row, the tokens of its text, without the one that ended it.
         self.written: list[list[int]] = [[] for _ in seeds]
+        # By row, where text is greedy. Only one row drafts: several share each step, which gains
+        # more.
+        self._lookups = lookups if is_greedy(sampling) else None
+        self.drafted: dict[int, DraftedRow] = {}
         self._clock = clock
         self.uses: Sequence[RemoteUse] = ()  # no remote model has a part in it
         # When the first tokens were there, by the clock.
         self.first_at: float | None = None
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether text may be drafted."""
+        return self._lookups is not None
 
     def pieces(self) -> Iterator[tuple[int, str]]:
         """Write until every text is finished; yields (row, text) as text becomes certain."""
         sequences, keep = self._sequences, self._keeps_sequences
         rows = list(range(len(self.writers)))
         while True:
-            chosen = self._sampler.choose(sequences.logits(), rows).tolist()
+            drafted = self._drafted(sequences, rows)
+            logits = sequences.logits() if drafted is None else drafted.logits()
+            chosen = self._sampler.choose(logits, rows).tolist()
             if self.first_at is None:
                 self.first_at = self._clock()
             going: list[int] = []  # places in the batch
@@ -303,7 +319,27 @@ class TextGenerator:
                 sequences = sequences.select(going, keep=keep)
                 rows = [rows[place] for place in going]
                 keep = False
-            sequences.feed(tokens)
+            if drafted is None:
+                sequences.feed(tokens)
+            else:
+                drafted.feed(tokens[0], room=self._room(rows[0], drafted.length))
+
+    def _drafted(self, sequences: SequenceBatch, rows: Sequence[int]) -> DraftedRow | None:
+        """Return the one row that is left, where its text may be drafted."""
+        margin = PRECISIONS[sequences.engine.entry.precision].draft_margin
+        if self._lookups is None or len(rows) > 1 or margin is None or sequences.keeps_states:
+            return None
+        (row,) = rows
+        if row not in self.drafted:
+            lookup = self._lookups[row]
+            lookup.push(self.written[row])
+            self.drafted[row] = DraftedRow(sequences, lookup, margin)
+        return self.drafted[row]
+
+    def _room(self, row: int, length: int) -> int:
+        """Return how many tokens may be drafted behind the next position, and one follow them."""
+        left = self._max_new_tokens - self.writers[row].num_tokens
+        return min(left, self._settings.max_positions - length) - 1
 
     def _write(self, writer: RowDecoder, token_id: int, length: int) -> tuple[str, tuple[int, ...]]:
         """Add a token to a text of `length` positions; returns new text and what is read next."""
@@ -331,3 +367,33 @@ def visible_specials(
         or any(text in string or string in text for string in stop)
         or (tools is not None and is_in_marks(text, tools.toolbox.names))
     }
+
+
+def draft_counts(generator: TextGenerator | RemoteAnswers, num_records: int) -> StepCounts:
+    """Return by record the tokens that were drafted, and those accepted; nothing without drafts.
+
+    Rows are those of the records for the first agent, then for the next one.
+    """
+    if not isinstance(generator, TextGenerator) or not generator.has_drafts:
+        return {}
+    rows = [[0, 0] for _ in generator.writers]
+    for place, row in generator.drafted.items():
+        rows[place] = [row.num_drafted, row.num_accepted]
+    drafted, accepted = (
+        tuple(sum(row[which] for row in rows[b::num_records]) for b in range(num_records))
+        for which in (0, 1)
+    )
+    return {"drafted_tokens": drafted, "accepted_tokens": accepted}
+
+
+def tool_events(
+    generator: TextGenerator | RemoteAnswers, round_: int, agents: tuple[str, ...]
+) -> list[StepEvent]:
+    """Return what the tools took that a text called; nothing if it called none."""
+    # Only the answer agent has tools, so rows are records.
+    writers: Sequence[RowDecoder | RemoteWriter] = generator.writers
+    calls = [(row, r) for row, writer in enumerate(writers) for r in writer.results]
+    if not calls:
+        return []
+    ms = sum(result.ms for _, result in calls)
+    return [StepEvent(op="tools", round=round_, agents=agents, ms=ms, tool_calls=tuple(calls))]

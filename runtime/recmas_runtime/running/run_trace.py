@@ -43,6 +43,8 @@ def is_trace_file(name: str) -> bool:
 _COUNTS: Final = ("prefilled_tokens", "reused_tokens", "written_tokens", "cut_texts")
 # The same, of steps that hand over rows.
 _ROW_COUNTS: Final = ("handed_rows", "handed_bytes")
+# The same, of steps whose text may be drafted.
+_DRAFT_COUNTS: Final = ("drafted_tokens", "accepted_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,8 @@ class StepEvent:
         cut_texts: Hand-over texts that ended at their most tokens.
         handed_rows: Rows of a cache that were handed over, for all targets together.
         handed_bytes: Their size.
+        drafted_tokens: Tokens of drafts that ran.
+        accepted_tokens: Those of them that became text.
         texts: Per record, the hand-over text of each agent; none where the record's recursion had
             ended before.
         tool_calls: The record's place in the batch, and what came of the call.
@@ -75,6 +79,8 @@ class StepEvent:
     cut_texts: tuple[int, ...] = ()
     handed_rows: tuple[int, ...] = ()
     handed_bytes: tuple[int, ...] = ()
+    drafted_tokens: tuple[int, ...] = ()
+    accepted_tokens: tuple[int, ...] = ()
     texts: tuple[tuple[str, ...], ...] = ()
     tool_calls: tuple[tuple[int, ToolResult], ...] = ()
     first_ms: float = 0.0
@@ -83,6 +89,7 @@ class StepEvent:
     def of_record(self, row: int) -> dict[str, Any]:
         """Return the step with the counts of one record of the batch; the time is the batch's."""
         rows = {name: getattr(self, name)[row] for name in _ROW_COUNTS if self.handed_rows}
+        drafts = {name: getattr(self, name)[row] for name in _DRAFT_COUNTS if self.drafted_tokens}
         texts = {"texts": list(self.texts[row])} if self.texts and self.texts[row] else {}
         return {
             "op": self.op,
@@ -91,6 +98,7 @@ class StepEvent:
             "ms": round(self.ms, 3),
             **{name: counts[row] if (counts := getattr(self, name)) else 0 for name in _COUNTS},
             **rows,
+            **drafts,
             **texts,
             **({"remote": [asdict(use) for use in self.remote[row]]} if self.remote else {}),
             "tool_calls": [call.to_json() for place, call in self.tool_calls if place == row],

@@ -34,6 +34,9 @@ class SharedCalls(Protocol):
     def run_steps(self, calls: Sequence[Any]) -> list[Any]:
         """Run one position of all rows of all calls; returns what each gets."""
 
+    def run_draft(self, call: Any) -> Any:
+        """Run the position of a call's one row, and those that are drafted behind it."""
+
     def run_chunk(self, call: Any) -> Any:
         """Run a part of a prompt."""
 
@@ -60,7 +63,14 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class StepCall(Call):
-    """One position of some rows."""
+    """One position of some rows.
+
+    Attributes:
+        num_drafted: Positions behind that of its one row which may run with it. They do not where
+            other rows wait: reading weights once for all rows gains more than a draft of one.
+    """
+
+    num_drafted: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,6 +226,9 @@ class Scheduler:
             steps, self._steps = self._steps, []
             for group in by_engine(steps):
                 self.counts.rows_per_step[sum(call.size for _, call in group)] += 1
+            drafts = [g[0] for g in by_engine(steps) if len(g) == 1 and g[0][1].num_drafted]
+            steps = [each for each in steps if each not in drafts]
+            self._run_together("verify", drafts, lambda engine, calls: [engine.run_draft(calls[0])])
             self._run_together("step", steps, lambda engine, calls: engine.run_steps(calls))
 
     @property

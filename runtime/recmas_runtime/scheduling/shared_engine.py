@@ -34,7 +34,10 @@ _MOST_INNER: Final = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:
-    """One position of rows: inputs [R, 1, d], where they are written [R], each row's link."""
+    """One position of rows: inputs [R, 1, d], where they are written [R], each row's link.
+
+    Of one row there may be inputs of further positions, [1, S, d]; see `StepCall`.
+    """
 
     rows: Sequence[Row]
     embeds: Floats
@@ -181,6 +184,22 @@ class SharedEngine:
             found = self._scheduler.wait_for(call)
         return found
 
+    def read_draft(
+        self, cache: TaskCache, inputs_embeds: Floats, write_index: Indices, inner: Operands
+    ) -> Floats:
+        """Run a token of one sequence, and what is drafted behind it if no others step."""
+        step = _Step(
+            rows=cache.each,
+            embeds=inputs_embeds,
+            positions=write_index,
+            inner=[self._inner_of(inner, 0, 1)],
+        )
+        call = StepCall(self, 1, step, num_drafted=inputs_embeds.shape[1] - 1)
+        if current_task() is None:
+            return self.run_draft(call)[0]
+        found: tuple[Floats, Floats] = self._scheduler.wait_for(call)
+        return found[0]
+
     def _prompt(
         self, row: Row, embeds: Floats, start: int, inner: Operands
     ) -> tuple[Floats, Floats, Floats]:
@@ -258,7 +277,7 @@ class SharedEngine:
         works: list[_Step] = [call.work for call in calls]
         rows = [row for work in works for row in work.rows]
         inner = [each for work in works for each in work.inner]
-        embeds = np.concatenate([work.embeds for work in works])
+        embeds = np.concatenate([work.embeds[:, :1] for work in works])
         positions = np.concatenate([work.positions for work in works])
         thought, following = self._steps.run(rows, embeds, positions, inner[0])
         links = {id(each): each for each in inner}
@@ -281,6 +300,18 @@ class SharedEngine:
                 0
             ]
         return following
+
+    def run_draft(self, call: StepCall) -> tuple[Floats, Floats]:
+        """Run the position of a call's one row, and those that are drafted behind it."""
+        work: _Step = call.work
+        hidden, _, following = self._engine.forward(
+            work.rows[0].by_itself(),
+            work.embeds,
+            work.positions,
+            np.array([work.embeds.shape[1] - 1], np.int64),
+            work.inner[0],
+        )
+        return hidden, following
 
     def run_chunk(self, call: ChunkCall) -> tuple[Floats, Floats, Floats]:
         """Run a part of a prompt."""

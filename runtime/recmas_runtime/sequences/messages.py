@@ -14,7 +14,7 @@ import numpy as np
 
 from recmas_runtime.engines.interface import Backbone, Floats
 from recmas_runtime.formats.messages import MessageForm, RowsOf, message_spans
-from recmas_runtime.formats.plan import Plan
+from recmas_runtime.formats.plan import Plan, SendStep
 from recmas_runtime.prompts.render import Prompt, Tokens
 from recmas_runtime.scheduling.remote_calls import RemoteUse
 from recmas_runtime.sequences.sequence_batch import Rows, SequenceBatch
@@ -33,6 +33,8 @@ class StepCounts(TypedDict, total=False):
     cut_texts: tuple[int, ...]
     handed_rows: tuple[int, ...]
     handed_bytes: tuple[int, ...]
+    drafted_tokens: tuple[int, ...]
+    accepted_tokens: tuple[int, ...]
     texts: tuple[tuple[str, ...], ...]
     remote: tuple[tuple[RemoteUse, ...], ...]
 
@@ -150,6 +152,27 @@ def handed_counts(rows: Sequence[Sequence[Rows]], num_links: int) -> StepCounts:
         "handed_rows": tuple(num_links * sum(piece.count for piece in own) for own in rows),
         "handed_bytes": tuple(num_links * sum(piece.num_bytes for piece in own) for own in rows),
     }
+
+
+def compared_links(plan: Plan) -> dict[int, frozenset[str]]:
+    """Return, by round, the links that decide whether a record has converged in it.
+
+    These are the links that sent thoughts in the round and in the one before: of these alone are
+    there equally many in every round. Rounds that the last one cannot follow, because it would lack
+    a message of whatever kind, do not appear.
+    """
+    required = {message.link for message in plan.answer_step.exits}
+    thoughts = {name for name, link in plan.links.items() if link.carries == "thoughts"}
+    sent: dict[int, set[str]] = {round_: set() for round_ in range(1, plan.rounds + 1)}
+    for step in plan.steps:
+        if isinstance(step, SendStep):
+            sent[step.round].update(step.links)
+    found = {
+        round_: frozenset(sent[round_] & sent[round_ - 1] & thoughts)
+        for round_ in range(2, plan.rounds)
+        if required & thoughts and required <= sent[round_]
+    }
+    return {round_: links for round_, links in found.items() if links}
 
 
 def mean_cosine(left_BMD: Floats, right_BMD: Floats) -> Floats:

@@ -336,6 +336,28 @@ class SequenceBatch:
         _, self.thought, self.next_embeds = self._read(tokens, self.lengths)
         self.lengths = self._stand = self.lengths + counts
 
+    def read_draft(self, ids: Sequence[int]) -> Floats:
+        """Run a token of the one row, and what is drafted behind it; go on behind the first.
+
+        Returns hidden states [n, d] of the first n of them: a shared engine may leave the draft.
+        Behind each further one `advance` goes on.
+        """
+        start = self.lengths
+        self.make_room(int(start[0]) + len(ids))
+        embeds = self.engine.embed(np.array([ids], np.int64))
+        hidden: Floats = self.engine.read_draft(self.cache, embeds, start, self.inner)[0]
+        self.thought = hidden[:1, None]
+        self.advance()
+        return hidden
+
+    def advance(self) -> None:
+        """Go on behind the next position, which has run."""
+        self.lengths = self._stand = self.lengths + 1
+
+    def go_back(self, length: int) -> None:
+        """Forget the one row's positions from `length` on; what is fed next begins there."""
+        self.lengths = self._stand = np.array([length], np.int64)
+
     def look_ahead(self, tokens: Sequence[Sequence[int]]) -> Floats:
         """Return the hidden states [R, S, d] of one or more token ids of every row.
 

@@ -251,7 +251,7 @@ class Gauges(StrictStruct, frozen=True, kw_only=True, tag_field="kind", tag="gau
         rows_per_step: How often a step ran with how many rows, by their number.
         cache_bytes: Of the caches of requests that run.
         kept_bytes: Of beginnings of prompts that are kept for later requests.
-        phase_ms: Time in engine calls by phase: chunk, step, head.
+        phase_ms: Time in engine calls by phase: chunk, step, verify, head.
     """
 
     running: Size

@@ -198,6 +198,13 @@ class BackboneEngine:
         cache.have_run(paused=np.flatnonzero(last_index < 0).tolist())
         return hidden, last[0], last[1]
 
+    def read_draft(
+        self, cache: Cache, inputs_embeds: Floats, write_index: Indices, inner: Operands
+    ) -> Floats:
+        """Run a token of one sequence and all that are drafted behind it."""
+        last_index = np.array([inputs_embeds.shape[1] - 1], np.int64)
+        return self.forward(cache, inputs_embeds, write_index, last_index, inner)[0]
+
     def rollout(
         self,
         cache: Cache,

@@ -232,6 +232,13 @@ class TensorrtBackbone:
         hidden, thought, following = call.run({"inputs_embeds": inputs_embeds}, shapes)
         return hidden, thought, following
 
+    def read_draft(
+        self, cache: KeyValueRows, inputs_embeds: Floats, write_index: Indices, inner: Operands
+    ) -> Floats:
+        """Run a token of one sequence and all that are drafted behind it."""
+        last_index = np.array([inputs_embeds.shape[1] - 1], np.int64)
+        return self.forward(cache, inputs_embeds, write_index, last_index, inner)[0]
+
     def rollout(
         self,
         cache: KeyValueRows,
