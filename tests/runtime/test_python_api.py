@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 import recmas_runtime as rt
+from kit.remote_systems import write_mixed_bundle
+from recmas_runtime.formats.manifest import RemoteEntry
 
 
 @pytest.fixture
@@ -149,9 +151,11 @@ def test_what_names_no_baseline_is_refused(system: rt.System, name: Any) -> None
         system.baseline(name)
 
 
-def test_a_baseline_that_is_refused_is_not_offered(hand_bundle: Path) -> None:
+def test_a_baseline_that_is_refused_is_not_offered(tmp_path: Path) -> None:
+    entry = RemoteEntry(model="far", base_url="http://127.0.0.1:9/v1")
+    system = rt.load(write_mixed_bundle(tmp_path, entry), threads=1)
     with pytest.raises(rt.RecmasError, match=r"RM508.*latentmas: ") as refused:
-        rt.load(hand_bundle, threads=1).baseline("latentmas")
+        system.baseline("latentmas")
     named = (refused.value.problems[0].hint or "").removesuffix(".").split(" are ")[1].split(", ")
     assert "looplm" in named
     assert "latentmas" not in named
