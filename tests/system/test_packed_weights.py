@@ -19,6 +19,7 @@ from kit.specs import SEQUENTIAL
 from recmas_runtime.cache.settings import user_store
 from recmas_runtime.cache.store import Store
 from recmas_runtime.checking.verify import verify_bundle
+from recmas_runtime.cli.main import main
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.engines.onnx import packed
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
@@ -121,6 +122,18 @@ def test_answers_are_the_same_and_the_bundle_is_left_alone(bundles: Bundles, sto
     assert decoder.entry.kind == KIND
     assert decoder.entry.about.startswith("backbones/tiny/decoder.cpu.onnx of sequential, ONNX")
     assert verify_bundle(bundle, device="cpu", threads=1, store=store).ok
+
+
+def test_the_command_line_does_without_where_that_is_wanted(
+    bundles: Bundles, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", str(bundles["float32"]), QUESTION, "--device", "cpu", "--quiet"]
+    assert main([*command, "--no-cache"]) == 0
+    assert not store.folder.exists()
+    without = capsys.readouterr().out
+    assert main(command) == 0
+    assert store.entries()
+    assert capsys.readouterr().out == without
 
 
 def test_small_weights_are_not_kept(bundles: Bundles, tmp_path: Path) -> None:

@@ -118,7 +118,9 @@ class PackedGraphs:
             reason = error.problems[0].message
         # If that was not for writing, this fails as well.
         session = make_session(path, threads=threads)
-        self._problems.append(_not_kept(self._store.folder, reason))
+        problem = _not_kept(self._store.folder, reason)
+        if problem not in self._problems:  # of another graph
+            self._problems.append(problem)
         return session
 
     def _kept(
