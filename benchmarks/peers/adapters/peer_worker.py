@@ -97,9 +97,12 @@ class Asked:
     def __init__(self, model: PeerModel) -> None:
         self._model = model
         self._filled: tuple[int, int] | None = None
+        self._prompts = 0
 
     def prompt(self, *, positions: int) -> dict[str, float]:
-        ids = self._ids(positions)
+        # Another one each time: some peers keep what they have read, and would read nothing.
+        self._prompts += 1
+        ids = self._ids(positions, self._prompts)
         return {"seconds": seconds(lambda: self._model.prompt(ids)), **self._head(1)}
 
     def steps(self, *, rows: int, used: int, count: int) -> dict[str, float]:
@@ -137,11 +140,11 @@ class Asked:
         np.save(to, self._model.logits(ids))
         return {}
 
-    def _ids(self, positions: int) -> list[int]:
-        """Return a prompt, the same for every peer."""
+    def _ids(self, positions: int, number: int = 0) -> list[int]:
+        """Return a prompt, the same for every peer that was asked as often."""
         last = self._model.about.vocabulary
         first = min(FIRST_TOKEN, last // 2)
-        drawn = np.random.default_rng(positions).integers(first, last, positions)
+        drawn = np.random.default_rng((positions, number)).integers(first, last, positions)
         return [int(token) for token in drawn]
 
     def _head(self, rows: int) -> dict[str, float]:
