@@ -67,19 +67,16 @@ def with_section(page: str, text: str) -> str:
 
 def section(figures: Figures) -> str:
     """Return all tables, as Markdown."""
-    parts = [
-        _circumstances(figures),
+    parts = {
         "Times as fast as each, turn by turn: a peer's time over that of recmas in the same "
-        "precision.",
-        ratios_table(figures),
-        "What everyone took:",
-        figures_table(figures),
-        f"A latent step of several rows, {USED} positions in each row's cache, milliseconds:",
-        rows_table(figures),
-        "What everyone loaded, and what its precision costs:",
-        files_table(figures),
-    ]
-    return "\n\n".join(part for part in parts if part)
+        "precision.": ratios_table(figures),
+        "What everyone took:": figures_table(figures),
+        f"A latent step of several rows, {USED} positions in each row's cache, "
+        "milliseconds:": rows_table(figures),
+        "What everyone loaded, and what its precision costs:": files_table(figures),
+    }
+    tables = [f"{title}\n\n{table}" for title, table in parts.items() if table]
+    return "\n\n".join([_circumstances(figures), *tables])
 
 
 def _circumstances(figures: Figures) -> str:
@@ -92,7 +89,7 @@ def _circumstances(figures: Figures) -> str:
         f"{machine['cpu']}, {figures['threads']} threads, {figures['date']}. {quiet} "
         f"{others:.2f} of a processor at most while a cell ran.",
         ", ".join(versions) + f", onnxruntime {machine['packages']['onnxruntime']}.",
-        f"Medians of {_range(turns)} turns, least and most in brackets.",
+        f"Medians; turns of a cell: {_range(turns)}. Least and most in brackets.",
         f"Losses are of {counted(texts['number'], 'text')} of {texts['name']}, {texts['tokens']} "
         f"tokens; {texts['longer_than_read']} of the texts went on behind what was read of them.",
     ]
