@@ -11,7 +11,7 @@ TORCH_VERSION := torch==2.13.0
 TORCH_FROM := $(strip $(if $(filter %.whl,$(TORCH)),$(TORCH),$(if $(findstring ://,$(TORCH)),\
   --index-url $(TORCH) $(TORCH_VERSION),$(if $(TORCH),--find-links $(TORCH)) $(TORCH_VERSION))))
 
-.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-serving test-clients test-textgrad test-ray test-containers test-browser lint bench wheel wheel-check readme-check docs clean test-importers test-harness test-trackers bench-paper test-frameworks frameworks bench-frameworks
+.PHONY: setup demo test test-heavy test-lowest test-newest test-faults test-families test-serving test-clients test-textgrad test-ray test-containers test-browser lint bench wheel wheel-check readme-check docs clean test-importers test-harness test-trackers bench-paper test-frameworks frameworks bench-frameworks test-peers bench-peers
 
 setup: .venv/.ready
 
@@ -153,6 +153,22 @@ test-frameworks: frameworks
 bench-frameworks: frameworks
 	$(BIN)/python benchmarks/frameworks/race.py --data $(DATA) --rounds $(or $(ROUNDS),3:20,2:10,1:10)
 
+# Bundles beside llama.cpp, OpenVINO GenAI, onnxruntime-genai and transformers, each pinned in an
+# environment of its own below .peers, and the same weights in their formats: 6 GB, CMake. OPTIONS:
+# --quick, --texts FILE.jsonl, --errors (benchmarks/peers/peer_race.py --help).
+PEERS := .peers
+RACE := out/peers/bundles
+bench-peers: setup $(RACE)/float32 $(RACE)/int8 $(RACE)/int4
+	$(BIN)/python benchmarks/peers/peer_race.py --float32 $(RACE)/float32 --int8 $(RACE)/int8 --int4 $(RACE)/int4 \
+	  --environments $(PEERS) $(OPTIONS)
+
+$(RACE)/%: benchmarks/specs/sequential.yaml
+	$(BIN)/recmasc build $< --out $@ --set build.precision=$*
+
+# Each adapter of the race on a tiny model, with the real packages.
+test-peers: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m peers tests/peers
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -189,4 +205,4 @@ wheel-check: setup
 	bash .ci/wheel-check out/sequential
 
 clean:
-	rm -rf .venv .versions .clients .textgrad .importers .harness .trackers .frameworks build dist out *.egg-info
+	rm -rf .venv .versions .clients .textgrad .importers .harness .trackers .frameworks .peers build dist out *.egg-info
