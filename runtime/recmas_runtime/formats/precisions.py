@@ -177,7 +177,9 @@ class Precision:
         return 8 * DTYPE_BYTES[self.types[device].products] / self.block_size
 
 
-_NARROW_ON_CPU: Final = "a CPU computes it in float32, with a rounding behind every operator"
+_NARROW_ON_CPU: Final = (
+    "a CPU computes it in float32 with a rounding behind every operator, in no less time and memory"
+)
 # Blocks are read by MatMulNBits, whose scales have the type of its activations. On CUDA those are
 # float16: half the bytes, and tensor cores for prompts (ONNX Runtime's kernels take blocks of 16 to
 # 128 of 4 and of 8 bits there, those for tensor cores of 32, 64 and 128).

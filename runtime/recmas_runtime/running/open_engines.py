@@ -268,8 +268,8 @@ def _narrow_on_cpu(name: str, entry: BackboneEntry) -> Problem:
         code="RM553",
         message=f"backbone {name!r} is in {entry.cache_dtype}, for a GPU; the CPU computes it in "
         "float32 with a rounding behind every operator",
-        hint="That is right and slow: build with int8, int4 or float32 for a CPU, or say "
-        "--device cpu to run it there without this warning.",
+        hint="That is right, in no less time and memory than float32 takes: build with int8 or "
+        "int4 for a CPU, or say --device cpu to run it there without this warning.",
         severity="warning",
     )
 
