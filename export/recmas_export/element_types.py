@@ -291,8 +291,8 @@ def _tell_types(node: ir.Node) -> None:
     if node.op_type == "Cast":
         known = ir.DataType(node.attributes["to"].as_int())
     elif node.op_type == "ConstantOfShape":
-        value = node.attributes.get("value")
-        known = _WIDE if value is None else value.as_tensor().dtype
+        filled = node.attributes.get("value")
+        known = _WIDE if filled is None else filled.as_tensor().dtype
     elif node.op_type in _COMPARES:
         known = ir.DataType.BOOL
     elif node.op_type in ("Shape", "Size"):

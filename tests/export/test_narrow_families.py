@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from kit.engines import identity_link, random_ids, relative
 from kit.models import load_folder
 from kit.narrow_graphs import NORMS, PRODUCTS, checked, computed_in, types_of
+from kit.parser_documentation import refused_nodes
 from kit.zoo import write_zoo_model
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_export.backbone_graph import (
@@ -22,6 +24,7 @@ from recmas_export.backbone_graph import (
     export_backbone,
 )
 from recmas_runtime.engines.onnx.backbone import BackboneEngine
+from recmas_runtime.engines.tensorrt.static_graph import read_graph, static_decoder
 from recmas_runtime.formats.layers import is_rows
 from recmas_runtime.formats.links import stack_operands
 from recmas_runtime.formats.manifest import BackboneEntry
@@ -32,6 +35,7 @@ pytestmark = pytest.mark.families
 # Norms of heads, windows, scaled embeddings and capped logits, biases, experts, states, sinks,
 # positions that are looked up.
 _TYPES = ("qwen3", "gemma3_text", "gemma2", "qwen2", "qwen3_moe", "qwen3_5_text", "gpt_oss", "gpt2")
+FOR_TENSORRT = ("llama", "qwen3", "gemma3_text", "qwen2")
 CASES = [
     *((name, "bfloat16", "auto") for name in ("llama", *_TYPES)),
     *((name, "float16", "auto") for name in ("llama", "gemma3_text", "qwen3_moe")),
@@ -106,6 +110,11 @@ def test_types_and_numbers(name: str, precision: str, device: str, tmp_path: Pat
         assert kind == (types.caches if is_cache else "float32"), border
     for other in (EMBED, HEAD, CPU_DECODER, CPU_HEAD):
         checked(folder / other)
+    if name in FOR_TENSORRT and precision != "int4":
+        adapted = static_decoder(read_graph(folder / DECODER), 64, file=DECODER)
+        assert refused_nodes(onnx.shape_inference.infer_shapes(adapted)) == []
+        scaled = [n for n in adapted.graph.node if n.op_type == "Mul" and ".scale" in n.input[1]]
+        assert len(scaled) == backbone.facts.num_layers
 
     ids = random_ids(backbone, 2, 20)
     with torch.no_grad():
