@@ -44,7 +44,7 @@ test-heavy: setup
 
 # Every model type of tests/kit/zoo.py; `make test` has one of each mechanism.
 test-families: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "families or not families" tests/export/test_model_types.py tests/export/test_every_type.py tests/export/test_repeated_layers.py tests/system/test_precision.py tests/system/test_element_types.py tests/system/test_layer_states.py tests/system/test_messages_agree.py tests/with_torch/test_parameter_counts.py tests/released/test_released_architectures.py tests/training/test_training_messages.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "families or not families" tests/export/test_model_types.py tests/export/test_every_type.py tests/export/test_repeated_layers.py tests/export/test_narrow_families.py tests/system/test_precision.py tests/system/test_element_types.py tests/system/test_layer_states.py tests/system/test_messages_agree.py tests/with_torch/test_parameter_counts.py tests/released/test_released_architectures.py tests/training/test_training_messages.py
 
 # The lowest and the newest versions that pyproject.toml allows; torch is that of `make setup`.
 VERSION_TESTS ?= tests/runtime tests/spec tests/ir tests/with_torch tests/export

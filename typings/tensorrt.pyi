@@ -12,7 +12,8 @@ import numpy as np
 
 __version__: str
 
-class DataType: ...
+class DataType:
+    BF16: ClassVar[DataType]
 
 def nptype(trt_type: DataType) -> type[np.generic]: ...
 

@@ -6,7 +6,7 @@ import functools
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,8 @@ from recmas_runtime.core.files import write_whole
 from recmas_runtime.core.progress import Advance, Progress, Silent
 from recmas_runtime.core.terminal import harmless
 from recmas_runtime.core.text import first_line
-from recmas_runtime.formats.precisions import DEVICES
+from recmas_runtime.engines.devices import DeviceChoice
+from recmas_runtime.formats.precisions import AUTO, DEVICES
 
 # Where nobody watches a bar, a line now and then shows that it is alive.
 LINE_EVERY_S: Final = 30.0
@@ -61,12 +62,25 @@ DUMP_IR = click.option(
     "--dump-ir", type=FOLDER, help="Write the IR after every pass into this folder."
 )
 QUIET = click.option("--quiet", is_flag=True, help="No progress on stderr.")
+
+
+def _joined_devices(_context: click.Context, _option: click.Parameter, given: Sequence[str]) -> str:
+    try:
+        DeviceChoice.parse(text := ",".join(given))
+    except RecmasError as error:
+        (problem,) = error.problems
+        raise click.BadParameter(f"{problem.message}. {problem.hint}") from None
+    return text
+
+
 DEVICE = click.option(
     "--device",
-    type=click.Choice(DEVICES),
-    default="auto",
-    show_default=True,
-    help="Where to run; auto takes the best that is there.",
+    multiple=True,
+    default=[AUTO],
+    callback=_joined_devices,
+    metavar="[BACKBONE=]DEVICE",
+    help=f"Where to run: {', '.join(DEVICES)}, or cuda:1 for the second GPU. auto, the default, "
+    "takes what the bundle says of a backbone, or the best that is there. May be repeated.",
 )
 THREADS = click.option(
     "--threads",

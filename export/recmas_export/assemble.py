@@ -26,6 +26,7 @@ from recmas_compiler.spec.spec import Spec
 from recmas_export.bundle.engine_files import (
     CHAT_TEMPLATE,
     CPU_DECODER,
+    CPU_HEAD,
     DECODER,
     EMBED,
     HEAD,
@@ -315,6 +316,7 @@ class _Stages:
         masked = self.plan.masked_layers(name, backbone.facts.num_layers)
         settings: dict[str, Any] = {
             "precision": backbone.precision,
+            "device": backbone.device_kind,
             "decoders": TARGETS[system.build.target].decoders,
             "masked_layers": masked,
         }
@@ -335,7 +337,10 @@ class _Stages:
         """Return what the manifest says of the backbone whose engines are at a path."""
         backbone, texts = self.program.system.backbones[name], self.texts[name]
         facts = backbone.facts
-        for_cpu = f"{path}/{CPU_DECODER}"
+        cpu_decoder, cpu_head = (
+            file if (self.folder / file).exists() else None
+            for file in (f"{path}/{CPU_DECODER}", f"{path}/{CPU_HEAD}")
+        )
         return BackboneEntry(
             source=facts.source,
             digest=self.parts.digest(self.folder / path / WEIGHTS),
@@ -344,11 +349,14 @@ class _Stages:
             layers=facts.layers,
             vocab_size=facts.vocab_size,
             max_positions=facts.max_positions,
-            dtype="float32",
+            dtype=backbone.types.borders,
             bos_token=texts.bos_token,
             eos_token_ids=texts.eos_token_ids,
             decoder=f"{path}/{DECODER}",
-            cpu_decoder=for_cpu if (self.folder / for_cpu).exists() else None,
+            cpu_decoder=cpu_decoder,
+            cpu_head=cpu_head,
+            cache_dtype=backbone.types.caches,
+            device=backbone.device,
             embed=f"{path}/{EMBED}",
             head=f"{path}/{HEAD}",
             weights=f"{path}/{WEIGHTS}",
@@ -484,7 +492,10 @@ class _Stages:
 
         The conditions of a build say the rest: the processor, its flags and cores, and this code.
         """
-        files = (entry.decoder, entry.cpu_decoder, entry.embed, entry.head, entry.weights)
+        files = (
+            *(entry.decoder, entry.cpu_decoder, entry.embed),
+            *(entry.head, entry.cpu_head, entry.weights),
+        )
         ort = onnx_runtime()
         return {
             "case": self._digest(case),
@@ -503,8 +514,11 @@ class _Stages:
     ) -> ParityEntry:
         tensors, metadata = read_tensors(self.folder / file)
         operands = read_operands(self.folder.joinpath, links)
-        # Other devices and engines go by the portable decoder, so it is held to the same.
-        forms = [entry, structs.replace(entry, cpu_decoder=None)] if entry.cpu_decoder else [entry]
+        # Other devices and engines go by the portable decoder, so it is held to the same. Where it
+        # computes in 16 bits a CPU cannot, and its form for the CPU rounds where it does.
+        forms = [entry]
+        if entry.cpu_decoder and not entry.is_narrow:
+            forms.append(structs.replace(entry, cpu_decoder=None))
         found = [
             measure_backbone_parity(
                 BackboneEngine(form, self.folder), tensors, operands[metadata["inner"]]
@@ -537,13 +551,13 @@ class _Stages:
         cases: Sequence[ParityEntry],
         links: Mapping[str, LinkEntry],
     ) -> list[ParityEntry]:
-        """Return the cases, those of quantized backbones with what it costs; refuse too much."""
-        quantized = [c for c in cases if PRECISIONS[exported[c.backbone].precision].is_quantized]
-        if not quantized:
+        """Return the cases, where a precision loses something with how much; refuse too much."""
+        lossy = [c for c in cases if PRECISIONS[exported[c.backbone].precision].has_losses]
+        if not lossy:
             return list(cases)
         losses: dict[str, LossEntry] = {}
-        with self.progress.stage("Measuring losses", len(quantized)) as advance:
-            for case in quantized:
+        with self.progress.stage("Measuring losses", len(lossy)) as advance:
+            for case in lossy:
                 losses[case.backbone] = self._loss(case, exported[case.backbone], links)
                 advance()
         refuse(

@@ -6,6 +6,7 @@ decoder.onnx      inputs_embeds, write_index, last_index, caches, inner link
 decoder.cpu.onnx  the same in operators of ONNX Runtime's CPU provider, where there are any for it
 embed.onnx        input_ids -> inputs_embeds
 head.onnx         hidden -> logits
+head.cpu.onnx     the same for a CPU, where the others compute in 16 bits
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from recmas_export import pipeline
 from recmas_export.bundle.engine_files import (
     CHAT_TEMPLATE,
     CPU_DECODER,
+    CPU_HEAD,
     DECODER,
     EMBED,
     HEAD,
@@ -35,9 +37,16 @@ from recmas_export.pipeline import run_passes
 from recmas_export.rounding import input_peaks
 from recmas_export.weights_file import externalize_weights
 from recmas_runtime.core.errors import fail
-from recmas_runtime.formats.precisions import PRECISIONS, TARGETS, DecoderForm
+from recmas_runtime.formats.precisions import (
+    AUTO,
+    PRECISIONS,
+    TARGETS,
+    DecoderForm,
+)
 
 _TABLES: Final = frozenset({EMBED, HEAD})
+# What a CPU computes in another form where graphs compute in 16 bits.
+_WIDE_FORMS: Final = {CPU_DECODER: DECODER, CPU_HEAD: HEAD}
 _LAST: Final = {DECODER: pipeline.PORTABLE, CPU_DECODER: pipeline.FOR_CPU}
 
 
@@ -46,6 +55,7 @@ def export_backbone(
     folder: Path,
     *,
     precision: str = "float32",
+    device: str = AUTO,
     decoders: Sequence[DecoderForm] = TARGETS["onnx"].decoders,
     masked_layers: Sequence[Sequence[int]] = (),
     prompts: ir.Model | None = None,
@@ -54,8 +64,10 @@ def export_backbone(
 
     The model is left as it was. Equal weights give equal bytes. Blocks of integers are in the form
     that ONNX Runtime's CPU provider runs fastest; a decoder for the CPU is written besides the
-    portable one where it has layers for it. Decoders have a mask for each group of masked layers.
-    What `prompt_decoder` has returned computes prompts on the CPU; it is used up.
+    portable one where it has layers for it, or where graphs for the device that the backbone is
+    made for compute in 16 bits, which a CPU does in its own way. Decoders have a mask for each
+    group of masked layers. What `prompt_decoder` has returned computes prompts on the CPU; it is
+    used up.
 
     Raises:
         RecmasError: RM300 where the model cannot be traced.
@@ -68,19 +80,26 @@ def export_backbone(
     portable = {DECODER: pipeline.DECODER, EMBED: pipeline.EMBED, HEAD: pipeline.HEAD}
     for name, graph in graphs.items():
         run_passes(portable[name], graph)
-    if "cpu" in decoders:
+    row = PRECISIONS[precision]
+    types = row.types[device]
+    if "cpu" in decoders and types.is_wide:
         for_cpu = decoder.clone()
-        passes = pipeline.cpu_decoder(max_positions=facts.max_positions)
-        if run_passes(passes, for_cpu) or pipeline.has_own_operators(for_cpu):
+        for_grouped = pipeline.cpu_decoder(max_positions=facts.max_positions)
+        if run_passes(for_grouped, for_cpu) or pipeline.has_own_operators(for_cpu):
             graphs[CPU_DECODER] = for_cpu
     run_passes(pipeline.STANDARD, decoder)
-    layers, tables = pipeline.weight_passes(precision, backbone.dtype)
-    if CPU_DECODER in graphs and PRECISIONS[precision].cpu_products == "rows":
+    layers, tables = pipeline.weight_passes(precision, backbone.dtype, types)
+    if CPU_DECODER in graphs and row.cpu_products == "rows":
         run_passes((QuantizeRows(input_peaks(backbone)),), graphs[CPU_DECODER])
     for name, graph in graphs.items():
         run_passes(tables if name in _TABLES else layers, graph)
-        if name in _LAST:
-            run_passes(_LAST[name], graph)
+    if not types.is_wide:
+        graphs |= {name: graphs[of].clone() for name, of in _WIDE_FORMS.items()}
+        for name in _WIDE_FORMS:
+            run_passes(pipeline.ON_A_CPU, graphs[name])
+    for name, passes in _LAST.items():
+        if name in graphs:
+            run_passes(passes, graphs[name])
     if CPU_DECODER in graphs and prompts is not None:
         run_passes((*layers, *pipeline.FOR_CPU), prompts)
         graphs[CPU_DECODER] = choose_by_length(prompts, graphs[CPU_DECODER])
@@ -96,6 +115,7 @@ def prompt_decoder(
     backbone: TorchBackbone,
     *,
     precision: str,
+    device: str = AUTO,
     decoders: Sequence[DecoderForm] = TARGETS["onnx"].decoders,
     masked_layers: Sequence[Sequence[int]] = (),
 ) -> ir.Model | None:
@@ -104,7 +124,10 @@ def prompt_decoder(
     It has weights of its own, those that the backbone has now. None where the precision or the
     backbone has no such decoder.
     """
-    if PRECISIONS[precision].cpu_products != "rows in prompts" or "cpu" not in decoders:
+    row = PRECISIONS[precision]
+    if row.cpu_products != "rows in prompts" or "cpu" not in decoders:
+        return None
+    if not row.types[device].is_wide:
         return None
     decoder = trace_body(backbone.model, backbone.facts, masked_layers)
     run_passes(pipeline.DECODER, decoder)

@@ -336,7 +336,7 @@ def _inputs(program: Graph) -> _Inputs:
     }
     links |= {link.id: link.weights for link in system.links.values() if link.weights is not None}
     files = {i: Path(weights.file) for i, weights in links.items() if weights.file is not None}
-    measures_loss = any(PRECISIONS[b.precision].is_quantized for b in backbones.values())
+    measures_loss = any(PRECISIONS[b.precision].has_losses for b in backbones.values())
     return _Inputs(
         program=program,
         backbones=backbones,
@@ -420,7 +420,10 @@ def _estimated_bytes(inputs: _Inputs) -> int:
     num_bytes = ENGINE_ELEMENT_BYTES * parameters
     for backbone in inputs.backbones.values():
         num_bytes += weights_bytes(
-            backbone.facts, precision=backbone.precision, dtype=backbone.dtype
+            backbone.facts,
+            precision=backbone.precision,
+            dtype=backbone.dtype,
+            device=backbone.device_kind,
         )
         num_bytes += row_weights_bytes(backbone.facts, precision=backbone.precision)
         num_bytes += angle_tables_bytes(backbone.facts)

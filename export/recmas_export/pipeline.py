@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnx_ir.passes import InPlacePass, Sequential
 
+from recmas_export.element_types import ComputeWide, UseElementTypes
 from recmas_export.passes.experts import ExpandExperts, StoreExperts, UseMixtureOperator
 from recmas_export.passes.grouped_attention import UseGroupedAttention
 from recmas_export.passes.linear_attention import ExpandLinearAttention
@@ -26,7 +27,7 @@ from recmas_export.passes.tidy import (
 from recmas_export.quantize import QuantizeWeights
 from recmas_export.weights_file import NarrowWeights
 from recmas_export.written_graphs import AddLatentStep
-from recmas_runtime.formats.precisions import PRECISIONS
+from recmas_runtime.formats.precisions import PRECISIONS, ElementTypes
 
 Passes = tuple[InPlacePass, ...]
 
@@ -86,6 +87,9 @@ STANDARD: Final[Passes] = (
 # What both decoders go through when their weights have the form that they are stored in.
 PORTABLE: Final[Passes] = (ExpandExperts(look_up=True),)
 FOR_CPU: Final[Passes] = (ExpandExperts(look_up=False),)
+# What graphs that compute in 16 bits go through for a CPU, before experts are written out: their
+# matrices are then float32 outside of the loops that read them.
+ON_A_CPU: Final[Passes] = (ComputeWide(),)
 
 
 def cpu_decoder(*, max_positions: int) -> Passes:
@@ -101,17 +105,19 @@ def cpu_decoder(*, max_positions: int) -> Passes:
     )
 
 
-def weight_passes(precision: str, dtype: str) -> tuple[Passes, Passes]:
+def weight_passes(precision: str, dtype: str, types: ElementTypes) -> tuple[Passes, Passes]:
     """Return the passes that write weights as they are stored: for decoders, and for tables.
 
     They come last of all. Graphs that may share weights go through the same passes, which keep what
     they have made of each. Weights that stay float32 numbers are stored in `dtype`.
     """
     row = PRECISIONS[precision]
+    narrow = UseElementTypes(types)
     layers, tables = (
         (
             QuantizeWeights(bits=bits, block_size=row.block_size),  # its blocks are of float32
-            NarrowWeights(dtype),  # what is not in blocks
+            narrow,  # of blocks their scales, else the weights
+            NarrowWeights(dtype),  # what is still float32
         )
         for bits in (row.layer_bits, row.table_bits)
     )

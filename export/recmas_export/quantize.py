@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -29,7 +28,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassResult
 from onnx_ir.tape import Tape
 
-from recmas_export.passes.experts import BITS, BLOCK, mixtures
+from recmas_export.passes.experts import BITS, BLOCK, mixtures, routers
 from recmas_export.passes.tidy import MICROSOFT
 from recmas_export.weights_file import SMALLEST_WEIGHT, memory_of
 from recmas_runtime.engines.onnx.session import onnx_runtime
@@ -80,11 +79,11 @@ class QuantizeWeights(InPlacePass):
             if not any(width % self._block_size for width in (mixture.width, mixture.inner)):
                 for node in (mixture.first, mixture.last):
                     self._quantize_product(model.graph, node, self._block_size)
-        routers = set(_routers(model.graph))
+        choosing = set(routers(model.graph))
         for node in list(model.graph):
             if node.op_type == "MoE":
                 self._quantize_mixture(model.graph, node, self._block_size)
-            elif node not in routers:  # 5
+            elif node not in choosing:  # 5
                 self._rewrite(model.graph, node, self._block_size)
         model.graph.opset_imports[MICROSOFT] = 1
         for value in list(model.graph.initializers.values()):
@@ -178,21 +177,6 @@ def _replace(graph: ir.Graph, node: ir.Node, tape: Tape, result: ir.Value) -> No
     graph.insert_before(node, tape.nodes)
     replaced.replace_all_uses_with(result, replace_graph_outputs=True)
     graph.remove(node, safe=True)
-
-
-def _routers(graph: ir.Graph) -> Iterator[ir.Node]:
-    """Yield the products that a choice of the largest is made from."""
-    waiting = [value for node in graph if node.op_type == "TopK" for value in node.inputs[:1]]
-    seen = set[ir.Node]()
-    while waiting:
-        value = waiting.pop()
-        node = value.producer() if value is not None else None
-        if node is not None and node not in seen:
-            seen.add(node)
-            if _weight_of(node) is not None:
-                yield node
-            else:
-                waiting += node.inputs
 
 
 def _last_size(value: ir.Value | None) -> int:

@@ -61,6 +61,7 @@ def write_engines(
     *,
     name: str,
     precision: str,
+    device: str,
     decoders: Sequence[DecoderForm],
     masked_layers: Sequence[Sequence[int]],
     progress: Progress,
@@ -72,6 +73,7 @@ def write_engines(
     """
     wanted: dict[str, Any] = {
         "precision": precision,
+        "device": device,
         "decoders": decoders,
         "masked_layers": masked_layers,
     }

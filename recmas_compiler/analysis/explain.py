@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from recmas_compiler.backbones.facts import BackboneFacts, weights_bytes
+from recmas_compiler.backbones.facts import weights_bytes
 from recmas_compiler.ir.graph import Graph
 from recmas_compiler.ir.ops import (
     Agent,
     Ask,
+    Backbone,
     Link,
     Prefill,
     Send,
@@ -27,6 +28,7 @@ from recmas_compiler.passes.prompt_prefix import common_beginning, common_parts
 from recmas_runtime.core.text import counted, human_bytes, listed
 from recmas_runtime.formats.layers import sequence_bytes
 from recmas_runtime.formats.plan import PromptPart, Variant, prompt_fields
+from recmas_runtime.formats.precisions import AUTO, DTYPE_BYTES
 from recmas_runtime.serve.conversation import in_words
 
 # (backbone's name, text) -> its number of tokens, or None where no tokenizer is at hand
@@ -54,12 +56,58 @@ def explain(
     lines = [f"{system.name}: {listed(sizes)}; {system.answer_agent} writes the answer."]
     if chat := conversation_text(system):
         lines += ["", chat]
+    if places := list(_places(system)):
+        lines += ["", *places]
     for record in records:
         title, describe = PASSES.get(record.name, ("", _other_pass))
         sentences = list(describe(record, count)) or ["Nothing to do here."]
         lines += ["", f"{record.name}: {title}" if title else record.name]
         lines += [f"  - {sentence}" for sentence in sentences]
     return "\n".join(lines) + "\n"
+
+
+def _places(system: System) -> Iterator[str]:
+    """Yield where backbones run and what crosses between devices, if a spec says where."""
+    devices = {name: backbone.device for name, backbone in system.backbones.items()}
+    if set(devices.values()) <= {AUTO}:
+        return
+    for name, backbone in system.backbones.items():
+        types = backbone.types
+        what = f"{backbone.precision}, caches in {types.caches}, hidden states in {types.borders}"
+        yield f"{name} runs on {_place(backbone.device)}: {what}."
+    for link in system.links.values():
+        ends = link.source, link.target
+        if any(system.is_remote(end) for end in ends):
+            continue
+        source, target = (system.backbone_of(end).device for end in ends)
+        if source != target:
+            yield (
+                f"{link.id} crosses from {_place(source)} to {_place(target)} through memory of "
+                f"the host: {_crossing(system, link)} a record and round."
+            )
+
+
+def _place(device: str) -> str:
+    return "the best device that is there" if device == AUTO else device
+
+
+def _crossing(system: System, link: Link) -> str:
+    """Return what a message takes there: the vectors that leave, and those that arrive."""
+    form = link.form
+    if form.carries == "text":
+        return "text"
+    source, target = (system.backbone_of(end) for end in (link.source, link.target))
+    if form.carries == "cache":
+        size, _ = _handed_layers(link, source)
+        return f"rows of {human_bytes(size)} each"
+    count = num_vectors(system, link.source, form)
+    number = int(count.removeprefix("<="))
+    most = "at most " if count.startswith("<=") else ""
+    out, into = (
+        human_bytes(number * backbone.facts.width * DTYPE_BYTES[backbone.types.borders])
+        for backbone in (source, target)
+    )
+    return f"{most}{out} out, {most}{into} in"
 
 
 def conversation_text(system: System) -> str:
@@ -77,7 +125,12 @@ def _share_backbones(record: Record, count_tokens: CountTokens) -> Iterator[str]
     for name, backbone in system.backbones.items():
         users = [agent for agent in system.local_agents if system.backbone_of(agent).name == name]
         if len(users) > 1:
-            size = weights_bytes(backbone.facts, precision=backbone.precision, dtype=backbone.dtype)
+            size = weights_bytes(
+                backbone.facts,
+                precision=backbone.precision,
+                dtype=backbone.dtype,
+                device=backbone.device_kind,
+            )
             saved = human_bytes((len(users) - 1) * size)
             yield (
                 f"One copy of {name} ({human_bytes(size)}) serves {listed(users)}: "
@@ -137,7 +190,7 @@ def _carried(system: System, link: Link) -> str:
     form = link.form
     if form.carries == "text":
         return f"{link.id} hands over text: {link.source} writes at most {form.max_tokens} tokens."
-    facts = system.backbone_of(link.source).facts
+    backbone = system.backbone_of(link.source)
     most = system.build.max_prompt_tokens
     if form.carries == "cache":
         what = {
@@ -146,7 +199,7 @@ def _carried(system: System, link: Link) -> str:
             "thoughts": f"its thoughts, {system.agents[link.source].latent_steps - 1}",
             "written": f"what it writes, at most {form.max_tokens}",
         }
-        size, of = _handed_layers(link, facts)
+        size, of = _handed_layers(link, backbone)
         rows = listed(what[kind] for kind in form.rows)
         return (
             f"{link.id} copies rows of {rows}, of {of}: {human_bytes(size)} a row. "
@@ -160,9 +213,11 @@ def _carried(system: System, link: Link) -> str:
     return f"{link.id} sends the states that {link.source} has at {of}, without a step: {vectors}."
 
 
-def _handed_layers(link: Link, facts: BackboneFacts) -> tuple[int, str]:
+def _handed_layers(link: Link, backbone: Backbone) -> tuple[int, str]:
     """Return the bytes of a row that is handed over, and the layers it is of, in words."""
-    of_layers, chosen = [sequence_bytes([layer], 1) for layer in facts.layers], link.form.layers
+    facts, element_bytes = backbone.facts, DTYPE_BYTES[backbone.types.caches]
+    of_layers = [sequence_bytes([layer], 1, element_bytes=element_bytes) for layer in facts.layers]
+    chosen = link.form.layers
     if link.layer_share is not None:
         count = chosen_count(link.layer_share, facts.num_layers)
         size = count * sum(of_layers) // facts.num_layers

@@ -16,17 +16,18 @@ from recmas_compiler.backbones.facts import (
     angle_tables_bytes,
     has_expert_blocks,
     row_weights_bytes,
+    step_bytes,
     weights_bytes,
 )
 from recmas_compiler.ir.graph import Graph
-from recmas_compiler.ir.ops import Cache, Level, Send, System, Think
+from recmas_compiler.ir.ops import Backbone, Cache, Level, Send, System, Think
 from recmas_compiler.passes.plan_caches import appended_rows
 from recmas_runtime.core.errors import fail
 from recmas_runtime.core.text import aligned, human_bytes
 from recmas_runtime.formats.ids import inner_link_id
 from recmas_runtime.formats.layers import sequence_bytes
 from recmas_runtime.formats.plan import cache_capacity
-from recmas_runtime.formats.precisions import PRECISIONS
+from recmas_runtime.formats.precisions import AUTO, DTYPE_BYTES, PRECISIONS
 from recmas_runtime.sequences.sequence_batch import DECODE_HEADROOM
 
 # Measured on Linux with ONNX Runtime 1.31 and SmolLM2 (docs/performance.md). Python, numpy, ONNX
@@ -46,6 +47,10 @@ class BackboneMemory:
     Attributes:
         name: The backbone; those that use its weights are not listed apart.
         dtype: Element type that float32 engines store weights in; in memory they are float32.
+        device: What its engines are made for, as the spec names it.
+        cache_dtype: Element type of keys and values.
+        step_bytes: Weights that a latent step reads, those of the inner link apart: over the
+            bandwidth of the memory that they lie in, the least time of a step.
         tables_bytes: The most that angles of the CPU's decoder take.
         snapshot_bytes: Copies of layer states, for one record.
         activation_bytes: What the longest prompt of one record passes through.
@@ -56,8 +61,11 @@ class BackboneMemory:
     source: str
     dtype: str
     precision: str
+    device: str
+    cache_dtype: str
     agents: tuple[str, ...]
     weights_bytes: int
+    step_bytes: int
     tables_bytes: int
     cache_bytes: int
     snapshot_bytes: int
@@ -157,11 +165,19 @@ class MemoryPlan:
                 *([f"{states}{self.max_batch}."] if self.snapshot_bytes(batch=1) else []),
                 f"Prompts pass through {prompts[0]} for one record, {prompts[1]} for "
                 f"{self.max_batch}; the runtime itself takes {human_bytes(self.runtime_bytes)}.",
+                *(_step_text(backbone) for backbone in self.backbones),
                 f"In all {one} for one record, {most} for a batch of {self.max_batch}.",
                 f"Counted with prompts of {self.prompt_tokens} tokens, messages included; "
                 "--prompt-tokens N counts others.",
             )
         )
+
+
+def _step_text(backbone: BackboneMemory) -> str:
+    where = "" if backbone.device == AUTO else f" on {backbone.device}"
+    caches = "" if backbone.cache_dtype == "float32" else f"; caches are {backbone.cache_dtype}"
+    read = human_bytes(backbone.step_bytes)
+    return f"A latent step of {backbone.name} ({backbone.precision}{where}) reads {read}{caches}."
 
 
 def memory_plan(program: Graph, *, prompt_tokens: int | None = None) -> MemoryPlan:
@@ -221,11 +237,18 @@ def _backbones(system: System, prompt_tokens: int | None) -> Iterator[BackboneMe
                 source=backbone.facts.source,
                 dtype=backbone.dtype,
                 precision=backbone.precision,
+                device=backbone.device,
+                cache_dtype=backbone.types.caches,
                 agents=tuple(agent for cache in caches for agent in cache.agents),
-                weights_bytes=weights_bytes(backbone.facts, precision=backbone.precision)
-                + _for_prompts(backbone.facts, backbone.precision)
+                weights_bytes=weights_bytes(
+                    backbone.facts, precision=backbone.precision, device=backbone.device_kind
+                )
+                + _for_prompts(backbone)
                 + _beside_experts(backbone.facts, backbone.precision),
-                tables_bytes=angle_tables_bytes(backbone.facts),
+                step_bytes=step_bytes(
+                    backbone.facts, precision=backbone.precision, device=backbone.device_kind
+                ),
+                tables_bytes=angle_tables_bytes(backbone.facts) if backbone.types.is_wide else 0,
                 cache_bytes=sum(_cache_bytes(system, cache, prompt_tokens) for cache in caches),
                 snapshot_bytes=sum(
                     snapshot.bytes_per_sample
@@ -233,15 +256,17 @@ def _backbones(system: System, prompt_tokens: int | None) -> Iterator[BackboneMe
                     if system.backbone_of(snapshot.agents[0]).name == name
                 ),
                 activation_bytes=most_rows * positions * numbers * ENGINE_ELEMENT_BYTES,
-                packing_bytes=_packing_bytes(backbone.facts, backbone.precision),
+                packing_bytes=_packing_bytes(backbone),
                 tokenizer_bytes=backbone.facts.vocab_size * TOKENIZER_BYTES,
             )
 
 
-def _for_prompts(facts: BackboneFacts, precision: str) -> int:
+def _for_prompts(backbone: Backbone) -> int:
     """Return the most that a second copy of the layers takes, which prompts are computed with."""
-    has_copy = PRECISIONS[precision].cpu_products == "rows in prompts"
-    return row_weights_bytes(facts, precision=precision) if has_copy else 0
+    has_copy = PRECISIONS[backbone.precision].cpu_products == "rows in prompts"
+    if not has_copy or not backbone.types.is_wide:
+        return 0
+    return row_weights_bytes(backbone.facts, precision=backbone.precision)
 
 
 def _beside_experts(facts: BackboneFacts, precision: str) -> int:
@@ -252,9 +277,9 @@ def _beside_experts(facts: BackboneFacts, precision: str) -> int:
     return 2 * facts.num_expert_parameters // block_size * ENGINE_ELEMENT_BYTES
 
 
-def _packing_bytes(facts: BackboneFacts, precision: str) -> int:
-    row = PRECISIONS[precision]
-    size = facts.vocab_size * facts.width * row.table_weight_bits / 8
+def _packing_bytes(backbone: Backbone) -> int:
+    row, facts = PRECISIONS[backbone.precision], backbone.facts
+    size = facts.vocab_size * facts.width * row.table_weight_bits(backbone.device_kind) / 8
     return 0 if row.block_size is None else round(size)
 
 
@@ -265,10 +290,14 @@ def _cache_bytes(system: System, cache: Cache, prompt_tokens: int | None) -> int
     steps = max(system.agents[name].latent_steps for name in cache.agents)
     appended = max(appended_rows(system, name) for name in cache.agents)
     appended = max(steps, min(appended, DECODE_HEADROOM))  # text gets room as it grows
-    layers = system.backbones[cache.backbone].facts.layers
+    backbone = system.backbones[cache.backbone]
     capacity = cache_capacity(prompt_tokens + appended)
-    num_masks = system.num_masks(cache.backbone)
-    return len(cache.agents) * sequence_bytes(layers, capacity, num_masks=num_masks)
+    return len(cache.agents) * sequence_bytes(
+        backbone.facts.layers,
+        capacity,
+        num_masks=system.num_masks(cache.backbone),
+        element_bytes=DTYPE_BYTES[backbone.types.caches],
+    )
 
 
 def _links_used(program: Graph) -> Iterator[tuple[str, int]]:

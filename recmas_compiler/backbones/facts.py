@@ -34,6 +34,7 @@ from recmas_compiler.spec.document.problems import problem_at, show
 from recmas_runtime.core.errors import RecmasError
 from recmas_runtime.formats.layers import MOST_LAYERS, LayerShape
 from recmas_runtime.formats.precisions import (
+    AUTO,
     DTYPE_BYTES,
     HEAD_MULTIPLE,
     MOST_TABLE_POSITIONS,
@@ -336,21 +337,33 @@ def _given(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if v is not None or k == "sliding_window"}
 
 
-def weights_bytes(facts: BackboneFacts, *, precision: str, dtype: str = "float32") -> int:
+def weights_bytes(
+    facts: BackboneFacts, *, precision: str, dtype: str = "float32", device: str = AUTO
+) -> int:
     """Return the bytes of a backbone's weights.
 
     Args:
-        dtype: What float32 engines store; quantized weights take the same bytes from any. Experts
-            are quantized where both of their widths are whole numbers of blocks.
+        dtype: What float32 engines store; others take the same bytes from any. Experts are
+            quantized where both of their widths are whole numbers of blocks.
+        device: The kind of device that engines are made for.
     """
     bits = PRECISIONS[precision]
     if bits.block_size is None:
-        return facts.num_parameters * DTYPE_BYTES[dtype]
+        stored = bits.types[device].products
+        return facts.num_parameters * DTYPE_BYTES[dtype if stored == "float32" else stored]
     tables = facts.num_tables * facts.vocab_size * facts.width
     experts = 0 if has_expert_blocks(facts, bits.block_size) else facts.num_expert_parameters
     layers = facts.num_parameters - experts - tables  # norms among them, one in a thousand
-    quantized = round(layers * bits.layer_weight_bits / 8 + tables * bits.table_weight_bits / 8)
+    of_layers, of_tables = bits.layer_weight_bits(device), bits.table_weight_bits(device)
+    quantized = round(layers * of_layers / 8 + tables * of_tables / 8)
     return quantized + experts * DTYPE_BYTES[dtype]
+
+
+def step_bytes(facts: BackboneFacts, *, precision: str, device: str = AUTO) -> int:
+    """Return the bytes of weights that a step of one position reads: no tables, all experts."""
+    row = PRECISIONS[precision]
+    layers = max(facts.num_parameters - facts.num_tables * facts.vocab_size * facts.width, 0)
+    return round(layers * row.layer_weight_bits(device) / 8)
 
 
 def row_weights_bytes(facts: BackboneFacts, *, precision: str) -> int:

@@ -55,7 +55,7 @@ from recmas_runtime.formats.plan import (
     prompt_fields,
     usual_question,
 )
-from recmas_runtime.formats.precisions import TARGETS
+from recmas_runtime.formats.precisions import AUTO, TARGETS
 
 
 def build_topology(
@@ -437,6 +437,7 @@ def _system(
                 facts=facts[name],
                 dtype=section.dtype,
                 precision=section.precision or build.precision,
+                device=section.device or AUTO,
                 shared_as=name,
                 template=templates.get(name),
                 where=spec.position("backbones", name),

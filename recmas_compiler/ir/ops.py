@@ -30,6 +30,7 @@ from recmas_runtime.formats.plan import (
     Variant,
     parse_day,
 )
+from recmas_runtime.formats.precisions import AUTO, PRECISIONS, ElementTypes, device_named
 
 # Where a bundle keeps the passages that its answer agent may search.
 SEARCH_CORPUS: Final = "tools/search.jsonl"
@@ -51,7 +52,8 @@ class Backbone:
         shared_as: The name of the backbone whose weights and engine it uses; `name` itself until
             ShareBackbones finds an equal one.
         dtype: Element type that its weights are rounded to.
-        precision: How its engines hold them: `float32`, `int8` or `int4`.
+        precision: How its engines hold them, of `formats.precisions.PRECISIONS`.
+        device: What its engines are made for and run on, of `formats.devices`.
         template: Text of the chat template that the spec gives it; None for its own.
     """
 
@@ -61,13 +63,25 @@ class Backbone:
     shared_as: str
     where: SourcePosition
     precision: str = "float32"
+    device: str = AUTO
     template: str | None = None
 
     @property
     def engine_identity(self) -> tuple[str, ...]:
         """What backbones have in common that can share weights and engine."""
         facts = self.facts
-        return facts.identity, facts.folder or "", self.dtype, self.precision, self.template or ""
+        engine = self.dtype, self.precision, self.device, self.template or ""
+        return facts.identity, facts.folder or "", *engine
+
+    @property
+    def device_kind(self) -> str:
+        """The kind of device that its engines are made for."""
+        return device_named(self.device).kind
+
+    @property
+    def types(self) -> ElementTypes:
+        """What its engines compute in."""
+        return PRECISIONS[self.precision].types[self.device_kind]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,7 @@ from recmas_runtime.formats.codec import to_json
 from recmas_runtime.formats.ids import outer_link_id
 from recmas_runtime.formats.messages import THOUGHTS, MessageForm, message_spans
 from recmas_runtime.formats.plan import PromptPart
+from recmas_runtime.formats.precisions import AUTO
 
 Row = tuple[str, ...]
 
@@ -143,6 +144,7 @@ def _backbone_row(backbone: Backbone) -> Row:
         f"vocab={facts.vocab_size}",
         f"positions={facts.max_positions}",
         f"parameters={facts.num_parameters}",
+        "" if backbone.device == AUTO else f"on {backbone.device}",
         "" if backbone.template is None else f"template={_short_digest(backbone.template)}",
         "" if backbone.shared_as == backbone.name else f"uses {backbone.shared_as}",
     )

@@ -9,6 +9,7 @@ from recmas_compiler.ir.ops import Cache, CacheOp, Decode, Level, NodeOp, Prefil
 from recmas_compiler.passes.pass_base import Pass
 from recmas_runtime.formats.layers import sequence_bytes
 from recmas_runtime.formats.plan import cache_capacity
+from recmas_runtime.formats.precisions import DTYPE_BYTES
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ def _cache(system: System, agents: tuple[str, ...], steps: list[str]) -> Cache:
         capacity=capacity,
         bytes_per_sample=len(agents)
         * sequence_bytes(
-            backbone.facts.layers, capacity, num_masks=system.num_masks(backbone.name)
+            backbone.facts.layers,
+            capacity,
+            num_masks=system.num_masks(backbone.name),
+            element_bytes=DTYPE_BYTES[backbone.types.caches],
         ),
         first_step=steps[0],  # 3
         last_step=steps[-1],

@@ -210,11 +210,20 @@ CASES: dict[str, tuple[str, str, str]] = {
         "answer:",
         "build: {target: tensorrt, precision: @@int8}\nanswer:",
     ),
-    "float16": ("RM121", "answer:", "build: {precision: @@float16}\nanswer:"),
-    "bfloat16_backbone": (
+    "float16_on_a_cpu": (
         "RM121",
         "  small: {source: ./small}",
-        "  small: {source: ./small, precision: @@bfloat16}",
+        "  small: {source: ./small, device: cpu, precision: @@float16}",
+    ),
+    "device_without_engines": (
+        "RM121",
+        "  small: {source: ./small}",
+        "  small: {source: ./small, device: @@tensorrt}",
+    ),
+    "device_unknown": (
+        "RM105",
+        "  small: {source: ./small}",
+        "  small: {source: ./small, device: @@gpu}",
     ),
     "train_incomplete": ("RM104", "answer:", "@@train: {data: x.jsonl}\nanswer:"),
 }

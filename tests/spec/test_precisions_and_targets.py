@@ -55,8 +55,12 @@ def test_a_precision_says_of_each_target_whether_it_builds_it(name: str) -> None
     assert precision.targets | precision.refusals.keys() == set(TARGETS)
     if precision.targets:
         assert precision.tolerances.keys() == TOLERANCES.keys()
-    measured = loss_figures(NOTHING_LOST).keys() if precision.is_quantized else set()
+    measured = loss_figures(NOTHING_LOST).keys() if name != "float32" else set()
     assert precision.loss_limits.keys() == measured
+    assert precision.types.keys().isdisjoint(precision.device_refusals)
+    assert precision.types.keys() | precision.device_refusals.keys() == set(DEVICES)
+    for types in precision.types.values():
+        assert (types.norms, types.borders) == ("float32", "float32")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -76,14 +80,30 @@ def test_what_a_target_cannot_build_is_refused(target: str, precision: str) -> N
 
 def test_what_to_use_instead() -> None:
     hints = {}
-    for target in TARGETS:
+    for target in [target for target in TARGETS if "int4" not in buildable(target)]:
         with pytest.raises(RecmasError) as caught:
-            parse_spec(SPEC.replace("TARGET", target).replace("PRECISION", "bfloat16"))
+            parse_spec(SPEC.replace("TARGET", target).replace("PRECISION", "int4"))
         hints[target] = caught.value.problems[0].hint
-    assert hints == {
-        "onnx": "Use float32, int8 or int4. To store float32 in half the bytes, set `dtype`.",
-        "tensorrt": "Use float32, or target `onnx`.",
-    }
+    assert hints == {"tensorrt": "Use float32, bfloat16 or float16, or target `onnx`."}
+
+
+@pytest.mark.parametrize("device", [device for device in DEVICES if device != "tensorrt"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_a_device_cannot_run_is_refused(device: str, precision: str) -> None:
+    text = SPEC.replace("TARGET", "onnx").replace("PRECISION", precision)
+    text = text.replace("source: models/small", f"source: models/small, device: {device}")
+    reason = PRECISIONS[precision].device_refusals.get(device)
+    if reason is None:
+        assert parse_spec(text).document.backbones["small"].device == device
+        return
+    with pytest.raises(RecmasError) as caught:
+        parse_spec(text)
+    (problem,) = caught.value.problems
+    assert problem.code == "RM121"
+    assert problem.message == (
+        f"precision `{precision}` is not supported on device `{device}`: {reason}."
+    )
+    assert problem.hint == "Use float32, int8 or int4, or another device."
 
 
 def test_a_figure_that_is_no_number_is_beyond() -> None:

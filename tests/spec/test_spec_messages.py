@@ -47,7 +47,7 @@ EDITS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "not_supported": (("answer:", "build: {target: tensorrt, precision: int4}\nanswer:"),),
     "precision_not_supported": (
-        ("{source: ./small}", "{source: ./small, precision: float16}"),
+        ("{source: ./small}", "{source: ./small, device: cpu}"),
         ("answer:", "build: {precision: bfloat16}\nanswer:"),
     ),
     "newer_version": (("recmas: 1", "recmas: 2\nthoughts: deep"),),

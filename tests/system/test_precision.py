@@ -14,6 +14,7 @@ import pytest
 import recmas_runtime as rt
 from kit.bundles import BuildTiny, Built, num_weight_bytes
 from kit.specs import on_three_backbones
+from recmas_compiler.analysis.explain import explain
 from recmas_compiler.analysis.memory import memory_plan
 from recmas_compiler.backbones.facts import row_weights_bytes, weights_bytes
 from recmas_compiler.ir.build_topology import build_topology
@@ -28,7 +29,7 @@ from recmas_runtime.cli.inspect import bundle_text
 from recmas_runtime.core.errors import Exit, RecmasError
 from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.manifest import ParityEntry
-from recmas_runtime.formats.precisions import PRECISIONS, TOLERANCES, buildable, loss_figures
+from recmas_runtime.formats.precisions import PRECISIONS, TOLERANCES, loss_figures
 
 RECORDS: list[dict[str, object]] = [
     {"id": "1", "question": "What is 7 * 8?"},
@@ -78,6 +79,8 @@ def only_case(built: Built) -> ParityEntry:
         pytest.param("llama", "int4", marks=pytest.mark.families),
         pytest.param("qwen3", "int4", marks=pytest.mark.families),
         ("gemma3", "int4"),
+        pytest.param("llama", "bfloat16", marks=pytest.mark.families),
+        pytest.param("gemma3", "float16", marks=pytest.mark.families),
     ],
 )
 def test_systems_run_and_say_what_they_lost(
@@ -123,7 +126,7 @@ def test_baselines_and_other_plans_run_on_quantized_engines(build_tiny: BuildTin
 
 def test_fewer_bits_are_fewer_bytes_and_lose_more(build_tiny: BuildTiny) -> None:
     sizes, cosines = {}, {}
-    for precision in buildable("onnx"):
+    for precision in ("float32", "int8", "int4"):
         built = build_tiny(pair("llama", precision))
         (entry,) = built.system.manifest.backbones.values()
         sizes[precision] = num_weight_bytes(built.bundle / entry.weights)
@@ -172,7 +175,7 @@ def test_a_tied_table_is_stored_once_and_norms_stay(build_tiny: BuildTiny) -> No
 
 MIXED = on_three_backbones(
     "source: llama",
-    "source: llama, precision: int4",
+    "source: llama, precision: int4, device: cpu",
     "source: gemma3, precision: float32",
     build="precision: int8, max_prompt_tokens: 384, max_batch: 8",
 )
@@ -192,6 +195,16 @@ def test_several_precisions_in_one_system(build_tiny: BuildTiny) -> None:
     answers = built.system.run(RECORDS)
     alone = [built.system.run([record])[0].answer for record in RECORDS]
     assert [answer.answer for answer in answers] == alone
+    assert {name: entry.device for name, entry in manifest.backbones.items()} == {
+        "small": "auto",
+        "other": "cpu",
+        "third": "auto",
+    }
+    placed = rt.load(built.bundle, device="cpu,third=cpu", threads=1)
+    assert [answer.answer for answer in placed.run(RECORDS)] == alone
+    said = explain(built.topology, [])
+    assert "other runs on cpu: int4, caches in float32, hidden states in float32." in said
+    assert "through memory of the host" in said
 
 
 def test_the_text_of_a_file(

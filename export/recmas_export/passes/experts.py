@@ -82,6 +82,22 @@ def mixtures(graph: ir.Graph) -> Iterator[Mixture]:
         yield Mixture(_ancestor(last.inputs[0], IN), last, total)
 
 
+def routers(graph: ir.Graph) -> Iterator[ir.Node]:
+    """Yield the products with weights that a choice of the largest is made from."""
+    waiting = [value for node in graph if node.op_type == "TopK" for value in node.inputs[:1]]
+    seen = set[ir.Node]()
+    while waiting:
+        value = waiting.pop()
+        node = value.producer() if value is not None else None
+        if node is not None and node not in seen:
+            seen.add(node)
+            weight = node.inputs[1] if node.op_type in ("Gemm", "MatMul") else None
+            if weight is not None and weight.is_initializer():
+                yield node
+            else:
+                waiting += node.inputs
+
+
 class StoreExperts(InPlacePass):
     """Store the matrices of experts as every form reads them.
 
@@ -305,10 +321,14 @@ class _Expansion:
         assert x is not None
         pairs = tape.op("Reshape", (taken, c([-1])))
         shares_P = tape.op("Reshape", (shares, c([-1])))
-        start = tape.op("Mul", (x, c(0.0)))
+        # positions of 16 bits are summed up in float32
+        wide = (
+            x if x.dtype == ir.DataType.FLOAT else tape.op("Cast", (x,), {"to": ir.DataType.FLOAT})
+        )
+        start = tape.op("Mul", (wide, c(0.0)))
         numbers = c(list(range(mixture.num_experts)))
         operands = [*mixture.first.inputs[2:], *mixture.last.inputs[2:]]
-        body, sums = Tape(), _input(*self._type_of(x))
+        body, sums = Tape(), _input(mixture.total.outputs[0].type, x.shape)
         number = _input(ir.TensorType(ir.DataType.INT64), ir.Shape(()))
         each = [_input(*_slice_of(value)) for value in operands]
         first, last = each[: len(mixture.first.inputs) - 2], each[len(mixture.first.inputs) - 2 :]

@@ -28,6 +28,7 @@ _LATENT: dict[str, str] = {
     "cache": "rows of a key/value cache",
 }
 _WHY: dict[str, str] = {
+    "device": "it does not run here",
     "dtype": "its weights are not here",
     "precision": "its weights are not here",
     "template": "prompts go there as chat messages, which the service's own template renders",

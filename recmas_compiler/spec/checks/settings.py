@@ -27,7 +27,15 @@ from recmas_compiler.spec.schema.train import (
 from recmas_runtime.core.errors import Problem
 from recmas_runtime.formats.ids import canonical_link_name, link_name
 from recmas_runtime.formats.link_kinds import FORMS, LATENTMAS_KIND
-from recmas_runtime.formats.precisions import PRECISIONS, PrecisionName, precision_hint
+from recmas_runtime.formats.precisions import (
+    PRECISIONS,
+    TARGETS,
+    TENSORRT,
+    PrecisionName,
+    device_hint,
+    device_named,
+    precision_hint,
+)
 
 
 def check_settings(declared: Declared) -> Iterator[Problem]:
@@ -78,12 +86,35 @@ def check_support(declared: Declared) -> Iterator[Problem]:
             message = f"precision `{precision}` is not supported for target `{target}`: {reason}."
             hint = precision_hint(target)
             yield problem_at(places.value(loc), "RM121", message, hint=hint)
+    yield from _refused_devices(declared)
     for loc, what, weights in _all_weights(declared):
         if weights.weights is None and weights.init == "random":
             place = places.key((*loc, "init"))
             message = f"{what} starts from random weights: expect no sensible answers."
             hint = "Give `weights`, or use `init: aligned`."
             yield problem_at(place, "RM152", message, hint=hint, severity="warning")
+
+
+def _refused_devices(declared: Declared) -> Iterator[Problem]:
+    """Yield devices whose engines the target does not build, or not in a backbone's precision."""
+    build, places = declared.document.build, declared.places
+    for name, backbone in declared.document.backbones.items():
+        loc: Loc = ("backbones", name)
+        if backbone.device is None or backbone.is_remote:
+            continue
+        kind = device_named(backbone.device).kind
+        if kind == TENSORRT and TARGETS[build.target].machine_engines != TENSORRT:
+            message = f"target `{build.target}` builds no engines for device `{kind}`."
+            hint = "Use target `tensorrt`, or device `cuda`."
+            yield problem_at(places.value((*loc, "device")), "RM121", message, hint=hint)
+            continue
+        precision = backbone.precision or build.precision
+        reason = PRECISIONS[precision].device_refusals.get(kind)
+        if reason is not None:
+            own = places.value((*loc, "precision" if backbone.precision else "device"))
+            message = f"precision `{precision}` is not supported on device `{kind}`: {reason}."
+            hint = device_hint(kind)
+            yield problem_at(own, "RM121", message, hint=hint)
 
 
 def _all_precisions(declared: Declared) -> Iterator[tuple[Loc, PrecisionName]]:

@@ -22,7 +22,7 @@ from recmas_runtime.formats.manifest import (
     Prices,
     RemoteEntry,
 )
-from recmas_runtime.formats.precisions import Dtype, PrecisionName
+from recmas_runtime.formats.precisions import DEVICE_PATTERN, Dtype, PrecisionName
 
 # Keys that somebody would write a secret under.
 SECRET_KEYS: Final = frozenset(
@@ -77,6 +77,11 @@ class BackboneSection(Section):
     precision: Given[PrecisionName] = None
     """Precision of this backbone's engines instead of `build.precision`."""
 
+    device: Given[Annotated[str, StringConstraints(pattern=DEVICE_PATTERN)]] = None
+    """Device that this backbone's engines are made for and run on: `cpu`, `cuda`, `cuda:1` for the
+    second GPU, or `tensorrt`; without it, or with `auto`, the best that is there. Messages between
+    devices cross through memory of the host."""
+
     template: Given[FilePath] = None
     """Chat template instead of the backbone's own: a Jinja file, relative to the spec, or `none`
     for plain text, as models without one were trained on."""
@@ -128,7 +133,7 @@ class BackboneSection(Section):
 
 
 # Of `BackboneSection`: what is of weights that are here, and what is of a model behind an API.
-LOCAL_KEYS: Final = ("dtype", "precision", "template")
+LOCAL_KEYS: Final = ("device", "dtype", "precision", "template")
 REMOTE_KEYS: Final = tuple(
     name for name in BackboneSection.model_fields if name not in ("source", *LOCAL_KEYS)
 )

@@ -273,7 +273,7 @@ def _misused_part(detail: ErrorDetails, places: Places) -> Problem:
 
 
 def _unknown_precision(detail: ErrorDetails, places: Places) -> Problem:
-    """Return the finding for a precision; those that no target builds are not offered."""
+    """Return the finding for a precision that there is none of."""
     offered = buildable()
     listed = f"{', '.join(offered[:-1])} or {offered[-1]}"
     given, path = detail["input"], ".".join(map(str, detail["loc"]))
@@ -281,8 +281,6 @@ def _unknown_precision(detail: ErrorDetails, places: Places) -> Problem:
     message = f"`{path}` should be {listed}, is {show(given)}."
     if meant in offered:
         hint = f"Did you mean `{meant}`?"
-    elif meant:
-        hint = f"This version does not build `{meant}`."
     else:
         close = did_you_mean(str(given), offered)
         hint = close if close.startswith("Did") else ""

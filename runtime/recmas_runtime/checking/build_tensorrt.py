@@ -38,7 +38,7 @@ from recmas_runtime.engines.tensorrt.static_graph import (
 )
 from recmas_runtime.formats.bundle import ENGINES_FOLDER, Bundle, open_bundle
 from recmas_runtime.formats.links import read_operands
-from recmas_runtime.formats.manifest import BackboneEntry
+from recmas_runtime.formats.precisions import AUTO, TENSORRT, device_named
 
 if TYPE_CHECKING:
     import onnx
@@ -109,14 +109,18 @@ def build_engines(
     """
     platform = find_platform()
     bundle = open_bundle(root)
-    fingerprint = bundle.manifest.fingerprint
+    fingerprint, entries = bundle.manifest.fingerprint, bundle.manifest.backbones
     engines, _ = choose_engines(root, fingerprint, platform)
     if reuse and engines is not None and engines.is_own:
         return EngineBuild(path=engines.path, record=engines.record, reused=True, figures={})
     kept = {**(kept_timing or {}), **timing_caches(root)}
     with staged_engines(root, platform) as folder:
         builder = _Builder(bundle, folder, kept.get(platform.key, b""), progress)
-        backbones = {name: builder.build(name) for name in bundle.manifest.backbones}
+        # What the spec has placed elsewhere runs there.
+        placed = {name: device_named(e.device).kind for name, e in entries.items()}
+        backbones = {
+            name: builder.build(name) for name in entries if placed[name] in (AUTO, TENSORRT)
+        }
         (folder / TIMING_CACHE_NAME).write_bytes(builder.timing_cache)
         record = write_record(
             folder, fingerprint=fingerprint, platform=platform, backbones=backbones
@@ -189,19 +193,22 @@ def _check(
     """Run every parity case on the new engines; RM405 for figures beyond their tolerance."""
     from recmas_runtime.engines.tensorrt.backbone import open_backbones
 
-    def no_other_engine(entry: BackboneEntry) -> Backbone[Any]:
+    def no_other_engine(name: str) -> Backbone[Any]:
         raise AssertionError("engines are built large enough for their parity case")
 
-    backbones = open_backbones(bundle, engines, no_other_engine, [])
+    built = list(engines.record.backbones)
+    backbones = open_backbones(bundle, engines, built, no_other_engine, [])
     operands = read_operands(bundle.file, bundle.manifest.links)
     figures: dict[str, dict[str, float]] = {}
     problems: list[Problem] = []
-    with progress.stage("Comparing with the reference", len(bundle.manifest.parity)) as advance:
-        for entry in bundle.manifest.parity:
+    cases = [entry for entry in bundle.manifest.parity if entry.backbone in built]
+    with progress.stage("Comparing with the reference", len(cases)) as advance:
+        for entry in cases:
             tensors, inner = read_case(bundle, entry)
             parity = measure_backbone_parity(backbones[entry.backbone], tensors, operands[inner])
             found = figures[entry.backbone] = dict(parity.figures)
-            problems += out_of_tolerance(entry.file, found, precision="float32")
+            precision = bundle.manifest.backbones[entry.backbone].precision
+            problems += out_of_tolerance(entry.file, found, precision=precision)
             advance()
     if problems:
         raise RecmasError(problems)

@@ -19,7 +19,7 @@ import numpy as np
 
 from recmas_runtime.core.errors import fail
 from recmas_runtime.engines.onnx.caches import NUMPY_TYPES, ort_value
-from recmas_runtime.engines.onnx.session import PROVIDERS, Device, call_onnx, make_session
+from recmas_runtime.engines.onnx.session import Device, call_onnx, make_session, provider_of
 
 # What a free dimension of an input gets: one sample, one position, one link; rows of a cache.
 _SIZES: Final = {"capacity": 64}
@@ -64,7 +64,7 @@ def find_stray_nodes(
         call_onnx(session.run_with_ort_values, None, feeds)
         profile = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     kernels = [event for event in profile if event["name"].endswith("_kernel_time")]
-    found = (_judge(event, PROVIDERS[device][0]) for event in kernels)
+    found = (_judge(event, provider_of(device)) for event in kernels)
     return tuple(node for node in found if node is not None)
 
 
@@ -78,7 +78,7 @@ def refuse_stray_nodes(path: Path, *, threads: int | None = None, device: Device
     if stray:
         raise fail(
             "RM304",
-            f"{len(stray)} operators of a step do not run on {PROVIDERS[device][0]} alone: "
+            f"{len(stray)} operators of a step do not run on {provider_of(device)} alone: "
             f"{'; '.join(map(str, stray[:_MOST_NAMED]))}.",
             file=str(path),
             hint="Upgrade onnxruntime, or build with another precision.",

@@ -32,7 +32,7 @@ from recmas_runtime.formats.codec import malformed
 from recmas_runtime.formats.links import read_operands, stack_operands
 from recmas_runtime.formats.manifest import PARITY_ROWS, PLAN_NAME, Manifest, ParityEntry
 from recmas_runtime.formats.plan import filled_fields
-from recmas_runtime.formats.precisions import beyond_tolerance
+from recmas_runtime.formats.precisions import TENSORRT, beyond_tolerance
 from recmas_runtime.formats.safetensors_file import read_tensors
 from recmas_runtime.prompts.samples import PromptDigests, prompt_digests, token_digest
 from recmas_runtime.prompts.trial import render_once
@@ -103,7 +103,7 @@ def verify_bundle(
     """Hash every file, render every prompt, run the known-answer probe and every parity case.
 
     Args:
-        device: `auto`, `cpu`, `cuda` or `tensorrt`.
+        device: As `load` takes it.
         threads: Threads within an operator; None takes the physical cores.
         store: Where packed weights are kept that runs would take; they are hashed too.
 
@@ -152,8 +152,10 @@ def verify_bundle(
                     problems.append(
                         _disagrees(entry.file, "another greedy continuation than built")
                     )
-                decoder = bundle.manifest.backbones[entry.backbone].decoder_on(where)
-                stray = find_stray_nodes(bundle.file(decoder), threads=threads, device=where)
+                on = loaded.devices[entry.backbone]
+                on = where if on == TENSORRT else on
+                decoder = bundle.manifest.backbones[entry.backbone].decoder_on(on)
+                stray = find_stray_nodes(bundle.file(decoder), threads=threads, device=on)
                 problems += [_misplaced(decoder, node) for node in stray]
                 cases.append(case)
             advance()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from recmas_runtime.cli.cache import add_cache_options, run_cache
+from recmas_runtime.cli.device_option import add_device_option
 from recmas_runtime.core.errors import (
     CODES,
     Exit,
@@ -34,7 +35,6 @@ from recmas_runtime.core.terminal import (
     lasting_interrupts,
     open_standard_streams,
 )
-from recmas_runtime.formats.precisions import DEVICES
 
 
 @dataclass(kw_only=True)
@@ -442,12 +442,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device",
-        default="auto",
-        choices=DEVICES,
-        help="where to run; auto takes the best that is there",
-    )
+    add_device_option(parser)
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: physical cores")
     parser.add_argument(
         "--no-cache",

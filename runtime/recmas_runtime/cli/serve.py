@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from recmas_runtime.cli.serve_options import KEY_VARIABLE
 from recmas_runtime.core.errors import Problem, RecmasError, fail, missing_package
 from recmas_runtime.core.printing import note, write_out
+from recmas_runtime.engines.devices import needs_gpu
 from recmas_runtime.formats.bundle import Bundle
 from recmas_runtime.formats.plan import field_place, filled_fields
 from recmas_runtime.serve.log import ServiceLog
@@ -107,7 +108,7 @@ def _fitting(
         map(BundleNeeds.of, bundles.values()),
         asked=limits.max_batch,
         kept_bytes=limits.kept_bytes,
-        available_bytes=available_memory_bytes() if options.device in ("auto", "cpu") else None,
+        available_bytes=None if needs_gpu(options.device) else available_memory_bytes(),
         problems=warnings,
     )
     return replace(limits, max_batch=max_batch)

@@ -137,6 +137,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "RM550": (Exit.OK, "warning: TensorRT engines of a bundle that are not used"),
     "RM551": (Exit.OK, "warning: a service with memory for fewer requests than were planned for"),
     "RM552": (Exit.OK, "warning: a report whose trace and answers are not those of one run"),
+    "RM553": (Exit.OK, "warning: a precision of GPUs that a CPU computes"),
     "RM560": (Exit.ENVIRONMENT, "the key of a remote model is not there"),
     "RM561": (Exit.RUN_FAILED, "a remote model that cannot be reached"),
     "RM562": (Exit.RUN_FAILED, "a remote model that refuses the key"),

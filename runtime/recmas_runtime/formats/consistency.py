@@ -6,6 +6,7 @@ before (`bundle`, `codec`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
@@ -37,7 +38,13 @@ from recmas_runtime.formats.plan import (
     form_of,
     is_field,
 )
-from recmas_runtime.formats.precisions import DTYPE_BYTES, PRECISIONS, TOLERANCES, buildable
+from recmas_runtime.formats.precisions import (
+    DEVICE_PATTERN,
+    DTYPE_BYTES,
+    PRECISIONS,
+    TOLERANCES,
+    buildable,
+)
 
 # Yields (where in the file, what is wrong).
 Rule = Callable[[Manifest, Plan], Iterator[tuple[str, str]]]
@@ -65,7 +72,7 @@ def graph_files(manifest: Manifest) -> tuple[str, ...]:
     paths = [manifest.link_engine, manifest.probe]
     for backbone in manifest.backbones.values():
         paths += [backbone.decoder, backbone.embed, backbone.head]
-        paths += [backbone.cpu_decoder] if backbone.cpu_decoder is not None else []
+        paths += [path for path in (backbone.cpu_decoder, backbone.cpu_head) if path is not None]
     return tuple(dict.fromkeys(paths))
 
 
@@ -93,6 +100,10 @@ def backbones_are_usable(manifest: Manifest, plan: Plan) -> Iterator[tuple[str, 
         where = f"backbones.{name}"
         if backbone.dtype not in DTYPE_BYTES:
             yield f"{where}.dtype", f"unknown element type {backbone.dtype!r}"
+        if backbone.cache_dtype not in DTYPE_BYTES:
+            yield f"{where}.cache_dtype", f"unknown element type {backbone.cache_dtype!r}"
+        if re.fullmatch(DEVICE_PATTERN, backbone.device) is None:
+            yield f"{where}.device", f"unknown device {backbone.device!r}"
         if backbone.precision not in buildable():
             yield f"{where}.precision", f"unknown precision {backbone.precision!r}"
         size = backbone.vocab_size

@@ -28,7 +28,7 @@ HIDDEN_ROWS: Final = "hidden_rows"
 # The branch of a decoder that computes prompts, where they have weights of their own.
 PROMPT_BRANCH: Final = "prompt"
 
-# Engines compute in float32, and so do caches.
+# Of a float32 number, which a state consists of.
 _ELEMENT_BYTES = 4
 
 _Heads = Annotated[int, Meta(ge=1, le=2**16)]
@@ -183,13 +183,20 @@ def states_bytes(layers: Iterable[LayerShape]) -> int:
     return _ELEMENT_BYTES * elements_of_states(layers)
 
 
-def sequence_bytes(layers: Sequence[LayerShape], capacity: int, *, num_masks: int = 0) -> int:
+def sequence_bytes(
+    layers: Sequence[LayerShape],
+    capacity: int,
+    *,
+    num_masks: int = 0,
+    element_bytes: int = _ELEMENT_BYTES,
+) -> int:
     """Return the bytes that a cache of so many positions takes for one sequence.
 
-    A state is there twice: as it was, which a call reads, and as it is made. Each of the masks that
-    hide rows has one byte for a position.
+    Numbers of keys and values have so many bytes, states are float32. A state is there twice: as it
+    was, which a call reads, and as it is made. Each of the masks that hide rows has one byte for a
+    position.
     """
-    rows = (_ELEMENT_BYTES * elements_per_position(layers) + num_masks) * capacity
+    rows = (element_bytes * elements_per_position(layers) + num_masks) * capacity
     return rows + 2 * states_bytes(layers)
 
 

@@ -65,15 +65,19 @@ class BackboneEntry(StrictStruct, frozen=True, kw_only=True):
         layers: What each layer keeps of a sequence.
         max_positions: Longest sequence that the backbone was made for.
         bos_token: Surface form, or None.
-        dtype: Element type of activations and caches.
-        precision: `float32`, or `int8` or `int4` for weights in blocks of integers.
+        dtype: Element type of what engines take and give: input vectors, hidden states, logits.
+        cache_dtype: Element type of keys and values; layer states are float32.
+        precision: One of `precisions.PRECISIONS`.
+        device: What the spec has placed it on, of `formats.devices`.
         eos_token_ids: Tokens that end an answer.
         decoder: `decoder.onnx`: inputs_embeds, write_index, last_index, caches, inner link ->
             hidden, thought, next_embeds, caches. Standard operators, but for quantized weights.
         cpu_decoder: The same in operators of ONNX Runtime's CPU provider; None if there is none.
-            Behind cached rows it takes one sample at a time, or one position of each.
+            Behind cached rows it takes one sample at a time, or one position of each. Where graphs
+            compute in 16 bits: the same in float32, rounded where they are, and no such limit.
         embed: `embed.onnx`: input_ids -> inputs_embeds.
         head: `head.onnx`: hidden -> logits.
+        cpu_head: The same for a CPU, where graphs compute in 16 bits; None if it is that one.
         weights: The one file with the weights all three graphs point into.
         special_tokens: Named special tokens that the chat template may refer to.
         masked_layers: Groups of layers from which rows of a cache can be hidden, see
@@ -101,6 +105,9 @@ class BackboneEntry(StrictStruct, frozen=True, kw_only=True):
     special_tokens: dict[str, str] = field(default_factory=dict)
     precision: str = "float32"
     cpu_decoder: str | None = None
+    cpu_head: str | None = None
+    cache_dtype: str = "float32"
+    device: str = "auto"
     masked_layers: Annotated[tuple[Layers, ...], Meta(max_length=MOST_LAYERS)] = ()
     row_positions: RowPositions | None = None
 
@@ -112,6 +119,15 @@ class BackboneEntry(StrictStruct, frozen=True, kw_only=True):
     def decoder_on(self, device: str) -> str:
         """Return the decoder that runs on a device."""
         return self.cpu_decoder if device == "cpu" and self.cpu_decoder else self.decoder
+
+    def head_on(self, device: str) -> str:
+        """Return the head that runs on a device."""
+        return self.cpu_head if device == "cpu" and self.cpu_head else self.head
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether its graphs compute in 16 bits, which a CPU does in float32 with roundings."""
+        return self.cache_dtype != "float32"
 
 
 class Prices(StrictStruct, frozen=True, kw_only=True):

@@ -8,9 +8,12 @@ package that opens them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal, get_args
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, get_args
+
+from recmas_runtime.core.errors import fail
 
 if TYPE_CHECKING:  # help shall not wait for the formats
     from recmas_runtime.formats.manifest import LossEntry
@@ -28,8 +31,33 @@ TARGET_NAMES: Final[tuple[str, ...]] = get_args(TargetName)
 DecoderForm = Literal["portable", "cpu"]
 
 TENSORRT: Final = "tensorrt"
+AUTO: Final = "auto"
 # What a bundle can be run on: ONNX Runtime's devices, the engines built for one machine, or `auto`.
-DEVICES: Final = ("auto", "cpu", "cuda", TENSORRT)
+DEVICES: Final = (AUTO, "cpu", "cuda", TENSORRT)
+
+# CUDA devices have a number; without one it is the first.
+DEVICE_PATTERN: Final = r"^(auto|cpu|cuda(:[0-9]{1,2})?|tensorrt)$"
+
+
+class DeviceName(NamedTuple):
+    """A device: its kind, of `DEVICES`, and its number."""
+
+    kind: str
+    number: int
+
+
+def device_named(device: str) -> DeviceName:
+    """Return what a name means.
+
+    Raises:
+        RecmasError: RM504 if it is none.
+    """
+    if re.fullmatch(DEVICE_PATTERN, device) is None:
+        hint = f"Choose one of: {', '.join(DEVICES)}; cuda:1 is the second CUDA device."
+        raise fail("RM504", f"unknown device {device!r}", hint=hint)
+    kind, _, index = device.partition(":")
+    return DeviceName(kind, int(index or 0))
+
 
 # Limits of the decoder for ONNX Runtime's CPU provider. Angles are in tables up to here: 64 MiB for
 # heads of 128. Tables for more positions would take more memory than its attention is worth.
@@ -64,8 +92,37 @@ TOLERANCES: Final[Mapping[str, float]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class ElementTypes:
+    """What the graphs of a backbone compute in; where types meet there is a Cast.
+
+    Attributes:
+        products: Operands and results of products with weights, of attention, of rotations by
+            angles and of gates. Weights that are numbers of their own are stored so.
+        caches: Keys and values. Layer states are float32 always.
+        norms: Norms, sums over layers (residuals), softmax outside of attention, angles, the choice
+            of experts. A token whose state is a thousand times the others' loses these first.
+        borders: What engines take and give: input vectors, hidden states, thoughts, logits; links
+            and messages. The host sees nothing else.
+    """
+
+    products: Dtype = "float32"
+    caches: Dtype = "float32"
+    norms: Dtype = "float32"
+    borders: Dtype = "float32"
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether everything is float32."""
+        return self == ElementTypes()
+
+
+def _in(dtype: Dtype) -> ElementTypes:
+    return ElementTypes(products=dtype, caches=dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Precision:
-    """How engines hold a backbone's weights.
+    """How engines hold a backbone's weights, and what they compute in.
 
     Attributes:
         layer_bits: Per weight of the matrices of the decoder's layers, without scales.
@@ -75,6 +132,9 @@ class Precision:
             blocks in steps, and in prompts rows of a second copy of the weights.
         targets: Those of `TARGETS` that can build it.
         refusals: By each other target, why its engines cannot have it.
+        types: What graphs compute in, by the device that a backbone is made for, of `DEVICES`;
+            `auto` where the spec names none.
+        device_refusals: By each other device, why no backbone is made for it so.
         tolerances: Allowed differences from the float32 reference, by figure. Where weights are
             quantized, such a figure tells a kernel that computes something else (errors of 1 and
             more, or no number at all) from rounding, which random and small models show most.
@@ -91,6 +151,8 @@ class Precision:
     cpu_products: Literal["blocks", "rows", "rows in prompts"] = "blocks"
     targets: frozenset[str] = frozenset()
     refusals: Mapping[str, str] = field(default_factory=dict)
+    types: Mapping[str, ElementTypes] = field(default_factory=dict)
+    device_refusals: Mapping[str, str] = field(default_factory=dict)
     tolerances: Mapping[str, float] = field(default_factory=dict)
     loss_limits: Mapping[str, float] = field(default_factory=dict)
     draft_margin: float | None = None
@@ -101,19 +163,35 @@ class Precision:
         return self.block_size is not None
 
     @property
-    def layer_weight_bits(self) -> float:
-        """Bits that a weight of the layers takes, with its share of a float32 scale."""
-        return self.layer_bits + self._scale_bits
+    def has_losses(self) -> bool:
+        """Whether something is lost, so that builds measure how much."""
+        return bool(self.loss_limits)
 
-    @property
-    def table_weight_bits(self) -> float:
-        """Bits that a weight of the tables takes, with its share of a float32 scale."""
-        return self.table_bits + self._scale_bits
+    def layer_weight_bits(self, device: str = AUTO) -> float:
+        """Return the bits that a weight of the layers takes, with its share of a scale."""
+        return self.layer_bits + self._scale_bits(device)
 
-    @property
-    def _scale_bits(self) -> float:
-        return 0.0 if self.block_size is None else 32 / self.block_size
+    def table_weight_bits(self, device: str = AUTO) -> float:
+        """Return the bits that a weight of the tables takes, with its share of a scale."""
+        return self.table_bits + self._scale_bits(device)
 
+    def _scale_bits(self, device: str) -> float:
+        if self.block_size is None:
+            return 0.0
+        return 8 * DTYPE_BYTES[self.types[device].products] / self.block_size
+
+
+_NARROW_ON_CPU: Final = (
+    "a CPU computes it in float32 with a rounding behind every operator, in no less time and memory"
+)
+# Blocks are read by MatMulNBits, whose scales have the type of its activations. On CUDA those are
+# float16: half the bytes, and tensor cores for prompts (ONNX Runtime's kernels take blocks of 16 to
+# 128 of 4 and of 8 bits there, those for tensor cores of 32, 64 and 128).
+_BLOCKS: Final[Mapping[str, ElementTypes]] = {
+    AUTO: ElementTypes(),
+    "cpu": ElementTypes(),
+    "cuda": _in("float16"),
+}
 
 # Loss limits: SmolLM2, with 135M parameters among the models that lose most, costs 0.001, 0.04 and
 # 0.008 nats in int8, 0.03, 0.19 and 0.13 in int4. Limits are a multiple of that: beyond them
@@ -124,27 +202,53 @@ PRECISIONS: Final[dict[str, Precision]] = {
     "float32": Precision(
         layer_bits=32,
         table_bits=32,
-        targets=frozenset({"onnx", "tensorrt"}),
+        targets=frozenset({"onnx", TENSORRT}),
+        types=dict.fromkeys(DEVICES, ElementTypes()),
         tolerances=TOLERANCES,
         # Logits of SmolLM2 differ by up to 5e-5 (their sizes are up to 40), cache rows included.
         draft_margin=2e-3,
     ),
-    # No target builds the next two, so nothing of them is measured. What ONNX Runtime makes of them
-    # was seen in the graphs that version 1.31 itself writes after its optimizations.
+    # Rounded to 8 and to 11 bits wherever a product, a gate or a cache is. Figures are those of the
+    # CPU's form, which rounds where the graph says so; no GPU has been held against them yet.
     "bfloat16": Precision(
         layer_bits=16,
         table_bits=16,
-        refusals={
-            "onnx": "on a CPU, ONNX Runtime has no product of such matrices",
-            "tensorrt": "graphs are written in float32 only",
+        targets=frozenset({"onnx", TENSORRT}),
+        types=dict.fromkeys((AUTO, "cuda", TENSORRT), _in("bfloat16")),
+        device_refusals={"cpu": _NARROW_ON_CPU},
+        # A number keeps 8 bits, so it is off by 2^-9 of itself: 2e-3 measured for tables, 4e-3
+        # after few layers, 0.11 where a random model takes another expert for it. SmolLM2 costs a
+        # cosine of 4e-5, 2 % of likeliest tokens and 0.003 nats.
+        tolerances={
+            **TOLERANCES,
+            "embeds_relative": 1e-2,
+            "hidden_relative": 0.2,
+            "logits_relative": 2e-2,
+        },
+        loss_limits={
+            "1 - hidden cosine": 1e-3,
+            "1 - greedy agreement": 0.1,
+            "loss increase": 0.03,
         },
     ),
     "float16": Precision(
         layer_bits=16,
         table_bits=16,
-        refusals={
-            "onnx": "on a CPU, ONNX Runtime casts such weights to float32 and computes in it",
-            "tensorrt": "graphs are written in float32 only",
+        targets=frozenset({"onnx", TENSORRT}),
+        types=dict.fromkeys((AUTO, "cuda", TENSORRT), _in("float16")),
+        device_refusals={"cpu": _NARROW_ON_CPU},
+        # An eighth of bfloat16's: a number keeps 11 bits. Numbers beyond 65504 have no place in it:
+        # weights are refused then, and activations fail the comparison with the reference.
+        tolerances={
+            **TOLERANCES,
+            "embeds_relative": 1.25e-3,
+            "hidden_relative": 2.5e-2,
+            "logits_relative": 2.5e-3,
+        },
+        loss_limits={
+            "1 - hidden cosine": 1e-4,
+            "1 - greedy agreement": 0.03,
+            "loss increase": 0.01,
         },
     ),
     "int8": Precision(
@@ -154,6 +258,8 @@ PRECISIONS: Final[dict[str, Precision]] = {
         cpu_products="rows",
         targets=frozenset({"onnx"}),
         refusals={"tensorrt": "such weights are packed for ONNX Runtime"},
+        types=_BLOCKS,
+        device_refusals={TENSORRT: "such weights are packed for ONNX Runtime"},
         # A weight is off by half of 1/128 of its block's largest: 3e-3 measured for the tables of
         # SmolLM2, 3e-2 after its 30 layers, 1e-2 where the head rounds its input too. Small and
         # random models reach three times that.
@@ -178,6 +284,8 @@ PRECISIONS: Final[dict[str, Precision]] = {
         cpu_products="rows in prompts",
         targets=frozenset({"onnx"}),
         refusals={"tensorrt": "such weights are packed for ONNX Runtime"},
+        types=_BLOCKS,
+        device_refusals={TENSORRT: "such weights are packed for ONNX Runtime"},
         # As for int8 with 1/8 in the layers: 0.27 measured. Tables have 8 bits.
         tolerances={
             **TOLERANCES,
@@ -268,6 +376,15 @@ def loss_figures(loss: LossEntry) -> dict[str, float]:
 
 def precision_hint(target: str) -> str:
     """Return what to use where a target cannot build a precision."""
-    *others, last = buildable(target)
-    names = f"{', '.join(others)} or {last}" if others else last
-    return f"Use {names}{TARGETS[target].other_precision}"
+    return f"Use {_one_of(buildable(target))}{TARGETS[target].other_precision}"
+
+
+def device_hint(kind: str) -> str:
+    """Return what to use where a precision cannot be had on a device."""
+    able = [name for name, precision in PRECISIONS.items() if kind in precision.types]
+    return f"Use {_one_of(able)}, or another device."
+
+
+def _one_of(names: Sequence[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last

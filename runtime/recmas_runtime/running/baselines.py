@@ -40,6 +40,7 @@ from recmas_runtime.formats.plan import (
     cache_capacity,
     prompt_fields,
 )
+from recmas_runtime.formats.precisions import DTYPE_BYTES
 from recmas_runtime.running.controls import MEAN, NULL, SHUFFLED
 
 LATENT: Final = "latent"  # the system itself, with each record's own messages
@@ -518,7 +519,12 @@ def _cache(
         agents=agents,
         capacity=capacity,
         bytes_per_sample=len(agents)
-        * sequence_bytes(entry.layers, capacity, num_masks=len(entry.masked_layers)),
+        * sequence_bytes(
+            entry.layers,
+            capacity,
+            num_masks=len(entry.masked_layers),
+            element_bytes=DTYPE_BYTES[entry.cache_dtype],
+        ),
     )
 
 

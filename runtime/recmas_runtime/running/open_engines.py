@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from recmas_runtime.cache.store import Store
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.text import listed
+from recmas_runtime.engines.devices import DeviceChoice, joined
 from recmas_runtime.engines.interface import Backbone
 from recmas_runtime.engines.onnx.backbone import BackboneEngine, LinkEngine
 from recmas_runtime.engines.onnx.packed import PackedGraphs
@@ -30,7 +31,7 @@ from recmas_runtime.formats.codec import malformed
 from recmas_runtime.formats.links import Operands, read_operands
 from recmas_runtime.formats.manifest import PLAN_NAME, BackboneEntry, Manifest
 from recmas_runtime.formats.plan import Plan, parse_day
-from recmas_runtime.formats.precisions import TENSORRT, TOLERANCES
+from recmas_runtime.formats.precisions import AUTO, TENSORRT, TOLERANCES, device_named
 from recmas_runtime.prompts.chat_template import read_template
 from recmas_runtime.prompts.render import DEFAULT_VARIABLES, Chat
 from recmas_runtime.remote.model import RemoteModel, open_models
@@ -66,7 +67,7 @@ def choose_provider(
     if where == "cpu":
         return where, ()
     try:
-        _demand_cuda(probe, threads)
+        _demand_cuda(probe, threads, where)
     except RecmasError as error:
         if device != "auto":
             raise
@@ -80,11 +81,12 @@ def choose_provider(
     return where, ()
 
 
-def _demand_cuda(probe: Path, threads: int | None) -> None:
-    reason = why_no_cuda(_DRIVER, str(getattr(onnx_runtime(), "cuda_version", "") or ""))
+def _demand_cuda(probe: Path, threads: int | None, device: Device) -> None:
+    needed = str(getattr(onnx_runtime(), "cuda_version", "") or "")
+    reason = why_no_cuda(_DRIVER, needed, index=device_named(device).number)
     if reason:
         raise fail("RM504", reason, hint="Install a newer NVIDIA driver, or use --device cpu.")
-    difference = measure_probe(probe, threads=threads, device="cuda")
+    difference = measure_probe(probe, threads=threads, device=device)
     if not difference <= TOLERANCES["probe_absolute"]:
         raise fail(
             "RM504",
@@ -94,8 +96,8 @@ def _demand_cuda(probe: Path, threads: int | None) -> None:
         )
 
 
-def why_no_cuda(driver: str, needed: str) -> str:
-    """Return what is wrong with the NVIDIA driver library, empty if nothing is.
+def why_no_cuda(driver: str, needed: str, *, index: int = 0) -> str:
+    """Return what is wrong with the NVIDIA driver library or its devices, empty if nothing is.
 
     Needed is the CUDA version that ONNX Runtime was built with, such as `13.0`; empty if unknown.
     """
@@ -103,11 +105,11 @@ def why_no_cuda(driver: str, needed: str) -> str:
         library = ctypes.CDLL(driver)
     except OSError:
         return f"there is no NVIDIA driver here ({driver} cannot be loaded)"
-    return _judge_driver(library, needed)
+    return _judge_driver(library, needed, index)
 
 
-def _judge_driver(library: Any, needed: str) -> str:
-    """Ask the CUDA driver API whether it starts, and for which CUDA it was made."""
+def _judge_driver(library: Any, needed: str, index: int = 0) -> str:
+    """Ask the CUDA driver API whether it starts, for which CUDA it was made, and what is there."""
     status = library.cuInit(0)
     if status != 0:
         return f"the NVIDIA driver does not start (cuInit returns {status})"
@@ -119,6 +121,12 @@ def _judge_driver(library: Any, needed: str) -> str:
             f"the NVIDIA driver is too old: it runs CUDA {has}.{has_minor}, and this ONNX Runtime "
             f"was built with CUDA {needed}"
         )
+    if index > 0:  # the first one is there where the driver starts
+        count = ctypes.c_int()
+        library.cuDeviceGetCount(ctypes.byref(count))
+        if index >= count.value:
+            there = ", ".join(f"cuda:{number}" for number in range(count.value))
+            return f"there is no device cuda:{index}; here are {there or 'none'}"
     return ""
 
 
@@ -126,15 +134,41 @@ def _judge_driver(library: Any, needed: str) -> str:
 class OpenedEngines:
     """What computes; problems say why engines of the bundle are not used, more may come in a run.
 
-    Backbones run on the device, `cpu`, `cuda` or `tensorrt`; what ONNX Runtime runs is on the
-    provider, with TensorRT only embeddings and links.
+    Attributes:
+        devices: Where each backbone runs: `cpu`, `cuda`, `cuda:1` or `tensorrt`.
+        provider: What ONNX Runtime runs links on: the device of all backbones, else the CPU, for
+            messages between devices cross through memory of the host.
     """
 
     backbones: Mapping[str, Backbone[Any]]
     link: LinkEngine
-    device: str
+    devices: Mapping[str, str]
     provider: Device
     problems: list[Problem]
+
+    @property
+    def device(self) -> str:
+        """The device of all backbones, or each with its own."""
+        return joined(self.devices) or self.provider
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Placement:
+    """What was found of a machine: where each backbone runs, and what to say of it.
+
+    Attributes:
+        devices: As in `OpenedEngines`.
+        providers: By backbone, where ONNX Runtime runs what it runs of it.
+        provider: What else it runs, see `OpenedEngines`.
+        engines: TensorRT's, where a backbone runs on them.
+        is_demanded: Whether one must run on them.
+    """
+
+    devices: Mapping[str, str]
+    providers: Mapping[str, Device]
+    provider: Device
+    engines: EngineFolder | None
+    is_demanded: bool
 
 
 def open_engines(
@@ -147,11 +181,12 @@ def open_engines(
 ) -> OpenedEngines:
     """Open a bundle's engines.
 
-    Devices `cpu` and `cuda` are ONNX Runtime's; `tensorrt` takes nothing else; `auto` takes
-    TensorRT where the bundle has engines for this machine, then CUDA, then the CPU. Without
-    threads, an operator takes the physical cores.
-
     Args:
+        device: A device, `BACKBONE=DEVICE`, or several with commas between. Devices `cpu`, `cuda`
+            and `cuda:1` are ONNX Runtime's; `tensorrt` takes nothing else; `auto` is what the
+            bundle says of each backbone, and where that is nothing TensorRT if the bundle has
+            engines for this machine, then CUDA, then the CPU.
+        threads: Within an operator; None takes the physical cores.
         store: Where weights that are packed for this processor are kept; None for nowhere.
         verify_hashes: Compare with their digest those that are taken from there.
 
@@ -160,59 +195,102 @@ def open_engines(
             refused, RM511 for `tensorrt` without engines that can be used.
     """
     problems: list[Problem] = []
-    engines = _find_engines(bundle, device, problems)
-    provider = _find_provider(bundle, device, threads, problems)
+    found = _place(bundle, device, threads, problems)
+    entries = bundle.manifest.backbones
     packed = None
     if store is not None:
         packed = PackedGraphs(bundle, store, problems, verify_hashes=verify_hashes)
 
-    def on_onnx(entry: BackboneEntry) -> Backbone[Any]:
+    def on_onnx(name: str) -> Backbone[Any]:
         return BackboneEngine(
-            entry, bundle.root, threads=threads, device=provider, problems=problems, packed=packed
+            entries[name],
+            bundle.root,
+            threads=threads,
+            device=found.providers[name],
+            problems=problems,
+            packed=packed,
         )
 
-    backbones: Mapping[str, Backbone[Any]] | None = None
-    if engines is not None:
+    devices = dict(found.devices)
+    backbones: dict[str, Backbone[Any]] = {}
+    if found.engines is not None:
         from recmas_runtime.engines.tensorrt.backbone import open_backbones
 
+        names = [name for name, where in devices.items() if where == TENSORRT]
         try:
-            backbones = open_backbones(bundle, engines, on_onnx, problems)
+            backbones |= open_backbones(bundle, found.engines, names, on_onnx, problems)
         except RecmasError as error:
-            if device == TENSORRT:
+            if found.is_demanded:
                 raise
             problems += [as_warning(problem) for problem in error.problems]
+            devices |= {name: found.providers[name] for name in names}
     return OpenedEngines(
-        backbones=backbones
-        or {name: on_onnx(entry) for name, entry in bundle.manifest.backbones.items()},
-        link=LinkEngine(bundle.file(bundle.manifest.link_engine), threads=threads, device=provider),
-        device=TENSORRT if backbones is not None else provider,
-        provider=provider,
+        backbones={
+            name: backbones[name] if name in backbones else on_onnx(name) for name in entries
+        },
+        link=LinkEngine(
+            bundle.file(bundle.manifest.link_engine), threads=threads, device=found.provider
+        ),
+        devices=devices,
+        provider=found.provider,
         problems=problems,
     )
 
 
 def choose_device(bundle: Bundle, device: str, problems: list[Problem]) -> str:
     """Return what `open_engines` would run a bundle on, opening nothing; raises as it does."""
-    if _find_engines(bundle, device, problems) is not None:
-        return TENSORRT
-    return _find_provider(bundle, device, None, problems)
+    found = _place(bundle, device, None, problems)
+    return joined(found.devices) or found.provider
 
 
-def _find_provider(
-    bundle: Bundle, device: str, threads: int | None, problems: list[Problem]
-) -> Device:
-    wanted = "auto" if device == TENSORRT else device
-    provider, warnings = choose_provider(
-        wanted, bundle.file(bundle.manifest.probe), threads=threads
+def _place(bundle: Bundle, device: str, threads: int | None, problems: list[Problem]) -> _Placement:
+    """Find where each backbone can run; RM504 or RM511 where it cannot where it must."""
+    entries = bundle.manifest.backbones
+    choice = DeviceChoice.parse(device)
+    wanted = choice.of({name: entry.device for name, entry in entries.items()})
+    # A bundle of remote models has no backbones, and a device all the same.
+    asked = dict.fromkeys(wanted.values() if wanted else [choice.default])
+    engines = None
+    if TENSORRT in asked:
+        engines = find_engines(bundle)
+    elif AUTO in asked:
+        engines = find_engines_or_say_why(bundle, problems)
+    providers: dict[str, Device] = {}
+    for each in asked:
+        providers[each], warnings = choose_provider(
+            AUTO if each == TENSORRT else each,
+            bundle.file(bundle.manifest.probe),
+            threads=threads,
+        )
+        problems += warnings
+    devices = {
+        name: TENSORRT if engines is not None and each in (AUTO, TENSORRT) else providers[each]
+        for name, each in wanted.items()
+    }
+    problems += [
+        _narrow_on_cpu(name, entries[name])
+        for name, where in devices.items()
+        if where == "cpu" and wanted[name] != "cpu" and entries[name].is_narrow
+    ]
+    found = set(providers.values())
+    return _Placement(
+        devices=devices,
+        providers={name: providers[each] for name, each in wanted.items()},
+        provider=found.pop() if len(found) == 1 else "cpu",
+        engines=engines,
+        is_demanded=TENSORRT in asked,
     )
-    problems += warnings
-    return provider
 
 
-def _find_engines(bundle: Bundle, device: str, problems: list[Problem]) -> EngineFolder | None:
-    if device == TENSORRT:
-        return find_engines(bundle)
-    return find_engines_or_say_why(bundle, problems) if device == "auto" else None
+def _narrow_on_cpu(name: str, entry: BackboneEntry) -> Problem:
+    return Problem(
+        code="RM553",
+        message=f"backbone {name!r} is in {entry.cache_dtype}, for a GPU; the CPU computes it in "
+        "float32 with a rounding behind every operator",
+        hint="That is right, in no less time and memory than float32 takes: build with int8 or "
+        "int4 for a CPU, or say --device cpu to run it there without this warning.",
+        severity="warning",
+    )
 
 
 def open_toolbox(
@@ -246,12 +324,13 @@ class Texts:
 class LoadedBundle:
     """What a bundle loads once and every system on it shares; problems say why on which device.
 
-    Device and provider are those of `OpenedEngines`.
+    Device, devices and provider are those of `OpenedEngines`.
     """
 
     manifest: Manifest
     day: datetime.date
     device: str
+    devices: Mapping[str, str]
     provider: Device
     problems: list[Problem]
     engines: Engines
@@ -287,6 +366,7 @@ class LoadedBundle:
             manifest=bundle.manifest,
             day=texts.day,
             device=opened.device,
+            devices=opened.devices,
             provider=opened.provider,
             problems=opened.problems,
             engines=engines,

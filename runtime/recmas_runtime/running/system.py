@@ -74,9 +74,9 @@ def load(
     """Open a bundle and its engines.
 
     Args:
-        device: `auto`, `cpu`, `cuda` or `tensorrt`. `auto` takes TensorRT where the bundle has
-            engines for this machine, then CUDA; where they are there but cannot be used, the
-            system's `problems` say why.
+        device: `auto`, `cpu`, `cuda`, `cuda:1` or `tensorrt`; or `BACKBONE=DEVICE`, or several with
+            commas between. `auto` takes what the bundle says of a backbone, else TensorRT where the
+            bundle has engines for this machine, then CUDA; `problems` say why it takes another.
         threads: Threads within an operator; None takes the physical cores.
         functions: Tools of the caller, by the names that the spec declares; each maps the text of
             a call to the text of its result.

@@ -26,16 +26,23 @@ from kit.parser_documentation import refused_nodes
 
 __version__ = os.environ.get("SIMULATED_TENSORRT", "11.4.0.106")
 
-_NUMPY = {1: np.float32, 7: np.int64, 9: np.bool_}
+_NUMPY = {1: np.float32, 7: np.int64, 9: np.bool_, 10: np.float16}
 
 
-class DataType:
-    def __init__(self, code: int) -> None:
-        self.code = code
+class DataType(IntEnum):
+    """TensorRT's names, with ONNX's numbers."""
+
+    FLOAT = 1
+    INT64 = 7
+    BOOL = 9
+    HALF = 10
+    BF16 = 16
 
 
 def nptype(trt_type: DataType) -> type[np.generic]:
-    return _NUMPY[trt_type.code]
+    if trt_type not in _NUMPY:
+        raise TypeError("Could not resolve TensorRT datatype to an equivalent numpy datatype.")
+    return _NUMPY[trt_type]
 
 
 class TensorIOMode(IntEnum):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -20,9 +20,14 @@ from recmas_runtime.engines.onnx.packed import PackedGraphs
 from recmas_runtime.engines.onnx.session import Device, call_onnx, make_session
 from recmas_runtime.formats.layers import HIDDEN_ROWS, cache_tensors, is_rows
 from recmas_runtime.formats.manifest import BackboneEntry
+from recmas_runtime.formats.precisions import device_named
 
 if TYPE_CHECKING:
     import onnxruntime
+
+
+# ONNX Runtime's names of element types.
+_ORT_NAMES: Final = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
 
 
 class BackboneEngine:
@@ -49,7 +54,7 @@ class BackboneEngine:
         self.entry = entry
         self.device = device
         self.problems = [] if problems is None else problems
-        self.uses_graphs = device == "cuda"
+        self.uses_graphs = device_named(device).kind == "cuda"
         self._open = functools.partial(
             make_session, root / entry.decoder_on(device), threads=threads, device=device
         )
@@ -59,7 +64,8 @@ class BackboneEngine:
         decoder = entry.decoder_on(device)
         self.decoder = self._open_decoder() if open_packed is None else open_packed(decoder)
         _check_caches(self.decoder, entry, decoder)
-        self._takes_batches = decoder == entry.decoder
+        # Grouped attention takes no batches behind cached rows.
+        self._takes_batches = entry.is_narrow or decoder == entry.decoder
         self.memory = Memory(device, shared=device == "cpu")
         self.caches = CachePool(self.decoder, entry, self.memory)
         # The table is read in place from the mapped weights file: packing would copy all of it.
@@ -70,10 +76,10 @@ class BackboneEngine:
         # Quantized products are fast only on packed weights: unpacked ones are widened each time.
         is_read_in_place = entry.precision == "float32"
         self._head = (
-            open_packed(entry.head)
+            open_packed(entry.head_on(device))
             if open_packed is not None and not is_read_in_place
             else make_session(
-                root / entry.head,
+                root / entry.head_on(device),
                 threads=threads,
                 device=device,
                 options=unpacked if is_read_in_place else None,
@@ -251,6 +257,15 @@ def _check_caches(decoder: onnxruntime.InferenceSession, entry: BackboneEntry, f
         for value in decoder.get_inputs()
         if f"present_{value.name}" in outputs
     }
+    types = {value.type for value in decoder.get_inputs() if is_rows(value.name)}
+    if types - {f"tensor({_ORT_NAMES[entry.cache_dtype]})"}:
+        raise fail(
+            "RM404",
+            f"the manifest tells of keys and values in {entry.cache_dtype}, the decoder has "
+            f"{', '.join(sorted(types))}",
+            file=file,
+            hint="Build the bundle again with one version of recmas.",
+        )
     if found != told:
         others = sorted(name for name, _ in found.items() ^ told.items())
         raise fail(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from recmas_runtime.engines.element_types import narrowed, widened
 from recmas_runtime.engines.interface import HandedRows, Operands, masks_of
 from recmas_runtime.engines.onnx.session import NO_GRAPH, call_onnx, onnx_runtime, run_options
 from recmas_runtime.formats.layers import (
@@ -25,6 +26,7 @@ from recmas_runtime.formats.layers import (
     hidden_rows_tensor,
 )
 from recmas_runtime.formats.manifest import BackboneEntry
+from recmas_runtime.formats.precisions import device_named
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -41,19 +43,25 @@ NUMPY_TYPES: Final[dict[str, Any]] = {
     "tensor(int64)": np.int64,
     "tensor(bool)": np.bool_,
 }
+# Names of element types for those of ONNX Runtime.
+ELEMENT_TYPES: Final = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+}
 _GRAPH_IDS: Final = itertools.count(1)
 _BFLOAT16: Final = 16  # its number among ONNX's types
 
 
 class Memory:
-    """Where the buffers of an engine live, by ONNX Runtime's name of the device.
+    """Where the buffers of an engine live, by ONNX Runtime's name of the device and its number.
 
     Memory that is shared is the host's, so numpy reads and writes buffers in place. The host may
     be treated as if it were another device; it then does what others do.
     """
 
     def __init__(self, device: str, *, shared: bool) -> None:
-        self.device = device
+        self.kind, self.index = device_named(device)
         self.shared = shared
 
     def zeros(self, shape: tuple[int, ...], kind: str = "tensor(float)") -> DeviceArray:
@@ -62,7 +70,8 @@ class Memory:
 
     def hold(self, array: NDArray[Any], kind: str = "tensor(float)") -> DeviceArray:
         """Return a buffer with the contents of an array; where memory is shared, the array."""
-        return DeviceArray(np.ascontiguousarray(array, NUMPY_TYPES[kind]), kind, self)
+        numbers = narrowed(array, ELEMENT_TYPES.get(kind, ""))
+        return DeviceArray(np.ascontiguousarray(numbers, NUMPY_TYPES[kind]), kind, self)
 
 
 class DeviceArray:
@@ -88,7 +97,7 @@ class DeviceArray:
     def _new_value(self) -> Any:
         element = _BFLOAT16 if self.kind == "tensor(bfloat16)" else NUMPY_TYPES[self.kind]
         make = onnx_runtime().OrtValue.ortvalue_from_shape_and_type
-        return call_onnx(make, self.shape, element, self._memory.device, 0)
+        return call_onnx(make, self.shape, element, self._memory.kind, self._memory.index)
 
     def clone(self) -> DeviceArray:
         """Return a buffer of its own with the same contents."""
@@ -461,10 +470,14 @@ class Cache:
         return np.asarray(self._masks.numpy()[row])
 
     def read_rows(self, rows: Sequence[int], positions: int) -> list[NDArray[Any]]:
-        """Return copies on the host, [n, H, positions, D] or whole states, as tensors come."""
+        """Return copies on the host, [n, H, positions, D] or whole states, as tensors come.
+
+        They are float32, whatever the cache is.
+        """
+        stores = ((self._layers[tensor.name], tensor) for tensor in self._tensors)
         return [
-            self._layers[tensor.name].read_part(rows, part_of(tensor, positions))
-            for tensor in self._tensors
+            widened(store.read_part(rows, part_of(tensor, positions)), ELEMENT_TYPES[store.kind])
+            for store, tensor in stores
         ]
 
     def write_rows(self, values: Sequence[NDArray[Any]]) -> None:

@@ -10,20 +10,22 @@ import platform
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from recmas_runtime.core.errors import fail, how_to_install, is_out_of_memory
 from recmas_runtime.core.terminal import signals_held
 from recmas_runtime.core.text import first_line
 from recmas_runtime.engines.interface import FREE_MEMORY, OutOfMemoryError
-from recmas_runtime.formats.precisions import DEVICES
+from recmas_runtime.formats.precisions import AUTO, device_named
 
 if TYPE_CHECKING:
     import onnxruntime
 
-Device = Literal["cpu", "cuda"]
+# A device that ONNX Runtime runs on: `cpu`, `cuda`, or `cuda:1` for the second one.
+Device = str
 
-PROVIDERS: Final[dict[Device, tuple[str, ...]]] = {
+# By the kind of a device.
+PROVIDERS: Final[dict[str, tuple[str, ...]]] = {
     "cpu": ("CPUExecutionProvider",),
     # What CUDA has no kernel for falls back to the CPU.
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
@@ -69,19 +71,22 @@ def resolve_device(device: str) -> Device:
         RecmasError: RM504 if the device is unknown or not available here.
     """
     available = onnx_runtime().get_available_providers()
-    if device == "auto":
+    if device == AUTO:
         return "cuda" if PROVIDERS["cuda"][0] in available else "cpu"
-    if device not in PROVIDERS:
-        hint = f"Choose one of: {', '.join(DEVICES)}."
-        raise fail("RM504", f"unknown device {device!r}", hint=hint)
-    known: Device = "cuda" if device == "cuda" else "cpu"
-    if PROVIDERS[known][0] not in available:
+    kind, index = device_named(device)
+    provider = PROVIDERS[kind][0]
+    if provider not in available:
         raise fail(
             "RM504",
-            f"device {device!r} needs {PROVIDERS[known][0]}; here are {', '.join(available)}",
+            f"device {device!r} needs {provider}; here are {', '.join(available)}",
             hint="Install onnxruntime-gpu with a CUDA driver, or use --device cpu.",
         )
-    return known
+    return kind if index == 0 else device
+
+
+def provider_of(device: Device) -> str:
+    """Return the provider that runs operators on a device."""
+    return PROVIDERS[device_named(device).kind][0]
 
 
 def make_session(
@@ -109,7 +114,8 @@ def make_session(
         RecmasError: RM504 if the device cannot be used, RM507 if the graph is refused.
     """
     ort = onnx_runtime()
-    if device == "cuda":
+    kind, index = device_named(device)
+    if kind == "cuda":
         _load_cuda_libraries()
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads if threads is not None else physical_cores()
@@ -124,13 +130,17 @@ def make_session(
     if profile is not None:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(profile)
-    first, *others = PROVIDERS[device]
-    cuda_options = {**_CUDA_OPTIONS, "enable_cuda_graph": str(int(cuda_graphs))}
+    first, *others = PROVIDERS[kind]
+    cuda_options = {
+        **_CUDA_OPTIONS,
+        "enable_cuda_graph": str(int(cuda_graphs)),
+        "device_id": str(index),
+    }
     try:
         session = ort.InferenceSession(
             str(path) if optimized is None else optimized,
             settings,
-            providers=[first] if device == "cpu" else [(first, cuda_options), *others],
+            providers=[first] if kind == "cpu" else [(first, cuda_options), *others],
             # It would print, and go on without the provider that was asked for.
             enable_fallback=0,
         )

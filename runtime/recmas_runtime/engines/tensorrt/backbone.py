@@ -37,7 +37,7 @@ from recmas_runtime.engines.tensorrt.static_graph import PREFILL, STEP, choose_c
 from recmas_runtime.formats.bundle import Bundle
 from recmas_runtime.formats.manifest import BackboneEntry
 
-OpenOnnx = Callable[[BackboneEntry], Backbone[Any]]
+OpenOnnx = Callable[[str], Backbone[Any]]
 
 # Workspaces that wait for the next batch. Their caches are the largest buffers there are, but what
 # they hold besides is costly to make again: a captured rollout.
@@ -45,9 +45,13 @@ _MOST_WAITING: Final = 4
 
 
 def open_backbones(
-    bundle: Bundle, engines: EngineFolder, open_onnx: OpenOnnx, problems: list[Problem]
+    bundle: Bundle,
+    engines: EngineFolder,
+    names: Sequence[str],
+    open_onnx: OpenOnnx,
+    problems: list[Problem],
 ) -> Mapping[str, Backbone[Any]]:
-    """Open every backbone of a bundle on TensorRT.
+    """Open backbones of a bundle on TensorRT.
 
     A batch that needs more than the engines take adds a warning to `problems`.
 
@@ -55,7 +59,7 @@ def open_backbones(
         RecmasError: RM510 if TensorRT refuses a plan, RM511 if a backbone has none.
     """
 
-    def beyond(name: str, entry: BackboneEntry) -> Backbone[Any]:
+    def beyond(name: str) -> Backbone[Any]:
         plans = engines.record.backbones[name]
         problems.append(
             Problem(
@@ -67,20 +71,20 @@ def open_backbones(
                 severity="warning",
             )
         )
-        return open_onnx(entry)
+        return open_onnx(name)
 
     entries = bundle.manifest.backbones
-    for name in sorted(entries.keys() - engines.record.backbones.keys()):
+    for name in sorted(set(names) - engines.record.backbones.keys()):
         raise no_engine(f"there is no TensorRT engine of backbone {name!r}", bundle.root)
     return {
         name: TensorrtBackbone(
-            entry,
+            entries[name],
             bundle.root,
             engines=engines,
             plans=engines.record.backbones[name],
-            fallback=partial(beyond, name, entry),
+            fallback=partial(beyond, name),
         )
-        for name, entry in entries.items()
+        for name in names
     }
 
 

@@ -23,6 +23,7 @@ from cuda.bindings import runtime as cudart
 from numpy.typing import NDArray
 
 from recmas_runtime.core.errors import fail
+from recmas_runtime.engines.element_types import HOST_TYPES, narrowed, widened
 from recmas_runtime.engines.interface import Floats, Indices, Operands
 from recmas_runtime.engines.tensorrt.network import Log
 from recmas_runtime.engines.tensorrt.static_graph import STEP
@@ -201,8 +202,19 @@ class Tensor:
     """An input or output of an engine; free axes are -1."""
 
     is_input: bool
-    dtype: np.dtype[Any]
+    element_type: str
     shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What holds it on the host: of bfloat16, which numpy does not have, the bits."""
+        found: np.dtype[Any] = np.dtype(HOST_TYPES.get(self.element_type, self.element_type))
+        return found
+
+
+def _element_type(found: trt.DataType) -> str:
+    # `nptype` knows no bfloat16.
+    return "bfloat16" if found == trt.DataType.BF16 else np.dtype(trt.nptype(found)).name
 
 
 class Engine:
@@ -224,7 +236,7 @@ class Engine:
         self.tensors = {
             name: Tensor(
                 is_input=engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
-                dtype=np.dtype(trt.nptype(engine.get_tensor_dtype(name))),
+                element_type=_element_type(engine.get_tensor_dtype(name)),
                 shape=tuple(engine.get_tensor_shape(name)),
             )
             for name in names
@@ -406,17 +418,18 @@ class Workspace:
             whole = np.empty(self._shapes[tensor.name], self._dtypes[tensor.name])
             self._stream.read(self._caches[tensor.name].address, whole)
             part = whole[list(rows)] if tensor.is_state else whole[list(rows), :, :positions]
-            copies.append(part.astype(np.float32, copy=False))
+            copies.append(widened(part, self._engine.tensors[tensor.name].element_type))
         return copies
 
     def write_rows(self, values: Sequence[NDArray[Any]]) -> None:
         """Overwrite the beginning of all rows with what `read_rows` of some cache returned."""
         for tensor, array in zip(self._tensors, values, strict=True):
             whole = np.zeros(self._shapes[tensor.name], self._dtypes[tensor.name])
+            numbers = narrowed(array, self._engine.tensors[tensor.name].element_type)
             if tensor.is_state:
-                whole[:] = array
+                whole[:] = numbers
             else:
-                whole[:, :, : array.shape[2]] = array
+                whole[:, :, : array.shape[2]] = numbers
             self._stream.write(self._caches[tensor.name].address, whole)
 
     def rollout(

@@ -224,11 +224,12 @@ def _adapt_attention(model: onnx.ModelProto, *, file: str) -> None:
     Without `TRT_decomposable`, an attribute of the parser's own, a build fails where TensorRT has
     no fused kernel for a shape or an element type; float32 has none.
     """
+    import onnx
     from onnx import helper
 
     graph = model.graph
-    # A factor must have the element type of what it scales. That of the keys is known, because
-    # updated caches are outputs of the graph.
+    # Queries have the element type of keys, which is known, because updated caches are outputs of
+    # the graph.
     values = (*graph.output, *graph.value_info)
     element_types = {value.name: value.type.tensor_type.elem_type for value in values}
     nodes = []
@@ -243,11 +244,21 @@ def _adapt_attention(model: onnx.ModelProto, *, file: str) -> None:
                 )
             scale = next((a for a in node.attribute if a.name == "scale"), None)
             assert scale is not None, "the exporter writes every scale out"
-            factor = f"{node.output[0]}.scale"
+            query, factor = node.input[0], f"{node.output[0]}.scale"
             scaled = f"{node.output[0]}.scaled_query"
             element_type = element_types[node.input[1]]
-            graph.initializer.append(helper.make_tensor(factor, element_type, (), [scale.f]))
-            nodes.append(helper.make_node("Mul", [node.input[0], factor], [scaled]))
+            wide = onnx.TensorProto.FLOAT
+            graph.initializer.append(helper.make_tensor(factor, wide, (), [scale.f]))
+            if element_type == wide:
+                nodes.append(helper.make_node("Mul", [query, factor], [scaled]))
+            else:
+                # A scale that 16 bits round would be another temperature for every position.
+                names = [f"{scaled}.{stage}" for stage in ("wide", "float32")]
+                nodes += [
+                    helper.make_node("Cast", [query], [names[0]], to=wide),
+                    helper.make_node("Mul", [names[0], factor], [names[1]]),
+                    helper.make_node("Cast", [names[1]], [scaled], to=element_type),
+                ]
             node.input[0] = scaled
             scale.f = 1.0
             node.attribute.append(helper.make_attribute("TRT_decomposable", 1))

@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.text import human_bytes
+from recmas_runtime.engines.devices import needs_gpu
 from recmas_runtime.formats.plan import SamplingPlan
 from recmas_runtime.running.records import Answer, Record
 from recmas_runtime.running.system import System, load
@@ -316,7 +317,7 @@ def _planned(settings: WorkerSettings) -> BatchWorkers:
     cpus = [int(machine.get("CPU", 0)) for machine in machines if machine.get("CPU", 0) >= 1]
     threads = settings.threads or min([_THREADS, *cpus])
     needs = {"CPU": float(threads), "memory": float(settings.memory_bytes)}
-    if settings.device in ("cuda", "tensorrt"):
+    if needs_gpu(settings.device):
         needs["GPU"] = 1.0
     num_workers = sum(
         min(int(machine.get(name, 0) // need) for name, need in needs.items())
