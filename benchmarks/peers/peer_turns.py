@@ -216,8 +216,12 @@ class Race:
             share = float(np.linalg.norm(off) / np.linalg.norm(exact[0]))
             return {"error": float(f"{share:.5g}")}
 
+        unknown = self.unknown_errors(keys)
         for contender in self.contenders:
-            self._once("error", keys[contender.name], contender, error)
+            if contender in unknown and contender.name not in by_name:
+                say(f"error: {contender.name} has no file of random weights, and gets none")
+            else:
+                self._once("error", keys[contender.name], contender, error)
 
     def _once(
         self,
