@@ -36,6 +36,8 @@ DEVICES: Final = ("auto", "cpu", "cuda", TENSORRT)
 MOST_TABLE_POSITIONS: Final = 2**17
 # Heads of other widths its attention does not take.
 HEAD_MULTIPLE: Final = 16
+# Beside products by rows, those behind gates have blocks of 8 bits with so many weights to a scale.
+GATED_BLOCK: Final = 128
 
 # Limits in float32. "Relative" compares max |difference| with max |expected|: hidden states are
 # taken after the final norm, where entries differ in size by orders of magnitude.
@@ -70,6 +72,8 @@ class Precision:
     Attributes:
         layer_bits: Per weight of the matrices of the decoder's layers, without scales.
         block_size: Weights that share a scale; None where weights are floating-point numbers.
+        layer_block_size: The same for the layers' matrices, other than those of experts; None where
+            it is no other.
         cpu_products: What products of the decoder for ONNX Runtime's CPU provider read: the same
             blocks as the portable one, or rows of 8-bit integers, which have faster products; or
             blocks in steps, and in prompts rows of a second copy of the weights.
@@ -85,6 +89,7 @@ class Precision:
     layer_bits: int
     table_bits: int
     block_size: int | None = None
+    layer_block_size: int | None = None
     cpu_products: Literal["blocks", "rows", "rows in prompts"] = "blocks"
     targets: frozenset[str] = frozenset()
     refusals: Mapping[str, str] = field(default_factory=dict)
@@ -99,6 +104,12 @@ class Precision:
     @property
     def layer_weight_bits(self) -> float:
         """Bits that a weight of the layers takes, with its share of a float32 scale."""
+        size = self.layer_block_size
+        return self.layer_bits + (self._scale_bits if size is None else 32 / size)
+
+    @property
+    def expert_weight_bits(self) -> float:
+        """Bits that a weight of experts takes, with its share of a float32 scale."""
         return self.layer_bits + self._scale_bits
 
     @property
@@ -169,6 +180,7 @@ PRECISIONS: Final[dict[str, Precision]] = {
         # 0.09 nats, those of 8 bits nothing.
         table_bits=8,
         block_size=32,
+        layer_block_size=64,
         cpu_products="rows in prompts",
         targets=frozenset({"onnx"}),
         refusals={"tensorrt": "such weights are packed for ONNX Runtime"},
