@@ -122,8 +122,8 @@ class Precision:
         return 0.0 if self.block_size is None else 32 / self.block_size
 
 
-# Loss limits: SmolLM2, with 135M parameters among the models that lose most, costs 0.001, 0.04 and
-# 0.008 nats in int8, 0.03, 0.19 and 0.13 in int4. Limits are a multiple of that: beyond them
+# Loss limits: SmolLM2, with 135M parameters among the models that lose most, costs 0.001, 0.05 and
+# 0.005 nats in int8, 0.02, 0.17 and 0.04 in int4. Limits are a multiple of that: beyond them
 # something is broken for a model, or it is no use in this precision.
 #
 # Blocks of 16 are more exact than those of 32 and in int4 take as long as int8.
