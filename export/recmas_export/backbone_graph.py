@@ -90,7 +90,7 @@ def export_backbone(
     run_passes(pipeline.STANDARD, decoder)
     layers, tables = pipeline.weight_passes(precision, backbone.dtype, types)
     if CPU_DECODER in graphs and row.cpu_products == "rows":
-        run_passes((QuantizeRows(input_peaks(backbone)),), graphs[CPU_DECODER])
+        _use_rows(backbone, graphs[CPU_DECODER])
     for name, graph in graphs.items():
         run_passes(tables if name in _TABLES else layers, graph)
     if not types.is_wide:
@@ -133,8 +133,15 @@ def prompt_decoder(
     run_passes(pipeline.DECODER, decoder)
     if not run_passes(pipeline.cpu_decoder(max_positions=backbone.facts.max_positions), decoder):
         return None
+    return decoder if _use_rows(backbone, decoder) else None
+
+
+def _use_rows(backbone: TorchBackbone, decoder: ir.Model) -> bool:
+    """Let a decoder multiply 8-bit integers by rows; returns whether it has products for that."""
     has_rows = run_passes((QuantizeRows(input_peaks(backbone)),), decoder)
-    return decoder if has_rows else None
+    if has_rows:
+        run_passes(pipeline.beside_rows(), decoder)
+    return has_rows
 
 
 def _refuse_unsupported(model: Any, facts: BackboneFacts) -> None:

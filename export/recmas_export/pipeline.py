@@ -27,7 +27,7 @@ from recmas_export.passes.tidy import (
 from recmas_export.quantize import QuantizeWeights
 from recmas_export.weights_file import NarrowWeights
 from recmas_export.written_graphs import AddLatentStep
-from recmas_runtime.formats.precisions import PRECISIONS, ElementTypes
+from recmas_runtime.formats.precisions import GATED_BLOCK, PRECISIONS, ElementTypes
 
 Passes = tuple[InPlacePass, ...]
 
@@ -112,16 +112,25 @@ def weight_passes(precision: str, dtype: str, types: ElementTypes) -> tuple[Pass
     they have made of each. Weights that stay float32 numbers are stored in `dtype`.
     """
     row = PRECISIONS[precision]
-    narrow = UseElementTypes(types)
+    size, narrow = row.block_size, UseElementTypes(types)
     layers, tables = (
         (
-            QuantizeWeights(bits=bits, block_size=row.block_size),  # its blocks are of float32
+            # Its blocks are of float32.
+            QuantizeWeights(bits=bits, block_size=own_size, expert_block_size=size),
             narrow,  # of blocks their scales, else the weights
             NarrowWeights(dtype),  # what is still float32
         )
-        for bits in (row.layer_bits, row.table_bits)
+        for bits, own_size in (
+            (row.layer_bits, row.layer_block_size or size),
+            (row.table_bits, size),
+        )
     )
     return layers, tables
+
+
+def beside_rows() -> Passes:
+    """Return the passes that store the weights of products that have not become ones by rows."""
+    return (QuantizeWeights(bits=8, block_size=GATED_BLOCK),)
 
 
 def has_own_operators(model: ir.Model) -> bool:

@@ -59,30 +59,34 @@ class QuantizeWeights(InPlacePass):
     1. A product with a weight becomes a MatMulNBits.
     2. A lookup in a table of weights becomes a GatherBlockQuantized.
     3. Weights that share memory, in whatever graph, are quantized once and share it afterwards.
-    4. Matrices of experts are quantized where both of their widths are whole numbers of blocks,
-       which QMoE asks for: a MoE becomes one, and in the other form products get blocks and scales.
+    4. Matrices of experts are quantized, in blocks of a size of their own, where both of their
+       widths are whole numbers of blocks, which QMoE asks for: a MoE becomes one, and in the other
+       form products get blocks and scales.
     5. What chooses experts stays float32: a rounding that swaps two of them is no small one.
     6. Without a block size, for weights that stay numbers of their own, nothing changes.
 
     Weights are float32 and still inside the graph.
     """
 
-    def __init__(self, *, bits: int, block_size: int | None) -> None:
+    def __init__(
+        self, *, bits: int, block_size: int | None, expert_block_size: int | None = None
+    ) -> None:
         self._bits, self._block_size = bits, block_size
+        self._expert_size = expert_block_size or block_size
         self._made: dict[object, _Blocks] = {}
 
     def call(self, model: ir.Model) -> PassResult:
         """Rewrite in place."""
-        if self._block_size is None:  # 6
+        if self._block_size is None or self._expert_size is None:  # 6
             return PassResult(model, modified=False)
         for mixture in list(mixtures(model.graph)):  # 4
-            if not any(width % self._block_size for width in (mixture.width, mixture.inner)):
+            if not any(width % self._expert_size for width in (mixture.width, mixture.inner)):
                 for node in (mixture.first, mixture.last):
-                    self._quantize_product(model.graph, node, self._block_size)
+                    self._quantize_product(model.graph, node, self._expert_size)
         choosing = set(routers(model.graph))
         for node in list(model.graph):
             if node.op_type == "MoE":
-                self._quantize_mixture(model.graph, node, self._block_size)
+                self._quantize_mixture(model.graph, node, self._expert_size)
             elif node not in choosing:  # 5
                 self._rewrite(model.graph, node, self._block_size)
         model.graph.opset_imports[MICROSOFT] = 1
@@ -156,7 +160,7 @@ class QuantizeWeights(InPlacePass):
         blocks = self._blocks(array_ENK.reshape(-1, num_inputs), block_size)
         shape = (num_experts, num_outputs, num_inputs // block_size)
         packed = blocks.packed.reshape(*(shape[:2] if flat else shape), -1)
-        name = f"{matrices.name}.int{self._bits}"
+        name = _name(matrices, blocks)
         return (
             tape.initializer(ir.Tensor(packed, name=name)),
             tape.initializer(ir.Tensor(blocks.scales.reshape(shape), name=f"{name}.scales")),
@@ -267,9 +271,14 @@ def _operands(
     tape: Tape, weight: ir.Value, blocks: _Blocks, packed: NDArray[np.uint8]
 ) -> tuple[ir.Value, ir.Value]:
     """Return elements and scales as initializers, named after their weight."""
-    name = f"{weight.name}.int{blocks.bits}"
+    name = _name(weight, blocks)
     elements = tape.initializer(ir.Tensor(packed, name=name))
     return elements, tape.initializer(ir.Tensor(blocks.scales, name=f"{name}.scales"))
+
+
+def _name(weight: ir.Value, blocks: _Blocks) -> str:
+    """Return the name of elements: graphs may hold one weight in blocks of several sizes."""
+    return f"{weight.name}.int{blocks.bits}.{blocks.block_size}"
 
 
 def _quantized(weight_NK: NDArray[Any], bits: int, block_size: int) -> _Blocks:

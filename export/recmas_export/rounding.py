@@ -2,8 +2,8 @@
 
 The nearest number is best for a weight alone. But a product adds up many of them over inputs that
 vary together, so that an error can be cancelled by the weights that are still to be rounded: the
-method of GPTQ (Frantar et al., arXiv 2210.17323). What inputs look like is seen in answers that
-the backbone makes up itself.
+method of GPTQ (Frantar et al., arXiv 2210.17323), in the order of how loud inputs are, with scales
+that are chosen before. What inputs look like is seen in answers that the backbone makes up itself.
 
 The rounded weights are exactly those that a block-wise quantizer without zero points stores: the
 largest of each block is the most negative integer times the block's scale.
@@ -35,6 +35,9 @@ _FEW_BITS: Final = 4
 # Scales to choose from, in shares of the one that clips nothing.
 _SHRINKS: Final = tuple(1 - step / 25 for step in range(12))
 
+# Columns after which an error reaches all the others, in one product.
+_AT_A_TIME: Final = 128
+
 # Added to the diagonal of the inputs' products, as a share of its mean: inputs that hardly vary
 # would let errors grow without bound.
 _DAMPING: Final = 0.01
@@ -49,7 +52,8 @@ def rounded_layers(
     A quantizer with the precision's blocks and no zero points stores the held weights exactly. A
     precision whose layers have more than 4 bits changes nothing.
     """
-    bits, block_size = PRECISIONS[precision].layer_bits, PRECISIONS[precision].block_size
+    row = PRECISIONS[precision]
+    bits, block_size = row.layer_bits, row.layer_block_size or row.block_size
     if block_size is None or bits > _FEW_BITS:
         yield
         return
@@ -97,26 +101,33 @@ def input_peaks(backbone: TorchBackbone) -> dict[str, NDArray[np.float32]]:
 def compensated(weight_NK: Tensor, products_KK: Tensor, *, bits: int, block_size: int) -> Tensor:
     """Return a float32 weight rounded so that its outputs change little.
 
-    The products are float64 sums x^T x of its inputs over all positions.
+    The products are float64 sums x^T x of its inputs over all positions. Scales are chosen first.
+    Then weights are rounded one after the other, those of the loudest inputs first: the more are
+    still to come, the better an error is made good for.
     """
-    num_inputs = weight_NK.shape[1]
-    factor_KK = _factor(products_KK).float()
-    rest_NK, rounded_NK = weight_NK.clone(), torch.empty_like(weight_NK)
-    for start in range(0, num_inputs, block_size):
-        end = min(start + block_size, num_inputs)
-        factor_bb = factor_KK[start:end, start:end]
-        block_Nb = rest_NK[:, start:end].clone()
-        scale_N, largest_N = _scale(block_Nb, bits)
-        errors_Nb = torch.empty_like(block_Nb)
+    loudness_K = products_KK.diagonal().float()
+    scale_NK, is_largest_NK = _scales(weight_NK, loudness_K, bits=bits, block_size=block_size)
+    order_K = loudness_K.argsort(descending=True, stable=True)
+    factor_KK = _factor(products_KK[order_K][:, order_K]).float()
+    rest_NK = weight_NK[:, order_K]
+    scale_NK, is_largest_NK = scale_NK[:, order_K], is_largest_NK[:, order_K]
+    held_NK = torch.empty_like(weight_NK)
+    for start in range(0, weight_NK.shape[1], _AT_A_TIME):
+        end = min(start + _AT_A_TIME, weight_NK.shape[1])
+        part_Nb, factor_bb = rest_NK[:, start:end].clone(), factor_KK[start:end, start:end]
+        errors_Nb = torch.empty_like(part_Nb)
         for i in range(end - start):
-            wanted_N = block_Nb[:, i]
+            wanted_N, scale_N = part_Nb[:, i], scale_NK[:, start + i]
             held_N = _nearest(wanted_N, scale_N, bits)
             # A quantizer finds the scale by this weight, so it stays the block's largest.
-            held_N = torch.where(largest_N == i, -(2 ** (bits - 1)) * scale_N, held_N)
+            largest_N = -(2 ** (bits - 1)) * scale_N
+            held_N = torch.where(is_largest_NK[:, start + i], largest_N, held_N)
             errors_Nb[:, i] = (wanted_N - held_N) / factor_bb[i, i]
-            rounded_NK[:, start + i] = held_N
-            block_Nb[:, i + 1 :] -= errors_Nb[:, i, None] * factor_bb[i, i + 1 :]
+            held_NK[:, start + i] = held_N
+            part_Nb[:, i + 1 :] -= errors_Nb[:, i, None] * factor_bb[i, i + 1 :]
         rest_NK[:, end:] -= errors_Nb @ factor_KK[start:end, end:]
+    rounded_NK = torch.empty_like(held_NK)
+    rounded_NK[:, order_K] = held_NK
     return rounded_NK
 
 
@@ -126,22 +137,34 @@ def _nearest(weights: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (weights / scale).round().clamp(-half, half - 1) * scale
 
 
-def _scale(block_Nb: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return the best scale of each output's block, and which of its weights is the largest.
+def _scales(
+    weight_NK: Tensor, loudness_K: Tensor, *, bits: int, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return the best scale of each weight's block, and whether it is the block's largest [N, K].
 
     The scale has the sign that makes the largest weight the most negative integer. A block of
-    zeros has a scale of 1 and no largest weight, -1.
+    zeros has a scale of 1 and no largest weight. Errors count by how loud their inputs are.
     """
-    largest_N1 = block_Nb.abs().argmax(dim=1, keepdim=True)
-    widest_N1 = block_Nb.gather(1, largest_N1) / -(2 ** (bits - 1))
-    is_zero_N1 = widest_N1 == 0
-    widest_N1 = widest_N1.masked_fill(is_zero_N1, 1.0)
-    scales_SN1 = torch.stack([widest_N1 * shrink for shrink in _SHRINKS])
-    errors_SN = (_nearest(block_Nb, scales_SN1, bits) - block_Nb).square().sum(-1)
-    best_1N1 = errors_SN.argmin(dim=0)[None, :, None]
-    scale_N = scales_SN1.gather(0, best_1N1)[0, :, 0]
-    largest_N = largest_N1.masked_fill(is_zero_N1, -1)[:, 0]
-    return torch.where(is_zero_N1[:, 0], 1.0, scale_N), largest_N
+    num_outputs, num_inputs = weight_NK.shape
+    filling = -num_inputs % block_size
+    blocks_Nnb = nn.functional.pad(weight_NK, (0, filling)).view(num_outputs, -1, block_size)
+    loudness_nb = nn.functional.pad(loudness_K, (0, filling)).view(-1, block_size)
+    largest_Nn1 = blocks_Nnb.abs().argmax(-1, keepdim=True)
+    widest_Nn1 = blocks_Nnb.gather(-1, largest_Nn1) / -(2 ** (bits - 1))
+    is_zero_Nn1 = widest_Nn1 == 0
+    widest_Nn1 = widest_Nn1.masked_fill(is_zero_Nn1, 1.0)
+    scale_Nn1, least_Nn1 = widest_Nn1, torch.full_like(widest_Nn1, torch.inf)
+    for shrink in _SHRINKS:
+        tried_Nn1 = widest_Nn1 * shrink
+        errors_Nnb = (_nearest(blocks_Nnb, tried_Nn1, bits) - blocks_Nnb).square()
+        error_Nn1 = (errors_Nnb * loudness_nb).sum(-1, keepdim=True)
+        scale_Nn1 = torch.where(error_Nn1 < least_Nn1, tried_Nn1, scale_Nn1)
+        least_Nn1 = torch.minimum(error_Nn1, least_Nn1)
+    scale_Nn1 = scale_Nn1.masked_fill(is_zero_Nn1, 1.0)
+    is_largest_Nnb = torch.arange(block_size) == largest_Nn1.masked_fill(is_zero_Nn1, -1)
+    whole = (scale_Nn1.expand_as(blocks_Nnb), is_largest_Nnb)
+    scale_NK, is_largest_NK = (each.reshape(num_outputs, -1)[:, :num_inputs] for each in whole)
+    return scale_NK, is_largest_NK
 
 
 def _factor(products_KK: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from recmas_runtime.formats.layers import MOST_LAYERS, LayerShape
 from recmas_runtime.formats.precisions import (
     AUTO,
     DTYPE_BYTES,
+    GATED_BLOCK,
     HEAD_MULTIPLE,
     MOST_TABLE_POSITIONS,
     PRECISIONS,
@@ -352,11 +353,12 @@ def weights_bytes(
         stored = bits.types[device].products
         return facts.num_parameters * DTYPE_BYTES[dtype if stored == "float32" else stored]
     tables = facts.num_tables * facts.vocab_size * facts.width
-    experts = 0 if has_expert_blocks(facts, bits.block_size) else facts.num_expert_parameters
+    experts = facts.num_expert_parameters
     layers = facts.num_parameters - experts - tables  # norms among them, one in a thousand
-    of_layers, of_tables = bits.layer_weight_bits(device), bits.table_weight_bits(device)
-    quantized = round(layers * of_layers / 8 + tables * of_tables / 8)
-    return quantized + experts * DTYPE_BYTES[dtype]
+    has_blocks = has_expert_blocks(facts, bits.block_size)
+    expert_bits = bits.expert_weight_bits(device) if has_blocks else 8 * DTYPE_BYTES[dtype]
+    num_bits = layers * bits.layer_weight_bits(device) + tables * bits.table_weight_bits(device)
+    return round((num_bits + experts * expert_bits) / 8)
 
 
 def step_bytes(facts: BackboneFacts, *, precision: str, device: str = AUTO) -> int:
@@ -374,7 +376,8 @@ def row_weights_bytes(facts: BackboneFacts, *, precision: str) -> int:
     is_blocks = PRECISIONS[precision].cpu_products == "blocks"
     if is_blocks or facts.num_expert_parameters or not angle_tables_bytes(facts):
         return 0
-    return facts.num_parameters - facts.num_tables * facts.vocab_size * facts.width
+    weights = facts.num_parameters - facts.num_tables * facts.vocab_size * facts.width
+    return round(weights * (1 + ENGINE_ELEMENT_BYTES / GATED_BLOCK))
 
 
 def has_expert_blocks(facts: BackboneFacts, block_size: int) -> bool:
@@ -385,11 +388,10 @@ def has_expert_blocks(facts: BackboneFacts, block_size: int) -> bool:
 def angle_tables_bytes(facts: BackboneFacts) -> int:
     """Return the most that the tables of the CPU's decoder take.
 
-    They hold a cosine and a sine for every position and every pair of a head's elements. A backbone
-    whose heads are normed has no such decoder and takes less, which its facts do not say.
+    They hold a cosine and a sine for every position and every pair of a head's elements; layers
+    with windows may turn by other angles than those without.
     """
     if facts.max_positions > MOST_TABLE_POSITIONS or facts.head_dim % HEAD_MULTIPLE:
         return 0
-    if "full" not in facts.attention:
-        return 0
-    return facts.max_positions * facts.head_dim * ENGINE_ELEMENT_BYTES
+    num_kinds = len({"full", "sliding"}.intersection(facts.attention))
+    return num_kinds * facts.max_positions * facts.head_dim * ENGINE_ELEMENT_BYTES

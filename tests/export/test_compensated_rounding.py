@@ -21,9 +21,10 @@ from recmas_compiler.links.calibration import sample_answers
 from recmas_export import rounding as compensated_rounding
 from recmas_export.rounding import compensated, rounded_layers
 from recmas_runtime.core.progress import Silent
+from recmas_runtime.formats.precisions import PRECISIONS
 
-BLOCK_SIZE = 32
-NUM_INPUTS, NUM_OUTPUTS = 80, 24  # the last block of 32 is half full
+BLOCK_SIZE = PRECISIONS["int4"].layer_block_size or 0
+NUM_INPUTS, NUM_OUTPUTS = 2 * BLOCK_SIZE + BLOCK_SIZE // 2, 24  # the last block is half full
 
 
 def stored(weight_NK: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from onnx_ir.tape import Tape
 from kit.engines import relative
 from recmas_export.passes.row_products import QuantizeRows, quantized_channels, smoothing
 from recmas_export.passes.tidy import IR_VERSION, OPSET
+from recmas_export.pipeline import beside_rows, run_passes
+from recmas_runtime.formats.precisions import GATED_BLOCK
 
 WIDTH, INNER = 48, 96
 WEIGHTS = {"gate": (WIDTH, INNER), "up": (WIDTH, INNER), "down": (INNER, WIDTH)}
@@ -109,12 +111,16 @@ def test_a_product_is_that_of_integers_by_row() -> None:
 
 
 def test_no_row_depends_on_the_rest_of_its_call() -> None:
-    x, model = positions(9), rewritten(feed_forward())
-    whole = run(model, x)
-    for row in range(9):
-        assert np.array_equal(run(model, x[:, row : row + 1])[:, 0], whole[:, row])
-    folded = run(model, x.reshape(3, 3, WIDTH))
-    assert np.array_equal(folded.reshape(whole.shape), whole)
+    x, rows, layer = positions(9), rewritten(one_product("up")), rewritten(feed_forward())
+    assert run_passes(beside_rows(), layer)
+    # Blocks are added up in another order where there are several rows.
+    for model, most in ((rows, 0.0), (layer, 1e-6)):
+        whole = run(model, x)
+        for row in range(9):
+            alone = run(model, x[:, row : row + 1])[:, 0]
+            assert relative(alone, whole[:, row]) <= most
+        folded = run(model, x.reshape(3, 3, WIDTH)).reshape(whole.shape)
+        assert relative(folded, whole) <= most
 
 
 def test_products_of_one_input_share_its_integers() -> None:
@@ -122,22 +128,27 @@ def test_products_of_one_input_share_its_integers() -> None:
     assert (found["MatMulIntegerToFloat"], found["QuantizeLinear"], found["Abs"]) == (2, 1, 1)
 
 
-def test_what_a_gate_makes_keeps_16_bits() -> None:
+def test_what_a_gate_makes_is_left_to_blocks() -> None:
     model = rewritten(feed_forward())
-    assert operators(model)["QuantizeLinear"] == 3
-    tape, x = Tape(), value("x", INNER)
-    y = tape.op("MatMul", (tape.op("Mul", (x, x)), weight(tape, "down")))
-    loud = numbers(1, 4, INNER, seed=3)
-    loud[:, :, 0] = 60  # beside which 8 bits have nothing left for the others
-    squared = rewritten(model_of(tape, x, y))
-    integers, scales = quantized_channels(MATRICES["down"])
-    exact = loud**2 @ (integers * scales)
-    in_8_bits = relative(by_rows(loud**2, MATRICES["down"]), exact)
-    assert relative(run(squared, loud), exact) < in_8_bits / 50
+    assert operators(model)["MatMulIntegerToFloat"] == operators(model)["MatMul"] == 1
+    tape, x, down = Tape(), value("x", 16 * GATED_BLOCK), numbers(16 * GATED_BLOCK, WIDTH, seed=2)
+    down[0] = 0  # the loud one shall be wrong by what it does to others only
+    matrix = tape.initializer(ir.Tensor(down, name="body.down.weight"))
+    squared = model_of(tape, x, tape.op("MatMul", (tape.op("Mul", (x, x)), matrix)))
+    assert run_passes(beside_rows(), squared)
+    assert operators(squared)["MatMulNBits"] == 1
+    loud = numbers(1, 4, 16 * GATED_BLOCK, seed=3)
+    loud[:, :, 0] = 60  # beside which 8 bits have nothing left for the others of its block
+    exact = loud**2 @ down
+    errors = [
+        np.abs(found - exact).mean() for found in (run(squared, loud), by_rows(loud**2, down))
+    ]
+    assert errors[0] < errors[1] / 3
 
 
 def test_rows_of_zeros_give_zeros() -> None:
-    assert not run(rewritten(feed_forward()), np.zeros((2, 3, WIDTH), np.float32)).any()
+    for part in (feed_forward(), one_product()):
+        assert not run(rewritten(part), np.zeros((2, 3, WIDTH), np.float32)).any()
 
 
 def test_channels_are_made_alike_before_they_are_rounded() -> None:

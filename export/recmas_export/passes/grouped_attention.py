@@ -2,8 +2,9 @@
 
 Its GroupQueryAttention splits heads, rotates them, writes the cache in place and attends over the
 rows that are in use, where the standard operators attend over all of the capacity. It takes tables
-instead of angles, and knows the causal rule instead of a mask. Whether a graph's mask is that is
-computed, not read off its nodes, and so are the tables. Rows that are hidden besides become a bias.
+instead of angles, and knows the causal rule and windows instead of a mask. Whether a graph's mask
+is one of these is computed, not read off its nodes, and so are the tables. Rows that are hidden
+besides become a bias.
 
 Shape legend: B samples, S positions, C cache rows, D head width, P positions of a table.
 """
@@ -43,12 +44,15 @@ _OF_INPUTS: Final[dict[str, Callable[[int], Any]]] = {
 class UseGroupedAttention(InPlacePass):
     """Write causal attention over rotated, packed heads as one GroupQueryAttention.
 
-    1. Each layer whose mask is the causal one and whose heads have a width that the kernel takes,
-       from its packed product to the input of the next product (`GroupedAttention`).
+    1. Each layer whose mask is the causal one, with a window or without, and whose heads have a
+       width that the kernel takes, from its packed product to the input of the next product
+       (`GroupedAttention`).
     2. Angles become tables of P rows, computed once for every position.
     3. Where a table would be too large, all layers stay as they are.
     4. Of a mask that is the causal one and another of hidden rows, the latter becomes a bias: the
        lowest number for rows that are not seen, beside which a score is as good as none.
+    5. Norms of queries and keys stay operators of their own, before the attention: its kernel for
+       the CPU refuses their weights, which its schema has.
 
     A call of several samples and several positions must then begin at row 0 of each sample's cache:
     behind cached rows, the operator takes a longer call of one sample only.
@@ -61,8 +65,9 @@ class UseGroupedAttention(InPlacePass):
         """Rewrite a cleaned decoder in place; nodes that are then unused stay."""
         if self._max_positions > MOST_TABLE_POSITIONS:  # 3
             return PassResult(model, modified=False)
-        rule = GroupedAttention.rule(_Parts(model.graph, self._max_positions))
-        return PassResult(model, bool(RewriteRuleSet([rule]).apply_to_model(model)))
+        parts = _Parts(model.graph, self._max_positions)
+        rules = [kind.rule(parts) for kind in (GroupedAttention, NormedGroupedAttention)]
+        return PassResult(model, bool(RewriteRuleSet(rules).apply_to_model(model)))
 
 
 class GroupedAttention(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscript is untyped
@@ -72,7 +77,6 @@ class GroupedAttention(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscrip
         # The cache is a result too and a pattern has one, so what is left over is a later pass's.
         super().__init__(remove_nodes=False)
         self._parts = parts
-        self._lengths: tuple[ir.Value, ...] = ()
 
     def pattern(
         self,
@@ -89,18 +93,9 @@ class GroupedAttention(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscrip
         flat: Any,
     ) -> Any:
         """Return attention over a static cache of keys and values."""
-        columns = op.Transpose(op.Reshape(packed, heads), perm=_HEADS_FIRST)
-        q, k, v = op.Split(columns, sizes, axis=1, _outputs=["q", "k", "v"])
-        place: dict[str, Any] = {"axis": 2, "mode": "linear"}
-        new_keys = op.TensorScatter(
-            keys, op.RotaryEmbedding(k, cos, sin), write_index, **place, _outputs=["new_keys"]
-        )
-        new_values = op.TensorScatter(values, v, write_index, **place, _outputs=["new_values"])
-        query = op.RotaryEmbedding(q, cos, sin)
-        out = op.Attention(
-            query, new_keys, new_values, mask, _allow_other_attributes=True, _outputs=["out"]
-        )
-        return op.Reshape(op.Transpose(out, perm=_HEADS_FIRST), flat)
+        q, k, v = _split_heads(op, packed, heads, sizes)
+        cache, angles = (keys, values, write_index), (cos, sin)
+        return _attention(op, (q, k, v), cache=cache, angles=angles, mask=mask, flat=flat)
 
     def check(
         self,
@@ -123,16 +118,21 @@ class GroupedAttention(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscrip
         if attention is None or attention.attributes.keys() - {"scale", "softcap"}:
             return result.fail("the attention has other attributes")
         rule, _ = split_mask(mask)
-        if write_index.name != "write_index" or not self._parts.is_causal(rule):
-            return result.fail("the mask is not the causal one")
+        if write_index.name != "write_index" or self._parts.window(rule) is None:
+            return result.fail("the mask is not the causal one, with a window or without")
         if not _is_multiple(self._parts.width(cos), _TABLE_MULTIPLE):
             return result.fail("the kernel does not take this width of angles")
         return result
 
-    def rewrite(
+    def rewrite(self, op: Any, packed: ir.Value, **matched: Any) -> Any:
+        """Return the operator over the packed product."""
+        return self._operator(op, (packed, None, None), **matched)
+
+    def _operator(
         self,
         op: Any,
-        packed: ir.Value,
+        inputs: tuple[ir.Value | None, ...],
+        *,
         sizes: ir.Value,
         cos: ir.Value,
         sin: ir.Value,
@@ -144,18 +144,17 @@ class GroupedAttention(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscrip
         out: ir.Value,
         **_others: Any,
     ) -> Any:
-        """Return the operator."""
         attention, counts = out.producer(), integers(sizes)
         assert attention is not None
         assert counts is not None
-        # Layers are visited in order, so what the first one computes is there for the others.
-        self._lengths = self._lengths or self._parts.lengths(op)
         tables = self._parts.tables(cos, sin)
-        _, seen = split_mask(mask)
+        rule, seen = split_mask(mask)
         bias = () if seen is None else (None, self._parts.bias(op, seen))  # 4
+        window = self._parts.window(rule)
         joined, *cache = op.GroupQueryAttention(
-            *(packed, None, None, keys, values, *self._lengths, *tables, *bias),
+            *(*inputs, keys, values, *self._parts.lengths(op), *tables, *bias),
             **{name: value.value for name, value in attention.attributes.items()},
+            **({"local_window_size": window} if window else {}),
             num_heads=counts[0],
             kv_num_heads=counts[1],
             do_rotary=1,
@@ -168,6 +167,80 @@ class GroupedAttention(RewriteRuleClassBase):  # type: ignore[misc]  # onnxscrip
         return joined
 
 
+class NormedGroupedAttention(GroupedAttention):
+    """The same where queries and keys are normed, each head by itself, before they are rotated."""
+
+    def pattern(  # type: ignore[override]
+        self,
+        op: Any,
+        packed: Any,
+        heads: Any,
+        sizes: Any,
+        query_scale: Any,
+        key_scale: Any,
+        cos: Any,
+        sin: Any,
+        keys: Any,
+        values: Any,
+        write_index: Any,
+        mask: Any,
+        flat: Any,
+    ) -> Any:
+        """Return attention with norms of heads."""
+        q, k, v = _split_heads(op, packed, heads, sizes)
+        any_epsilon: dict[str, Any] = {"axis": -1, "_allow_other_attributes": True}
+        normed_q = op.RMSNormalization(q, query_scale, **any_epsilon, _outputs=["normed_q"])
+        normed_k = op.RMSNormalization(k, key_scale, **any_epsilon, _outputs=["normed_k"])
+        cache, angles, inputs = (keys, values, write_index), (cos, sin), (normed_q, normed_k, v)
+        return _attention(op, inputs, cache=cache, angles=angles, mask=mask, flat=flat)
+
+    def rewrite(self, op: Any, packed: ir.Value, **matched: Any) -> Any:
+        """Return norms of heads where they lie, [B, S, H, D], and the operator behind them."""
+        counts, shape = integers(matched["sizes"]), matched["q"].shape
+        norms = [matched[name].producer() for name in ("normed_q", "normed_k")]
+        assert counts is not None
+        width = int(shape[-1])
+        by_head = self._parts.constant(np.array([0, 0, -1, width]), f"heads.{width}")
+        as_row = self._parts.constant(np.array([0, 0, -1]), "heads.row")
+        columns = np.array(counts) * width
+        name = "heads." + ".".join(str(number) for number in columns)
+        parts = op.Split(packed, self._parts.constant(columns, name), axis=-1, _outputs=3)
+        normed = []
+        for part, norm in zip(parts, norms, strict=False):
+            attributes = {name: value.value for name, value in norm.attributes.items()}
+            found = op.RMSNormalization(op.Reshape(part, by_head), norm.inputs[1], **attributes)
+            normed.append(op.Reshape(found, as_row))
+        return self._operator(op, (*normed, parts[2]), **matched)
+
+
+def _split_heads(op: Any, packed: Any, heads: Any, sizes: Any) -> Any:
+    columns = op.Transpose(op.Reshape(packed, heads), perm=_HEADS_FIRST)
+    return op.Split(columns, sizes, axis=1, _outputs=["q", "k", "v"])
+
+
+def _attention(
+    op: Any,
+    inputs: tuple[Any, Any, Any],
+    *,
+    cache: tuple[Any, Any, Any],
+    angles: tuple[Any, Any],
+    mask: Any,
+    flat: Any,
+) -> Any:
+    """Return the pattern of attention behind its heads: rotated, over what the cache then holds."""
+    (q, k, v), (keys, values, write_index) = inputs, cache
+    place: dict[str, Any] = {"axis": 2, "mode": "linear"}
+    new_keys = op.TensorScatter(
+        keys, op.RotaryEmbedding(k, *angles), write_index, **place, _outputs=["new_keys"]
+    )
+    new_values = op.TensorScatter(values, v, write_index, **place, _outputs=["new_values"])
+    query = op.RotaryEmbedding(q, *angles)
+    out = op.Attention(
+        query, new_keys, new_values, mask, _allow_other_attributes=True, _outputs=["out"]
+    )
+    return op.Reshape(op.Transpose(out, perm=_HEADS_FIRST), flat)
+
+
 class _Parts:
     """Computes parts of a decoder that depend on positions and on nothing else."""
 
@@ -175,29 +248,33 @@ class _Parts:
         self._graph = graph
         self._inputs = {value.name: value for value in graph.inputs}
         self._max_positions = max_positions
-        self._is_causal: dict[ir.Value, bool] = {}
+        self._windows: dict[ir.Value, int | None] = {}
+        self._lengths: tuple[ir.Value, ir.Value] | None = None
         self._tables: dict[ir.Value, ir.Value] = {}
         self._biases: dict[ir.Value, ir.Value] = {}
 
     def lengths(self, op: Any) -> tuple[ir.Value, ir.Value]:
         """Return the last row that each sample writes [B] and the rows of the longest one."""
-        one = self._constant(np.array(1), "lengths.one")
-        positions = op.Shape(self._inputs["inputs_embeds"], start=1, end=2)
-        rows_B = op.Add(self._inputs["write_index"], positions)
-        last_B = op.Cast(op.Sub(rows_B, one), to=ir.DataType.INT32)
-        return last_B, op.Cast(op.ReduceMax(rows_B, keepdims=0), to=ir.DataType.INT32)
+        if self._lengths is None:  # layers are visited in order: the first one's serve the others
+            one = self.constant(np.array(1), "lengths.one")
+            positions = op.Shape(self._inputs["inputs_embeds"], start=1, end=2)
+            rows_B = op.Add(self._inputs["write_index"], positions)
+            last_B = op.Cast(op.Sub(rows_B, one), to=ir.DataType.INT32)
+            longest = op.Cast(op.ReduceMax(rows_B, keepdims=0), to=ir.DataType.INT32)
+            self._lengths = last_B, longest
+        return self._lengths
 
     def bias(self, op: Any, seen_B11C: ir.Value) -> ir.Value:
         """Return what hides rows from all new positions, [B, 1, S, T]: T is the longest length."""
         if seen_B11C not in self._biases:
             numbers = {"zero": [0], "one": [1], "axis": [3]}
             zero, one, axis = (
-                self._constant(np.array(number), f"bias.{name}.{len(self._biases)}")
+                self.constant(np.array(number), f"bias.{name}.{len(self._biases)}")
                 for name, number in numbers.items()
             )
             lowest = np.array(np.finfo(np.float32).min, np.float32)
-            hides = self._constant(lowest, f"bias.lowest.{len(self._biases)}")
-            shows = self._constant(np.array(0, np.float32), f"bias.none.{len(self._biases)}")
+            hides = self.constant(lowest, f"bias.lowest.{len(self._biases)}")
+            shows = self.constant(np.array(0, np.float32), f"bias.none.{len(self._biases)}")
             positions = op.Shape(self._inputs["inputs_embeds"], start=1, end=2)
             longest = op.ReduceMax(op.Add(self._inputs["write_index"], positions), keepdims=1)
             cut = op.Slice(seen_B11C, zero, longest, axis)
@@ -205,19 +282,33 @@ class _Parts:
             self._biases[seen_B11C] = op.Expand(op.Where(cut, shows, hides), shape)
         return self._biases[seen_B11C]
 
-    def is_causal(self, mask_B1SC: ir.Value) -> bool:
-        """Whether each position sees all rows up to its own, and none after it."""
-        if _numbers_in(mask_B1SC) & {HIDDEN_ROWS}:
-            return False  # what it is depends on what a run hides
-        if mask_B1SC not in self._is_causal:
-            self._is_causal[mask_B1SC] = all(
-                np.array_equal(
-                    self._compute(mask_B1SC, start, 2, capacity=self._max_positions)[0, 0],
-                    np.arange(self._max_positions) <= start + np.arange(2)[:, None],
-                )
-                for start in np.linspace(0, self._max_positions - 2, 16).astype(int).tolist()
-            )
-        return self._is_causal[mask_B1SC]
+    def window(self, mask_B1SC: ir.Value) -> int | None:
+        """Return how many rows, its own the last, each position sees: 0 for all up to its own.
+
+        None where a mask shows other rows than these.
+        """
+        if HIDDEN_ROWS in _numbers_in(mask_B1SC):
+            return None  # what it is depends on what a run hides
+        if mask_B1SC not in self._windows:
+            self._windows[mask_B1SC] = self._find_window(mask_B1SC)
+        return self._windows[mask_B1SC]
+
+    def _find_window(self, mask_B1SC: ir.Value) -> int | None:
+        most = self._max_positions
+        columns = np.arange(most)
+
+        def seen(start: int) -> NDArray[np.bool_]:
+            mask = self._compute(mask_B1SC, start, 2, capacity=most)
+            return np.asarray(mask[0, 0], np.bool_)
+
+        window = int(seen(most - 2)[1].sum())
+        # Windows show where they begin to cut, chunks of positions at multiples of their size.
+        starts = [*np.linspace(0, most - 2, 16).astype(int).tolist(), window - 1, 2 * window - 1]
+        for start in (place for place in starts if 0 <= place <= most - 2):
+            rows = start + np.arange(2)[:, None]
+            if not np.array_equal(seen(start), (columns <= rows) & (columns > rows - window)):
+                return None
+        return window if window < most else 0
 
     def width(self, angles_BSn: ir.Value) -> int:
         """Return the last size of cosines or sines."""
@@ -233,14 +324,15 @@ class _Parts:
                     for start, end in zip([0, *ends], ends, strict=False)
                 ]
                 name = f"{angle.name}.table"
-                self._tables[angle] = self._constant(np.concatenate(parts), name)
+                self._tables[angle] = self.constant(np.concatenate(parts), name)
         return [self._tables[angle] for angle in angles]
 
-    def _constant(self, array: NDArray[Any], name: str) -> ir.Value:
+    def constant(self, array: NDArray[Any], name: str) -> ir.Value:
+        """Return an initializer of the graph, the one of this name if there is one."""
         tape = Tape()
-        constant = tape.initializer(ir.tensor(array, name=name))
-        self._graph.register_initializer(constant)
-        return constant
+        if name not in self._graph.initializers:
+            self._graph.register_initializer(tape.initializer(ir.tensor(array, name=name)))
+        return self._graph.initializers[name]
 
     def _compute(
         self, value: ir.Value, start: int, positions: int, *, capacity: int = 1

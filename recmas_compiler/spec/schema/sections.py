@@ -559,7 +559,7 @@ class BuildSection(Section):
     on, and needs TensorRT there."""
 
     precision: PrecisionName = "float32"
-    """How engines hold weights: `float32`, or `int8` or `int4` in blocks of 32, which are smaller
+    """How engines hold weights: `float32`, or `int8` or `int4` in blocks, which are smaller
     and faster and lose a little. This version builds these three."""
 
     loss_text: Given[FilePath] = None

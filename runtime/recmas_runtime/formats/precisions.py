@@ -64,6 +64,8 @@ def device_named(device: str) -> DeviceName:
 MOST_TABLE_POSITIONS: Final = 2**17
 # Heads of other widths its attention does not take.
 HEAD_MULTIPLE: Final = 16
+# Beside products by rows, those behind gates have blocks of 8 bits with so many weights to a scale.
+GATED_BLOCK: Final = 128
 
 # Limits in float32. "Relative" compares max |difference| with max |expected|: hidden states are
 # taken after the final norm, where entries differ in size by orders of magnitude.
@@ -127,6 +129,8 @@ class Precision:
     Attributes:
         layer_bits: Per weight of the matrices of the decoder's layers, without scales.
         block_size: Weights that share a scale; None where weights are floating-point numbers.
+        layer_block_size: The same for the layers' matrices, other than those of experts; None where
+            it is no other.
         cpu_products: What products of the decoder for ONNX Runtime's CPU provider read: the same
             blocks as the portable one, or rows of 8-bit integers, which have faster products; or
             blocks in steps, and in prompts rows of a second copy of the weights.
@@ -148,6 +152,7 @@ class Precision:
     layer_bits: int
     table_bits: int
     block_size: int | None = None
+    layer_block_size: int | None = None
     cpu_products: Literal["blocks", "rows", "rows in prompts"] = "blocks"
     targets: frozenset[str] = frozenset()
     refusals: Mapping[str, str] = field(default_factory=dict)
@@ -169,16 +174,20 @@ class Precision:
 
     def layer_weight_bits(self, device: str = AUTO) -> float:
         """Return the bits that a weight of the layers takes, with its share of a scale."""
-        return self.layer_bits + self._scale_bits(device)
+        return self.layer_bits + self._scale_bits(device, self.layer_block_size or self.block_size)
+
+    def expert_weight_bits(self, device: str = AUTO) -> float:
+        """Return the bits that a weight of experts takes, with its share of a scale."""
+        return self.layer_bits + self._scale_bits(device, self.block_size)
 
     def table_weight_bits(self, device: str = AUTO) -> float:
         """Return the bits that a weight of the tables takes, with its share of a scale."""
-        return self.table_bits + self._scale_bits(device)
+        return self.table_bits + self._scale_bits(device, self.block_size)
 
-    def _scale_bits(self, device: str) -> float:
-        if self.block_size is None:
+    def _scale_bits(self, device: str, block_size: int | None) -> float:
+        if block_size is None:
             return 0.0
-        return 8 * DTYPE_BYTES[self.types[device].products] / self.block_size
+        return 8 * DTYPE_BYTES[self.types[device].products] / block_size
 
 
 _NARROW_ON_CPU: Final = (
@@ -193,8 +202,8 @@ _BLOCKS: Final[Mapping[str, ElementTypes]] = {
     "cuda": _in("float16"),
 }
 
-# Loss limits: SmolLM2, with 135M parameters among the models that lose most, costs 0.001, 0.04 and
-# 0.008 nats in int8, 0.03, 0.19 and 0.13 in int4. Limits are a multiple of that: beyond them
+# Loss limits: SmolLM2, with 135M parameters among the models that lose most, costs 0.001, 0.05 and
+# 0.005 nats in int8, 0.02, 0.17 and 0.04 in int4. Limits are a multiple of that: beyond them
 # something is broken for a model, or it is no use in this precision.
 #
 # Blocks of 16 are more exact than those of 32 and in int4 take as long as int8.
@@ -281,6 +290,7 @@ PRECISIONS: Final[dict[str, Precision]] = {
         # 0.09 nats, those of 8 bits nothing.
         table_bits=8,
         block_size=32,
+        layer_block_size=64,
         cpu_products="rows in prompts",
         targets=frozenset({"onnx"}),
         refusals={"tensorrt": "such weights are packed for ONNX Runtime"},
