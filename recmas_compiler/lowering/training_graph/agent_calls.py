@@ -34,7 +34,13 @@ from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.lowering.hidden_rows import hidden_by_layer, rows_hidden
 from recmas_compiler.lowering.training_graph.constant_rows import ConstantRows
 from recmas_compiler.lowering.training_graph.packed_products import pack_products
-from recmas_compiler.lowering.training_graph.padded_rows import Padded, Row, Rows, pad_rows
+from recmas_compiler.lowering.training_graph.padded_rows import (
+    FEWEST_CONSTANT_COLUMNS,
+    Padded,
+    Row,
+    Rows,
+    pad_rows,
+)
 from recmas_compiler.lowering.training_graph.row_pieces import (
     extend_pieces,
     reads_pieces,
@@ -170,7 +176,7 @@ class AgentCalls:
         padded, kept = self._begin_alone(row)
         with self._hiding([row], row.num_before + row.length):
             _, cache = self._go_on(padded.embeds_NSD, padded.mask_NS, padded.positions_NS, kept)
-            return _whole(cache)()
+            return _whole(cache, padded.embeds_NSD.dtype)()
 
     def _read(self, rows: Sequence[Row], constants: ConstantRows) -> Tensor:
         padded, kept = self._begin(rows, constants)
@@ -211,8 +217,13 @@ class AgentCalls:
                 hidden_NRD, cache = extend(
                     embeds_NRD, mask_NS, _columns(padded.positions_NS, start), kept
                 )
-            if all(row.is_constant for row in rows):
-                constants.note(rows, padded, _whole(cache))
+            if self._in_pieces and all(row.is_constant for row in rows):
+                constants.note(
+                    [row.leading_ids for row in rows],
+                    _whole(cache, embeds_NRD.dtype),
+                    num_columns=padded.embeds_NSD.shape[1],
+                    num_shared=len(padded.shared_ids),
+                )
             thoughts_ND = [hidden_NRD[:, -1].contiguous()]
             inputs_ND = [inner(thoughts_ND[0])]
             for step in range(1, num_steps):
@@ -304,14 +315,20 @@ class AgentCalls:
         if key not in constants.columns:
             known = constants.known(padded) if self._in_pieces else None
             if known is not None:
-                constants.columns[key] = known.rows()
-            else:
+                begin, kept = known.end, known.rows()
+            if known is None or known.missing >= FEWEST_CONSTANT_COLUMNS:
                 # Detached, nothing of this call has gradients: as of a call without messages.
-                constants.columns[key] = self._constant_rows(
+                kept = self._constant_rows(
                     _columns(padded.embeds_NSD.detach(), begin, end),
                     None if padded.mask_NS is None else _columns(padded.mask_NS, 0, end),
                     _columns(padded.positions_NS, begin, end),
                     kept,
+                )
+            constants.columns[key] = kept
+            if self._in_pieces and kept[0].shape[2] == end:
+                num_shared = len(padded.shared_ids)
+                constants.note(
+                    padded.constant_ids, lambda: kept, num_columns=end, num_shared=num_shared
                 )
         found = constants.columns[key]
         return padded.split_at(found[0].shape[2] if self._in_pieces else end), found
@@ -337,7 +354,7 @@ class AgentCalls:
         self, embeds_NRD: Tensor, mask_NS: Tensor | None, positions_NR: Tensor, kept: Rows
     ) -> Rows:
         run = self._go_on if self._in_pieces else self._compiled_go_on
-        return _whole(run(embeds_NRD, mask_NS, positions_NR, kept)[1])()
+        return _whole(run(embeds_NRD, mask_NS, positions_NR, kept)[1], embeds_NRD.dtype)()
 
     def _hiding(self, rows: Sequence[Row], num_rows: int) -> AbstractContextManager[None]:
         """Hide rows that come before from the layers that are not handed them, in one call.
@@ -359,7 +376,7 @@ class AgentCalls:
         # Eager, because it runs too seldom to be worth compiling for one row.
         embeds_1PD = self._embed(torch.tensor([ids]))
         positions_1P = torch.arange(len(ids), device=embeds_1PD.device)[None]
-        return _whole(self._go_on(embeds_1PD, None, positions_1P, ())[1])()
+        return _whole(self._go_on(embeds_1PD, None, positions_1P, ())[1], embeds_1PD.dtype)()
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self._backbone.embed(ids.to(next(self._backbone.embedding.parameters()).device))
@@ -373,11 +390,11 @@ def recomputed(run: Callable[[Tensor], R], inputs: Tensor, *, checkpointed: bool
     return result
 
 
-def _whole(kept: Kept) -> Callable[[], Rows]:
+def _whole(kept: Kept, dtype: torch.dtype) -> Callable[[], Rows]:
     """Return a function that gives all rows of what a call left, as they are now."""
     if isinstance(kept, tuple):
         return lambda: kept
-    return whole_rows(kept)
+    return whole_rows(kept, dtype)
 
 
 def _columns(rows_NS: Tensor, first: int, end: int | None = None) -> Tensor:

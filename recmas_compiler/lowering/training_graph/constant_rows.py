@@ -16,7 +16,6 @@ from torch.nn.functional import pad
 from recmas_compiler.lowering.training_graph.padded_rows import (
     FEWEST_CONSTANT_COLUMNS,
     Padded,
-    Row,
     Rows,
 )
 
@@ -48,9 +47,14 @@ class Known:
     texts: tuple[_Text, ...]
     missing: int
 
+    @property
+    def end(self) -> int:
+        """The column behind them."""
+        return self.padded.num_constant - self.missing
+
     def rows(self) -> Rows:
         """Return the rows [N, K, C, D] of these columns, padded as the batch is."""
-        end, num_shared = self.padded.num_constant - self.missing, len(self.padded.shared_ids)
+        end, num_shared = self.end, len(self.padded.shared_ids)
         found: list[Tensor] = []
         for layer in range(len(self.texts[0].whole())):
             by_row = []
@@ -76,34 +80,41 @@ class ConstantRows:
     columns: dict[tuple[int, int, tuple[tuple[int, ...], ...]], Rows] = field(default_factory=dict)
     _texts: list[_Text] = field(default_factory=list, init=False)
 
-    def note(self, rows: Sequence[Row], padded: Padded, whole: Callable[[], Rows]) -> None:
+    def note(
+        self,
+        ids: Sequence[tuple[int, ...]],
+        whole: Callable[[], Rows],
+        *,
+        num_columns: int,
+        num_shared: int,
+    ) -> None:
         """Keep what rows without messages have left, for others that begin alike.
 
         Args:
+            ids: The tokens of each row; all end together, and padding is behind what is shared.
             whole: Gives the rows of all columns; it is called when they are needed.
         """
-        num_columns = padded.embeds_NSD.shape[1]
-        for place, row in enumerate(rows):
-            spare = num_columns - row.length
-            shared = len(padded.shared_ids)
-            self._texts.append(
-                _Text(ids=row.leading_ids, row=place, num_shared=shared, spare=spare, whole=whole)
-            )
+        for row, own in enumerate(ids):
+            spare = num_columns - len(own)
+            text = _Text(ids=own, row=row, num_shared=num_shared, spare=spare, whole=whole)
+            self._texts.append(text)
 
     def known(self, padded: Padded) -> Known | None:
-        """Return the constant columns of a batch that were read already, if nearly all were."""
+        """Return the constant columns of a batch that were read already, if that is worth it."""
+        if not self._texts:
+            return None
         texts, missing = [], 0
         for ids in padded.constant_ids:
-            if not self._texts:
-                return None
             count, text = max(
                 ((_num_alike(text.ids, ids), text) for text in self._texts),
                 key=lambda found: found[0],
             )
             texts.append(text)
             missing = max(missing, len(ids) - count)
-        fewest = min(map(len, padded.constant_ids)) - missing
-        if missing >= FEWEST_CONSTANT_COLUMNS or fewest <= len(padded.shared_ids):
+        num_shared = len(padded.shared_ids)
+        num_saved = padded.num_constant - missing - num_shared
+        is_short = min(map(len, padded.constant_ids)) - missing < num_shared
+        if is_short or num_saved < FEWEST_CONSTANT_COLUMNS:
             return None
         return Known(padded=padded, texts=tuple(texts), missing=missing)
 

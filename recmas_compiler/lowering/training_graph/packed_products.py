@@ -67,11 +67,11 @@ def pack_products(backbone: TorchBackbone) -> bool:
         limit = _RELATIVE[weights[0].dtype] * float(before.abs().max())
         if float((after - before).abs().max()) <= limit:
             return True
-    except RuntimeError:
+    except (RuntimeError, IndexError):
         pass  # a layer's weight was read: what is left of it has no entries
     for layer, weight in zip(layers, weights, strict=True):
         layer.weight = weight
-        del layer.forward
+        del vars(layer)["forward"]
     return False
 
 
@@ -81,8 +81,7 @@ def _pack(layer: nn.Linear) -> None:
     turned = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous())
     bias = None if layer.bias is None else layer.bias.detach()
     layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
-    run: Any = partial(_run, packed=packed, turned=turned, bias=bias)
-    layer.forward = run
+    vars(layer)["forward"] = partial(_run, packed=packed, turned=turned, bias=bias)
 
 
 def _run(x: Tensor, *, packed: Tensor, turned: Tensor, bias: Tensor | None) -> Tensor:

@@ -49,7 +49,7 @@ class RowPieces(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyp
     def __init__(self, begun: Piece | None) -> None:
         super().__init__()
         self.is_initialized = True
-        self._pieces: list[Piece] = [] if begun is None else [begun]
+        self._pieces: list[Piece] = [] if begun is None else [(_wide(begun[0]), _wide(begun[1]))]
         self._steps: Piece | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -59,7 +59,7 @@ class RowPieces(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyp
         self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object
     ) -> Piece:
         """Keep new rows; return them alone, with all pieces for the attention function."""
-        new = key_states, value_states
+        new = _wide(key_states), _wide(value_states)
         if key_states.shape[2] > 1:
             self._pieces = [*self.pieces, new]
             self._steps = None
@@ -67,7 +67,7 @@ class RowPieces(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyp
             self._steps = new
         else:
             keys, values = self._steps
-            self._steps = torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
+            self._steps = torch.cat([keys, new[0]], 2), torch.cat([values, new[1]], 2)
         shown = key_states.view_as(key_states)
         setattr(shown, _PIECES, self.pieces)
         return shown, value_states
@@ -98,7 +98,7 @@ def pieces_cache(num_layers: int, kept: Sequence[Tensor]) -> Any:
     return Cache(layers=[RowPieces(piece) for piece in begun])
 
 
-def whole_rows(cache: Any) -> Callable[[], tuple[Tensor, ...]]:
+def whole_rows(cache: Any, dtype: torch.dtype) -> Callable[[], tuple[Tensor, ...]]:
     """Return a function that gives the rows that a cache of pieces has now.
 
     These are keys and values of each layer in turn; they are joined when they are first asked for.
@@ -107,7 +107,9 @@ def whole_rows(cache: Any) -> Callable[[], tuple[Tensor, ...]]:
 
     @cached
     def rows() -> tuple[Tensor, ...]:
-        return tuple(_joined(rows) for pieces in by_layer for rows in zip(*pieces, strict=True))
+        return tuple(
+            _joined(rows).to(dtype) for pieces in by_layer for rows in zip(*pieces, strict=True)
+        )
 
     return rows
 
@@ -148,7 +150,7 @@ def reads_pieces(backbone: TorchBackbone, extend: Callable[..., tuple[Tensor, An
     Args:
         extend: Runs positions behind rows that are handed to it in one.
     """
-    body = backbone.body
+    body: Any = backbone.body
     if body.config._attn_implementation != "sdpa" or not all(
         layer.rows is not None and not layer.states for layer in backbone.facts.layers
     ):
@@ -203,7 +205,9 @@ def _attention(
     is_long = positions > 2 * width
     is_causal = positions > 1 and mask is None  # which transformers reckons from the call's size
     if is_alone or is_long or is_causal or others.get("position_bias") is not None:
-        keys, values = (_joined(rows) for rows in zip(*pieces, strict=True))
+        keys, values = key_NKSD, value_NKSD
+        if not is_alone:
+            keys, values = (_joined(rows).to(keys.dtype) for rows in zip(*pieces, strict=True))
         found, _ = sdpa_attention_forward(
             module, query_NHSD, keys, values, mask, dropout=dropout, scaling=scaling, **others
         )
@@ -226,22 +230,28 @@ class _Attend(torch.autograd.Function):
         wide = torch.promote_types(query_NHSD.dtype, torch.float32)
         query = query_NHSD.to(wide).reshape(num, kv_heads, -1, width) * scale
         keys, values = rows[::2], rows[1::2]
-        scores = torch.cat([query @ k.to(wide).transpose(2, 3) for k in keys], dim=-1)
+        scores = torch.cat([query @ k.transpose(2, 3) for k in keys], dim=-1)
         shape = scores.shape
         total = shape[-1]
         if mask is not None:
             by_head = scores.view(num, kv_heads, -1, positions, total)
-            hidden = _added(mask, wide)[:, :, None]
+            hidden = _added(mask, wide)
+            hidden = (
+                hidden.view(len(mask), -1, heads // kv_heads, *mask.shape[2:])
+                if (mask.shape[1] == heads)
+                else hidden[:, :, None]
+            )
             scores = (by_head + hidden).view(shape)
         weights = scores.softmax(-1)
-        parts = weights.split([k.shape[2] for k in keys], dim=-1)
+        parts = torch.split(weights, [k.shape[2] for k in keys], dim=-1)
         out = sum(
-            (part @ v.to(wide) for part, v in zip(parts[1:], values[1:], strict=True)),
-            start=parts[0] @ values[0].float(),
+            (part @ v for part, v in zip(parts[1:], values[1:], strict=True)),
+            start=parts[0] @ values[0],
         )
-        ctx.scale, ctx.heads = scale, heads
+        ctx.scale = scale
         ctx.save_for_backward(query_NHSD, weights, *rows)
-        return out.view(num, heads, positions, -1).to(query_NHSD.dtype)
+        found: Tensor = out.view(num, heads, positions, -1).to(query_NHSD.dtype)
+        return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -251,22 +261,21 @@ class _Attend(torch.autograd.Function):
         sizes = [k.shape[2] for k in keys]
         wide = weights.dtype
         out_gradient = gradients[0].to(wide).reshape(num, kv_heads, grouped, -1)
-        by_weight = torch.cat([out_gradient @ v.to(wide).transpose(2, 3) for v in values], dim=-1)
+        by_weight = torch.cat([out_gradient @ v.transpose(2, 3) for v in values], dim=-1)
         by_score = torch._softmax_backward_data(by_weight, weights, -1, wide)
         query = query_NHSD.to(wide).reshape(num, kv_heads, grouped, -1) * ctx.scale
         needed = ctx.needs_input_grad[3:]
         found: list[Tensor | None] = []
-        scores, parts = by_score.split(sizes, dim=-1), weights.split(sizes, dim=-1)
+        scores, parts = (torch.split(by, sizes, dim=-1) for by in (by_score, weights))
         for i, (by, part) in enumerate(zip(scores, parts, strict=True)):
-            key, value = rows[2 * i], rows[2 * i + 1]
-            by_key = (by.transpose(2, 3) @ query).to(key.dtype) if needed[2 * i] else None
+            by_key = by.transpose(2, 3) @ query if needed[2 * i] else None
             by_value = None
             if needed[2 * i + 1]:
-                by_value = (part.transpose(2, 3) @ out_gradient).to(value.dtype)
+                by_value = part.transpose(2, 3) @ out_gradient
             found += [by_key, by_value]
         by_query = sum(
-            (by @ k.to(wide) for by, k in zip(scores[1:], keys[1:], strict=True)),
-            start=scores[0] @ keys[0].float(),
+            (by @ k for by, k in zip(scores[1:], keys[1:], strict=True)),
+            start=scores[0] @ keys[0],
         )
         by_query = (by_query * ctx.scale).reshape(query_NHSD.shape).to(query_NHSD.dtype)
         return by_query, None, None, *found
@@ -278,6 +287,11 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
         return mask.to(dtype)
     zero = torch.zeros((), dtype=dtype, device=mask.device)
     return torch.where(mask, zero, torch.finfo(dtype).min)
+
+
+def _wide(rows: Tensor) -> Tensor:
+    """Return rows in float32 or wider, as attention reads them in every step."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _joined(rows: Sequence[Tensor]) -> Tensor:
