@@ -88,7 +88,7 @@ class ConstantRows:
         num_columns: int,
         num_shared: int,
     ) -> None:
-        """Keep what rows without messages have left, for others that begin alike.
+        """Keep what rows without messages have left, for others with a shared prefix.
 
         Args:
             ids: The tokens of each row; all end together, and padding is behind what is shared.
