@@ -114,9 +114,9 @@ def test_nothing_constant_runs_twice(tiny: LoadTiny) -> None:
     calls.clear()
     graph(batch).mean.backward()
     handle.remove()
-    # Round 1 has no messages. Rounds 2 and 3 share what they begin with, and so does the last one,
-    # though it reads whole targets and its rows are padded otherwise.
-    own = [(num, learns) for learns in (False, False, True, True, True)]
+    # Round 1 has no messages. Rounds 2 and 3 share what they begin with; the last one reads whole
+    # targets, so its rows are padded otherwise.
+    own = [(num, learns) for learns in (False, False, True, True, False, True)]
     assert [call for call in first if call[0] == num] == own
     # What all records begin with runs for one of them; both prompts have it in common.
     assert [call for call in first if call[0] == 1] == [(1, False)]

@@ -206,7 +206,7 @@ class AgentCalls:
             num_steps: M, at least 1.
             inner: Maps hidden states [N, D] to input embeddings [N, D], each row its own way.
         """
-        padded, kept = self._begin(rows, constants, more=num_steps - 1)
+        padded, kept = self._begin(rows, constants, more=num_steps - 1, reuse=True)
         start = padded.num_constant
 
         def run(embeds_NRD: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,9 +281,20 @@ class AgentCalls:
         return torch.zeros(0, self._backbone.facts.width, device=weight.device, dtype=dtype)
 
     def _begin(
-        self, rows: Sequence[Row], constants: ConstantRows, *, more: int = 0
+        self,
+        rows: Sequence[Row],
+        constants: ConstantRows,
+        *,
+        more: int = 0,
+        reuse: bool = False,
     ) -> tuple[Padded, Rows]:
-        """Pad rows and run their constant columns, unless an earlier round did."""
+        """Pad rows and run their constant columns, unless an earlier round did.
+
+        Args:
+            more: Positions that come behind the rows.
+            reuse: Take what other prompts have read, too. Not where a turn is read: its last bits
+                are not to depend on what ran before.
+        """
         if self._pack:
             pack_products(self._backbone)
             self._pack = False
@@ -313,7 +324,7 @@ class AgentCalls:
             return padded, kept
         key = begin, end, padded.constant_ids
         if key not in constants.columns:
-            known = constants.known(padded) if self._in_pieces else None
+            known = constants.known(padded) if reuse and self._in_pieces else None
             if known is not None:
                 begin, kept = known.end, known.rows()
             if known is None or known.missing >= FEWEST_CONSTANT_COLUMNS:
