@@ -188,6 +188,7 @@ def open_session(
         supervise=section.outer.supervise,
         checkpoint_calls=section.checkpoint_calls,
         compile_calls=section.compile,
+        pack_weights=True,
     )
     calls, with_targets = graph.writer, thinkers(program, settings)
 

@@ -9,9 +9,10 @@ from kit.graphs import topology
 from kit.models import LoadTiny
 from kit.systems import declare
 from kit.training import STEPS, examples, training_graph
-from recmas_compiler.lowering.training_graph.agent_calls import (
+from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls
+from recmas_compiler.lowering.training_graph.constant_rows import ConstantRows
+from recmas_compiler.lowering.training_graph.padded_rows import (
     FEWEST_CONSTANT_COLUMNS,
-    AgentCalls,
     Row,
     pad_rows,
 )
@@ -88,9 +89,9 @@ def test_a_rollout_leaves_the_sliding_window_as_if_nothing_were_shared(tiny: Loa
         tiny("gemma3", sliding_window=48), compile_calls=False, checkpoint_calls=False
     )
     rows = [Row(pieces=((*LEAD, *range(30, 30 + n)),), num_wanted=1) for n in (1, 20)]
-    together, _ = calls.roll_out(rows, 40, lambda hidden_ND: hidden_ND, {})
+    together, _ = calls.roll_out(rows, 40, lambda hidden_ND: hidden_ND, ConstantRows())
     for row, found in zip(rows, together, strict=True):
-        (alone,), _ = calls.roll_out([row], 40, lambda hidden_ND: hidden_ND, {})
+        (alone,), _ = calls.roll_out([row], 40, lambda hidden_ND: hidden_ND, ConstantRows())
         assert (found - alone).abs().max() <= TOLERANCES["latent_absolute"]
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Final, Generic, ParamSpec, TypeVar
 
@@ -32,8 +32,21 @@ from recmas_compiler.backbones.loaded.cache_argument import cache_argument
 from recmas_compiler.backbones.loaded.own_cache import cache_of, goes_on, padding_mask, tensors_of
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.lowering.hidden_rows import hidden_by_layer, rows_hidden
+from recmas_compiler.lowering.training_graph.constant_rows import ConstantRows
+from recmas_compiler.lowering.training_graph.packed_products import pack_products
+from recmas_compiler.lowering.training_graph.padded_rows import (
+    FEWEST_CONSTANT_COLUMNS,
+    Padded,
+    Row,
+    Rows,
+    pad_rows,
+)
+from recmas_compiler.lowering.training_graph.row_pieces import (
+    extend_pieces,
+    reads_pieces,
+    whole_rows,
+)
 from recmas_runtime.core.text import first_line
-from recmas_runtime.engines.interface import HandedRows
 from recmas_runtime.formats.layers import has_states
 
 P = ParamSpec("P")
@@ -54,14 +67,8 @@ _FAILURES: Final = (
     InvalidCxxCompiler,
 )
 
-# Splitting costs another call of the backbone, which a few columns are not worth.
-FEWEST_CONSTANT_COLUMNS = 16
-
-# What all layers keep, one after the other: keys and values, states.
-Rows = tuple[Tensor, ...]
-
-ConstantRows = dict[tuple[int, int, tuple[tuple[int, ...], ...]], Rows]
-"""Cached rows of constant columns, by their first and last column and what rows hold up to it."""
+Kept = Any
+"""What a call goes on from: rows as `Rows`, or a cache of pieces."""
 
 # Batches begin with the system text of an agent; by chance some have a few words more in common.
 MOST_SHARED_TEXTS: Final = 32
@@ -120,13 +127,20 @@ class AgentCalls:
     Args:
         backbone: In eval mode, its weights without gradients.
         checkpoint_calls: Keep a call's inputs only and compute it again for its gradients.
+        pack_weights: Before the first call, pack the backbone's weights, which are then gone.
     """
 
     def __init__(
-        self, backbone: TorchBackbone, *, compile_calls: bool, checkpoint_calls: bool
+        self,
+        backbone: TorchBackbone,
+        *,
+        compile_calls: bool,
+        checkpoint_calls: bool,
+        pack_weights: bool = False,
     ) -> None:
         self._backbone = backbone
         self._checkpoint = checkpoint_calls
+        self._pack = pack_weights
         if compile_calls and has_states(backbone.facts.layers):
             compile_calls = False
             warnings.warn(
@@ -135,11 +149,14 @@ class AgentCalls:
                 CompileWarning,
                 stacklevel=2,
             )
+        self._is_compiled = compile_calls
         self._always_mask = compile_calls
         self._multiple = COMPILED_COLUMNS if compile_calls else 1
         self._may_split = goes_on(backbone.model)
         read, extend = _bodies(backbone)
-        self._eager_read, self._eager_extend = read, extend
+        self._eager_extend = extend
+        # Whether attention finds cached rows where they were computed.
+        self._in_pieces = not compile_calls and reads_pieces(backbone, extend)
         self._shared_rows = lru_cache(MOST_SHARED_TEXTS)(self._run_shared)
         source = backbone.facts.source
         self._read_columns = Compiled(read, name=f"a call of {source}") if compile_calls else read
@@ -158,9 +175,8 @@ class AgentCalls:
         """Return what all layers keep of a row and of what comes before it, [1, K, S, D] each."""
         padded, kept = self._begin_alone(row)
         with self._hiding([row], row.num_before + row.length):
-            return self._eager_extend(
-                padded.embeds_NSD, padded.mask_NS, padded.positions_NS, *kept
-            )[1]
+            _, cache = self._go_on(padded.embeds_NSD, padded.mask_NS, padded.positions_NS, kept)
+            return _whole(cache, padded.embeds_NSD.dtype)()
 
     def _read(self, rows: Sequence[Row], constants: ConstantRows) -> Tensor:
         padded, kept = self._begin(rows, constants)
@@ -170,7 +186,9 @@ class AgentCalls:
             positions_NR = _columns(padded.positions_NS, start)
             if rows[0].front:
                 with self._hiding(rows, rows[0].num_before + rows[0].length):
-                    return self._eager_read(embeds_NRD, None, positions_NR, *kept)
+                    return self._go_on(embeds_NRD, None, positions_NR, kept)[0]
+            if self._in_pieces:
+                return self._go_on(embeds_NRD, padded.mask_NS, positions_NR, kept)[0]
             return self._read_columns(embeds_NRD, padded.mask_NS, positions_NR, *kept)
 
         return recomputed(run, _columns(padded.embeds_NSD, start), checkpointed=self._checkpoint)
@@ -188,19 +206,23 @@ class AgentCalls:
             num_steps: M, at least 1.
             inner: Maps hidden states [N, D] to input embeddings [N, D], each row its own way.
         """
-        padded, kept = self._begin(rows, constants, more=num_steps - 1)
+        padded, kept = self._begin(rows, constants, more=num_steps - 1, reuse=True)
         start = padded.num_constant
 
         def run(embeds_NRD: Tensor) -> tuple[Tensor, Tensor]:
             mask_NS, positions_N1 = padded.mask_NS, padded.next_positions
             length = rows[0].num_before + rows[0].length
-            extend = self._eager_extend if rows[0].front else self._extend
+            extend = self._go_on if rows[0].front or self._in_pieces else self._compiled_go_on
             with self._hiding(rows, length):
                 hidden_NRD, cache = extend(
-                    embeds_NRD,
-                    mask_NS,
-                    _columns(padded.positions_NS, start),
-                    *kept,
+                    embeds_NRD, mask_NS, _columns(padded.positions_NS, start), kept
+                )
+            if self._in_pieces and all(row.is_constant for row in rows):
+                constants.note(
+                    [row.leading_ids for row in rows],
+                    _whole(cache, embeds_NRD.dtype),
+                    num_columns=padded.embeds_NSD.shape[1],
+                    num_shared=len(padded.shared_ids),
                 )
             thoughts_ND = [hidden_NRD[:, -1].contiguous()]
             inputs_ND = [inner(thoughts_ND[0])]
@@ -211,7 +233,7 @@ class AgentCalls:
                         inputs_ND[-1][:, None].to(embeds_NRD.dtype),
                         mask_NS,
                         positions_N1,
-                        *cache,
+                        cache,
                     )
                 thoughts_ND.append(hidden_N1D[:, 0])
                 inputs_ND.append(inner(hidden_N1D[:, 0]))
@@ -229,7 +251,8 @@ class AgentCalls:
         Args:
             max_tokens: Of each text, at least 1.
         """
-        padded, cache = self._begin(rows, constants, more=max_tokens - 1)
+        padded, kept = self._begin(rows, constants, more=max_tokens - 1)
+        cache: Kept = kept
         mask_NS, positions_NR = padded.mask_NS, padded.positions_NS[:, padded.num_constant :]
         embeds_NRD = padded.embeds_NSD[:, padded.num_constant :]
         written: list[list[int]] = [[] for _ in rows]
@@ -239,7 +262,7 @@ class AgentCalls:
                 positions_NR = positions_NR[:, -1:] + 1
                 mask_NS = None if mask_NS is None else pad(mask_NS, (0, 1), value=1)
             with self._hiding(rows, rows[0].num_before + rows[0].length + step):
-                hidden_NRD, cache = self._eager_extend(embeds_NRD, mask_NS, positions_NR, *cache)
+                hidden_NRD, cache = self._go_on(embeds_NRD, mask_NS, positions_NR, cache)
             chosen_N = self._backbone.logits(hidden_NRD[:, -1]).float().argmax(-1)
             for row, token_id in enumerate(chosen_N.tolist()):
                 has_ended[row] = has_ended[row] or token_id in self._backbone.eos_token_ids
@@ -258,9 +281,23 @@ class AgentCalls:
         return torch.zeros(0, self._backbone.facts.width, device=weight.device, dtype=dtype)
 
     def _begin(
-        self, rows: Sequence[Row], constants: ConstantRows, *, more: int = 0
+        self,
+        rows: Sequence[Row],
+        constants: ConstantRows,
+        *,
+        more: int = 0,
+        reuse: bool = False,
     ) -> tuple[Padded, Rows]:
-        """Pad rows and run their constant columns, unless an earlier round did."""
+        """Pad rows and run their constant columns, unless an earlier round did.
+
+        Args:
+            more: Positions that come behind the rows.
+            reuse: Take what other prompts have read, too. Not where a turn is read: its last bits
+                are not to depend on what ran before.
+        """
+        if self._pack:
+            pack_products(self._backbone)
+            self._pack = False
         if any(row.front for row in rows):
             (row,) = rows
             return self._begin_alone(row)
@@ -286,15 +323,49 @@ class AgentCalls:
         if begin == end:
             return padded, kept
         key = begin, end, padded.constant_ids
-        if key not in constants:
-            # Detached, nothing of this call has gradients: the same as a call without messages.
-            _, constants[key] = self._extend(
-                _columns(padded.embeds_NSD.detach(), begin, end),
-                None if padded.mask_NS is None else _columns(padded.mask_NS, 0, end),
-                _columns(padded.positions_NS, begin, end),
-                *kept,
-            )
-        return padded, constants[key]
+        if key not in constants.columns:
+            known = constants.known(padded) if reuse and self._in_pieces else None
+            if known is not None:
+                begin, kept = known.end, known.rows()
+            if known is None or known.missing >= FEWEST_CONSTANT_COLUMNS:
+                # Detached, nothing of this call has gradients: as of a call without messages.
+                kept = self._constant_rows(
+                    _columns(padded.embeds_NSD.detach(), begin, end),
+                    None if padded.mask_NS is None else _columns(padded.mask_NS, 0, end),
+                    _columns(padded.positions_NS, begin, end),
+                    kept,
+                )
+            constants.columns[key] = kept
+            if self._in_pieces and kept[0].shape[2] == end:
+                num_shared = len(padded.shared_ids)
+                constants.note(
+                    padded.constant_ids, lambda: kept, num_columns=end, num_shared=num_shared
+                )
+        found = constants.columns[key]
+        return padded.split_at(found[0].shape[2] if self._in_pieces else end), found
+
+    def _go_on(
+        self, embeds_NRD: Tensor, mask_NS: Tensor | None, positions_NR: Tensor, kept: Kept
+    ) -> tuple[Tensor, Kept]:
+        """Run positions behind kept rows; return hidden states, and what the next ones go on from.
+
+        Args:
+            kept: Rows, or what an earlier call returned; that is not to be used again.
+        """
+        if not self._in_pieces:
+            return self._eager_extend(embeds_NRD, mask_NS, positions_NR, *kept)
+        return extend_pieces(self._backbone, embeds_NRD, mask_NS, positions_NR, kept)
+
+    def _compiled_go_on(
+        self, embeds_NRD: Tensor, mask_NS: Tensor | None, positions_NR: Tensor, kept: Kept
+    ) -> tuple[Tensor, Kept]:
+        return self._extend(embeds_NRD, mask_NS, positions_NR, *kept)
+
+    def _constant_rows(
+        self, embeds_NRD: Tensor, mask_NS: Tensor | None, positions_NR: Tensor, kept: Rows
+    ) -> Rows:
+        run = self._go_on if self._in_pieces else self._compiled_go_on
+        return _whole(run(embeds_NRD, mask_NS, positions_NR, kept)[1], embeds_NRD.dtype)()
 
     def _hiding(self, rows: Sequence[Row], num_rows: int) -> AbstractContextManager[None]:
         """Hide rows that come before from the layers that are not handed them, in one call.
@@ -316,7 +387,7 @@ class AgentCalls:
         # Eager, because it runs too seldom to be worth compiling for one row.
         embeds_1PD = self._embed(torch.tensor([ids]))
         positions_1P = torch.arange(len(ids), device=embeds_1PD.device)[None]
-        return self._eager_extend(embeds_1PD, None, positions_1P)[1]
+        return _whole(self._go_on(embeds_1PD, None, positions_1P, ())[1], embeds_1PD.dtype)()
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self._backbone.embed(ids.to(next(self._backbone.embedding.parameters()).device))
@@ -328,6 +399,13 @@ def recomputed(run: Callable[[Tensor], R], inputs: Tensor, *, checkpointed: bool
         return run(inputs)
     result: R = checkpoint(run, inputs, use_reentrant=False, preserve_rng_state=False)
     return result
+
+
+def _whole(kept: Kept, dtype: torch.dtype) -> Callable[[], Rows]:
+    """Return a function that gives all rows of what a call left, as they are now."""
+    if isinstance(kept, tuple):
+        return lambda: kept
+    return whole_rows(kept, dtype)
 
 
 def _columns(rows_NS: Tensor, first: int, end: int | None = None) -> Tensor:
@@ -365,150 +443,3 @@ def _bodies(
         return extend(embeds_NRD, mask_NS, positions_NR, *kept)[0]
 
     return read, extend
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One call of one record.
-
-    Attributes:
-        pieces: Token ids and messages [M, D] in order; messages are not empty.
-        front: What all layers keep of positions before it; empty for none. A row with a front runs
-            alone.
-        handed: Which layers see which rows of the front.
-    """
-
-    pieces: tuple[tuple[int, ...] | Tensor, ...]
-    num_wanted: int
-    front: Rows = ()
-    handed: tuple[HandedRows, ...] = ()
-
-    @property
-    def num_before(self) -> int:
-        """How many rows come before it."""
-        return self.front[0].shape[2] if self.front else 0
-
-    @property
-    def length(self) -> int:
-        """Number of positions."""
-        return sum(len(piece) for piece in self.pieces)
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether it holds no message, so that nothing which learns changes it."""
-        return not self.front and not any(isinstance(piece, Tensor) for piece in self.pieces)
-
-    @property
-    def leading_ids(self) -> tuple[int, ...]:
-        """Token ids before the first message."""
-        ids: tuple[int, ...] = ()
-        for piece in self.pieces:
-            if isinstance(piece, Tensor):
-                return ids
-            ids += piece
-        return ids
-
-
-@dataclass(frozen=True, kw_only=True)
-class Padded:
-    """Rows as tensors.
-
-    Attributes:
-        embeds_NSD: Zeros where there is padding.
-        mask_NS: 0 where there is padding, else 1; None if nothing is to be masked.
-        positions_NS: Real positions count from 0 in each row.
-        shared_ids: What all rows begin with, in columns before any padding.
-        num_constant: Columns before this one hold no message and are not wanted; never fewer than
-            there are shared ones.
-        constant_ids: Token ids in them, by row; a row has fewer where there is padding.
-    """
-
-    embeds_NSD: Tensor
-    mask_NS: Tensor | None
-    positions_NS: Tensor
-    shared_ids: tuple[int, ...]
-    num_constant: int
-    constant_ids: tuple[tuple[int, ...], ...]
-
-    @property
-    def next_positions(self) -> Tensor:
-        """The positions [N, 1] after the last ones."""
-        return self.positions_NS[:, -1:] + 1
-
-
-def pad_rows(
-    rows: Sequence[Row],
-    embed: Callable[[Tensor], Tensor],
-    *,
-    multiple: int,
-    always_mask: bool,
-    share_up_to: int | None = 0,
-    may_split: bool = True,
-) -> Padded:
-    """Embed rows and pad them to one length.
-
-    Args:
-        embed: Gives the embeddings [T, D] of token ids [T]; its device and type are the result's.
-        multiple: The number of columns, and those of shared and constant ones, are multiples of
-            this.
-        share_up_to: What rows begin with is shared if there are at most this many columns; None
-            for any number.
-        may_split: Whether a call can go on behind its constant columns.
-    """
-    num_columns = -(-max(row.length for row in rows) // multiple) * multiple
-    may_share = share_up_to is None or num_columns <= share_up_to
-    shared_ids = _shared_ids(rows, multiple) if may_share else ()
-    num_shared = len(shared_ids)
-    constant = _num_constant(rows, num_columns, num_shared, multiple) if may_split else 0
-    num_constant = max(num_shared, constant)
-    embeds_NSD = torch.stack([_embeds(row, embed, num_columns, num_shared) for row in rows])
-    spare_N1 = torch.tensor([[num_columns - row.length] for row in rows], device=embeds_NSD.device)
-    columns_S = torch.arange(num_columns, device=embeds_NSD.device)
-    is_shared_S = columns_S < num_shared
-    is_padding_NS = ~is_shared_S & (columns_S < num_shared + spare_N1)
-    positions_NS = torch.where(is_shared_S, columns_S, columns_S - spare_N1)
-    # Without padding there is nothing to mask, and attention is faster without a mask.
-    is_padded = any(row.length < num_columns for row in rows)
-    num_ids = [max(num_constant - (num_columns - row.length), num_shared) for row in rows]
-    return Padded(
-        embeds_NSD=embeds_NSD,
-        mask_NS=(~is_padding_NS).long() if always_mask or is_padded else None,
-        positions_NS=positions_NS.clamp(min=0),
-        shared_ids=shared_ids,
-        num_constant=num_constant,
-        constant_ids=tuple(row.leading_ids[:n] for row, n in zip(rows, num_ids, strict=True)),
-    )
-
-
-def _shared_ids(rows: Sequence[Row], multiple: int) -> tuple[int, ...]:
-    """Return the tokens that all rows begin with, as far as no row's wanted positions."""
-    texts = [row.leading_ids[: row.length - row.num_wanted] for row in rows]
-    columns = enumerate(zip(*texts, strict=False))
-    end = next((i for i, ids in columns if len(set(ids)) > 1), min(map(len, texts)))
-    end = end // multiple * multiple
-    return texts[0][:end] if end >= FEWEST_CONSTANT_COLUMNS else ()
-
-
-def _num_constant(rows: Sequence[Row], num_columns: int, num_shared: int, multiple: int) -> int:
-    if all(row.is_constant for row in rows):
-        return 0  # a call without messages runs once, there is nothing to split off
-    ends = (
-        num_columns - row.length + min(len(row.leading_ids), row.length - row.num_wanted)
-        for row in rows
-    )
-    constant = min(ends) // multiple * multiple
-    return constant if constant - num_shared >= FEWEST_CONSTANT_COLUMNS else 0
-
-
-def _embeds(
-    row: Row, embed: Callable[[Tensor], Tensor], num_columns: int, num_shared: int
-) -> Tensor:
-    texts = [torch.tensor(piece) for piece in row.pieces if not isinstance(piece, Tensor)]
-    # One lookup for all the text of a row.
-    embeds_TD = embed(torch.cat(texts))
-    text_TD = iter(torch.split(embeds_TD, [len(text) for text in texts]))
-    pieces_TD = [
-        piece.to(embeds_TD) if isinstance(piece, Tensor) else next(text_TD) for piece in row.pieces
-    ]
-    shared_TD, rest_TD = torch.tensor_split(torch.cat(pieces_TD), (num_shared,))
-    return torch.cat((shared_TD, pad(rest_TD, (0, 0, num_columns - row.length, 0))))

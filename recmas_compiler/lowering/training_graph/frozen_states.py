@@ -15,7 +15,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls, ConstantRows, Row
+from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls
+from recmas_compiler.lowering.training_graph.constant_rows import ConstantRows
+from recmas_compiler.lowering.training_graph.padded_rows import Row
 
 # Of messages of 16 vectors of width 576, some 29,000 records' fit.
 MAX_BYTES: Final = 2**30
@@ -97,7 +99,7 @@ class FrozenStates:
         key = _key(backbone, reading)
         if key not in self._kept:
             whole = replace(reading.row, num_wanted=reading.row.length)
-            (hidden_SD,) = calls.read([whole], {})
+            (hidden_SD,) = calls.read([whole], ConstantRows())
             vectors_KD = _means(hidden_SD, reading).detach()
             num_bytes = vectors_KD.numel() * vectors_KD.element_size()
             if num_bytes > self._room:

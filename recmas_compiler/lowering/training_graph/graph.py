@@ -59,6 +59,7 @@ class TrainingGraph(ProgramModule):
             for about a third more time.
         compile_calls: Run backbones and links as compiled graphs; where that fails, a
             `CompileWarning` says so and they run eagerly.
+        pack_weights: Pack the backbones' weights before the first call; they are gone then.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class TrainingGraph(ProgramModule):
         supervise: Supervise = "final",
         checkpoint_calls: bool = False,
         compile_calls: bool = False,
+        pack_weights: bool = False,
     ) -> None:
         super().__init__(program, backbones=backbones, links=links)
         self.frozen.requires_grad_(False)
@@ -84,7 +86,12 @@ class TrainingGraph(ProgramModule):
         self.checkpoint_calls = checkpoint_calls
         self.writer = CallWriter(self.system, backbones)
         self._agent_calls = {
-            name: AgentCalls(b, compile_calls=compile_calls, checkpoint_calls=checkpoint_calls)
+            name: AgentCalls(
+                b,
+                compile_calls=compile_calls,
+                checkpoint_calls=checkpoint_calls,
+                pack_weights=pack_weights,
+            )
             for name, b in backbones.items()
         }
         self._run_link = Compiled(_run_link, name="a link") if compile_calls else _run_link

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.lowering.torch_rows import Rows, cut_rows, join_rows, seen_rows
-from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls, ConstantRows, Row
+from recmas_compiler.lowering.training_graph.agent_calls import AgentCalls
 from recmas_compiler.lowering.training_graph.calls import Batch, Call, CallWriter, Form
+from recmas_compiler.lowering.training_graph.constant_rows import ConstantRows
 from recmas_compiler.lowering.training_graph.frozen_states import FrozenStates, Places, Reading
+from recmas_compiler.lowering.training_graph.padded_rows import Row
 from recmas_runtime.engines.interface import behind_sink
 from recmas_runtime.formats.messages import Carries, MessageForm, RowsOf, message_spans
 from recmas_runtime.formats.plan import Message, Plan, PrefillStep, SendStep, Variant
@@ -131,7 +133,9 @@ class Latents:
     _messages_ME: _ByTurn = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._constants: dict[str, ConstantRows] = {name: {} for name in self.agent_calls}
+        self._constants: dict[str, ConstantRows] = {
+            name: ConstantRows() for name in self.agent_calls
+        }
         self._sent = sent_links(self.plan)
 
     def run(self, turns: Sequence[AgentTurn], *, whole: bool) -> None:
@@ -244,7 +248,7 @@ class Latents:
                     [row],
                     num_steps,
                     partial(self._linked, self.plan.agents[turn.agent].inner, turn.round),
-                    {},
+                    ConstantRows(),
                 )
                 for row in rows[i * size : (i + 1) * size]
             ]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, relu
 
-from recmas_compiler.lowering.training_graph.agent_calls import Row
 from recmas_compiler.lowering.training_graph.calls import Batch, Call
+from recmas_compiler.lowering.training_graph.constant_rows import ConstantRows
 from recmas_compiler.lowering.training_graph.frozen_states import Reading
 from recmas_compiler.lowering.training_graph.graph import (
     Loss,
@@ -24,6 +24,7 @@ from recmas_compiler.lowering.training_graph.graph import (
     turn_loss,
 )
 from recmas_compiler.lowering.training_graph.latents import Latents, Mix, Received
+from recmas_compiler.lowering.training_graph.padded_rows import Row
 from recmas_compiler.spec.schema.train import OuterStageSection
 from recmas_runtime.prompts.render import Tokens
 
@@ -151,7 +152,7 @@ class Objective:
                 places.append(place)
         if rows:
             backbone, name = self._graph.backbone(target), plan.agents[target].backbone
-            hidden_NSD = latents.agent_calls[name].read(rows, {})
+            hidden_NSD = latents.agent_calls[name].read(rows, ConstantRows())
             states = [h[-row.num_wanted :] for h, row in zip(hidden_NSD, rows, strict=True)]
             loss = turn_loss(backbone, states, calls, checkpointed=self._graph.checkpoint_calls)
             for place, sum_, tokens in zip(places, loss.sum_B, loss.tokens, strict=True):

@@ -26,9 +26,10 @@ from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.ir.ops import System
 from recmas_compiler.ir.text_links import writing_agents
 from recmas_compiler.lowering.reference import module_name
-from recmas_compiler.lowering.training_graph.agent_calls import Row, pad_rows, recomputed
+from recmas_compiler.lowering.training_graph.agent_calls import recomputed
 from recmas_compiler.lowering.training_graph.calls import Call, CallWriter, TrainExample
 from recmas_compiler.lowering.training_graph.graph import Loss, turn_loss, weighted_loss
+from recmas_compiler.lowering.training_graph.padded_rows import Row, pad_rows
 from recmas_compiler.spec.schema.train import LoraSection, MethodName, SftSection, TrainSection
 from recmas_compiler.training.loop.distributed import World
 from recmas_compiler.training.loop.loop import AtStep
