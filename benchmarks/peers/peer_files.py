@@ -36,7 +36,8 @@ from contenders import (
 HERE: Final = Path(__file__).parent
 HUGGING_FACE: Final = HERE.parent / "frameworks/adapters/avp_weights.py"
 OFFLINE: Final = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1"}
-# All processors of this machine, whatever else runs: it is not timed.
+# What transformers initializes such models with.
+DEVIATION: Final = 0.02
 BODY_ONLY: Final = ("exclude_embeds=true", "exclude_lm_head=true")
 
 
@@ -138,19 +139,25 @@ def write_every_logit(pruned: Path, path: Path) -> None:
 
 
 def write_random(like: Path, path: Path) -> None:
-    """Write a GGUF file in float32 with the shape of another one, its matrices drawn at random.
+    """Write a GGUF file in float32 with the shape of another one, its weights drawn at random.
 
-    Every matrix is normal with the deviation of the one in its place, so that states are as large
-    as those of a real model. Norms stay. No grid of integers fits such numbers, where those of a
-    quantized model fit its own grid without loss.
+    They are those of a model before its training: normal with one deviation, divided by the root
+    of their number in matrices that write into the residual, and norms of ones. With the deviations
+    of trained matrices, random ones make errors grow from layer to layer. No grid of integers fits
+    such numbers, where those of a quantized model fit its own without loss.
     """
     shutil.copyfile(like, path)
     draw = np.random.default_rng(0)
-    for tensor in gguf.GGUFReader(path, "r+").tensors:
+    tensors = gguf.GGUFReader(path, "r+").tensors
+    writers = {t.name for t in tensors if ".attn_output." in t.name or ".ffn_down." in t.name}
+    for tensor in tensors:
         assert tensor.data.dtype == np.float32, f"{tensor.name} is not in float32"
         if tensor.data.ndim > 1:
+            share = len(writers) ** -0.5 if tensor.name in writers else 1.0
             drawn = draw.standard_normal(tensor.data.shape, np.float32)
-            tensor.data[...] = drawn * tensor.data.std()
+            tensor.data[...] = drawn * (share * DEVIATION)
+        else:
+            tensor.data[...] = 1.0
         tensor.data.flush()
 
 
