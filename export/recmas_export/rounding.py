@@ -35,8 +35,8 @@ _FEW_BITS: Final = 4
 # Scales to choose from, in shares of the one that clips nothing.
 _SHRINKS: Final = tuple(1 - step / 25 for step in range(12))
 
-# Columns after which an error reaches all the others, in one product.
-_AT_A_TIME: Final = 128
+# Inputs after which an error reaches all the others, in one product.
+_AT_A_TIME: Final = 64
 
 # Added to the diagonal of the inputs' products, as a share of its mean: inputs that hardly vary
 # would let errors grow without bound.
@@ -109,26 +109,26 @@ def compensated(weight_NK: Tensor, products_KK: Tensor, *, bits: int, block_size
     scale_NK, is_largest_NK = _scales(weight_NK, loudness_K, bits=bits, block_size=block_size)
     order_K = loudness_K.argsort(descending=True, stable=True)
     factor_KK = _factor(products_KK[order_K][:, order_K]).float()
-    rest_NK = weight_NK[:, order_K]
-    scale_NK, is_largest_NK = scale_NK[:, order_K], is_largest_NK[:, order_K]
-    held_NK = torch.empty_like(weight_NK)
-    for start in range(0, weight_NK.shape[1], _AT_A_TIME):
-        end = min(start + _AT_A_TIME, weight_NK.shape[1])
-        part_Nb, factor_bb = rest_NK[:, start:end].clone(), factor_KK[start:end, start:end]
-        errors_Nb = torch.empty_like(part_Nb)
-        for i in range(end - start):
-            wanted_N, scale_N = part_Nb[:, i], scale_NK[:, start + i]
-            held_N = _nearest(wanted_N, scale_N, bits)
-            # A quantizer finds the scale by this weight, so it stays the block's largest.
-            largest_N = -(2 ** (bits - 1)) * scale_N
-            held_N = torch.where(is_largest_NK[:, start + i], largest_N, held_N)
-            errors_Nb[:, i] = (wanted_N - held_N) / factor_bb[i, i]
-            held_NK[:, start + i] = held_N
-            part_Nb[:, i + 1 :] -= errors_Nb[:, i, None] * factor_bb[i, i + 1 :]
-        rest_NK[:, end:] -= errors_Nb @ factor_KK[start:end, end:]
-    rounded_NK = torch.empty_like(held_NK)
-    rounded_NK[:, order_K] = held_NK
-    return rounded_NK
+    # Inputs are rows here, so that the weights of one lie beside each other in memory.
+    rest_KN, scale_KN, is_largest_KN = (
+        each.T[order_K] for each in (weight_NK, scale_NK, is_largest_NK)
+    )
+    # A quantizer finds the scale by these weights, so they stay their blocks' largest.
+    largest_KN = -(2 ** (bits - 1)) * scale_KN
+    held_KN = torch.empty_like(rest_KN)
+    for start in range(0, len(rest_KN), _AT_A_TIME):
+        end = min(start + _AT_A_TIME, len(rest_KN))
+        part_bN, factor_bb = rest_KN[start:end].clone(), factor_KK[start:end, start:end]
+        errors_bN = torch.empty_like(part_bN)
+        for i, k in enumerate(range(start, end)):
+            held_N = _nearest(part_bN[i], scale_KN[k], bits)
+            held_KN[k] = torch.where(is_largest_KN[k], largest_KN[k], held_N)
+            errors_bN[i] = (part_bN[i] - held_KN[k]) / factor_bb[i, i]
+            part_bN[i + 1 :].addr_(factor_bb[i, i + 1 :], errors_bN[i], alpha=-1)
+        rest_KN[end:] -= factor_KK[start:end, end:].T @ errors_bN
+    rounded_KN = torch.empty_like(held_KN)
+    rounded_KN[order_K] = held_KN
+    return rounded_KN.T.contiguous()
 
 
 def _nearest(weights: Tensor, scale: Tensor, bits: int) -> Tensor:
