@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -260,6 +260,8 @@ def open_engine(key: EngineKey) -> EngineAdapter:
 # They look single rows of their table up and never read all of it.
 _MIXTURES: Final = frozenset({"MoE", "QMoE"})
 _LOOKUPS: Final = frozenset({"Gather", "GatherND", "GatherBlockQuantized"})
+# Inputs of GroupQueryAttention that have a row for each position.
+_ANGLE_TABLES: Final = (7, 8)
 
 
 def weight_bytes(graph: Path) -> int:
@@ -271,7 +273,7 @@ def weight_bytes(graph: Path) -> int:
     """
     model = onnx.load(str(graph), load_external_data=False)
     nodes = [node for node in _all_nodes(model.graph) if node.op_type not in _LOOKUPS]
-    read = {name for node in nodes for name in node.input}
+    read = {name for node in nodes for name in _read_whole(node)}
     taken = _experts_taken(model.graph)
     # Two names for one place in the file are one weight.
     places: dict[object, int] = {}
@@ -283,6 +285,13 @@ def weight_bytes(graph: Path) -> int:
             place = (outside["location"], outside.get("offset", "0")) if outside else tensor.name
             places[place] = _num_bytes(tensor)
     return sum(places.values())
+
+
+def _read_whole(node: onnx.NodeProto) -> Sequence[str]:
+    """Return the inputs of which an operator reads all; of tables of angles it reads a row."""
+    if node.op_type != "GroupQueryAttention":
+        return node.input
+    return [name for place, name in enumerate(node.input) if place not in _ANGLE_TABLES]
 
 
 def _experts_taken(graph: onnx.GraphProto) -> dict[str, int]:

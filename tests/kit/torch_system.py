@@ -43,7 +43,7 @@ def load_torch_system(
         # Of an entry, the executor asks for dimensions only, and the compiler's facts have those.
         backbones=cast("dict[str, Backbone[Any]]", engines),
         link=LinkEngine(bundle.file(bundle.manifest.link_engine), threads=threads),
-        device=device,
+        devices=dict.fromkeys(engines, device),
         provider="cpu",
         problems=[],
     )

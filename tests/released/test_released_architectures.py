@@ -46,13 +46,8 @@ SMALL = ("latent_steps=3", "answer.max_new_tokens=40", "build.max_batch=4")
 WINDOW = 96
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name == "deliberation" else pytest.param(name, marks=pytest.mark.families)
-        for name in STYLES
-    ],
-)
+@pytest.mark.families
+@pytest.mark.parametrize("name", STYLES)
 def test_a_style_in_its_own_architectures(name: str, tmp_path: Path) -> None:
     """Import, check, build, verify, run: engine, reference and a rollout without cache agree."""
     write_release(tmp_path / "released", STYLES[name], types=ARCHITECTURES[name])

@@ -29,7 +29,7 @@ RECORDS: list[dict[str, object]] = [
     ("family", "dtype"),
     [
         ("llama", "float16"),
-        ("gemma3", "bfloat16"),
+        pytest.param("gemma3", "bfloat16", marks=pytest.mark.families),
         pytest.param("llama", "bfloat16", marks=pytest.mark.families),
         pytest.param("gemma3", "float16", marks=pytest.mark.families),
     ],

@@ -41,6 +41,8 @@ def curve(spec: Path, out: str, stage: str) -> list[dict[str, Any]]:
     return list(read_json_lines(spec.parent / out / stage / METRICS_NAME))
 
 
+# Two minutes of two processes on a busy machine: in `make test-heavy`.
+@pytest.mark.heavy
 def test_two_processes_give_the_curve_of_one(case: Path) -> None:
     # three pieces of four records: the shares of two processes are cut in other places
     more = ("--set", "train.accumulation=3", "--set", "train.inner.batch_size=5")

@@ -184,11 +184,10 @@ def test_the_same_records_in_the_same_order(here: Path, capsys: pytest.CaptureFi
     assert len(set(tokens[0])) > 1
 
 
-# Adapters are in `make test-heavy`: a process of its own, killed and started anew, takes a while.
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param("lora", marks=[NEEDS_PEFT, pytest.mark.heavy]), "sft"],
-)
+# In `make test-heavy`: a process of its own, killed and started anew, takes a while. Links, whose
+# loop is the same one, are killed in `make test`.
+@pytest.mark.heavy
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=NEEDS_PEFT), "sft"])
 def test_resume_after_kill_9(case: Path, method: str) -> None:
     arguments = [*COMMAND, str(case), "--quiet", "--method", method, "--steps", "30"]
 
