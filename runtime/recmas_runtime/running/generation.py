@@ -326,8 +326,10 @@ class TextGenerator:
 
     def _drafted(self, sequences: SequenceBatch, rows: Sequence[int]) -> DraftedRow | None:
         """Return the one row that is left, where its text may be drafted."""
+        if self._lookups is None or len(rows) > 1 or sequences.keeps_states:
+            return None
         margin = PRECISIONS[sequences.engine.entry.precision].draft_margin
-        if self._lookups is None or len(rows) > 1 or margin is None or sequences.keeps_states:
+        if margin is None:
             return None
         (row,) = rows
         if row not in self.drafted:
