@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TextIO
@@ -287,11 +287,10 @@ def weight_bytes(graph: Path) -> int:
     return sum(places.values())
 
 
-def _read_whole(node: onnx.NodeProto) -> Sequence[str]:
+def _read_whole(node: onnx.NodeProto) -> list[str]:
     """Return the inputs of which an operator reads all; of tables of angles it reads a row."""
-    if node.op_type != "GroupQueryAttention":
-        return node.input
-    return [name for place, name in enumerate(node.input) if place not in _ANGLE_TABLES]
+    looked_up = _ANGLE_TABLES if node.op_type == "GroupQueryAttention" else ()
+    return [name for place, name in enumerate(node.input) if place not in looked_up]
 
 
 def _experts_taken(graph: onnx.GraphProto) -> dict[str, int]:
