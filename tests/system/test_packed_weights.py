@@ -136,6 +136,13 @@ def test_the_command_line_does_without_where_that_is_wanted(
     assert capsys.readouterr().out == without
 
 
+def test_graphs_in_16_bits_are_opened_as_they_are(build_tiny: BuildTiny, store: Store) -> None:
+    spec = f"{SEQUENTIAL.rstrip()[:-1]}, precision: bfloat16}}\n"
+    bundle = build_tiny(spec).bundle
+    assert answer_of(bundle) == answer_of(bundle, cache=False)
+    assert KIND not in {kept.entry.kind for kept in store.entries()}
+
+
 def test_small_weights_are_not_kept(bundles: Bundles, tmp_path: Path) -> None:
     problems: list[Problem] = []
     store = Store(tmp_path / "cache", limit_bytes=10**9)

@@ -34,7 +34,8 @@ class BackboneEngine:
     """One backbone's engines. Agents that share a backbone share this object and its weights.
 
     Where CUDA graphs are refused, at any time, `problems` gets a warning. On the CPU, graphs whose
-    weights are packed are opened by way of `packed`, where it is given.
+    weights are packed are opened by way of `packed`, where it is given; those that are made for a
+    GPU, in 16 bits, are not.
 
     Raises:
         RecmasError: RM404 if the decoder has other caches than the entry says, RM504 if the device
@@ -59,7 +60,7 @@ class BackboneEngine:
             make_session, root / entry.decoder_on(device), threads=threads, device=device
         )
         open_packed = None
-        if packed is not None and device == "cpu":
+        if packed is not None and device == "cpu" and not entry.is_narrow:
             open_packed = functools.partial(packed.open, weights=entry.weights, threads=threads)
         decoder = entry.decoder_on(device)
         self.decoder = self._open_decoder() if open_packed is None else open_packed(decoder)
