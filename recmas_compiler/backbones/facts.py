@@ -102,6 +102,11 @@ class BackboneFacts:
     expert_width: int = 0
     folder: str | None = None
 
+    @property
+    def num_layer_parameters(self) -> int:
+        """Those of all layers, experts among them, and of norms: all but tables."""
+        return self.num_parameters - self.num_tables * self.vocab_size * self.width
+
 
 def read_config_facts(
     folder: Path, *, source: str, identity: str, position: SourcePosition = UNKNOWN
@@ -354,7 +359,7 @@ def weights_bytes(
         return facts.num_parameters * DTYPE_BYTES[dtype if stored == "float32" else stored]
     tables = facts.num_tables * facts.vocab_size * facts.width
     experts = facts.num_expert_parameters
-    layers = facts.num_parameters - experts - tables  # norms among them, one in a thousand
+    layers = facts.num_layer_parameters - experts  # norms among them, one in a thousand
     has_blocks = has_expert_blocks(facts, bits.block_size)
     expert_bits = bits.expert_weight_bits(device) if has_blocks else 8 * DTYPE_BYTES[dtype]
     num_bits = layers * bits.layer_weight_bits(device) + tables * bits.table_weight_bits(device)
@@ -364,8 +369,7 @@ def weights_bytes(
 def step_bytes(facts: BackboneFacts, *, precision: str, device: str = AUTO) -> int:
     """Return the bytes of weights that a step of one position reads: no tables, all experts."""
     row = PRECISIONS[precision]
-    layers = max(facts.num_parameters - facts.num_tables * facts.vocab_size * facts.width, 0)
-    return round(layers * row.layer_weight_bits(device) / 8)
+    return round(max(facts.num_layer_parameters, 0) * row.layer_weight_bits(device) / 8)
 
 
 def row_weights_bytes(facts: BackboneFacts, *, precision: str) -> int:
@@ -376,8 +380,7 @@ def row_weights_bytes(facts: BackboneFacts, *, precision: str) -> int:
     is_blocks = PRECISIONS[precision].cpu_products == "blocks"
     if is_blocks or facts.num_expert_parameters or not angle_tables_bytes(facts):
         return 0
-    weights = facts.num_parameters - facts.num_tables * facts.vocab_size * facts.width
-    return round(weights * (1 + ENGINE_ELEMENT_BYTES / GATED_BLOCK))
+    return round(facts.num_layer_parameters * (1 + ENGINE_ELEMENT_BYTES / GATED_BLOCK))
 
 
 def has_expert_blocks(facts: BackboneFacts, block_size: int) -> bool:

@@ -22,6 +22,7 @@ from torch.nn.functional import gelu, rms_norm
 from recmas_compiler.backbones.loaded.cache_argument import cache_argument
 from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_compiler.lowering.static_cache import static_cache, use_static_attention
+from recmas_compiler.lowering.training_graph.packed_products import multiply_packed, packed_weight
 from recmas_runtime.engines.interface import (
     Floats,
     HandedRows,
@@ -42,8 +43,7 @@ from recmas_runtime.formats.link_kinds import NORM_EPSILON
 @torch.library.custom_op("recmas::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply [..., in] with a packed weight; returns [..., out]."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return y
+    return multiply_packed(x, packed, bias)
 
 
 @packed_linear.register_fake
@@ -56,7 +56,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self._packed = packed_weight(linear.weight.detach())
         self._bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:

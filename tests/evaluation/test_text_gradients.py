@@ -15,7 +15,7 @@ from msgspec import structs
 import recmas_compiler as rc
 import recmas_runtime as rt
 from kit.commands import Ran, run_recmasc
-from kit.files import WriteRecords
+from kit.files import WORDS_PROTOCOL, WriteRecords
 from recmas_compiler.evaluation.checks import make_check
 from recmas_compiler.evaluation.data.data_file import Question
 from recmas_compiler.evaluation.data.protocol import ExactSection
@@ -39,15 +39,6 @@ from recmas_runtime.formats.bundle import open_bundle
 from recmas_runtime.formats.plan import Plan
 from recmas_runtime.running.records import Record
 
-PROTOCOL = """
-name: words
-version: 1
-description: Exact words.
-data: {source: nowhere, split: test, fields: {question: [question]}, gold: {answer: [answer]}}
-max_new_tokens: 4
-check: {kind: exact}
-"""
-
 
 @pytest.fixture(scope="module")
 def plan(tiny_bundle: Path) -> Plan:
@@ -57,7 +48,7 @@ def plan(tiny_bundle: Path) -> Plan:
 @pytest.fixture
 def protocol(tmp_path: Path) -> Path:
     path = tmp_path / "words.yaml"
-    path.write_text(PROTOCOL)
+    path.write_text(WORDS_PROTOCOL)
     return path
 
 

@@ -9,12 +9,11 @@ import onnx
 import pytest
 import torch
 
-from kit.engines import identity_link, random_ids, relative
+from kit.engines import entry_of, identity_link, random_ids, relative
 from kit.models import load_folder
 from kit.narrow_graphs import NORMS, PRODUCTS, checked, computed_in, types_of
 from kit.parser_documentation import refused_nodes
 from kit.zoo import write_zoo_model
-from recmas_compiler.backbones.torch_model import TorchBackbone
 from recmas_export.backbone_graph import (
     CPU_DECODER,
     CPU_HEAD,
@@ -27,7 +26,6 @@ from recmas_runtime.engines.onnx.backbone import BackboneEngine
 from recmas_runtime.engines.tensorrt.static_graph import read_graph, static_decoder
 from recmas_runtime.formats.layers import is_rows
 from recmas_runtime.formats.links import stack_operands
-from recmas_runtime.formats.manifest import BackboneEntry
 from recmas_runtime.formats.precisions import PRECISIONS
 
 pytestmark = pytest.mark.families
@@ -41,31 +39,6 @@ CASES = [
     *((name, "float16", "auto") for name in ("llama", "gemma3_text", "qwen3_moe")),
     *((name, "int4", "cuda") for name in ("llama", "qwen3")),
 ]
-
-
-def entry_of(backbone: TorchBackbone, precision: str, device: str, **forms: str) -> BackboneEntry:
-    facts = backbone.facts
-    return BackboneEntry(
-        source="tiny",
-        digest="",
-        model_type=facts.model_type,
-        width=facts.width,
-        layers=facts.layers,
-        vocab_size=facts.vocab_size,
-        max_positions=facts.max_positions,
-        dtype="float32",
-        bos_token=None,
-        eos_token_ids=(),
-        decoder=DECODER,
-        embed=EMBED,
-        head=HEAD,
-        weights="",
-        tokenizer="",
-        chat_template="",
-        precision=precision,
-        cache_dtype=PRECISIONS[precision].types[device].caches,
-        **forms,
-    )
 
 
 def states_of(engine: BackboneEngine, embeds: np.ndarray, width: int) -> np.ndarray:
@@ -127,7 +100,8 @@ def test_types_and_numbers(name: str, precision: str, device: str, tmp_path: Pat
     forms += [{}] if types.products == "float16" and name != "qwen3_moe" else []
     found = []
     for form in forms:
-        engine = BackboneEngine(entry_of(backbone, precision, device, **form), folder, threads=1)
+        entry = entry_of(backbone, precision=precision, cache_dtype=types.caches, **form)
+        engine = BackboneEngine(entry, folder, threads=1)
         embeds = engine.embed(ids.numpy())
         assert relative(embeds, embedded) <= allowed["embeds_relative"]
         found.append(states_of(engine, embeds, backbone.facts.width))

@@ -10,6 +10,7 @@ import pytest
 import recmas_runtime as rt
 from kit.bundles import BuildTiny
 from kit.commands import run_recmasc
+from kit.files import WORDS_PROTOCOL
 from kit.remote_systems import KEY_ENV, Reply, completion, endpoint
 from recmas_cli.build import _load_seconds
 from recmas_export.replan import Replanner
@@ -79,21 +80,11 @@ def test_a_build_asks_nobody_and_a_run_does(
     assert [step.round for step in plan.steps if step.op == "ask"] == [1, 2, 3]
 
 
-PROTOCOL = """
-name: words
-version: 1
-description: Exact words.
-data: {source: nowhere, split: test, fields: {question: [question]}, gold: {answer: [answer]}}
-max_new_tokens: 4
-check: {kind: exact}
-"""
-
-
 def test_eval_and_bench_ask_and_count(
     build_tiny: BuildTiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(KEY_ENV, KEY)
-    (tmp_path / "words.yaml").write_text(PROTOCOL)
+    (tmp_path / "words.yaml").write_text(WORDS_PROTOCOL)
     records = [{"id": f"q{i}", "question": f"Q{i}", "answer": f"a{i}"} for i in range(3)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
     with endpoint(Reply(completion("a plan"))) as far:

@@ -115,16 +115,10 @@ class Exported:
         return np.asarray(hidden.last_hidden_state.numpy())
 
 
-def make_engine(
-    case: Exported,
-    *,
-    shared: bool = True,
-    for_cpu: bool = False,
-    masked_layers: tuple[tuple[int, ...], ...] = (),
-) -> BackboneEngine:
-    """Return a backbone's engines, over the portable decoder or over the one for the CPU."""
-    facts = case.backbone.facts
-    entry = BackboneEntry(
+def entry_of(backbone: TorchBackbone, **more: Any) -> BackboneEntry:
+    """Return what a manifest would say of exported graphs, beside what is given."""
+    facts = backbone.facts
+    return BackboneEntry(
         source="tiny",
         digest="",
         model_type=facts.model_type,
@@ -136,13 +130,25 @@ def make_engine(
         bos_token=None,
         eos_token_ids=(),
         decoder=DECODER,
-        cpu_decoder=CPU_DECODER if for_cpu else None,
         embed=EMBED,
         head=HEAD,
         weights="",
         tokenizer="",
         chat_template="",
-        masked_layers=masked_layers,
+        **more,
+    )
+
+
+def make_engine(
+    case: Exported,
+    *,
+    shared: bool = True,
+    for_cpu: bool = False,
+    masked_layers: tuple[tuple[int, ...], ...] = (),
+) -> BackboneEngine:
+    """Return a backbone's engines, over the portable decoder or over the one for the CPU."""
+    entry = entry_of(
+        case.backbone, cpu_decoder=CPU_DECODER if for_cpu else None, masked_layers=masked_layers
     )
     engine = BackboneEngine(entry, case.folder, threads=1)
     if not shared:

@@ -18,6 +18,16 @@ from recmas_runtime.running.run_trace import RECORDS_NAME
 # The type of the fixture `write_records`.
 WriteRecords = Callable[[Sequence[Mapping[str, object]]], Path]
 
+# A protocol that asks for exact words, in a few tokens.
+WORDS_PROTOCOL = """
+name: words
+version: 1
+description: Exact words.
+data: {source: nowhere, split: test, fields: {question: [question]}, gold: {answer: [answer]}}
+max_new_tokens: 4
+check: {kind: exact}
+"""
+
 
 class MadeOnce:
     """Folders that are made once per test run, whichever of its processes asks first."""

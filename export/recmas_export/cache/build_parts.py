@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, TypeVar
 
+from recmas_runtime.cache.settings import not_kept
 from recmas_runtime.cache.store import CacheEntry, Store
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.files import reason_of, sha256_of
@@ -167,7 +168,9 @@ class BuildParts:
                     each.key, entry, {name: root / path for name, path in paths.items()}
                 )
         except OSError as error:
-            return (_not_kept(self._store.folder, error),)
+            reason = reason_of(error)
+            message = f"what this build has made could not be kept for later ones: {reason}"
+            return (not_kept(self._store.folder, message),)
         return ()
 
     def _key(self, kind: Kind, inputs: object) -> str:
@@ -215,13 +218,3 @@ _NAMES: dict[str, str] = {
 
 def _listed(numbers: Mapping[str, int]) -> str:
     return ", ".join(counted(n, _NAMES[kind]) for kind, n in numbers.items()) or "nothing"
-
-
-def _not_kept(folder: Path, error: OSError) -> Problem:
-    return Problem(
-        code="RM350",
-        severity="warning",
-        message=f"what this build has made could not be kept for later ones: {reason_of(error)}",
-        file=str(folder),
-        hint="Make room there, set RECMAS_CACHE to another folder, or set it to `off`.",
-    )

@@ -27,14 +27,21 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, turned: Tensor, bias: Tensor | None) -> Tensor:
         ctx.turned = turned
-        return _multiply(x, packed, bias)
+        return multiply_packed(x, packed, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return _multiply(gradients[0], ctx.turned, None), None, None, None
+        return multiply_packed(gradients[0], ctx.turned, None), None, None, None
 
 
-def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+def packed_weight(weight: Tensor) -> Tensor:
+    """Return a weight [out, in] in the layout of oneDNN's kernels, for any number of rows."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return packed
+
+
+def multiply_packed(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply [..., in] with a packed weight; returns [..., out]."""
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
     return y
 
@@ -77,8 +84,8 @@ def pack_products(backbone: TorchBackbone) -> bool:
 
 def _pack(layer: nn.Linear) -> None:
     weight = layer.weight.detach()
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-    turned = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous())
+    packed = packed_weight(weight)
+    turned = packed_weight(weight.t().contiguous())
     bias = None if layer.bias is None else layer.bias.detach()
     layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
     vars(layer)["forward"] = partial(_run, packed=packed, turned=turned, bias=bias)

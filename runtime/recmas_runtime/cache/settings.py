@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from recmas_runtime.cache.store import Store
-from recmas_runtime.core.errors import RecmasError, fail
+from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.core.files import cache_folder
 
 FOLDER_VARIABLE: Final = "RECMAS_CACHE"
@@ -48,6 +48,17 @@ def user_store() -> Store | None:
             hint=f"Set {FOLDER_VARIABLE} to a folder, or to `{OFF}`.",
         )
     return Store(folder, limit_bytes=limit_bytes)
+
+
+def not_kept(folder: Path, message: str) -> Problem:
+    """Return the warning RM350 that something could not be kept; a message says what and why."""
+    return Problem(
+        code="RM350",
+        severity="warning",
+        message=message,
+        file=str(folder),
+        hint=f"Make room there, set {FOLDER_VARIABLE} to another folder, or set it to `{OFF}`.",
+    )
 
 
 def size_of(text: str, *, said_by: str) -> int:

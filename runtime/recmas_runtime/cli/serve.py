@@ -19,7 +19,7 @@ from recmas_runtime.core.errors import Problem, RecmasError, fail, missing_packa
 from recmas_runtime.core.printing import note, write_out
 from recmas_runtime.engines.devices import needs_gpu
 from recmas_runtime.formats.bundle import Bundle
-from recmas_runtime.formats.plan import field_place, filled_fields
+from recmas_runtime.formats.plan import filled_fields
 from recmas_runtime.serve.log import ServiceLog
 from recmas_runtime.serve.operation.catalog import named_bundles
 from recmas_runtime.serve.operation.memory import (
@@ -129,10 +129,8 @@ def _hello(
     body["messages"] = [{"role": "user", "content": "Hello?"}]
     if bundle := bundles.get(models[0]):
         plan = bundle.plan
-        others = plan.conversation.others(plan.fields)
-        wanted = [field for field in plan.fields if field_place(field).name in others]
-        if wanted:
-            body["recmas"] = {"record": filled_fields(wanted, "...")}
+        if others := plan.conversation.others(plan.fields):
+            body["recmas"] = {"record": filled_fields(plan.fields, "...", only=others)}
     return (
         f"Serving {', '.join(models)} on {url}. Ask: curl {url}/v1/chat/completions{authorization} "
         f"-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"

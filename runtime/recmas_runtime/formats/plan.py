@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Annotated, ClassVar, Final, Literal, NamedTuple, Protocol
 
 from msgspec import Meta, field
@@ -79,9 +79,16 @@ def field_place(value: str) -> FieldPlace:
     return FieldPlace(name, int(index.removesuffix("]")) if bracket else None)
 
 
-def filled_fields(fields: Iterable[str], text: str) -> dict[str, object]:
-    """Return a record with a text in all that prompts use, lists as long as they must be."""
+def filled_fields(
+    fields: Iterable[str], text: str, *, only: Collection[str] | None = None
+) -> dict[str, object]:
+    """Return a record with a text in all that prompts use, lists as long as they must be.
+
+    Args:
+        only: Fields to fill; None for all of them.
+    """
     places = [field_place(value) for value in fields]
+    places = [place for place in places if only is None or place.name in only]
     record: dict[str, object] = {name: text for name, _ in places}
     for name, entry in places:
         if entry is not None:

@@ -146,11 +146,6 @@ class OpenedEngines:
     provider: Device
     problems: list[Problem]
 
-    @property
-    def device(self) -> str:
-        """The device of all backbones, or each with its own."""
-        return joined(self.devices) or self.provider
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Placement:
@@ -324,12 +319,11 @@ class Texts:
 class LoadedBundle:
     """What a bundle loads once and every system on it shares; problems say why on which device.
 
-    Device, devices and provider are those of `OpenedEngines`.
+    Devices and provider are those of `OpenedEngines`.
     """
 
     manifest: Manifest
     day: datetime.date
-    device: str
     devices: Mapping[str, str]
     provider: Device
     problems: list[Problem]
@@ -365,7 +359,6 @@ class LoadedBundle:
         return cls(
             manifest=bundle.manifest,
             day=texts.day,
-            device=opened.device,
             devices=opened.devices,
             provider=opened.provider,
             problems=opened.problems,
@@ -373,6 +366,11 @@ class LoadedBundle:
             chats=texts.chats,
             lock=lock,
         )
+
+    @property
+    def device(self) -> str:
+        """The device of all backbones, or each with its own."""
+        return joined(self.devices) or self.provider
 
     @property
     def can_share(self) -> bool:

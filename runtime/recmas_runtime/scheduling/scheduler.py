@@ -223,11 +223,13 @@ class Scheduler:
             self._run_together("head", heads, lambda engine, calls: engine.run_heads(calls))
         elif self._steps:
             self._chunks_since_step = 0
-            steps, self._steps = self._steps, []
-            for group in by_engine(steps):
+            waiting, self._steps = self._steps, []
+            drafts: list[tuple[Task, StepCall]] = []
+            steps: list[tuple[Task, StepCall]] = []
+            for group in by_engine(waiting):
                 self.counts.rows_per_step[sum(call.size for _, call in group)] += 1
-            drafts = [g[0] for g in by_engine(steps) if len(g) == 1 and g[0][1].num_drafted]
-            steps = [each for each in steps if each not in drafts]
+                is_draft = len(group) == 1 and group[0][1].num_drafted
+                (drafts if is_draft else steps).extend(group)
             self._run_together("verify", drafts, lambda engine, calls: [engine.run_draft(calls[0])])
             self._run_together("step", steps, lambda engine, calls: engine.run_steps(calls))
 

@@ -131,7 +131,7 @@ def _with_given(
     whole = {**record, **given}
     missing = [name for name in names if whole.get(name) is None and name != "id"]
     if missing:
-        wanted = filled_fields([f for f in fields if field_place(f).name in missing], "...")
+        wanted = filled_fields(fields, "...", only=missing)
         shown = json.dumps({"recmas": {"record": wanted}})
         raise fail(
             "RM500",

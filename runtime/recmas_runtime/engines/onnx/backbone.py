@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from recmas_runtime.core.errors import Problem, RecmasError, fail
 from recmas_runtime.engines.interface import Floats, Indices, Operands
-from recmas_runtime.engines.onnx.caches import Cache, CachePool, Memory, Series
+from recmas_runtime.engines.onnx.caches import ELEMENT_TYPES, Cache, CachePool, Memory, Series
 from recmas_runtime.engines.onnx.packed import PackedGraphs
 from recmas_runtime.engines.onnx.session import Device, call_onnx, make_session
 from recmas_runtime.formats.layers import HIDDEN_ROWS, cache_tensors, is_rows
@@ -24,10 +24,6 @@ from recmas_runtime.formats.precisions import device_named
 
 if TYPE_CHECKING:
     import onnxruntime
-
-
-# ONNX Runtime's names of element types.
-_ORT_NAMES: Final = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
 
 
 class BackboneEngine:
@@ -259,7 +255,7 @@ def _check_caches(decoder: onnxruntime.InferenceSession, entry: BackboneEntry, f
         if f"present_{value.name}" in outputs
     }
     types = {value.type for value in decoder.get_inputs() if is_rows(value.name)}
-    if types - {f"tensor({_ORT_NAMES[entry.cache_dtype]})"}:
+    if any(ELEMENT_TYPES.get(kind) != entry.cache_dtype for kind in types):
         raise fail(
             "RM404",
             f"the manifest tells of keys and values in {entry.cache_dtype}, the decoder has "

@@ -31,9 +31,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recmas_runtime.cache.processor import processor
+from recmas_runtime.cache.settings import not_kept
 from recmas_runtime.cache.store import FORMAT, CacheEntry, Store
 from recmas_runtime.core.errors import Problem, RecmasError
 from recmas_runtime.core.files import reason_of, sha256_of
+from recmas_runtime.engines.onnx.caches import NUMPY_TYPES
 from recmas_runtime.engines.onnx.session import (
     call_onnx,
     lasting_options,
@@ -59,11 +61,6 @@ _WRITTEN: Final = {
 }
 _WRITTEN_NAME: Final = "session.optimized_model_external_initializers_file_name"
 _REAL: Final = "tensor(float)"
-_DTYPES: Final[Mapping[str, type[np.generic]]] = {
-    _REAL: np.float32,
-    "tensor(int64)": np.int64,
-    "tensor(bool)": np.bool_,
-}
 # Weights are kept as they are too, for kernels that do not pack.
 _GROWTH: Final = 2
 
@@ -118,7 +115,8 @@ class PackedGraphs:
             reason = error.problems[0].message
         # If that was not for writing, this fails as well.
         session = make_session(path, threads=threads)
-        problem = _not_kept(self._store.folder, reason)
+        message = f"packed weights could not be kept for the next start: {reason}"
+        problem = not_kept(self._store.folder, message)
         if problem not in self._problems:  # of another graph
             self._problems.append(problem)
         return session
@@ -234,20 +232,10 @@ def _answers(session: onnxruntime.InferenceSession) -> list[NDArray[Any]]:
         for value in session.get_inputs():
             shape = [size if isinstance(size, int) else sizes.get(size, 1) for size in value.shape]
             numbers = np.cos(np.arange(math.prod(shape))) if value.type == _REAL else np.zeros(1)
-            inputs[value.name] = np.resize(numbers, shape).astype(_DTYPES[value.type])
+            inputs[value.name] = np.resize(numbers, shape).astype(NUMPY_TYPES[value.type])
         found += call_onnx(session.run, None, inputs)
     return found
 
 
 def _entry_of(raw: bytes) -> FileEntry:
     return FileEntry(sha256=hashlib.sha256(raw).hexdigest(), size_bytes=len(raw))
-
-
-def _not_kept(folder: Path, reason: str) -> Problem:
-    return Problem(
-        code="RM350",
-        severity="warning",
-        message=f"packed weights could not be kept for the next start: {reason}",
-        file=str(folder),
-        hint="Make room there, set RECMAS_CACHE to another folder, or set it to `off`.",
-    )
