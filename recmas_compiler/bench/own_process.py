@@ -18,6 +18,8 @@ from recmas_runtime.checking.machine import peak_resident_bytes_of
 from recmas_runtime.core.errors import Exit, Problem, RecmasError, fail
 
 _POLL_S: Final = 0.5
+# The memory of a short command is seen only while it runs.
+_FIRST_POLL_S: Final = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ def run_alone(
     command = [sys.executable, "-m", module, *arguments]
     began = time.perf_counter()
     peak: int | None = None
+    wait_s = _FIRST_POLL_S
     asked_to_stop = False
     # A file and no pipe, which would fill up while nobody reads it.
     with log.open("ab") as told, tempfile.TemporaryFile() as said:
@@ -74,7 +77,8 @@ def run_alone(
                 while process.poll() is None:
                     try:
                         with suppress(subprocess.TimeoutExpired):
-                            process.wait(_POLL_S)
+                            process.wait(wait_s)
+                        wait_s = min(2 * wait_s, _POLL_S)
                         peak = _larger(peak, peak_resident_bytes_of(process.pid))
                         look()
                     except KeyboardInterrupt:
